@@ -1,0 +1,6 @@
+"""CODECS: formats in which pages store keys and values. One method, one file, one decorator."""
+
+from pikv_ds.registry import Registry, load_siblings
+
+CODECS = Registry("codec")
+load_siblings(__name__)

@@ -1,0 +1,21 @@
+"""The errors pikv_ds raises on purpose. Each message says what was given, what it conflicts with and what to do."""
+
+
+class ConfigError(ValueError):
+    """A "pikv" block that is not legal: unknown key, value out of range, impossible combination."""
+
+
+class UnsupportedError(ValueError):
+    """A model, a layer or a call argument that PiKV cannot honour exactly, refused instead of ignored."""
+
+
+class CapacityError(RuntimeError):
+    """A shard is full and `storage.overflow` is "error", or no shard has room left."""
+
+
+class PeerError(RuntimeError):
+    """A rank of the group died or did not answer within `timeout_s`."""
+
+
+class DivergedError(RuntimeError):
+    """Ranks declared to hold replicated requests saw different tokens."""

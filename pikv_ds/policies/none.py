@@ -1,0 +1,16 @@
+import torch
+from torch import Tensor
+
+from pikv_ds.policies import POLICIES
+from pikv_ds.policies.base import PageStats, RetentionPolicy
+
+
+@POLICIES.register("none")
+class KeepAll(RetentionPolicy):
+    """Never evict (exact mode).
+
+    score = +inf for each page. Bytes: those of every token that was appended and has not left its layer's window.
+    """
+
+    def score(self, stats: PageStats) -> Tensor:
+        return torch.full(stats.seqlens.shape, torch.inf, dtype=torch.float32, device=stats.seqlens.device)
