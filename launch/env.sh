@@ -1,0 +1,75 @@
+# Sourced by demo.sh and test.sh: enters the repository, prepares a Python environment and installs the package into it.
+#   PYTHON   interpreter that makes .venv when no environment is active (default: the first of python3, 3.12, 3.11 that is >= 3.11)
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+have_version() { # have_version INTERPRETER: is it there, and new enough?
+    "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1
+}
+
+pick_python() {
+    local candidate
+    for candidate in ${PYTHON:-python3 python3.12 python3.11}; do
+        if have_version "$candidate"; then
+            echo "$candidate"
+            return
+        fi
+    done
+    echo "pikv: found no Python >= 3.11 (tried ${PYTHON:-python3 python3.12 python3.11}); set PYTHON to one" >&2
+    return 1
+}
+
+if [[ -z "${VIRTUAL_ENV:-}" && -z "${CONDA_PREFIX:-}" ]]; then
+    if [[ ! -x .venv/bin/python ]]; then
+        interpreter=$(pick_python)
+        echo "pikv: making .venv with $interpreter"
+        "$interpreter" -m venv .venv
+    fi
+    VIRTUAL_ENV=$PWD/.venv
+    PATH=$VIRTUAL_ENV/bin:$PATH
+    export VIRTUAL_ENV PATH
+    unset PYTHONHOME
+fi
+if ! have_version python; then
+    echo "pikv: the active environment (${VIRTUAL_ENV:-$CONDA_PREFIX}) has no Python >= 3.11; deactivate it to let .venv be made" >&2
+    exit 1
+fi
+
+install() {
+    local torch constraints=constraints.txt
+    # A torch that is there and new enough stays: another build may not fit the driver, and is gigabytes.
+    torch=$(python - <<'PY'
+from importlib.metadata import PackageNotFoundError, version
+try:
+    found = version("torch").partition("+")[0]
+except PackageNotFoundError:
+    found = ""
+print(found if found and tuple(map(int, found.split(".")[:2])) >= (2, 11) else "")
+PY
+    )
+    if [[ -n "$torch" ]]; then
+        constraints=$(mktemp)
+        sed "s/^torch==.*/torch==$torch/" constraints.txt >"$constraints"
+    fi
+    python -m pip install --quiet --disable-pip-version-check -c "$constraints" torch
+    # DeepSpeed's setup.py looks at the torch that is installed, and setuptools must be new enough for both.
+    python -m pip install --quiet --disable-pip-version-check -c "$constraints" 'setuptools>=77'
+    python -m pip install --quiet --disable-pip-version-check --no-build-isolation -c "$constraints" -e '.[test]'
+    if [[ "$constraints" != constraints.txt ]]; then
+        rm -f "$constraints"
+    fi
+}
+
+stamp=$(python -c 'import sys; print(sys.prefix)')/.pikv-installed
+wanted=$(cat setup.py constraints.txt <(pwd) | python -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())')
+if [[ ! -f "$stamp" || "$(cat "$stamp")" != "$wanted" ]]; then
+    echo "pikv: installing into $(dirname "$stamp") (a few minutes the first time)"
+    install
+    echo "$wanted" >"$stamp"
+fi
+
+if [[ -z "${DS_ACCELERATOR:-}" ]] && ! python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+    export DS_ACCELERATOR=cpu
+fi
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+export TOKENIZERS_PARALLELISM=false
