@@ -83,12 +83,12 @@ def _check_contiguous(name: str, layer: AutoEPMoELayer) -> None:
 def _check_world(autoep_size: Any) -> None:
     world_size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
     if not isinstance(autoep_size, int) or autoep_size < 1 or world_size % autoep_size:
-        raise ConfigError(f"expert_parallel.autoep_size is {autoep_size!r} and the job has {world_size} rank(s); it must "
-                          f"be a positive divisor of them: start {autoep_size} ranks or a multiple, or change the key")
+        raise ConfigError(f"expert_parallel.autoep_size is {autoep_size!r} and the job has {world_size} rank(s); it "
+                          f"must be a positive divisor of them: change the key or the number of ranks")
 
 
 def _no_preset(model: nn.Module) -> str:
-    return (f"expert_parallel is enabled and AutoEP finds no expert layer in model type {model.config.model_type!r}: it "
-            f"has no preset for it (presets: {', '.join(available_preset_names())}). Drop the expert_parallel block to "
-            f"run with replicated experts, the KV cache is sharded over the data-parallel ranks all the same; or "
+    return (f"expert_parallel is enabled and AutoEP finds no expert layer in model type {model.config.model_type!r}: "
+            f"it has no preset for it (presets: {', '.join(available_preset_names())}). Drop the expert_parallel block "
+            f"to run with replicated experts, the KV cache is sharded over the data-parallel ranks all the same; or "
             f"describe the layers with expert_parallel.moe_layer_pattern")

@@ -25,7 +25,7 @@ def initialize_config(call: Mapping[str, Any]) -> dict | None:
 
 
 def inference_config(config: Any) -> Any:
-    """The configuration of an `init_inference` call with a JSON file read; other types are left for DeepSpeed to judge."""
+    """The configuration of an `init_inference` call, a JSON file read; other types are left for DeepSpeed to judge."""
     if not isinstance(config, str):
         return config
     with open(config, encoding="utf-8") as file:

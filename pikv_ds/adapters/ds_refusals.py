@@ -19,7 +19,7 @@ def check_model(model: nn.Module) -> None:
                                "reach as one model; pass the transformers model itself or set pikv.enabled to false")
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedError(f"pikv is enabled and model is a {type(model).__name__}, not a transformers "
-                               f"PreTrainedModel; pass the model itself, without wrappers, or set pikv.enabled to false")
+                               f"PreTrainedModel; pass the model without wrappers, or set pikv.enabled to false")
 
 
 def check_initialize(ds_config: Mapping[str, Any], model: nn.Module, mpu: Any = None) -> None:
@@ -38,9 +38,9 @@ def check_initialize(ds_config: Mapping[str, Any], model: nn.Module, mpu: Any = 
                                "with a dense cache; turn it off or set pikv.enabled to false")
     stage = _nested(ds_config, "zero_optimization", "stage") or 0
     if stage == 3 and getattr(model.config.get_text_config(decoder=True), "kv_lora_rank", None):
-        raise UnsupportedError(f"zero_optimization.stage is 3 and the model type is {model.config.model_type!r}: latent "
-                               f"attention reads kv_b_proj.weight outside its module, where ZeRO-3 has it partitioned; "
-                               f"use stage 0 to 2 or set pikv.enabled to false")
+        raise UnsupportedError(f"zero_optimization.stage is 3 and the model type is {model.config.model_type!r}: "
+                               f"latent attention reads kv_b_proj.weight outside its module, where ZeRO-3 has it "
+                               f"partitioned; use stage 0 to 2 or set pikv.enabled to false")
 
 
 def check_inference(ds_config: Mapping[str, Any]) -> None:
@@ -61,8 +61,8 @@ def check_inference(ds_config: Mapping[str, Any]) -> None:
 
 def _at_most_one(key: str, size: Any, why: str) -> None:
     if size is not None and size != 1 and size != 0:
-        raise UnsupportedError(f"{key} is {size} and PiKV is not sharded over it: {why}; set {key} to 1 (experts may be "
-                               f"sharded with expert_parallel under initialize) or set pikv.enabled to false")
+        raise UnsupportedError(f"{key} is {size} and PiKV is not sharded over it: {why}; set {key} to 1 (experts may "
+                               f"be sharded with expert_parallel under initialize) or set pikv.enabled to false")
 
 
 def _nested(ds_config: Mapping[str, Any], block: str, key: str) -> Any:

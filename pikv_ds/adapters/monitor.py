@@ -27,7 +27,8 @@ class MonitorWriter:
 
     def __call__(self, step: int) -> None:
         if step % self._interval == 0:
-            self._monitor.write_events([(f"{self._prefix}/{name}", value, step) for name, value in self._reduced().items()])
+            reduced = self._reduced()
+            self._monitor.write_events([(f"{self._prefix}/{name}", value, step) for name, value in reduced.items()])
 
     def _reduced(self) -> dict[str, float]:
         per_rank = self._per_rank(scalars(self._cache.stats()))
