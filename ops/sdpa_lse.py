@@ -1,0 +1,60 @@
+"""Softmax attention over contiguous keys that also returns its log-sum-exp. Shapes: B batch, H heads, T queries, L keys, D head_dim."""
+
+import torch
+from torch import Tensor
+
+
+def sdpa_lse(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None = None, causal: bool = False) -> tuple[Tensor, Tensor]:
+    """Attend and keep the normaliser, so that the result can be merged with attention over other keys.
+
+    out = softmax(scale q k^T) v,   lse = log sum exp(scale q k^T)
+
+    Args:
+        q: [B, Hq, T, Dk], any float dtype; computed in f32 (f64 stays f64).
+        k: [B, Hkv, L, Dk]; Hq is a multiple of Hkv (query head h reads kv head h * Hkv // Hq).
+        v: [B, Hkv, L, Dv].
+        scale: softmax scale.
+        mask: bool, broadcastable to [B, 1, T, L] (the head dimension must be 1); True = visible. k and v must be finite where hidden.
+        causal: query t sees keys 0..t; needs T == L and no mask.
+
+    Returns:
+        out [B, Hq, T, Dv] f32 and lse [B, Hq, T] f32, natural log. A query that sees nothing gives 0 and -inf.
+
+    Sync: none. Cost: on CPU with Dk == Dv the scores are never materialised; else B*Hq*T*L*4 bytes.
+    """
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    if causal and mask is not None:
+        raise ValueError("sdpa_lse: causal and mask exclude each other; fold causality into the mask")
+    if q.device.type == "cpu" and k.shape[-1] == v.shape[-1]:
+        return _flash_cpu(q, k, v, scale, mask, causal)
+    return _math(q, k, v, scale, mask, causal)
+
+
+def _flash_cpu(q, k, v, scale, mask, causal):
+    bias = None
+    if mask is not None:
+        bias = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, -torch.inf)
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=bias, scale=scale)
+    if mask is not None:
+        # The op reports out 0, lse 0 for a query that sees nothing; a merge needs -inf there.
+        lse = lse.masked_fill(~mask.any(-1), -torch.inf)
+    return out, lse
+
+
+def _math(q, k, v, scale, mask, causal):
+    B, Hq, T, _ = q.shape
+    Hkv, L = k.shape[1], k.shape[2]
+    group = Hq // Hkv
+    scores = torch.matmul(q.reshape(B, Hkv, group * T, -1) * scale, k.transpose(-1, -2)).view(B, Hkv, group, T, L)
+    if causal:
+        mask = torch.ones(T, L, dtype=torch.bool, device=q.device).tril_()[None, None]
+    if mask is not None:
+        scores = scores.masked_fill(~mask.unsqueeze(2), -torch.inf)
+    top = scores.amax(-1, keepdim=True).clamp_min(torch.finfo(q.dtype).min)  # keeps exp(-inf - top) at 0 for empty rows
+    weights = torch.exp(scores - top)
+    total = weights.sum(-1, keepdim=True)
+    lse = (top + total.log()).squeeze(-1)
+    weights = weights / total.clamp_min(torch.finfo(q.dtype).tiny)
+    out = torch.matmul(weights.view(B, Hkv, group * T, L), v).view(B, Hq, T, -1)
+    return out, lse.view(B, Hq, T)

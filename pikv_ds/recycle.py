@@ -1,0 +1,85 @@
+"""Host-phase changes of a layer's tables, between steps: pages leave a sliding window, rows are forked, cropped or dropped.
+
+R request rows, S local shards. These functions may read sizes back to the host; nothing below attend calls them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .store import LayerStore
+
+
+def expire(store: LayerStore, lens: Tensor, window: int) -> int:
+    """Free the leading pages that no later query can see.
+
+    A query at position len sees positions > len - window, so a full page whose last position is <= len - window has left.
+
+    Args: lens [R] int64, tokens of each row so far. window: W of the layer.
+    Returns: entries expired.
+    """
+    table, page_size = store.block_table, store.page_size
+    if table.shape[-1] == 0 or store.num_pages == 0:
+        return 0
+    full = torch.arange(table.shape[-1], device=table.device) < (store.counts // page_size).unsqueeze(-1)
+    last_position = store.position_pages[:, -1][table.clamp_min(0)]  # [R, S, max_pages]
+    gone = full & (last_position <= (lens - window)[:, None, None])
+    num_gone = gone.sum(-1)  # leading pages: positions ascend inside a table
+    total = int(num_gone.sum())
+    if total == 0:
+        return 0
+    store.refcount.index_add_(0, table[gone], torch.full((total,), -1, dtype=torch.int64, device=table.device))
+    shifted = torch.arange(table.shape[-1], device=table.device) + num_gone.unsqueeze(-1)
+    padded = torch.nn.functional.pad(table, (0, 1), value=-1)
+    store.block_table = padded.gather(-1, shifted.clamp_max(table.shape[-1]))
+    store.counts -= num_gone * page_size
+    store.rebuild_free_stack()
+    return total * page_size
+
+
+def remap(store: LayerStore, parent: Tensor, counts: Tensor) -> None:
+    """Replace the rows by forks of earlier rows, each cut to its first `counts` entries per shard.
+
+    Forks share full pages by reference count; a partly filled page that two rows would write to is copied.
+
+    Args:
+        parent: [R'] int64, the earlier row each new row continues; -1 = a fresh row.
+        counts: [R', S] int64 view that becomes store.counts; entries each new row keeps, at most what its parent had.
+    """
+    page_size = store.page_size
+    width = store.block_table.shape[-1]
+    num_kept = (counts + page_size - 1) // page_size
+    table = store.block_table[parent.clamp_min(0)]
+    table = torch.where(torch.arange(width, device=table.device) < num_kept.unsqueeze(-1), table, -1)
+    store.block_table, store.counts = table.contiguous(), counts
+    store.refcount = torch.bincount(table[table >= 0], minlength=store.num_pages)[: store.num_pages]
+    store.rebuild_free_stack()
+    _unshare_open_pages(store, num_kept)
+
+
+def _unshare_open_pages(store: LayerStore, num_kept: Tensor) -> None:
+    open_rows, open_shards = torch.nonzero(store.counts % store.page_size != 0, as_tuple=True)
+    if open_rows.numel() == 0:
+        return
+    last = num_kept[open_rows, open_shards] - 1
+    page = store.block_table[open_rows, open_shards, last]
+    writers = torch.bincount(page, minlength=store.num_pages)[page]
+    index = torch.arange(page.numel(), device=page.device)
+    first = torch.full((store.num_pages,), page.numel(), device=page.device).scatter_reduce_(0, page, index, "amin")[page]
+    # The first writer keeps the page, unless another row still reads it as a full page.
+    copies = (index != first) | (writers < store.refcount[page])
+    copies &= store.refcount[page] > 1
+    num_copies = int(copies.sum())
+    if num_copies == 0:
+        return
+    store.reserve(int(store.free_top), num_copies, 0)
+    store.free_top -= num_copies
+    target = store.free_stack[int(store.free_top) : int(store.free_top) + num_copies]
+    source = page[copies]
+    for name in store.fields:
+        store.pages(name).index_copy_(0, target, store.pages(name)[source])
+    store.position_pages.index_copy_(0, target, store.position_pages[source])
+    store.block_table[open_rows[copies], open_shards[copies], last[copies]] = target
+    store.refcount.index_add_(0, source, torch.full_like(source, -1))
+    store.refcount[target] = 1
