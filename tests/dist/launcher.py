@@ -6,8 +6,6 @@ Jobs write one JSON line per check (see jobs/report.py); the test asserts them o
 
 import json
 import os
-import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -15,6 +13,8 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from pikv_ds.launch.ranks import end_group, free_port
 
 JOBS = Path(__file__).resolve().parent / "jobs"
 RESULTS_VAR = "PIKV_TEST_RESULTS"
@@ -45,12 +45,6 @@ class JobResult:
 
 class JobTimeout(AssertionError):
     """The job outlived its limit and was killed with all its processes."""
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def run_deepspeed(job: str | Path, args: Sequence[object] = (), *, ranks: int = 2, timeout_s: float = 240,
@@ -93,7 +87,7 @@ def run_commands(commands: Sequence[list[str]], *, ranks: int, timeout_s: float,
                 timed_out = not _wait_all(processes, started + timeout_s)
             finally:
                 for process in processes:
-                    _end_group(process)
+                    end_group(process)
         result = JobResult(command=list(commands[0]), rows=_read_rows(Path(folder)), ranks=ranks,
                            returncode=next((p.returncode for p in processes if p.returncode), 0),
                            output=log_path.read_text(errors="replace"), wall_s=time.monotonic() - started)
@@ -114,25 +108,6 @@ def _wait_all(processes: Sequence[subprocess.Popen], deadline: float, grace_s: f
         if now > deadline:
             return False
         time.sleep(0.1)
-    return True
-
-
-def _end_group(process: subprocess.Popen) -> None:
-    """Terminate what is left of a process group, then kill it: the launcher gets the chance to reap its ranks."""
-    for sig, patience_s in ((signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0)):
-        end = time.monotonic() + patience_s
-        while _group_alive(process.pid, sig) and time.monotonic() < end:
-            process.poll()
-            time.sleep(0.1)
-            sig = 0
-    process.wait(timeout=10)
-
-
-def _group_alive(group: int, sig: int) -> bool:
-    try:
-        os.killpg(group, sig)
-    except ProcessLookupError:
-        return False
     return True
 
 
