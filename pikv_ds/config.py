@@ -159,12 +159,12 @@ class PiKVConfig(_Block):
         """From nothing (defaults), a PiKVConfig, the block, a DeepSpeed configuration that has it, or a JSON file of either."""
         if source is None:
             return cls()
-        if isinstance(source, cls):
-            return source
         if isinstance(source, str | Path):
             source = _read_json(Path(source))
         if isinstance(source, dict) and "pikv" in source:
             source = source["pikv"]
+        if isinstance(source, cls):
+            return source
         if not isinstance(source, dict):
             raise ConfigError(f"pikv = {source!r}: legal is a JSON object with the keys {', '.join(cls.model_fields)}")
         not_text = [key for key in source if not isinstance(key, str)]

@@ -18,7 +18,10 @@ def load_model_config(path: str | Path) -> PreTrainedConfig:
     path = Path(path).expanduser()
     if not path.exists():
         raise FileNotFoundError(f"no model folder or config.json at {str(path)!r}; give a path on disk")
-    return AutoConfig.from_pretrained(path, local_files_only=True)
+    try:
+        return AutoConfig.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UnsupportedError(f"{str(path)!r} holds no model configuration that transformers knows: {error}") from error
 
 
 def read_model_spec(config: PreTrainedConfig) -> list[LayerSpec]:

@@ -1,0 +1,49 @@
+"""The `pikv` command. Each subcommand is a file cmd_<name>.py beside this one with two functions:
+
+add_parser(subparsers): declare the subcommand and its arguments. It must import nothing heavy: every start of `pikv` runs it.
+run(args) -> int: do the work and return the exit status. `args.json` is there for every subcommand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import pkgutil
+import sys
+
+import pikv_ds
+from pikv_ds import launch
+from pikv_ds.errors import CapacityError, ConfigError, DivergedError, PeerError, UnsupportedError
+
+# Errors that tell the user what to do; anything else is a bug and keeps its traceback.
+_TOLD = (ConfigError, UnsupportedError, CapacityError, PeerError, DivergedError, FileNotFoundError, argparse.ArgumentTypeError)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="pikv", description=pikv_ds.__doc__.splitlines()[0])
+    parser.add_argument("--version", action="version", version=f"pikv-ds {pikv_ds.__version__}")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for found in pkgutil.iter_modules(launch.__path__):
+        if not found.name.startswith("cmd_"):
+            continue
+        command = importlib.import_module(f"{launch.__name__}.{found.name}")
+        known = set(subparsers.choices)
+        command.add_parser(subparsers)
+        for name in set(subparsers.choices) - known:
+            added = subparsers.choices[name]
+            added.add_argument("--json", metavar="FILE", help="also write command, versions, machine and rows to FILE")
+            added.set_defaults(run=command.run)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except _TOLD as error:
+        print(f"pikv {args.command}: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

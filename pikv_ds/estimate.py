@@ -1,0 +1,121 @@
+"""KV bytes from a model's geometry, without running it. `pikv plan` prints these; tests hold the store's measured bytes to them.
+
+A rank's bytes are counted in whole pages. The slabs by which a store grows are not counted: they may add up to a quarter,
+and one slab per layer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pikv_ds.spec import LayerSpec
+
+if TYPE_CHECKING:
+    from pikv_ds.codecs.base import Codec
+
+POSITION_BYTES = 4
+"""An int32 position is stored with every slot."""
+
+CAPACITY_FACTOR = 1.1
+"""A shard holds up to this multiple of its balanced share, plus one page, when `storage.capacity_tokens` is null."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankBytes:
+    """KV bytes of the fullest rank."""
+
+    balanced: int
+    """Each shard holds an equal share of each request."""
+    worst: int
+    """Each shard of the rank is filled to the default capacity, in the least favourable pages."""
+
+
+def dense_bytes(layers: Sequence[LayerSpec], contexts: Sequence[int], itemsize: int) -> int:
+    """Bytes of an ordinary cache that holds requests of these lengths on one rank, with no unused space.
+
+    sum over layers and requests of tokens_kept * values_per_token * itemsize. Sliding-window layers keep W - 1 tokens.
+    """
+    return sum(layer.tokens_kept(n) * layer.values_per_token * itemsize for layer in layers for n in contexts)
+
+
+def slot_bytes(layer: LayerSpec, codec: Codec, itemsize: int) -> int:
+    """Bytes of one slot of a page: the encoded entry and its position."""
+    return codec.bytes_per_token(layer.num_kv_heads, layer.k_dim, layer.stored_v_dim, itemsize) + POSITION_BYTES
+
+
+def capacity_slots(tokens: int, num_shards: int, page_size: int) -> int:
+    """Entries that one layer's shard may hold by default, when `tokens` entries are spread over `num_shards`."""
+    share = tokens / num_shards
+    # The product is rounded first: 1.1 * 320 is 352.00000000000006 in floating point and must stay 352.
+    return math.ceil(round(CAPACITY_FACTOR * share, 6)) + page_size
+
+
+def max_pages(entries: int, page_size: int, *, requests: int = 1, sliding: bool = False) -> int:
+    """Most pages that `entries` entries of `requests` requests can occupy in one layer's shard.
+
+    Entries of a request fill its pages in order, so only its last page is partly empty; in a sliding-window layer,
+    where old entries leave from the front, the first page too.
+    floor((entries + ends * requests * (page_size - 1)) / page_size), ends = 2 if sliding else 1.
+    """
+    if entries == 0:
+        return 0
+    ends = 2 if sliding else 1
+    return (entries + ends * min(requests, entries) * (page_size - 1)) // page_size
+
+
+def pikv_bytes(
+    layers: Sequence[LayerSpec],
+    contexts: Sequence[int],
+    *,
+    ranks: int,
+    codec: Codec,
+    page_size: int,
+    itemsize: int,
+    num_shards: int | None = None,
+) -> RankBytes:
+    """Bytes of the fullest of `ranks` ranks that store these requests together.
+
+    Args:
+        contexts: lengths of all requests stored in the group, each once: the batch of one rank when requests are
+            replicated, the batches of all ranks when they are distinct.
+        num_shards: None = `ranks`. The fullest rank holds ceil(num_shards / ranks) shards.
+    """
+    num_shards = num_shards or ranks
+    shards_here = math.ceil(num_shards / ranks)
+    balanced = worst = 0
+    for layer in layers:
+        page_bytes = page_size * slot_bytes(layer, codec, itemsize)
+        slides = [layer.tokens_kept(n) < n for n in contexts]
+        kept = [layer.tokens_kept(n) for n in contexts]
+        pages = sum(
+            max_pages(math.ceil(tokens / num_shards), page_size, sliding=moved)
+            for tokens, moved in zip(kept, slides, strict=True)
+        )
+        slots = capacity_slots(sum(kept), num_shards, page_size)
+        full = max_pages(slots, page_size, requests=len(contexts), sliding=any(slides))
+        # Rounding up per request can exceed the capacity when requests are shorter than the number of shards.
+        balanced += shards_here * min(pages, full) * page_bytes
+        worst += shards_here * full * page_bytes
+    return RankBytes(balanced=balanced, worst=worst)
+
+
+def paper_shard_capacity(tokens: int, kept_pages: int, ranks: int) -> float:
+    """S* = sqrt(L / (K G)): the shard capacity, in tokens, that minimises the PiKV paper's memory model (section 3.1).
+
+    M_kv(S) = (2 d / rho) (L / (G S) + K S), with L tokens, K pages kept by the scheduler, G ranks, d the KV width and
+    rho the compression factor. It is the paper's model; this store is not a set of fixed circular buffers.
+    """
+    return math.sqrt(tokens / (kept_pages * ranks))
+
+
+def paper_min_bytes(
+    layer: LayerSpec, tokens: int, kept_pages: int, ranks: int, *, itemsize: int, rho: float = 1.0
+) -> float:
+    """M* = M_kv(S*) = (4 d / rho) sqrt(K L / G) numbers of one layer and rank, here in bytes.
+
+    2 d is values_per_token: keys and values together, or the latent once.
+    """
+    return 2 * layer.values_per_token * itemsize / rho * math.sqrt(kept_pages * tokens / ranks)

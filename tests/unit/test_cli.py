@@ -1,0 +1,114 @@
+import json
+
+import pytest
+
+from pikv_ds import bundled
+from pikv_ds.codecs import CODECS
+from pikv_ds.estimate import dense_bytes, pikv_bytes
+from pikv_ds.launch.cli import build_parser, main
+from pikv_ds.launch.output import human_bytes
+from pikv_ds.policies import POLICIES
+from pikv_ds.routers import ROUTERS
+
+
+def run_json(tmp_path, *argv):
+    """Run a command with --json and give back what it wrote."""
+    path = tmp_path / "out.json"
+    assert main([*argv, "--json", str(path)]) == 0
+    document = json.loads(path.read_text())
+    assert list(document) == ["command", "versions", "machine", "rows"]
+    assert document["command"] == argv[0]
+    assert set(document["machine"]) == {"cpu", "cores", "memory_gib", "gpu"}
+    assert document["versions"]["pikv-ds"] and document["versions"]["torch"]
+    assert document["rows"]
+    return document["rows"]
+
+
+def test_every_subcommand_takes_json_and_runs():
+    commands = build_parser()._subparsers._group_actions[0].choices
+    assert {"config", "methods", "plan", "report"} <= set(commands)
+    for parser in commands.values():
+        assert callable(parser.get_default("run"))
+        assert "--json" in parser.format_help()
+
+
+def test_methods_lists_the_registries(tmp_path, capsys):
+    rows = run_json(tmp_path, "methods")
+    listed = {(row["key"], row["name"]) for row in rows}
+    for key, registry in (("compression", CODECS), ("routing", ROUTERS), ("scheduling", POLICIES)):
+        assert {(f"{key}.method", name) for name in registry.names()} <= listed
+    assert "routing.method" in capsys.readouterr().out
+
+
+def test_config_schema_is_json(tmp_path, capsys):
+    rows = run_json(tmp_path, "config", "--schema")
+    assert json.loads(capsys.readouterr().out) == rows[0]["schema"]
+
+
+def test_config_check(tmp_path, capsys):
+    good, bad = tmp_path / "good.json", tmp_path / "bad.json"
+    good.write_text('{"train_batch_size": 1, "pikv": {"page_size": 16}}')
+    bad.write_text('{"pikv": {"storage": {"n_tok": 3}}}')
+    assert run_json(tmp_path, "config", "--check", str(good))[0]["page_size"] == 16
+    assert main(["config", "--check", str(bad)]) == 2
+    assert "pikv config: pikv.storage.n_tok = 3: legal is a power of two" in capsys.readouterr().err
+    assert main(["config", "--check", str(tmp_path / "absent.json")]) == 2
+
+
+def test_plan_of_the_bundled_model_is_the_estimate(tmp_path):
+    rows = run_json(tmp_path, "plan", "--context", "1024", "--ranks", "2", "--dtype", "float32")
+    from pikv_ds.adapters.model_spec import load_model_config, read_model_spec
+
+    layers = read_model_spec(load_model_config(bundled.model_path()))
+    made = pikv_bytes(layers, [1024], ranks=2, codec=CODECS.build("none"), page_size=32, itemsize=4)
+    total = rows[-1]
+    assert total["layer_kind"] == "total" and total["layers"] == 4
+    assert total["dense_bytes"] == dense_bytes(layers, [1024], 4) == 1024 * 512 * 4
+    assert (total["pikv_balanced_bytes"], total["pikv_worst_bytes"]) == (made.balanced, made.worst)
+    # all 32 pages kept: S* = sqrt(1024 / (32 * 2)) = 4
+    assert rows[0]["paper_k"] == 32 and rows[0]["paper_s_star"] == 4.0
+
+
+def test_plan_of_uneven_distinct_requests(tmp_path):
+    total = run_json(tmp_path, "plan", "--context", "4096,128", "--ranks", "2", "--requests", "distinct")[-1]
+    assert total["dense_bytes"] == 4096 * 1024  # the long request's rank, 1 KiB per token in bf16
+    assert total["pikv_balanced_bytes"] == (4096 + 128) // 2 * (1024 + 4 * 4)
+
+
+def test_plan_separates_kinds_of_layers(tmp_path):
+    from transformers import AutoConfig
+
+    AutoConfig.for_model("gpt_oss", dtype="bfloat16").save_pretrained(tmp_path / "model")
+    rows = run_json(tmp_path, "plan", "--context", "32768", "--ranks", "4", "--model", str(tmp_path / "model"))
+    assert [(row["layer_kind"], row["layers"], row["tokens_kept"]) for row in rows[:-1]] == [
+        ("full 8x(64+64)", 18, 32768),
+        ("sliding 128 8x(64+64)", 18, 127),
+    ]
+    assert rows[-1]["dense_bytes"] == 18 * (32768 + 127) * 1024 * 2
+
+
+@pytest.mark.parametrize(
+    "extra, said",
+    [
+        (["--context", "8", "--codec", "zip"], "pikv.compression.method = 'zip': legal is one of 'none'"),
+        (["--context", "8", "--page-size", "512"], "pikv.page_size = 512: legal is an integer >= 1 and <= 256"),
+        (["--context", "8,9"], "--context has 2 lengths; legal is one, or one per rank (2)"),
+        (["--context", "8", "--model", "absent"], "no model folder or config.json at 'absent'"),
+    ],
+)
+def test_plan_says_what_is_wrong(capsys, extra, said):
+    assert main(["plan", "--ranks", "2", *extra]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_report_names_what_is_missing(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    rows = run_json(tmp_path, "report")
+    assert {row["section"] for row in rows} == {"environment", "optional", "op"}
+    environment = {row["what"]: row["found"] for row in rows if row["section"] == "environment"}
+    assert environment["accelerator"].startswith("cpu")
+    assert all(row["would be used for"] for row in rows if row["section"] == "optional")
+
+
+def test_human_bytes():
+    assert [human_bytes(n) for n in (0, 1023, 1536, 3 * 2**30)] == ["0 B", "1023 B", "1.50 KiB", "3.00 GiB"]

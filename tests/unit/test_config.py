@@ -1,0 +1,162 @@
+import json
+
+import pytest
+
+from pikv_ds.config import PiKVConfig
+from pikv_ds.errors import ConfigError
+
+DEFAULTS = {
+    "enabled": True,
+    "page_size": None,
+    "timeout_s": 300,
+    "storage": {
+        "requests": "auto",
+        "num_shards": None,
+        "placement": "experts",
+        "expert_ids": "previous_layer",
+        "n_tok": 1,
+        "table": None,
+        "gate_path": None,
+        "capacity_tokens": None,
+        "overflow": "spill",
+    },
+    "routing": {"method": "all", "sink_tokens": 4, "recent_tokens": 64},
+    "compression": {"method": "none"},
+    "scheduling": {"method": "none", "budget_tokens": None},
+    "offload": {"host_gib": 0, "nvme_path": None},
+    "monitor": {"enabled": True, "interval": 100},
+}
+
+
+def test_defaults_are_the_documented_block():
+    assert PiKVConfig().model_dump() == DEFAULTS
+    assert PiKVConfig.parse(DEFAULTS) == PiKVConfig()
+
+
+def test_page_size_null_is_the_codecs_choice():
+    assert PiKVConfig().resolve_page_size() == 32
+    assert PiKVConfig(page_size=1).resolve_page_size() == 1
+
+
+# block -> what the message must say: full key, value given, legal values
+BAD = {
+    "unknown key": ({"page_sise": 16}, ["unknown key pikv.page_sise = 16", "legal keys of pikv are enabled", "mean 'page_size'?"]),
+    "unknown nested key": ({"storage": {"shards": 2}}, ["unknown key pikv.storage.shards = 2", "num_shards"]),
+    "page_size 0": ({"page_size": 0}, ["pikv.page_size = 0", ">= 1 and <= 256", "null"]),
+    "page_size 257": ({"page_size": 257}, ["pikv.page_size = 257", ">= 1 and <= 256"]),
+    "page_size text": ({"page_size": "32"}, ["pikv.page_size = '32'", "an integer"]),
+    "page_size bool": ({"page_size": True}, ["pikv.page_size = True", "an integer"]),
+    "enabled 1": ({"enabled": 1}, ["pikv.enabled = 1", "true or false"]),
+    "timeout 0": ({"timeout_s": 0}, ["pikv.timeout_s = 0", "> 0"]),
+    "timeout inf": ({"timeout_s": float("inf")}, ["pikv.timeout_s = inf", "finite"]),
+    "section not an object": ({"storage": 3}, ["pikv.storage = 3", "an object with the keys requests"]),
+    "section null": ({"routing": None}, ["pikv.routing = None", "an object with the keys method"]),
+    "requests": ({"storage": {"requests": "same"}}, ["pikv.storage.requests = 'same'", "'auto', 'replicated', 'distinct'"]),
+    "placement": ({"storage": {"placement": "hash"}}, ["pikv.storage.placement = 'hash'", "'xor'", "'table'"]),
+    "expert_ids": ({"storage": {"expert_ids": "next"}}, ["pikv.storage.expert_ids = 'next'", "'lookahead'", "'hash'"]),
+    "overflow": ({"storage": {"overflow": "drop"}}, ["pikv.storage.overflow = 'drop'", "'spill', 'error'"]),
+    "num_shards": ({"storage": {"num_shards": 0}}, ["pikv.storage.num_shards = 0", ">= 1"]),
+    "capacity": ({"storage": {"capacity_tokens": 0}}, ["pikv.storage.capacity_tokens = 0", ">= 1"]),
+    "n_tok 3": ({"storage": {"placement": "xor", "n_tok": 3}}, ["pikv.storage.n_tok = 3", "power of two"]),
+    "n_tok 0": ({"storage": {"placement": "xor", "n_tok": 0}}, ["pikv.storage.n_tok = 0", ">= 1"]),
+    "n_tok without xor": ({"storage": {"n_tok": 4}}, ["pikv.storage.n_tok = 4", "'experts'", "'xor'"]),
+    "table missing": ({"storage": {"placement": "table"}}, ["pikv.storage.table = None", "placement = 'table'"]),
+    "table unused": ({"storage": {"table": [[[0]]]}}, ["pikv.storage.table", "null", "'experts'"]),
+    "gate missing": ({"storage": {"expert_ids": "gate"}}, ["pikv.storage.gate_path = None", "expert_ids = 'gate'"]),
+    "gate unused": ({"storage": {"gate_path": "g"}}, ["pikv.storage.gate_path = 'g'", "null", "'previous_layer'"]),
+    "host tier": ({"offload": {"host_gib": 8}}, ["pikv.offload.host_gib = 8", "not available in this version"]),
+    "nvme tier": ({"offload": {"nvme_path": "d"}}, ["pikv.offload.nvme_path = 'd'", "not available in this version"]),
+    "budget": ({"scheduling": {"budget_tokens": 9}}, ["pikv.scheduling.budget_tokens = 9", "method = 'none'"]),
+    "router": ({"routing": {"method": "topk"}}, ["pikv.routing.method = 'topk'", "'all'"]),
+    "codec": ({"compression": {"method": "zip"}}, ["pikv.compression.method = 'zip'", "'none'"]),
+    "policy": ({"scheduling": {"method": "lru"}}, ["pikv.scheduling.method = 'lru'", "'none'"]),
+    "sinks": ({"routing": {"sink_tokens": -1}}, ["pikv.routing.sink_tokens = -1", ">= 0"]),
+    "interval": ({"monitor": {"interval": 0}}, ["pikv.monitor.interval = 0", ">= 1"]),
+    "two at once": ({"page_size": 0, "monitor": {"interval": 0}}, ["pikv.page_size = 0", "pikv.monitor.interval = 0"]),
+}
+
+
+@pytest.mark.parametrize("block, said", BAD.values(), ids=BAD.keys())
+def test_bad_blocks_name_key_value_and_legal_values(block, said):
+    with pytest.raises(ConfigError) as caught:
+        PiKVConfig(**block)
+    for text in said:
+        assert text in str(caught.value)
+    with pytest.raises(ConfigError):
+        PiKVConfig.parse({"pikv": block})
+
+
+def tables():
+    yield "empty", [], None, "no empty level"
+    yield "no replica slot", [[[]]], None, "no empty level"
+    yield "ragged experts", [[[0], [1]], [[0]]], None, "table[1]"
+    yield "ragged replicas", [[[0, 1], [1]]], None, "table[0][1]"
+    yield "no home", [[[-1], [0]]], None, "at least one shard id"
+    yield "below -1", [[[-2], [0]]], None, "-1 (no replica)"
+    yield "beyond num_shards", [[[0], [2]]], 2, "0 to 1"
+    yield "twice on one shard", [[[1, 1], [0, -1]]], None, "different shards"
+    yield "text", [[["a"]]], None, "integers"
+
+
+@pytest.mark.parametrize("table, num_shards, said", [case[1:] for case in tables()], ids=[case[0] for case in tables()])
+def test_bad_tables(table, num_shards, said):
+    with pytest.raises(ConfigError, match=r"pikv\.storage\.table") as caught:
+        PiKVConfig(storage={"placement": "table", "table": table, "num_shards": num_shards})
+    assert said in str(caught.value)
+
+
+def test_good_combinations():
+    table = PiKVConfig(storage={"placement": "table", "table": [[[0, -1], [1, 0]]], "num_shards": 2}).storage.table
+    assert table == (((0, -1), (1, 0)),)
+    assert PiKVConfig(storage={"placement": "xor", "n_tok": 8}).storage.n_tok == 8
+    assert PiKVConfig(storage={"expert_ids": "gate", "gate_path": "gate.safetensors"}).storage.gate_path
+    assert PiKVConfig(enabled=False, page_size=256).enabled is False
+
+
+def test_parse_accepts_every_form(tmp_path):
+    block = {"page_size": 16}
+    alone, whole = tmp_path / "block.json", tmp_path / "ds_config.json"
+    alone.write_text(json.dumps(block))
+    whole.write_text(json.dumps({"train_batch_size": 1, "pikv": block}))
+    made = PiKVConfig(**block)
+    for source in (made, block, {"pikv": block}, {"pikv": made}, alone, str(alone), whole, str(whole)):
+        assert PiKVConfig.parse(source) == made
+    assert PiKVConfig.parse(None) == PiKVConfig()
+    assert PiKVConfig.parse(made) is made
+
+
+def test_parse_refuses_what_is_no_block(tmp_path):
+    broken, twice = tmp_path / "broken.json", tmp_path / "twice.json"
+    broken.write_text("{")
+    twice.write_text('{"page_size": 1, "page_size": 2}')
+    with pytest.raises(ConfigError, match="cannot read the configuration file .*absent.json"):
+        PiKVConfig.parse(tmp_path / "absent.json")
+    with pytest.raises(ConfigError, match="broken.json' is not valid JSON"):
+        PiKVConfig.parse(broken)
+    with pytest.raises(ConfigError, match="'page_size' appears twice"):
+        PiKVConfig.parse(twice)
+    with pytest.raises(ConfigError, match="pikv = True: legal is a JSON object"):
+        PiKVConfig.parse({"pikv": True})
+    with pytest.raises(ConfigError, match="keys are strings"):
+        PiKVConfig.parse({1: 2})
+
+
+def test_frozen_and_hashable():
+    config = PiKVConfig()
+    with pytest.raises(ValueError, match="frozen"):
+        config.page_size = 3
+    assert hash(config) == hash(PiKVConfig())
+
+
+def test_round_trip_through_json():
+    config = PiKVConfig(storage={"placement": "table", "table": [[[0], [1]]]})
+    assert PiKVConfig.parse(json.loads(config.model_dump_json())) == config
+
+
+def test_every_key_is_described_in_the_schema():
+    schema = PiKVConfig.model_json_schema()
+    for block in (schema, *schema["$defs"].values()):
+        assert block["description"]
+        for key, field in block["properties"].items():
+            assert field.get("description") or "$ref" in field, f"{block['title']}.{key}"
+    assert set(schema["properties"]) == set(DEFAULTS)
