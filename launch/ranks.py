@@ -58,6 +58,11 @@ def rank_environment(ranks: int) -> dict[str, str]:
     return env
 
 
+def started_ranks() -> int | None:
+    """Ranks of the job this process belongs to, None if no launcher started it."""
+    return int(os.environ["WORLD_SIZE"]) if "WORLD_SIZE" in os.environ else None
+
+
 def own_stdout() -> TextIO:
     """This process's stdout as a stream of its own; everything else that prints goes to stderr from now on.
 
