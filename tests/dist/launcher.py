@@ -49,9 +49,10 @@ class JobTimeout(AssertionError):
 
 def run_deepspeed(job: str | Path, args: Sequence[object] = (), *, ranks: int = 2, timeout_s: float = 240,
                   env: Mapping[str, str] | None = None, launcher_args: Sequence[str] = ()) -> JobResult:
-    """Run a job under the DeepSpeed launcher. `launcher_args` go before the script (for example --module)."""
+    """Run a job under the DeepSpeed launcher; with "--module" in `launcher_args` the job is a module's name."""
+    target = str(job) if "--module" in launcher_args else _job_path(job)
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(ranks),
-               "--master_port", str(free_port()), *launcher_args, _job_path(job), *map(str, args)]
+               "--master_port", str(free_port()), *launcher_args, target, *map(str, args)]
     return run_commands([command], ranks=ranks, timeout_s=timeout_s, env=env)
 
 
