@@ -1,0 +1,94 @@
+"""`pikv demo`: the bundled model on expert-parallel ranks, its cache dense and sharded, the same tokens from both."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+SHORTEST_CONTEXT = 64
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser("demo", help="dense and sharded KV cache side by side on local ranks")
+    parser.add_argument("--ranks", type=_positive, default=2, metavar="G", help="expert-parallel ranks (default 2)")
+    parser.add_argument("--context", type=_positive, default=1100, metavar="N", help="prompt tokens (default 1100)")
+    parser.add_argument("--new-tokens", type=_positive, default=24, metavar="N", help="generated tokens (default 24)")
+
+
+def run(args: argparse.Namespace) -> int:
+    from pikv_ds.launch.output import print_table, write_json
+    from pikv_ds.launch.ranks import RanksFailed, run_ranks
+
+    _check(args)
+    print(f"starting {args.ranks} ranks under the deepspeed launcher, experts and KV cache sharded over them", flush=True)
+    with tempfile.TemporaryDirectory(prefix="pikv_demo_") as folder:
+        result = Path(folder) / "rows.json"
+        try:
+            run_ranks("pikv_ds.launch.demo_job", [str(result), str(args.context), str(args.new_tokens)], args.ranks)
+        except RanksFailed as error:
+            print(f"pikv demo: {error}", file=sys.stderr)
+            return 1
+        document = json.loads(result.read_text(encoding="utf-8"))
+    rows = document["rows"]
+    print(f"\nprompt: {args.context:,} tokens that hide the pass key {document['pass_key']}, ending in")
+    print(f"  ...{document['question']!r}\nanswer: {rows[1]['answer']!r}\n")
+    print_table(f"Bundled model, {args.ranks} ranks, {args.new_tokens} new tokens", [_shown(row) for row in rows])
+    print(*_conclusions(rows), sep="\n")
+    write_json(args.json, "demo", rows)
+    return 0 if all(row["tokens_equal"] for row in rows) else 1
+
+
+def _check(args: argparse.Namespace) -> None:
+    from transformers import AutoConfig
+
+    from pikv_ds.bundled import model_path
+
+    model = AutoConfig.from_pretrained(model_path(), local_files_only=True)
+    longest = model.max_position_embeddings - args.new_tokens
+    if not SHORTEST_CONTEXT <= args.context <= longest:
+        raise argparse.ArgumentTypeError(f"--context {args.context}: legal with --new-tokens {args.new_tokens} is "
+                                         f"{SHORTEST_CONTEXT} to {longest} (positions of the bundled model)")
+    if args.new_tokens < 2:
+        raise argparse.ArgumentTypeError(f"--new-tokens {args.new_tokens}: legal is 2 or more, the rate is between tokens")
+    if model.num_experts % args.ranks:
+        raise argparse.ArgumentTypeError(f"--ranks {args.ranks}: the {model.num_experts} experts of the bundled model "
+                                         f"are divided over the ranks; legal are the divisors of {model.num_experts}")
+
+
+def _shown(row: dict[str, Any]) -> dict[str, Any]:
+    from pikv_ds.launch.output import human_bytes
+
+    return {
+        "name": row["name"],
+        "context": _per_rank(row["context_tokens"]),
+        "KV bytes per rank": " | ".join(human_bytes(count) for count in row["kv_bytes_per_rank"]),
+        "entries per rank": _per_rank(row["entries_per_rank"]),
+        "entries per expert": _per_rank(row["entries_per_expert"]) if row["entries_per_expert"] else "-",
+        "tokens/s": f"{row['tokens_per_s']:.1f}",
+        "max logit diff": f"{row['max_logit_diff']:.1e}",
+        "tokens equal": "yes" if row["tokens_equal"] else "NO",
+    }
+
+
+def _per_rank(values: list[int]) -> str:
+    return f"{values[0]:,}" if len(set(values)) == 1 and len(values) > 1 else " | ".join(f"{value:,}" for value in values)
+
+
+def _conclusions(rows: list[dict[str, Any]]) -> list[str]:
+    lines = []
+    for dense, sharded in zip(rows[::2], rows[1::2], strict=True):
+        before, after = max(dense["kv_bytes_per_rank"]), max(sharded["kv_bytes_per_rank"])
+        lines.append(f"{sharded['name']}: the fullest rank holds {after:,} bytes of KV instead of {before:,} "
+                     f"({after / before:.2f} x), {'the same tokens' if sharded['tokens_equal'] else 'OTHER TOKENS'}")
+    return lines
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text}: legal is a number of at least 1")
+    return value
