@@ -53,7 +53,7 @@ def remap(store: LayerStore, parent: Tensor, counts: Tensor) -> None:
     table = store.block_table[parent.clamp_min(0)]
     table = torch.where(torch.arange(width, device=table.device) < num_kept.unsqueeze(-1), table, -1)
     store.block_table, store.counts = table.contiguous(), counts
-    store.refcount = torch.bincount(table[table >= 0], minlength=store.num_pages)[: store.num_pages]
+    store.refcount = torch.bincount(table[table >= 0], minlength=store.num_pages + 1)
     store.rebuild_free_stack()
     _unshare_open_pages(store, num_kept)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 class Homes(NamedTuple):
     shard: Tensor  # [N] int64, the shard that stores each token
-    spilled: Tensor  # 0-d int64, tokens that did not get the shard they asked for
+    spilled: Tensor  # [N] bool, tokens that did not get the shard they asked for
 
 
 def spill(wanted: Tensor, valid: Tensor, load: Tensor, capacity: int) -> Homes:
@@ -34,7 +34,7 @@ def spill(wanted: Tensor, valid: Tensor, load: Tensor, capacity: int) -> Homes:
     extra = water_fill(load + torch.minimum(running[-1], room), over.sum())
     turn = over.cumsum(0) - 1
     taken_over = torch.searchsorted(extra.cumsum(0), turn.clamp_min(0), right=True).clamp_max(num_shards - 1)
-    return Homes(torch.where(over, taken_over, wanted), over.sum())
+    return Homes(torch.where(over, taken_over, wanted), over)
 
 
 def water_fill(load: Tensor, amount: Tensor) -> Tensor:

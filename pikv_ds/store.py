@@ -33,8 +33,9 @@ class LayerStore:
             for name, (shape, field_dtype) in codec.fields(spec.num_kv_heads, spec.k_dim, spec.stored_v_dim, dtype).items()
         }
         self.positions = torch.full((1,), -1, dtype=torch.int32, device=device)
-        self.refcount = torch.zeros(0, dtype=torch.int64, device=device)  # tables that name a page; > 1 after a beam fork
-        self.free_stack = torch.zeros(0, dtype=torch.int64, device=device)
+        # One spare element each, never read as a page: tokens that open no page index it.
+        self.refcount = torch.zeros(1, dtype=torch.int64, device=device)  # [P + 1] tables that name a page; > 1 after a beam fork
+        self.free_stack = torch.zeros(1, dtype=torch.int64, device=device)  # [P + 1] free page ids, free_top of them valid
         self.block_table = torch.full((*counts.shape, 0), -1, dtype=torch.int64, device=device)  # [R, S, max_pages]
 
     # ---- host side: sizes ----------------------------------------------------------------------------------------------------
@@ -59,22 +60,23 @@ class LayerStore:
             width = table_width + 1 + table_width // GROWTH
             self.block_table = torch.nn.functional.pad(self.block_table, (0, width - self.block_table.shape[-1]), value=-1)
 
-    def shrink(self, free_pages: int) -> None:
-        """Give slabs back when more than an eighth of the pages is free: pages move down into the holes. Host side."""
+    def shrink(self, free_pages: int) -> int:
+        """Give slabs back when more than an eighth of the pages is free: pages move down into the holes. Returns the free pages left."""
         used = self.num_pages - free_pages
         if free_pages <= 1 + used // GROWTH:
-            return
-        taken = self.refcount > 0
+            return free_pages
+        taken = self.refcount[:-1] > 0
         new_id = torch.cumsum(taken, 0) - 1  # order-preserving: page p moves to new_id[p]
         keep = torch.nonzero(taken).squeeze(-1)
         for name in self.fields:
             self.fields[name] = self._flat(self.pages(name).index_select(0, keep))
         self.positions = self._flat(self.position_pages.index_select(0, keep))
-        self.refcount = self.refcount.index_select(0, keep)
+        self.refcount = torch.nn.functional.pad(self.refcount.index_select(0, keep), (0, 1))
         table = self.block_table
         self.block_table = torch.where(table >= 0, new_id[table.clamp_min(0)], -1)
         self.num_pages = used
         self.rebuild_free_stack()
+        return 0
 
     def _flat(self, pages: Tensor) -> Tensor:
         return torch.cat([pages.flatten(0, 1), pages.new_zeros(1, *pages.shape[2:])])
@@ -98,8 +100,9 @@ class LayerStore:
 
     def rebuild_free_stack(self) -> None:
         """Derive the free stack from the reference counts. Sync: none."""
-        self.free_stack = torch.argsort((self.refcount > 0).to(torch.int8), stable=True)
-        self.free_top.copy_((self.refcount == 0).sum())
+        used = self.refcount[:-1] > 0
+        self.free_stack = torch.nn.functional.pad(torch.argsort(used.to(torch.int8), stable=True), (0, 1))
+        self.free_top.copy_(self.num_pages - used.sum())
 
     # ---- device side: from attend down ---------------------------------------------------------------------------------------
 
@@ -135,11 +138,11 @@ class LayerStore:
         offset = index % self.page_size
         entry = cell * width + index.clamp_min(0) // self.page_size  # [N] index into the flat block table
         opens = here & (offset == 0)
-        page = self.free_stack[(self.free_top - opens.cumsum(0)).clamp_min(0)]  # popped from the top, one page per opening token
+        page = self.free_stack[torch.where(opens, self.free_top - opens.cumsum(0), self.num_pages)]  # popped from the top, one per opening token
         # Tokens that open nothing park a -1 in the last column, which reserve() keeps unused: no data-dependent shape.
         table = self.block_table.view(-1)
         table.index_put_((torch.where(opens, entry, table.numel() - 1),), torch.where(opens, page, -1))
-        self.refcount.index_add_(0, torch.where(opens, page, 0), opens.to(torch.int64))
+        self.refcount.index_add_(0, torch.where(opens, page, self.num_pages), opens.to(torch.int64))
         self.free_top -= opens.sum()
         self.counts.view(-1).index_add_(0, cell, here.to(torch.int64))
         slot_mapping = torch.where(here, table[entry] * self.page_size + offset, -1)

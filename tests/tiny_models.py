@@ -1,8 +1,10 @@
-"""Tiny random models of the families DeepSpeed tests run: two layers, eight experts top-2, fp32."""
+"""Tiny random models of every supported family: two layers, eight experts top-2, fp32."""
 
 import torch
 from torch import nn
 from transformers import (
+    DeepseekV2Config,
+    DeepseekV2ForCausalLM,
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
     GptOssConfig,
@@ -12,6 +14,10 @@ from transformers import (
     OlmoeConfig,
     OlmoeForCausalLM,
     PreTrainedModel,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
@@ -28,6 +34,13 @@ FAMILIES = {
         num_key_value_heads=4, moe_intermediate_size=32, n_shared_experts=1, n_routed_experts=8, n_group=2,
         topk_group=1, first_k_dense_replace=1, kv_lora_rank=16, q_lora_rank=24, qk_rope_head_dim=8,
         qk_nope_head_dim=16, v_head_dim=12, norm_topk_prob=True, routed_scaling_factor=2.5)),
+    "deepseek_v2": (DeepseekV2Config, DeepseekV2ForCausalLM, dict(
+        num_key_value_heads=4, moe_intermediate_size=32, n_shared_experts=1, n_routed_experts=8, n_group=1,
+        topk_group=1, topk_method="greedy", first_k_dense_replace=1, kv_lora_rank=16, q_lora_rank=24,
+        qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=12)),
+    "qwen2_moe": (Qwen2MoeConfig, Qwen2MoeForCausalLM, dict(
+        num_key_value_heads=2, num_experts=8, moe_intermediate_size=32, shared_expert_intermediate_size=32)),
+    "qwen3_dense": (Qwen3Config, Qwen3ForCausalLM, dict(num_key_value_heads=2, head_dim=16)),
     "gpt_oss": (GptOssConfig, GptOssForCausalLM, dict(
         num_key_value_heads=2, head_dim=16, num_local_experts=8, sliding_window=8,
         layer_types=["sliding_attention", "full_attention"])),
@@ -39,7 +52,10 @@ def tiny_model(family: str, attention: str = "eager", **changes) -> PreTrainedMo
     """The same weights on every rank and at every call."""
     config_class, model_class, options = FAMILIES[family]
     torch.manual_seed(0)
-    config = config_class(**{**COMMON, **options, **changes}, attn_implementation=attention)
+    settings = {**COMMON, **options, **changes}
+    if family == "qwen3_dense":
+        settings.pop("num_experts_per_tok")
+    config = config_class(**settings, attn_implementation=attention)
     model = model_class(config).eval().float()
     torch.manual_seed(1)
     for name, parameter in model.named_parameters():

@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
+import torch
 from torch import Tensor
+
+
+class Field(NamedTuple):
+    """Shape of one stored field per token, and its dtype."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
 
 
 class Codec(ABC):
@@ -27,6 +35,10 @@ class Codec(ABC):
 
         `itemsize` is the size of one element of the model's KV dtype.
         """
+
+    @abstractmethod
+    def fields(self, num_kv_heads: int, k_dim: int, v_dim: int, dtype: torch.dtype) -> dict[str, Field]:
+        """What is stored per token: name -> shape and dtype. Their bytes add up to `bytes_per_token`."""
 
     @abstractmethod
     def encode(self, k: Tensor, v: Tensor) -> dict[str, Tensor]:

@@ -1,7 +1,8 @@
+import torch
 from torch import Tensor
 
 from pikv_ds.codecs import CODECS
-from pikv_ds.codecs.base import Codec
+from pikv_ds.codecs.base import Codec, Field
 
 
 @CODECS.register("none")
@@ -16,6 +17,9 @@ class NoCodec(Codec):
 
     def bytes_per_token(self, num_kv_heads: int, k_dim: int, v_dim: int, itemsize: int) -> int:
         return num_kv_heads * (k_dim + v_dim) * itemsize
+
+    def fields(self, num_kv_heads: int, k_dim: int, v_dim: int, dtype: torch.dtype) -> dict[str, Field]:
+        return {"k": Field((num_kv_heads, k_dim), dtype), "v": Field((num_kv_heads, v_dim), dtype)}
 
     def encode(self, k: Tensor, v: Tensor) -> dict[str, Tensor]:
         return {"k": k, "v": v}

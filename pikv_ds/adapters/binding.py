@@ -1,0 +1,80 @@
+"""Which cache and which layer an attention module belongs to, while its model is attached."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from pikv_ds.cache import PiKVCache
+from pikv_ds.errors import UnsupportedError
+from pikv_ds.spec import LayerSpec
+
+from .expert_ids import ExpertIds
+
+if TYPE_CHECKING:
+    from .hf_cache import HFCache
+
+
+@dataclass(slots=True)
+class Chunk:
+    """Positions of the running forward: [B, T] int32, -1 = padding; unpadded: no -1 among them and known so on the host."""
+
+    positions: Tensor | None = None
+    unpadded: bool = True
+
+
+@dataclass(slots=True)
+class Binding:
+    """One attention module's place in the cache."""
+
+    cache: HFCache
+    layer: int
+    spec: LayerSpec
+    expert_ids: ExpertIds
+    chunk: Chunk = field(default_factory=Chunk)
+
+    @property
+    def core(self) -> PiKVCache:
+        return self.cache.core
+
+    def entries(self) -> tuple[Tensor, Tensor]:
+        """New entries as [B, T, Hkv, D]; a latent layer stores [c_kv | k_rot] once, its value has no columns of its own."""
+        new = self.cache.layers[self.layer].take()
+        if new is None:
+            raise UnsupportedError(f"layer {self.layer} reached attention without updating the cache; a model must call past_key_values.update")
+        k, v = (t.detach().transpose(1, 2) for t in new)
+        if self.spec.latent:
+            if k.shape[-1] + v.shape[-1] != self.spec.k_dim or k.shape[2] != 1:
+                raise UnsupportedError(
+                    f"layer {self.layer}: this transformers version caches expanded MLA keys {tuple(new[0].shape)}, not the latent of width "
+                    f"{self.spec.v_dim}; use a version whose cache receives the latent (5.23 does)"
+                )
+            k = torch.cat([k, v], -1)
+            v = k.new_empty(*k.shape[:3], 0)
+        return k, v
+
+
+_BINDINGS: WeakKeyDictionary[nn.Module, Binding] = WeakKeyDictionary()
+
+
+def bind(module: nn.Module, binding: Binding) -> None:
+    _BINDINGS[module] = binding
+
+
+def unbind(module: nn.Module) -> None:
+    _BINDINGS.pop(module, None)
+
+
+def is_bound(module: nn.Module) -> bool:
+    return module in _BINDINGS
+
+
+def binding_of(module: nn.Module) -> Binding:
+    binding = _BINDINGS.get(module)
+    if binding is None:
+        raise UnsupportedError(f"{type(module).__name__} runs with attention 'pikv' but is not attached; call pikv_ds.attach(model, config)")
+    return binding

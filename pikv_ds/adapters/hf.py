@@ -1,0 +1,117 @@
+"""Attach an expert-sharded cache to a transformers model, by hooks and one registered attention function. No model file is edited."""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+from pikv_ds.cache import PiKVCache
+from pikv_ds.config import PiKVConfig
+from pikv_ds.errors import ConfigError, UnsupportedError
+
+from . import binding as bindings
+from .expert_ids import ExpertIds, count_experts, load_gate
+from .forward_hooks import ForwardHooks
+from .generate_hooks import GenerateHooks
+from .hf_attention import pikv_attention, pikv_mask
+from .hf_cache import HFCache
+from .model_spec import read_model_spec
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def attach(model: PreTrainedModel, config=None, group: dist.ProcessGroup | None = None, *, requests: str | None = None) -> HFCache:
+    """Keep the KV cache of `model` in an expert-sharded store over `group`, until detach() or the end of the `with` block.
+
+    Args:
+        model: a decoder of transformers, in eval or train mode; forwards in train mode are left to the host.
+        config: the "pikv" block: PiKVConfig, dict, JSON path, or None for the defaults.
+        group: the expert-parallel process group (any backend); None = one rank, no communication.
+        requests: overrides config.storage.requests.
+
+    Returns:
+        HFCache, a transformers Cache and context manager with stats(), reset(), lockstep(), detach().
+
+    Raises:
+        ConfigError: a key that does not fit this model or this group.
+        UnsupportedError: a layer type, dtype or attention that PiKV cannot honour exactly.
+
+    Collectives: none at attach. The group must have been created; its own timeout bounds NCCL, pikv.timeout_s bounds gloo.
+    """
+    config = PiKVConfig.parse(config)
+    if not config.enabled:
+        raise ConfigError("pikv.enabled is false: attach would have no effect; drop the call or enable the block")
+    if requests is not None:
+        config = config.model_copy(update={"storage": config.storage.model_copy(update={"requests": requests})})
+    decoder, layers, attentions = _anatomy(model)
+    specs = read_model_spec(model.config)
+    parameter = next(model.parameters())
+    _check(model, attentions, specs, parameter.dtype, config, group)
+    num_ranks = 1 if group is None else dist.get_world_size(group)
+    num_shards = config.storage.num_shards or num_ranks
+    num_experts = count_experts(model.config.get_text_config(decoder=True)) or num_shards
+    gate = None
+    if config.storage.expert_ids == "gate":
+        gate = load_gate(config.storage.gate_path, len(specs), num_experts, specs[0].num_kv_heads * specs[0].k_dim).to(parameter.device)
+    core = PiKVCache(specs, config, num_experts=num_experts, dtype=parameter.dtype, device=parameter.device, group=group)
+    cache = HFCache(core)
+    expert_ids = ExpertIds(config.storage.expert_ids, layers, attentions, gate)
+    expert_ids.on_routed = core.name_experts
+    AttentionInterface.register("pikv", pikv_attention)
+    AttentionMaskInterface.register("pikv", pikv_mask)
+    forward = ForwardHooks(model, decoder, cache, expert_ids)
+    for i, attention in enumerate(attentions):
+        bindings.bind(attention, bindings.Binding(cache, i, specs[i], expert_ids, forward.chunk))
+    generate = GenerateHooks(model, cache)
+
+    def undo() -> None:
+        generate.remove()
+        forward.remove()
+        expert_ids.remove()
+        for attention in attentions:
+            bindings.unbind(attention)
+
+    cache._detach = undo
+    return cache
+
+
+def _anatomy(model: nn.Module) -> tuple[nn.Module, list[nn.Module], list[nn.Module]]:
+    """The decoder (the module whose forward takes past_key_values and loops over layers), its layers, their attention modules."""
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedError(f"attach needs a transformers PreTrainedModel, got {type(model).__name__}; for an engine pass engine.module")
+    for module in model.modules():
+        layers = getattr(module, "layers", None)
+        if isinstance(layers, nn.ModuleList) and "past_key_values" in inspect.signature(module.forward).parameters:
+            attentions = []
+            for i, layer in enumerate(layers):
+                found = [m for m in layer.modules() if getattr(m, "layer_idx", None) == i and hasattr(m, "o_proj")]
+                if len(found) != 1:
+                    raise UnsupportedError(f"{type(layer).__name__} {i} has {len(found)} attention modules with layer_idx and o_proj; PiKV needs one")
+                attentions.append(found[0])
+            return module, list(layers), attentions
+    raise UnsupportedError(f"{type(model).__name__} has no decoder with a .layers list whose forward takes past_key_values")
+
+
+def _check(model, attentions, specs, dtype, config, group) -> None:
+    name = type(model).__name__
+    if not model._can_set_attn_implementation():
+        raise UnsupportedError(f"{name} does not call its attention through transformers' AttentionInterface; its attention can't be replaced")
+    if bindings.is_bound(attentions[0]):
+        raise UnsupportedError(f"{name} is attached already; detach() the first cache before attaching another")
+    if dtype not in _DTYPES:
+        legal = ", ".join(str(d).removeprefix("torch.") for d in _DTYPES)
+        raise UnsupportedError(f"{name} has parameters of dtype {dtype}; PiKV stores {legal}: convert the model with model.to(...)")
+    if len(specs) != len(attentions):
+        raise UnsupportedError(f"the configuration of {name} describes {len(specs)} layers, the model has {len(attentions)}")
+    if getattr(model.config.get_text_config(decoder=True), "attn_logit_softcapping", None):
+        raise UnsupportedError(f"{name} caps attention logits (attn_logit_softcapping); PiKV does not handle softcap")
+    if group is not None and not dist.is_initialized():
+        raise ConfigError("a process group was given but torch.distributed is not initialised")
+    num_ranks = 1 if group is None else dist.get_world_size(group)
+    shards = config.storage.num_shards
+    if shards is not None and shards % num_ranks:
+        raise ConfigError(f"pikv.storage.num_shards = {shards} is not a multiple of the {num_ranks} ranks of the group; each rank holds as many shards")

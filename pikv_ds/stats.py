@@ -1,0 +1,85 @@
+"""What a rank reports about its cache, as plain numbers; and the formulas that the byte counters are checked against."""
+
+from __future__ import annotations
+
+from .cache import PiKVCache
+from .placement import shard_rank
+from .spec import LayerSpec
+from .wire import ALIGN, HEADER
+
+
+def stats(cache: PiKVCache, dense_rows: int, dense_columns: int) -> dict:
+    """Plain numbers of this rank, bytes from storage sizes.
+
+    Args: dense_rows, dense_columns: the batch and the token columns (padding included) that the ordinary cache would hold on this rank.
+    Sync: reads the device.
+    """
+    counters = cache.counters
+    born, spilled_here, spilled = cache.counters.device_counts.tolist()
+    by_shard = cache.directory.load.sum(0).tolist() if cache.num_shards > 1 else [int(cache.counts.sum())]
+    load_per_rank = [0] * cache.exchange.size
+    for shard, load in enumerate(by_shard):
+        load_per_rank[shard_rank(shard, cache.num_shards, cache.exchange.size)] += load
+    return {
+        "kv_bytes_allocated": sum(s.nbytes for s in cache.stores),
+        "kv_bytes_live": sum(int(s.counts.sum()) * s.bytes_per_slot for s in cache.stores),
+        "kv_bytes_dense": sum(dense_bytes(spec, dense_rows, dense_columns, cache.dtype.itemsize) for spec in cache.layers),
+        "metadata_bytes": cache.directory.nbytes + sum(s.block_table.nbytes + s.free_stack.nbytes + s.refcount.nbytes for s in cache.stores),
+        "entries_live": int(cache.counts.sum()),
+        "entries_appended": int(counters.by_expert.sum()),
+        "entries_expired": counters.expired + born,
+        "entries_evicted": counters.evicted,
+        "entries_cropped": counters.cropped,
+        "entries_forked": counters.forked,
+        "exchange_bytes_sent": cache.exchange.bytes_sent,
+        "exchange_collectives": cache.exchange.collectives,
+        "load_per_rank": load_per_rank,
+        "load_per_expert": counters.by_expert.tolist(),
+        "spilled": spilled_here,
+        "spilled_group": spilled,
+        "requests": cache.agreement.mode,
+        "attention_impl": attention_impl(cache),
+    }
+
+
+def dense_bytes(spec: LayerSpec, rows: int, columns: int, itemsize: int) -> int:
+    """Bytes the ordinary (Hugging Face DynamicCache) layer holds: every column, padding included; W - 1 columns in a window layer."""
+    return rows * spec.tokens_kept(columns) * spec.values_per_token * itemsize
+
+
+def attention_impl(cache: PiKVCache) -> str:
+    """Which code reads the pages: all in torch in this version; on CPU through torch's flash kernel where Dk == Dv."""
+    flash = cache.device.type == "cpu" and all(s.k_dim == s.v_dim for s in cache.layers)
+    return "torch paged, flash" if flash else "torch paged, matmul"
+
+
+def share_bytes(num_tokens: int, num_q_heads: int, spec: LayerSpec, q_dim: int, itemsize: int) -> int:
+    """Bytes of one rank's record [q | k | v | expert ids | positions]: the first collective of a layer, distinct requests."""
+    values = [num_tokens * 4, num_tokens * num_q_heads * q_dim * itemsize]
+    values += [num_tokens * spec.num_kv_heads * d * itemsize for d in (spec.k_dim, spec.stored_v_dim)]
+    return _sections([*values, num_tokens * 4])
+
+
+def partial_bytes(num_tokens: int, num_q_heads: int, v_dim: int) -> int:
+    """Bytes of (out, lse) of `num_tokens` queries in f32: one block of the second collective."""
+    return num_tokens * num_q_heads * (v_dim + 1) * 4
+
+
+def decode_bytes_sent(mode: str, rows: list[int], rank: int, num_q_heads: int, layers: list[LayerSpec], itemsize: int) -> int:
+    """Bytes one rank sends in a decode step of one token per row; `rows` per rank (replicated: the same batch everywhere)."""
+    others = len(rows) - 1
+    total = 0
+    for spec in layers:
+        if mode == "replicated":
+            total += others * _sections([partial_bytes(rows[rank], num_q_heads, spec.v_dim)])
+        else:
+            total += others * share_bytes(max(rows), num_q_heads, spec, spec.k_dim, itemsize)
+            total += partial_bytes(sum(rows) - rows[rank], num_q_heads, spec.v_dim)
+    return total
+
+
+def _sections(sizes: list[int]) -> int:
+    end = HEADER * 4
+    for size in sizes:
+        end = -(-end // ALIGN) * ALIGN + size
+    return -(-end // ALIGN) * ALIGN

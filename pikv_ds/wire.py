@@ -1,0 +1,59 @@
+"""Byte layout of the buffers that cross ranks. G ranks, N tokens per rank (padded to the largest rank), H heads.
+
+One buffer per collective: a header of HEADER int32, then one section per field, all tokens of a field together, so that both ends
+read and write plain strided views and every value keeps its bits (positions never travel as floats).
+"""
+
+from __future__ import annotations
+
+from math import prod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+HEADER = 8  # int32 words in front of every buffer
+ALIGN = 16  # bytes; every section starts on a multiple, so a section can be viewed in its dtype
+
+
+class Section(NamedTuple):
+    name: str
+    shape: tuple[int, ...]  # [N, ...]
+    dtype: torch.dtype
+    start: int
+    stop: int
+
+
+class Layout:
+    """Sections of one buffer, for example q, k, v, expert_ids and positions of N tokens."""
+
+    def __init__(self, fields: list[tuple[str, tuple[int, ...], torch.dtype]]) -> None:
+        self.sections: list[Section] = []
+        end = HEADER * 4
+        for name, shape, dtype in fields:
+            start = -(-end // ALIGN) * ALIGN
+            end = start + prod(shape) * dtype.itemsize
+            self.sections.append(Section(name, shape, dtype, start, end))
+        self.nbytes = -(-end // ALIGN) * ALIGN
+
+    def pack(self, header: Tensor, values: dict[str, Tensor], device: torch.device) -> Tensor:
+        """header int32 [HEADER] and the fields of this rank (at most N tokens each) -> uint8 [nbytes]. Sync: none."""
+        buffer = torch.empty(self.nbytes, dtype=torch.uint8, device=device)
+        buffer[: HEADER * 4].view(torch.int32).copy_(header)
+        for name, shape, dtype, start, stop in self.sections:
+            if name in values:
+                target = buffer[start:stop].view(dtype).view(shape)
+                target[: values[name].shape[0]].copy_(values[name])
+                if values[name].shape[0] < shape[0]:
+                    target[values[name].shape[0] :].fill_(-1)  # padding tokens read as position -1: never stored, never used
+        return buffer
+
+    def unpack(self, buffers: Tensor) -> dict[str, Tensor]:
+        """uint8 [G, nbytes] -> fields [G, N, ...], views of the buffer. Sync: none."""
+        ranks = buffers.shape[0]
+        return {s.name: buffers[:, s.start : s.stop].view(s.dtype).view(ranks, *s.shape) for s in self.sections}
+
+
+def headers_of(buffers: Tensor) -> list[list[int]]:
+    """uint8 [G, nbytes] -> the G headers, on the host. Sync: reads the device; once per forward."""
+    return buffers[:, : HEADER * 4].view(torch.int32).tolist()
