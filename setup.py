@@ -13,7 +13,7 @@ for name, folder in GRAFTS.items():
 setup(
     name="pikv-ds",
     version=re.search(r'__version__ = "(.+?)"', Path("pikv_ds/__init__.py").read_text()).group(1),
-    description="KV cache for Mixture-of-Experts models, sharded over the expert-parallel group, for DeepSpeed and Megatron-Core",
+    description="Expert-sharded KV cache for Mixture-of-Experts models under DeepSpeed and Megatron-Core",
     long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

@@ -1,6 +1,6 @@
 """The `pikv` command. Each subcommand is a file cmd_<name>.py beside this one with two functions:
 
-add_parser(subparsers): declare the subcommand and its arguments. It must import nothing heavy: every start of `pikv` runs it.
+add_parser(subparsers): declare the subcommand and its arguments. Import nothing heavy at the top: each start runs it.
 run(args) -> int: do the work and return the exit status. `args.json` is there for every subcommand.
 """
 
@@ -16,7 +16,15 @@ from pikv_ds import launch
 from pikv_ds.errors import CapacityError, ConfigError, DivergedError, PeerError, UnsupportedError
 
 # Errors that tell the user what to do; anything else is a bug and keeps its traceback.
-_TOLD = (ConfigError, UnsupportedError, CapacityError, PeerError, DivergedError, FileNotFoundError, argparse.ArgumentTypeError)
+_TOLD = (
+    ConfigError,
+    UnsupportedError,
+    CapacityError,
+    PeerError,
+    DivergedError,
+    FileNotFoundError,
+    argparse.ArgumentTypeError,
+)
 
 
 def build_parser() -> argparse.ArgumentParser:

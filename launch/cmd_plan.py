@@ -33,7 +33,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         metavar="N[,N...]",
         help="tokens per request; with --requests distinct also a list, one length per rank",
     )
-    parser.add_argument("--ranks", type=_positive, required=True, metavar="G", help="ranks of the expert-parallel group")
+    parser.add_argument(
+        "--ranks", type=_positive, required=True, metavar="G", help="ranks of the expert-parallel group"
+    )
     parser.add_argument("--batch", type=_positive, default=1, metavar="B", help="requests per rank (default 1)")
     parser.add_argument("--requests", choices=("replicated", "distinct"), default="replicated")
     parser.add_argument("--codec", default="none", metavar="NAME", help="compression.method, see `pikv methods`")
@@ -63,8 +65,8 @@ def run(args: argparse.Namespace) -> int:
     )
     print_table("The PiKV paper's memory model, for one request", [_shown(row, _PAPER_COLUMNS) for row in rows])
     print(
-        "S* = sqrt(L/(K G)) tokens, M* = (4d/rho) sqrt(K L/G) bytes per rank: L tokens, G ranks, 2d numbers per token,\n"
-        "rho the codec's factor, K pages of the request that the scheduler keeps (--kept-pages; all by default).\n"
+        "S* = sqrt(L/(K G)) tokens, M* = (4d/rho) sqrt(K L/G) bytes per rank: L tokens, G ranks,\n"
+        "2d numbers per token, rho the codec's factor, K pages kept by the scheduler (--kept-pages; all by default).\n"
         "The model is of fixed circular buffers (section 3.1); this store does not allocate by it."
     )
     write_json(args.json, "plan", rows)
@@ -88,7 +90,9 @@ def plan_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
     model = load_model_config(args.model or model_path())
     dtype = args.dtype or str(getattr(model, "dtype", None)).removeprefix("torch.")
     if dtype not in _ITEMSIZE:
-        raise ConfigError(f"--dtype is not given and the model's configuration says {dtype!r}; legal: {', '.join(_ITEMSIZE)}")
+        raise ConfigError(
+            f"--dtype is not given and the model's configuration says {dtype!r}; legal: {', '.join(_ITEMSIZE)}"
+        )
     per_rank = _per_rank_contexts(args)
     context = {"batch": args.batch, "codec": args.codec, "dtype": dtype, "page_size": config.resolve_page_size()}
     by_kind = sorted(read_model_spec(model), key=_kind)
@@ -102,10 +106,21 @@ def _row(kind: str, layers: list, per_rank: list[list[int]], context: dict, args
     from pikv_ds import estimate
     from pikv_ds.codecs import CODECS
 
-    layer, codec, itemsize, page_size = layers[0], CODECS.build(args.codec), _ITEMSIZE[context["dtype"]], context["page_size"]
+    layer, codec, itemsize, page_size = (
+        layers[0],
+        CODECS.build(args.codec),
+        _ITEMSIZE[context["dtype"]],
+        context["page_size"],
+    )
     stored = per_rank[0] if args.requests == "replicated" else [n for contexts in per_rank for n in contexts]
     made = estimate.pikv_bytes(
-        layers, stored, ranks=args.ranks, codec=codec, page_size=page_size, itemsize=itemsize, num_shards=args.num_shards
+        layers,
+        stored,
+        ranks=args.ranks,
+        codec=codec,
+        page_size=page_size,
+        itemsize=itemsize,
+        num_shards=args.num_shards,
     )
     tokens = layer.tokens_kept(max(stored))
     kept_pages = args.kept_pages or estimate.max_pages(tokens, page_size)
@@ -129,14 +144,19 @@ def _row(kind: str, layers: list, per_rank: list[list[int]], context: dict, args
 
 def _kind(layer) -> str:
     window = "full" if layer.window is None else f"sliding {layer.window}"
-    return f"{window} latent {layer.k_dim}" if layer.latent else f"{window} {layer.num_kv_heads}x({layer.k_dim}+{layer.v_dim})"
+    return (
+        f"{window} latent {layer.k_dim}"
+        if layer.latent
+        else f"{window} {layer.num_kv_heads}x({layer.k_dim}+{layer.v_dim})"
+    )
 
 
 def _per_rank_contexts(args: argparse.Namespace) -> list[list[int]]:
     lengths = args.context
     if len(lengths) > 1 and (args.requests == "replicated" or len(lengths) != args.ranks):
         raise ConfigError(
-            f"--context has {len(lengths)} lengths; legal is one, or one per rank ({args.ranks}) with --requests distinct"
+            f"--context has {len(lengths)} lengths; legal is one, "
+            f"or one per rank ({args.ranks}) with --requests distinct"
         )
     lengths = lengths * args.ranks if len(lengths) == 1 else lengths
     return [[length] * args.batch for length in lengths]

@@ -63,7 +63,9 @@ def op_rows() -> list[dict[str, Any]]:
     ours = {name: value for name, value in vars(ops).items() if not name.startswith("_") and callable(value)}
     functions = [name for name, value in ours.items() if value.__module__.startswith(ops.__name__)]
     new_enough = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 11)
-    return [{"name": "torch reference", "installed": bool(functions), "compatible": new_enough, "ops": ", ".join(functions)}]
+    return [
+        {"name": "torch reference", "installed": bool(functions), "compatible": new_enough, "ops": ", ".join(functions)}
+    ]
 
 
 def _accelerator() -> str:

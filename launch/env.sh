@@ -35,10 +35,8 @@ if ! have_version python; then
     exit 1
 fi
 
-install() {
-    local torch constraints=constraints.txt
-    # A torch that is there and new enough stays: another build may not fit the driver, and is gigabytes.
-    torch=$(python - <<'PY'
+installed_torch() { # the version of a torch that is there and new enough, or nothing
+    python - <<'PY'
 from importlib.metadata import PackageNotFoundError, version
 try:
     found = version("torch").partition("+")[0]
@@ -46,15 +44,36 @@ except PackageNotFoundError:
     found = ""
 print(found if found and tuple(map(int, found.split(".")[:2])) >= (2, 11) else "")
 PY
-    )
+}
+
+# Without an NVIDIA driver the default Linux wheel of torch brings gigabytes of CUDA libraries for nothing.
+torch_index() {
+    local index=https://download.pytorch.org/whl/cpu
+    if [[ "$(uname -s)" != Linux || -e /proc/driver/nvidia/version || -e /dev/nvidiactl || -e /dev/dxg ]]; then
+        return
+    fi
+    if python -c "import urllib.request; urllib.request.urlopen('$index/torch/', timeout=10)" 2>/dev/null; then
+        echo "--extra-index-url $index"
+    else
+        echo "pikv: no NVIDIA driver here, but $index cannot be reached; pip chooses the torch build" >&2
+    fi
+}
+
+install() {
+    local torch constraints=constraints.txt
+    local pip=(python -m pip install --quiet --disable-pip-version-check)
+    torch=$(installed_torch)
     if [[ -n "$torch" ]]; then
+        # It stays: another build may not fit the driver.
         constraints=$(mktemp)
         sed "s/^torch==.*/torch==$torch/" constraints.txt >"$constraints"
+    else
+        # shellcheck disable=SC2046
+        "${pip[@]}" -c "$constraints" $(torch_index) torch
     fi
-    python -m pip install --quiet --disable-pip-version-check -c "$constraints" torch
-    # DeepSpeed's setup.py looks at the torch that is installed, and setuptools must be new enough for both.
-    python -m pip install --quiet --disable-pip-version-check -c "$constraints" 'setuptools>=77'
-    python -m pip install --quiet --disable-pip-version-check --no-build-isolation -c "$constraints" -e '.[test]'
+    # DeepSpeed's setup.py looks at the torch that is installed, hence no build isolation: setuptools must be here.
+    "${pip[@]}" -c "$constraints" 'setuptools>=77'
+    "${pip[@]}" --no-build-isolation -c "$constraints" -e '.[test]'
     if [[ "$constraints" != constraints.txt ]]; then
         rm -f "$constraints"
     fi

@@ -1,4 +1,4 @@
-"""PiKV: a KV cache for Mixture-of-Experts models, sharded over the expert-parallel group, for DeepSpeed and Megatron-Core.
+"""PiKV: an expert-sharded KV cache for Mixture-of-Experts models under DeepSpeed and Megatron-Core.
 
 Importing this package loads no other library; each public name below is imported when it is first used.
 """

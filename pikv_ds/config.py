@@ -34,7 +34,7 @@ class StorageConfig(_Block):
     num_shards: int | None = Field(None, ge=1, description="Logical shards per layer; null = number of EP ranks.")
     placement: Literal["experts", "xor", "position", "table"] = Field(
         "experts",
-        description="How an entry finds its shard: its expert's rank, (t mod n_tok) XOR expert, its position, or `table`.",
+        description="How an entry finds its shard: its expert, (t mod n_tok) XOR expert, its position, or `table`.",
     )
     expert_ids: Literal["previous_layer", "lookahead", "true", "gate", "hash"] = Field(
         "previous_layer", description="Which router names the expert of an entry."
@@ -42,7 +42,7 @@ class StorageConfig(_Block):
     n_tok: int = Field(1, ge=1, description="Token modulus of the xor placement; a power of two.")
     table: Table | None = Field(
         None,
-        description="Shard ids [num_layers or 1][num_experts][max_replicas], -1 = no replica; for placement table only.",
+        description="Shard ids [num_layers or 1][num_experts][max_replicas], -1 = none; for placement table only.",
     )
     gate_path: str | None = Field(
         None, min_length=1, description="safetensors file of a learned KV gate; for expert_ids gate only."
@@ -60,7 +60,9 @@ class StorageConfig(_Block):
             raise problem("storage.n_tok", self.n_tok, "a power of two (1, 2, 4, ...): the XOR must stay in range")
         if self.n_tok != 1 and self.placement != "xor":
             raise problem(
-                "storage.n_tok", self.n_tok, f"1 with pikv.storage.placement = {self.placement!r}; n_tok only acts in 'xor'"
+                "storage.n_tok",
+                self.n_tok,
+                f"1 with pikv.storage.placement = {self.placement!r}; n_tok only acts in 'xor'",
             )
         check_companion("table", self.table, "placement", self.placement, "table")
         check_companion("gate_path", self.gate_path, "expert_ids", self.expert_ids, "gate")
@@ -95,7 +97,7 @@ class SchedulingConfig(_Block):
             raise problem(
                 "scheduling.budget_tokens",
                 self.budget_tokens,
-                "null with pikv.scheduling.method = 'none', which never evicts; name a retention policy or drop the budget",
+                "null with pikv.scheduling.method = 'none', which never evicts; name another method",
             )
         return self
 
@@ -118,7 +120,9 @@ class OffloadConfig(_Block):
 class MonitorConfig(_Block):
     """Metrics through DeepSpeed's monitor."""
 
-    enabled: bool = Field(True, description="Write PiKV/<group>/<metric> to the monitors that DeepSpeed has configured.")
+    enabled: bool = Field(
+        True, description="Write PiKV/<group>/<metric> to the monitors that DeepSpeed has configured."
+    )
     interval: int = Field(100, ge=1, description="Decode steps between two writes.")
 
 
@@ -156,7 +160,7 @@ class PiKVConfig(_Block):
 
     @classmethod
     def parse(cls, source: PiKVConfig | dict | str | Path | None) -> PiKVConfig:
-        """From nothing (defaults), a PiKVConfig, the block, a DeepSpeed configuration that has it, or a JSON file of either."""
+        """From None (defaults), a PiKVConfig, the block, a DeepSpeed config that has it, or a JSON file of either."""
         if source is None:
             return cls()
         if isinstance(source, str | Path):

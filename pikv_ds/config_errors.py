@@ -38,7 +38,8 @@ def _line(item: ErrorDetails, block: type[BaseModel]) -> str:
         unknown, parent = path[-1], ".".join(["pikv", *path[:-1]])
         close = difflib.get_close_matches(unknown, model.model_fields, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
-        return f"unknown key {key} = {_show(item['input'])}: legal keys of {parent} are {', '.join(model.model_fields)}{hint}"
+        known = ", ".join(model.model_fields)
+        return f"unknown key {key} = {_show(item['input'])}: legal keys of {parent} are {known}{hint}"
     legal = "a finite number" if item["type"] == "finite_number" else _legal(field)
     return f"{key} = {_show(item['input'])}: legal is {legal}"
 

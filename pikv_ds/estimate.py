@@ -1,7 +1,7 @@
-"""KV bytes from a model's geometry, without running it. `pikv plan` prints these; tests hold the store's measured bytes to them.
+"""KV bytes from a model's geometry, without running it: what `pikv plan` prints.
 
-A rank's bytes are counted in whole pages. The slabs by which a store grows are not counted: they may add up to a quarter,
-and one slab per layer.
+A rank's bytes are counted in whole pages. The slabs by which a store grows are not counted: they may add up to
+a quarter, and one slab per layer.
 """
 
 from __future__ import annotations

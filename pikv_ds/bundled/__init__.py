@@ -1,4 +1,4 @@
-"""The small trained model that comes with the package, and prompts that measure recall. Sources and licences: PROVENANCE.md."""
+"""The small trained model that comes with the package, and prompts that measure recall. Sources: PROVENANCE.md."""
 
 from __future__ import annotations
 

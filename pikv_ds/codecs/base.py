@@ -1,4 +1,4 @@
-"""Codec: the storage format of a page. Shape notes: T entries, H KV heads on this rank, Dk and Dv their key and value widths."""
+"""Codec: the storage format of a page. Shape notes: T entries, H KV heads, Dk and Dv their key and value widths."""
 
 from __future__ import annotations
 

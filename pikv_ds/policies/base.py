@@ -1,4 +1,4 @@
-"""Retention policy (the paper's "scheduling"): which pages stay when a budget is full. R requests, P pages per request."""
+"""Retention policy (the paper's "scheduling"): which pages stay. R requests, P pages per request."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""KV router: which shards a query reads. Shape notes: T queries, S shards, R requests, Hq and Hkv heads, D key width."""
+"""KV router: which shards a query reads. T queries, S shards, R requests, Hq and Hkv heads, D key width."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Router(ABC):
-    """Chooses shards per query. The caller adds the query's own chunk, the sink tokens and the recent window to any choice.
+    """Chooses shards per query. The caller adds the query's own chunk, the sink tokens and the recent window.
 
     Options of a router are keyword-only constructor arguments with defaults.
     """
@@ -18,4 +18,4 @@ class Router(ABC):
 
     @abstractmethod
     def route(self, q: Tensor, summary: Tensor) -> Tensor:
-        """q [T, Hq, D], summary [S, R, Hkv, D] (one key-like vector per shard and request) -> bool [T, S] on q's device."""
+        """q [T, Hq, D], summary [S, R, Hkv, D] (a key-like vector per shard and request) -> bool [T, S], q's device."""

@@ -1,4 +1,4 @@
-"""`import pikv_ds` is cheap, and code depends one way only: ops <- core <- adapters, megatron_patch <- launch <- examples."""
+"""`import pikv_ds` is cheap; imports point one way: ops <- core <- adapters, megatron_patch <- launch <- examples."""
 
 import ast
 import subprocess
@@ -20,17 +20,16 @@ def run(code: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_import_loads_nothing_heavy():
-    run(f"import sys, pikv_ds; found = {HEAVY!r} & set(sys.modules); assert not found, found; assert 'attach' in dir(pikv_ds)")
-
-
-def test_the_config_is_read_without_torch_or_a_host():
-    heavy = HOSTS | {"torch"}
-    run(f"import sys; from pikv_ds import PiKVConfig; found = {heavy!r} & set(sys.modules); assert not found, found")
-
-
-def test_building_the_command_line_loads_nothing_heavy():
-    run(f"import sys; from pikv_ds.launch.cli import build_parser; build_parser(); found = {HEAVY!r} & set(sys.modules); assert not found, found")
+@pytest.mark.parametrize(
+    "code, absent",
+    [
+        ("import pikv_ds; dir(pikv_ds)", HEAVY),
+        ("from pikv_ds import PiKVConfig", HOSTS | {"torch"}),
+        ("from pikv_ds.launch.cli import build_parser; build_parser()", HEAVY),
+    ],
+)
+def test_imports_stay_light(code, absent):
+    run(f"import sys; {code}; found = {absent!r} & set(sys.modules); assert not found, found")
 
 
 def test_unknown_names_are_refused():
@@ -109,9 +108,13 @@ def test_imports_point_one_way(path):
         assert top not in ("ops", "launch", "megatron_patch"), f"{module} imports {name}: write pikv_ds.{name}"
         if top in HOSTS:
             # The bundled model's loader is data access for tests and commands, not part of the cache.
-            assert own in ("hosts", "launch", "examples") or module == "pikv_ds.bundled", f"{module} ({own}) imports {name}"
+            assert own in ("hosts", "launch", "examples") or module == "pikv_ds.bundled", (
+                f"{module} ({own}) imports {name}"
+            )
         if top == "pikv_ds" and name != "pikv_ds.__version__":
-            assert LAYERS.index(layer_of(name)) <= LAYERS.index(own), f"{module} ({own}) imports {name} ({layer_of(name)})"
+            assert LAYERS.index(layer_of(name)) <= LAYERS.index(own), (
+                f"{module} ({own}) imports {name} ({layer_of(name)})"
+            )
 
 
 def test_there_are_files_to_check():

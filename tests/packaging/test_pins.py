@@ -11,8 +11,14 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def required() -> list[Requirement]:
-    call = next(node for node in ast.walk(ast.parse((ROOT / "setup.py").read_text())) if ast.unparse(node).startswith("setup("))
-    given = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.value.keywords if keyword.arg in ("install_requires", "extras_require")}
+    call = next(
+        node for node in ast.walk(ast.parse((ROOT / "setup.py").read_text())) if ast.unparse(node).startswith("setup(")
+    )
+    given = {
+        keyword.arg: ast.literal_eval(keyword.value)
+        for keyword in call.value.keywords
+        if keyword.arg in ("install_requires", "extras_require")
+    }
     return [Requirement(text) for text in given["install_requires"] + given["extras_require"]["test"]]
 
 

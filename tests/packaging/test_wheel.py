@@ -33,7 +33,18 @@ def wheel(tmp_path_factory):
     work = tmp_path_factory.mktemp("wheel")
     ignore = shutil.ignore_patterns(".git", ".venv", "build", "*.egg-info", "__pycache__", "tests")
     shutil.copytree(ROOT, work / "source", ignore=ignore)
-    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps", "-w", work / "out", work / "source"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-build-isolation",
+        "--no-deps",
+        "-w",
+        work / "out",
+        work / "source",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     (made,) = (work / "out").glob("*.whl")

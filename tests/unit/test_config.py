@@ -40,7 +40,10 @@ def test_page_size_null_is_the_codecs_choice():
 
 # block -> what the message must say: full key, value given, legal values
 BAD = {
-    "unknown key": ({"page_sise": 16}, ["unknown key pikv.page_sise = 16", "legal keys of pikv are enabled", "mean 'page_size'?"]),
+    "unknown key": (
+        {"page_sise": 16},
+        ["unknown key pikv.page_sise = 16", "legal keys of pikv are enabled", "mean 'page_size'?"],
+    ),
     "unknown nested key": ({"storage": {"shards": 2}}, ["unknown key pikv.storage.shards = 2", "num_shards"]),
     "page_size 0": ({"page_size": 0}, ["pikv.page_size = 0", ">= 1 and <= 256", "null"]),
     "page_size 257": ({"page_size": 257}, ["pikv.page_size = 257", ">= 1 and <= 256"]),
@@ -51,7 +54,10 @@ BAD = {
     "timeout inf": ({"timeout_s": float("inf")}, ["pikv.timeout_s = inf", "finite"]),
     "section not an object": ({"storage": 3}, ["pikv.storage = 3", "an object with the keys requests"]),
     "section null": ({"routing": None}, ["pikv.routing = None", "an object with the keys method"]),
-    "requests": ({"storage": {"requests": "same"}}, ["pikv.storage.requests = 'same'", "'auto', 'replicated', 'distinct'"]),
+    "requests": (
+        {"storage": {"requests": "same"}},
+        ["pikv.storage.requests = 'same'", "'auto', 'replicated', 'distinct'"],
+    ),
     "placement": ({"storage": {"placement": "hash"}}, ["pikv.storage.placement = 'hash'", "'xor'", "'table'"]),
     "expert_ids": ({"storage": {"expert_ids": "next"}}, ["pikv.storage.expert_ids = 'next'", "'lookahead'", "'hash'"]),
     "overflow": ({"storage": {"overflow": "drop"}}, ["pikv.storage.overflow = 'drop'", "'spill', 'error'"]),

@@ -80,7 +80,12 @@ def test_max_pages_bounds_any_arrangement(entries, page_size, gone, sliding):
     assert used <= max_pages(sum(entries), page_size, requests=len(entries), sliding=sliding)
 
 
-@given(context=st.integers(1, 5000), ranks=st.sampled_from([1, 2, 4]), page_size=st.integers(1, 64), batch=st.integers(1, 4))
+@given(
+    context=st.integers(1, 5000),
+    ranks=st.sampled_from([1, 2, 4]),
+    page_size=st.integers(1, 64),
+    batch=st.integers(1, 4),
+)
 def test_worst_is_at_least_balanced_and_balanced_at_least_the_share(context, ranks, page_size, batch):
     layers, contexts = [FULL, SLIDING, LATENT], [context] * batch
     made = pikv_bytes(layers, contexts, ranks=ranks, codec=NONE, page_size=page_size, itemsize=2)

@@ -40,7 +40,12 @@ def test_bundled_model_is_read_from_folder_and_from_file():
 
 @pytest.mark.parametrize(
     "model_type, said",
-    [("qwen3_next", "linear_attention"), ("llama4_text", "chunked_attention"), ("t5", "encoder-decoder"), ("falcon", "multi_query")],
+    [
+        ("qwen3_next", "linear_attention"),
+        ("llama4_text", "chunked_attention"),
+        ("t5", "encoder-decoder"),
+        ("falcon", "multi_query"),
+    ],
 )
 def test_what_cannot_be_stored_is_named(model_type, said):
     with pytest.raises(UnsupportedError, match=said):
