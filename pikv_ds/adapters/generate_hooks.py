@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from transformers import PreTrainedModel
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from pikv_ds.errors import UnsupportedError
 
@@ -56,4 +57,7 @@ class GenerateHooks:
     def has_unfinished_sequences(self, this_peer_finished: bool, synced_gpus: bool, device) -> bool:
         # From here on this rank only runs forwards to keep the others going; their tokens are not stored.
         self.cache.idle = bool(synced_gpus and this_peer_finished)
+        if synced_gpus and self.cache.core.exchange.size > 1 and not is_deepspeed_zero3_enabled():
+            # The group that shares the cache must keep step, within its timeout; ZeRO-3 needs the whole world and asks it itself.
+            return self.cache.lockstep(not this_peer_finished)
         return self._unfinished(this_peer_finished, synced_gpus, device)

@@ -47,8 +47,10 @@ def attach(model: PreTrainedModel, config=None, group: dist.ProcessGroup | None 
         raise ConfigError("pikv.enabled is false: attach would have no effect; drop the call or enable the block")
     if requests is not None:
         config = config.model_copy(update={"storage": config.storage.model_copy(update={"requests": requests})})
-    decoder, layers, attentions = _anatomy(model)
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedError(f"attach needs a transformers PreTrainedModel, got {type(model).__name__}; for an engine pass engine.module")
     specs = read_model_spec(model.config)
+    decoder, layers, attentions = _anatomy(model)
     parameter = next(model.parameters())
     _check(model, attentions, specs, parameter.dtype, config, group)
     num_ranks = 1 if group is None else dist.get_world_size(group)
@@ -81,8 +83,6 @@ def attach(model: PreTrainedModel, config=None, group: dist.ProcessGroup | None 
 
 def _anatomy(model: nn.Module) -> tuple[nn.Module, list[nn.Module], list[nn.Module]]:
     """The decoder (the module whose forward takes past_key_values and loops over layers), its layers, their attention modules."""
-    if not isinstance(model, PreTrainedModel):
-        raise UnsupportedError(f"attach needs a transformers PreTrainedModel, got {type(model).__name__}; for an engine pass engine.module")
     for module in model.modules():
         layers = getattr(module, "layers", None)
         if isinstance(layers, nn.ModuleList) and "past_key_values" in inspect.signature(module.forward).parameters:
