@@ -6,7 +6,7 @@ from pikv_ds import bundled
 from pikv_ds.codecs import CODECS
 from pikv_ds.estimate import dense_bytes, pikv_bytes
 from pikv_ds.launch.cli import build_parser, main
-from pikv_ds.launch.output import human_bytes
+from pikv_ds.launch.output import human_bytes, print_table
 from pikv_ds.policies import POLICIES
 from pikv_ds.routers import ROUTERS
 
@@ -112,3 +112,21 @@ def test_report_names_what_is_missing(tmp_path):
 
 def test_human_bytes():
     assert [human_bytes(n) for n in (0, 1023, 1536, 3 * 2**30)] == ["0 B", "1023 B", "1.50 KiB", "3.00 GiB"]
+
+
+@pytest.mark.parametrize("columns", [40, 80, 200])
+def test_tables_show_every_value_at_every_width(capsys, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    row = {
+        "name": "pikv",
+        "per rank": "1.21 MiB | 1.21 MiB",
+        "per expert": "506 | 453 | 670 | 688",
+        "equal": True,
+        "n": 4492,
+    }
+    print_table("Bundled model [2 ranks]", [row, {**row, "name": "dense", "per expert": None}])
+    shown = "".join(capsys.readouterr().out.split())
+    for text in ("[2ranks]", "dense", "1.21MiB|1.21MiB", "4,492", "True"):
+        if columns > 40 or "|" not in text:
+            assert text in shown
+    assert "..." not in shown and "\u2026" not in shown
