@@ -84,7 +84,7 @@ def _table(title: str, names: list[str], cells: list[list[str]], *, wrap_all: bo
         is_amount = not wrap_all and all(row[idx][0].isdigit() or row[idx] == "-" for row in cells)
         wraps = wrap_all or idx == len(names) - 1
         justify = "right" if is_amount else "left"
-        table.add_column(escape(name), justify=justify, overflow="fold", no_wrap=not wraps, min_width=len(name))
+        table.add_column(escape(name), justify=justify, overflow="fold", no_wrap=not wraps)
     for row in cells:
         table.add_row(*map(escape, row))
     return table
