@@ -34,9 +34,10 @@ def run(args: argparse.Namespace) -> int:
             return 1
         document = json.loads(result.read_text(encoding="utf-8"))
     rows = document["rows"]
-    print(f"\nprompt: {args.context:,} tokens that hide the pass key {document['pass_key']}, ending in")
-    print(f"  ...{document['question']!r}\nanswer: {rows[1]['answer']!r}\n")
+    print(f"\nprompt: {args.context:,} tokens of prose that hide the pass key {document['pass_key']}")
+    print(f"question: {document['question']}\nanswer:  {rows[1]['answer']!r}\n")
     print_table(f"Bundled model, {args.ranks} ranks, {args.new_tokens} new tokens", [_shown(row) for row in rows])
+    print_table("Entries stored, by the expert that names their rank", [line for row in rows for line in _by_expert(row)])
     print(*_conclusions(rows), sep="\n")
     write_json(args.json, "demo", rows)
     return 0 if all(row["tokens_equal"] for row in rows) else 1
@@ -60,22 +61,23 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _shown(row: dict[str, Any]) -> dict[str, Any]:
-    from pikv_ds.launch.output import human_bytes
-
     return {
         "name": row["name"],
-        "context": _per_rank(row["context_tokens"]),
-        "KV bytes per rank": " | ".join(human_bytes(count) for count in row["kv_bytes_per_rank"]),
-        "entries per rank": _per_rank(row["entries_per_rank"]),
-        "entries per expert": _per_rank(row["entries_per_expert"]) if row["entries_per_expert"] else "-",
+        "context": _columns(row["context_tokens"]),
+        "KiB per rank": _columns([round(count / 1024) for count in row["kv_bytes_per_rank"]]),
         "tokens/s": f"{row['tokens_per_s']:.1f}",
-        "max logit diff": f"{row['max_logit_diff']:.1e}",
-        "tokens equal": "yes" if row["tokens_equal"] else "NO",
+        "logit diff": f"{row['max_logit_diff']:.0e}",
+        "tokens": "same" if row["tokens_equal"] else "OTHER",
     }
 
 
-def _per_rank(values: list[int]) -> str:
-    return f"{values[0]:,}" if len(set(values)) == 1 and len(values) > 1 else " | ".join(f"{value:,}" for value in values)
+def _by_expert(row: dict[str, Any]) -> list[dict[str, Any]]:
+    return [{"name": row["name"], "rank": rank, "entries": f"{row['entries_per_rank'][rank]:,}",
+             "by expert": _columns(by_expert)} for rank, by_expert in enumerate(row["entries_per_expert"])]
+
+
+def _columns(values: list[int]) -> str:
+    return " ".join(str(value) for value in values)
 
 
 def _conclusions(rows: list[dict[str, Any]]) -> list[str]:

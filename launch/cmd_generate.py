@@ -88,16 +88,15 @@ def _prompts(args: argparse.Namespace) -> list[str]:
 
 
 def _print_stats(rows: list[dict[str, Any]]) -> None:
-    from pikv_ds.launch.output import human_bytes, print_table
+    from pikv_ds.launch.output import print_table
 
     print_table("KV cache after each prompt", [{
-        "prompt": idx,
         "prompt tokens": row["prompt_tokens"],
         "new tokens": row["new_tokens"],
         "tokens/s": f"{row['tokens_per_s']:.1f}",
-        "KV bytes per rank": " | ".join(human_bytes(count) for count in row["kv_bytes_per_rank"]),
-        "dense": human_bytes(row["kv_bytes_dense"]),
-    } for idx, row in enumerate(rows)])
+        "KiB per rank": " ".join(str(round(count / 1024)) for count in row["kv_bytes_per_rank"]),
+        "dense KiB": round(row["kv_bytes_dense"] / 1024),
+    } for row in rows])
 
 
 def _positive(text: str) -> int:

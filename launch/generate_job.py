@@ -87,7 +87,9 @@ def _prefill_bar(cache: Any, prompt_tokens: int, chunk: int | None, stdout: Text
     from rich.progress import Progress
 
     stdout.write("\n")
-    with Progress(console=Console(file=stdout), transient=True) as progress:
+    # Redirection would bring what libraries write to stderr back to the terminal.
+    console = Console(file=stdout)
+    with Progress(console=console, transient=True, redirect_stdout=False, redirect_stderr=False) as progress:
         task = progress.add_task("prefill", total=prompt_tokens)
 
         def advance(step: int) -> None:

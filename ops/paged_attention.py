@@ -17,6 +17,7 @@ def paged_attention(
     scale: float,
     window: int | None = None,
     q_positions: Tensor | None = None,
+    length: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attend from R rows of T queries to the entries their block tables name.
 
@@ -31,6 +32,7 @@ def paged_attention(
         window: keys must have position > query position - window; None = no window.
         q_positions: [R, T] int, needed with a window. Causality is the caller's: pass seqlens that end before the queries' own chunk
             (or T == 1 and include the query's own entry).
+        length: seqlens of every row when S == 1 and the caller knows on the host that they are all equal: no slot needs hiding then.
 
     Returns:
         out [R, T, Hq, Dv] f32, lse [R, T, Hq] f32 (natural log); 0 and -inf where a row has no visible entry.
@@ -38,20 +40,27 @@ def paged_attention(
 
     Sync: none. Cost: reads R*S*max_pages whole pages.
     """
-    R, S, max_pages = block_table.shape
+    R, _, max_pages = block_table.shape
     page_size = k_pages.shape[1]
+    pages = block_table.clamp_min(0).view(-1)
+    shared = v_pages.data_ptr() == k_pages.data_ptr()
+    k = k_pages.index_select(0, pages).view(R, -1, *k_pages.shape[2:])  # [R, L, Hkv, Dk]
+    v = k[..., : v_pages.shape[-1]] if shared else v_pages.index_select(0, pages).view(R, -1, *v_pages.shape[2:])
+    q = q.transpose(1, 2)
+    if length is not None and window is None:
+        out, lse = sdpa_lse(q, k[:, :length].transpose(1, 2), v[:, :length].transpose(1, 2), scale=scale)
+        return out.transpose(1, 2), lse.transpose(1, 2)
     slot = torch.arange(max_pages * page_size, device=q.device)
     valid = (slot < seqlens.unsqueeze(-1)).view(R, -1)  # [R, L]
-    pages = block_table.clamp_min(0).view(-1)
+    # A weight of 0 times NaN would still be NaN: what is hidden must also be finite.
     hidden = ~valid[:, :, None, None]
-    k = k_pages.index_select(0, pages).view(R, -1, *k_pages.shape[2:]).masked_fill_(hidden, 0)  # [R, L, Hkv, Dk]
-    if v_pages.data_ptr() == k_pages.data_ptr():
-        v = k[..., : v_pages.shape[-1]]
-    else:
-        v = v_pages.index_select(0, pages).view(R, -1, *v_pages.shape[2:]).masked_fill_(hidden, 0)
+    k.masked_fill_(hidden, 0)
+    if not shared:
+        v.masked_fill_(hidden, 0)
     mask = valid[:, None, None, :]
     if window is not None:
         key_positions = positions.index_select(0, pages).view(R, 1, 1, -1)
         mask = mask & (key_positions > q_positions[:, None, :, None] - window)
-    out, lse = sdpa_lse(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=scale, mask=mask)
+    out, lse = sdpa_lse(q, k.transpose(1, 2), v.transpose(1, 2), scale=scale, mask=mask)
     return out.transpose(1, 2), lse.transpose(1, 2)
+

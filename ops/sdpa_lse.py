@@ -26,9 +26,14 @@ def sdpa_lse(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | No
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     if causal and mask is not None:
         raise ValueError("sdpa_lse: causal and mask exclude each other; fold causality into the mask")
-    if q.device.type == "cpu" and k.shape[-1] == v.shape[-1]:
-        return _flash_cpu(q, k, v, scale, mask, causal)
-    return _math(q, k, v, scale, mask, causal)
+    flash = q.device.type == "cpu" and k.shape[-1] == v.shape[-1]
+    B, Hq, T, D = q.shape
+    group = Hq // k.shape[1]
+    if flash and group > 1 and not causal and (mask is None or mask.shape[2] == 1):
+        # Every query sees the same keys: the heads that share a kv head become rows of one query, so keys are read once.
+        out, lse = _flash_cpu(q.reshape(B, k.shape[1], group * T, D), k, v, scale, mask, causal)
+        return out.reshape(B, Hq, T, -1), lse.reshape(B, Hq, T)
+    return (_flash_cpu if flash else _math)(q, k, v, scale, mask, causal)
 
 
 def _flash_cpu(q, k, v, scale, mask, causal):

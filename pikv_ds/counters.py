@@ -9,7 +9,7 @@ from .errors import CapacityError
 
 
 class Counters:
-    """appended = live + expired + evicted + cropped - forked, summed over the ranks of the group."""
+    """appended + forked = live + expired + evicted + cropped, summed over the ranks of the group; forked is 0 without beam search."""
 
     def __init__(self, num_experts: int, device: torch.device) -> None:
         self.by_expert = torch.zeros(num_experts, dtype=torch.int64, device=device)  # entries appended here, by primary expert
@@ -27,9 +27,9 @@ class Counters:
     def count_appended(self, experts: Tensor, stored: Tensor) -> None:
         self.by_expert.index_add_(0, experts, stored.to(torch.int64))
 
-    def expire_at_birth(self, valid: Tensor, born: Tensor, experts: Tensor, local: Tensor) -> None:
+    def expire_at_birth(self, unseen: Tensor, experts: Tensor) -> None:
         """Tokens of a chunk longer than the window: appended and expired in one, at the home they would have had."""
-        unseen = (valid & ~born & local).to(torch.int64)
+        unseen = unseen.to(torch.int64)
         self.by_expert.index_add_(0, experts, unseen)
         self.device_counts[0] += unseen.sum()
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -50,36 +51,50 @@ class Source:
         return self.num_rows * self.num_columns
 
 
-@dataclass(slots=True, kw_only=True)
 class StepPlan:
     """What all ranks agreed on for one forward. R rows in all, N tokens per source after padding to the largest.
 
-    Device tensors: rows [sources * N] int64 ascending; lens_before, lens_after [R] int64; one_column [R] bool, rows whose source has T == 1.
+    Device tensors, made when first asked for: rows [sources * N] int64 ascending; lens_before, lens_after [R] int64; one_column [R]
+    bool, rows whose source has T == 1. positions [sources * N] int32 (-1 = padding) and valid come with the first record of the forward.
     """
 
-    sources: list[Source]
-    own: int  # index of this rank's source
-    lens_before_host: list[int]
-    lens_after_host: list[int]
-    num_tokens: int
-    rows: Tensor
-    lens_before: Tensor
-    lens_after: Tensor
-    one_column: Tensor
-    positions: Tensor | None = None  # [sources * N] int32, -1 = padding; from the first record of the forward
-    valid: Tensor | None = None
-    capacity: list[int] = field(default_factory=list)  # per layer
-    may_spill: list[bool] = field(default_factory=list)
-    read_pages: list[int] = field(default_factory=list)  # per layer, block table columns that hold entries
+    def __init__(self, shapes: list[tuple[int, int]], own: int, before: list[int], after: list[int], device: torch.device) -> None:
+        """shapes: (B, T) per source; own: index of this rank's source; before, after: tokens of every row, in source order."""
+        self.sources: list[Source] = []
+        row0 = 0
+        for num_rows, num_columns in shapes:
+            self.sources.append(Source(num_rows, num_columns, row0))
+            row0 += num_rows
+        self.own, self.device = own, device
+        self.lens_before_host, self.lens_after_host = before, after
+        self.num_new = [a - b for a, b in zip(after, before, strict=True)]
+        self.num_tokens = max(s.num_tokens for s in self.sources)
+        self.decode = all(s.num_columns == 1 for s in self.sources)  # no row has two tokens
+        self.all_valid = len(self.sources) == 1 and sum(self.num_new) == self.num_tokens  # no padding, no idle rank
+        self.positions: Tensor | None = None
+        self.valid: Tensor | None = None
+        self.capacity: list[int] = []  # per layer: entries a shard may hold
+        self.may_spill: list[bool] = []  # per layer
+        self.may_open: list[bool] = []  # per layer: a new page may be needed
+        self.read_pages: list[int] = []  # per layer: block table columns that hold entries
+        self.length: list[int | None] = []  # per layer: entries of every row after this step, if all are equal and in one shard
 
-    @property
-    def num_rows(self) -> int:
-        return len(self.lens_after_host)
+    @cached_property
+    def rows(self) -> Tensor:
+        token = torch.arange(self.num_tokens)
+        return torch.cat([s.row0 + (token // s.num_columns).clamp_max(s.num_rows - 1) for s in self.sources]).to(self.device)
 
-    @property
-    def decode(self) -> bool:
-        """Every source has one column: no row has two tokens."""
-        return all(s.num_columns == 1 for s in self.sources)
+    @cached_property
+    def lens_before(self) -> Tensor:
+        return torch.tensor(self.lens_before_host, dtype=torch.int64).to(self.device)
+
+    @cached_property
+    def lens_after(self) -> Tensor:
+        return torch.tensor(self.lens_after_host, dtype=torch.int64).to(self.device)
+
+    @cached_property
+    def one_column(self) -> Tensor:
+        return torch.tensor([s.num_columns == 1 for s in self.sources for _ in range(s.num_rows)]).to(self.device)
 
     def has_past(self, source: Source) -> bool:
         return any(self.lens_before_host[source.row0 : source.row0 + source.num_rows])
@@ -88,25 +103,19 @@ class StepPlan:
         self.positions = positions
         self.valid = positions >= 0
 
+    def query_positions(self, row0: int, num_rows: int) -> Tensor:
+        """[num_rows, T] positions of the queries of neighbouring sources with equal shapes, the first of which starts at row0."""
+        first = next(i for i, source in enumerate(self.sources) if source.row0 == row0)
+        source = self.sources[first]
+        run = self.positions.view(len(self.sources), -1)[first : first + num_rows // source.num_rows, : source.num_tokens]
+        return run.reshape(num_rows, source.num_columns)
 
-def make_plan(shapes: list[tuple[int, int]], own: int, before: list[int], after: list[int], device: torch.device) -> StepPlan:
-    """shapes: (B, T) per source; before, after: tokens of every row, in source order."""
-    sources, row0 = [], 0
-    for num_rows, num_columns in shapes:
-        sources.append(Source(num_rows, num_columns, row0))
-        row0 += num_rows
-    num_tokens = max(s.num_tokens for s in sources)
-    token = torch.arange(num_tokens)
-    rows = torch.cat([s.row0 + (token // s.num_columns).clamp_max(s.num_rows - 1) for s in sources])
-    one_column = [s.num_columns == 1 for s in sources for _ in range(s.num_rows)]
-    return StepPlan(
-        sources=sources,
-        own=own,
-        lens_before_host=before,
-        lens_after_host=after,
-        num_tokens=num_tokens,
-        rows=rows.to(device),
-        lens_before=torch.tensor(before, dtype=torch.int64).to(device),
-        lens_after=torch.tensor(after, dtype=torch.int64).to(device),
-        one_column=torch.tensor(one_column).to(device),
-    )
+    def same_shape_runs(self) -> list[list[Source]]:
+        """Neighbouring sources with equal B and T: their queries are one batch."""
+        runs: list[list[Source]] = []
+        for source in self.sources:
+            if runs and (runs[-1][0].num_rows, runs[-1][0].num_columns) == (source.num_rows, source.num_columns):
+                runs[-1].append(source)
+            else:
+                runs.append([source])
+        return runs

@@ -11,11 +11,12 @@ from .errors import CapacityError
 from .spec import LayerSpec
 
 
-def shard_capacity(spec: LayerSpec, lens_after: list[int], num_shards: int, page_size: int, fixed: int | None) -> int:
-    """Entries one shard of a layer may hold: `fixed`, or ceil(1.1 x the balanced share) + one page (design: hot experts overflow).
+def shard_capacity(layers: list[LayerSpec], window: int | None, lens_after: list[int], num_shards: int, page_size: int, fixed: int | None) -> int:
+    """Entries one shard of a layer with this window may hold: `fixed`, or ceil(1.1 x the balanced share) + one page.
 
     Raises: CapacityError when even perfectly balanced shards cannot hold the live tokens.
     """
+    spec = next(spec for spec in layers if spec.window == window)
     total = sum(spec.tokens_kept(n) for n in lens_after)
     if fixed is None:
         return ceil(1.1 * total / num_shards) + page_size

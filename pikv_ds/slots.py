@@ -52,20 +52,21 @@ def water_fill(load: Tensor, amount: Tensor) -> Tensor:
     return torch.zeros_like(load).scatter_(0, order, quota)
 
 
-def entry_index(rows: Tensor, shard: Tensor, valid: Tensor, counts: Tensor) -> Tensor:
+def entry_index(rows: Tensor, column: Tensor | None, here: Tensor, counts: Tensor) -> Tensor:
     """The index of each new entry inside its (row, shard) list.
 
     Args:
-        rows: [N] int64, ascending. shard: [N] int64 into the columns of counts, -1 where the shard is not held here.
-        valid: [N] bool. counts: [R, S] int64 entries before this step.
+        rows: [N] int64, ascending. column: [N] int64 local shard, in range also where not here; None = one shard.
+        here: [N] bool, stored on this rank. counts: [R, S] int64 entries before this step.
 
-    Returns: [N] int64, -1 where the token is padding or not held here. Sync: none.
+    Returns: [N] int64, -1 where not here. Sync: none.
     """
-    num_shards = counts.shape[1]
-    here = valid & (shard >= 0)
-    column = shard.clamp_min(0)
-    onehot = (column.unsqueeze(-1) == torch.arange(num_shards, device=rows.device)) & here.unsqueeze(-1)
-    running = onehot.cumsum(0) - onehot.to(torch.int64)  # entries of this step before each token, all rows
     first = torch.searchsorted(rows, rows)  # first token of each row
-    before = running.gather(1, column.unsqueeze(-1)).squeeze(-1) - running[first].gather(1, column.unsqueeze(-1)).squeeze(-1)
-    return torch.where(here, counts[rows, column] + before, -1)
+    if column is None:
+        running = here.cumsum(0) - here.to(torch.int64)  # entries of this step before each token, all rows
+        return torch.where(here, counts[:, 0][rows] + running - running[first], -1)
+    onehot = (column.unsqueeze(-1) == torch.arange(counts.shape[1], device=rows.device)) & here.unsqueeze(-1)
+    running = onehot.cumsum(0) - onehot.to(torch.int64)
+    column = column.unsqueeze(-1)
+    before = running.gather(1, column).squeeze(-1) - running[first].gather(1, column).squeeze(-1)
+    return torch.where(here, counts[rows, column.squeeze(-1)] + before, -1)

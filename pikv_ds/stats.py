@@ -14,25 +14,26 @@ def stats(cache: PiKVCache, dense_rows: int, dense_columns: int) -> dict:
     Args: dense_rows, dense_columns: the batch and the token columns (padding included) that the ordinary cache would hold on this rank.
     Sync: reads the device.
     """
-    counters = cache.counters
-    born, spilled_here, spilled = cache.counters.device_counts.tolist()
-    by_shard = cache.directory.load.sum(0).tolist() if cache.num_shards > 1 else [int(cache.counts.sum())]
-    load_per_rank = [0] * cache.exchange.size
+    tables, exchange = cache.tables, cache.exchange
+    counters = tables.counters
+    born_expired, spilled_here, spilled = counters.device_counts.tolist()
+    by_shard = tables.directory.load.sum(0).tolist() if cache.num_shards > 1 else [int(tables.counts.sum())]
+    load_per_rank = [0] * exchange.size
     for shard, load in enumerate(by_shard):
-        load_per_rank[shard_rank(shard, cache.num_shards, cache.exchange.size)] += load
+        load_per_rank[shard_rank(shard, cache.num_shards, exchange.size)] += load
     return {
-        "kv_bytes_allocated": sum(s.nbytes for s in cache.stores),
-        "kv_bytes_live": sum(int(s.counts.sum()) * s.bytes_per_slot for s in cache.stores),
+        "kv_bytes_allocated": sum(s.nbytes for s in tables.stores),
+        "kv_bytes_live": sum(int(s.counts.sum()) * s.bytes_per_slot for s in tables.stores),
         "kv_bytes_dense": sum(dense_bytes(spec, dense_rows, dense_columns, cache.dtype.itemsize) for spec in cache.layers),
-        "metadata_bytes": cache.directory.nbytes + sum(s.block_table.nbytes + s.free_stack.nbytes + s.refcount.nbytes for s in cache.stores),
-        "entries_live": int(cache.counts.sum()),
+        "metadata_bytes": tables.directory.nbytes + sum(s.metadata_nbytes for s in tables.stores),
+        "entries_live": int(tables.counts.sum()),
         "entries_appended": int(counters.by_expert.sum()),
-        "entries_expired": counters.expired + born,
+        "entries_expired": counters.expired + born_expired,
         "entries_evicted": counters.evicted,
         "entries_cropped": counters.cropped,
         "entries_forked": counters.forked,
-        "exchange_bytes_sent": cache.exchange.bytes_sent,
-        "exchange_collectives": cache.exchange.collectives,
+        "exchange_bytes_sent": exchange.bytes_sent,
+        "exchange_collectives": exchange.collectives,
         "load_per_rank": load_per_rank,
         "load_per_expert": counters.by_expert.tolist(),
         "spilled": spilled_here,

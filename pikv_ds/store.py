@@ -46,6 +46,10 @@ class LayerStore:
         return self.positions.nbytes + sum(f.nbytes for f in self.fields.values())
 
     @property
+    def metadata_nbytes(self) -> int:
+        return self.block_table.nbytes + self.free_stack.nbytes + self.refcount.nbytes
+
+    @property
     def bytes_per_slot(self) -> int:
         return self.nbytes // (self.num_pages * self.page_size + 1)
 
@@ -115,43 +119,45 @@ class LayerStore:
         return self.positions[:-1].view(self.num_pages, self.page_size)
 
     def append(
-        self, rows: Tensor, shard: Tensor, valid: Tensor, positions: Tensor, k: Tensor, v: Tensor, *, one_per_row: bool
+        self, rows: Tensor, shard: Tensor | None, here: Tensor, positions: Tensor, k: Tensor, v: Tensor, *,
+        one_per_row: bool, may_open: bool, all_valid: bool,
     ) -> Tensor:
         """Store the entries of this rank's shards.
 
         Args:
-            rows: [N] int64 request rows, ascending. shard: [N] int64 local shard, -1 = stored on another rank.
-            valid: [N] bool, False = padding. positions: [N] int32.
+            rows: [N] int64 request rows, ascending. shard: [N] int64 local shard (any value where not here), or None: there is one shard.
+            here: [N] bool, stored on this rank; False = padding or another rank's. positions: [N] int32.
             k: [N, Hkv, Dk]; v: [N, Hkv, Dv], Dv = 0 in a latent layer.
             one_per_row: no row has two tokens (decode), so an entry's index is its row's count.
+            may_open: some entry may need a new page; all_valid: here is True throughout. Both known on the host, both only save work.
 
         Returns: slot_mapping [N] int64, page * page_size + offset, -1 = not stored here. Sync: none; shapes depend on N only.
         """
         num_shards, width = self.block_table.shape[1:]
-        column = shard.clamp_min(0)
-        cell = rows * num_shards + column  # [N] index of (row, shard)
-        if one_per_row:
-            index = torch.where(valid & (shard >= 0), self.counts.view(-1)[cell], -1)
-        else:
-            index = entry_index(rows, shard, valid, self.counts)
-        here = index >= 0
+        column = None if shard is None else torch.where(here, shard, 0)
+        cell = rows if shard is None else rows * num_shards + column  # [N] index of (row, shard)
+        index = self.counts.view(-1)[cell] if one_per_row else entry_index(rows, column, here, self.counts)
+        index = index if one_per_row or all_valid else index.clamp_min(0)
         offset = index % self.page_size
-        entry = cell * width + index.clamp_min(0) // self.page_size  # [N] index into the flat block table
-        opens = here & (offset == 0)
-        page = self.free_stack[torch.where(opens, self.free_top - opens.cumsum(0), self.num_pages)]  # popped from the top, one per opening token
-        # Tokens that open nothing park a -1 in the last column, which reserve() keeps unused: no data-dependent shape.
+        entry = cell * width + torch.div(index, self.page_size, rounding_mode="floor")  # [N] index into the flat block table
         table = self.block_table.view(-1)
+        if may_open:
+            self._open_pages(table, entry, (offset == 0) & here)
+        self.counts.view(-1).index_add_(0, cell, here.to(torch.int64))
+        slot_mapping = table[entry] * self.page_size + offset
+        if not all_valid:
+            slot_mapping = torch.where(here, slot_mapping, -1)
+        self._write(slot_mapping if all_valid else torch.where(here, slot_mapping, self.num_pages * self.page_size), positions, k, v)
+        return slot_mapping
+
+    def _open_pages(self, table: Tensor, entry: Tensor, opens: Tensor) -> None:
+        """Pop one page per token that starts one. Tokens that start none park a -1 in the last column, which reserve() keeps unused."""
+        page = self.free_stack[torch.where(opens, self.free_top - opens.cumsum(0), self.num_pages)]
         table.index_put_((torch.where(opens, entry, table.numel() - 1),), torch.where(opens, page, -1))
         self.refcount.index_add_(0, torch.where(opens, page, self.num_pages), opens.to(torch.int64))
         self.free_top -= opens.sum()
-        self.counts.view(-1).index_add_(0, cell, here.to(torch.int64))
-        slot_mapping = torch.where(here, table[entry] * self.page_size + offset, -1)
-        self._write(slot_mapping, positions, k, v)
-        return slot_mapping
 
-    def _write(self, slot_mapping: Tensor, positions: Tensor, k: Tensor, v: Tensor) -> None:
-        dump = self.num_pages * self.page_size
-        target = torch.where(slot_mapping >= 0, slot_mapping, dump)
+    def _write(self, target: Tensor, positions: Tensor, k: Tensor, v: Tensor) -> None:
         for name, value in self.codec.encode(k, v).items():
             self.fields[name].index_copy_(0, target, value)
         self.positions.index_copy_(0, target, positions)

@@ -1,5 +1,7 @@
 """Shared by the DeepSpeed jobs: generate with an engine and with plain Hugging Face eager attention, and compare."""
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 
@@ -7,6 +9,13 @@ from tests.tiny_models import prompt, tiny_model
 
 NEW_TOKENS = 12
 MICRO = {"train_micro_batch_size_per_gpu": 1}
+
+
+def ready(start: Callable, **arguments):
+    """The engine of deepspeed.initialize or pikv_ds.initialize, in eval mode (its eval() returns nothing)."""
+    engine = start(**arguments)[0]
+    engine.eval()
+    return engine
 
 
 def rank_prompt(requests: str) -> torch.Tensor:

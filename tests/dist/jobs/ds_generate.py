@@ -11,7 +11,7 @@ from transformers.utils import output_capturing
 
 import pikv_ds
 from pikv_ds.errors import ConfigError, UnsupportedError
-from tests.dist.jobs.ds_compare import MICRO, assert_same_text, generate, rank_prompt, record_stats
+from tests.dist.jobs.ds_compare import MICRO, assert_same_text, generate, rank_prompt, ready, record_stats
 from tests.dist.jobs.report import Report
 from tests.tiny_models import prompt, tiny_model
 
@@ -32,10 +32,10 @@ with report.check("init_inference") as row:
     record_stats(row, engine.pikv)
 
 for family in ("qwen3_moe", "mixtral", "deepseek_v3"):
-    config = {**AUTOEP, "pikv": {}}
+    config, model = {**AUTOEP, "pikv": {}}, tiny_model(family)
     before, registry = copy.deepcopy(config), dict(output_capturing._CAN_RECORD_REGISTRY)
     methods = dict(vars(output_capturing._CanRecordRegistry))
-    engine = pikv_ds.initialize(model=tiny_model(family), config=config)[0].eval()
+    engine = ready(pikv_ds.initialize, model=model, config=config)
     for requests in ("replicated", "distinct"):
         with report.check(f"autoep {family} {requests}") as row:
             ids = rank_prompt(requests)
@@ -53,22 +53,22 @@ for family in ("qwen3_moe", "mixtral", "deepseek_v3"):
         assert type(out.past_key_values).__name__ == "DynamicCache"
 
 with report.check("replicated experts under initialize") as row:
-    engine = pikv_ds.initialize(model=tiny_model("olmoe"), config={**MICRO, "pikv": {}})[0].eval()
+    engine = ready(pikv_ds.initialize, model=tiny_model("olmoe"), config={**MICRO, "pikv": {}})
     ids = rank_prompt("distinct")
     assert_same_text(row, generate(engine.module, ids), "olmoe", ids)
     record_stats(row, engine.pikv)
 
 with report.check("monitor"):
     csv = {"csv_monitor": {"enabled": True, "output_path": str(folder), "job_name": "run"}}
-    engine = pikv_ds.initialize(
-        model=tiny_model("qwen3_moe"), config={**AUTOEP, **csv, "pikv": {"monitor": {"interval": 4}}})[0].eval()
+    engine = ready(pikv_ds.initialize, model=tiny_model("qwen3_moe"),
+                   config={**AUTOEP, **csv, "pikv": {"monitor": {"interval": 4}}})
     generate(engine.module, rank_prompt("distinct"))
 
 with report.check("install"):
     pikv_ds.install()
     pikv_ds.install()
     assert deepspeed.initialize is not host_functions[0] and deepspeed.init_inference is not host_functions[1]
-    engine = deepspeed.initialize(model=tiny_model("qwen3_moe"), config={**AUTOEP, "pikv": {}})[0].eval()
+    engine = ready(deepspeed.initialize, model=tiny_model("qwen3_moe"), config={**AUTOEP, "pikv": {}})
     ids = rank_prompt("replicated")
     assert_same_text({}, generate(engine.module, ids), "qwen3_moe", ids)
     assert engine.pikv.stats()["entries_appended"] > 0
@@ -82,7 +82,7 @@ with report.check("disabled") as row:
         runs = []
         for start in (deepspeed.initialize, pikv_ds.initialize):
             model = tiny_model("deepseek_v3", attention="sdpa")
-            engine = start(model=model, config={**AUTOEP, **block})[0].eval()
+            engine = ready(start, model=model, config={**AUTOEP, **block})
             out = generate(engine.module, ids, synced_gpus=True)
             assert model.config._attn_implementation == "sdpa" and "generate" not in vars(model)
             assert type(out.past_key_values).__name__ == "DynamicCache" and "pikv" not in vars(engine)

@@ -5,13 +5,13 @@ import os
 import torch.distributed as dist
 
 import pikv_ds
-from tests.dist.jobs.ds_compare import MICRO, assert_same_text, generate, rank_prompt
+from tests.dist.jobs.ds_compare import MICRO, assert_same_text, generate, rank_prompt, ready
 from tests.dist.jobs.report import Report
 from tests.tiny_models import tiny_model
 
 report = Report()
 config = {**MICRO, "expert_parallel": {"enabled": True, "autoep_size": 2}, "pikv": {}}
-engine = pikv_ds.initialize(model=tiny_model("qwen3_moe"), config=config)[0].eval()
+engine = ready(pikv_ds.initialize, model=tiny_model("qwen3_moe"), config=config)
 with report.check("two nodes") as row:
     row |= {"node": os.environ["CROSS_RANK"], "local_size": os.environ["LOCAL_SIZE"], "world": dist.get_world_size()}
     ids = rank_prompt("distinct")

@@ -1,0 +1,124 @@
+"""All layers' storage on one rank, and its host phase: allocate, fork, reserve, expire, shrink. R rows, S local shards, L layers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .agreement import Agreed
+from .config import PiKVConfig
+from .counters import Counters
+from .directory import Directory
+from .placement import local_shards
+from .plan import StepPlan
+from .recycle import expire, remap
+from .sizing import pages_to_open, shard_capacity
+from .spec import LayerSpec
+from .store import LayerStore
+
+
+class Tables:
+    """Owns the stores, the row counts and the directory. Everything here runs between forwards, never below attend."""
+
+    def __init__(
+        self, layers: list[LayerSpec], config: PiKVConfig, codec, page_size: int, num_shards: int, rank: int, num_ranks: int,
+        num_experts: int, dtype: torch.dtype, device: torch.device,
+    ) -> None:
+        self.layers, self.storage, self.codec, self.page_size = layers, config.storage, codec, page_size
+        self.dtype, self.device, self.num_shards = dtype, device, num_shards
+        shards = local_shards(rank, num_shards, num_ranks)
+        self.shard_begin, self.num_local = shards.start, len(shards)
+        self.directory = Directory(layers, num_shards, device)
+        self.counters = Counters(num_experts, device)
+        self.allocate(0)
+
+    def allocate(self, num_rows: int) -> None:
+        """Start with empty tables of `num_rows` requests and zeroed entry counters; earlier pages are given back."""
+        self.counts = torch.zeros(len(self.layers), num_rows, self.num_local, dtype=torch.int64, device=self.device)
+        self.free_top = torch.zeros(len(self.layers), dtype=torch.int64, device=self.device)
+        self.stores = [
+            LayerStore(spec, self.codec, self.page_size, self.dtype, self.device, self.counts[i], self.free_top[i])
+            for i, spec in enumerate(self.layers)
+        ]
+        self.directory.reset(num_rows)
+        self.counters.clear()
+        self.mirror()
+
+    def mirror(self) -> None:
+        """Host copies of the sizes that plan the next forward. Sync: one read per forward, after its last layer; free on CPU."""
+        self.counts_host, self.free_host, self.load_host = self.counts.cpu(), self.free_top.cpu(), self.directory.load.cpu()
+
+    @property
+    def local(self) -> slice:
+        """This rank's shards among all."""
+        return slice(self.shard_begin, self.shard_begin + self.num_local)
+
+    def remap(self, agreed: Agreed, lens: list[int]) -> None:
+        """Fork, crop and drop rows as agreed. lens: tokens of every row before."""
+        parent = torch.tensor(agreed.parent, dtype=torch.int64).to(self.device)
+        keep = torch.tensor(agreed.keep, dtype=torch.int64).to(self.device)
+        removed = self.directory.remap(parent, keep, torch.tensor(lens, dtype=torch.int64).to(self.device))
+        old, self.counts = self.counts, self.counts.new_zeros(len(self.layers), parent.numel(), self.num_local)
+        childless = torch.ones(old.shape[1], dtype=torch.bool, device=self.device)
+        childless[parent[parent >= 0]] = False
+        some_end = bool((parent < 0).any())  # rows of another generation leave; among forks, dropped rows count as forked away
+        for i, store in enumerate(self.stores):
+            kept = torch.where(parent.unsqueeze(-1) >= 0, old[i][parent.clamp_min(0)], 0)
+            cut = removed[i][:, self.local] if self.num_shards > 1 else removed[i]
+            self.counts[i] = kept - cut
+            if bool((self.counts[i] < 0).any()):
+                raise RuntimeError(f"layer {i}: a crop reaches back to entries that have left the sliding window; crop before they expire")
+            remap(store, parent, self.counts[i])
+            cropped = int(cut.sum()) + (int(old[i][childless].sum()) if some_end else 0)
+            self.counters.cropped += cropped
+            self.counters.forked += int(self.counts[i].sum()) + cropped - int(old[i].sum())
+        self.mirror()
+
+    def reserve(self, plan: StepPlan, hold: bool) -> None:
+        """Fill in the per-layer sizes of a plan and make sure that its entries will find pages, without knowing their shards yet."""
+        page = self.page_size
+        num_new = torch.tensor(plan.num_new, dtype=torch.int64)
+        most_new, total_new = max(plan.num_new, default=0), sum(plan.num_new)
+        flat = self.counts_host.flatten(1)
+        fullest = flat.amax(1).tolist() if flat.shape[1] else [0] * len(self.layers)
+        opens = [0] * len(self.layers)
+        if plan.decode:
+            # A row opens a page only when one of its open pages is full; the token may go to any shard, so any of them counts.
+            opens = ((self.counts_host % page == 0).any(-1) & (num_new > 0)).sum(-1).tolist()
+        even = self.num_shards == 1 and plan.decode and plan.all_valid
+        emptiest = flat.amin(1).tolist() if even else fullest
+        capacity = {w: shard_capacity(self.layers, w, plan.lens_after_host, self.num_shards, page, self.storage.capacity_tokens)
+                    for w in {spec.window for spec in self.layers}}
+        free = self.free_host.tolist()
+        fullest_shard = self.load_host.amax(1).tolist() if self.num_shards > 1 else [0] * len(self.layers)
+        for i, (spec, store) in enumerate(zip(self.layers, self.stores, strict=True)):
+            plan.capacity.append(capacity[spec.window])
+            plan.may_spill.append(self.num_shards > 1 and fullest_shard[i] + total_new > capacity[spec.window])
+            needed = opens[i] if plan.decode else self._pages_for_chunk(i, num_new, capacity[spec.window], hold)
+            plan.may_open.append(needed > 0)
+            plan.read_pages.append(-(-(fullest[i] + plan.decode) // page))
+            plan.length.append(fullest[i] + 1 if even and emptiest[i] == fullest[i] else None)
+            store.reserve(free[i], needed, -(-(fullest[i] + most_new) // page))
+        if self.num_shards > 1:
+            self.directory.reserve(max(plan.lens_after_host, default=0))
+
+    def _pages_for_chunk(self, layer: int, num_new: Tensor, capacity: int, hold: bool) -> int:
+        window = self.layers[layer].window
+        stored = num_new if window is None or hold else num_new.clamp_max(window - 1)
+        room = capacity - self.load_host[layer][self.local] if self.num_shards > 1 and window is None else None
+        return pages_to_open(self.counts_host[layer], stored, room, self.page_size)
+
+    def expire(self, lens: list[int], margin: int) -> None:
+        """Free pages that have left their layer's window; `margin` tokens may still be cropped back."""
+        if not lens or all(spec.window is None for spec in self.layers):
+            return
+        at = torch.tensor(lens, dtype=torch.int64).to(self.device) - margin
+        for spec, store in zip(self.layers, self.stores, strict=True):
+            if spec.window is not None:
+                self.counters.expired += expire(store, at, spec.window)
+
+    def shrink(self) -> None:
+        """Mirror the sizes, then give back slabs of layers with much free space."""
+        self.mirror()
+        for i, (store, free) in enumerate(zip(self.stores, self.free_host.tolist(), strict=True)):
+            self.free_host[i] = store.shrink(free)

@@ -1,0 +1,65 @@
+"""Entries go home: expert id -> shard -> slot, on the device. N tokens of a forward, S shards."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .placement import Placement, hash_expert
+from .plan import StepPlan
+from .slots import spill
+from .tables import Tables
+
+
+class Writer:
+    """Appends the entries of one layer and forward to the shards of this rank. Nothing here reads the device back."""
+
+    def __init__(self, tables: Tables, placement: Placement) -> None:
+        self.tables, self.placement = tables, placement
+        self.num_experts = placement.num_experts
+
+    def append(self, layer: int, plan: StepPlan, k: Tensor, v: Tensor, expert_ids: Tensor | None, hold: bool) -> None:
+        """Args: k [N, Hkv, Dk], v [N, Hkv, Dv]; expert_ids [N] int64 (-1 or None: position mod E); hold: nothing expires at birth."""
+        tables, spec = self.tables, self.tables.layers[layer]
+        positions, valid = plan.positions, plan.valid
+        experts = self._experts(positions, expert_ids, plan)
+        if spec.window is not None and not plan.decode and not hold:
+            # Entries that no query after this forward can see are not stored: they expire at birth.
+            born = valid & (positions >= (plan.lens_after - (spec.window - 1))[plan.rows])
+            unseen_here = valid & ~born & self._is_local(self._wanted(layer, experts, positions))
+            tables.counters.expire_at_birth(unseen_here, experts)
+            valid = born
+        store = tables.stores[layer]
+        if tables.num_shards == 1:
+            store.append(plan.rows, None, valid, positions, k, v, one_per_row=plan.decode, may_open=plan.may_open[layer], all_valid=plan.all_valid)
+            tables.counters.count_appended(experts, valid)
+            return
+        shard = self._shards(layer, plan, experts, positions, valid)
+        tables.directory.record(layer, plan.rows, positions, valid, shard, plan.lens_after, plan.decode)
+        here = valid & self._is_local(shard)
+        store.append(
+            plan.rows, shard - tables.shard_begin, here, positions, k, v, one_per_row=plan.decode, may_open=plan.may_open[layer], all_valid=False
+        )
+        tables.counters.count_appended(experts, here)
+
+    def _experts(self, positions: Tensor, expert_ids: Tensor | None, plan: StepPlan) -> Tensor:
+        if expert_ids is None:
+            return hash_expert(positions, self.num_experts)
+        if len(plan.sources) == 1:
+            return expert_ids
+        return torch.where(expert_ids < 0, hash_expert(positions, self.num_experts), expert_ids)
+
+    def _wanted(self, layer: int, experts: Tensor, positions: Tensor) -> Tensor:
+        return self.placement.shard_of(layer, experts, positions.clamp_min(0))
+
+    def _is_local(self, shard: Tensor) -> Tensor:
+        begin = self.tables.shard_begin
+        return (shard >= begin) & (shard < begin + self.tables.num_local)
+
+    def _shards(self, layer: int, plan: StepPlan, experts: Tensor, positions: Tensor, valid: Tensor) -> Tensor:
+        wanted = self._wanted(layer, experts, positions)
+        if not plan.may_spill[layer]:
+            return wanted
+        shard, spilled = spill(wanted, valid, self.tables.directory.load[layer], plan.capacity[layer])
+        self.tables.counters.count_spilled(spilled, spilled & self._is_local(shard))
+        return shard

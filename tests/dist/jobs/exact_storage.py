@@ -1,0 +1,56 @@
+"""Placements, expert id sources and shard counts: the same tokens wherever entries live. Runs on 1, 2 and 4 ranks. args: out file of the gate."""
+
+import itertools
+import sys
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+
+from tests.dist.jobs.exact import assert_conserved, assert_same, generate, generate_sharded
+from tests.dist.jobs.report import Report
+from tests.tiny_models import prompt, tiny_model
+
+SOURCES = ("previous_layer", "lookahead", "true", "gate", "hash")
+PLACEMENTS = {
+    "experts": {},
+    "xor": {"n_tok": 4},
+    "position": {},
+    "table": {"table": [[[e % 4, -1] if e % 3 else [(e + 1) % 4, (e + 2) % 4] for e in range(8)]]},
+}
+
+
+def main() -> None:
+    report = Report()
+    dist.init_process_group("gloo")
+    group = dist.new_group()
+    rank = dist.get_rank()
+    gate_path = f"{sys.argv[1]}.{rank}"
+    models = {name: tiny_model(name) for name in ("qwen3_moe", "mixtral", "deepseek_v3")}
+    for name, model in models.items():
+        config = model.config
+        width = config.kv_lora_rank + config.qk_rope_head_dim if name == "deepseek_v3" else 2 * 16
+        same = prompt(19, seed=3, batch=2)
+        own = prompt(11 + 6 * rank, seed=30 + rank, batch=1)
+        references = {"replicated": generate(model, same, new_tokens=16), "distinct": generate(model, own, new_tokens=16)}
+        save_file({"gate": torch.randn(2, 8, width, generator=torch.Generator().manual_seed(5))}, gate_path)
+        for source, placement in itertools.product(SOURCES, PLACEMENTS):
+            if placement != "experts" and source not in ("previous_layer", "true"):
+                continue  # a placement sees ids, not where they came from
+            storage = {"num_shards": 4, "expert_ids": source, "placement": placement, **PLACEMENTS[placement]}
+            if source == "gate":
+                storage["gate_path"] = gate_path
+            for requests, ids in (("replicated", same), ("distinct", own)):
+                with report.check(f"{name} {source} {placement} {requests}") as row:
+                    run = generate_sharded(
+                        model, ids, new_tokens=16, group=group, config={"page_size": 4, "storage": {**storage, "requests": requests}}
+                    )
+                    assert_same(run, references[requests], 1e-5)
+                    assert_conserved(run.stats, group)
+                    row["load_per_expert"] = run.stats["load_per_expert"]
+                    row["load_per_rank"] = run.stats["load_per_rank"]
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

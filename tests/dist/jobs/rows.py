@@ -1,0 +1,130 @@
+"""Rows that move: beam search, assisted decoding (crop), early end, ranks without tokens, generations one after another."""
+
+import torch
+import torch.distributed as dist
+
+import pikv_ds
+from tests.dist.jobs.exact import assert_conserved, assert_same, generate, generate_sharded
+from tests.dist.jobs.report import Report
+from tests.host_guard import host_is_forbidden
+from tests.tiny_models import prompt, tiny_model
+
+
+def beams(model, ids, mask, **options):
+    return model.generate(
+        ids, attention_mask=mask, max_new_tokens=20, num_beams=4, do_sample=False, eos_token_id=None, return_dict_in_generate=True, output_scores=True,
+        **options,
+    )
+
+
+def check_beams(report: Report, name: str, model, group) -> None:
+    rank = dist.get_rank()
+    for requests in ("replicated", "distinct"):
+        with report.check(f"{name} beam search {requests}"):
+            ids = prompt(13, seed=4, batch=2) if requests == "replicated" else prompt(9 + 5 * rank, seed=40 + rank, batch=2)
+            mask = torch.ones_like(ids)
+            mask[1, :3] = 0
+            reference = beams(model, ids, mask)
+            with pikv_ds.attach(model, {"page_size": 4, "storage": {"requests": requests}}, group) as cache, host_is_forbidden(model):
+                out = beams(model, ids, mask)
+                stats = cache.stats()
+            assert torch.equal(out.sequences, reference.sequences)
+            difference = (out.sequences_scores - reference.sequences_scores).abs().max().item()
+            assert difference < 1e-5, difference
+            assert_conserved(stats, group)
+
+
+def check_assisted(report: Report, name: str, model, group) -> None:
+    rank = dist.get_rank()
+    assistant = tiny_model(name, num_hidden_layers=1) if name == "mixtral" else None
+    for requests in ("replicated", "distinct"):
+        with report.check(f"{name} assisted decoding {requests}") as row:
+            ids = prompt(12, seed=5) if requests == "replicated" else prompt(12 + 3 * rank, seed=50 + rank)
+            ids = torch.cat([ids, ids], 1)  # repeats itself, so that prompt lookup has something to propose
+            reference = generate(model, ids, new_tokens=30)
+            options = {"assistant_model": assistant} if assistant else {"prompt_lookup_num_tokens": 4}
+            with pikv_ds.attach(model, {"page_size": 4, "storage": {"requests": requests}}, group) as cache:
+                out = generate(model, ids, new_tokens=30, **options)
+                stats = cache.stats()
+            assert torch.equal(out.tokens, reference.tokens)
+            assert_conserved(stats, group)
+            row["cropped"] = stats["entries_cropped"]
+            assert stats["entries_cropped"] > 0 or dist.get_world_size() > 1, "nothing was cropped: the assistant was never wrong"
+
+
+def check_finished_rank(report: Report, model, group) -> None:
+    rank = dist.get_rank()
+    with report.check("finished rank keeps step, its dummy tokens are not stored"):
+        ids = prompt(10, seed=60 + rank)
+        new_tokens = 5 if rank == 0 else 17
+        reference = generate(model, ids, new_tokens=new_tokens)
+        run = generate_sharded(model, ids, new_tokens=new_tokens, group=group, config={"page_size": 4, "storage": {"requests": "distinct"}})
+        assert_same(run, reference, 1e-5)
+        lens = torch.tensor(10 + new_tokens - 1)  # the last token is never fed
+        appended = torch.tensor(run.stats["entries_appended"])
+        dist.all_reduce(lens, group=group)
+        dist.all_reduce(appended, group=group)
+        assert int(appended) == 2 * int(lens), (int(appended), int(lens))
+        assert_conserved(run.stats, group)
+
+
+def check_rank_without_tokens(report: Report, model, group) -> None:
+    rank = dist.get_rank()
+    with report.check("a rank without tokens joins by lockstep"):
+        ids = prompt(14, seed=70)
+        reference = generate(model, ids, new_tokens=8).logits[:, 0]
+        with pikv_ds.attach(model, {"page_size": 4, "storage": {"requests": "distinct"}}, group) as cache, torch.no_grad():
+            step, token, logits = 0, ids, []
+            while cache.lockstep(rank == 0 and step < 8):
+                if rank == 0:
+                    out = model(token, past_key_values=cache).logits[:, -1]
+                    logits.append(out[0])
+                    token = out.argmax(-1, keepdim=True)
+                else:
+                    model(**cache.idle_inputs())
+                step += 1
+            assert step == 8, step
+            if rank == 0:
+                assert (torch.stack(logits) - reference).abs().max() < 1e-5
+            assert sum(cache.stats()["load_per_rank"]) == 2 * (14 + 7)
+
+
+def check_generations(report: Report, model, group) -> None:
+    with report.check("generations one after another leak nothing"):
+        rank = dist.get_rank()
+        with pikv_ds.attach(model, {"page_size": 4}, group) as cache:
+            for turn in range(3):
+                ids = prompt(8 + 9 * turn, seed=80 + turn, batch=1 + turn)
+                if turn == 1:
+                    ids = prompt(8 + rank, seed=90 + rank, batch=2)  # the mode changes between generations
+                run = generate(model, ids, new_tokens=6)
+                assert cache.stats()["requests"] == ("distinct" if turn == 1 and dist.get_world_size() > 1 else "replicated" if dist.get_world_size() > 1 else "local")
+                live = torch.tensor(cache.stats()["entries_live"])
+                dist.all_reduce(live, group=group)
+                tokens = torch.tensor(ids.numel() + 5 * ids.shape[0])
+                if cache.stats()["requests"] == "distinct":
+                    dist.all_reduce(tokens, group=group)
+                assert int(live) == 2 * int(tokens), (turn, int(live), int(tokens))
+            cache.reset()
+            assert cache.stats()["kv_bytes_allocated"] <= 2 * cache.core.tables.stores[0].bytes_per_slot, cache.stats()
+        reference = generate(model, ids, new_tokens=6)
+        assert_same(run, reference, 1e-5)
+
+
+def main() -> None:
+    report = Report()
+    dist.init_process_group("gloo")
+    group = dist.new_group()
+    for name in ("qwen3_moe", "mixtral"):
+        model = tiny_model(name)
+        check_beams(report, name, model, group)
+        check_assisted(report, name, model, group)
+    model = tiny_model("qwen3_moe")
+    check_finished_rank(report, model, group)
+    check_rank_without_tokens(report, model, group)
+    check_generations(report, model, group)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
