@@ -47,6 +47,11 @@ class Binding:
         if new is None:
             raise UnsupportedError(f"layer {self.layer} reached attention without updating the cache; a model must call past_key_values.update")
         k, v = (t.detach().transpose(1, 2) for t in new)
+        if k.dtype != self.core.dtype:
+            raise UnsupportedError(
+                f"layer {self.layer}: keys arrive as {k.dtype}, the cache was attached for parameters of {self.core.dtype} (autocast?); "
+                f"convert the model with model.to({k.dtype}) and attach again"
+            )
         if self.spec.latent:
             if k.shape[-1] + v.shape[-1] != self.spec.k_dim or k.shape[2] != 1:
                 raise UnsupportedError(

@@ -105,6 +105,9 @@ def _check(model, attentions, specs, dtype, config, group) -> None:
     if dtype not in _DTYPES:
         legal = ", ".join(str(d).removeprefix("torch.") for d in _DTYPES)
         raise UnsupportedError(f"{name} has parameters of dtype {dtype}; PiKV stores {legal}: convert the model with model.to(...)")
+    devices = sorted({str(p.device) for attention in attentions for p in attention.parameters()})
+    if len(devices) > 1:
+        raise UnsupportedError(f"the attention layers of {name} lie on several devices ({', '.join(devices)}); PiKV keeps one store on one device")
     if len(specs) != len(attentions):
         raise UnsupportedError(f"the configuration of {name} describes {len(specs)} layers, the model has {len(attentions)}")
     if getattr(model.config.get_text_config(decoder=True), "attn_logit_softcapping", None):
