@@ -46,6 +46,8 @@ class PiKVLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return -1
 
+    get_max_cache_shape = get_max_length  # the name of the abstract method in transformers 5.0
+
     def reset(self) -> None:
         self.new = None
 
