@@ -84,16 +84,19 @@ def attach(model: PreTrainedModel, config=None, group: dist.ProcessGroup | None 
 def _anatomy(model: nn.Module) -> tuple[nn.Module, list[nn.Module], list[nn.Module]]:
     """The decoder (the module whose forward takes past_key_values and loops over layers), its layers, their attention modules."""
     for module in model.modules():
-        layers = getattr(module, "layers", None)
-        if isinstance(layers, nn.ModuleList) and "past_key_values" in inspect.signature(module.forward).parameters:
-            attentions = []
-            for i, layer in enumerate(layers):
-                found = [m for m in layer.modules() if getattr(m, "layer_idx", None) == i and hasattr(m, "o_proj")]
-                if len(found) != 1:
-                    raise UnsupportedError(f"{type(layer).__name__} {i} has {len(found)} attention modules with layer_idx and o_proj; PiKV needs one")
-                attentions.append(found[0])
-            return module, list(layers), attentions
-    raise UnsupportedError(f"{type(model).__name__} has no decoder with a .layers list whose forward takes past_key_values")
+        layers = next((found for name in ("layers", "h") if isinstance(found := getattr(module, name, None), nn.ModuleList)), None)
+        if layers is not None and "past_key_values" in inspect.signature(module.forward).parameters:
+            return module, list(layers), [_attention_of(layer, i) for i, layer in enumerate(layers)]
+    raise UnsupportedError(f"{type(model).__name__} has no decoder with a list of layers whose forward takes past_key_values")
+
+
+def _attention_of(layer: nn.Module, layer_idx: int) -> nn.Module:
+    found = [m for m in layer.modules() if getattr(m, "layer_idx", None) == layer_idx and "attention" in type(m).__name__.lower()]
+    if len(found) != 1:
+        raise UnsupportedError(
+            f"{type(layer).__name__} {layer_idx} has {len(found)} attention modules that know their layer_idx; PiKV needs exactly one per layer"
+        )
+    return found[0]
 
 
 def _check(model, attentions, specs, dtype, config, group) -> None:
