@@ -67,7 +67,7 @@ def test_rows_that_move(check: str, world: int):
 @WORLDS
 @pytest.mark.parametrize("check", [
     "replicated 1100 tokens", "distinct 1100 tokens", "collectives of a decode step, replicated", "collectives of a decode step, distinct",
-    "four shards whatever the ranks", "bf16 error against fp32",
+    "plan against the store, replicated", "plan against the store, distinct", "four shards whatever the ranks", "bf16 error against fp32",
 ])
 def test_bundled_model(check: str, world: int):
     job("bundled.py", world).check(check)

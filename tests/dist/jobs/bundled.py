@@ -6,7 +6,8 @@ import torch
 import torch.distributed as dist
 
 import pikv_ds
-from pikv_ds import bundled
+from pikv_ds import bundled, estimate
+from pikv_ds.codecs import CODECS
 from pikv_ds.stats import decode_bytes_sent
 from tests.bf16_error import PREFILL, STEPS, fixed_routing, forced_logits, recorded_routing, rms
 from tests.dist.jobs.exact import assert_conserved, assert_same, counted_collectives, generate, generate_sharded
@@ -48,6 +49,25 @@ def check_exact(report: Report, model, tokenizer, group, requests: str, length: 
                 t.nbytes for s in cache.core.tables.stores for t in (*s.fields.values(), s.positions)
             )
         assert answer in tokenizer.decode(run.tokens[0, own : own + 8]), tokenizer.decode(run.tokens[0, own:])
+
+
+def check_plan(report: Report, model, tokenizer, group, requests: str) -> None:
+    """What `pikv plan` says beforehand, against what the store then allocates on the fullest rank."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    with report.check(f"plan against the store, {requests}") as row, torch.no_grad():
+        lengths = [900] * size if requests == "replicated" else [900 - 150 * r for r in range(size)]
+        ids, _ = passkey(tokenizer, lengths[rank], seed=3 if requests == "replicated" else 3 + rank)
+        with pikv_ds.attach(model, {"storage": {"requests": requests}}, group) as cache:
+            model(ids)
+            allocated, dense = torch.tensor(cache.stats()["kv_bytes_allocated"]), cache.stats()["kv_bytes_dense"]
+            layers, page_size = cache.core.layers, cache.core.page_size
+            slab = sum(s.bytes_per_slot for s in cache.core.tables.stores) * page_size
+        dist.all_reduce(allocated, op=dist.ReduceOp.MAX, group=group)
+        stored = lengths[:1] if requests == "replicated" else lengths
+        planned = estimate.pikv_bytes(layers, stored, ranks=size, codec=CODECS.build("none"), page_size=page_size, itemsize=4)
+        row |= {"allocated": int(allocated), "balanced": planned.balanced, "worst": planned.worst}
+        assert dense == estimate.dense_bytes(layers, [lengths[rank]], 4)
+        assert 0.95 * planned.balanced <= int(allocated) <= 1.125 * planned.worst + slab, row
 
 
 def check_collectives(report: Report, model, group, requests: str) -> None:
@@ -107,6 +127,7 @@ def main() -> None:
     for requests in ("replicated", "distinct"):
         check_exact(report, model, tokenizer, group, requests, 1100)
         check_collectives(report, model, group, requests)
+        check_plan(report, model, tokenizer, group, requests)
     check_shards(report, model, tokenizer, group)
     check_bf16(report, model, tokenizer, group)
     dist.destroy_process_group()
