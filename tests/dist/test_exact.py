@@ -56,6 +56,7 @@ def test_homes_depend_on_shards_not_on_ranks(world: int, tmp_path_factory: pytes
 @WORLDS
 @pytest.mark.parametrize("check", [
     *(f"{m} {what} {r}" for m in ("qwen3_moe", "mixtral") for what in ("beam search", "assisted decoding") for r in ("replicated", "distinct")),
+    *(f"{m} requests come and go on their own" for m in ("qwen3_moe", "mixtral")),
     "finished rank keeps step, its dummy tokens are not stored",
     "a rank without tokens joins by lockstep",
     "generations one after another leak nothing",
