@@ -203,5 +203,6 @@ class PiKVCache:
         window = store.spec.window
         return paged_attention(
             q, k_pages, v_pages, store.position_pages, table, seqlens, scale=query.scale, window=window,
-            q_positions=None if window is None else plan.query_positions(row0, num_rows), length=plan.length[layer] if before is None else None,
+            q_positions=None if window is None else plan.query_positions(row0, num_rows),
+            length=plan.length[layer] if before is None else None,
         )
