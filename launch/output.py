@@ -52,19 +52,42 @@ def write_json(path: str | None, command: str, rows: list[dict[str, Any]]) -> No
 
 
 def print_table(title: str, rows: list[dict[str, Any]]) -> None:
-    """One line per row, one column per key of the first row; amounts to the right. Only the last column wraps."""
-    from rich.box import SIMPLE_HEAD
+    """One line per row, one column per key of the first row; on its side when the terminal is too narrow for that.
+
+    Nothing is cut: only the last column wraps, and on its side every column may.
+    """
     from rich.console import Console
+
+    console = Console()
+    cells = [[_cell(value) for value in row.values()] for row in rows]
+    names = list(rows[0])
+    if _natural_width(names, cells) <= console.width:
+        console.print(_table(title, names, cells, wrap_all=False))
+        return
+    sideways = [[name, *(row[idx] for row in cells)] for idx, name in enumerate(names)]
+    console.print(_table(title, sideways[0], sideways[1:], wrap_all=True))
+
+
+def _natural_width(names: list[str], cells: list[list[str]]) -> int:
+    """Characters a table takes, with 3 between columns and 1 at each edge, when its last column wraps at 24."""
+    widths = [max(len(row[idx]) for row in [names, *cells]) for idx in range(len(names))]
+    return sum(widths[:-1]) + min(widths[-1], max(24, len(names[-1]))) + 3 * (len(names) - 1) + 2
+
+
+def _table(title: str, names: list[str], cells: list[list[str]], *, wrap_all: bool) -> Any:
+    from rich.box import SIMPLE_HEAD
+    from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    *_, last = rows[0]
-    for key, value in rows[0].items():
-        is_amount = _cell(value)[0].isdigit()
-        table.add_column(key, justify="right" if is_amount else "left", overflow="fold", no_wrap=key != last)
-    for row in rows:
-        table.add_row(*(_cell(value) for value in row.values()))
-    Console().print(table)
+    table = Table(title=escape(title), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    for idx, name in enumerate(names):
+        is_amount = not wrap_all and all(row[idx][0].isdigit() or row[idx] == "-" for row in cells)
+        wraps = wrap_all or idx == len(names) - 1
+        justify = "right" if is_amount else "left"
+        table.add_column(escape(name), justify=justify, overflow="fold", no_wrap=not wraps)
+    for row in cells:
+        table.add_row(*map(escape, row))
+    return table
 
 
 def human_bytes(count: float) -> str:
@@ -76,12 +99,10 @@ def human_bytes(count: float) -> str:
 
 
 def _cell(value: Any) -> str:
-    from rich.markup import escape
-
     if value is None:
         return "-"
     text = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
-    return escape(text) or "-"
+    return text or "-"
 
 
 def _cpu_model() -> str:

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+_TILE = 1 << 26  # score elements held at a time where they are materialised: 256 MiB in f32
+
 
 def sdpa_lse(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None = None, causal: bool = False) -> tuple[Tensor, Tensor]:
     """Attend and keep the normaliser, so that the result can be merged with attention over other keys.
@@ -48,12 +50,27 @@ def _flash_cpu(q, k, v, scale, mask, causal):
 
 
 def _math(q, k, v, scale, mask, causal):
+    """Query tiles keep the scores of one tile under _TILE elements; tiles share nothing, so the result does not depend on them."""
+    B, Hq, T, _ = q.shape
+    L = k.shape[2]
+    tile = max(1, _TILE // max(1, B * Hq * L))
+    if causal:
+        mask = torch.ones(T, L, dtype=torch.bool, device=q.device).tril_()[None, None]
+    if tile >= T:
+        return _math_tile(q, k, v, scale, mask)
+    parts = []
+    for start in range(0, T, tile):
+        rows = slice(start, start + tile)
+        own = mask if mask is None or mask.shape[2] == 1 else mask[:, :, rows]
+        parts.append(_math_tile(q[:, :, rows], k, v, scale, own))
+    return torch.cat([out for out, _ in parts], 2), torch.cat([lse for _, lse in parts], 2)
+
+
+def _math_tile(q, k, v, scale, mask):
     B, Hq, T, _ = q.shape
     Hkv, L = k.shape[1], k.shape[2]
     group = Hq // Hkv
     scores = torch.matmul(q.reshape(B, Hkv, group * T, -1) * scale, k.transpose(-1, -2)).view(B, Hkv, group, T, L)
-    if causal:
-        mask = torch.ones(T, L, dtype=torch.bool, device=q.device).tril_()[None, None]
     if mask is not None:
         scores = scores.masked_fill(~mask.unsqueeze(2), -torch.inf)
     top = scores.amax(-1, keepdim=True).clamp_min(torch.finfo(q.dtype).min)  # keeps exp(-inf - top) at 0 for empty rows

@@ -18,10 +18,13 @@ from .codecs import CODECS
 from .config import PiKVConfig
 from .digest import digest
 from .distinct import DistinctStep
+from .errors import ConfigError
 from .exchange import Exchange
 from .placement import Placement
 from .plan import LocalStep, Source, StepPlan
+from .policies import POLICIES
 from .replicated import ReplicatedStep
+from .routers import ROUTERS
 from .spec import LayerSpec
 from .tables import Tables
 from .writer import Writer
@@ -75,6 +78,13 @@ class PiKVCache:
         self.exchange = Exchange(group, config.timeout_s)
         self.num_shards = config.storage.num_shards or self.exchange.size
         codec = CODECS.build(config.compression.method)
+        router, policy = ROUTERS.build(config.routing.method), POLICIES.build(config.scheduling.method)
+        if not (router.reads_all and policy.keeps_all):
+            # Registered methods that do less than everything need the selection and eviction paths, which this version does not have.
+            raise ConfigError(
+                f"pikv.routing.method = {config.routing.method!r} with pikv.scheduling.method = {config.scheduling.method!r}: this version "
+                f"reads every shard and keeps every entry; legal: 'all' and 'none'"
+            )
         self.page_size = config.page_size or codec.preferred_page_size
         self.tables = Tables(
             layers, config, codec, self.page_size, self.num_shards, self.exchange.rank, self.exchange.size, num_experts, dtype, device

@@ -32,7 +32,9 @@ class Exchange:
         """[...] contiguous, same shape on all ranks -> [G, ...]. `what` names the step in errors."""
         gathered = block.new_empty(self.size, *block.shape)
         self._count((self.size - 1) * block.nbytes)
-        self._run(what, lambda: dist.all_gather_into_tensor(gathered.view(-1), block.view(-1), group=self.group, async_op=True))
+        # torch 2.13 renamed all_gather_into_tensor; the old name still works but warns.
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        self._run(what, lambda: gather(gathered.view(-1), block.view(-1), group=self.group, async_op=True))
         return gathered
 
     def all_to_all(self, block: Tensor, send_rows: list[int], what: str) -> Tensor:

@@ -90,13 +90,14 @@ class Tables:
         capacity = {w: shard_capacity(self.layers, w, plan.lens_after_host, self.num_shards, page, self.storage.capacity_tokens)
                     for w in {spec.window for spec in self.layers}}
         free = self.free_host.tolist()
+        reads_own = any(source.num_columns == 1 for source in plan.sources)  # a single new token is read back from its page
         fullest_shard = self.load_host.amax(1).tolist() if self.num_shards > 1 else [0] * len(self.layers)
         for i, (spec, store) in enumerate(zip(self.layers, self.stores, strict=True)):
             plan.capacity.append(capacity[spec.window])
             plan.may_spill.append(self.num_shards > 1 and fullest_shard[i] + total_new > capacity[spec.window])
             needed = opens[i] if plan.decode else self._pages_for_chunk(i, num_new, capacity[spec.window], hold)
             plan.may_open.append(needed > 0)
-            plan.read_pages.append(-(-(fullest[i] + plan.decode) // page))
+            plan.read_pages.append(-(-(fullest[i] + reads_own) // page))
             plan.length.append(fullest[i] + 1 if even and emptiest[i] == fullest[i] else None)
             store.reserve(free[i], needed, -(-(fullest[i] + most_new) // page))
         if self.num_shards > 1:

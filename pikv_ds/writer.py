@@ -29,9 +29,9 @@ class Writer:
             unseen_here = valid & ~born & self._is_local(self._wanted(layer, experts, positions))
             tables.counters.expire_at_birth(unseen_here, experts)
             valid = born
-        store = tables.stores[layer]
+        store, all_valid = tables.stores[layer], plan.all_valid and valid is plan.valid
         if tables.num_shards == 1:
-            store.append(plan.rows, None, valid, positions, k, v, one_per_row=plan.decode, may_open=plan.may_open[layer], all_valid=plan.all_valid)
+            store.append(plan.rows, None, valid, positions, k, v, one_per_row=plan.decode, may_open=plan.may_open[layer], all_valid=all_valid)
             tables.counters.count_appended(experts, valid)
             return
         shard = self._shards(layer, plan, experts, positions, valid)

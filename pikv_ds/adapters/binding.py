@@ -36,26 +36,49 @@ class Binding:
     spec: LayerSpec
     expert_ids: ExpertIds
     chunk: Chunk = field(default_factory=Chunk)
+    unverified: bool = True  # a latent layer's expansion has not been compared with its weights yet
 
     @property
     def core(self) -> PiKVCache:
         return self.cache.core
 
-    def entries(self) -> tuple[Tensor, Tensor]:
-        """New entries as [B, T, Hkv, D]; a latent layer stores [c_kv | k_rot] once, its value has no columns of its own."""
+    def entries(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """New entries as [B, T, Hkv, D]; a latent layer stores [c_kv | k_rot] once, its value has no columns of its own.
+
+        Args: key, value as the attention function got them: what the model gave to the cache, or (MLA) expanded from it.
+        """
         new = self.cache.layers[self.layer].take()
         if new is None:
             raise UnsupportedError(f"layer {self.layer} reached attention without updating the cache; a model must call past_key_values.update")
         k, v = (t.detach().transpose(1, 2) for t in new)
+        if k.dtype != self.core.dtype:
+            raise UnsupportedError(
+                f"layer {self.layer}: keys arrive as {k.dtype}, the cache was attached for parameters of {self.core.dtype} (autocast?); "
+                f"convert the model with model.to({k.dtype}) and attach again"
+            )
         if self.spec.latent:
-            if k.shape[-1] + v.shape[-1] != self.spec.k_dim or k.shape[2] != 1:
-                raise UnsupportedError(
-                    f"layer {self.layer}: this transformers version caches expanded MLA keys {tuple(new[0].shape)}, not the latent of width "
-                    f"{self.spec.v_dim}; use a version whose cache receives the latent (5.23 does)"
-                )
-            k = torch.cat([k, v], -1)
-            v = k.new_empty(*k.shape[:3], 0)
+            k = self._latent(k, v)
+            return k, k.new_empty(*k.shape[:3], 0)
+        shapes = (self.spec.num_kv_heads, self.spec.k_dim), (self.spec.num_kv_heads, self.spec.v_dim)
+        if (k.shape[2:], v.shape[2:]) != shapes:
+            raise UnsupportedError(
+                f"layer {self.layer}: keys and values have (heads, width) {tuple(k.shape[2:])} and {tuple(v.shape[2:])}, "
+                f"the model's configuration says {shapes[0]} and {shapes[1]}"
+            )
+        if key.data_ptr() != new[0].data_ptr() or key.shape != new[0].shape or value.data_ptr() != new[1].data_ptr() or value.shape != new[1].shape:
+            raise UnsupportedError(
+                f"layer {self.layer}: the model changes keys or values between the cache and attention ({tuple(new[0].shape)} became "
+                f"{tuple(key.shape)}); PiKV attends to what is stored and can't honour that"
+            )
         return k, v
+
+    def _latent(self, c: Tensor, k_rot: Tensor) -> Tensor:
+        if c.shape[-1] + k_rot.shape[-1] != self.spec.k_dim or c.shape[2] != 1:
+            raise UnsupportedError(
+                f"layer {self.layer}: this transformers version caches expanded MLA keys {tuple(c.shape)}, not the latent of width "
+                f"{self.spec.v_dim}; use a version whose cache receives the latent (5.23 does)"
+            )
+        return torch.cat([c, k_rot], -1)
 
 
 _BINDINGS: WeakKeyDictionary[nn.Module, Binding] = WeakKeyDictionary()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from transformers import PreTrainedModel
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from pikv_ds.errors import UnsupportedError
 
@@ -54,6 +55,16 @@ class GenerateHooks:
         return self._prepare_cache(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
 
     def has_unfinished_sequences(self, this_peer_finished: bool, synced_gpus: bool, device) -> bool:
-        # From here on this rank only runs forwards to keep the others going; their tokens are not stored.
-        self.cache.idle = bool(synced_gpus and this_peer_finished)
-        return self._unfinished(this_peer_finished, synced_gpus, device)
+        """Whether this rank's loop goes on. A finished rank stays here and runs idle forwards until the whole group has finished.
+
+        transformers would let it run its loop on with dummy tokens; assisted decoding then asks its assistant for -1 tokens.
+        """
+        if not synced_gpus or self.cache.core.exchange.size == 1 or is_deepspeed_zero3_enabled():
+            # ZeRO-3 gathers parameters over the whole world and keeps it in step itself; a finished rank's dummy tokens are not stored.
+            self.cache.idle = bool(synced_gpus and this_peer_finished)
+            return self._unfinished(this_peer_finished, synced_gpus, device)
+        while self.cache.lockstep(not this_peer_finished):
+            if not this_peer_finished:
+                return True
+            self.model(**self.cache.idle_inputs())
+        return False

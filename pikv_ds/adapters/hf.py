@@ -47,8 +47,10 @@ def attach(model: PreTrainedModel, config=None, group: dist.ProcessGroup | None 
         raise ConfigError("pikv.enabled is false: attach would have no effect; drop the call or enable the block")
     if requests is not None:
         config = config.model_copy(update={"storage": config.storage.model_copy(update={"requests": requests})})
-    decoder, layers, attentions = _anatomy(model)
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedError(f"attach needs a transformers PreTrainedModel, got {type(model).__name__}; for an engine pass engine.module")
     specs = read_model_spec(model.config)
+    decoder, layers, attentions = _anatomy(model)
     parameter = next(model.parameters())
     _check(model, attentions, specs, parameter.dtype, config, group)
     num_ranks = 1 if group is None else dist.get_world_size(group)
@@ -81,19 +83,20 @@ def attach(model: PreTrainedModel, config=None, group: dist.ProcessGroup | None 
 
 def _anatomy(model: nn.Module) -> tuple[nn.Module, list[nn.Module], list[nn.Module]]:
     """The decoder (the module whose forward takes past_key_values and loops over layers), its layers, their attention modules."""
-    if not isinstance(model, PreTrainedModel):
-        raise UnsupportedError(f"attach needs a transformers PreTrainedModel, got {type(model).__name__}; for an engine pass engine.module")
     for module in model.modules():
-        layers = getattr(module, "layers", None)
-        if isinstance(layers, nn.ModuleList) and "past_key_values" in inspect.signature(module.forward).parameters:
-            attentions = []
-            for i, layer in enumerate(layers):
-                found = [m for m in layer.modules() if getattr(m, "layer_idx", None) == i and hasattr(m, "o_proj")]
-                if len(found) != 1:
-                    raise UnsupportedError(f"{type(layer).__name__} {i} has {len(found)} attention modules with layer_idx and o_proj; PiKV needs one")
-                attentions.append(found[0])
-            return module, list(layers), attentions
-    raise UnsupportedError(f"{type(model).__name__} has no decoder with a .layers list whose forward takes past_key_values")
+        layers = next((found for name in ("layers", "h") if isinstance(found := getattr(module, name, None), nn.ModuleList)), None)
+        if layers is not None and "past_key_values" in inspect.signature(module.forward).parameters:
+            return module, list(layers), [_attention_of(layer, i) for i, layer in enumerate(layers)]
+    raise UnsupportedError(f"{type(model).__name__} has no decoder with a list of layers whose forward takes past_key_values")
+
+
+def _attention_of(layer: nn.Module, layer_idx: int) -> nn.Module:
+    found = [m for m in layer.modules() if getattr(m, "layer_idx", None) == layer_idx and "attention" in type(m).__name__.lower()]
+    if len(found) != 1:
+        raise UnsupportedError(
+            f"{type(layer).__name__} {layer_idx} has {len(found)} attention modules that know their layer_idx; PiKV needs exactly one per layer"
+        )
+    return found[0]
 
 
 def _check(model, attentions, specs, dtype, config, group) -> None:
@@ -105,6 +108,9 @@ def _check(model, attentions, specs, dtype, config, group) -> None:
     if dtype not in _DTYPES:
         legal = ", ".join(str(d).removeprefix("torch.") for d in _DTYPES)
         raise UnsupportedError(f"{name} has parameters of dtype {dtype}; PiKV stores {legal}: convert the model with model.to(...)")
+    devices = sorted({str(p.device) for attention in attentions for p in attention.parameters()})
+    if len(devices) > 1:
+        raise UnsupportedError(f"the attention layers of {name} lie on several devices ({', '.join(devices)}); PiKV keeps one store on one device")
     if len(specs) != len(attentions):
         raise UnsupportedError(f"the configuration of {name} describes {len(specs)} layers, the model has {len(attentions)}")
     if getattr(model.config.get_text_config(decoder=True), "attn_logit_softcapping", None):

@@ -35,9 +35,12 @@ def pikv_attention(
     spec = binding.spec
     _refuse(binding, attention_mask, dropout, sliding_window, kwargs)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    entry_k, entry_v = binding.entries()
+    entry_k, entry_v = binding.entries(key, value)
     q, v_dim = query.transpose(1, 2), value.shape[-1]
     if spec.latent:
+        if binding.unverified:
+            _verify_latent(module, entry_k, key, value)
+            binding.unverified = False
         q, v_dim = _absorb_query(module, q), spec.v_dim
     partial = binding.core.attend(
         binding.layer, q, entry_k, entry_v, scale=scale, v_dim=v_dim, expert_ids=binding.expert_ids.of(binding.layer, entry_k)
@@ -99,6 +102,20 @@ def _latent_weights(module: nn.Module) -> tuple[Tensor, Tensor]:
     """kv_b_proj as [H, nope, rank] (keys) and [H, v, rank] (values)."""
     weight = module.kv_b_proj.weight.view(module.num_heads, module.qk_nope_head_dim + module.v_head_dim, module.kv_lora_rank)
     return weight.split([module.qk_nope_head_dim, module.v_head_dim], 1)
+
+
+def _verify_latent(module: nn.Module, latent: Tensor, key: Tensor, value: Tensor) -> None:
+    """Once per layer: the model's own expansion of the latent must be kv_b_proj and nothing else. Sync: one read, first forward only."""
+    missing = [n for n in ("kv_b_proj", "num_heads", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "kv_lora_rank") if not hasattr(module, n)]
+    if missing:
+        raise UnsupportedError(f"{type(module).__name__} stores a latent but has no {', '.join(missing)}; PiKV absorbs DeepSeek-V2/V3 attention only")
+    w_k, w_v = (w.float() for w in _latent_weights(module))
+    c, k_rot = latent[:, :1, 0].float().split([module.kv_lora_rank, module.qk_rope_head_dim], -1)
+    expected_k = torch.cat([torch.einsum("btr,hdr->bhtd", c, w_k), k_rot.unsqueeze(1).expand(-1, w_k.shape[0], -1, -1)], -1)
+    for name, own, expected in (("key", key, expected_k), ("value", value, torch.einsum("btr,hvr->bhtv", c, w_v))):
+        got = own[:, :, :1].float()
+        if got.shape != expected.shape or not torch.allclose(got, expected, rtol=0.05, atol=0.05 * float(expected.abs().max())):
+            raise UnsupportedError(f"{type(module).__name__} does not expand its latent {name} as kv_b_proj(c) beside k_rot; PiKV can't absorb it")
 
 
 def _absorb_query(module: nn.Module, q: Tensor) -> Tensor:

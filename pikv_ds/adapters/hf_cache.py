@@ -46,6 +46,8 @@ class PiKVLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return -1
 
+    get_max_cache_shape = get_max_length  # the name of the abstract method in transformers 5.0
+
     def reset(self) -> None:
         self.new = None
 
@@ -75,7 +77,7 @@ class HFCache(Cache):
 
     def stats(self) -> dict:
         """Plain numbers of this rank, see pikv_ds.stats.stats. Sync: reads the device. Needs no other rank."""
-        return stats(self.core, len(self.lens), self._dense_columns)
+        return stats(self.core, len(self.lens), self.columns)
 
     def reset(self) -> None:
         """Drop all entries and return their memory. All ranks of the group must call it at the same point."""
@@ -98,7 +100,7 @@ class HFCache(Cache):
         return any(flag for (flag,) in flags)
 
     def idle_inputs(self) -> dict:
-        """Inputs of a forward that stores nothing and whose output means nothing: for a rank that only keeps step."""
+        """Inputs of a forward that stores nothing, changes nothing and whose output means nothing: for a rank that only keeps step."""
         rows = max(len(self.lens), 1)
         mask = self.column_mask if len(self.lens) else torch.zeros(rows, 0, dtype=torch.bool)
         return {
@@ -113,7 +115,6 @@ class HFCache(Cache):
     def begin_generation(self) -> None:
         """The next forward starts new requests on this rank."""
         self.columns = 0  # token columns fed so far, padding included: what transformers calls the sequence length
-        self._dense_columns = 0
         self.lens: list[int] = []  # stored tokens per row
         self.parent: list[int] = []  # pending fork: the row each row continues, in the rows of the last forward
         self.last_position = None  # [B] position_ids of the last real token of each row
@@ -154,7 +155,6 @@ class HFCache(Cache):
             self.column_mask = self.column_mask[:, : self.columns - remove]
             self.last_position = self.last_position - torch.tensor(real)
             self.columns -= remove
-            self._dense_columns -= remove
             self.touched = self.touched or any(real)
         if self.core.hold_margin is not None:
             self.core.hold_margin = 0
@@ -165,13 +165,17 @@ class HFCache(Cache):
             self.core.hold_margin = 0
 
     def finish_forward(self, num_columns: int, new_mask: Tensor, num_new: list[int], last_position: Tensor) -> None:
-        """Account for a forward that has run: B rows grew by num_columns columns, num_new of them real per row."""
-        past = self.column_mask if not self.fresh else torch.zeros(len(num_new), 0, dtype=torch.bool)
-        self.column_mask = torch.cat([past, new_mask], 1)
-        self.lens = [n + new for n, new in zip(self.lens or [0] * len(num_new), num_new, strict=True)]
+        """Account for a forward that has run: B rows grew by num_columns columns, num_new of them real per row.
+
+        A forward without any real token leaves the rows as they were: it only kept step.
+        """
+        if self.fresh:
+            self.lens, self.column_mask = [0] * len(num_new), torch.zeros(len(num_new), 0, dtype=torch.bool)
         self.parent = list(range(len(num_new)))
         self.last_position = last_position
-        self.columns += num_columns
-        self._dense_columns += 0 if self.idle else num_columns
         self.fresh = self.touched = False
+        if any(num_new):
+            self.column_mask = torch.cat([self.column_mask, new_mask], 1)
+            self.lens = [n + new for n, new in zip(self.lens, num_new, strict=True)]
+            self.columns += num_columns
         self.steps += 1

@@ -4,8 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import transformers
 from transformers import AutoConfig, PreTrainedConfig
-from transformers.cache_utils import get_layer_types_and_kwargs
+
+try:
+    from transformers.cache_utils import get_layer_types_and_kwargs
+except ImportError as error:
+    raise ImportError(
+        f"transformers {transformers.__version__} has no cache_utils.get_layer_types_and_kwargs, through which PiKV reads layer types; "
+        f"tested with 5.23.0: pip install 'transformers>=5.23'"
+    ) from error
 
 from pikv_ds.errors import UnsupportedError
 from pikv_ds.spec import LayerSpec

@@ -26,6 +26,8 @@ class RetentionPolicy(ABC):
     """
 
     name: ClassVar[str]
+    keeps_all: ClassVar[bool] = False
+    """True: score() is +inf throughout, so the cache need not ask."""
 
     @abstractmethod
     def score(self, stats: PageStats) -> Tensor:

@@ -12,5 +12,7 @@ class KeepAll(RetentionPolicy):
     score = +inf for each page. Bytes: those of every token that was appended and has not left its layer's window.
     """
 
+    keeps_all = True
+
     def score(self, stats: PageStats) -> Tensor:
         return torch.full(stats.seqlens.shape, torch.inf, dtype=torch.float32, device=stats.seqlens.device)

@@ -12,5 +12,7 @@ class AllShards(Router):
     route(q, s) = true for each shard s. Entries read per query and layer: all that are stored.
     """
 
+    reads_all = True
+
     def route(self, q: Tensor, summary: Tensor) -> Tensor:
         return torch.ones(q.shape[0], summary.shape[0], dtype=torch.bool, device=q.device)

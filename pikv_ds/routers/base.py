@@ -15,6 +15,8 @@ class Router(ABC):
     """
 
     name: ClassVar[str]
+    reads_all: ClassVar[bool] = False
+    """True: route() never leaves a shard out, so the cache need not ask."""
 
     @abstractmethod
     def route(self, q: Tensor, summary: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from pikv_ds import bundled
 from pikv_ds.codecs import CODECS
 from pikv_ds.estimate import dense_bytes, pikv_bytes
 from pikv_ds.launch.cli import build_parser, main
-from pikv_ds.launch.output import human_bytes
+from pikv_ds.launch.output import human_bytes, print_table
 from pikv_ds.policies import POLICIES
 from pikv_ds.routers import ROUTERS
 
@@ -112,3 +112,21 @@ def test_report_names_what_is_missing(tmp_path):
 
 def test_human_bytes():
     assert [human_bytes(n) for n in (0, 1023, 1536, 3 * 2**30)] == ["0 B", "1023 B", "1.50 KiB", "3.00 GiB"]
+
+
+@pytest.mark.parametrize("columns", [40, 60, 80, 200])
+def test_tables_show_every_value_at_every_width(capsys, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    names = ["dense", "pikv", "dense-distinct", "pikv-distinct"]
+    rows = [
+        {"name": name, "per expert": "|".join(map(str, range(100, 109))), "n": 4492, "equal": True} for name in names
+    ]
+    print_table("Bundled model [2 ranks]", rows)
+    shown = capsys.readouterr().out
+    assert "[2 ranks]" in shown
+    # Cells may fold, so letters are counted instead of words.
+    wanted = "".join(f"{row['name']}{row['per expert']}4,492True" for row in rows) + "".join(rows[0])
+    for letter in set(wanted) - set("Bundled model [2 ranks]"):
+        assert shown.count(letter) >= wanted.count(letter), letter
+    assert "\u2026" not in shown
+    assert max(map(len, shown.splitlines())) <= columns

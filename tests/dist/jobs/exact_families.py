@@ -30,12 +30,17 @@ def check_family(report: Report, family: str, group: dist.ProcessGroup) -> None:
         assert run.stats["requests"] == ("replicated" if size > 1 else "local")
         assert_same(run, reference, TOLERANCE)
         assert_conserved(run.stats, group)
+    with report.check(f"{family} unpadded"):
+        ids = prompt(33, seed=5, batch=2)  # longer than any window
+        run = generate_sharded(model, ids, new_tokens=12, group=group)
+        assert_same(run, generate(model, ids, new_tokens=12), TOLERANCE)
+        assert_conserved(run.stats, group)
     with report.check(f"{family} distinct"):
         batch = 1 + rank % 2
         ids = prompt(9 + 7 * rank, seed=10 + rank, batch=batch)  # another prompt, another length, another batch size on every rank
         mask = ragged(ids, [0, 4][:batch])
-        reference = generate(model, ids, mask, new_tokens=24)
-        run = generate_sharded(model, ids, mask, new_tokens=24, group=group, config={"page_size": 3})
+        reference = generate(model, ids, mask, new_tokens=64)
+        run = generate_sharded(model, ids, mask, new_tokens=64, group=group, config={"page_size": 3})
         assert run.stats["requests"] == ("distinct" if size > 1 else "local")
         assert_same(run, reference, TOLERANCE)
         assert_conserved(run.stats, group)

@@ -89,6 +89,45 @@ def check_rank_without_tokens(report: Report, model, group) -> None:
             assert sum(cache.stats()["load_per_rank"]) == 2 * (14 + 7)
 
 
+def check_requests_come_and_go(report: Report, name: str, model, group) -> None:
+    """Served traffic: at any step one rank decodes, another is in the middle of its prompt, a third has nothing or starts anew."""
+    rank = dist.get_rank()
+    with report.check(f"{name} requests come and go on their own"), torch.no_grad():
+        jobs = [(17 + 5 * rank, 9, 4 + rank), (6, 5 + rank, 6), (25, 3, 7)]  # prompt length, new tokens, columns per prefill forward
+        waits = [rank, 2 * rank % 3, 1]
+        references = [generate(model, prompt(n, seed=100 + 10 * rank + j, batch=1 + j % 2), new_tokens=t) for j, (n, t, _) in enumerate(jobs)]
+        with pikv_ds.attach(model, {"page_size": 4, "storage": {"requests": "distinct"}}, group) as cache:
+
+            def traffic():
+                for j, (length, new_tokens, columns) in enumerate(jobs):
+                    for _ in range(waits[j]):
+                        yield None
+                    ids = prompt(length, seed=100 + 10 * rank + j, batch=1 + j % 2)
+                    cache.begin_generation()
+                    logits, pieces = [], list(ids.split(columns, 1))
+                    while len(logits) < new_tokens:
+                        out = yield pieces.pop(0)
+                        if not pieces:
+                            logits.append(out.logits[:, -1])
+                            pieces.append(logits[-1].argmax(-1, keepdim=True))
+                    difference = (torch.stack(logits) - references[j].logits).abs().max().item()
+                    assert difference < 1e-5, f"request {j} of rank {rank} differs by {difference:.1e}"
+
+            requests = traffic()
+            tokens, active, failure = next(requests), True, None
+            while cache.lockstep(active):
+                out = model(**cache.idle_inputs()) if tokens is None else model(tokens, past_key_values=cache)
+                try:
+                    tokens = requests.send(out if tokens is not None else None) if active else None
+                except StopIteration:
+                    tokens, active = None, False
+                except AssertionError as error:  # keep step with the others, report at the end
+                    tokens, active, failure = None, False, error
+            assert_conserved(cache.stats(), group)
+        if failure:
+            raise failure
+
+
 def check_generations(report: Report, model, group) -> None:
     with report.check("generations one after another leak nothing"):
         rank = dist.get_rank()
@@ -119,6 +158,7 @@ def main() -> None:
         model = tiny_model(name)
         check_beams(report, name, model, group)
         check_assisted(report, name, model, group)
+        check_requests_come_and_go(report, name, model, group)
     model = tiny_model("qwen3_moe")
     check_finished_rank(report, model, group)
     check_rank_without_tokens(report, model, group)
