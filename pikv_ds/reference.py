@@ -101,12 +101,12 @@ class ReferenceCache:
     def restart(self, num_rows: int) -> None:
         self.rows: list[list[list[Entry]]] = [[[] for _ in range(num_rows)] for _ in self.layers]
         self.pending: list[list[tuple[int, Entry]]] = [[] for _ in self.layers]  # appended, not yet placed: (row, entry)
-        self.before = self.lens = [0] * num_rows
+        self.lens = [0] * num_rows
         self.appended = self.expired = self.cropped = self.forked = self.spilled = 0
 
     def begin(self, num_new: list[int], *, decode: bool, hold: bool = False) -> None:
         """Announce the tokens each row gets. decode: one column, nothing expires at birth; hold: crops may follow, likewise."""
-        self.before, self.lens = self.lens, [n + new for n, new in zip(self.lens, num_new, strict=True)]
+        self.lens = [n + new for n, new in zip(self.lens, num_new, strict=True)]
         self.keeps_all = decode or hold
 
     def append(self, layer: int, row: int, position: int, expert: int, k: Tensor, v: Tensor) -> None:
@@ -119,10 +119,10 @@ class ReferenceCache:
             return self.capacity_tokens
         return ceil(1.1 * sum(self.layers[layer].tokens_kept(n) for n in self.lens) / self.num_shards) + self.page_size
 
-    def load(self, layer: int, lens: list[int]) -> list[int]:
-        """Entries per shard that queries after `lens` tokens still see."""
+    def load(self, layer: int) -> list[int]:
+        """Entries per shard that queries after this forward still see."""
         counts = [0] * self.num_shards
-        for entries, length in zip(self.rows[layer], lens, strict=True):
+        for entries, length in zip(self.rows[layer], self.lens, strict=True):
             for entry in entries:
                 counts[entry.shard] += entry.position >= length - self.layers[layer].tokens_kept(length)
         return counts
@@ -137,7 +137,7 @@ class ReferenceCache:
             waiting = born
         homes = [e.shard for _, e in waiting]
         if self.num_shards > 1:
-            homes, over = spill(homes, self.load(layer, self.before), self.capacity(layer))
+            homes, over = spill(homes, self.load(layer), self.capacity(layer))
             self.spilled += len(over)
         for (row, entry), shard in zip(waiting, homes, strict=True):
             self.rows[layer][row].append(entry._replace(shard=shard))

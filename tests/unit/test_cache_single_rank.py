@@ -209,3 +209,14 @@ def test_hidden_slots_do_not_change_a_bit(dtype):
         (outputs, others) = (driver.forward(mask) for driver in drivers)
         for (out, lse), (other, other_lse) in zip(outputs, others, strict=True):
             assert torch.equal(out[mask], other[mask]) and torch.equal(lse[mask], other_lse[mask])
+
+
+@pytest.mark.parametrize("window", [8, 9], ids="W{}".format)
+def test_what_leaves_the_window_makes_room(window):
+    """Alternating homes in a window layer that fills its capacity: nothing overflows, in chunks, crops or decoding."""
+    driver = Driver([layer(0, window=window)], page_size=2, num_shards=2, placement="position", capacity_tokens=4, overflow="error")
+    driver.prefill([13])
+    for mask in (*[ragged([1])] * 5, ragged([6]), ragged([11]), ragged([3])):
+        driver.forward(mask)
+        check(driver)
+    assert driver.reference.spilled == 0
