@@ -211,6 +211,20 @@ def test_hidden_slots_do_not_change_a_bit(dtype):
             assert torch.equal(out[mask], other[mask]) and torch.equal(lse[mask], other_lse[mask])
 
 
+@pytest.mark.parametrize("page_size", [1, 3, 32], ids="page{}".format)
+def test_a_crop_behind_the_window_is_refused(page_size):
+    """After 20 tokens of a window of 8, positions up to 12 may be gone; a query at 18 needs 11 and 12."""
+    driver = Driver([layer(0), layer(1, window=8)], page_size=page_size, num_shards=2)
+    driver.prefill([20, 7])
+    driver.crop([20, 5])  # the short row has lost nothing
+    driver.decode()
+    check(driver)
+    driver.select([1, 0])
+    driver.crop([6, 19])
+    with pytest.raises(RuntimeError, match=r"crop to 19 of 21 tokens.*layer 1.*window of 8"):
+        driver.decode()
+
+
 @pytest.mark.parametrize("window", [8, 9], ids="W{}".format)
 def test_what_leaves_the_window_makes_room(window):
     """Alternating homes in a window layer that fills its capacity: nothing overflows, in chunks, crops or decoding."""
