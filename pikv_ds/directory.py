@@ -37,28 +37,35 @@ class Directory:
             grown = max(length + 1, 64) + length // 2
             self.shard_at = [torch.nn.functional.pad(t, (0, grown - t.shape[1])) for t in self.shard_at]
 
-    def record(self, layer: int, rows: Tensor, positions: Tensor, valid: Tensor, shard: Tensor, lens: Tensor, one_per_row: bool) -> None:
-        """Note the homes of new entries.
+    def leave(self, layer: int, rows: Tensor, positions: Tensor, valid: Tensor, before: Tensor, after: Tensor, one_per_row: bool) -> None:
+        """Take out of the load what this forward pushes out of the window: it must not keep new entries from their shards.
+
+        Args: rows [N] int64; positions [N] int; valid [N] bool; before, after [R] int64 tokens of every row. Sync: none.
+        """
+        window = self.layers[layer].window
+        if window is None:
+            return
+        homes, load = self.shard_at[layer], self.load[layer]
+        if not one_per_row:
+            load.copy_(self._count(homes, after - (window - 1), before))
+        elif window > 1:  # with a window of 1 the entry leaves with the forward that brings it
+            leaving = positions.to(torch.int64) - (window - 1)
+            gone = valid & (leaving >= 0)
+            shard = homes.view(-1)[rows * homes.shape[1] + leaving.clamp_min(0)].to(torch.int64)
+            load.index_add_(0, shard, -gone.to(torch.int64))
+
+    def record(self, layer: int, rows: Tensor, positions: Tensor, valid: Tensor, shard: Tensor, lens: Tensor) -> None:
+        """Note the homes of new entries, after `leave`.
 
         Args: rows, shard [N] int64; positions [N] int; valid [N] bool; lens [R] int64 after this step.
         Sync: none.
         """
-        if self.num_shards == 1:
-            return
-        homes, load = self.shard_at[layer], self.load[layer]
+        homes, window = self.shard_at[layer], self.layers[layer].window
         capacity = homes.shape[1]
         cell = rows * capacity + torch.where(valid, positions.to(torch.int64), capacity - 1)
         homes.view(-1).index_put_((cell,), torch.where(valid, shard, 0).to(torch.int16))
-        window = self.layers[layer].window
-        if window is not None and not one_per_row:
-            load.copy_(self._count(homes, lens - (window - 1), lens))
-            return
-        load.index_add_(0, shard.clamp_min(0), valid.to(torch.int64))
-        if window is not None:
-            leaving = positions.to(torch.int64) - (window - 1)
-            gone = valid & (leaving >= 0)
-            before = homes.view(-1)[rows * capacity + leaving.clamp_min(0)].to(torch.int64)
-            load.index_add_(0, before, -gone.to(torch.int64))
+        seen = valid if window is None else valid & (positions > (lens - window)[rows])
+        self.load[layer].index_add_(0, shard.clamp_min(0), seen.to(torch.int64))
 
     def _count(self, homes: Tensor, start: Tensor, stop: Tensor) -> Tensor:
         return self.per_row(homes, start, stop).sum(0)

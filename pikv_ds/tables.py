@@ -40,6 +40,7 @@ class Tables:
             LayerStore(spec, self.codec, self.page_size, self.dtype, self.device, self.counts[i], self.free_top[i])
             for i, spec in enumerate(self.layers)
         ]
+        self.settled = [0] * num_rows  # window layers dropped what a query after this many tokens of a row can't see
         self.directory.reset(num_rows)
         self.counters.clear()
         self.mirror()
@@ -55,6 +56,7 @@ class Tables:
 
     def remap(self, agreed: Agreed, lens: list[int]) -> None:
         """Fork, crop and drop rows as agreed. lens: tokens of every row before."""
+        self._refuse_crops_behind_the_window(agreed, lens)
         parent = torch.tensor(agreed.parent, dtype=torch.int64).to(self.device)
         keep = torch.tensor(agreed.keep, dtype=torch.int64).to(self.device)
         removed = self.directory.remap(parent, keep, torch.tensor(lens, dtype=torch.int64).to(self.device))
@@ -66,13 +68,22 @@ class Tables:
             kept = torch.where(parent.unsqueeze(-1) >= 0, old[i][parent.clamp_min(0)], 0)
             cut = removed[i][:, self.local] if self.num_shards > 1 else removed[i]
             self.counts[i] = kept - cut
-            if bool((self.counts[i] < 0).any()):
-                raise RuntimeError(f"layer {i}: a crop reaches back to entries that have left the sliding window; crop before they expire")
             remap(store, parent, self.counts[i])
             cropped = int(cut.sum()) + (int(old[i][childless].sum()) if some_end else 0)
             self.counters.cropped += cropped
             self.counters.forked += int(self.counts[i].sum()) + cropped - int(old[i].sum())
         self.mirror()
+
+    def _refuse_crops_behind_the_window(self, agreed: Agreed, lens: list[int]) -> None:
+        windows = [(spec.window, i) for i, spec in enumerate(self.layers) if spec.window is not None]
+        for parent, keep in zip(agreed.parent, agreed.keep, strict=True):
+            if windows and parent >= 0 and keep < self.settled[parent] and self.settled[parent] >= min(windows)[0]:
+                window, i = min(windows)
+                raise RuntimeError(
+                    f"crop to {keep} of {lens[parent]} tokens: layer {i} has dropped entries that its window of {window} showed there; announce "
+                    f"crops before the forward that they undo (cache.activate_past_recording(), as assisted generation does)"
+                )
+        self.settled = [self.settled[parent] if parent >= 0 else 0 for parent in agreed.parent]
 
     def reserve(self, plan: StepPlan, hold: bool) -> None:
         """Fill in the per-layer sizes of a plan and make sure that its entries will find pages, without knowing their shards yet."""
@@ -113,6 +124,7 @@ class Tables:
         """Free pages that have left their layer's window; `margin` tokens may still be cropped back."""
         if not lens or all(spec.window is None for spec in self.layers):
             return
+        self.settled = [max(settled, n - margin) for settled, n in zip(self.settled, lens, strict=True)]
         at = torch.tensor(lens, dtype=torch.int64).to(self.device) - margin
         for spec, store in zip(self.layers, self.stores, strict=True):
             if spec.window is not None:

@@ -37,8 +37,9 @@ class Writer:
             )
             tables.counters.count_appended(experts, valid)
             return
+        tables.directory.leave(layer, plan.rows, positions, valid, plan.lens_before, plan.lens_after, plan.decode)
         shard = self._shards(layer, plan, experts, positions, valid)
-        tables.directory.record(layer, plan.rows, positions, valid, shard, plan.lens_after, plan.decode)
+        tables.directory.record(layer, plan.rows, positions, valid, shard, plan.lens_after)
         here = valid & self._is_local(shard)
         store.append(
             plan.rows, shard - tables.shard_begin, here, positions, k, v,
