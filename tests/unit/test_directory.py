@@ -1,7 +1,7 @@
 """What all ranks know about homes and loads, against loops over (row, position, shard)."""
 
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pikv_ds.directory import Directory
@@ -24,6 +24,7 @@ def check(directory: Directory, homes: list[list[int]], num_shards: int) -> None
             assert directory.shard_at[i][row, : len(of_row)].tolist() == of_row
 
 
+@settings(max_examples=40)
 @given(st.data())
 def test_homes_and_loads_through_chunks_decode_forks_and_crops(data):
     num_shards, num_rows = data.draw(st.integers(2, 4)), data.draw(st.integers(1, 3))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pikv_ds.recycle import expire, remap
@@ -12,6 +12,7 @@ from tests.unit.stores import append, contents, fill, make_store
 pytestmark = pytest.mark.usefixtures("nan_filled_empty")
 
 
+@settings(max_examples=40)
 @given(st.data())
 def test_expire_drops_whole_leading_pages(data):
     page_size, window = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 9))
@@ -53,6 +54,7 @@ def test_a_shared_page_expires_for_one_row_only():
     check_pages(store, shrunk=False)
 
 
+@settings(max_examples=40)
 @given(st.data())
 def test_remap_equals_cut_lists(data):
     """Chains of forks and crops, each followed by new entries in every row: no row sees another's."""

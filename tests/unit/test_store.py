@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pikv_ds.spec import LayerSpec
@@ -12,6 +12,7 @@ from tests.unit.stores import SPEC, append, contents, fill, make_store
 pytestmark = pytest.mark.usefixtures("nan_filled_empty")
 
 
+@settings(max_examples=40)
 @given(st.data())
 def test_append_equals_lists(data):
     num_rows, num_shards = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 3))
