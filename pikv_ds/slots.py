@@ -38,7 +38,10 @@ def spill(wanted: Tensor, valid: Tensor, load: Tensor, capacity: int) -> Homes:
 
 
 def water_fill(load: Tensor, amount: Tensor) -> Tensor:
-    """Spread `amount` units so that the lowest loads rise to a common level: the quota of each shard. Ties go to the lower index.
+    """Spread `amount` units so that the lowest loads rise to a common level: the quota of each shard.
+
+    What does not divide goes to the shards that started lowest, then to the lower index.
+
 
     Args: load [S] int64; amount 0-d int64 >= 0. Returns: [S] int64 quotas that sum to amount. Sync: none.
     """

@@ -1,0 +1,127 @@
+"""The pages of one layer against lists: append, growth, shrinking; the payload names its source, torch.empty is NaN."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pikv_ds.spec import LayerSpec
+from tests.unit.invariants import check_pages
+from tests.unit.stores import SPEC, append, contents, fill, make_store
+
+pytestmark = pytest.mark.usefixtures("nan_filled_empty")
+
+
+@settings(max_examples=40)
+@given(st.data())
+def test_append_equals_lists(data):
+    num_rows, num_shards = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 3))
+    store = make_store(num_rows, num_shards, data.draw(st.sampled_from([1, 2, 3, 8])))
+    lists = {(r, s): [] for r in range(num_rows) for s in range(num_shards)}
+    position = 0
+    for _ in range(data.draw(st.integers(1, 4))):
+        token = st.tuples(st.integers(0, num_rows - 1), st.integers(0, num_shards - 1), st.booleans())
+        tokens = sorted(data.draw(st.lists(token, min_size=1, max_size=15)), key=lambda t: t[0])
+        tokens = [(row, shard, position + i, here) for i, (row, shard, here) in enumerate(tokens)]
+        position += len(tokens)
+        slots = append(store, tokens)
+        for (row, shard, at, here), slot in zip(tokens, slots.tolist(), strict=True):
+            assert (slot >= 0) == here
+            if here:
+                lists[row, shard].append(at)
+                assert store.positions[slot] == at
+        assert contents(store) == lists
+        check_pages(store, shrunk=False)
+
+
+@pytest.mark.parametrize("page_size", [1, 3, 32], ids="page{}".format)
+@pytest.mark.parametrize("num_shards", [1, 2], ids="S{}".format)
+def test_one_token_per_row(num_shards, page_size):
+    """Decode: some rows idle, pages opened only where the plan said that they may."""
+    store, lists = make_store(3, num_shards, page_size), {(r, s): [] for r in range(3) for s in range(num_shards)}
+    for step in range(3 * page_size + 2):
+        tokens = [(row, (row + step) % num_shards, step, (row + step) % 3 > 0) for row in range(3)]
+        opens = any(here and len(lists[row, shard]) % page_size == 0 for row, shard, _, here in tokens)
+        append(store, tokens, one_per_row=True, may_open=opens)
+        for row, shard, at, here in tokens:
+            lists[row, shard] += [at] * here
+        assert contents(store) == lists
+        check_pages(store, shrunk=False)
+
+
+def test_all_valid_and_nothing_to_open_give_the_same_slots():
+    slots = []
+    for may_open, all_valid in ((True, False), (False, True)):
+        store = make_store(2, 1, 4)
+        fill(store, {(0, 0): [0, 1], (1, 0): [0]})
+        slots.append(append(store, [(0, 0, 2, True), (1, 0, 1, True)], one_per_row=True, may_open=may_open, all_valid=all_valid).tolist())
+        assert contents(store) == {(0, 0): [0, 1, 2], (1, 0): [0, 1]}
+    assert slots[0] == slots[1]
+
+
+def test_what_is_not_stored_here_leaves_no_trace():
+    store = make_store(2, 2, 2)
+    fill(store, {(0, 0): [0, 1, 2], (1, 1): [0]})
+    before = [t[:-1].clone() for t in (*store.fields.values(), store.positions)]
+    table, counts = store.block_table.clone(), store.counts.clone()
+    slots = append(store, [(0, 0, 7, False), (0, 1, 8, False), (1, 1, 9, False)])
+    assert slots.tolist() == [-1, -1, -1]
+    for old, new in zip(before, (*store.fields.values(), store.positions), strict=True):
+        assert torch.equal(old.nan_to_num(7), new[: old.shape[0]].nan_to_num(7))
+    assert torch.equal(store.block_table[..., : table.shape[-1]], table) and torch.equal(store.counts, counts)
+    assert int(store.free_top) == 3, "reserve() sees to three free pages, and none was taken"
+    check_pages(store, shrunk=False)
+
+
+@pytest.mark.parametrize(("needed", "slab"), [(1, 16), (40, 40), (0, 0)], ids=["eighth", "needed", "none"])
+def test_growth_is_by_slabs_of_an_eighth(needed, slab):
+    store = make_store(1, 1, 2)
+    store.reserve(0, 128, 130)
+    store.free_top.zero_()
+    store.refcount[:128] = 1
+    store.block_table[0, 0, :128] = torch.arange(128)
+    store.counts[0, 0] = 256
+    store.reserve(0, needed, 130)
+    assert store.num_pages == 128 + slab and int(store.free_top) == slab
+    check_pages(store, shrunk=False)
+
+
+@pytest.mark.parametrize("freed", [[0], [0, 1, 2], [2, 5, 9], list(range(10))], ids=["first", "row", "scattered", "all"])
+def test_shrink_moves_pages_into_the_holes(freed):
+    store = make_store(10, 1, 2)
+    fill(store, {(row, 0): [0, 1, 2, 3] for row in range(10)})
+    for row in freed:
+        store.refcount[store.block_table[row, 0, :2]] -= 1
+        store.block_table[row] = -1
+        store.counts[row] = 0
+    store.rebuild_free_stack()
+    check_pages(store, shrunk=False)
+    before = contents(store)
+    free = int(store.free_top)
+    left = store.shrink(free)
+    assert left == int(store.free_top) == (free if free <= 1 + (store.num_pages - free) // 8 else 0)
+    assert contents(store) == before
+    check_pages(store)
+    fill(store, {(row, 0): [4] for row in range(10)})
+    assert contents(store) == {key: [*positions, 4] for key, positions in before.items()}
+
+
+def test_a_little_free_space_is_kept_for_the_next_step():
+    store = make_store(8, 1, 1)
+    fill(store, {(row, 0): [0, 1] for row in range(8)})
+    store.reserve(0, 3, 4)
+    assert (store.shrink(3), store.num_pages) == (3, 19)  # 16 used: up to 1 + 16 // 8 pages may stay free
+    store.reserve(3, 4, 4)
+    assert (store.shrink(int(store.free_top)), store.num_pages) == (0, 16)
+
+
+@pytest.mark.parametrize("latent", [False, True], ids=["kv", "latent"])
+def test_bytes_are_those_of_the_storages(latent):
+    spec = LayerSpec(layer_idx=0, num_kv_heads=1, k_dim=6, v_dim=4, latent=True) if latent else SPEC
+    store = make_store(2, 2, 3, spec)
+    store.reserve(0, 5, 3)
+    per_slot = 4 + 4 * spec.values_per_token
+    assert spec.values_per_token == (6 if latent else 2 * (3 + 2))
+    assert store.nbytes == (5 * 3 + 1) * per_slot and store.bytes_per_slot == per_slot
+    assert store.nbytes == sum(t.untyped_storage().nbytes() for t in (*store.fields.values(), store.positions))
+    assert store.metadata_nbytes == 8 * (store.block_table.numel() + 2 * (5 + 1))
