@@ -1,6 +1,7 @@
 """Tensor operations of the cache, one public function per file. Each has a plain torch version, which is the reference of the compiled ones."""
 
 from .append import append
+from .checksum import checksum
 from .decode import decode
 from .formats import PageFormat
 from .merge import merge
@@ -15,6 +16,7 @@ __all__ = [
     "PageFormat",
     "add_sink",
     "append",
+    "checksum",
     "decode",
     "merge",
     "merge_partials",

@@ -118,3 +118,7 @@ def _table(pages: Tensor, block_table: Tensor, seqlens: Tensor, page_list: Tenso
     ids = block_table.expand(-1, max(block_table.shape[1], used.shape[1]), -1).masked_select(used.expand(-1, max(block_table.shape[1], used.shape[1]), -1))
     for bad in ids[(ids < 0) | (ids >= pages.shape[0])].tolist()[:1]:
         require(False, f"block_table names page {bad}, the store has {pages.shape[0]}")
+
+
+def words(data: Tensor) -> None:
+    require(data.is_contiguous() and data.nbytes % 8 == 0, f"checksum needs a contiguous tensor of whole 8-byte words, got {data.nbytes} bytes")

@@ -59,7 +59,7 @@ def cpu_library(extra_flags: Sequence[str] = ()) -> Library:
 
     root = Path(torch.__file__).parent
     generic = "cpu/attend_generic.cpp"
-    plain = [Source("cpu/attend.cpp"), Source("cpu/append.cpp", ("-ffp-contract=off",)), Source("cpu/cpu.cpp")]
+    plain = [Source("cpu/attend.cpp"), Source("cpu/append.cpp", ("-ffp-contract=off",)), Source("cpu/cpu.cpp"), Source("cpu/checksum.cpp")]
     sets = [Source(generic, ("-DPK_ATTEND=attend_baseline",))]
     if platform.machine() == "x86_64":
         wide = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mavx2", "-mf16c", "-mprefer-vector-width=512")

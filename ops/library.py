@@ -27,6 +27,7 @@ SCHEMAS = {
     f"{_LAYOUT}) -> ()",
     "merge": "(Tensor out, Tensor lse) -> (Tensor out, Tensor lse)",
     "migrate": "(Tensor(a!) target, Tensor source, Tensor target_ids, Tensor source_ids) -> ()",
+    "checksum": "(Tensor data) -> Tensor",
 }
 _NAMES = [name for name, _ in sorted(((n, t.code) for n, t in FORMATS.items()), key=lambda item: item[1])]
 
@@ -94,6 +95,7 @@ REFERENCE = {
     "append": _append,
     "merge": _merge,
     "migrate": ref_pages.migrate,
+    "checksum": ref_pages.checksum,
 }
 _FAKE = {
     "decode": _fake_decode,
@@ -101,6 +103,7 @@ _FAKE = {
     "append": lambda *args: None,
     "merge": _fake_merge,
     "migrate": lambda *args: None,
+    "checksum": lambda data: data.new_empty((), dtype=torch.int64),
 }
 
 

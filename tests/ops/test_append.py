@@ -108,3 +108,13 @@ def test_merge_is_associative_and_order_free():
     again = ops.merge(torch.stack([right[0], left[0]]), torch.stack([right[1], left[1]]))
     torch.testing.assert_close(again, whole, rtol=1e-6, atol=1e-6)
     assert whole[1][0, 0] == -torch.inf and not whole[0][0, 0].any()
+
+
+@pytest.mark.parametrize("num_bytes", [0, 8, 1000, 4096, 3 << 20])
+def test_checksum_of_the_reference_and_compiled_agree(num_bytes):
+    data = torch.randint(0, 256, (num_bytes,), dtype=torch.uint8)
+    expected = library.REFERENCE["checksum"](data)
+    assert ops.checksum(data) == expected
+    if num_bytes:
+        data[num_bytes // 2] ^= 4
+        assert ops.checksum(data) != expected
