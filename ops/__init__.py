@@ -1,6 +1,7 @@
 """Tensor operations of the cache, one public function per file. Each has a plain torch version, which is the reference of the compiled ones."""
 
 from .append import append
+from .builder import register, unregister
 from .checksum import checksum
 from .decode import decode
 from .formats import PageFormat
@@ -24,6 +25,8 @@ __all__ = [
     "new_pages",
     "paged_attention",
     "prefill_cached",
+    "register",
     "sdpa_lse",
+    "unregister",
     "views",
 ]

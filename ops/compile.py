@@ -73,11 +73,13 @@ def cpu_library(extra_flags: Sequence[str] = ()) -> Library:
     return Library("pikv_cpu", os.environ.get("CXX", "g++"), flags, tuple(plain + sets), link)
 
 
-def library_key(library: Library) -> str:
+def library_key(library: Library, with_compiler: bool = True) -> str:
+    """Without the compiler: what an installed library is known by, on a machine that may have none."""
     import torch
 
     digest = hashlib.sha256()
-    for part in (torch.__version__, compiler_version(library.compiler), repr((library.flags, library.sources, library.link_flags))):
+    compiler = compiler_version(library.compiler) if with_compiler else ""
+    for part in (torch.__version__, compiler, repr((library.flags, library.sources, library.link_flags))):
         digest.update(part.encode() + b"\0")
     for path in sorted({CSRC / s.path for s in library.sources} | {p for p in CSRC.rglob("*") if p.suffix in _HEADERS}):
         digest.update(str(path.relative_to(CSRC)).encode() + b"\0" + path.read_bytes() + b"\0")
@@ -93,9 +95,10 @@ def compiler_version(command: str) -> str:
 
 def build(library: Library, directory: Path | None = None) -> Path:
     """The path of the compiled library, built now unless the install or the cache has it. Raises BuildError."""
+    installed = prebuilt(library)
+    if directory is None and installed.is_file():
+        return installed
     name = f"{library.name}-{library_key(library)}.so"
-    if directory is None and (PREBUILT / name).is_file():
-        return PREBUILT / name
     directory = directory or cache_dir()
     target = directory / name
     if target.is_file():
@@ -104,6 +107,19 @@ def build(library: Library, directory: Path | None = None) -> Path:
     with _locked(directory / f"{library.name}.lock"):
         if not target.is_file():  # another process may have built it while this one waited
             _compile(library, target)
+    return target
+
+
+def prebuilt(library: Library, folder: Path = PREBUILT) -> Path:
+    """Where an install with DS_BUILD_PIKV=1 puts the library."""
+    return folder / f"{library.name}-{library_key(library, with_compiler=False)}.so"
+
+
+def build_ahead(library: Library, folder: Path) -> Path:
+    """Compile into `folder` as part of an installation. Called by setup.py; raises BuildError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    target = prebuilt(library, folder)
+    _compile(library, target)
     return target
 
 

@@ -194,14 +194,46 @@ inline void load_values(const uint8_t* row, int d, int left, __m512* v) {
   }
 }
 
+// One line per call, until `end`: spread through the arithmetic, so that the core keeps reading while it computes.
+struct Prefetch {
+  const uint8_t *at, *end;
+  inline void lines(int count) {
+    for (int i = 0; i < count; ++i, at += 64)
+      if (at < end) prefetch(at);
+  }
+};
+
+// Adds 16 * W columns of up to 16 value rows to the sums of G rows, which stay in registers.
+template <int F, int G, int W, bool FULL, bool MASKED>
+inline void add_values(float* acc, int64_t acc_stride, const uint8_t* v, int64_t v_stride, int d, int left, const float* p, const float* shrink,
+                       const float* base, int count, __mmask16 visible, Prefetch& next, int lines) {
+  __m512 c[G * W];
+#pragma GCC unroll 32
+  for (int i = 0; i < G * W; ++i)
+    c[i] = _mm512_fmadd_ps(_mm512_load_ps(acc + i / W * acc_stride + i % W * 16), _mm512_set1_ps(shrink[i / W]), _mm512_set1_ps(base[i / W]));
+#pragma GCC unroll 1
+  for (int t = 0; t < (MASKED ? count : kTile); ++t, v += v_stride) {
+    next.lines(lines);
+    if (MASKED && !(visible >> t & 1)) continue;  // what is hidden is not read: it may hold anything
+    __m512 x[W];
+    load_values<F, W, FULL>(v, d, left, x);
+#pragma GCC unroll 32
+    for (int i = 0; i < G * W; ++i) c[i] = _mm512_fmadd_ps(_mm512_set1_ps(p[i / W * kTile + t]), x[i % W], c[i]);
+  }
+#pragma GCC unroll 32
+  for (int i = 0; i < G * W; ++i) _mm512_store_ps(acc + i / W * acc_stride + i % W * 16, c[i]);
+}
+
 // One tile, G rows from `row`. visible: the tokens that these rows see.
 template <int F, int G, int DC>
 void add_tile(const Attend& a, Work& w, const Tile& tile, int row, __mmask16 visible, bool last_chunk) {
   constexpr int W = G == 8 ? 2 : 4;  // G * W sums in registers
   constexpr bool scaled = F != kBf16;
   const int Dv = DC ? DC : a.f.v_dim, passes = (Dv + 16 * W - 1) / (16 * W);
-  const int64_t k_bytes = kTile * (int64_t)a.f.k_row_bytes, v_bytes = kTile * (int64_t)a.f.v_row_bytes;
-  alignas(64) float p[G][kTile];
+  const int k_bytes = kTile * a.f.k_row_bytes, v_bytes = kTile * a.f.v_row_bytes;
+  Prefetch next_k = {tile.next_k, tile.next_k + (last_chunk ? k_bytes : 0)}, next_v = {tile.next_v, tile.next_v + (last_chunk ? v_bytes : 0)};
+  const int k_lines = (k_bytes / 64 + G - 1) / G, v_lines = (v_bytes / 64 + passes * kTile - 1) / (passes * kTile);
+  alignas(64) float p[G * kTile];
   float shrink[G], base[G];
   __m512 v_scale = _mm512_set1_ps(1.0f), v_zero = _mm512_setzero_ps(), k_scale = v_scale;
   if constexpr (F == kFp8) k_scale = halves(visible, tile.k_scale);
@@ -210,15 +242,14 @@ void add_tile(const Attend& a, Work& w, const Tile& tile, int row, __mmask16 vis
 #pragma GCC unroll 1
   for (int g = 0; g < G; ++g) {
     __m512 s = scores<F, DC>(w, row + g, tile.k, tile.k_stride, a.f.k_dim);
-    if (last_chunk)
-      for (int64_t i = k_bytes * g / G; i < k_bytes * (g + 1) / G; i += 64) prefetch(tile.next_k + i);
+    next_k.lines(k_lines);
     if constexpr (F == kFp8) s = _mm512_mul_ps(s, k_scale);
     if constexpr (F == kBf16 || F == kFp8) s = _mm512_mul_ps(s, _mm512_set1_ps(a.scale * kLog2e));
     s = _mm512_mask_mov_ps(_mm512_set1_ps(-kInf), visible, s);
     const float top = _mm512_reduce_max_ps(s), old = w.m[row + g];
     shrink[g] = 1.0f;
     if (top > old) {
-      shrink[g] = std::exp2(old - top);
+      shrink[g] = _mm512_cvtss_f32(exp2_negative(_mm512_set1_ps(old - top)));
       w.m[row + g] = top;
     }
     const __m512 e = _mm512_maskz_mov_ps(visible, exp2_negative(_mm512_sub_ps(s, _mm512_set1_ps(w.m[row + g]))));
@@ -226,36 +257,15 @@ void add_tile(const Attend& a, Work& w, const Tile& tile, int row, __mmask16 vis
     w.l[row + g] = w.l[row + g] * shrink[g] + sum;
     w.page_l[row + g] = w.page_l[row + g] * shrink[g] + sum;
     base[g] = F == kInt8 || F == kInt4 ? _mm512_reduce_add_ps(_mm512_mul_ps(e, v_zero)) : 0.0f;
-    _mm512_store_ps(p[g], scaled ? _mm512_mul_ps(e, v_scale) : e);
+    _mm512_store_ps(p + g * kTile, scaled ? _mm512_mul_ps(e, v_scale) : e);
   }
   for (int pass = 0; pass < passes; ++pass) {
     const int d = pass * 16 * W;
-    __m512 c[G][W];
-#pragma GCC unroll 8
-    for (int g = 0; g < G; ++g) {
-      const __m512 factor = _mm512_set1_ps(shrink[g]), start = _mm512_set1_ps(base[g]);
-#pragma GCC unroll 4
-      for (int j = 0; j < W; ++j) c[g][j] = _mm512_fmadd_ps(_mm512_load_ps(w.acc + (size_t)(row + g) * w.Dv + d + 16 * j), factor, start);
-    }
-    for (int t = 0; t < tile.count; ++t) {
-      if (last_chunk) {
-        const int64_t slots = (int64_t)passes * kTile, slot = pass * kTile + t;
-        for (int64_t i = (v_bytes * slot / slots + 63) / 64 * 64; i < v_bytes * (slot + 1) / slots; i += 64) prefetch(tile.next_v + i);
-      }
-      if (visible != 0xffff && !(visible >> t & 1)) continue;  // what is hidden is not read: it may hold anything
-      __m512 v[W];
-      load_values<F, W, DC != 0>(tile.v + t * tile.v_stride, d, Dv - d, v);
-#pragma GCC unroll 8
-      for (int g = 0; g < G; ++g) {
-        const __m512 weight = _mm512_set1_ps(p[g][t]);
-#pragma GCC unroll 4
-        for (int j = 0; j < W; ++j) c[g][j] = _mm512_fmadd_ps(weight, v[j], c[g][j]);
-      }
-    }
-#pragma GCC unroll 8
-    for (int g = 0; g < G; ++g)
-#pragma GCC unroll 4
-      for (int j = 0; j < W; ++j) _mm512_store_ps(w.acc + (size_t)(row + g) * w.Dv + d + 16 * j, c[g][j]);
+    float* acc = w.acc + (size_t)row * w.Dv + d;
+    if (visible == 0xffff)
+      add_values<F, G, W, DC != 0, false>(acc, w.Dv, tile.v, tile.v_stride, d, Dv - d, p, shrink, base, kTile, visible, next_v, v_lines);
+    else
+      add_values<F, G, W, DC != 0, true>(acc, w.Dv, tile.v, tile.v_stride, d, Dv - d, p, shrink, base, tile.count, visible, next_v, v_lines);
   }
 }
 
