@@ -38,7 +38,7 @@ def _run_decode(args: argparse.Namespace) -> int:
 
     torch.set_num_threads(args.threads)
     rows = [row for context in args.context for row in _decode_rows(args, context)]
-    shown = ("name", "context_tokens", "step_ms", "step_ms_p20", "step_ms_p80", "ratio", "ratio_p20", "ratio_p80", "max_logit_diff", "kv_bytes")
+    shown = ("name", "context_tokens", "step_ms", "ratio", "ratio_p20", "ratio_p80", "max_logit_diff", "kv_bytes")
     print_table(
         f"Decode step, {args.dtype}, batch {args.batch}, {args.threads} thread(s): median of {args.steps}, interleaved",
         [{key: _round(row[key]) for key in shown} for row in rows],

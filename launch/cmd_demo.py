@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 import tempfile
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ def run(args: argparse.Namespace) -> int:
     from pikv_ds.launch.ranks import RanksFailed, run_ranks
 
     _check(args)
-    print(f"starting {args.ranks} ranks under the deepspeed launcher, experts and KV cache sharded over them", flush=True)
+    print(f"starting {args.ranks} ranks under deepspeed, experts and KV cache sharded over them", flush=True)
     with tempfile.TemporaryDirectory(prefix="pikv_demo_") as folder:
         result = Path(folder) / "rows.json"
         try:
@@ -37,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"\nprompt: {args.context:,} tokens of prose that hide the pass key {document['pass_key']}")
     print(f"question: {document['question']}\nanswer:  {rows[1]['answer']!r}\n")
     print_table(f"Bundled model, {args.ranks} ranks, {args.new_tokens} new tokens", [_shown(row) for row in rows])
-    print_table("Entries stored, by the expert that names their rank", [line for row in rows for line in _by_expert(row)])
+    print_table("Entries stored, by expert", [line for row in rows for line in _by_expert(row)])
     print(*_conclusions(rows), sep="\n")
     write_json(args.json, "demo", rows)
     return 0 if all(row["tokens_equal"] for row in rows) else 1
@@ -54,7 +55,7 @@ def _check(args: argparse.Namespace) -> None:
         raise argparse.ArgumentTypeError(f"--context {args.context}: legal with --new-tokens {args.new_tokens} is "
                                          f"{SHORTEST_CONTEXT} to {longest} (positions of the bundled model)")
     if args.new_tokens < 2:
-        raise argparse.ArgumentTypeError(f"--new-tokens {args.new_tokens}: legal is 2 or more, the rate is between tokens")
+        raise argparse.ArgumentTypeError(f"--new-tokens {args.new_tokens}: legal is 2 or more (a rate needs two)")
     if model.num_experts % args.ranks:
         raise argparse.ArgumentTypeError(f"--ranks {args.ranks}: the {model.num_experts} experts of the bundled model "
                                          f"are divided over the ranks; legal are the divisors of {model.num_experts}")
@@ -63,8 +64,8 @@ def _check(args: argparse.Namespace) -> None:
 def _shown(row: dict[str, Any]) -> dict[str, Any]:
     return {
         "name": row["name"],
-        "context": _columns(row["context_tokens"]),
-        "KiB per rank": _columns([round(count / 1024) for count in row["kv_bytes_per_rank"]]),
+        "context": _runs(row["context_tokens"]),
+        "KiB per rank": _runs([round(count / 1024) for count in row["kv_bytes_per_rank"]]),
         "tokens/s": f"{row['tokens_per_s']:.1f}",
         "logit diff": f"{row['max_logit_diff']:.0e}",
         "tokens": "same" if row["tokens_equal"] else "OTHER",
@@ -78,6 +79,12 @@ def _by_expert(row: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _columns(values: list[int]) -> str:
     return " ".join(str(value) for value in values)
+
+
+def _runs(values: list[int]) -> str:
+    """Equal neighbours once, with their number: the table has 80 columns."""
+    counted = [(value, len(list(same))) for value, same in groupby(values)]
+    return " ".join(f"{value} x{count}" if count > 1 else str(value) for value, count in counted)
 
 
 def _conclusions(rows: list[dict[str, Any]]) -> list[str]:

@@ -18,7 +18,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--model", metavar="PATH", help="model folder on disk (default: the bundled model)")
     parser.add_argument("--config", metavar="FILE", help='JSON: a DeepSpeed configuration, or the "pikv" block alone')
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--prompt", action="append", metavar="TEXT", help="may be given several times")
+    source.add_argument("--prompt", nargs="+", action="extend", metavar="TEXT", help="one or more prompts")
     source.add_argument("--prompts-file", metavar="FILE", help="one prompt per line")
     parser.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N", help="per prompt (default 64)")
     parser.add_argument("--ranks", type=_positive, default=1, metavar="G", help="ranks to start (default 1)")

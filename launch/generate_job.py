@@ -30,7 +30,7 @@ def generate_all(spec: dict[str, Any], stdout: TextIO | None) -> list[dict[str, 
 
 @contextlib.contextmanager
 def open_cache(model: Any, ds_config: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
-    """The model to call and its cache: attached directly when the configuration is the pikv block alone, on one rank."""
+    """The model to call and its cache: attached directly in one process, by pikv_ds.initialize under a launcher."""
     import pikv_ds
     from pikv_ds.launch.ranks import started_ranks
 

@@ -1,4 +1,7 @@
-"""Tensor operations of the cache, one public function per file. Each has a plain torch version, which is the reference of the compiled ones."""
+"""Tensor operations of the cache, one public function per file.
+
+Each has a plain torch version: the reference that every compiled version is checked against.
+"""
 
 from .append import append
 from .builder import register, unregister

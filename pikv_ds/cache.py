@@ -6,8 +6,6 @@ forward, N tokens per source, H heads, D head_dim.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -26,42 +24,9 @@ from .policies import POLICIES
 from .replicated import ReplicatedStep
 from .routers import ROUTERS
 from .spec import LayerSpec
+from .step import Partial, Query, Staged
 from .tables import Tables
 from .writer import Writer
-
-
-class Partial(NamedTuple):
-    """Attention over stored entries, merged over ranks: out [B, T, Hq, Dv] f32, lse [B, T, Hq] f32; 0 and -inf where nothing is stored.
-
-    includes_self: this forward's own tokens are among them (one column); else the caller attends inside its chunk and merges.
-    empty: nothing was stored for these requests, known on the host: out is 0 and lse -inf.
-    """
-
-    out: Tensor
-    lse: Tensor
-    includes_self: bool
-    empty: bool = False
-
-
-class Query(NamedTuple):
-    """One layer's share of a forward: q [B, T, Hq, Dk] (MLA: absorbed), entries k [B * T, Hkv, Dk] and v [B * T, Hkv, Dv]."""
-
-    layer: int
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    scale: float
-    v_dim: int
-    expert_ids: Tensor | None
-
-
-class Staged(NamedTuple):
-    """Entries of a layer whose router has not run yet (storage.expert_ids "true"): k, v [N, Hkv, D]; expert_ids once known."""
-
-    layer: int
-    k: Tensor
-    v: Tensor
-    expert_ids: Tensor | None = None
 
 
 class PiKVCache:
@@ -203,5 +168,6 @@ class PiKVCache:
         window = store.spec.window
         return paged_attention(
             q, k_pages, v_pages, store.position_pages, table, seqlens, scale=query.scale, window=window,
-            q_positions=None if window is None else plan.query_positions(row0, num_rows), length=plan.length[layer] if before is None else None,
+            q_positions=None if window is None else plan.query_positions(row0, num_rows),
+            length=plan.length[layer] if before is None else None,
         )

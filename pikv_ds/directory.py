@@ -82,7 +82,8 @@ class Directory:
             return [(stop - keep).unsqueeze(-1) for _ in self.layers]
         removed = []
         for i, spec in enumerate(self.layers):
-            homes = self.shard_at[i][source] if self.shard_at[i].shape[0] else self.shard_at[i].new_zeros(parent.numel(), self.shard_at[i].shape[1])
+            old = self.shard_at[i]
+            homes = old[source] if old.shape[0] else old.new_zeros(parent.numel(), old.shape[1])
             removed.append(self.per_row(homes, keep, stop))
             self.shard_at[i] = homes
             start = torch.zeros_like(keep) if spec.window is None else keep - (spec.window - 1)

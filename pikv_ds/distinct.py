@@ -9,10 +9,11 @@ from torch import Tensor
 
 from pikv_ds.ops import merge_partials
 
+from .step import Partial, Query, Staged
 from .wire import Layout, headers_of
 
 if TYPE_CHECKING:
-    from .cache import Partial, PiKVCache, Query
+    from .cache import PiKVCache
 
 
 class DistinctStep:
@@ -82,8 +83,6 @@ class DistinctStep:
         return cache.exchange.all_gather(layout.pack(header, values if send else {}, cache.device), what), layout
 
     def _store(self, query: Query, fields: dict[str, Tensor]) -> None:
-        from .cache import Staged
-
         cache = self.cache
         if cache.stages:
             if cache.staged is not None:
@@ -97,8 +96,6 @@ class DistinctStep:
 
     def _answer(self, query: Query, queries: Tensor, before: Tensor | None) -> Partial:
         """Attend for every rank's queries to the entries held here, send the partials back, merge those of this rank's own queries."""
-        from .cache import Partial
-
         cache, plan, partials = self.cache, self.cache.plan, []
         for run in plan.same_shape_runs():
             first, num_rows, begin = run[0], sum(s.num_rows for s in run), plan.sources.index(run[0])

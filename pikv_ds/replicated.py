@@ -9,10 +9,11 @@ from torch import Tensor
 
 from pikv_ds.ops import merge_partials
 
+from .step import Partial, Query, Staged
 from .wire import Layout, headers_of
 
 if TYPE_CHECKING:
-    from .cache import Partial, PiKVCache, Query
+    from .cache import PiKVCache
 
 
 class ReplicatedStep:
@@ -22,8 +23,6 @@ class ReplicatedStep:
         self.cache = cache
 
     def attend(self, query: Query) -> Partial:
-        from .cache import Partial, Staged
-
         cache = self.cache
         unchecked = self._open(query) if cache.plan is None else False
         if cache.agreement.mode == "distinct":  # the requests of the new generation differ between the ranks

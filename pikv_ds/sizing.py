@@ -11,7 +11,9 @@ from .errors import CapacityError
 from .spec import LayerSpec
 
 
-def shard_capacity(layers: list[LayerSpec], window: int | None, lens_after: list[int], num_shards: int, page_size: int, fixed: int | None) -> int:
+def shard_capacity(
+    layers: list[LayerSpec], window: int | None, lens_after: list[int], num_shards: int, page_size: int, fixed: int | None
+) -> int:
     """Entries one shard of a layer with this window may hold: `fixed`, or ceil(1.1 x the balanced share) + one page.
 
     Raises: CapacityError when even perfectly balanced shards cannot hold the live tokens.

@@ -49,7 +49,10 @@ class Binding:
         """
         new = self.cache.layers[self.layer].take()
         if new is None:
-            raise UnsupportedError(f"layer {self.layer} reached attention without updating the cache; a model must call past_key_values.update")
+            raise UnsupportedError(
+                f"layer {self.layer} reached attention without updating the cache; "
+                "a model must call past_key_values.update"
+            )
         k, v = (t.detach().transpose(1, 2) for t in new)
         if k.dtype != self.core.dtype:
             raise UnsupportedError(
@@ -62,10 +65,11 @@ class Binding:
         shapes = (self.spec.num_kv_heads, self.spec.k_dim), (self.spec.num_kv_heads, self.spec.v_dim)
         if (k.shape[2:], v.shape[2:]) != shapes:
             raise UnsupportedError(
-                f"layer {self.layer}: keys and values have (heads, width) {tuple(k.shape[2:])} and {tuple(v.shape[2:])}, "
+                f"layer {self.layer}: keys and values have (heads, width) "
+                f"{tuple(k.shape[2:])} and {tuple(v.shape[2:])}, "
                 f"the model's configuration says {shapes[0]} and {shapes[1]}"
             )
-        if key.data_ptr() != new[0].data_ptr() or key.shape != new[0].shape or value.data_ptr() != new[1].data_ptr() or value.shape != new[1].shape:
+        if any(a.data_ptr() != b.data_ptr() or a.shape != b.shape for a, b in zip((key, value), new, strict=True)):
             raise UnsupportedError(
                 f"layer {self.layer}: the model changes keys or values between the cache and attention ({tuple(new[0].shape)} became "
                 f"{tuple(key.shape)}); PiKV attends to what is stored and can't honour that"
@@ -99,5 +103,8 @@ def is_bound(module: nn.Module) -> bool:
 def binding_of(module: nn.Module) -> Binding:
     binding = _BINDINGS.get(module)
     if binding is None:
-        raise UnsupportedError(f"{type(module).__name__} runs with attention 'pikv' but is not attached; call pikv_ds.attach(model, config)")
+        raise UnsupportedError(
+            f"{type(module).__name__} runs with attention 'pikv' but is not attached; "
+            "call pikv_ds.attach(model, config)"
+        )
     return binding

@@ -48,7 +48,8 @@ class ForwardHooks:
             self.cache.begin_generation()
         elif past is not self.cache:
             raise UnsupportedError(
-                f"the model is attached to a PiKV cache but was called with a {type(past).__name__}; pass no cache, or the one attach returned"
+                f"the model is attached to a PiKV cache but was called with a {type(past).__name__}; "
+                "pass no cache, or the one attach returned"
             )
         elif decoder.training:
             raise UnsupportedError("the PiKV cache was passed to a forward in train mode; call model.eval() first")
@@ -62,12 +63,18 @@ class ForwardHooks:
     def _start(self, given: dict) -> None:
         cache = self.cache
         if self._broken and not cache.fresh:
-            raise RuntimeError("an earlier forward failed midway, so the layers hold different tokens; call reset() on all ranks or start a new generation")
+            raise RuntimeError(
+                "an earlier forward failed midway, so the layers hold different tokens; "
+                "call reset() on all ranks or start a new generation"
+            )
         self._broken = True  # until the forward has finished
         tokens = given.get("input_ids") if given.get("input_ids") is not None else given["inputs_embeds"]
         rows, columns = tokens.shape[:2]
         if not cache.fresh and rows != len(cache.lens):
-            raise UnsupportedError(f"the forward has {rows} rows, the cache {len(cache.lens)}; select or repeat rows first, or start a new generation")
+            raise UnsupportedError(
+                f"the forward has {rows} rows, the cache {len(cache.lens)}; "
+                "select or repeat rows first, or start a new generation"
+            )
         new_mask = self._new_mask(given.get("attention_mask"), rows, columns)
         before = cache.lens if not cache.fresh else [0] * rows
         num_new = new_mask.sum(1).tolist()
@@ -134,7 +141,8 @@ class ForwardHooks:
             seen = mask[:, : cache.columns].sum(1).tolist()
             if seen != cache.lens:
                 raise UnsupportedError(
-                    f"attention_mask shows {seen} cached tokens per row, the cache holds {cache.lens}: a mask can't hide or reveal cached tokens"
+                    f"attention_mask shows {seen} cached tokens per row, the cache holds {cache.lens}: "
+                    "a mask can't hide or reveal cached tokens"
                 )
         return mask[:, -columns:].cpu()
 

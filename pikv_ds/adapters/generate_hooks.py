@@ -30,7 +30,10 @@ class GenerateHooks:
         """generate with synced_gpus on more than one rank: every forward is a collective, so no rank may stop early."""
         if self.cache.core.exchange.size > 1:
             if kwargs.get("synced_gpus") is False:
-                raise UnsupportedError("synced_gpus=False with a PiKV cache over several ranks: a rank that stops early leaves the others waiting")
+                raise UnsupportedError(
+                    "synced_gpus=False with a PiKV cache over several ranks: "
+                    "a rank that stops early leaves the others waiting"
+                )
             kwargs["synced_gpus"] = True
         self.cache.idle = False
         try:
@@ -44,7 +47,8 @@ class GenerateHooks:
         if given is None and generation_config.use_cache is not False:
             if generation_config.cache_implementation is not None:
                 raise UnsupportedError(
-                    f"cache_implementation = {generation_config.cache_implementation!r} asks for another cache while the model is attached to PiKV; "
+                    f"cache_implementation = {generation_config.cache_implementation!r} asks for "
+                    "another cache while the model is attached to PiKV; "
                     f"unset it, or detach"
                 )
             self.cache.begin_generation()

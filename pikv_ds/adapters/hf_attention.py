@@ -56,7 +56,7 @@ def pikv_attention(
     return out.transpose(1, 2).to(query.dtype), None
 
 
-def pikv_mask(batch_size: int, q_length: int, kv_length: int, attention_mask: Tensor | None = None, use_vmap: bool = False, **kwargs) -> None:
+def pikv_mask(*args, use_vmap: bool = False, **kwargs) -> None:
     """Mask function: the cache keeps positions itself, so attention needs no mask. Custom mask overlays are refused, not dropped."""
     if use_vmap:
         raise UnsupportedError(
@@ -78,7 +78,10 @@ def _refuse(binding: Binding, attention_mask, dropout: float, sliding_window: in
         )
     for name, argument in kwargs.items():
         if name not in _INERT and argument is not None and argument is not False:
-            raise UnsupportedError(f"attention argument {name!r} is set ({_brief(argument)}) and PiKV does not handle it; unset it or detach")
+            raise UnsupportedError(
+                f"attention argument {name!r} is set ({_brief(argument)}) and PiKV does not handle it; "
+                "unset it or detach"
+            )
 
 
 def _brief(argument) -> str:
@@ -105,17 +108,25 @@ def _latent_weights(module: nn.Module) -> tuple[Tensor, Tensor]:
 
 
 def _verify_latent(module: nn.Module, latent: Tensor, key: Tensor, value: Tensor) -> None:
-    """Once per layer: the model's own expansion of the latent must be kv_b_proj and nothing else. Sync: one read, first forward only."""
-    missing = [n for n in ("kv_b_proj", "num_heads", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "kv_lora_rank") if not hasattr(module, n)]
+    """Once per layer: the model's own expansion of the latent must be kv_b_proj and nothing else. Sync: "
+    "one read, first forward only."""
+    needed = ("kv_b_proj", "num_heads", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "kv_lora_rank")
+    missing = [name for name in needed if not hasattr(module, name)]
     if missing:
-        raise UnsupportedError(f"{type(module).__name__} stores a latent but has no {', '.join(missing)}; PiKV absorbs DeepSeek-V2/V3 attention only")
+        raise UnsupportedError(
+            f"{type(module).__name__} stores a latent but has no {', '.join(missing)}; "
+            "PiKV absorbs DeepSeek-V2/V3 attention only"
+        )
     w_k, w_v = (w.float() for w in _latent_weights(module))
     c, k_rot = latent[:, :1, 0].float().split([module.kv_lora_rank, module.qk_rope_head_dim], -1)
     expected_k = torch.cat([torch.einsum("btr,hdr->bhtd", c, w_k), k_rot.unsqueeze(1).expand(-1, w_k.shape[0], -1, -1)], -1)
     for name, own, expected in (("key", key, expected_k), ("value", value, torch.einsum("btr,hvr->bhtv", c, w_v))):
         got = own[:, :, :1].float()
         if got.shape != expected.shape or not torch.allclose(got, expected, rtol=0.05, atol=0.05 * float(expected.abs().max())):
-            raise UnsupportedError(f"{type(module).__name__} does not expand its latent {name} as kv_b_proj(c) beside k_rot; PiKV can't absorb it")
+            raise UnsupportedError(
+                f"{type(module).__name__} does not expand its latent {name} as kv_b_proj(c) beside k_rot; "
+                "PiKV can't absorb it"
+            )
 
 
 def _absorb_query(module: nn.Module, q: Tensor) -> Tensor:

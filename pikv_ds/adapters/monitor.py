@@ -49,6 +49,9 @@ class MonitorWriter:
 
 
 def scalars(stats: dict[str, Any]) -> dict[str, float]:
-    """The entries of stats() that are one number; lists per rank or expert and names are left out."""
+    """The entries of stats() that are one number of this rank.
+
+    Lists per rank or expert and names are left out, and spilled_group: it is a total of the group already.
+    """
     return {name: float(value) for name, value in stats.items()
-            if isinstance(value, int | float) and not isinstance(value, bool)}
+            if isinstance(value, int | float) and not isinstance(value, bool) and name != "spilled_group"}

@@ -46,6 +46,12 @@ def test_two_nodes_without_ssh(tmp_path):
     port = str(free_port())
     commands = [[sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(hostfile), "--no_ssh",
                  "--no_ssh_check", "--node_rank", str(node), "--master_addr", "127.0.0.1", "--master_port", port,
-                 str(JOBS / "ds_nodes.py")] for node in range(2)]
-    rows = run_commands(commands, ranks=2, timeout_s=120).check("two nodes")
+                 str(JOBS / "ds_pairs.py")] for node in range(2)]
+    rows = run_commands(commands, ranks=2, timeout_s=120).check("pairs")
     assert [(row["node"], row["local_size"], row["world"]) for row in rows] == [("0", "1", 2), ("1", "1", 2)]
+    assert [row["group"] for row in rows] == [[0, 1], [0, 1]]
+
+
+def test_two_expert_parallel_groups_in_one_job():
+    rows = run_deepspeed("ds_pairs.py", ranks=4, timeout_s=150).check("pairs")
+    assert [row["group"] for row in rows] == [[0, 1], [0, 1], [2, 3], [2, 3]]

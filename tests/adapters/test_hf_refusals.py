@@ -3,7 +3,15 @@
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, DynamicCache, Gemma2Config, LlamaConfig, Qwen3NextConfig, T5Config, T5ForConditionalGeneration
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    Gemma2Config,
+    LlamaConfig,
+    Qwen3NextConfig,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import pikv_ds
 from pikv_ds.errors import ConfigError, UnsupportedError

@@ -1,4 +1,4 @@
-"""One rank of an emulated two-node job: AutoEP over ranks of both nodes. Asserts what the launcher set."""
+"""AutoEP over pairs of ranks, a prompt of its own on each: on two emulated nodes, or two pairs in one job."""
 
 import os
 
@@ -12,8 +12,9 @@ from tests.tiny_models import tiny_model
 report = Report()
 config = {**MICRO, "expert_parallel": {"enabled": True, "autoep_size": 2}, "pikv": {}}
 engine = ready(pikv_ds.initialize, model=tiny_model("qwen3_moe"), config=config)
-with report.check("two nodes") as row:
-    row |= {"node": os.environ["CROSS_RANK"], "local_size": os.environ["LOCAL_SIZE"], "world": dist.get_world_size()}
+with report.check("pairs") as row:
+    row |= {"node": os.environ["CROSS_RANK"], "local_size": os.environ["LOCAL_SIZE"], "world": dist.get_world_size(),
+            "group": dist.get_process_group_ranks(engine.pikv.core.exchange.group)}
     ids = rank_prompt("distinct")
     assert_same_text(row, generate(engine.module, ids), "qwen3_moe", ids)
 dist.barrier()
