@@ -1,7 +1,11 @@
+import importlib.util
+import os
 import re
+import sys
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Distribution, find_packages, setup
+from setuptools.command.build_py import build_py
 
 # Top-level folders that are imported as subpackages of pikv_ds.
 GRAFTS = {"pikv_ds.ops": "ops", "pikv_ds.megatron_patch": "megatron_patch", "pikv_ds.launch": "launch"}
@@ -10,7 +14,31 @@ packages = find_packages(include=["pikv_ds", "pikv_ds.*"])
 for name, folder in GRAFTS.items():
     packages += [name, *(f"{name}.{sub}" for sub in find_packages(folder))]
 
+AHEAD = os.environ.get("DS_BUILD_PIKV") == "1"
+
+
+class BuildWithOps(build_py):
+    """DS_BUILD_PIKV=1 compiles the CPU ops at install (needs torch: pip install --no-build-isolation); else they are built on first use."""
+
+    def run(self) -> None:
+        super().run()
+        if AHEAD:
+            spec = importlib.util.spec_from_file_location("pikv_compile", Path(__file__).parent / "ops" / "compile.py")
+            compile_ops = importlib.util.module_from_spec(spec)
+            sys.modules[spec.name] = compile_ops  # its dataclasses look their module up
+            spec.loader.exec_module(compile_ops)
+            folder = compile_ops.PREBUILT if self.editable_mode else Path(self.build_lib).absolute() / "pikv_ds" / "ops" / "prebuilt"
+            compile_ops.build_ahead(compile_ops.cpu_library(), folder)
+
+
+class WithOps(Distribution):
+    def has_ext_modules(self) -> bool:  # a wheel with a library in it is for one platform
+        return AHEAD
+
+
 setup(
+    cmdclass={"build_py": BuildWithOps},
+    distclass=WithOps,
     name="pikv-ds",
     version=re.search(r'__version__ = "(.+?)"', Path("pikv_ds/__init__.py").read_text()).group(1),
     description="Expert-sharded KV cache for Mixture-of-Experts models under DeepSpeed and Megatron-Core",

@@ -1,0 +1,94 @@
+"""The build cache, and DeepSpeed's view of the ops."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from pikv_ds import ops
+from pikv_ds.ops import compile as building
+
+
+def test_register_and_unregister():
+    pytest.importorskip("deepspeed")
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.git_version_info import installed_ops
+    from deepspeed.ops.op_builder.all_ops import ALL_OPS
+
+    accelerator = get_accelerator()
+    before, names = dict(vars(accelerator)), list(ALL_OPS)
+    ops.register()
+    ops.register()
+    try:
+        builder = accelerator.create_op_builder("PiKVOpBuilder")
+        assert builder.name == "pikv" and builder.is_compatible() and accelerator.get_op_builder("PiKVOpBuilder") is type(builder)
+        assert builder.load() is ops and all(os.path.isfile(path) for path in builder.sources())
+        assert ALL_OPS["pikv"].name == "pikv" and installed_ops["pikv"] is False
+        assert accelerator.create_op_builder("CPUAdamBuilder") is not None
+    finally:
+        ops.unregister()
+    ops.unregister()
+    assert vars(accelerator) == before and list(ALL_OPS) == names and "pikv" not in installed_ops
+
+
+def test_ds_report_lists_it():
+    pytest.importorskip("deepspeed")
+    code = "from pikv_ds import ops; ops.register(); from deepspeed.env_report import op_report; op_report()"
+    env = os.environ | {"PYTHONPATH": os.getcwd(), "DS_ACCELERATOR": "cpu"}
+    result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120, check=True)
+    (line,) = [line for line in result.stdout.splitlines() if line.startswith("pikv ")]
+    assert "OKAY" in line
+
+
+def test_the_key_follows_sources_flags_and_compiler(tmp_path, monkeypatch):
+    first = building.library_key(building.cpu_library())
+    assert first == building.library_key(building.cpu_library())
+    assert first != building.library_key(building.cpu_library(("-DSOMETHING",)))
+    monkeypatch.setattr(building, "compiler_version", lambda command: "another")
+    assert first != building.library_key(building.cpu_library())
+
+
+def _tiny(tmp_path, monkeypatch, text="int f() { return 1; }"):
+    source = tmp_path / "src"
+    source.mkdir(exist_ok=True)
+    (source / "tiny.cpp").write_text(text)
+    monkeypatch.setattr(building, "CSRC", source)
+    return building.Library("tiny", "g++", ("-fPIC",), (building.Source("tiny.cpp"),))
+
+
+def test_built_once_and_found_again(tmp_path, monkeypatch, capfd):
+    library = _tiny(tmp_path, monkeypatch)
+    path = building.build(library, tmp_path)
+    assert "built tiny" in capfd.readouterr().err
+    assert building.build(library, tmp_path) == path and not capfd.readouterr().err
+    assert {p.name for p in tmp_path.iterdir()} == {"src", "tiny.lock", path.name}
+
+
+def test_an_installed_library_needs_no_compiler(tmp_path, monkeypatch):
+    library = _tiny(tmp_path, monkeypatch)
+    path = building.build_ahead(library, tmp_path / "prebuilt")
+    monkeypatch.setattr(building, "compiler_version", None)
+    assert building.prebuilt(library, tmp_path / "prebuilt") == path
+
+
+def test_a_failed_build_shows_the_error_and_leaves_nothing(tmp_path, monkeypatch):
+    library = _tiny(tmp_path, monkeypatch, "int f() { return undeclared; }")
+    with pytest.raises(building.BuildError, match=r"g\+\+ failed .*\n.*undeclared"):
+        building.build(library, tmp_path)
+    assert not list(tmp_path.glob("*.so")) and sorted(p.name for p in tmp_path.iterdir()) == ["src", "tiny.lock"]
+
+
+def test_cache_directories(monkeypatch, tmp_path):
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert building.cache_dir() == tmp_path / "pikv_ds"
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "ext"))
+    assert building.cache_dir() == tmp_path / "ext" / "pikv_ds"
+
+
+def test_pikv_build(tmp_path):
+    report = tmp_path / "build.json"
+    command = [sys.executable, "-m", "pikv_ds.launch.cli", "build", "cpu", "--json", str(report)]
+    subprocess.run(command, check=True, timeout=300, env=os.environ | {"PYTHONPATH": os.getcwd()})
+    assert '"status": "ok"' in report.read_text()
