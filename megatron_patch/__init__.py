@@ -1,1 +1,21 @@
-"""Megatron-Core integration. It holds nothing yet: `enable_pikv` arrives with the Megatron work. Importing it patches nothing."""
+"""Megatron-Core integration: PiKV in place of the dense KV cache of static batching. Importing this package patches and loads nothing.
+
+enable_pikv(model, config) or pikv_layer_spec(spec, config), then PiKVInferenceContext(max_batch, max_length, model=model) instead of
+StaticInferenceContext. See docs/MEGATRON.md.
+"""
+
+from importlib import import_module
+
+_PUBLIC = {
+    "PiKVInferenceContext": "context",
+    "disable_pikv": "enable",
+    "enable_pikv": "enable",
+    "pikv_layer_spec": "layer_spec",
+}
+__all__ = list(_PUBLIC)
+
+
+def __getattr__(name: str):
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; public names: {', '.join(_PUBLIC)}")
+    return getattr(import_module(f"{__name__}.{_PUBLIC[name]}"), name)

@@ -1,0 +1,60 @@
+"""Switch PiKV on and off in a model that is already built and loaded."""
+
+from __future__ import annotations
+
+from megatron.core.transformer.moe.router import TopKRouter
+from torch import nn
+
+from pikv_ds.config import PiKVConfig
+from pikv_ds.errors import UnsupportedError
+
+from .attention import core_attention_class, self_attention_class
+from .layers import check_routers, find_layers, layer_spec_of
+from .refusals import refuse_config, refuse_model
+from .router import router_class
+from .subclass import is_pikv, put_on, take_off
+from .version import check_version
+
+
+def enable_pikv(model: nn.Module, config=None) -> nn.Module:
+    """Let the attention layers of `model` use a PiKVInferenceContext. In place; parameters, buffers and state_dict keys stay as they are.
+
+    Args:
+        model: a Megatron-Core model with TransformerLayers (GPTModel), wrapped or not.
+        config: the "pikv" block: PiKVConfig, dict, JSON path, or None for the defaults.
+
+    Returns: the same model. Forwards without a context, training included, run the host's code.
+
+    Raises:
+        UnsupportedError: a Megatron-Core version, layer or setting that PiKV can't honour; the model is left as it was.
+        ConfigError: a "pikv" block that is not legal here.
+    """
+    check_version()
+    config = PiKVConfig.parse(config)
+    refuse_config(config)
+    layers = find_layers(model)
+    refuse_model(model, layers[0].attention.config)
+    check_routers(layers, config.storage.expert_ids)
+    for i, layer in enumerate(layers):
+        layer_spec_of(layer, i)  # refuses windows it can't express
+    if any(is_pikv(layer.attention) for layer in layers):
+        raise UnsupportedError(f"{type(model).__name__} is enabled already (or was built from a pikv_layer_spec); call disable_pikv(model) first")
+    for layer in layers:
+        put_on(layer.attention, self_attention_class)
+        layer.attention.pikv_config = config
+        put_on(layer.attention.core_attention, core_attention_class)
+        if isinstance(layer.router, TopKRouter):
+            put_on(layer.router, router_class)
+    return model
+
+
+def disable_pikv(model: nn.Module) -> nn.Module:
+    """The host's classes again, also for a model built from a pikv_layer_spec. Idempotent; contexts made for the model end here."""
+    for layer in find_layers(model):
+        take_off(layer.attention.core_attention)
+        take_off(layer.attention)
+        if layer.router is not None:
+            take_off(layer.router)
+    return model
+
+

@@ -1,0 +1,89 @@
+"""PiKV in a layer specification, for models that are built from one."""
+
+from __future__ import annotations
+
+import copy
+
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.moe.moe_layer import MoESubmodules
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+
+from pikv_ds.config import PiKVConfig
+from pikv_ds.errors import UnsupportedError
+
+from .attention import self_attention_class
+from .refusals import refuse_config
+from .router import router_class
+from .subclass import is_pikv_class
+from .version import check_version
+
+Spec = ModuleSpec | TransformerBlockSubmodules
+
+
+def pikv_layer_spec(spec: Spec, config=None) -> Spec:
+    """The same specification with PiKV's attention and router classes in front of its own; `spec` itself is not changed.
+
+    Args:
+        spec: a layer's ModuleSpec (local or Transformer Engine), or the TransformerBlockSubmodules of a whole decoder.
+        config: the "pikv" block: PiKVConfig, dict, JSON path, or None for the defaults.
+
+    Returns: a specification of the same kind; a model built from it has the same state_dict keys.
+
+    Raises: UnsupportedError for another kind of object, and for attention or routers that PiKV does not handle.
+    """
+    check_version()
+    config = PiKVConfig.parse(config)
+    refuse_config(config)
+    if isinstance(spec, TransformerBlockSubmodules):
+        spec = copy.copy(spec)
+        spec.layer_specs = [_layer(layer, config) for layer in spec.layer_specs]
+        return spec
+    return _layer(spec, config)
+
+
+def _layer(spec: ModuleSpec, config: PiKVConfig) -> ModuleSpec:
+    attention = getattr(getattr(spec, "submodules", None), "self_attention", None)
+    if not isinstance(spec, ModuleSpec) or attention is None:
+        given = f"ModuleSpec of {getattr(spec.module, '__name__', spec.module)}" if isinstance(spec, ModuleSpec) else type(spec).__name__
+        raise UnsupportedError(
+            f"pikv_layer_spec got a {given}; give it the ModuleSpec of a TransformerLayer (get_gpt_layer_local_spec, "
+            f"get_gpt_layer_with_transformer_engine_spec) or TransformerBlockSubmodules (get_gpt_decoder_block_spec)"
+        )
+    if attention is IdentityOp:
+        return spec
+    host = getattr(attention, "module", None)
+    if not (isinstance(host, type) and issubclass(host, SelfAttention)):
+        raise UnsupportedError(
+            f"the layer's self_attention is {getattr(host or attention, '__name__', host or attention)}; this version handles SelfAttention and its "
+            f"subclasses (MLASelfAttention is not there yet)"
+        )
+    if is_pikv_class(host):
+        raise UnsupportedError("the specification has PiKV's attention already; apply pikv_layer_spec once")
+    # A shallow copy of each changed level: the modules' submodules may hold classes and functions that are meant to be shared.
+    attention = copy.copy(attention)
+    attention.module = self_attention_class(host)
+    attention.params = {**attention.params, "pikv_config": config}
+    spec = copy.copy(spec)
+    spec.submodules = copy.copy(spec.submodules)
+    spec.submodules.self_attention = attention
+    spec.submodules.mlp = _mlp(spec.submodules.mlp, config)
+    return spec
+
+
+def _mlp(mlp, config: PiKVConfig):
+    if not isinstance(getattr(mlp, "submodules", None), MoESubmodules):
+        return mlp
+    router = mlp.submodules.router
+    if not (isinstance(router, type) and issubclass(router, TopKRouter)):
+        if config.storage.expert_ids == "hash":
+            return mlp
+        raise UnsupportedError(
+            f"the layer routes with {getattr(router, '__name__', router)}, not TopKRouter; set pikv.storage.expert_ids = 'hash'"
+        )
+    mlp = copy.copy(mlp)
+    mlp.submodules = copy.copy(mlp.submodules)
+    mlp.submodules.router = router_class(router)
+    return mlp

@@ -1,0 +1,3 @@
+from pathlib import Path
+
+JOBS = Path(__file__).resolve().parent / "jobs"

@@ -1,0 +1,66 @@
+"""Decoding through PiKVInferenceContext against StaticInferenceContext, on several layouts of ranks: prompt pieces, then 32 steps.
+
+Arguments: tp,ep,etp of each layout. Batch of 3 with prompts of 12, 15 and 20 tokens. Experts are drawn per rank.
+"""
+
+import sys
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.inference.contexts import StaticInferenceContext
+
+from pikv_ds.megatron_patch import PiKVInferenceContext, cpu_compat, enable_pikv
+from tests.dist.jobs.report import Report
+from tests.megatron.models import start, tiny_config, tiny_model, tokens
+from tests.megatron.runs import assert_conserved, decode, dense_is_forbidden, full_forward
+
+ROWS, LONGEST_PROMPT, STEPS = 3, 20, 32
+LENGTH = LONGEST_PROMPT + STEPS
+
+
+def check_decode(report: Report, model, name: str, ids: torch.Tensor, pieces: list[int], reference: torch.Tensor, **storage) -> None:
+    with report.check(name) as row:
+        context = PiKVInferenceContext(ROWS, LENGTH, model=model, config={"page_size": 4, "storage": storage})
+        with dense_is_forbidden():
+            logits = decode(model, context, ids, pieces)
+        row["difference"] = (logits - reference[: len(logits)]).abs().max().item()
+        row["stats"] = context.stats()
+        assert row["difference"] <= 1e-5, row["difference"]
+        assert not context.key_value_memory_dict
+        assert_conserved(context, len(model.decoder.layers) * ids.numel())
+
+
+def check_layout(report: Report, layout: str) -> None:
+    start(*map(int, layout.split(",")))
+    model = tiny_model(tiny_config())
+    dp_rank = parallel_state.get_data_parallel_rank()
+    own, shared = tokens(ROWS, LENGTH, seed=5 + dp_rank), tokens(ROWS, LENGTH, seed=4)
+    own_pieces = [7 + dp_rank % 4, 5 - dp_rank % 4]  # ranks bring different numbers of columns
+    static = StaticInferenceContext(ROWS, LENGTH)
+    own_reference, shared_reference = decode(model, static, own, own_pieces), decode(model, static, shared, [7, 5])
+    with report.check(f"{layout} static decoding equals the full forward"):
+        difference = (own_reference[-1] - full_forward(model, own)[:, -1]).abs().max().item()
+        assert difference < 1e-5, difference
+    enable_pikv(model)
+    check_decode(report, model, f"{layout} each rank its own requests", own, own_pieces, own_reference)
+    # All ranks run the same rows; tensor-parallel peers always do.
+    check_decode(report, model, f"{layout} the same requests on all ranks", shared, [7, 5], shared_reference)
+    short = own[:, :LONGEST_PROMPT]
+    check_decode(report, model, f"{layout} ids true", short, own_pieces, own_reference, expert_ids="true")
+    check_decode(report, model, f"{layout} ids true, the same requests", shared[:, :16], [7, 5], shared_reference, expert_ids="true")
+    check_decode(report, model, f"{layout} ids hash", short[:, :16], own_pieces, own_reference, expert_ids="hash")
+    dist.barrier()
+    parallel_state.destroy_model_parallel()
+
+
+def main() -> None:
+    report = Report()
+    cpu_compat.install()
+    for layout in sys.argv[1:]:
+        check_layout(report, layout)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""One generation through a context, the reference it is compared with, and what must hold afterwards."""
+
+import contextlib
+from collections.abc import Iterator
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from megatron.core.transformer.attention import Attention
+
+from tests.megatron.models import causal_mask, positions
+
+
+def decode(model, context, ids: torch.Tensor, pieces: list[int]) -> torch.Tensor:
+    """Feed `ids` in pieces of so many columns, the rest one by one. Rows with longer prompts are fed theirs while others generate, as
+    StaticInferenceEngine does. Returns the last logits of every forward, [forwards, B, V]."""
+    context.reset()
+    logits, done = [], 0
+    pieces = pieces + [1] * (ids.shape[1] - sum(pieces))
+    with torch.no_grad():
+        for columns in pieces:
+            logits.append(step(model, context, ids[:, done : done + columns]))
+            done += columns
+    return torch.stack(logits)
+
+
+def step(model, context, ids: torch.Tensor) -> torch.Tensor:
+    start, columns = context.sequence_len_offset, ids.shape[1]
+    mask = causal_mask(columns, start) if columns > 1 else None
+    out = model(ids, positions(ids, start), mask, inference_context=context, runtime_gather_output=True)
+    context.increment_sequence_len_offset(columns)
+    return out[:, -1]
+
+
+def full_forward(model, ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model(ids, positions(ids), causal_mask(ids.shape[1]), runtime_gather_output=True)
+
+
+@contextlib.contextmanager
+def dense_is_forbidden() -> Iterator[None]:
+    """Megatron's own allocation of a dense KV buffer raises."""
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("a dense KV buffer was allocated")
+
+    with mock.patch.object(Attention, "_allocate_memory", refuse):
+        yield
+
+
+def assert_conserved(context, expected_live: int) -> None:
+    """Entries of this rank's requests, summed over the group, are each stored once. expected_live: entries of this rank (replicated: of all)."""
+    stats, group = context.stats(), context.core.exchange.group
+    names = ("entries_appended", "entries_live", "entries_expired", "entries_evicted", "entries_cropped")
+    sums = torch.tensor([stats[name] for name in names] + [expected_live])
+    if group is not None:
+        dist.all_reduce(sums, group=group)
+    appended, live, expired, evicted, cropped, expected = sums.tolist()
+    if stats["requests"] == "replicated":
+        expected //= group.size()
+    assert appended == live + expired + evicted + cropped, dict(zip(names, sums.tolist(), strict=False))
+    assert live == expected, f"{live} entries live, {expected} expected"

@@ -1,0 +1,53 @@
+"""The CPU aid alone: what it replaces it puts back. That Megatron-Core computes the right numbers with it is a check of jobs/decode.py."""
+
+import subprocess
+import sys
+from unittest import mock
+
+import pytest
+import torch
+
+from pikv_ds.megatron_patch import cpu_compat
+
+needs_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="does nothing with CUDA")
+
+
+@needs_cpu
+def test_uninstall_restores_every_name():
+    before = [(p.owner, p.name, getattr(p.owner, p.name, None)) for p in cpu_compat.patches()]
+    try:
+        assert cpu_compat.install()
+        assert torch.cuda.current_device() == torch.device("cpu")
+        assert not cpu_compat.install(), "a second install must change nothing"
+    finally:
+        assert cpu_compat.uninstall()
+    assert not cpu_compat.uninstall()
+    changed = [name for owner, name, original in before if getattr(owner, name, None) is not original]
+    assert not changed, changed
+
+
+def test_does_nothing_with_cuda():
+    original = torch.cuda.current_device
+    with mock.patch.object(torch.cuda, "is_available", lambda: True):
+        assert not cpu_compat.install()
+    assert torch.cuda.current_device is original
+
+
+def test_import_replaces_nothing():
+    code = (
+        "import torch; before = torch.cuda.current_device; import sys, pikv_ds.megatron_patch.cpu_compat; "
+        "assert torch.cuda.current_device is before and 'megatron' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_literals_mean_the_cpu_only_inside():
+    if torch.cuda.is_available():
+        pytest.skip("does nothing with CUDA")
+    with cpu_compat.cuda_literals_on_cpu():
+        x = torch.ones(2, device="cuda")
+        assert x.cuda() is x and x.to("cuda").device.type == "cpu"
+        assert x.type() == "torch.cuda.FloatTensor"
+    assert x.type() == "torch.FloatTensor"
+    with pytest.raises((AssertionError, RuntimeError)):
+        torch.ones(2, device="cuda")

@@ -1,0 +1,64 @@
+"""Exactness under Megatron-Core's layouts: world sizes 1, 2 and 4 on gloo, every check of a launch its own test."""
+
+import pytest
+import torch
+
+from tests.dist.launcher import JobResult, run_gloo
+from tests.megatron import JOBS
+
+pytestmark = [
+    pytest.mark.dist, pytest.mark.timeout(300),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="the jobs run Megatron-Core on CPU and gloo, which cpu_compat leaves alone with CUDA"),
+]
+
+LAYOUTS = {  # name: world, "tp,ep,etp"
+    "world1": (1, "1,1,1"),
+    "EP2": (2, "1,2,1"),
+    "TP2": (2, "2,1,1"),
+    "TP2xEP2-peers": (2, "2,2,1"),  # the expert group is the tensor-parallel peers
+    "EP4": (4, "1,4,1"),
+    "EP2xDP2": (4, "1,2,1"),
+    "TP2xEP2xDP2-peers": (4, "2,2,1"),
+    "TP2xEP2-across": (4, "2,2,2"),  # the expert group joins equal tensor-parallel ranks
+}
+CHECKS = [
+    "static decoding equals the full forward", "each rank its own requests", "the same requests on all ranks", "ids true", "ids hash",
+    "ids true, the same requests",
+]
+_jobs: dict[int, JobResult] = {}
+
+
+def rows_of(layout: str, check: str) -> list[dict]:
+    """One launch per world size runs all its layouts."""
+    world, parallel = LAYOUTS[layout]
+    if world not in _jobs:
+        layouts = [own for size, own in LAYOUTS.values() if size == world]
+        _jobs[world] = run_gloo(JOBS / "decode.py", layouts, ranks=world, timeout_s=280)
+    return _jobs[world].check(f"{parallel} {check}")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("check", CHECKS)
+def test_decode(layout: str, check: str):
+    rows_of(layout, check)
+
+
+def mode(layout: str, check: str) -> set[str]:
+    return {row["stats"]["requests"] for row in rows_of(layout, check)}
+
+
+def test_requests_are_recognised():
+    assert mode("EP2", "each rank its own requests") == {"distinct"}
+    assert mode("EP2", "the same requests on all ranks") == {"replicated"}
+    assert mode("TP2xEP2-across", "the same requests on all ranks") == {"replicated"}
+    # Tensor-parallel peers hold different heads of the same tokens.
+    assert mode("TP2xEP2-peers", "the same requests on all ranks") == {"distinct"}
+    assert mode("TP2", "the same requests on all ranks") == {"local"}
+
+
+@pytest.mark.parametrize("layout", ["EP2", "EP4"])
+def test_replicated_requests_are_stored_once(layout: str):
+    rows = rows_of(layout, "the same requests on all ranks")
+    dense = rows[0]["stats"]["kv_bytes_dense"]
+    fullest = max(row["stats"]["kv_bytes_allocated"] for row in rows)
+    assert fullest < dense * {2: 0.85, 4: 0.55}[len(rows)], (fullest, dense)
