@@ -1,0 +1,37 @@
+"""Windows, softmax offsets, routing variants, and what is refused by name; on two expert-parallel ranks."""
+
+import pytest
+import torch
+
+from pikv_ds.megatron_patch.router import routed_experts
+from tests.dist.launcher import JobResult, run_gloo
+from tests.megatron import JOBS
+
+SETTINGS = [
+    "sliding window", "sliding window in every other layer", "learnable softmax offset", "softmax off by one", "dropped tokens",
+    "dropped tokens, padded to capacity", "router in chunks", "allgather dispatcher", "dense first layer", "attention scale",
+    "sigmoid router with expert bias",
+]
+_jobs: list[JobResult] = []
+
+
+@pytest.mark.dist
+@pytest.mark.timeout(240)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the job runs Megatron-Core on CPU and gloo, which cpu_compat leaves alone with CUDA")
+@pytest.mark.parametrize("check", [
+    *(f"{name}, ids previous_layer" for name in SETTINGS),
+    *(f"{name}, ids true" for name in ("sliding window", "dropped tokens", "router in chunks", "dense first layer")),
+    *(f"entries are at their experts, ids {source}, {chunks} chunks" for source in ("true", "previous_layer") for chunks in (1, 3)),
+    "settings refused by name", "versions refused", "specifications refused", "process groups and shards refused", "calls refused",
+])
+def test_features(check: str):
+    if not _jobs:
+        _jobs.append(run_gloo(JOBS / "features.py", ["1,2,1"], ranks=2, timeout_s=200))
+    _jobs[0].check(check)
+
+
+def test_primary_expert_of_a_routing():
+    probs = torch.tensor([[0.0, 0.3, 0.7, 0.0], [0.5, 0.0, 0.5, 0.0], [0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
+    routing_map = probs > 0
+    routing_map[3, 1] = True  # padded to capacity: named by the map, but the token was not routed there
+    assert routed_experts(probs, routing_map).tolist() == [2, 0, -1, -1]

@@ -1,0 +1,25 @@
+"""Hugging Face weights in Megatron-Core and back; the bundled model gives the same logits in both."""
+
+import pytest
+import torch
+
+from tests.dist.launcher import JobResult, run_gloo
+from tests.megatron import JOBS
+
+pytestmark = [
+    pytest.mark.dist, pytest.mark.timeout(240),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="the job runs Megatron-Core on CPU and gloo, which cpu_compat leaves alone with CUDA"),
+]
+LAYOUTS = {"EP2": "1,2,1", "TP2xEP2-peers": "2,2,1", "TP2xETP2": "2,1,2"}  # tp,ep,etp on two ranks
+MODELS = ["qwen3_moe, dense first layer", "qwen3_moe, unnormalised", "mixtral, window 8", "mixtral, one KV head", "bundled"]
+_jobs: list[JobResult] = []
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("check", [
+    *(f"{model} {what}" for model in MODELS for what in ("same logits", "the way back")), "bundled finds a pass key over PiKV", "refusals",
+])
+def test_weights(check: str, layout: str):
+    if not _jobs:
+        _jobs.append(run_gloo(JOBS / "weights.py", list(LAYOUTS.values()), ranks=2, timeout_s=200))
+    _jobs[0].check(f"{LAYOUTS[layout]} {check}")
