@@ -1,4 +1,4 @@
-"""`pikv bench`: timed comparisons, interleaved in one process, medians and spread. `decode`: a step against the ordinary cache."""
+"""`pikv bench`: timed comparisons, interleaved in one process, medians and spread. `decode`: a step against the ordinary cache, `ops`: the ops."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import time
 from statistics import median, quantiles
 from typing import Any
 
+from pikv_ds.launch import bench_ops
 from pikv_ds.launch.output import print_table, write_json
 
 
@@ -23,9 +24,16 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     decode.add_argument("--threads", type=int, default=1, metavar="N", help="torch threads (default 1)")
     decode.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     decode.add_argument("--json", metavar="FILE", help="write the rows to FILE")
+    ops = kinds.add_parser("ops", help="the compiled ops against torch's attention")
+    bench_ops.add_arguments(ops)
+    ops.add_argument("--json", metavar="FILE", help="write the rows to FILE")
 
 
 def run(args: argparse.Namespace) -> int:
+    return bench_ops.run(args) if args.kind == "ops" else _run_decode(args)
+
+
+def _run_decode(args: argparse.Namespace) -> int:
     import torch
 
     torch.set_num_threads(args.threads)

@@ -1,0 +1,124 @@
+"""What the torch reference refuses. csrc/cpu/checks.h refuses the same with the same words; tests/ops/test_bad_input.py runs both."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .formats import PageFormat
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise RuntimeError(f"pikv: {message}")
+
+
+def attend(q, pages, block_table, seqlens, q_positions, page_list, tail, tail_rows, fmt: PageFormat, window: int) -> None:
+    """q [R, Hq, Dk]."""
+    floats("q", q)
+    _pages(pages, fmt)
+    N, R = block_table.shape[0], q.shape[0]
+    require(block_table.dim() == 3, f"block_table must be [N, 1 or num_kv_heads, max_pages], got {list(block_table.shape)}")
+    heads = max(block_table.shape[1], fmt.num_kv_heads)
+    require(block_table.shape[1] in (1, heads) and fmt.num_kv_heads in (1, heads),
+            f"block_table has {block_table.shape[1]} heads, the pages have {fmt.num_kv_heads}")  # fmt: skip
+    require(q.shape[-1] == fmt.k_dim, f"q has head_dim {q.shape[-1]}, the pages have {fmt.k_dim}")
+    require(q.shape[-2] % heads == 0, f"{q.shape[-2]} query heads are not a multiple of {heads} kv heads")
+    require(R > 0 and N % R == 0, f"block_table has {N} rows, which is not a multiple of the {R} requests of q")
+    require(seqlens.dim() == 2 and seqlens.shape[0] == N and seqlens.shape[1] in (1, heads),
+            f"seqlens must be [{N}, 1 or {heads}], got {list(seqlens.shape)}")  # fmt: skip
+    for name, x in (("block_table", block_table), ("seqlens", seqlens), ("page_list", page_list), ("q_positions", q_positions), ("tail_rows", tail_rows)):
+        if x is not None:
+            integers(name, x)
+    if page_list is not None:
+        require(page_list.dim() == 3 and page_list.shape[0] == N and page_list.shape[1] in (1, heads),
+                f"page_list must be [{N}, 1 or {heads}, num_listed], got {list(page_list.shape)}")  # fmt: skip
+    require(not window or q_positions is not None, "a window needs q_positions")
+    _tail(tail, tail_rows, fmt)
+    _table(pages, block_table, seqlens, page_list, fmt)
+
+
+def append(pages, tail, k, v, positions, slot_mapping, tail_rows, fmt: PageFormat) -> None:
+    _pages(pages, fmt)
+    floats("k", k)
+    T = slot_mapping.shape[0]
+    expected = (T, fmt.num_kv_heads, fmt.k_dim)
+    require(tuple(k.shape) == expected, f"k must be {list(expected)}, got {list(k.shape)}")
+    if not fmt.latent:
+        floats("v", v)
+        expected = (T, fmt.num_kv_heads, fmt.v_dim)
+        require(tuple(v.shape) == expected, f"v must be {list(expected)}, got {list(v.shape)}")
+        require(k.dtype == v.dtype, f"k is {k.dtype}, v is {v.dtype}")
+    integers("positions", positions)
+    integers("slot_mapping", slot_mapping)
+    require(tuple(positions.shape) == (T,), f"positions must be [{T}], got {list(positions.shape)}")
+    _tail(tail, tail_rows, fmt)
+    if tail_rows is not None and fmt.grouped:
+        integers("tail_rows", tail_rows)
+        require(tuple(tail_rows.shape) == (T,), f"tail_rows must be [{T}], got {list(tail_rows.shape)}")
+        require(not T or int(tail_rows.max()) < tail.shape[0], f"tail row {int(tail_rows.max()) if T else 0} is beyond the {tail.shape[0]} rows of the tail")
+    top, slots = int(slot_mapping.max()) if T else -1, pages.shape[0] * fmt.page_size
+    require(top < slots, f"slot {top} is beyond the {slots} slots of the store")
+
+
+def merge(out: Tensor, lse: Tensor) -> None:
+    require(out.dtype == torch.float32 and lse.dtype == torch.float32, f"merge needs float32 partials, got {out.dtype} and {lse.dtype}")
+    require(out.shape[:-1] == lse.shape, f"out {list(out.shape)} and lse {list(lse.shape)} differ in a leading dimension")
+    require(out.is_contiguous() and lse.is_contiguous(), "out and lse must be contiguous")
+
+
+def migrate(target: Tensor, source: Tensor, target_ids: Tensor, source_ids: Tensor) -> None:
+    for name, x in (("target", target), ("source", source)):
+        require(x.dtype == torch.uint8 and x.dim() == 2 and x.is_contiguous(), f"{name} must be contiguous uint8 [num_pages, record_bytes]")
+    require(target.shape[1] == source.shape[1], f"target has records of {target.shape[1]} bytes, source of {source.shape[1]}")
+    for name, ids, pages in (("target_ids", target_ids, target), ("source_ids", source_ids, source)):
+        integers(name, ids)
+        top = int(ids.max()) if ids.numel() else -1
+        require(top < pages.shape[0], f"{name} has page {top}, the store has {pages.shape[0]}")
+    require(target_ids.shape == source_ids.shape, f"target_ids {list(target_ids.shape)} and source_ids {list(source_ids.shape)} differ")
+
+
+def floats(name: str, x: Tensor) -> None:
+    require(x.dtype in _FLOATS, f"{name} must be float32, bfloat16 or float16, got {x.dtype}")
+    require(x.is_contiguous(), f"{name} must be contiguous")
+
+
+def integers(name: str, x: Tensor) -> None:
+    require(x.dtype in (torch.int32, torch.int64), f"{name} must be int32 or int64, got {x.dtype}")
+    require(x.is_contiguous(), f"{name} must be contiguous")
+
+
+def _pages(pages: Tensor, fmt: PageFormat) -> None:
+    require(pages.dtype == torch.uint8 and pages.dim() == 2 and pages.shape[1] == fmt.record_bytes,
+            f"pages must be uint8 [num_pages, {fmt.record_bytes}] for {fmt.name}, got {pages.dtype} {list(pages.shape)}")  # fmt: skip
+    require(pages.is_contiguous(), "pages must be contiguous")
+
+
+def _tail(tail: Tensor | None, tail_rows: Tensor | None, fmt: PageFormat) -> None:
+    if not fmt.grouped:
+        require(tail is None, f"{fmt.name} pages have no tail")
+        return
+    require(tail is not None and tail_rows is not None, f"{fmt.name} pages need tail and tail_rows")
+    floats("tail", tail)
+    shape = (fmt.num_kv_heads, fmt.group, fmt.k_dim)
+    require(tuple(tail.shape[1:]) == shape, f"tail must be [rows, {', '.join(map(str, shape))}], got {list(tail.shape)}")
+
+
+def _table(pages: Tensor, block_table: Tensor, seqlens: Tensor, page_list: Tensor | None, fmt: PageFormat) -> None:
+    """Every id that will be read lies in the store; every length fits its table."""
+    longest, room = int(seqlens.max()) if seqlens.numel() else 0, block_table.shape[2] * fmt.page_size
+    require(longest <= room, f"seqlens has {longest}, the block table has room for {room} entries")
+    if page_list is not None and page_list.numel():
+        top = int(page_list.max())
+        require(top < block_table.shape[2], f"page_list names column {top} of a block table with {block_table.shape[2]}")
+    num_used = (seqlens + fmt.page_size - 1) // fmt.page_size
+    used = torch.arange(block_table.shape[2], device=pages.device) < num_used.unsqueeze(-1)
+    ids = block_table.expand(-1, max(block_table.shape[1], used.shape[1]), -1).masked_select(used.expand(-1, max(block_table.shape[1], used.shape[1]), -1))
+    for bad in ids[(ids < 0) | (ids >= pages.shape[0])].tolist()[:1]:
+        require(False, f"block_table names page {bad}, the store has {pages.shape[0]}")
+
+
+def words(data: Tensor) -> None:
+    require(data.is_contiguous() and data.nbytes % 8 == 0, f"checksum needs a contiguous tensor of whole 8-byte words, got {data.nbytes} bytes")

@@ -1,0 +1,152 @@
+"""Compile sources into a shared library in a cache that survives the process.
+
+The cache key covers the sources, their headers, the flags, torch's version and the compiler's: a change in any of them builds anew.
+The library appears under its name in one rename, and a file lock keeps two processes from building it twice.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+CSRC = Path(__file__).parent / "csrc"
+PREBUILT = Path(__file__).parent / "prebuilt"  # filled at install time with DS_BUILD_PIKV=1
+_HEADERS = (".h", ".cuh", ".inc")
+
+
+class BuildError(RuntimeError):
+    """A tool is missing or failed; the message says which and how to go on."""
+
+
+@dataclass(frozen=True)
+class Source:
+    path: str  # below csrc/
+    flags: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Library:
+    name: str  # the file is <name>-<key>.so
+    compiler: str  # a command
+    flags: tuple[str, ...]
+    sources: tuple[Source, ...]
+    link_flags: tuple[str, ...] = ()
+
+
+def cache_dir() -> Path:
+    if "TORCH_EXTENSIONS_DIR" in os.environ:
+        return Path(os.environ["TORCH_EXTENSIONS_DIR"]) / "pikv_ds"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pikv_ds"
+
+
+def cpu_library(extra_flags: Sequence[str] = ()) -> Library:
+    """The CPU ops. One file per instruction set; which one runs is decided by cpuid (csrc/cpu/cpu.cpp)."""
+    import platform
+
+    import torch
+
+    root = Path(torch.__file__).parent
+    generic = "cpu/attend_generic.cpp"
+    plain = [Source("cpu/attend.cpp"), Source("cpu/append.cpp", ("-ffp-contract=off",)), Source("cpu/cpu.cpp"), Source("cpu/checksum.cpp")]
+    sets = [Source(generic, ("-DPK_ATTEND=attend_baseline",))]
+    if platform.machine() == "x86_64":
+        wide = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mavx2", "-mf16c", "-mprefer-vector-width=512")
+        sets.append(Source(generic, ("-DPK_ATTEND=attend_avx2", "-mavx2", "-mfma", "-mf16c")))
+        sets.append(Source(generic, ("-DPK_ATTEND=attend_avx512", *wide)))
+        sets.append(Source("cpu/attend_vnni.cpp", (*wide, "-mavx512bf16", "-mavx512vnni")))
+    # 0x020b...: the stable ABI as of torch 2.11, so one library serves every later torch.
+    flags = ("-O3", "-std=c++17", "-fPIC", "-fopenmp-simd", "-fno-math-errno", "-Wall", "-Werror=return-type", "-DTORCH_TARGET_VERSION=0x020b000000000000",
+             f"-I{root / 'include'}", *extra_flags)  # fmt: skip
+    link = (f"-L{root / 'lib'}", f"-Wl,-rpath,{root / 'lib'}", "-ltorch_cpu", "-lc10", *(f for f in extra_flags if f.startswith("-fsanitize")))
+    return Library("pikv_cpu", os.environ.get("CXX", "g++"), flags, tuple(plain + sets), link)
+
+
+def library_key(library: Library) -> str:
+    import torch
+
+    digest = hashlib.sha256()
+    for part in (torch.__version__, compiler_version(library.compiler), repr((library.flags, library.sources, library.link_flags))):
+        digest.update(part.encode() + b"\0")
+    for path in sorted({CSRC / s.path for s in library.sources} | {p for p in CSRC.rglob("*") if p.suffix in _HEADERS}):
+        digest.update(str(path.relative_to(CSRC)).encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def compiler_version(command: str) -> str:
+    tool = shlex.split(command)[0]
+    if shutil.which(tool) is None:
+        raise BuildError(f"{tool!r} was not found; install it (or set CXX for C++, CUDA_HOME for CUDA), or set PIKV_OPS=torch to do without")
+    return subprocess.run([*shlex.split(command), "--version"], capture_output=True, text=True, timeout=60, check=False).stdout
+
+
+def build(library: Library, directory: Path | None = None) -> Path:
+    """The path of the compiled library, built now unless the install or the cache has it. Raises BuildError."""
+    name = f"{library.name}-{library_key(library)}.so"
+    if directory is None and (PREBUILT / name).is_file():
+        return PREBUILT / name
+    directory = directory or cache_dir()
+    target = directory / name
+    if target.is_file():
+        return target
+    directory.mkdir(parents=True, exist_ok=True)
+    with _locked(directory / f"{library.name}.lock"):
+        if not target.is_file():  # another process may have built it while this one waited
+            _compile(library, target)
+    return target
+
+
+@contextmanager
+def _locked(path: Path):
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _compile(library: Library, target: Path) -> None:
+    started = time.monotonic()
+    total, done = len(library.sources), []
+    _progress(f"building {library.name}, once per machine: {total} files")
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+
+        def one(numbered: tuple[int, Source]) -> str:
+            number, source = numbered
+            output = str(Path(folder) / f"{number}.o")
+            _run([*shlex.split(library.compiler), *library.flags, *source.flags, "-c", str(CSRC / source.path), "-o", output])
+            done.append(source)
+            _progress(f"building {library.name}: {len(done)}/{total} {source.path}")
+            return output
+
+        # Longest first: the file with the templates is last in the list and decides how long it takes.
+        with ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)))) as pool:
+            objects = list(pool.map(one, reversed(list(enumerate(library.sources)))))
+        linked = str(Path(folder) / target.name)
+        _run([*shlex.split(library.compiler), "-shared", "-o", linked, *objects, *library.link_flags])
+        os.replace(linked, target)
+    _progress(f"built {library.name} in {time.monotonic() - started:.0f} s", last=True)
+
+
+def _run(command: list[str]) -> None:
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:
+        lines = result.stderr.strip().splitlines()
+        shown = [line for line in lines if "error" in line or "undefined" in line][:5] or lines[-5:]
+        raise BuildError(f"{Path(command[0]).name} failed (exit status {result.returncode}):\n" + "\n".join(shown))
+
+
+def _progress(text: str, last: bool = False) -> None:
+    if sys.stderr.isatty():
+        print(f"\r\033[Kpikv: {text}", end="\n" if last else "", file=sys.stderr, flush=True)
+    elif last or "/" not in text:
+        print(f"pikv: {text}", file=sys.stderr, flush=True)

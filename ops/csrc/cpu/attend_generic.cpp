@@ -1,0 +1,204 @@
+// Attention of one unit in plain C++, for every format, width and group. Compiled once per instruction set with PK_ATTEND as its name;
+// the loops are written for the vectoriser. The reference of the hand-written kernels, and their helper for the raw tail.
+#include <algorithm>
+#include <limits>
+#include <vector>
+
+#include "attend.h"
+#include "numbers.h"
+
+namespace pikv {
+namespace {
+
+constexpr int kTile = 16;
+constexpr float kInf = std::numeric_limits<float>::infinity();
+
+// e^x for x <= 0, to about 2e-7 relative; -inf gives 0.
+inline float exp_negative(float x) {
+  const float y = std::max(x * 1.44269504f, -126.0f);
+  const float n = std::nearbyint(y), f = y - n;
+  float p = 1.5403530e-4f;
+  p = p * f + 1.3333558e-3f;
+  p = p * f + 9.6181291e-3f;
+  p = p * f + 5.5504109e-2f;
+  p = p * f + 2.4022651e-1f;
+  p = p * f + 6.9314718e-1f;
+  p = p * f + 1.0f;
+  const float e = p * from_bits((uint32_t)((int)n + 127) << 23);
+  return x < -87.0f ? 0.0f : e;
+}
+
+inline float dot(const float* a, const float* b, int D) {
+  float sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int d = 0; d < D; ++d) sum += a[d] * b[d];
+  return sum;
+}
+
+void row_to_float(int format, const uint8_t* row, int D, float* x) {
+  switch (format) {
+    case kFp32: {
+      std::memcpy(x, row, 4 * D);
+      break;
+    }
+    case kBf16: {
+      const uint16_t* h = reinterpret_cast<const uint16_t*>(row);
+      for (int d = 0; d < D; ++d) x[d] = bf16_to_float(h[d]);
+      break;
+    }
+    case kFp16: {
+      const uint16_t* h = reinterpret_cast<const uint16_t*>(row);
+      for (int d = 0; d < D; ++d) x[d] = half_to_float(h[d]);
+      break;
+    }
+    case kInt8:
+      for (int d = 0; d < D; ++d) x[d] = row[d];
+      break;
+    case kInt4:
+      for (int d = 0; d < D / 2; ++d) x[2 * d] = row[d] & 15, x[2 * d + 1] = row[d] >> 4;
+      break;
+    case kFp8:
+      for (int d = 0; d < D; ++d) x[d] = fp8_to_float(row[d]);
+      break;
+  }
+}
+
+struct Tiles {
+  std::vector<float> q, acc, m, l, k, v, scale, zero, page_m, page_l;
+};
+
+// Keys of tokens [t0, t0 + count) of one head's section, dequantised.
+void keys_of(const PageFormat& f, const uint8_t* head, int t0, int count, Tiles& w) {
+  const uint16_t* scales = reinterpret_cast<const uint16_t*>(head + f.k_scale);
+  const uint16_t* zeros = reinterpret_cast<const uint16_t*>(head + f.k_zero);
+  for (int i = 0; i < count; ++i) {
+    float* x = &w.k[(size_t)i * f.k_dim];
+    row_to_float(f.format, head + f.k + (int64_t)(t0 + i) * f.k_row_bytes, f.k_dim, x);
+    if (f.format == kFp8) {
+      const float s = half_to_float(scales[t0 + i]);
+      for (int d = 0; d < f.k_dim; ++d) x[d] *= s;
+    } else if (format_grouped(f.format)) {
+      if (i == 0 || (t0 + i) % f.group == 0) {
+        const int64_t g = (int64_t)((t0 + i) / f.group) * f.k_dim;
+        for (int d = 0; d < f.k_dim; ++d) w.scale[d] = half_to_float(scales[g + d]), w.zero[d] = half_to_float(zeros[g + d]);
+      }
+      for (int d = 0; d < f.k_dim; ++d) x[d] = x[d] * w.scale[d] + w.zero[d];
+    }
+  }
+}
+
+void values_of(const PageFormat& f, const uint8_t* head, int t0, int count, Tiles& w) {
+  if (f.latent) {
+    for (int i = 0; i < count; ++i) std::copy_n(&w.k[(size_t)i * f.k_dim], f.v_dim, &w.v[(size_t)i * f.v_dim]);
+    return;
+  }
+  const uint16_t* scales = reinterpret_cast<const uint16_t*>(head + f.v_scale);
+  const uint16_t* zeros = reinterpret_cast<const uint16_t*>(head + f.v_zero);
+  for (int i = 0; i < count; ++i) {
+    float* x = &w.v[(size_t)i * f.v_dim];
+    row_to_float(f.format, head + f.v + (int64_t)(t0 + i) * f.v_row_bytes, f.v_dim, x);
+    if (f.v_scale < 0) continue;
+    const float s = half_to_float(scales[t0 + i]), z = f.v_zero < 0 ? 0.0f : half_to_float(zeros[t0 + i]);
+    for (int d = 0; d < f.v_dim; ++d) x[d] = x[d] * s + z;
+  }
+}
+
+// Adds `count` tokens, whose keys and values are in w.k and w.v, to every row that sees them.
+void add_tile(const Attend& a, const Unit& u, const int32_t* positions, int count, Tiles& w) {
+  const int M = a.rows(), Dk = a.f.k_dim, Dv = a.f.v_dim;
+  float s[kTile];
+  for (int row = 0; row < M; ++row) {
+    float top = -kInf;
+    const int asked = a.asked ? a.asked[(int64_t)(u.n / a.S) * a.T + row / a.G] : 0;
+    for (int i = 0; i < count; ++i) {
+      const bool hidden = (a.causal && positions[i] > asked) || (a.window && (int64_t)positions[i] <= (int64_t)asked - a.window);
+      s[i] = hidden ? -kInf : dot(&w.q[(size_t)row * Dk], &w.k[(size_t)i * Dk], Dk);
+      top = std::max(top, s[i]);
+    }
+    if (top == -kInf) continue;
+    float* acc = &w.acc[(size_t)row * Dv];
+    if (top > w.m[row]) {
+      const float shrink = exp_negative(w.m[row] - top);
+      w.l[row] *= shrink;
+      for (int d = 0; d < Dv; ++d) acc[d] *= shrink;
+      w.m[row] = top;
+    }
+    if (a.page_lse && !u.tail && top > w.page_m[row]) {
+      w.page_l[row] *= exp_negative(w.page_m[row] - top);
+      w.page_m[row] = top;
+    }
+    for (int i = 0; i < count; ++i) {
+      if (s[i] == -kInf) continue;  // what is hidden is not touched: it may hold anything
+      const float e = exp_negative(s[i] - w.m[row]);
+      w.l[row] += e;
+      const float* v = &w.v[(size_t)i * Dv];
+      for (int d = 0; d < Dv; ++d) acc[d] += e * v[d];
+      if (a.page_lse && !u.tail) w.page_l[row] += exp_negative(s[i] - w.page_m[row]);
+    }
+  }
+}
+
+void add_tail(const Attend& a, const Unit& u, Tiles& w) {
+  const PageFormat& f = a.f;
+  const int len = a.seqlen(u.n, u.h), first = len - len % f.group, head = f.num_kv_heads == 1 ? 0 : u.h;
+  if (first == len) return;
+  const int column = first / f.page_size;
+  const uint8_t* record = a.pages + (int64_t)a.table_of(u.n, u.h)[column] * f.record_bytes;
+  const int32_t* positions = reinterpret_cast<const int32_t*>(record + f.positions);
+  const int64_t row = a.tail_rows[a.pick(a.tail_heads, u.n, u.h)];
+  const int64_t base = (row * f.num_kv_heads + head) * f.group * f.k_dim;
+  for (int t = first; t < len; t += kTile) {
+    const int count = std::min(kTile, len - t), slot = t % f.page_size;
+    for (int64_t i = 0; i < (int64_t)count * f.k_dim; ++i) w.k[i] = load_float(a.tail, a.tail_type, base + (int64_t)(t - first) * f.k_dim + i);
+    values_of(f, a.section(record, u.h), slot, count, w);
+    add_tile(a, u, positions + slot, count, w);
+  }
+}
+
+}  // namespace
+
+void PK_ATTEND(const Attend& a, const Unit& u) {
+  static thread_local Tiles w;
+  const PageFormat& f = a.f;
+  const int M = a.rows(), Dk = f.k_dim, Dv = f.v_dim;
+  w.q.resize((size_t)M * Dk);
+  for (int row = 0; row < M; ++row) {
+    const int64_t at = a.q_row(u.n, u.h, row) * Dk;
+    for (int d = 0; d < Dk; ++d) w.q[(size_t)row * Dk + d] = load_float(a.q, a.q_type, at + d) * a.scale;
+  }
+  w.acc.assign((size_t)M * Dv, 0.0f);
+  w.m.assign(M, -kInf);
+  w.l.assign(M, 0.0f);
+  w.k.resize((size_t)kTile * Dk), w.v.resize((size_t)kTile * Dv);
+  w.scale.resize(Dk), w.zero.resize(Dk);
+  const int32_t* table = a.table_of(u.n, u.h);
+  const int32_t* list = a.list_of(u.n, u.h);
+  const int limit = a.paged(u.n, u.h);
+  for (int c = u.c0; !u.tail && c < u.c1; ++c) {
+    w.page_m.assign(M, -kInf);
+    w.page_l.assign(M, 0.0f);
+    const int column = list ? list[c] : c;
+    const int count = column < 0 ? 0 : std::min(f.page_size, limit - column * f.page_size);
+    if (count > 0) {
+      const uint8_t* record = a.pages + (int64_t)table[column] * f.record_bytes;
+      const int32_t* positions = reinterpret_cast<const int32_t*>(record + f.positions);
+      const uint8_t* head = a.section(record, u.h);
+      for (int t = 0; t < count; t += kTile) {
+        const int n = std::min(kTile, count - t);
+        keys_of(f, head, t, n, w);
+        values_of(f, head, t, n, w);
+        add_tile(a, u, positions + t, n, w);
+      }
+    }
+    if (a.page_lse)
+      for (int row = 0; row < M; ++row) a.page_lse_row(u.n, u.h, row)[c] = w.page_m[row] + std::log(w.page_l[row]);
+  }
+  if (u.tail) add_tail(a, u, w);
+  for (int row = 0; row < M; ++row) {
+    const float inverse = w.l[row] > 0 ? 1 / w.l[row] : 0.0f;
+    for (int d = 0; d < Dv; ++d) u.out[(int64_t)row * Dv + d] = w.acc[(size_t)row * Dv + d] * inverse;
+    u.lse[row] = w.l[row] > 0 ? w.m[row] + std::log(w.l[row]) : -kInf;
+  }
+}
+
+}  // namespace pikv

@@ -1,0 +1,111 @@
+// Reading torch arguments, and refusing bad ones. The words are those of ops/checks.py.
+#pragma once
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "../include/page_format.h"
+
+namespace pikv {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+
+#define PK_CHECK(condition, ...) STD_TORCH_CHECK(condition, "pikv: ", __VA_ARGS__)
+
+inline std::string shape(const Tensor& x) {
+  std::string s = "[";
+  for (int64_t i = 0; i < x.dim(); ++i) s += (i ? ", " : "") + std::to_string(x.size(i));
+  return s + "]";
+}
+
+inline const char* format_name(int format) {
+  static const char* const names[] = {"fp32", "bf16", "fp16", "int8", "int4", "fp8_e4m3"};
+  return names[format];
+}
+
+inline const char* dtype_name(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float: return "torch.float32";
+    case ScalarType::BFloat16: return "torch.bfloat16";
+    case ScalarType::Half: return "torch.float16";
+    case ScalarType::Double: return "torch.float64";
+    case ScalarType::Int: return "torch.int32";
+    case ScalarType::Long: return "torch.int64";
+    case ScalarType::Byte: return "torch.uint8";
+    default: return "another dtype";
+  }
+}
+
+// kFp32, kBf16 or kFp16 of a contiguous tensor.
+inline int float_type(const char* name, const Tensor& x) {
+  const ScalarType t = x.scalar_type();
+  PK_CHECK(t == ScalarType::Float || t == ScalarType::BFloat16 || t == ScalarType::Half, name,
+           " must be float32, bfloat16 or float16, got ", dtype_name(x));
+  PK_CHECK(x.is_contiguous(), name, " must be contiguous");
+  return t == ScalarType::Float ? kFp32 : t == ScalarType::BFloat16 ? kBf16 : kFp16;
+}
+
+// int32 or int64 indices; int64 ones are copied, since kernels read int32.
+class Indices {
+ public:
+  Indices() = default;
+  Indices(const char* name, const Tensor& x) {
+    const ScalarType t = x.scalar_type();
+    PK_CHECK(t == ScalarType::Int || t == ScalarType::Long, name, " must be int32 or int64, got ", dtype_name(x));
+    PK_CHECK(x.is_contiguous(), name, " must be contiguous");
+    count_ = x.numel();
+    if (t == ScalarType::Int) {
+      data_ = static_cast<const int32_t*>(x.const_data_ptr());
+    } else {
+      const int64_t* wide = static_cast<const int64_t*>(x.const_data_ptr());
+      narrow_.resize(count_);
+      for (int64_t i = 0; i < count_; ++i) narrow_[i] = (int32_t)std::clamp<int64_t>(wide[i], -1, INT32_MAX);
+    }
+  }
+  Indices(const char* name, const MaybeTensor& x) {
+    if (x) *this = Indices(name, *x);
+  }
+  const int32_t* data() const { return data_ ? data_ : narrow_.empty() ? nullptr : narrow_.data(); }
+  int64_t count() const { return count_; }
+  int32_t operator[](int64_t i) const { return data()[i]; }
+  int32_t top() const { return count_ ? *std::max_element(data(), data() + count_) : -1; }
+
+ private:
+  const int32_t* data_ = nullptr;
+  std::vector<int32_t> narrow_;
+  int64_t count_ = 0;
+};
+
+inline PageFormat check_pages(const Tensor& pages, int64_t format, int64_t num_kv_heads, int64_t k_dim, int64_t v_dim, int64_t page_size,
+                              int64_t group, bool latent) {
+  PK_CHECK(format >= kFp32 && format <= kFp8, "no page format has the code ", format);
+  const PageFormat f = make_page_format((int)format, (int)num_kv_heads, (int)k_dim, (int)v_dim, (int)page_size, (int)group, latent);
+  PK_CHECK(pages.scalar_type() == ScalarType::Byte && pages.dim() == 2 && pages.size(1) == f.record_bytes, "pages must be uint8 [num_pages, ",
+           f.record_bytes, "] for ", format_name(f.format), ", got ", dtype_name(pages), " ", shape(pages));
+  PK_CHECK(pages.is_contiguous(), "pages must be contiguous");
+  return f;
+}
+
+// The type of the tail; kFp32 where the format has none.
+inline int check_tail(const PageFormat& f, const MaybeTensor& tail, const MaybeTensor& tail_rows) {
+  const char* name = format_name(f.format);
+  if (!format_grouped(f.format)) {
+    PK_CHECK(!tail, name, " pages have no tail");
+    return kFp32;
+  }
+  PK_CHECK(tail && tail_rows, name, " pages need tail and tail_rows");
+  const int type = float_type("tail", *tail);
+  PK_CHECK(tail->dim() == 4 && tail->size(1) == f.num_kv_heads && tail->size(2) == f.group && tail->size(3) == f.k_dim, "tail must be [rows, ",
+           f.num_kv_heads, ", ", f.group, ", ", f.k_dim, "], got ", shape(*tail));
+  return type;
+}
+
+}  // namespace pikv

@@ -1,0 +1,54 @@
+#include "cpu.h"
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <cstdlib>
+#include <cstring>
+
+namespace pikv {
+namespace {
+
+// PIKV_CPU=baseline|avx2|avx512|vnni caps the instruction set: for tests and for measuring what each brings.
+int level() {
+#if defined(__x86_64__)
+  static const int found = [] {
+    int best = 0;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) best = 1;
+    const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vl");
+    if (best == 1 && wide) best = 2;
+    if (best == 2 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni")) best = 3;
+    return best;
+  }();
+  const char* cap = std::getenv("PIKV_CPU");
+  if (!cap) return found;
+  const char* const names[] = {"baseline", "avx2", "avx512", "vnni"};
+  for (int i = 0; i < 4; ++i)
+    if (!std::strcmp(cap, names[i])) return i < found ? i : found;
+  return found;
+#else
+  return 0;
+#endif
+}
+
+}  // namespace
+
+AttendUnit generic_attend() {
+#if defined(__x86_64__)
+  const int best = level();
+  return best >= 2 ? attend_avx512 : best == 1 ? attend_avx2 : attend_baseline;
+#else
+  return attend_baseline;
+#endif
+}
+
+bool has_vnni() { return level() == 3; }
+
+int64_t num_threads() {
+  uint32_t count = 1;
+  torch_get_num_threads(&count);
+  return count;
+}
+
+}  // namespace pikv

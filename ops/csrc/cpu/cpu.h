@@ -1,0 +1,13 @@
+// What this CPU can run, decided once, and how many threads torch uses.
+#pragma once
+#include <cstdint>
+
+#include "attend.h"
+
+namespace pikv {
+
+AttendUnit generic_attend();
+bool has_vnni();  // AVX512 with bf16 dot products and VNNI
+int64_t num_threads();
+
+}  // namespace pikv

@@ -1,0 +1,128 @@
+"""The ops of namespace `pikv`: schemas, fake versions, and the torch reference under them.
+
+The reference is registered below every compiled version. Its first call on a device tries to load the compiled one (load.py), so nothing is
+built or read from the environment at import; after that calls go to the compiled kernel without passing here.
+
+Every op takes its record layout as seven arguments, `layout(fmt)`: format code, num_kv_heads, k_dim, v_dim, page_size, group, latent.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import checks, ref_append, ref_attend, ref_pages
+from .formats import FORMATS, PageFormat
+from .merge_partials import merge_partials
+
+_LAYOUT = "int format, int num_kv_heads, int k_dim, int v_dim, int page_size, int group, bool latent"
+_CACHE = "Tensor q, Tensor pages, Tensor block_table, Tensor seqlens"
+_TAIL = "Tensor? tail, Tensor? tail_rows"
+SCHEMAS = {
+    "decode": f"({_CACHE}, Tensor? q_positions, Tensor? page_list, {_TAIL}, {_LAYOUT}, "
+    "float scale, int window, bool with_page_lse, int num_splits) -> (Tensor out, Tensor lse, Tensor page_lse)",
+    "prefill_cached": f"({_CACHE}, Tensor q_positions, {_TAIL}, {_LAYOUT}, "
+    "float scale, int window, bool causal, int num_splits) -> (Tensor out, Tensor lse)",
+    "append": "(Tensor(a!) pages, Tensor(b!)? tail, Tensor k, Tensor v, Tensor positions, Tensor slot_mapping, Tensor? tail_rows, "
+    f"{_LAYOUT}) -> ()",
+    "merge": "(Tensor out, Tensor lse) -> (Tensor out, Tensor lse)",
+    "migrate": "(Tensor(a!) target, Tensor source, Tensor target_ids, Tensor source_ids) -> ()",
+    "checksum": "(Tensor data) -> Tensor",
+}
+_NAMES = [name for name, _ in sorted(((n, t.code) for n, t in FORMATS.items()), key=lambda item: item[1])]
+
+
+def layout(fmt: PageFormat) -> tuple[int, int, int, int, int, int, bool]:
+    return fmt.code, fmt.num_kv_heads, fmt.k_dim, fmt.v_dim, fmt.page_size, fmt.group, fmt.latent
+
+
+def _format(args: tuple) -> PageFormat:
+    return PageFormat(_NAMES[args[0]], *args[1:5], latent=args[6], group=args[5])
+
+
+def _decode(q, pages, block_table, seqlens, q_positions, page_list, tail, tail_rows, *rest):
+    fmt, (scale, window, with_page_lse, _) = _format(rest[:7]), rest[7:]
+    checks.attend(q, pages, block_table, seqlens, q_positions, page_list, tail, tail_rows, fmt, window)
+    out, lse, page_lse = ref_attend.attend(
+        q.unsqueeze(1), pages, fmt, block_table, seqlens, scale=scale, window=window, page_list=page_list, tail=tail, tail_rows=tail_rows,
+        q_positions=None if q_positions is None else q_positions.unsqueeze(1), with_page_lse=with_page_lse,
+    )  # fmt: skip
+    return out.squeeze(1), lse.squeeze(1), q.new_empty(0, dtype=torch.float32) if page_lse is None else page_lse.squeeze(1)
+
+
+def _prefill_cached(q, pages, block_table, seqlens, q_positions, tail, tail_rows, *rest):
+    fmt, (scale, window, causal, _) = _format(rest[:7]), rest[7:]
+    checks.floats("q", q)
+    checks.integers("q_positions", q_positions)
+    checks.require(q_positions.shape == q.shape[:2], f"q_positions must be {list(q.shape[:2])}, got {list(q_positions.shape)}")
+    checks.attend(q[:, 0].contiguous(), pages, block_table, seqlens, None, None, tail, tail_rows, fmt, 0)
+    out, lse, _ = ref_attend.attend(
+        q, pages, fmt, block_table, seqlens, scale=scale, window=window, causal=causal, tail=tail, tail_rows=tail_rows, q_positions=q_positions
+    )
+    return out, lse
+
+
+def _append(pages, tail, k, v, positions, slot_mapping, tail_rows, *rest):
+    fmt = _format(rest)
+    checks.append(pages, tail, k, v, positions, slot_mapping, tail_rows, fmt)
+    ref_append.append(pages, fmt, k, v, positions, slot_mapping, tail=tail, tail_rows=tail_rows)
+
+
+def _merge(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    checks.merge(out, lse)
+    return merge_partials(out, lse)
+
+
+def _fake_decode(q, pages, block_table, seqlens, q_positions, page_list, tail, tail_rows, *rest):
+    columns = block_table.shape[-1] if page_list is None else page_list.shape[-1]
+    page_lse = (block_table.shape[0], q.shape[1], columns) if rest[9] else (0,)
+    new = lambda *shape: q.new_empty(shape, dtype=torch.float32)  # noqa: E731
+    return new(*q.shape[:2], rest[3]), new(*q.shape[:2]), new(*page_lse)
+
+
+def _fake_prefill_cached(q, *rest):
+    # rest: pages, block_table, seqlens, q_positions, tail, tail_rows, then the layout
+    return q.new_empty((*q.shape[:3], rest[9]), dtype=torch.float32), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+def _fake_merge(out, lse):
+    return out.new_empty(out.shape[1:]), lse.new_empty(lse.shape[1:])
+
+
+REFERENCE = {
+    "decode": _decode,
+    "prefill_cached": _prefill_cached,
+    "append": _append,
+    "merge": _merge,
+    "migrate": ref_pages.migrate,
+    "checksum": ref_pages.checksum,
+}
+_FAKE = {
+    "decode": _fake_decode,
+    "prefill_cached": _fake_prefill_cached,
+    "append": lambda *args: None,
+    "merge": _fake_merge,
+    "migrate": lambda *args: None,
+    "checksum": lambda data: data.new_empty((), dtype=torch.int64),
+}
+
+
+def _fallback(name: str):
+    """The kernel below the compiled ones: load those on first use, else run the reference."""
+
+    def call(*args):
+        from . import load
+
+        device = next(arg.device.type for arg in args if isinstance(arg, Tensor))
+        if load.ensure(device):
+            return getattr(torch.ops.pikv, name)(*args)
+        return REFERENCE[name](*args)
+
+    return call
+
+
+_library = torch.library.Library("pikv", "DEF")
+for _name, _schema in SCHEMAS.items():
+    _library.define(_name + _schema, tags=(torch.Tag.needs_fixed_stride_order,))
+    _library.impl(_name, _fallback(_name), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"pikv::{_name}", _FAKE[_name], lib=_library)

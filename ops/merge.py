@@ -1,0 +1,11 @@
+"""Partial attention results over splits and ranks into one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def merge(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """`merge_partials` as an op: out [S, ..., D] f32, lse [S, ...] f32 natural log -> out [..., D], lse [...]; contiguous inputs."""
+    return torch.ops.pikv.merge(out, lse)

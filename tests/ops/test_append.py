@@ -1,0 +1,120 @@
+"""append, migrate, merge: the CPU versions give the bytes of the reference; payloads name their source."""
+
+import pytest
+import torch
+
+from pikv_ds import ops
+from pikv_ds.ops import library, ref_formats
+from pikv_ds.ops.formats import FORMATS, PageFormat
+
+
+def _store(fmt, num_pages, rows):
+    pages = ref_formats.new_pages(fmt, num_pages)
+    extra = {}
+    if fmt.grouped:
+        extra = {"tail": torch.zeros(rows, fmt.num_kv_heads, fmt.group, fmt.k_dim, dtype=torch.bfloat16)}
+    return pages, extra
+
+
+def _append(which, pages, fmt, k, v, positions, slots, extra, rows):
+    args = (pages, extra.get("tail"), k, v, positions, slots, rows if extra else None, *library.layout(fmt))
+    (library.REFERENCE["append"] if which == "torch" else torch.ops.pikv.append)(*args)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", list(FORMATS))
+@pytest.mark.parametrize("latent", [False, True])
+def test_same_bytes_as_the_reference(name, dtype, latent):
+    """Two requests whose tokens come interleaved, in steps of 1 to 150, some of them stored elsewhere (-1)."""
+    generator = torch.Generator().manual_seed(3)
+    heads, k_dim, v_dim = (1, 72, 64) if latent else (3, 40, 32)
+    fmt = PageFormat(name, heads, k_dim, v_dim, 64, latent)
+    stores = {which: _store(fmt, 12, 2) for which in ("torch", "cpu")}
+    lens = [0, 0]
+    for step in (1, 5, 70, 1, 1, 150, 60, 1):
+        owner = torch.randint(3, (step,), generator=generator)  # 2: not here
+        slots, positions = torch.full((step,), -1), torch.arange(step, dtype=torch.int32) + sum(lens)
+        for i, n in enumerate(owner.tolist()):
+            if n < 2:
+                slots[i] = (n + 2 * (lens[n] // 64)) * 64 + lens[n] % 64
+                lens[n] += 1
+        k = (torch.randn(step, heads, k_dim, generator=generator) * 3 + 1).to(dtype)
+        v = torch.randn(step, heads, v_dim, generator=generator).to(dtype)
+        for which, (pages, extra) in stores.items():
+            _append(which, pages, fmt, k, v, positions, slots.int(), extra, owner.clamp_max(1).int())
+        assert torch.equal(stores["torch"][0], stores["cpu"][0]), f"records differ after a step of {step}"
+        if fmt.grouped:
+            assert torch.equal(stores["torch"][1]["tail"], stores["cpu"][1]["tail"])
+    assert max(lens) > 64
+
+
+@pytest.mark.parametrize("name", list(FORMATS))
+@pytest.mark.parametrize("scale", [1e-6, 1e-3, 1.0, 1e4])
+def test_encoders_agree_at_every_magnitude(name, scale):
+    fmt = PageFormat(name, 1, 64, 64, 64)
+    k = torch.randn(64, 1, 64, generator=torch.Generator().manual_seed(1)) * scale
+    k[3] = 0
+    k[5, 0, ::2] = torch.tensor([448.0, 224.0, 1.0, 17.0]).repeat(8) * scale
+    found = {}
+    for which in ("torch", "cpu"):
+        pages, extra = _store(fmt, 1, 1)
+        rows = torch.zeros(64, dtype=torch.int32)
+        _append(which, pages, fmt, k, k, torch.arange(64, dtype=torch.int32), torch.arange(64, dtype=torch.int32), extra, rows)
+        found[which] = pages
+    different = (found["torch"] != found["cpu"]).nonzero()
+    assert not different.numel(), f"first difference at byte {different[0].tolist()} of head {fmt.head}"
+
+
+def test_a_wrong_slot_is_readable():
+    """Payload = request, position, head: what is stored must say where it came from."""
+    fmt = PageFormat("fp32", 2, 8, 8, 4)
+    pages = ops.new_pages(fmt, 6)
+    slots = torch.tensor([3, -1, 20, 8, -1, 1], dtype=torch.int32)
+    positions = torch.tensor([10, 11, 12, 13, 14, 15], dtype=torch.int32)
+    payload = (positions.view(-1, 1, 1) * 10 + torch.arange(2).view(1, 2, 1)).float().expand(6, 2, 8).contiguous()
+    ops.append(pages, fmt, payload, -payload, positions, slots)
+    k, v, stored = ops.views(pages, fmt)
+    for slot, position in zip(slots.tolist(), positions.tolist(), strict=True):
+        if slot >= 0:
+            page, offset = divmod(slot, 4)
+            assert stored[page, offset] == position
+            assert k[page, :, offset].eq(torch.tensor([[10.0 * position], [10.0 * position + 1]])).all()
+            assert v[page, :, offset].eq(-k[page, :, offset]).all()
+    assert int((stored >= 0).sum()) == 4
+
+
+@pytest.mark.parametrize("which", ["torch", "cpu"])
+def test_migrate_moves_whole_records(which):
+    fmt = PageFormat("int4", 2, 32, 32, 64)
+    source = torch.randint(0, 256, (5, fmt.record_bytes), dtype=torch.uint8)
+    target = torch.zeros(4, fmt.record_bytes, dtype=torch.uint8)
+    to, at = torch.tensor([3, -1, 0], dtype=torch.int32), torch.tensor([4, 2, 1], dtype=torch.int32)
+    (library.REFERENCE["migrate"] if which == "torch" else torch.ops.pikv.migrate)(target, source, to, at)
+    assert torch.equal(target[3], source[4]) and torch.equal(target[0], source[1]) and not target[1:3].any()
+
+
+def test_merge_is_associative_and_order_free():
+    generator = torch.Generator().manual_seed(0)
+    out, lse = torch.randn(5, 3, 4, 16, generator=generator), torch.randn(5, 3, 4, generator=generator) * 20
+    lse[:, 0, 0] = -torch.inf
+    lse[1:4] = torch.where(torch.rand(3, 3, 4, generator=generator) < 0.5, -torch.inf, lse[1:4])
+    out = torch.where(lse.isinf().unsqueeze(-1), 0.0, out)
+    whole = ops.merge(out, lse)
+    expected = ops.merge_partials(out.double(), lse.double())
+    torch.testing.assert_close(whole[0].double(), expected[0], rtol=1e-6, atol=1e-6)
+    order = torch.tensor([3, 1, 4, 0, 2])
+    left = ops.merge(out[order[:2]].contiguous(), lse[order[:2]].contiguous())
+    right = ops.merge(out[order[2:]].contiguous(), lse[order[2:]].contiguous())
+    again = ops.merge(torch.stack([right[0], left[0]]), torch.stack([right[1], left[1]]))
+    torch.testing.assert_close(again, whole, rtol=1e-6, atol=1e-6)
+    assert whole[1][0, 0] == -torch.inf and not whole[0][0, 0].any()
+
+
+@pytest.mark.parametrize("num_bytes", [0, 8, 1000, 4096, 3 << 20])
+def test_checksum_of_the_reference_and_compiled_agree(num_bytes):
+    data = torch.randint(0, 256, (num_bytes,), dtype=torch.uint8)
+    expected = library.REFERENCE["checksum"](data)
+    assert ops.checksum(data) == expected
+    if num_bytes:
+        data[num_bytes // 2] ^= 4
+        assert ops.checksum(data) != expected

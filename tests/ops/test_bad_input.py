@@ -1,0 +1,96 @@
+"""Each wrong input gets its message, the same from the reference and from the compiled version."""
+
+import pytest
+import torch
+
+from pikv_ds.ops import library
+from pikv_ds.ops.formats import PageFormat
+from tests.ops.cases import make_case
+
+BOTH = pytest.mark.parametrize("which", ["torch", "cpu"])
+
+
+def _op(which, name):
+    return library.REFERENCE[name] if which == "torch" else getattr(torch.ops.pikv, name)
+
+
+def _decode(which, case, **change):
+    given = {"q": case.q, "pages": case.pages, "block_table": case.block_table, "seqlens": case.seqlens, "q_positions": None,
+             "page_list": None, "tail": case.extra.get("tail"), "tail_rows": case.extra.get("tail_rows"), "window": 0} | change  # fmt: skip
+    window = given.pop("window")
+    return _op(which, "decode")(*given.values(), *library.layout(case.fmt), 1.0, window, False, 0)
+
+
+DECODE = {
+    "head_dim": (lambda c: {"q": c.q[..., :32].contiguous()}, "q has head_dim 32, the pages have 64"),
+    "heads": (lambda c: {"q": c.q[:, :7].contiguous()}, "7 query heads are not a multiple of 2 kv heads"),
+    "dtype": (lambda c: {"q": c.q.double()}, "q must be float32, bfloat16 or float16, got torch.float64"),
+    "strides": (lambda c: {"q": torch.cat([c.q, c.q], -1)[..., :64]}, "q must be contiguous"),
+    "pages": (lambda c: {"pages": c.pages[:, :-64].contiguous()}, "pages must be uint8 [num_pages, "),
+    "page strides": (lambda c: {"pages": torch.cat([c.pages, c.pages])[::2]}, "pages must be contiguous"),
+    "table id": (lambda c: {"block_table": c.block_table.clone().fill_(99)}, "block_table names page 99, the store has"),
+    "negative id": (lambda c: {"block_table": c.block_table.clone().fill_(-1)}, "block_table names page -1, the store has"),
+    "table dtype": (lambda c: {"block_table": c.block_table.float()}, "block_table must be int32 or int64, got torch.float32"),
+    "table heads": (lambda c: {"block_table": c.block_table.repeat(1, 3, 1)}, "block_table has 3 heads, the pages have 2"),
+    "seqlens": (lambda c: {"seqlens": c.seqlens + 1000}, "the block table has room for"),
+    "seqlens shape": (lambda c: {"seqlens": c.seqlens.view(-1)}, "seqlens must be [2, 1 or 2], got [2]"),
+    "requests": (lambda c: {"q": c.q.repeat(2, 1, 1)[:3]}, "block_table has 2 rows, which is not a multiple of the 3 requests of q"),
+    "list": (lambda c: {"page_list": torch.tensor([[[9]], [[0]]])}, "page_list names column 9 of a block table with"),
+    "list shape": (lambda c: {"page_list": torch.tensor([[[0]]])}, "page_list must be [2, 1 or 2, num_listed], got [1, 1, 1]"),
+    "window": (lambda c: {"window": 5}, "a window needs q_positions"),
+    "tail": (lambda c: {"tail": torch.zeros(2)}, "bf16 pages have no tail"),
+}
+
+
+@BOTH
+@pytest.mark.parametrize("what", list(DECODE))
+def test_decode(which, what):
+    case = make_case(lens=(20, 5))
+    change, message = DECODE[what]
+    with pytest.raises(RuntimeError) as error:
+        _decode(which, case, **change(case))
+    assert message in str(error.value)
+
+
+@BOTH
+def test_grouped_formats_need_their_tail(which):
+    case = make_case("int8", lens=(20,))
+    with pytest.raises(RuntimeError, match="int8 pages need tail and tail_rows"):
+        _decode(which, case, tail=None)
+    with pytest.raises(RuntimeError, match=r"tail must be \[rows, 2, 64, 64\], got \[1, 2, 64, 32\]"):
+        _decode(which, case, tail=case.extra["tail"][..., :32].contiguous())
+
+
+APPEND = {
+    "slot": ({"slot_mapping": torch.tensor([0, 64, -1])}, "slot 64 is beyond the 64 slots of the store"),
+    "dtype": ({"v": torch.zeros(3, 2, 32, dtype=torch.bfloat16)}, "k is torch.float32, v is torch.bfloat16"),
+    "k": ({"k": torch.zeros(3, 2, 40)}, "k must be [3, 2, 32], got [3, 2, 40]"),
+    "v": ({"v": torch.zeros(3, 1, 32)}, "v must be [3, 2, 32], got [3, 1, 32]"),
+    "strides": ({"k": torch.zeros(3, 2, 64)[..., ::2]}, "k must be contiguous"),
+    "positions": ({"positions": torch.zeros(2, dtype=torch.int32)}, "positions must be [3], got [2]"),
+    "row": ({"tail_rows": torch.tensor([0, 1, 0])}, "tail row 1 is beyond the 1 rows of the tail"),
+}
+
+
+@BOTH
+@pytest.mark.parametrize("what", list(APPEND))
+def test_append(which, what):
+    fmt = PageFormat("int4", 2, 32, 32, 64)
+    change, message = APPEND[what]
+    given = {"pages": torch.zeros(1, fmt.record_bytes, dtype=torch.uint8), "tail": torch.zeros(1, 2, 64, 32), "k": torch.zeros(3, 2, 32),
+             "v": torch.zeros(3, 2, 32), "positions": torch.zeros(3, dtype=torch.int32), "slot_mapping": torch.tensor([0, 1, -1]),
+             "tail_rows": torch.zeros(3, dtype=torch.int32)} | change  # fmt: skip
+    with pytest.raises(RuntimeError) as error:
+        _op(which, "append")(*given.values(), *library.layout(fmt))
+    assert message in str(error.value)
+
+
+@BOTH
+def test_merge_and_migrate(which):
+    with pytest.raises(RuntimeError, match="merge needs float32 partials, got torch.float64"):
+        _op(which, "merge")(torch.zeros(2, 3, 8, dtype=torch.float64), torch.zeros(2, 3))
+    with pytest.raises(RuntimeError, match=r"out \[2, 3, 8\] and lse \[2, 4\] differ"):
+        _op(which, "merge")(torch.zeros(2, 3, 8), torch.zeros(2, 4))
+    records, ids = torch.zeros(2, 64, dtype=torch.uint8), torch.tensor([2])
+    with pytest.raises(RuntimeError, match="target_ids has page 2, the store has 2"):
+        _op(which, "migrate")(records, records.clone(), ids, ids)
