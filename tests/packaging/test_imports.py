@@ -120,3 +120,13 @@ def test_imports_point_one_way(path):
 
 def test_there_are_files_to_check():
     assert len(FILES) > 15
+
+
+def test_no_merge_conflict_is_committed():
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    marks = tuple(mark * 7 + b" " for mark in (b"<", b">"))
+    for name in filter(None, listed.stdout.split("\0")):
+        lines = (ROOT / name).read_bytes().splitlines()
+        assert not any(line.startswith(marks) for line in lines), f"{name} holds a merge conflict"
