@@ -147,6 +147,9 @@ def _compile(library: Library, target: Path) -> None:
         # Longest first: the file with the templates is last in the list and decides how long it takes.
         with ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)))) as pool:
             objects = list(pool.map(one, reversed(list(enumerate(library.sources)))))
+        # In the order of the sources, plainest first: of a function that several files instantiate (std::vector's members) the linker keeps
+        # the first, and one compiled for AVX512 would crash the others' callers on an older CPU.
+        objects.reverse()
         linked = str(Path(folder) / target.name)
         _run([*shlex.split(library.compiler), "-shared", "-o", linked, *objects, *library.link_flags])
         os.replace(linked, target)
