@@ -58,19 +58,23 @@ def cpu_library(extra_flags: Sequence[str] = ()) -> Library:
     import torch
 
     root = Path(torch.__file__).parent
-    generic = "cpu/attend_generic.cpp"
-    plain = [Source("cpu/attend.cpp"), Source("cpu/append.cpp", ("-ffp-contract=off",)), Source("cpu/cpu.cpp"), Source("cpu/checksum.cpp")]
-    sets = [Source(generic, ("-DPK_ATTEND=attend_baseline",))]
+    exact = ("-ffp-contract=off",)  # the bits of the torch reference: no fused multiply-add
+    plain = [Source("cpu/attend.cpp"), Source("cpu/append.cpp", exact), Source("cpu/bounds.cpp", exact), Source("cpu/pack.cpp"),
+             Source("cpu/cpu.cpp"), Source("cpu/checksum.cpp")]  # fmt: skip
+    sets = _per_instruction_set("baseline")
     if platform.machine() == "x86_64":
         wide = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mavx2", "-mf16c", "-mprefer-vector-width=512")
-        sets.append(Source(generic, ("-DPK_ATTEND=attend_avx2", "-mavx2", "-mfma", "-mf16c")))
-        sets.append(Source(generic, ("-DPK_ATTEND=attend_avx512", *wide)))
+        sets += _per_instruction_set("avx2", "-mavx2", "-mfma", "-mf16c") + _per_instruction_set("avx512", *wide)
         sets.append(Source("cpu/attend_vnni.cpp", (*wide, "-mavx512bf16", "-mavx512vnni")))
     # 0x020b...: the stable ABI as of torch 2.11, so one library serves every later torch.
-    flags = ("-O3", "-std=c++17", "-fPIC", "-fopenmp-simd", "-fno-math-errno", "-Wall", "-Werror=return-type", "-DTORCH_TARGET_VERSION=0x020b000000000000",
-             f"-I{root / 'include'}", *extra_flags)  # fmt: skip
+    flags = ("-O3", "-std=c++17", "-fPIC", "-fopenmp-simd", "-fno-math-errno", "-Wall", "-Werror=return-type",
+             "-DTORCH_TARGET_VERSION=0x020b000000000000", f"-I{root / 'include'}", *extra_flags)  # fmt: skip
     link = (f"-L{root / 'lib'}", f"-Wl,-rpath,{root / 'lib'}", "-ltorch_cpu", "-lc10", *(f for f in extra_flags if f.startswith("-fsanitize")))
     return Library("pikv_cpu", os.environ.get("CXX", "g++"), flags, tuple(plain + sets), link)
+
+
+def _per_instruction_set(name: str, *flags: str) -> list[Source]:
+    return [Source(f"cpu/{what}_generic.cpp", (f"-DPK_{what.upper()}={what}_{name}", *flags)) for what in ("attend", "score")]
 
 
 def library_key(library: Library, with_compiler: bool = True) -> str:
@@ -89,7 +93,9 @@ def library_key(library: Library, with_compiler: bool = True) -> str:
 def compiler_version(command: str) -> str:
     tool = shlex.split(command)[0]
     if shutil.which(tool) is None:
-        raise BuildError(f"{tool!r} was not found; install it (or set CXX for C++, CUDA_HOME for CUDA), or set PIKV_OPS=torch to do without")
+        raise BuildError(
+            f"{tool!r} was not found; install it (or set CXX for C++, CUDA_HOME for CUDA), or set PIKV_OPS=torch to do without"
+        )
     return subprocess.run([*shlex.split(command), "--version"], capture_output=True, text=True, timeout=60, check=False).stdout
 
 

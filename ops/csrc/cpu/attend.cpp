@@ -14,18 +14,6 @@ namespace {
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
-void check_table(const Attend& a) {
-  for (int n = 0; n < a.R * a.S; ++n) {
-    for (int h = 0; h < std::max(a.table_heads, a.seqlen_heads); ++h) {
-      const int len = a.seqlen(n, h), used = (len + a.f.page_size - 1) / a.f.page_size;
-      PK_CHECK(used <= a.max_pages, "seqlens has ", len, ", the block table has room for ", (int64_t)a.max_pages * a.f.page_size, " entries");
-      const int32_t* table = a.table_of(n, h);
-      for (int c = 0; c < used; ++c)
-        PK_CHECK(table[c] >= 0 && table[c] < a.num_pages, "block_table names page ", table[c], ", the store has ", a.num_pages);
-    }
-  }
-}
-
 // Partials are merged in order, so that the result does not depend on which thread made them.
 void merge_rows(const float* out, const float* lse, int64_t count, int64_t row_stride, int D, float* to, float* to_lse) {
   float top = -kInf, total = 0;
@@ -159,7 +147,7 @@ Attend read_arguments(const Tensor& q, const Tensor& pages, const Tensor& block_
     PK_CHECK(held.tail_rows.top() < tail->size(0), "tail row ", held.tail_rows.top(), " is beyond the ", tail->size(0), " rows of the tail");
   }
   a.q = q.const_data_ptr();
-  check_table(a);
+  check_table(held.table, held.seqlens, (int)N, a.table_heads, a.seqlen_heads, a.max_pages, a.num_pages, f.page_size);
   return a;
 }
 

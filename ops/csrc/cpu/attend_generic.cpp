@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "attend.h"
-#include "numbers.h"
+#include "rows.h"
 
 namespace pikv {
 namespace {
@@ -35,57 +35,9 @@ inline float dot(const float* a, const float* b, int D) {
   return sum;
 }
 
-void row_to_float(int format, const uint8_t* row, int D, float* x) {
-  switch (format) {
-    case kFp32: {
-      std::memcpy(x, row, 4 * D);
-      break;
-    }
-    case kBf16: {
-      const uint16_t* h = reinterpret_cast<const uint16_t*>(row);
-      for (int d = 0; d < D; ++d) x[d] = bf16_to_float(h[d]);
-      break;
-    }
-    case kFp16: {
-      const uint16_t* h = reinterpret_cast<const uint16_t*>(row);
-      for (int d = 0; d < D; ++d) x[d] = half_to_float(h[d]);
-      break;
-    }
-    case kInt8:
-      for (int d = 0; d < D; ++d) x[d] = row[d];
-      break;
-    case kInt4:
-      for (int d = 0; d < D / 2; ++d) x[2 * d] = row[d] & 15, x[2 * d + 1] = row[d] >> 4;
-      break;
-    case kFp8:
-      for (int d = 0; d < D; ++d) x[d] = fp8_to_float(row[d]);
-      break;
-  }
-}
-
 struct Tiles {
   std::vector<float> q, acc, m, l, k, v, scale, zero, page_m, page_l;
 };
-
-// Keys of tokens [t0, t0 + count) of one head's section, dequantised.
-void keys_of(const PageFormat& f, const uint8_t* head, int t0, int count, Tiles& w) {
-  const uint16_t* scales = reinterpret_cast<const uint16_t*>(head + f.k_scale);
-  const uint16_t* zeros = reinterpret_cast<const uint16_t*>(head + f.k_zero);
-  for (int i = 0; i < count; ++i) {
-    float* x = &w.k[(size_t)i * f.k_dim];
-    row_to_float(f.format, head + f.k + (int64_t)(t0 + i) * f.k_row_bytes, f.k_dim, x);
-    if (f.format == kFp8) {
-      const float s = half_to_float(scales[t0 + i]);
-      for (int d = 0; d < f.k_dim; ++d) x[d] *= s;
-    } else if (format_grouped(f.format)) {
-      if (i == 0 || (t0 + i) % f.group == 0) {
-        const int64_t g = (int64_t)((t0 + i) / f.group) * f.k_dim;
-        for (int d = 0; d < f.k_dim; ++d) w.scale[d] = half_to_float(scales[g + d]), w.zero[d] = half_to_float(zeros[g + d]);
-      }
-      for (int d = 0; d < f.k_dim; ++d) x[d] = x[d] * w.scale[d] + w.zero[d];
-    }
-  }
-}
 
 void values_of(const PageFormat& f, const uint8_t* head, int t0, int count, Tiles& w) {
   if (f.latent) {
@@ -185,7 +137,7 @@ void PK_ATTEND(const Attend& a, const Unit& u) {
       const uint8_t* head = a.section(record, u.h);
       for (int t = 0; t < count; t += kTile) {
         const int n = std::min(kTile, count - t);
-        keys_of(f, head, t, n, w);
+        keys_to_float(f, head, t, n, w.k.data(), w.scale.data(), w.zero.data());
         values_of(f, head, t, n, w);
         add_tile(a, u, positions + t, n, w);
       }

@@ -94,6 +94,20 @@ inline PageFormat check_pages(const Tensor& pages, int64_t format, int64_t num_k
   return f;
 }
 
+// Every page that will be read is in the store, every length fits its table. Both are [N, heads, ...] with heads of 1 or H.
+inline void check_table(const Indices& table, const Indices& seqlens, int N, int table_heads, int seqlen_heads, int max_pages,
+                        int64_t num_pages, int page_size) {
+  const int heads = std::max(table_heads, seqlen_heads);
+  for (int n = 0; n < N; ++n)
+    for (int h = 0; h < heads; ++h) {
+      const int len = seqlens[n * seqlen_heads + (seqlen_heads == 1 ? 0 : h)], used = (len + page_size - 1) / page_size;
+      PK_CHECK(used <= max_pages, "seqlens has ", len, ", the block table has room for ", (int64_t)max_pages * page_size, " entries");
+      const int32_t* ids = table.data() + (int64_t)(n * table_heads + (table_heads == 1 ? 0 : h)) * max_pages;
+      for (int c = 0; c < used; ++c)
+        PK_CHECK(ids[c] >= 0 && ids[c] < num_pages, "block_table names page ", ids[c], ", the store has ", num_pages);
+    }
+}
+
 // The type of the tail; kFp32 where the format has none.
 inline int check_tail(const PageFormat& f, const MaybeTensor& tail, const MaybeTensor& tail_rows) {
   const char* name = format_name(f.format);

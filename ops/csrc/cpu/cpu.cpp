@@ -43,6 +43,15 @@ AttendUnit generic_attend() {
 #endif
 }
 
+ScoreTable generic_score() {
+#if defined(__x86_64__)
+  const int best = level();
+  return best >= 2 ? score_avx512 : best == 1 ? score_avx2 : score_baseline;
+#else
+  return score_baseline;
+#endif
+}
+
 bool has_vnni() { return level() == 3; }
 
 int64_t num_threads() {

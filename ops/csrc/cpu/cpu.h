@@ -3,10 +3,12 @@
 #include <cstdint>
 
 #include "attend.h"
+#include "score.h"
 
 namespace pikv {
 
 AttendUnit generic_attend();
+ScoreTable generic_score();
 bool has_vnni();  // AVX512 with bf16 dot products and VNNI
 int64_t num_threads();
 
