@@ -159,14 +159,15 @@ def _table(block_table: Tensor, seqlens: Tensor, num_pages: int, page_size: int)
 
 
 def words(data: Tensor) -> None:
-    require(data.is_contiguous() and data.nbytes % 8 == 0, f"checksum needs a contiguous tensor of whole 8-byte words, got {data.nbytes} bytes")
+    whole = data.is_contiguous() and data.nbytes % 8 == 0
+    require(whole, f"checksum needs a contiguous tensor of whole 8-byte words, got {data.nbytes} bytes")
 
 
 def packed(op: str, buffer: Tensor, fields: list[Tensor], index: Tensor | None, offsets, strides, rows) -> None:
     """`rows`: rows of each field in the buffer."""
     require(buffer.dtype == torch.uint8 and buffer.is_contiguous(), f"{op}: buffer must be contiguous uint8, got {buffer.dtype}")
-    require(len(offsets) == len(strides) == len(rows) == len(fields),
-            f"{op}: {len(fields)} fields need as many offsets, strides and rows, got {len(offsets)}, {len(strides)} and {len(rows)}")  # fmt: skip
+    n, counts = len(fields), (len(offsets), len(strides), len(rows))
+    require(counts == (n, n, n), f"{op}: {n} fields need as many offsets, strides and rows, got {counts[0]}, {counts[1]} and {counts[2]}")
     if index is not None:
         integers("index", index)
     top = int(index.max()) if index is not None and index.numel() else -1

@@ -69,7 +69,8 @@ def cpu_library(extra_flags: Sequence[str] = ()) -> Library:
     # 0x020b...: the stable ABI as of torch 2.11, so one library serves every later torch.
     flags = ("-O3", "-std=c++17", "-fPIC", "-fopenmp-simd", "-fno-math-errno", "-Wall", "-Werror=return-type",
              "-DTORCH_TARGET_VERSION=0x020b000000000000", f"-I{root / 'include'}", *extra_flags)  # fmt: skip
-    link = (f"-L{root / 'lib'}", f"-Wl,-rpath,{root / 'lib'}", "-ltorch_cpu", "-lc10", *(f for f in extra_flags if f.startswith("-fsanitize")))
+    sanitizers = (flag for flag in extra_flags if flag.startswith("-fsanitize"))
+    link = (f"-L{root / 'lib'}", f"-Wl,-rpath,{root / 'lib'}", "-ltorch_cpu", "-lc10", *sanitizers)
     return Library("pikv_cpu", os.environ.get("CXX", "g++"), flags, tuple(plain + sets), link)
 
 

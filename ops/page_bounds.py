@@ -23,7 +23,7 @@ def page_bounds(
     bounds[page, h, 0] <= every key of the page as `decode` reads it <= bounds[page, h, 1], per channel
 
     Args:
-        bounds: [num_pages, fmt.num_kv_heads, 2, Dk] f32, bf16 or fp16, changed; minima, then maxima, rounded away from the keys. Whatever it
+        bounds: [num_pages, fmt.num_kv_heads, 2, Dk] f32, bf16 or fp16, changed; minima, then maxima, rounded away from the keys. What it
             holds at first does not matter: an entry in the first slot of a page starts that page anew.
         pages, slot_mapping, tail, tail_rows: those of the `append` call, after it. -1 = not stored here.
 

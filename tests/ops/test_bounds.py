@@ -65,7 +65,7 @@ def test_no_key_escapes_and_nothing_is_wider_than_it_must_be(name, dtype):
             low, high = grown.bounds[grown.table[n, column]].float().unbind(1)
             assert (low.unsqueeze(1) <= page).all() and (page <= high.unsqueeze(1)).all(), f"a key escapes from column {column}"
             for found, edge in ((low, page.amin(1)), (high, page.amax(1))):
-                assert ((found - edge).abs() <= slack * (1 + edge.abs())).all(), f"column {column} is wider than its keys and their rounding"
+                assert ((found - edge).abs() <= slack * (1 + edge.abs())).all(), f"column {column} is too wide"
     untouched = [page for n in range(2) for page in grown.table[n, -(-grown.lens[n] // P) :].tolist()]
     assert untouched and grown.bounds[untouched].isnan().all(), "an append touches the bounds of its own pages only"
 

@@ -61,7 +61,8 @@ def test_what_files_share_runs_on_the_oldest_cpu():
     code = subprocess.run(["objdump", "-d", "--no-show-raw-insn", path], capture_output=True, text=True, check=True).stdout
     functions = {text.partition(">:")[0].partition("<")[2]: text for text in code.split("\n\n")}
     wide = re.compile(r"%[yz]mm|\tv[a-z]")
-    assert any(name.startswith("_ZNSt6vector") for name in shared) and wide.search(functions["_ZN4pikv13attend_avx512ERKNS_6AttendERKNS_4UnitE"])
+    assert any(name.startswith("_ZNSt6vector") for name in shared)
+    assert wide.search(next(text for name, text in functions.items() if "attend_avx512" in name))
     assert not [name for name in shared & set(functions) if wide.search(functions[name])]
 
 

@@ -34,7 +34,9 @@ struct Attend {
   // The section of head h: pages that hold one head each serve any head.
   const uint8_t* section(const uint8_t* record, int h) const { return record + (f.num_kv_heads == 1 ? 0 : h) * f.head_bytes; }
   int64_t q_row(int n, int h, int m) const { return ((int64_t)(n / S) * T + m / G) * H * G + (int64_t)h * G + m % G; }
-  float* page_lse_row(int n, int h, int m) const { return page_lse + (((int64_t)n * T + m / G) * H * G + (int64_t)h * G + m % G) * num_columns; }
+  float* page_lse_row(int n, int h, int m) const {
+    return page_lse + (((int64_t)n * T + m / G) * H * G + (int64_t)h * G + m % G) * num_columns;
+  }
   // Entries that are read from the pages; the rest of a grouped format is in the tail.
   int paged(int n, int h) const {
     const int len = seqlen(n, h);

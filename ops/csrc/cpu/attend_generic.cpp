@@ -101,7 +101,8 @@ void add_tail(const Attend& a, const Unit& u, Tiles& w) {
   const int64_t base = (row * f.num_kv_heads + head) * f.group * f.k_dim;
   for (int t = first; t < len; t += kTile) {
     const int count = std::min(kTile, len - t), slot = t % f.page_size;
-    for (int64_t i = 0; i < (int64_t)count * f.k_dim; ++i) w.k[i] = load_float(a.tail, a.tail_type, base + (int64_t)(t - first) * f.k_dim + i);
+    const int64_t from = base + (int64_t)(t - first) * f.k_dim;
+    for (int64_t i = 0; i < (int64_t)count * f.k_dim; ++i) w.k[i] = load_float(a.tail, a.tail_type, from + i);
     values_of(f, a.section(record, u.h), slot, count, w);
     add_tile(a, u, positions + slot, count, w);
   }

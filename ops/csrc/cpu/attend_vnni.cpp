@@ -178,7 +178,8 @@ inline void load_values(const uint8_t* row, int d, int left, __m512* v) {
     for (int j = 0; j < W; j += 2) {
       const int rest = (left - 16 * j) / 2;
       const uint8_t* p = row + d / 2 + 8 * j;
-      const __m128i c = FULL ? _mm_loadu_si128((const __m128i*)p) : _mm_maskz_loadu_epi8(rest >= 16 ? 0xffff : rest <= 0 ? 0 : (1u << rest) - 1, p);
+      const __m128i c = FULL ? _mm_loadu_si128((const __m128i*)p)
+                             : _mm_maskz_loadu_epi8(rest >= 16 ? 0xffff : rest <= 0 ? 0 : (1u << rest) - 1, p);
       const __m512i x = _mm512_cvtepu8_epi32(c);
       v[j] = _mm512_cvtepi32_ps(_mm512_and_si512(x, _mm512_set1_epi32(15)));
       v[j + 1] = _mm512_cvtepi32_ps(_mm512_srli_epi32(x, 4));
@@ -205,12 +206,13 @@ struct Prefetch {
 
 // Adds 16 * W columns of up to 16 value rows to the sums of G rows, which stay in registers.
 template <int F, int G, int W, bool FULL, bool MASKED>
-inline void add_values(float* acc, int64_t acc_stride, const uint8_t* v, int64_t v_stride, int d, int left, const float* p, const float* shrink,
-                       const float* base, int count, __mmask16 visible, Prefetch& next, int lines) {
+inline void add_values(float* acc, int64_t acc_stride, const uint8_t* v, int64_t v_stride, int d, int left, const float* p,
+                       const float* shrink, const float* base, int count, __mmask16 visible, Prefetch& next, int lines) {
   __m512 c[G * W];
 #pragma GCC unroll 32
   for (int i = 0; i < G * W; ++i)
-    c[i] = _mm512_fmadd_ps(_mm512_load_ps(acc + i / W * acc_stride + i % W * 16), _mm512_set1_ps(shrink[i / W]), _mm512_set1_ps(base[i / W]));
+    c[i] = _mm512_fmadd_ps(_mm512_load_ps(acc + i / W * acc_stride + i % W * 16), _mm512_set1_ps(shrink[i / W]),
+                           _mm512_set1_ps(base[i / W]));
 #pragma GCC unroll 1
   for (int t = 0; t < (MASKED ? count : kTile); ++t, v += v_stride) {
     next.lines(lines);
@@ -231,7 +233,8 @@ void add_tile(const Attend& a, Work& w, const Tile& tile, int row, __mmask16 vis
   constexpr bool scaled = F != kBf16;
   const int Dv = DC ? DC : a.f.v_dim, passes = (Dv + 16 * W - 1) / (16 * W);
   const int k_bytes = kTile * a.f.k_row_bytes, v_bytes = kTile * a.f.v_row_bytes;
-  Prefetch next_k = {tile.next_k, tile.next_k + (last_chunk ? k_bytes : 0)}, next_v = {tile.next_v, tile.next_v + (last_chunk ? v_bytes : 0)};
+  Prefetch next_k = {tile.next_k, tile.next_k + (last_chunk ? k_bytes : 0)};
+  Prefetch next_v = {tile.next_v, tile.next_v + (last_chunk ? v_bytes : 0)};
   const int k_lines = (k_bytes / 64 + G - 1) / G, v_lines = (v_bytes / 64 + passes * kTile - 1) / (passes * kTile);
   alignas(64) float p[G * kTile];
   float shrink[G], base[G];
@@ -265,7 +268,8 @@ void add_tile(const Attend& a, Work& w, const Tile& tile, int row, __mmask16 vis
     if (visible == 0xffff)
       add_values<F, G, W, DC != 0, false>(acc, w.Dv, tile.v, tile.v_stride, d, Dv - d, p, shrink, base, kTile, visible, next_v, v_lines);
     else
-      add_values<F, G, W, DC != 0, true>(acc, w.Dv, tile.v, tile.v_stride, d, Dv - d, p, shrink, base, tile.count, visible, next_v, v_lines);
+      add_values<F, G, W, DC != 0, true>(acc, w.Dv, tile.v, tile.v_stride, d, Dv - d, p, shrink, base, tile.count, visible, next_v,
+                                         v_lines);
   }
 }
 
@@ -398,8 +402,8 @@ void attend(const Attend& a, const Unit& u) {
         Tile tile;
         tile.count = std::min(kTile, count - t0);
         if (format_grouped(F) && t0 % f.group == 0) start_group<F>(a, head, t0 / f.group, M, w);
-        unpack<F>(f, head + f.k + (int64_t)t0 * f.k_row_bytes, head + (f.latent ? f.k + (int64_t)t0 * f.k_row_bytes : f.v + (int64_t)t0 * f.v_row_bytes),
-                  tile, w);
+        unpack<F>(f, head + f.k + (int64_t)t0 * f.k_row_bytes,
+                  head + (f.latent ? f.k + (int64_t)t0 * f.k_row_bytes : f.v + (int64_t)t0 * f.v_row_bytes), tile, w);
         const uint16_t* k_scale = f.k_scale < 0 ? nullptr : reinterpret_cast<const uint16_t*>(head + f.k_scale) + t0;
         tile.k_scale = k_scale;
         tile.v_scale = f.v_scale < 0 ? k_scale : reinterpret_cast<const uint16_t*>(head + f.v_scale) + t0;
@@ -416,7 +420,10 @@ void attend(const Attend& a, const Unit& u) {
       }
     }
     if (a.page_lse)
-      for (int row = 0; row < M; ++row) a.page_lse_row(u.n, u.h, row)[c] = w.page_l[row] > 0 ? (w.m[row] + std::log2(w.page_l[row])) * kLn2 : -kInf;
+      for (int row = 0; row < M; ++row) {
+        const float l = w.page_l[row];
+        a.page_lse_row(u.n, u.h, row)[c] = l > 0 ? (w.m[row] + std::log2(l)) * kLn2 : -kInf;
+      }
     std::fill(w.page_l, w.page_l + M, 0.0f);
   }
   finish<F>(a, u, w);

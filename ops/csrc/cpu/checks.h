@@ -88,8 +88,9 @@ inline PageFormat check_pages(const Tensor& pages, int64_t format, int64_t num_k
                               int64_t group, bool latent) {
   PK_CHECK(format >= kFp32 && format <= kFp8, "no page format has the code ", format);
   const PageFormat f = make_page_format((int)format, (int)num_kv_heads, (int)k_dim, (int)v_dim, (int)page_size, (int)group, latent);
-  PK_CHECK(pages.scalar_type() == ScalarType::Byte && pages.dim() == 2 && pages.size(1) == f.record_bytes, "pages must be uint8 [num_pages, ",
-           f.record_bytes, "] for ", format_name(f.format), ", got ", dtype_name(pages), " ", shape(pages));
+  PK_CHECK(pages.scalar_type() == ScalarType::Byte && pages.dim() == 2 && pages.size(1) == f.record_bytes,
+           "pages must be uint8 [num_pages, ", f.record_bytes, "] for ", format_name(f.format), ", got ", dtype_name(pages), " ",
+           shape(pages));
   PK_CHECK(pages.is_contiguous(), "pages must be contiguous");
   return f;
 }
@@ -117,8 +118,8 @@ inline int check_tail(const PageFormat& f, const MaybeTensor& tail, const MaybeT
   }
   PK_CHECK(tail && tail_rows, name, " pages need tail and tail_rows");
   const int type = float_type("tail", *tail);
-  PK_CHECK(tail->dim() == 4 && tail->size(1) == f.num_kv_heads && tail->size(2) == f.group && tail->size(3) == f.k_dim, "tail must be [rows, ",
-           f.num_kv_heads, ", ", f.group, ", ", f.k_dim, "], got ", shape(*tail));
+  PK_CHECK(tail->dim() == 4 && tail->size(1) == f.num_kv_heads && tail->size(2) == f.group && tail->size(3) == f.k_dim,
+           "tail must be [rows, ", f.num_kv_heads, ", ", f.group, ", ", f.k_dim, "], got ", shape(*tail));
   return type;
 }
 

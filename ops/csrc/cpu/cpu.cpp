@@ -3,11 +3,16 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 
+#include "checks.h"
+
 namespace pikv {
 namespace {
+
+const char* const kLevels[] = {"baseline", "avx2", "avx512", "vnni"};
 
 // PIKV_CPU=baseline|avx2|avx512|vnni caps the instruction set: for tests and for measuring what each brings.
 int level() {
@@ -23,10 +28,10 @@ int level() {
   }();
   const char* cap = std::getenv("PIKV_CPU");
   if (!cap) return found;
-  const char* const names[] = {"baseline", "avx2", "avx512", "vnni"};
   for (int i = 0; i < 4; ++i)
-    if (!std::strcmp(cap, names[i])) return i < found ? i : found;
-  return found;
+    if (!std::strcmp(cap, kLevels[i])) return std::min(i, found);
+  PK_CHECK(false, "PIKV_CPU=", cap, " is not one of baseline, avx2, avx512, vnni");
+  return 0;
 #else
   return 0;
 #endif
@@ -61,3 +66,6 @@ int64_t num_threads() {
 }
 
 }  // namespace pikv
+
+// The instruction set that serves this process now.
+extern "C" const char* pikv_cpu_instruction_set() { return pikv::kLevels[pikv::level()]; }

@@ -40,10 +40,11 @@ int64_t row_bytes(const Tensor& x) {
 // `num_packed`: rows of each field in the buffer.
 std::vector<Field> read_fields(const char* op, const Tensor& buffer, const std::vector<Tensor>& fields, const std::vector<int64_t>& offsets,
                                const std::vector<int64_t>& strides, const std::vector<int64_t>& num_packed) {
-  PK_CHECK(buffer.scalar_type() == ScalarType::Byte && buffer.is_contiguous(), op, ": buffer must be contiguous uint8, got ", dtype_name(buffer));
+  PK_CHECK(buffer.scalar_type() == ScalarType::Byte && buffer.is_contiguous(), op, ": buffer must be contiguous uint8, got ",
+           dtype_name(buffer));
   const size_t n = fields.size();
-  PK_CHECK(offsets.size() == n && strides.size() == n && num_packed.size() == n, op, ": ", n, " fields need as many offsets, strides and rows, got ",
-           offsets.size(), ", ", strides.size(), " and ", num_packed.size());
+  PK_CHECK(offsets.size() == n && strides.size() == n && num_packed.size() == n, op, ": ", n,
+           " fields need as many offsets, strides and rows, got ", offsets.size(), ", ", strides.size(), " and ", num_packed.size());
   std::vector<Field> read;
   for (size_t i = 0; i < n; ++i) {
     const Tensor& x = fields[i];
@@ -51,8 +52,9 @@ std::vector<Field> read_fields(const char* op, const Tensor& buffer, const std::
     Field f = {const_cast<uint8_t*>(static_cast<const uint8_t*>(x.const_data_ptr())), x.size(0), row_bytes(x), offsets[i], strides[i],
                num_packed[i], minus_one(x)};
     const int64_t end = f.num_packed ? f.offset + (f.num_packed - 1) * f.stride + f.row_bytes : 0;
-    PK_CHECK(f.offset >= 0 && f.num_packed >= 0 && f.stride >= f.row_bytes && end <= buffer.numel(), op, ": field ", i, ", ", f.num_packed, " rows of ",
-             f.row_bytes, " bytes from ", f.offset, ", ", f.stride, " apart, does not fit a buffer of ", buffer.numel(), " bytes");
+    PK_CHECK(f.offset >= 0 && f.num_packed >= 0 && f.stride >= f.row_bytes && end <= buffer.numel(), op, ": field ", i, ", ", f.num_packed,
+             " rows of ", f.row_bytes, " bytes from ", f.offset, ", ", f.stride, " apart, does not fit a buffer of ", buffer.numel(),
+             " bytes");
     read.push_back(f);
   }
   return read;
@@ -65,7 +67,8 @@ void pack(Tensor buffer, std::vector<Tensor> fields, MaybeTensor index, std::vec
   uint8_t* out = static_cast<uint8_t*>(buffer.mutable_data_ptr());
   for (size_t i = 0; i < read.size(); ++i) {
     const Field& f = read[i];
-    PK_CHECK(!index || from.count() == f.num_packed, "pack: field ", i, " has ", f.num_packed, " rows in the buffer, index has ", from.count());
+    PK_CHECK(!index || from.count() == f.num_packed, "pack: field ", i, " has ", f.num_packed, " rows in the buffer, index has ",
+             from.count());
     PK_CHECK(!index || from.top() < f.rows, "pack: index names row ", from.top(), " of field ", i, ", which has ", f.rows);
     int64_t r = 0;
     if (!index && f.stride == f.row_bytes) {  // one piece
