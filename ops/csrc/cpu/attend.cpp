@@ -63,8 +63,7 @@ void run(const Attend& a, int64_t num_splits, float* out, float* lse) {
   const int splits = (int)std::clamp<int64_t>(num_splits, 1, std::max(1, a.num_columns));
   const int parts = splits + (a.tail ? 1 : 0);
   std::vector<float> partial((size_t)N * a.H * parts * M * D), partial_lse((size_t)N * a.H * parts * M);
-  const AttendUnit generic = generic_attend();
-  const bool hand = has_vnni();
+  const AttendUnit generic = generic_attend(), hand = hand_written_attend(a), paged = hand ? hand : generic;
   torch::stable::parallel_for(0, (int64_t)N * a.H * parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int part = (int)(i % parts), h = (int)(i / parts % a.H), n = (int)(i / parts / a.H);
@@ -76,8 +75,7 @@ void run(const Attend& a, int64_t num_splits, float* out, float* lse) {
       const int used = a.list ? a.num_columns : (a.paged(n, h) + a.f.page_size - 1) / a.f.page_size;
       const int per = (used + splits - 1) / splits;
       u.c0 = std::min(used, part * per), u.c1 = std::min(used, u.c0 + per);
-      if (!u.tail && hand && attend_vnni(a, u)) continue;
-      generic(a, u);
+      (u.tail ? generic : paged)(a, u);
     }
   });
   if (a.page_lse && a.tail)

@@ -57,7 +57,15 @@ ScoreTable generic_score() {
 #endif
 }
 
-bool has_vnni() { return level() == 3; }
+AttendUnit hand_written_attend(const Attend& a) {
+#if defined(__x86_64__)
+  if (level() < 3) return nullptr;
+  if (format_grouped(a.f.format)) return a.f.latent ? nullptr : attend_vnni_int;
+  return (a.f.format == kBf16 || a.f.format == kFp8) && a.q_type == kBf16 ? attend_vnni_half : attend_vnni_float;
+#else
+  return nullptr;
+#endif
+}
 
 int64_t num_threads() {
   uint32_t count = 1;

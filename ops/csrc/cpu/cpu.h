@@ -9,7 +9,7 @@ namespace pikv {
 
 AttendUnit generic_attend();
 ScoreTable generic_score();
-bool has_vnni();  // AVX512 with bf16 dot products and VNNI
+AttendUnit hand_written_attend(const Attend& a);  // null where this CPU or format has none
 int64_t num_threads();
 
 }  // namespace pikv
