@@ -1,7 +1,7 @@
 """`pikv bench ops`: decode over pages against torch's attention, interleaved, on the same data and threads.
 
 Baselines, all torch:
-    sdpa_grouped         K/V contiguous [B, H, L, D], the queries of a kv head as rows of one query: the honest one; the faster of bf16, fp32
+    sdpa_grouped         K/V contiguous [B, H, L, D], queries of a kv head as rows of one query: the honest one; the faster of bf16, fp32
     sdpa_gqa             the same with enable_gqa=True, as one would first write it; the faster of bf16 and fp32
     dequant_sdpa         pages decoded by the torch reference, then sdpa_grouped in fp32: what compression costs without a kernel
     sdpa_on_dequantised  sdpa_grouped in fp32 on keys and values that have been decoded before the clock starts

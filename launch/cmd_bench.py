@@ -1,4 +1,4 @@
-"""`pikv bench`: timed comparisons, interleaved in one process, medians and spread. `decode`: a step against the ordinary cache, `ops`: the ops."""
+"""`pikv bench`: timed comparisons, interleaved in one process. `decode`: a step against the ordinary cache; `ops`: the ops."""
 
 from __future__ import annotations
 

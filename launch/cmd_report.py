@@ -13,11 +13,11 @@ from pikv_ds.launch.output import machine, package_version, print_table, version
 
 # import name -> (distribution names, what pikv_ds or a host would use it for)
 _OPTIONAL = {
-    "cupy": (("cupy-cuda13x", "cupy-cuda12x", "cupy"), "compiling the CUDA ops at run time, without nvcc"),
-    "apex": (("apex",), "fused norms and optimizers of Megatron-Core"),
-    "transformer_engine": (("transformer-engine", "transformer_engine"), "fused layers of Megatron-Core on CUDA"),
-    "flash_attn": (("flash-attn",), "attention inside a prompt on CUDA, and a baseline of the benchmarks"),
-    "flashinfer": (("flashinfer-python", "flashinfer"), "a baseline of the benchmarks on CUDA"),
+    "cupy": (("cupy-cuda13x", "cupy-cuda12x", "cupy"), "pikv_ds: CUDA ops compiled at run time through NVRTC, on a machine without nvcc"),
+    "apex": (("apex",), "Megatron-Core: fused norms and optimizers; pikv_ds does not need it"),
+    "transformer_engine": (("transformer-engine", "transformer_engine"), "Megatron-Core: fused layers on CUDA; pikv_ds uses local specs"),
+    "flash_attn": (("flash-attn",), "pikv bench: a baseline on CUDA, raw pages only"),
+    "flashinfer": (("flashinfer-python", "flashinfer"), "pikv bench: a baseline on CUDA, bf16 and fp8 pages"),
 }
 
 
@@ -26,10 +26,13 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    sections = {"environment": environment_rows(), "optional": optional_rows(), "op": op_rows()}
+    sections = {
+        "environment": environment_rows(), "optional": optional_rows(), "op": op_rows(), "implementation": implementation_rows(),
+    }  # fmt: skip
     print_table("Environment", sections["environment"])
     print_table("Optional packages", sections["optional"])
-    print_table("Ops", sections["op"])
+    print_table("DeepSpeed C++/CUDA extension op, as in ds_report", sections["op"])
+    print_table("What serves the tensors of a device: the first that can be built; PIKV_OPS forces one", sections["implementation"])
     write_json(args.json, "report", [{"section": name, **row} for name, rows in sections.items() for row in rows])
     return 0
 
@@ -39,7 +42,7 @@ def environment_rows() -> list[dict[str, Any]]:
 
     found: dict[str, Any] = versions()
     found |= {"torch CUDA": torch.version.cuda, "accelerator": _accelerator()}
-    found |= {"compiler": _tool(os.environ.get("CXX", "c++")), "nvcc": _tool(_nvcc()), "ninja": _tool("ninja")}
+    found |= {"compiler": _tool(os.environ.get("CXX", "g++")), "nvcc": _tool(_nvcc()), "ninja": _tool("ninja")}
     found |= {name: ", ".join(value) if isinstance(value, list) else value for name, value in machine().items()}
     return [{"what": name, "found": "not found" if value is None else str(value)} for name, value in found.items()]
 
@@ -55,17 +58,52 @@ def optional_rows() -> list[dict[str, Any]]:
 
 
 def op_rows() -> list[dict[str, Any]]:
-    """One row per implementation of the ops: installed = its code is here, compatible = it can run on this machine."""
-    import torch
+    """The row of ds_report's table, asked from DeepSpeed. The `ds_report` command itself is another process and does not know the op."""
+    if package_version("deepspeed") is None:
+        return [{"op name": "pikv", "installed": "-", "compatible": "-", "used through": "pikv_ds.ops; deepspeed is not installed"}]
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.git_version_info import installed_ops
+    from deepspeed.ops.op_builder.all_ops import ALL_OPS
+    from deepspeed.ops.op_builder.builder import probe_is_compatible
 
     from pikv_ds import ops
 
-    ours = {name: value for name, value in vars(ops).items() if not name.startswith("_") and callable(value)}
-    functions = [name for name, value in ours.items() if value.__module__.startswith(ops.__name__)]
-    new_enough = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 11)
-    return [
-        {"name": "torch reference", "installed": bool(functions), "compatible": new_enough, "ops": ", ".join(functions)}
-    ]
+    known = "pikv" in ALL_OPS
+    ops.register()
+    try:
+        builder = get_accelerator().create_op_builder("PiKVOpBuilder")
+        return [{
+            "op name": builder.name,
+            "installed": "[YES]" if installed_ops[builder.name] else "[NO]",
+            "compatible": "[OKAY]" if probe_is_compatible(ALL_OPS[builder.name], True) else "[NO]",
+            "used through": f'get_accelerator().create_op_builder("{type(builder).__name__}"), pikv_ds.ops',
+        }]  # fmt: skip
+    finally:
+        if not known:
+            ops.unregister()
+
+
+def implementation_rows() -> list[dict[str, Any]]:
+    """Per device, the implementations in the order in which they are tried. Builds nothing: a compiled one is built at its first use."""
+    import torch
+
+    from pikv_ds.ops import builder, load
+
+    rows = []
+    for device, is_present in (("cpu", True), ("cuda", torch.cuda.is_available())):
+        is_served = not is_present
+        for name in load.candidates(device):
+            installed = name == "torch" or (name == "cpu" and builder.prebuilt())
+            compatible = is_present and (installed or name != "cpu" or builder.compiler() is not None)
+            rows.append({
+                "device": device if is_present else f"{device} (none here)",
+                "implementation": "torch reference" if name == "torch" else name,
+                "installed": "[YES]" if installed else "[NO]",
+                "compatible": "[OKAY]" if compatible else "[NO]",
+                "serves": "yes" if compatible and not is_served else "no",
+            })  # fmt: skip
+            is_served = is_served or compatible
+    return rows
 
 
 def _accelerator() -> str:

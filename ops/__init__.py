@@ -11,6 +11,9 @@ from .formats import PageFormat
 from .merge import merge
 from .merge_partials import add_sink, merge_partials
 from .migrate import migrate
+from .pack import pack, record_layout, unpack
+from .page_bounds import page_bounds
+from .page_score import page_score
 from .paged_attention import paged_attention
 from .prefill_cached import prefill_cached
 from .ref_formats import decode_pages, new_pages, positions, views
@@ -27,11 +30,16 @@ __all__ = [
     "merge_partials",
     "migrate",
     "new_pages",
+    "pack",
+    "page_bounds",
+    "page_score",
     "paged_attention",
     "positions",
     "prefill_cached",
+    "record_layout",
     "register",
     "sdpa_lse",
+    "unpack",
     "unregister",
     "views",
 ]

@@ -3,8 +3,9 @@
     pikv_ds.ops.register()
     get_accelerator().create_op_builder("PiKVOpBuilder").load().decode(...)
 
-DeepSpeed looks builders up in a fixed list per accelerator, so register() wraps the two look-ups of the accelerator object and adds a row to
-ds_report's table; unregister() puts everything back. Tested with DeepSpeed 0.19.8.
+DeepSpeed looks builders up in a fixed list per accelerator, so register() wraps the two look-ups of the accelerator object and adds a row
+to ds_report's table; unregister() puts everything back. pikv_ds.install(), an engine with the "pikv" block and `pikv report` call it.
+Tested with DeepSpeed 0.19.8.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from torch import Tensor
 from .formats import PageFormat
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_PACKED = (*_FLOATS, torch.float64, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def require(condition: bool, message: str) -> None:
@@ -29,7 +30,8 @@ def attend(q, pages, block_table, seqlens, q_positions, page_list, tail, tail_ro
     require(R > 0 and N % R == 0, f"block_table has {N} rows, which is not a multiple of the {R} requests of q")
     require(seqlens.dim() == 2 and seqlens.shape[0] == N and seqlens.shape[1] in (1, heads),
             f"seqlens must be [{N}, 1 or {heads}], got {list(seqlens.shape)}")  # fmt: skip
-    for name, x in (("block_table", block_table), ("seqlens", seqlens), ("page_list", page_list), ("q_positions", q_positions), ("tail_rows", tail_rows)):
+    given = {"block_table": block_table, "seqlens": seqlens, "page_list": page_list, "q_positions": q_positions, "tail_rows": tail_rows}
+    for name, x in given.items():
         if x is not None:
             integers(name, x)
     if page_list is not None:
@@ -37,7 +39,10 @@ def attend(q, pages, block_table, seqlens, q_positions, page_list, tail, tail_ro
                 f"page_list must be [{N}, 1 or {heads}, num_listed], got {list(page_list.shape)}")  # fmt: skip
     require(not window or q_positions is not None, "a window needs q_positions")
     _tail(tail, tail_rows, fmt)
-    _table(pages, block_table, seqlens, page_list, fmt)
+    if page_list is not None and page_list.numel():
+        top = int(page_list.max())
+        require(top < block_table.shape[2], f"page_list names column {top} of a block table with {block_table.shape[2]}")
+    _table(block_table, seqlens, pages.shape[0], fmt.page_size)
 
 
 def append(pages, tail, k, v, positions, slot_mapping, tail_rows, fmt: PageFormat) -> None:
@@ -54,13 +59,35 @@ def append(pages, tail, k, v, positions, slot_mapping, tail_rows, fmt: PageForma
     integers("positions", positions)
     integers("slot_mapping", slot_mapping)
     require(tuple(positions.shape) == (T,), f"positions must be [{T}], got {list(positions.shape)}")
-    _tail(tail, tail_rows, fmt)
-    if tail_rows is not None and fmt.grouped:
-        integers("tail_rows", tail_rows)
-        require(tuple(tail_rows.shape) == (T,), f"tail_rows must be [{T}], got {list(tail_rows.shape)}")
-        require(not T or int(tail_rows.max()) < tail.shape[0], f"tail row {int(tail_rows.max()) if T else 0} is beyond the {tail.shape[0]} rows of the tail")
-    top, slots = int(slot_mapping.max()) if T else -1, pages.shape[0] * fmt.page_size
-    require(top < slots, f"slot {top} is beyond the {slots} slots of the store")
+    _slots(pages, slot_mapping, tail, tail_rows, fmt)
+
+
+def page_bounds(bounds, pages, slot_mapping, tail, tail_rows, fmt: PageFormat) -> None:
+    _pages(pages, fmt)
+    floats("bounds", bounds)
+    expected = (pages.shape[0], fmt.num_kv_heads, 2, fmt.k_dim)
+    require(tuple(bounds.shape) == expected, f"bounds must be {list(expected)}, got {list(bounds.shape)}")
+    integers("slot_mapping", slot_mapping)
+    _slots(pages, slot_mapping, tail, tail_rows, fmt)
+
+
+def page_score(q, bounds, block_table, seqlens, page_size: int) -> None:
+    floats("q", q)
+    floats("bounds", bounds)
+    require(q.dim() == 3, f"q must be [R, num_q_heads, head_dim], got {list(q.shape)}")
+    require(bounds.dim() == 4 and bounds.shape[2] == 2, f"bounds must be [num_pages, num_kv_heads, 2, head_dim], got {list(bounds.shape)}")
+    require(q.shape[2] == bounds.shape[3], f"q has head_dim {q.shape[2]}, the bounds have {bounds.shape[3]}")
+    require(block_table.dim() == 3, f"block_table must be [N, 1 or num_kv_heads, max_pages], got {list(block_table.shape)}")
+    N, R, heads = block_table.shape[0], q.shape[0], max(block_table.shape[1], bounds.shape[1])
+    require(block_table.shape[1] in (1, heads) and bounds.shape[1] in (1, heads),
+            f"block_table has {block_table.shape[1]} heads, the bounds have {bounds.shape[1]}")  # fmt: skip
+    require(q.shape[1] % heads == 0, f"{q.shape[1]} query heads are not a multiple of {heads} kv heads")
+    require(R > 0 and N % R == 0, f"block_table has {N} rows, which is not a multiple of the {R} requests of q")
+    require(seqlens.dim() == 2 and seqlens.shape[0] == N and seqlens.shape[1] in (1, heads),
+            f"seqlens must be [{N}, 1 or {heads}], got {list(seqlens.shape)}")  # fmt: skip
+    integers("block_table", block_table)
+    integers("seqlens", seqlens)
+    _table(block_table, seqlens, bounds.shape[0], page_size)
 
 
 def merge(out: Tensor, lse: Tensor) -> None:
@@ -96,6 +123,18 @@ def _pages(pages: Tensor, fmt: PageFormat) -> None:
     require(pages.is_contiguous(), "pages must be contiguous")
 
 
+def _slots(pages: Tensor, slot_mapping: Tensor, tail: Tensor | None, tail_rows: Tensor | None, fmt: PageFormat) -> None:
+    T = slot_mapping.shape[0]
+    _tail(tail, tail_rows, fmt)
+    if fmt.grouped:
+        integers("tail_rows", tail_rows)
+        require(tuple(tail_rows.shape) == (T,), f"tail_rows must be [{T}], got {list(tail_rows.shape)}")
+        row = int(tail_rows.max()) if T else -1
+        require(row < tail.shape[0], f"tail row {row} is beyond the {tail.shape[0]} rows of the tail")
+    top, slots = int(slot_mapping.max()) if T else -1, pages.shape[0] * fmt.page_size
+    require(top < slots, f"slot {top} is beyond the {slots} slots of the store")
+
+
 def _tail(tail: Tensor | None, tail_rows: Tensor | None, fmt: PageFormat) -> None:
     if not fmt.grouped:
         require(tail is None, f"{fmt.name} pages have no tail")
@@ -106,19 +145,40 @@ def _tail(tail: Tensor | None, tail_rows: Tensor | None, fmt: PageFormat) -> Non
     require(tuple(tail.shape[1:]) == shape, f"tail must be [rows, {', '.join(map(str, shape))}], got {list(tail.shape)}")
 
 
-def _table(pages: Tensor, block_table: Tensor, seqlens: Tensor, page_list: Tensor | None, fmt: PageFormat) -> None:
+def _table(block_table: Tensor, seqlens: Tensor, num_pages: int, page_size: int) -> None:
     """Every id that will be read lies in the store; every length fits its table."""
-    longest, room = int(seqlens.max()) if seqlens.numel() else 0, block_table.shape[2] * fmt.page_size
-    require(longest <= room, f"seqlens has {longest}, the block table has room for {room} entries")
-    if page_list is not None and page_list.numel():
-        top = int(page_list.max())
-        require(top < block_table.shape[2], f"page_list names column {top} of a block table with {block_table.shape[2]}")
-    num_used = (seqlens + fmt.page_size - 1) // fmt.page_size
-    used = torch.arange(block_table.shape[2], device=pages.device) < num_used.unsqueeze(-1)
-    ids = block_table.expand(-1, max(block_table.shape[1], used.shape[1]), -1).masked_select(used.expand(-1, max(block_table.shape[1], used.shape[1]), -1))
-    for bad in ids[(ids < 0) | (ids >= pages.shape[0])].tolist()[:1]:
-        require(False, f"block_table names page {bad}, the store has {pages.shape[0]}")
+    columns = block_table.shape[2]
+    longest = int(seqlens.max()) if seqlens.numel() else 0
+    require(longest <= columns * page_size, f"seqlens has {longest}, the block table has room for {columns * page_size} entries")
+    num_used = (seqlens + page_size - 1) // page_size
+    used = torch.arange(columns, device=block_table.device) < num_used.unsqueeze(-1)
+    ids, used = torch.broadcast_tensors(block_table, used)
+    ids = ids.masked_select(used)
+    for bad in ids[(ids < 0) | (ids >= num_pages)].tolist()[:1]:
+        require(False, f"block_table names page {bad}, the store has {num_pages}")
 
 
 def words(data: Tensor) -> None:
-    require(data.is_contiguous() and data.nbytes % 8 == 0, f"checksum needs a contiguous tensor of whole 8-byte words, got {data.nbytes} bytes")
+    whole = data.is_contiguous() and data.nbytes % 8 == 0
+    require(whole, f"checksum needs a contiguous tensor of whole 8-byte words, got {data.nbytes} bytes")
+
+
+def packed(op: str, buffer: Tensor, fields: list[Tensor], index: Tensor | None, offsets, strides, rows) -> None:
+    """`rows`: rows of each field in the buffer."""
+    require(buffer.dtype == torch.uint8 and buffer.is_contiguous(), f"{op}: buffer must be contiguous uint8, got {buffer.dtype}")
+    n, counts = len(fields), (len(offsets), len(strides), len(rows))
+    require(counts == (n, n, n), f"{op}: {n} fields need as many offsets, strides and rows, got {counts[0]}, {counts[1]} and {counts[2]}")
+    if index is not None:
+        integers("index", index)
+    top = int(index.max()) if index is not None and index.numel() else -1
+    for i, (x, offset, stride, count) in enumerate(zip(fields, offsets, strides, rows, strict=True)):
+        require(x.dim() >= 1 and x.is_contiguous(), f"{op}: field {i} must be contiguous [rows, ...], got {list(x.shape)}")
+        require(x.dtype in _PACKED, f"pack: a field must be float64, float32, bfloat16, float16 or an integer, got {x.dtype}")
+        width = x.shape[1:].numel() * x.element_size()
+        end = offset + (count - 1) * stride + width if count else 0
+        require(offset >= 0 and count >= 0 and stride >= width and end <= buffer.numel(),
+                f"{op}: field {i}, {count} rows of {width} bytes from {offset}, {stride} apart, "
+                f"does not fit a buffer of {buffer.numel()} bytes")  # fmt: skip
+        if index is not None:
+            require(index.numel() == count, f"{op}: field {i} has {count} rows in the buffer, index has {index.numel()}")
+            require(top < x.shape[0], f"{op}: index names row {top} of field {i}, which has {x.shape[0]}")

@@ -58,19 +58,25 @@ def cpu_library(extra_flags: Sequence[str] = ()) -> Library:
     import torch
 
     root = Path(torch.__file__).parent
-    generic = "cpu/attend_generic.cpp"
-    plain = [Source("cpu/attend.cpp"), Source("cpu/append.cpp", ("-ffp-contract=off",)), Source("cpu/cpu.cpp"), Source("cpu/checksum.cpp")]
-    sets = [Source(generic, ("-DPK_ATTEND=attend_baseline",))]
+    exact = ("-ffp-contract=off",)  # the bits of the torch reference: no fused multiply-add
+    plain = [Source("cpu/attend.cpp"), Source("cpu/append.cpp", exact), Source("cpu/bounds.cpp", exact), Source("cpu/pack.cpp"),
+             Source("cpu/cpu.cpp"), Source("cpu/checksum.cpp")]  # fmt: skip
+    sets = _per_instruction_set("baseline")
     if platform.machine() == "x86_64":
         wide = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mavx2", "-mf16c", "-mprefer-vector-width=512")
-        sets.append(Source(generic, ("-DPK_ATTEND=attend_avx2", "-mavx2", "-mfma", "-mf16c")))
-        sets.append(Source(generic, ("-DPK_ATTEND=attend_avx512", *wide)))
-        sets.append(Source("cpu/attend_vnni.cpp", (*wide, "-mavx512bf16", "-mavx512vnni")))
+        sets += _per_instruction_set("avx2", "-mavx2", "-mfma", "-mf16c") + _per_instruction_set("avx512", *wide)
+        for kind in ("float", "half", "int"):
+            sets.append(Source(f"cpu/attend_vnni_{kind}.cpp", (*wide, "-mavx512bf16", "-mavx512vnni")))
     # 0x020b...: the stable ABI as of torch 2.11, so one library serves every later torch.
-    flags = ("-O3", "-std=c++17", "-fPIC", "-fopenmp-simd", "-fno-math-errno", "-Wall", "-Werror=return-type", "-DTORCH_TARGET_VERSION=0x020b000000000000",
-             f"-I{root / 'include'}", *extra_flags)  # fmt: skip
-    link = (f"-L{root / 'lib'}", f"-Wl,-rpath,{root / 'lib'}", "-ltorch_cpu", "-lc10", *(f for f in extra_flags if f.startswith("-fsanitize")))
+    flags = ("-O3", "-std=c++17", "-fPIC", "-fopenmp-simd", "-fno-math-errno", "-Wall", "-Werror=return-type",
+             "-DTORCH_TARGET_VERSION=0x020b000000000000", f"-I{root / 'include'}", *extra_flags)  # fmt: skip
+    sanitizers = (flag for flag in extra_flags if flag.startswith("-fsanitize"))
+    link = (f"-L{root / 'lib'}", f"-Wl,-rpath,{root / 'lib'}", "-ltorch_cpu", "-lc10", *sanitizers)
     return Library("pikv_cpu", os.environ.get("CXX", "g++"), flags, tuple(plain + sets), link)
+
+
+def _per_instruction_set(name: str, *flags: str) -> list[Source]:
+    return [Source(f"cpu/{what}_generic.cpp", (f"-DPK_{what.upper()}={what}_{name}", *flags)) for what in ("attend", "score")]
 
 
 def library_key(library: Library, with_compiler: bool = True) -> str:
@@ -89,7 +95,9 @@ def library_key(library: Library, with_compiler: bool = True) -> str:
 def compiler_version(command: str) -> str:
     tool = shlex.split(command)[0]
     if shutil.which(tool) is None:
-        raise BuildError(f"{tool!r} was not found; install it (or set CXX for C++, CUDA_HOME for CUDA), or set PIKV_OPS=torch to do without")
+        raise BuildError(
+            f"{tool!r} was not found; install it (or set CXX for C++, CUDA_HOME for CUDA), or set PIKV_OPS=torch to do without"
+        )
     return subprocess.run([*shlex.split(command), "--version"], capture_output=True, text=True, timeout=60, check=False).stdout
 
 
@@ -147,6 +155,9 @@ def _compile(library: Library, target: Path) -> None:
         # Longest first: the file with the templates is last in the list and decides how long it takes.
         with ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)))) as pool:
             objects = list(pool.map(one, reversed(list(enumerate(library.sources)))))
+        # In the order of the sources, plainest first: of a function that several files instantiate (std::vector's members) the linker keeps
+        # the first, and one compiled for AVX512 would crash the others' callers on an older CPU.
+        objects.reverse()
         linked = str(Path(folder) / target.name)
         _run([*shlex.split(library.compiler), "-shared", "-o", linked, *objects, *library.link_flags])
         os.replace(linked, target)

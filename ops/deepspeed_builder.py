@@ -12,7 +12,7 @@ from .compile import CSRC, build, cpu_library
 class PiKVOpBuilder(CPUOpBuilder):
     """Names, sources and flags for DeepSpeed's reports; building is our own (compile.py), since each file has its instruction set.
 
-    DeepSpeed's jit_load would compile every file with -march=native in one go: such a library crashes on an older CPU that shares the cache.
+    DeepSpeed's jit_load would compile every file with -march=native in one go: such a library crashes on an older CPU with the same cache.
     """
 
     BUILD_VAR = "DS_BUILD_PIKV"

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import checks, ref_append, ref_attend, ref_pages
+from . import checks, ref_append, ref_attend, ref_bounds, ref_pack, ref_pages
 from .formats import FORMATS, PageFormat
 from .merge_partials import merge_partials
 
@@ -27,6 +27,10 @@ SCHEMAS = {
     f"{_LAYOUT}) -> ()",
     "merge": "(Tensor out, Tensor lse) -> (Tensor out, Tensor lse)",
     "migrate": "(Tensor(a!) target, Tensor source, Tensor target_ids, Tensor source_ids) -> ()",
+    "page_bounds": f"(Tensor(a!) bounds, Tensor pages, Tensor slot_mapping, {_TAIL}, {_LAYOUT}) -> ()",
+    "page_score": "(Tensor q, Tensor bounds, Tensor block_table, Tensor seqlens, int page_size, float scale) -> Tensor",
+    "pack": "(Tensor(a!) buffer, Tensor[] fields, Tensor? index, int[] offsets, int[] strides, int[] rows) -> ()",
+    "unpack": "(Tensor buffer, Tensor(a!)[] fields, Tensor? index, int[] offsets, int[] strides) -> ()",
     "checksum": "(Tensor data) -> Tensor",
 }
 _NAMES = [name for name, _ in sorted(((n, t.code) for n, t in FORMATS.items()), key=lambda item: item[1])]
@@ -57,8 +61,9 @@ def _prefill_cached(q, pages, block_table, seqlens, q_positions, tail, tail_rows
     checks.require(q_positions.shape == q.shape[:2], f"q_positions must be {list(q.shape[:2])}, got {list(q_positions.shape)}")
     checks.attend(q[:, 0].contiguous(), pages, block_table, seqlens, None, None, tail, tail_rows, fmt, 0)
     out, lse, _ = ref_attend.attend(
-        q, pages, fmt, block_table, seqlens, scale=scale, window=window, causal=causal, tail=tail, tail_rows=tail_rows, q_positions=q_positions
-    )
+        q, pages, fmt, block_table, seqlens,
+        scale=scale, window=window, causal=causal, tail=tail, tail_rows=tail_rows, q_positions=q_positions,
+    )  # fmt: skip
     return out, lse
 
 
@@ -66,6 +71,17 @@ def _append(pages, tail, k, v, positions, slot_mapping, tail_rows, *rest):
     fmt = _format(rest)
     checks.append(pages, tail, k, v, positions, slot_mapping, tail_rows, fmt)
     ref_append.append(pages, fmt, k, v, positions, slot_mapping, tail=tail, tail_rows=tail_rows)
+
+
+def _page_bounds(bounds, pages, slot_mapping, tail, tail_rows, *rest):
+    fmt = _format(rest)
+    checks.page_bounds(bounds, pages, slot_mapping, tail, tail_rows, fmt)
+    ref_bounds.page_bounds(bounds, pages, fmt, slot_mapping, tail=tail, tail_rows=tail_rows)
+
+
+def _page_score(q, bounds, block_table, seqlens, page_size, scale):
+    checks.page_score(q, bounds, block_table, seqlens, page_size)
+    return ref_bounds.page_score(q, bounds, block_table, seqlens, page_size=page_size, scale=scale)
 
 
 def _merge(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,6 +101,11 @@ def _fake_prefill_cached(q, *rest):
     return q.new_empty((*q.shape[:3], rest[9]), dtype=torch.float32), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
+def _fake_page_score(q, bounds, block_table, seqlens, page_size, scale):
+    heads = max(block_table.shape[1], bounds.shape[1])
+    return q.new_empty((block_table.shape[0], heads, block_table.shape[2]), dtype=torch.float32)
+
+
 def _fake_merge(out, lse):
     return out.new_empty(out.shape[1:]), lse.new_empty(lse.shape[1:])
 
@@ -95,6 +116,10 @@ REFERENCE = {
     "append": _append,
     "merge": _merge,
     "migrate": ref_pages.migrate,
+    "page_bounds": _page_bounds,
+    "page_score": _page_score,
+    "pack": ref_pack.pack,
+    "unpack": ref_pack.unpack,
     "checksum": ref_pages.checksum,
 }
 _FAKE = {
@@ -103,6 +128,10 @@ _FAKE = {
     "append": lambda *args: None,
     "merge": _fake_merge,
     "migrate": lambda *args: None,
+    "page_bounds": lambda *args: None,
+    "page_score": _fake_page_score,
+    "pack": lambda *args: None,
+    "unpack": lambda *args: None,
     "checksum": lambda data: data.new_empty((), dtype=torch.int64),
 }
 

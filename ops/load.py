@@ -6,6 +6,7 @@ reference, with one warning, where that cannot be built.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import warnings
 from collections.abc import Callable
@@ -81,6 +82,21 @@ def ensured(device: str) -> str:
     """The implementation that serves a device type; loads it if no op has done so yet."""
     ensure(device)
     return _loaded[device]
+
+
+def candidates(device: str) -> list[str]:
+    """Implementations that are tried for a device, in order; the torch reference is always the last. Builds and loads nothing."""
+    wanted = os.environ.get("PIKV_OPS")
+    names = _PREFERRED.get(device, ()) if wanted is None else (wanted,)
+    found = [name for name in names if name in BACKENDS and BACKENDS[name].device == device]
+    return [*found, "torch"] if wanted in (None, "torch") else found
+
+
+def cpu_instruction_set() -> str:
+    """baseline, avx2, avx512 (bf16 dot products and integer ones left out) or vnni (with both), as PIKV_CPU caps it. Builds the library."""
+    function = ctypes.CDLL(str(build(cpu_library()))).pikv_cpu_instruction_set
+    function.restype = ctypes.c_char_p
+    return function().decode()
 
 
 def loaded() -> dict[str, str]:

@@ -56,7 +56,7 @@ def attend(
 
 
 def _gather(pages, fmt, block_table, seqlens, num_kv_heads, page_list, tail, tail_rows, dtype):
-    """k [N, H, C, P, Dk], v [N, H, C, P, Dv], stored positions and validity [N, H, C, P]; zeros where not valid, whatever is stored there."""
+    """k [N, H, C, P, Dk], v [N, H, C, P, Dv], stored positions and validity [N, H, C, P]; zeros where not valid, whatever is stored."""
     N, _, max_pages = block_table.shape
     ordinals = torch.arange(max_pages, device=pages.device).expand(N, 1, -1) if page_list is None else page_list.long()
     wide = lambda x: x.expand(N, num_kv_heads, x.shape[-1])  # noqa: E731

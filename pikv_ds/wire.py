@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pikv_ds import ops
+
 HEADER = 8  # int32 words in front of every buffer
 ALIGN = 16  # bytes; every section starts on a multiple, so a section can be viewed in its dtype
 
@@ -37,15 +39,21 @@ class Layout:
         self.nbytes = -(-end // ALIGN) * ALIGN
 
     def pack(self, header: Tensor, values: dict[str, Tensor], device: torch.device) -> Tensor:
-        """header int32 [HEADER] and the fields of this rank (at most N tokens each) -> uint8 [nbytes]. Sync: none."""
+        """header int32 [HEADER] and the fields of this rank (at most N tokens each) -> uint8 [nbytes]. Sync: none.
+
+        Padding tokens read as position -1: never stored, never used. The section of a field that is not given holds anything.
+        """
+        sent = [section for section in self.sections if section.name in values]
+        for name, _, dtype, _, _ in sent:
+            assert values[name].dtype == dtype, f"{name} is {values[name].dtype}, its section {dtype}"
         buffer = torch.empty(self.nbytes, dtype=torch.uint8, device=device)
-        buffer[: HEADER * 4].view(torch.int32).copy_(header)
-        for name, shape, dtype, start, stop in self.sections:
-            if name in values:
-                target = buffer[start:stop].view(dtype).view(shape)
-                target[: values[name].shape[0]].copy_(values[name])
-                if values[name].shape[0] < shape[0]:
-                    target[values[name].shape[0] :].fill_(-1)  # padding tokens read as position -1: never stored, never used
+        ops.pack(
+            buffer,
+            [header.view(1, HEADER), *(values[section.name].contiguous() for section in sent)],
+            offsets=[0, *(section.start for section in sent)],
+            strides=[HEADER * 4, *(prod(section.shape[1:]) * section.dtype.itemsize for section in sent)],
+            rows=[1, *(section.shape[0] for section in sent)],
+        )
         return buffer
 
     def unpack(self, buffers: Tensor) -> dict[str, Tensor]:

@@ -21,6 +21,7 @@ from pikv_ds.adapters.autoep_shim import registry_shim
 from pikv_ds.adapters.ds_config import inference_block, inference_config, initialize_config, pikv_config, without_block
 from pikv_ds.adapters.ds_install import host_function, replace, restore
 from pikv_ds.adapters.ds_refusals import check_inference, check_initialize, check_model
+from pikv_ds.adapters.ds_register import register, unregister
 from pikv_ds.adapters.groups import all_ranks, own_group
 from pikv_ds.adapters.hf import attach
 from pikv_ds.adapters.monitor import MonitorWriter
@@ -49,6 +50,7 @@ def initialize(*args: Any, **kwargs: Any) -> tuple:
     check_model(model)
     check_initialize(ds_config, model, call.get("mpu"))
     autoep_size = check_expert_parallel(ds_config, model)
+    register()
     with registry_shim() if autoep_size else contextlib.nullcontext():
         returned = host(*args, **kwargs)
     engine = returned[0]
@@ -81,6 +83,7 @@ def init_inference(model: Any, config: str | dict | None = None, **kwargs: Any) 
         return host(model, ds_config, **kwargs)
     check_model(model)
     check_inference({**(ds_config or {}), **kwargs})
+    register()
     _init_distributed(pikv.timeout_s)
     engine = host(model, ds_config, **kwargs)
     _add_cache(engine, pikv, all_ranks(), f"dp_size_{len(all_ranks())}")
@@ -93,11 +96,13 @@ def install() -> None:
     Call it before a script does `from deepspeed import initialize`: a name bound earlier is not reached.
     """
     replace({"initialize": initialize, "init_inference": init_inference})
+    register()
 
 
 def uninstall() -> None:
-    """Undo install(). Engines that exist keep their cache until `engine.pikv.detach()`."""
+    """Undo install(), and the registration of the ops by any engine. Engines that exist keep their cache until `engine.pikv.detach()`."""
     restore()
+    unregister()
 
 
 def _add_cache(engine: Any, config: PiKVConfig, members: Sequence[int], group_name: str) -> None:

@@ -63,6 +63,10 @@ def test_install_and_uninstall(job):
     job[0].check("install")
 
 
+def test_an_engine_makes_the_op_known(job):
+    job[0].check("the op is known to DeepSpeed")
+
+
 def test_disabled_block_is_bit_identical(job):
     job[0].check("disabled")
 

@@ -48,7 +48,8 @@ def make_case(
     v = torch.randn(tokens, heads, fmt.v_dim, generator=generator).to(dtype)
     extra = {}
     if fmt.grouped:
-        extra = {"tail": torch.full((N, heads, fmt.group, k_dim), torch.nan, dtype=dtype), "tail_rows": torch.randperm(N, generator=generator).int()}
+        tail = torch.full((N, heads, fmt.group, k_dim), torch.nan, dtype=dtype)
+        extra = {"tail": tail, "tail_rows": torch.randperm(N, generator=generator).int()}
     slots, at = [], 0
     for n in range(N):
         block_table[n, 0, : used[n]] = ids[at : at + used[n]]
@@ -73,7 +74,8 @@ def answer(case: Case, **options):
 
 
 def run(case: Case, implementation: str, monkeypatch, *, window=0, page_list=None, with_page_lse=False, num_splits=0):
-    args = (case.q, case.pages, case.block_table, case.seqlens, case.q_positions, page_list, case.extra.get("tail"), case.extra.get("tail_rows"),
+    args = (case.q, case.pages, case.block_table, case.seqlens, case.q_positions, page_list,
+            case.extra.get("tail"), case.extra.get("tail_rows"),
             *library.layout(case.fmt), case.fmt.k_dim**-0.5, window, with_page_lse, num_splits)  # fmt: skip
     return call("decode", implementation, monkeypatch, *args)
 

@@ -94,3 +94,47 @@ def test_merge_and_migrate(which):
     records, ids = torch.zeros(2, 64, dtype=torch.uint8), torch.tensor([2])
     with pytest.raises(RuntimeError, match="target_ids has page 2, the store has 2"):
         _op(which, "migrate")(records, records.clone(), ids, ids)
+
+
+BOUNDS = {
+    "shape": ({"bounds": torch.zeros(1, 2, 32)}, "bounds must be [1, 2, 2, 32], got [1, 2, 32]"),
+    "dtype": ({"bounds": torch.zeros(1, 2, 2, 32, dtype=torch.float64)}, "bounds must be float32, bfloat16 or float16, got torch.float64"),
+    "slot": ({"slot_mapping": torch.tensor([0, 64, -1])}, "slot 64 is beyond the 64 slots of the store"),
+    "row": ({"tail_rows": torch.tensor([0, 1, 0])}, "tail row 1 is beyond the 1 rows of the tail"),
+    "tail": ({"tail": None}, "int4 pages need tail and tail_rows"),
+}
+
+
+@BOTH
+@pytest.mark.parametrize("what", list(BOUNDS))
+def test_page_bounds(which, what):
+    fmt = PageFormat("int4", 2, 32, 32, 64)
+    change, message = BOUNDS[what]
+    given = {"bounds": torch.zeros(1, 2, 2, 32), "pages": torch.zeros(1, fmt.record_bytes, dtype=torch.uint8),
+             "slot_mapping": torch.tensor([0, 1, -1]), "tail": torch.zeros(1, 2, 64, 32),
+             "tail_rows": torch.zeros(3, dtype=torch.int32)} | change  # fmt: skip
+    with pytest.raises(RuntimeError) as error:
+        _op(which, "page_bounds")(*given.values(), *library.layout(fmt))
+    assert message in str(error.value)
+
+
+SCORE = {
+    "head_dim": ({"q": torch.zeros(2, 4, 16)}, "q has head_dim 16, the bounds have 32"),
+    "heads": ({"q": torch.zeros(2, 3, 32)}, "3 query heads are not a multiple of 2 kv heads"),
+    "table heads": ({"block_table": torch.zeros(2, 3, 4, dtype=torch.int32)}, "block_table has 3 heads, the bounds have 2"),
+    "table id": ({"block_table": torch.full((2, 1, 4), 5)}, "block_table names page 5, the store has 3"),
+    "seqlens": ({"seqlens": torch.full((2, 1), 65)}, "seqlens has 65, the block table has room for 64 entries"),
+    "seqlens shape": ({"seqlens": torch.zeros(2, dtype=torch.int32)}, "seqlens must be [2, 1 or 2], got [2]"),
+    "strides": ({"q": torch.zeros(2, 4, 64)[..., ::2]}, "q must be contiguous"),
+}
+
+
+@BOTH
+@pytest.mark.parametrize("what", list(SCORE))
+def test_page_score(which, what):
+    change, message = SCORE[what]
+    given = {"q": torch.zeros(2, 4, 32), "bounds": torch.zeros(3, 2, 2, 32), "block_table": torch.zeros(2, 1, 4, dtype=torch.int32),
+             "seqlens": torch.ones(2, 1, dtype=torch.int32)} | change  # fmt: skip
+    with pytest.raises(RuntimeError) as error:
+        _op(which, "page_score")(*given.values(), 16, 1.0)
+    assert message in str(error.value)

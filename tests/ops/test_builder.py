@@ -1,6 +1,9 @@
 """The build cache, and DeepSpeed's view of the ops."""
 
 import os
+import platform
+import re
+import shutil
 import subprocess
 import sys
 
@@ -47,6 +50,20 @@ def test_the_key_follows_sources_flags_and_compiler(tmp_path, monkeypatch):
     assert first != building.library_key(building.cpu_library(("-DSOMETHING",)))
     monkeypatch.setattr(building, "compiler_version", lambda command: "another")
     assert first != building.library_key(building.cpu_library())
+
+
+@pytest.mark.skipif(shutil.which("objdump") is None or platform.machine() != "x86_64", reason="needs objdump on x86-64")
+def test_what_files_share_runs_on_the_oldest_cpu():
+    """Of a function that several files instantiate, one copy is kept: it must not be the one compiled for AVX."""
+    path = str(building.build(building.cpu_library()))
+    listed = subprocess.run(["nm", path], capture_output=True, text=True, check=True).stdout.splitlines()
+    shared = {line.split()[-1] for line in listed if line.split()[-2] == "W"}
+    code = subprocess.run(["objdump", "-d", "--no-show-raw-insn", path], capture_output=True, text=True, check=True).stdout
+    functions = {text.partition(">:")[0].partition("<")[2]: text for text in code.split("\n\n")}
+    wide = re.compile(r"%[yz]mm|\tv[a-z]")
+    assert any(name.startswith("_ZNSt6vector") for name in shared)
+    assert wide.search(next(text for name, text in functions.items() if "attend_avx512" in name))
+    assert not [name for name in shared & set(functions) if wide.search(functions[name])]
 
 
 def _tiny(tmp_path, monkeypatch, text="int f() { return 1; }"):

@@ -147,7 +147,8 @@ def test_error_table():
         v = torch.randn(8, 2, 64, 128, generator=generator)
         decoded_k, decoded_v = _roundtrip(fmt, k, v)
         errors = _error(k, decoded_k), _error(v, decoded_v)
-        print(f"{name:>9} {fmt.bytes_per_token:7.0f} B/token  K {errors[0]:.1e} (bound {fmt.k_rel_error:.1e})  V {errors[1]:.1e} ({fmt.v_rel_error:.1e})")
+        bounds = fmt.k_rel_error, fmt.v_rel_error
+        print(f"{name:>9} {fmt.bytes_per_token:7.0f} B/token  K {errors[0]:.1e} (< {bounds[0]:.1e})  V {errors[1]:.1e} (< {bounds[1]:.1e})")
         assert errors[0] <= fmt.k_rel_error and errors[1] <= fmt.v_rel_error
 
 

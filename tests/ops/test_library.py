@@ -40,6 +40,17 @@ def test_opcheck(name):
     _opcheck("merge", (torch.randn(4, 2, 8), torch.randn(4, 2)))
     ids = torch.tensor([0, 1], dtype=torch.int32)
     _opcheck("migrate", (torch.zeros(2, 64, dtype=torch.uint8), torch.ones(3, 64, dtype=torch.uint8), ids, ids.clone()))
+    bounds = torch.zeros(args[1].shape[0], 2, 2, 32)
+    _opcheck("page_bounds", (bounds, args[1], slots, args[6], rows, *library.layout(fmt)))
+    _opcheck("page_score", (args[0], bounds, args[2].clamp_max(2), args[3].clamp_max(64), fmt.page_size, 0.2))
+
+
+def test_opcheck_of_pack():
+    load.ensure("cpu")
+    fields, index = [torch.randn(4, 2, 3).bfloat16(), torch.arange(4, dtype=torch.int32)], torch.tensor([1, -1, 3], dtype=torch.int32)
+    buffer = torch.zeros(3, 16, dtype=torch.uint8)
+    _opcheck("pack", (buffer, fields, index, [0, 12], [16, 16], [3, 3]))
+    _opcheck("unpack", (buffer, [x.clone() for x in fields], index, [0, 12], [16, 16]))
 
 
 def test_torch_compile_fullgraph():
@@ -63,7 +74,13 @@ def _python(code, **environment):
     return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
 
 
-_MERGE = "import torch; from pikv_ds import ops; from pikv_ds.ops import load; {}; ops.merge(torch.zeros(2, 8), torch.zeros(2)); print(load.loaded())"
+_MERGE = """import torch
+from pikv_ds import ops
+from pikv_ds.ops import load
+{}
+ops.merge(torch.zeros(2, 8), torch.zeros(2))
+print(load.loaded())
+"""
 
 
 def test_import_loads_nothing_and_first_use_does():
@@ -77,14 +94,17 @@ def test_forced_to_torch():
 
 
 def test_a_missing_compiler_is_named_once_and_torch_takes_over(tmp_path):
-    code = _MERGE.format("pass") + "; ops.merge(torch.zeros(2, 8), torch.zeros(2))"
+    code = _MERGE.format("pass") + "ops.merge(torch.zeros(2, 8), torch.zeros(2))"
     result = _python(code, CXX="no-such-compiler", TORCH_EXTENSIONS_DIR=str(tmp_path))
     assert "{'cpu': 'torch'}" in result.stdout, result.stderr
     assert result.stderr.count("'no-such-compiler' was not found; install it") == 1
     assert result.stderr.count("the ops run in plain torch, slower") == 1
 
 
-@pytest.mark.parametrize(("choice", "message"), [("cpu", "'no-such-compiler' was not found"), ("fast", "PIKV_OPS='fast' is not one of torch, cpu")])
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [("cpu", "'no-such-compiler' was not found"), ("fast", "PIKV_OPS='fast' is not one of torch, cpu")],
+)
 def test_forcing_what_cannot_be_is_an_error(choice, message, tmp_path):
     result = _python(_MERGE.format("pass"), PIKV_OPS=choice, CXX="no-such-compiler", TORCH_EXTENSIONS_DIR=str(tmp_path))
     assert result.returncode and message in result.stderr, result.stderr

@@ -104,11 +104,35 @@ def test_plan_says_what_is_wrong(capsys, extra, said):
 
 def test_report_names_what_is_missing(tmp_path):
     rows = run_json(tmp_path, "report")
-    assert {row["section"] for row in rows} == {"environment", "optional", "op"}
+    assert {row["section"] for row in rows} == {"environment", "optional", "op", "implementation"}
     environment = {row["what"]: row["found"] for row in rows if row["section"] == "environment"}
     assert environment["torch"] != "not found"
     assert environment["accelerator"]
-    assert all(row["would be used for"] for row in rows if row["section"] == "optional")
+    optional = {row["package"]: row for row in rows if row["section"] == "optional"}
+    assert {"cupy", "apex", "transformer_engine", "flash_attn", "flashinfer"} == set(optional)
+    assert all(row["found"] and row["would be used for"] for row in optional.values())
+
+
+@pytest.mark.parametrize(("forced", "serving"), [(None, "cpu"), ("torch", "torch reference")])
+def test_report_shows_the_op_as_ds_report_does_and_what_serves(tmp_path, capsys, monkeypatch, forced, serving):
+    from deepspeed.ops.op_builder.all_ops import ALL_OPS
+
+    if forced:
+        monkeypatch.setenv("PIKV_OPS", forced)
+    rows = run_json(tmp_path, "report")
+    (op,) = (row for row in rows if row["section"] == "op")
+    assert (op["op name"], op["installed"], op["compatible"]) == ("pikv", "[NO]", "[OKAY]") and "PiKVOpBuilder" in op["used through"]
+    serving_cpu = {"section": "implementation", "device": "cpu", "serves": "yes"}
+    assert [row["implementation"] for row in rows if serving_cpu.items() <= row.items()] == [serving]
+    assert "pikv" in capsys.readouterr().out and "pikv" not in ALL_OPS, "the report leaves DeepSpeed as it was"
+
+
+def test_report_without_a_compiler(tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    rows = run_json(tmp_path, "report")
+    (op,) = (row for row in rows if row["section"] == "op")
+    serving = {row["implementation"]: row["serves"] for row in rows if row["section"] == "implementation" and row["device"] == "cpu"}
+    assert op["compatible"] == "[NO]" and serving == {"cpu": "no", "torch reference": "yes"}
 
 
 def test_human_bytes():

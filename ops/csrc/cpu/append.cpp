@@ -74,19 +74,22 @@ void store_group(const PageFormat& f, uint8_t* head, int first, const void* raw,
     const Grid g = make_grid(low, high, levels);
     scales[d] = g.scale, zeros[d] = g.zero;
     for (int t = 0; t < f.group; ++t)
-      store_code(head + f.k + (int64_t)(first + t) * f.k_row_bytes, d, encode(load_float(raw, type, base + (int64_t)t * D + d), g, levels), levels == 15);
+      store_code(head + f.k + (int64_t)(first + t) * f.k_row_bytes, d,
+                 encode(load_float(raw, type, base + (int64_t)t * D + d), g, levels), levels == 15);
   }
 }
 
-void append(Tensor pages, MaybeTensor tail, Tensor k, Tensor v, Tensor positions, Tensor slot_mapping, MaybeTensor tail_rows, int64_t format,
-            int64_t num_kv_heads, int64_t k_dim, int64_t v_dim, int64_t page_size, int64_t group, bool latent) {
+void append(Tensor pages, MaybeTensor tail, Tensor k, Tensor v, Tensor positions, Tensor slot_mapping, MaybeTensor tail_rows,
+            int64_t format, int64_t num_kv_heads, int64_t k_dim, int64_t v_dim, int64_t page_size, int64_t group, bool latent) {
   const PageFormat f = check_pages(pages, format, num_kv_heads, k_dim, v_dim, page_size, group, latent);
   const int type = float_type("k", k);
   const int64_t T = slot_mapping.numel(), H = f.num_kv_heads;
-  PK_CHECK(k.dim() == 3 && k.size(0) == T && k.size(1) == H && k.size(2) == f.k_dim, "k must be [", T, ", ", H, ", ", f.k_dim, "], got ", shape(k));
+  PK_CHECK(k.dim() == 3 && k.size(0) == T && k.size(1) == H && k.size(2) == f.k_dim, "k must be [", T, ", ", H, ", ", f.k_dim, "], got ",
+           shape(k));
   if (!latent) {
     const int v_type = float_type("v", v);
-    PK_CHECK(v.dim() == 3 && v.size(0) == T && v.size(1) == H && v.size(2) == f.v_dim, "v must be [", T, ", ", H, ", ", f.v_dim, "], got ", shape(v));
+    PK_CHECK(v.dim() == 3 && v.size(0) == T && v.size(1) == H && v.size(2) == f.v_dim, "v must be [", T, ", ", H, ", ", f.v_dim, "], got ",
+             shape(v));
     PK_CHECK(type == v_type, "k is ", dtype_name(k), ", v is ", dtype_name(v));
   }
   const Indices slots("slot_mapping", slot_mapping), stored("positions", positions), rows("tail_rows", tail_rows);
@@ -95,7 +98,8 @@ void append(Tensor pages, MaybeTensor tail, Tensor k, Tensor v, Tensor positions
   const bool grouped = format_grouped(f.format);
   PK_CHECK(!grouped || rows.count() == T, "tail_rows must be [", T, "], got ", shape(*tail_rows));
   PK_CHECK(!grouped || rows.top() < tail->size(0), "tail row ", rows.top(), " is beyond the ", tail->size(0), " rows of the tail");
-  PK_CHECK(slots.top() < pages.size(0) * page_size, "slot ", slots.top(), " is beyond the ", pages.size(0) * page_size, " slots of the store");
+  PK_CHECK(slots.top() < pages.size(0) * page_size, "slot ", slots.top(), " is beyond the ", pages.size(0) * page_size,
+           " slots of the store");
   uint8_t* store = static_cast<uint8_t*>(pages.mutable_data_ptr());
   uint8_t* kept = tail ? static_cast<uint8_t*>(tail->mutable_data_ptr()) : nullptr;
   const void *keys = k.const_data_ptr(), *values = latent ? nullptr : v.const_data_ptr();
@@ -118,7 +122,8 @@ void append(Tensor pages, MaybeTensor tail, Tensor k, Tensor v, Tensor positions
           uint16_t* scale = reinterpret_cast<uint16_t*>(head + (part ? f.v_scale : f.k_scale)) + t;
           if (f.format <= kFp16) store_raw(f, row, x.data(), D);
           else if (f.format == kFp8) store_fp8(row, scale, x.data(), D);
-          else if (part) store_integers(row, scale, reinterpret_cast<uint16_t*>(head + f.v_zero) + t, x.data(), D, f.format == kInt4 ? 15 : 255);
+          else if (part) store_integers(row, scale, reinterpret_cast<uint16_t*>(head + f.v_zero) + t, x.data(), D,
+                                        f.format == kInt4 ? 15 : 255);
           else {
             const int64_t base = (rows[i] * H + h) * f.group * D, at = base + (int64_t)(t % f.group) * D;
             for (int d = 0; d < D; ++d) {
@@ -134,7 +139,8 @@ void append(Tensor pages, MaybeTensor tail, Tensor k, Tensor v, Tensor positions
 
 void migrate(Tensor target, Tensor source, Tensor target_ids, Tensor source_ids) {
   for (const auto& [name, x] : {std::pair<const char*, const Tensor*>{"target", &target}, {"source", &source}})
-    PK_CHECK(x->scalar_type() == ScalarType::Byte && x->dim() == 2 && x->is_contiguous(), name, " must be contiguous uint8 [num_pages, record_bytes]");
+    PK_CHECK(x->scalar_type() == ScalarType::Byte && x->dim() == 2 && x->is_contiguous(), name,
+             " must be contiguous uint8 [num_pages, record_bytes]");
   PK_CHECK(target.size(1) == source.size(1), "target has records of ", target.size(1), " bytes, source of ", source.size(1));
   const Indices to("target_ids", target_ids), from("source_ids", source_ids);
   PK_CHECK(to.top() < target.size(0), "target_ids has page ", to.top(), ", the store has ", target.size(0));

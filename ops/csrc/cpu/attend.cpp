@@ -14,18 +14,6 @@ namespace {
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
-void check_table(const Attend& a) {
-  for (int n = 0; n < a.R * a.S; ++n) {
-    for (int h = 0; h < std::max(a.table_heads, a.seqlen_heads); ++h) {
-      const int len = a.seqlen(n, h), used = (len + a.f.page_size - 1) / a.f.page_size;
-      PK_CHECK(used <= a.max_pages, "seqlens has ", len, ", the block table has room for ", (int64_t)a.max_pages * a.f.page_size, " entries");
-      const int32_t* table = a.table_of(n, h);
-      for (int c = 0; c < used; ++c)
-        PK_CHECK(table[c] >= 0 && table[c] < a.num_pages, "block_table names page ", table[c], ", the store has ", a.num_pages);
-    }
-  }
-}
-
 // Partials are merged in order, so that the result does not depend on which thread made them.
 void merge_rows(const float* out, const float* lse, int64_t count, int64_t row_stride, int D, float* to, float* to_lse) {
   float top = -kInf, total = 0;
@@ -75,8 +63,7 @@ void run(const Attend& a, int64_t num_splits, float* out, float* lse) {
   const int splits = (int)std::clamp<int64_t>(num_splits, 1, std::max(1, a.num_columns));
   const int parts = splits + (a.tail ? 1 : 0);
   std::vector<float> partial((size_t)N * a.H * parts * M * D), partial_lse((size_t)N * a.H * parts * M);
-  const AttendUnit generic = generic_attend();
-  const bool hand = has_vnni();
+  const AttendUnit generic = generic_attend(), hand = hand_written_attend(a), paged = hand ? hand : generic;
   torch::stable::parallel_for(0, (int64_t)N * a.H * parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int part = (int)(i % parts), h = (int)(i / parts % a.H), n = (int)(i / parts / a.H);
@@ -88,8 +75,7 @@ void run(const Attend& a, int64_t num_splits, float* out, float* lse) {
       const int used = a.list ? a.num_columns : (a.paged(n, h) + a.f.page_size - 1) / a.f.page_size;
       const int per = (used + splits - 1) / splits;
       u.c0 = std::min(used, part * per), u.c1 = std::min(used, u.c0 + per);
-      if (!u.tail && hand && attend_vnni(a, u)) continue;
-      generic(a, u);
+      (u.tail ? generic : paged)(a, u);
     }
   });
   if (a.page_lse && a.tail)
@@ -105,7 +91,8 @@ void run(const Attend& a, int64_t num_splits, float* out, float* lse) {
         for (int s = 0; s < a.S; ++s) {
           const size_t at = (((size_t)(r * a.S + s) * a.H + h) * parts) * M + m;
           const bool last = a.S == 1;
-          merge_rows(&partial[at * D], &partial_lse[at], parts, M, D, last ? out + row * D : &shard[(size_t)s * D], last ? lse + row : &shard_lse[s]);
+          merge_rows(&partial[at * D], &partial_lse[at], parts, M, D, last ? out + row * D : &shard[(size_t)s * D],
+                     last ? lse + row : &shard_lse[s]);
         }
         if (a.S > 1) merge_rows(shard.data(), shard_lse.data(), a.S, 1, D, out + row * D, lse + row);
       }
@@ -116,8 +103,9 @@ struct Held {
   Indices table, seqlens, asked, list, tail_rows;
 };
 
-Attend read_arguments(const Tensor& q, const Tensor& pages, const Tensor& block_table, const Tensor& seqlens, const MaybeTensor& q_positions,
-                      const MaybeTensor& page_list, const MaybeTensor& tail, const MaybeTensor& tail_rows, const PageFormat& f, Held& held) {
+Attend read_arguments(const Tensor& q, const Tensor& pages, const Tensor& block_table, const Tensor& seqlens,
+                      const MaybeTensor& q_positions, const MaybeTensor& page_list, const MaybeTensor& tail, const MaybeTensor& tail_rows,
+                      const PageFormat& f, Held& held) {
   Attend a = {};
   a.f = f;
   a.q_type = float_type("q", q);
@@ -129,22 +117,22 @@ Attend read_arguments(const Tensor& q, const Tensor& pages, const Tensor& block_
   a.table_heads = (int)block_table.size(1), a.max_pages = (int)block_table.size(2);
   a.H = std::max(a.table_heads, f.num_kv_heads);
   const int64_t num_q_heads = q.size(dims - 2);
-  PK_CHECK((a.table_heads == 1 || a.table_heads == a.H) && (f.num_kv_heads == 1 || f.num_kv_heads == a.H), "block_table has ", a.table_heads,
-           " heads, the pages have ", f.num_kv_heads);
+  PK_CHECK((a.table_heads == 1 || a.table_heads == a.H) && (f.num_kv_heads == 1 || f.num_kv_heads == a.H), "block_table has ",
+           a.table_heads, " heads, the pages have ", f.num_kv_heads);
   PK_CHECK(q.size(dims - 1) == f.k_dim, "q has head_dim ", q.size(dims - 1), ", the pages have ", f.k_dim);
   PK_CHECK(num_q_heads % a.H == 0, num_q_heads, " query heads are not a multiple of ", a.H, " kv heads");
   PK_CHECK(a.R > 0 && N % a.R == 0, "block_table has ", N, " rows, which is not a multiple of the ", a.R, " requests of q");
   a.S = (int)(N / a.R), a.G = (int)num_q_heads / a.H;
-  PK_CHECK(seqlens.dim() == 2 && seqlens.size(0) == N && (seqlens.size(1) == 1 || seqlens.size(1) == a.H), "seqlens must be [", N, ", 1 or ", a.H,
-           "], got ", shape(seqlens));
+  PK_CHECK(seqlens.dim() == 2 && seqlens.size(0) == N && (seqlens.size(1) == 1 || seqlens.size(1) == a.H), "seqlens must be [", N,
+           ", 1 or ", a.H, "], got ", shape(seqlens));
   a.seqlen_heads = (int)seqlens.size(1);
   a.num_columns = a.max_pages;
   held.table = Indices("block_table", block_table), held.seqlens = Indices("seqlens", seqlens);
   held.asked = Indices("q_positions", q_positions), held.list = Indices("page_list", page_list);
   held.tail_rows = Indices("tail_rows", tail_rows);
   if (page_list) {
-    PK_CHECK(page_list->dim() == 3 && page_list->size(0) == N && (page_list->size(1) == 1 || page_list->size(1) == a.H), "page_list must be [", N,
-             ", 1 or ", a.H, ", num_listed], got ", shape(*page_list));
+    PK_CHECK(page_list->dim() == 3 && page_list->size(0) == N && (page_list->size(1) == 1 || page_list->size(1) == a.H),
+             "page_list must be [", N, ", 1 or ", a.H, ", num_listed], got ", shape(*page_list));
     a.list_heads = (int)page_list->size(1), a.num_columns = (int)page_list->size(2);
     PK_CHECK(held.list.top() < a.max_pages, "page_list names column ", held.list.top(), " of a block table with ", a.max_pages);
   }
@@ -154,17 +142,19 @@ Attend read_arguments(const Tensor& q, const Tensor& pages, const Tensor& block_
     a.tail = tail->const_data_ptr();
     a.tail_rows = held.tail_rows.data();
     a.tail_heads = tail_rows->dim() == 2 ? (int)tail_rows->size(1) : 1;
-    PK_CHECK(tail_rows->size(0) == N && (a.tail_heads == 1 || a.tail_heads == a.H), "tail_rows must be [", N, "] or [", N, ", 1 or ", a.H, "], got ",
-             shape(*tail_rows));
-    PK_CHECK(held.tail_rows.top() < tail->size(0), "tail row ", held.tail_rows.top(), " is beyond the ", tail->size(0), " rows of the tail");
+    PK_CHECK(tail_rows->size(0) == N && (a.tail_heads == 1 || a.tail_heads == a.H), "tail_rows must be [", N, "] or [", N, ", 1 or ", a.H,
+             "], got ", shape(*tail_rows));
+    PK_CHECK(held.tail_rows.top() < tail->size(0), "tail row ", held.tail_rows.top(), " is beyond the ", tail->size(0),
+             " rows of the tail");
   }
   a.q = q.const_data_ptr();
-  check_table(a);
+  check_table(held.table, held.seqlens, (int)N, a.table_heads, a.seqlen_heads, a.max_pages, a.num_pages, f.page_size);
   return a;
 }
 
-std::tuple<Tensor, Tensor, Tensor> decode(Tensor q, Tensor pages, Tensor block_table, Tensor seqlens, MaybeTensor q_positions, MaybeTensor page_list,
-                                          MaybeTensor tail, MaybeTensor tail_rows, int64_t format, int64_t num_kv_heads, int64_t k_dim, int64_t v_dim,
+std::tuple<Tensor, Tensor, Tensor> decode(Tensor q, Tensor pages, Tensor block_table, Tensor seqlens, MaybeTensor q_positions,
+                                          MaybeTensor page_list, MaybeTensor tail, MaybeTensor tail_rows, int64_t format,
+                                          int64_t num_kv_heads, int64_t k_dim, int64_t v_dim,
                                           int64_t page_size, int64_t group, bool latent, double scale, int64_t window, bool with_page_lse,
                                           int64_t num_splits) {
   const PageFormat f = check_pages(pages, format, num_kv_heads, k_dim, v_dim, page_size, group, latent);
@@ -208,8 +198,8 @@ Tensor out_like(const Tensor& x) {
 }
 
 std::tuple<Tensor, Tensor> merge(Tensor out, Tensor lse) {
-  PK_CHECK(out.scalar_type() == ScalarType::Float && lse.scalar_type() == ScalarType::Float, "merge needs float32 partials, got ", dtype_name(out),
-           " and ", dtype_name(lse));
+  PK_CHECK(out.scalar_type() == ScalarType::Float && lse.scalar_type() == ScalarType::Float, "merge needs float32 partials, got ",
+           dtype_name(out), " and ", dtype_name(lse));
   bool same = out.dim() == lse.dim() + 1;
   for (int64_t i = 0; same && i < lse.dim(); ++i) same = out.size(i) == lse.size(i);
   PK_CHECK(same, "out ", shape(out), " and lse ", shape(lse), " differ in a leading dimension");

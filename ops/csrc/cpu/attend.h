@@ -34,7 +34,9 @@ struct Attend {
   // The section of head h: pages that hold one head each serve any head.
   const uint8_t* section(const uint8_t* record, int h) const { return record + (f.num_kv_heads == 1 ? 0 : h) * f.head_bytes; }
   int64_t q_row(int n, int h, int m) const { return ((int64_t)(n / S) * T + m / G) * H * G + (int64_t)h * G + m % G; }
-  float* page_lse_row(int n, int h, int m) const { return page_lse + (((int64_t)n * T + m / G) * H * G + (int64_t)h * G + m % G) * num_columns; }
+  float* page_lse_row(int n, int h, int m) const {
+    return page_lse + (((int64_t)n * T + m / G) * H * G + (int64_t)h * G + m % G) * num_columns;
+  }
   // Entries that are read from the pages; the rest of a grouped format is in the tail.
   int paged(int n, int h) const {
     const int len = seqlen(n, h);
@@ -56,7 +58,9 @@ using AttendUnit = void (*)(const Attend&, const Unit&);
 void attend_baseline(const Attend& a, const Unit& u);
 void attend_avx2(const Attend& a, const Unit& u);
 void attend_avx512(const Attend& a, const Unit& u);
-// Hand-written kernels for bf16 dot products and VNNI; false = this shape has none.
-bool attend_vnni(const Attend& a, const Unit& u);
+// Hand-written for AVX512 with bf16 dot products and VNNI. Not for latent int8 and int4, whose values carry the scales of the keys.
+void attend_vnni_float(const Attend& a, const Unit& u);  // fp32 and fp16 pages; bf16 and fp8 pages with a query that bf16 would round
+void attend_vnni_half(const Attend& a, const Unit& u);   // bf16, fp8
+void attend_vnni_int(const Attend& a, const Unit& u);    // int8, int4
 
 }  // namespace pikv

@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "attend.h"
-#include "numbers.h"
+#include "rows.h"
 
 namespace pikv {
 namespace {
@@ -16,7 +16,7 @@ constexpr float kInf = std::numeric_limits<float>::infinity();
 // e^x for x <= 0, to about 2e-7 relative; -inf gives 0.
 inline float exp_negative(float x) {
   const float y = std::max(x * 1.44269504f, -126.0f);
-  const float n = std::nearbyint(y), f = y - n;
+  const float n = (y + 12582912.0f) - 12582912.0f, f = y - n;  // 1.5 * 2^23: rounds to an integer, and vectorises everywhere
   float p = 1.5403530e-4f;
   p = p * f + 1.3333558e-3f;
   p = p * f + 9.6181291e-3f;
@@ -28,6 +28,14 @@ inline float exp_negative(float x) {
   return x < -87.0f ? 0.0f : e;
 }
 
+// e = exp(s - top) of a tile, and their sum.
+inline float exponentials(const float* s, float top, float* e) {
+  float sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int i = 0; i < kTile; ++i) sum += e[i] = exp_negative(s[i] - top);
+  return sum;
+}
+
 inline float dot(const float* a, const float* b, int D) {
   float sum = 0;
 #pragma omp simd reduction(+ : sum)
@@ -35,57 +43,9 @@ inline float dot(const float* a, const float* b, int D) {
   return sum;
 }
 
-void row_to_float(int format, const uint8_t* row, int D, float* x) {
-  switch (format) {
-    case kFp32: {
-      std::memcpy(x, row, 4 * D);
-      break;
-    }
-    case kBf16: {
-      const uint16_t* h = reinterpret_cast<const uint16_t*>(row);
-      for (int d = 0; d < D; ++d) x[d] = bf16_to_float(h[d]);
-      break;
-    }
-    case kFp16: {
-      const uint16_t* h = reinterpret_cast<const uint16_t*>(row);
-      for (int d = 0; d < D; ++d) x[d] = half_to_float(h[d]);
-      break;
-    }
-    case kInt8:
-      for (int d = 0; d < D; ++d) x[d] = row[d];
-      break;
-    case kInt4:
-      for (int d = 0; d < D / 2; ++d) x[2 * d] = row[d] & 15, x[2 * d + 1] = row[d] >> 4;
-      break;
-    case kFp8:
-      for (int d = 0; d < D; ++d) x[d] = fp8_to_float(row[d]);
-      break;
-  }
-}
-
 struct Tiles {
   std::vector<float> q, acc, m, l, k, v, scale, zero, page_m, page_l;
 };
-
-// Keys of tokens [t0, t0 + count) of one head's section, dequantised.
-void keys_of(const PageFormat& f, const uint8_t* head, int t0, int count, Tiles& w) {
-  const uint16_t* scales = reinterpret_cast<const uint16_t*>(head + f.k_scale);
-  const uint16_t* zeros = reinterpret_cast<const uint16_t*>(head + f.k_zero);
-  for (int i = 0; i < count; ++i) {
-    float* x = &w.k[(size_t)i * f.k_dim];
-    row_to_float(f.format, head + f.k + (int64_t)(t0 + i) * f.k_row_bytes, f.k_dim, x);
-    if (f.format == kFp8) {
-      const float s = half_to_float(scales[t0 + i]);
-      for (int d = 0; d < f.k_dim; ++d) x[d] *= s;
-    } else if (format_grouped(f.format)) {
-      if (i == 0 || (t0 + i) % f.group == 0) {
-        const int64_t g = (int64_t)((t0 + i) / f.group) * f.k_dim;
-        for (int d = 0; d < f.k_dim; ++d) w.scale[d] = half_to_float(scales[g + d]), w.zero[d] = half_to_float(zeros[g + d]);
-      }
-      for (int d = 0; d < f.k_dim; ++d) x[d] = x[d] * w.scale[d] + w.zero[d];
-    }
-  }
-}
 
 void values_of(const PageFormat& f, const uint8_t* head, int t0, int count, Tiles& w) {
   if (f.latent) {
@@ -106,7 +66,8 @@ void values_of(const PageFormat& f, const uint8_t* head, int t0, int count, Tile
 // Adds `count` tokens, whose keys and values are in w.k and w.v, to every row that sees them.
 void add_tile(const Attend& a, const Unit& u, const int32_t* positions, int count, Tiles& w) {
   const int M = a.rows(), Dk = a.f.k_dim, Dv = a.f.v_dim;
-  float s[kTile];
+  const bool pages = a.page_lse && !u.tail;
+  float s[kTile], e[kTile];
   for (int row = 0; row < M; ++row) {
     float top = -kInf;
     const int asked = a.asked ? a.asked[(int64_t)(u.n / a.S) * a.T + row / a.G] : 0;
@@ -123,17 +84,17 @@ void add_tile(const Attend& a, const Unit& u, const int32_t* positions, int coun
       for (int d = 0; d < Dv; ++d) acc[d] *= shrink;
       w.m[row] = top;
     }
-    if (a.page_lse && !u.tail && top > w.page_m[row]) {
+    if (pages && top > w.page_m[row]) {
       w.page_l[row] *= exp_negative(w.page_m[row] - top);
       w.page_m[row] = top;
     }
+    for (int i = count; i < kTile; ++i) s[i] = -kInf;
+    if (pages) w.page_l[row] += exponentials(s, w.page_m[row], e);
+    w.l[row] += exponentials(s, w.m[row], e);
     for (int i = 0; i < count; ++i) {
       if (s[i] == -kInf) continue;  // what is hidden is not touched: it may hold anything
-      const float e = exp_negative(s[i] - w.m[row]);
-      w.l[row] += e;
       const float* v = &w.v[(size_t)i * Dv];
-      for (int d = 0; d < Dv; ++d) acc[d] += e * v[d];
-      if (a.page_lse && !u.tail) w.page_l[row] += exp_negative(s[i] - w.page_m[row]);
+      for (int d = 0; d < Dv; ++d) acc[d] += e[i] * v[d];
     }
   }
 }
@@ -149,7 +110,8 @@ void add_tail(const Attend& a, const Unit& u, Tiles& w) {
   const int64_t base = (row * f.num_kv_heads + head) * f.group * f.k_dim;
   for (int t = first; t < len; t += kTile) {
     const int count = std::min(kTile, len - t), slot = t % f.page_size;
-    for (int64_t i = 0; i < (int64_t)count * f.k_dim; ++i) w.k[i] = load_float(a.tail, a.tail_type, base + (int64_t)(t - first) * f.k_dim + i);
+    const int64_t from = base + (int64_t)(t - first) * f.k_dim;
+    for (int64_t i = 0; i < (int64_t)count * f.k_dim; ++i) w.k[i] = load_float(a.tail, a.tail_type, from + i);
     values_of(f, a.section(record, u.h), slot, count, w);
     add_tile(a, u, positions + slot, count, w);
   }
@@ -185,7 +147,7 @@ void PK_ATTEND(const Attend& a, const Unit& u) {
       const uint8_t* head = a.section(record, u.h);
       for (int t = 0; t < count; t += kTile) {
         const int n = std::min(kTile, count - t);
-        keys_of(f, head, t, n, w);
+        keys_to_float(f, head, t, n, w.k.data(), w.scale.data(), w.zero.data());
         values_of(f, head, t, n, w);
         add_tile(a, u, positions + t, n, w);
       }

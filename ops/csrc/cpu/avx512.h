@@ -36,8 +36,8 @@ inline __m512 sums16(const __m512* a) {
 
 inline __m512i sums16(const __m512i* a) {
   __m512i b[8], c[4];
-  for (int i = 0; i < 8; ++i) b[i] = _mm512_add_epi32(_mm512_unpacklo_epi32(a[2 * i], a[2 * i + 1]), _mm512_unpackhi_epi32(a[2 * i], a[2 * i + 1]));
-  for (int i = 0; i < 4; ++i) c[i] = _mm512_add_epi32(_mm512_unpacklo_epi64(b[2 * i], b[2 * i + 1]), _mm512_unpackhi_epi64(b[2 * i], b[2 * i + 1]));
+  for (int i = 0; i < 16; i += 2) b[i / 2] = _mm512_add_epi32(_mm512_unpacklo_epi32(a[i], a[i + 1]), _mm512_unpackhi_epi32(a[i], a[i + 1]));
+  for (int i = 0; i < 8; i += 2) c[i / 2] = _mm512_add_epi32(_mm512_unpacklo_epi64(b[i], b[i + 1]), _mm512_unpackhi_epi64(b[i], b[i + 1]));
   const __m512i d0 = _mm512_add_epi32(_mm512_shuffle_i32x4(c[0], c[1], 0x88), _mm512_shuffle_i32x4(c[0], c[1], 0xdd));
   const __m512i d1 = _mm512_add_epi32(_mm512_shuffle_i32x4(c[2], c[3], 0x88), _mm512_shuffle_i32x4(c[2], c[3], 0xdd));
   return _mm512_add_epi32(_mm512_shuffle_i32x4(d0, d1, 0x88), _mm512_shuffle_i32x4(d0, d1, 0xdd));

@@ -88,10 +88,25 @@ inline PageFormat check_pages(const Tensor& pages, int64_t format, int64_t num_k
                               int64_t group, bool latent) {
   PK_CHECK(format >= kFp32 && format <= kFp8, "no page format has the code ", format);
   const PageFormat f = make_page_format((int)format, (int)num_kv_heads, (int)k_dim, (int)v_dim, (int)page_size, (int)group, latent);
-  PK_CHECK(pages.scalar_type() == ScalarType::Byte && pages.dim() == 2 && pages.size(1) == f.record_bytes, "pages must be uint8 [num_pages, ",
-           f.record_bytes, "] for ", format_name(f.format), ", got ", dtype_name(pages), " ", shape(pages));
+  PK_CHECK(pages.scalar_type() == ScalarType::Byte && pages.dim() == 2 && pages.size(1) == f.record_bytes,
+           "pages must be uint8 [num_pages, ", f.record_bytes, "] for ", format_name(f.format), ", got ", dtype_name(pages), " ",
+           shape(pages));
   PK_CHECK(pages.is_contiguous(), "pages must be contiguous");
   return f;
+}
+
+// Every page that will be read is in the store, every length fits its table. Both are [N, heads, ...] with heads of 1 or H.
+inline void check_table(const Indices& table, const Indices& seqlens, int N, int table_heads, int seqlen_heads, int max_pages,
+                        int64_t num_pages, int page_size) {
+  const int heads = std::max(table_heads, seqlen_heads);
+  for (int n = 0; n < N; ++n)
+    for (int h = 0; h < heads; ++h) {
+      const int len = seqlens[n * seqlen_heads + (seqlen_heads == 1 ? 0 : h)], used = (len + page_size - 1) / page_size;
+      PK_CHECK(used <= max_pages, "seqlens has ", len, ", the block table has room for ", (int64_t)max_pages * page_size, " entries");
+      const int32_t* ids = table.data() + (int64_t)(n * table_heads + (table_heads == 1 ? 0 : h)) * max_pages;
+      for (int c = 0; c < used; ++c)
+        PK_CHECK(ids[c] >= 0 && ids[c] < num_pages, "block_table names page ", ids[c], ", the store has ", num_pages);
+    }
 }
 
 // The type of the tail; kFp32 where the format has none.
@@ -103,8 +118,8 @@ inline int check_tail(const PageFormat& f, const MaybeTensor& tail, const MaybeT
   }
   PK_CHECK(tail && tail_rows, name, " pages need tail and tail_rows");
   const int type = float_type("tail", *tail);
-  PK_CHECK(tail->dim() == 4 && tail->size(1) == f.num_kv_heads && tail->size(2) == f.group && tail->size(3) == f.k_dim, "tail must be [rows, ",
-           f.num_kv_heads, ", ", f.group, ", ", f.k_dim, "], got ", shape(*tail));
+  PK_CHECK(tail->dim() == 4 && tail->size(1) == f.num_kv_heads && tail->size(2) == f.group && tail->size(3) == f.k_dim,
+           "tail must be [rows, ", f.num_kv_heads, ", ", f.group, ", ", f.k_dim, "], got ", shape(*tail));
   return type;
 }
 

@@ -3,11 +3,16 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 
+#include "checks.h"
+
 namespace pikv {
 namespace {
+
+const char* const kLevels[] = {"baseline", "avx2", "avx512", "vnni"};
 
 // PIKV_CPU=baseline|avx2|avx512|vnni caps the instruction set: for tests and for measuring what each brings.
 int level() {
@@ -23,10 +28,10 @@ int level() {
   }();
   const char* cap = std::getenv("PIKV_CPU");
   if (!cap) return found;
-  const char* const names[] = {"baseline", "avx2", "avx512", "vnni"};
   for (int i = 0; i < 4; ++i)
-    if (!std::strcmp(cap, names[i])) return i < found ? i : found;
-  return found;
+    if (!std::strcmp(cap, kLevels[i])) return std::min(i, found);
+  PK_CHECK(false, "PIKV_CPU=", cap, " is not one of baseline, avx2, avx512, vnni");
+  return 0;
 #else
   return 0;
 #endif
@@ -43,7 +48,24 @@ AttendUnit generic_attend() {
 #endif
 }
 
-bool has_vnni() { return level() == 3; }
+ScoreTable generic_score() {
+#if defined(__x86_64__)
+  const int best = level();
+  return best >= 2 ? score_avx512 : best == 1 ? score_avx2 : score_baseline;
+#else
+  return score_baseline;
+#endif
+}
+
+AttendUnit hand_written_attend(const Attend& a) {
+#if defined(__x86_64__)
+  if (level() < 3) return nullptr;
+  if (format_grouped(a.f.format)) return a.f.latent ? nullptr : attend_vnni_int;
+  return (a.f.format == kBf16 || a.f.format == kFp8) && a.q_type == kBf16 ? attend_vnni_half : attend_vnni_float;
+#else
+  return nullptr;
+#endif
+}
 
 int64_t num_threads() {
   uint32_t count = 1;
@@ -52,3 +74,6 @@ int64_t num_threads() {
 }
 
 }  // namespace pikv
+
+// The instruction set that serves this process now.
+extern "C" const char* pikv_cpu_instruction_set() { return pikv::kLevels[pikv::level()]; }

@@ -3,11 +3,13 @@
 #include <cstdint>
 
 #include "attend.h"
+#include "score.h"
 
 namespace pikv {
 
 AttendUnit generic_attend();
-bool has_vnni();  // AVX512 with bf16 dot products and VNNI
+ScoreTable generic_score();
+AttendUnit hand_written_attend(const Attend& a);  // null where this CPU or format has none
 int64_t num_threads();
 
 }  // namespace pikv

@@ -7,6 +7,8 @@ from pathlib import Path
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.inference.v2.modules.interfaces import DSSelfAttentionRegistry
 from transformers.utils import output_capturing
 
 import pikv_ds
@@ -30,6 +32,9 @@ with report.check("init_inference") as row:
     ids = rank_prompt("replicated")
     assert_same_text(row, generate(engine, ids), "gpt_oss", ids)
     record_stats(row, engine.pikv)
+
+with report.check("the op is known to DeepSpeed"):
+    assert get_accelerator().create_op_builder("PiKVOpBuilder").name == "pikv"
 
 for family in ("qwen3_moe", "mixtral", "deepseek_v3"):
     config, model = {**AUTOEP, "pikv": {}}, tiny_model(family)
@@ -68,6 +73,7 @@ with report.check("install"):
     pikv_ds.install()
     pikv_ds.install()
     assert deepspeed.initialize is not host_functions[0] and deepspeed.init_inference is not host_functions[1]
+    assert get_accelerator().create_op_builder("PiKVOpBuilder").name == "pikv" and "pikv" in DSSelfAttentionRegistry.registry
     engine = ready(deepspeed.initialize, model=tiny_model("qwen3_moe"), config={**AUTOEP, "pikv": {}})
     ids = rank_prompt("replicated")
     assert_same_text({}, generate(engine.module, ids), "qwen3_moe", ids)
@@ -75,6 +81,8 @@ with report.check("install"):
     pikv_ds.uninstall()
     pikv_ds.uninstall()
     assert (deepspeed.initialize, deepspeed.init_inference) == host_functions
+    assert type(get_accelerator().create_op_builder("PiKVOpBuilder")).__name__ != "PiKVOpBuilder"
+    assert "pikv" not in DSSelfAttentionRegistry.registry
 
 with report.check("disabled") as row:
     ids = prompt(13, seed=3)

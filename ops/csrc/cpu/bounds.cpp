@@ -1,0 +1,127 @@
+// page_bounds and page_score on the CPU. Bounds are rounded away from the keys, so that a 16-bit bound still is one.
+#include <torch/csrc/stable/library.h>
+
+#include <limits>
+
+#include "checks.h"
+#include "cpu.h"
+#include "rows.h"
+#include "score.h"
+
+namespace pikv {
+namespace {
+
+constexpr float kInf = std::numeric_limits<float>::infinity();
+
+// The next 16-bit float towards -inf; both types count up with their magnitude.
+inline uint16_t next_below(uint16_t h) { return (h & 0x7fff) == 0 ? 0x8001 : h & 0x8000 ? h + 1 : h - 1; }
+
+// The largest 16-bit float that is not above x.
+inline uint16_t not_above(float x, int type) {
+  const uint16_t h = type == kBf16 ? float_to_bf16(x) : float_to_half(x);
+  return (type == kBf16 ? bf16_to_float(h) : half_to_float(h)) > x ? next_below(h) : h;
+}
+
+inline void store_edge(void* bounds, int type, int64_t at, float x, bool upper) {
+  if (type == kFp32) static_cast<float*>(bounds)[at] = x;
+  else static_cast<uint16_t*>(bounds)[at] = upper ? not_above(-x, type) ^ 0x8000 : not_above(x, type);
+}
+
+// x [count, D] into the bounds [2, D] at `at`.
+void widen(void* bounds, int type, int64_t at, const float* x, int count, int D) {
+  for (int d = 0; d < D; ++d) {
+    float low = x[d], high = x[d];
+    for (int t = 1; t < count; ++t) low = std::min(low, x[(int64_t)t * D + d]), high = std::max(high, x[(int64_t)t * D + d]);
+    if (low < load_float(bounds, type, at + d)) store_edge(bounds, type, at + d, low, false);
+    if (high > load_float(bounds, type, at + D + d)) store_edge(bounds, type, at + D + d, high, true);
+  }
+}
+
+// The slot of the newest token of each tail row: what is in its group is in the tail, unless the group is full.
+std::vector<int32_t> newest_slots(const Indices& slots, const Indices& rows, int64_t num_rows) {
+  std::vector<int32_t> newest(num_rows, -1);
+  for (int64_t i = 0; i < slots.count(); ++i)
+    if (slots[i] >= 0) newest[rows[i]] = slots[i];
+  return newest;
+}
+
+void page_bounds(Tensor bounds, Tensor pages, Tensor slot_mapping, MaybeTensor tail, MaybeTensor tail_rows, int64_t format,
+                 int64_t num_kv_heads, int64_t k_dim, int64_t v_dim, int64_t page_size, int64_t group, bool latent) {
+  const PageFormat f = check_pages(pages, format, num_kv_heads, k_dim, v_dim, page_size, group, latent);
+  const int type = float_type("bounds", bounds), H = f.num_kv_heads, D = f.k_dim;
+  PK_CHECK(bounds.dim() == 4 && bounds.size(0) == pages.size(0) && bounds.size(1) == H && bounds.size(2) == 2 && bounds.size(3) == D,
+           "bounds must be [", pages.size(0), ", ", H, ", 2, ", D, "], got ", shape(bounds));
+  const Indices slots("slot_mapping", slot_mapping), rows("tail_rows", tail_rows);
+  const int64_t T = slots.count(), num_slots = pages.size(0) * page_size;
+  const int tail_type = check_tail(f, tail, tail_rows);
+  const bool grouped = format_grouped(f.format);
+  PK_CHECK(!grouped || rows.count() == T, "tail_rows must be [", T, "], got ", shape(*tail_rows));
+  PK_CHECK(!grouped || rows.top() < tail->size(0), "tail row ", rows.top(), " is beyond the ", tail->size(0), " rows of the tail");
+  PK_CHECK(slots.top() < num_slots, "slot ", slots.top(), " is beyond the ", num_slots, " slots of the store");
+  const std::vector<int32_t> newest = grouped ? newest_slots(slots, rows, tail->size(0)) : std::vector<int32_t>();
+  const uint8_t* store = static_cast<const uint8_t*>(pages.const_data_ptr());
+  const void* kept = tail ? tail->const_data_ptr() : nullptr;
+  void* edges = bounds.mutable_data_ptr();
+  torch::stable::parallel_for(0, H, T * D > 16384 ? 1 : H, [&](int64_t begin, int64_t end) {
+    std::vector<float> x((size_t)(grouped ? f.group : 1) * D), scale(D), zero(D);
+    for (int64_t h = begin; h < end; ++h) {
+      for (int64_t i = 0; i < T; ++i) {  // a token in the first slot of a page starts the page anew
+        if (slots[i] < 0 || slots[i] % page_size) continue;
+        const int64_t at = (slots[i] / page_size * H + h) * 2 * D;
+        for (int d = 0; d < D; ++d) store_edge(edges, type, at + d, kInf, false), store_edge(edges, type, at + D + d, -kInf, true);
+      }
+      for (int64_t i = 0; i < T; ++i) {
+        if (slots[i] < 0) continue;
+        const int64_t page = slots[i] / page_size, at = (page * H + h) * 2 * D;
+        const uint8_t* head = store + page * f.record_bytes + h * f.head_bytes;
+        const int t = (int)(slots[i] % page_size), last = t % f.group == f.group - 1;
+        if (!grouped || last) {  // the last token of a group brings the codes of the whole group
+          const int count = grouped ? f.group : 1;
+          keys_to_float(f, head, t - count + 1, count, x.data(), scale.data(), zero.data());
+          widen(edges, type, at, x.data(), count, D);
+        } else if (slots[i] / f.group == newest[rows[i]] / f.group && newest[rows[i]] % f.group != f.group - 1) {
+          const int64_t from = (((int64_t)rows[i] * H + h) * f.group + t % f.group) * D;
+          for (int d = 0; d < D; ++d) x[d] = load_float(kept, tail_type, from + d);
+          widen(edges, type, at, x.data(), 1, D);
+        }
+      }
+    }
+  });
+}
+
+Tensor page_score(Tensor q, Tensor bounds, Tensor block_table, Tensor seqlens, int64_t page_size, double scale) {
+  Score s = {};
+  s.q_type = float_type("q", q), s.bounds_type = float_type("bounds", bounds);
+  PK_CHECK(q.dim() == 3, "q must be [R, num_q_heads, head_dim], got ", shape(q));
+  PK_CHECK(bounds.dim() == 4 && bounds.size(2) == 2, "bounds must be [num_pages, num_kv_heads, 2, head_dim], got ", shape(bounds));
+  PK_CHECK(q.size(2) == bounds.size(3), "q has head_dim ", q.size(2), ", the bounds have ", bounds.size(3));
+  PK_CHECK(block_table.dim() == 3, "block_table must be [N, 1 or num_kv_heads, max_pages], got ", shape(block_table));
+  const int64_t N = block_table.size(0), R = q.size(0);
+  s.table_heads = (int)block_table.size(1), s.max_pages = (int)block_table.size(2), s.bound_heads = (int)bounds.size(1);
+  s.H = std::max(s.table_heads, s.bound_heads), s.D = (int)q.size(2), s.page_size = (int)page_size, s.scale = (float)scale;
+  PK_CHECK((s.table_heads == 1 || s.table_heads == s.H) && (s.bound_heads == 1 || s.bound_heads == s.H), "block_table has ", s.table_heads,
+           " heads, the bounds have ", s.bound_heads);
+  PK_CHECK(q.size(1) % s.H == 0, q.size(1), " query heads are not a multiple of ", s.H, " kv heads");
+  PK_CHECK(R > 0 && N % R == 0, "block_table has ", N, " rows, which is not a multiple of the ", R, " requests of q");
+  PK_CHECK(seqlens.dim() == 2 && seqlens.size(0) == N && (seqlens.size(1) == 1 || seqlens.size(1) == s.H), "seqlens must be [", N,
+           ", 1 or ", s.H, "], got ", shape(seqlens));
+  s.S = (int)(N / R), s.G = (int)q.size(1) / s.H, s.seqlen_heads = (int)seqlens.size(1);
+  const Indices table("block_table", block_table), lens("seqlens", seqlens);
+  check_table(table, lens, (int)N, s.table_heads, s.seqlen_heads, s.max_pages, bounds.size(0), s.page_size);
+  Tensor scores = torch::stable::new_empty(q, {N, s.H, s.max_pages}, ScalarType::Float);
+  s.q = q.const_data_ptr(), s.bounds = bounds.const_data_ptr(), s.table = table.data(), s.seqlens = lens.data();
+  s.scores = static_cast<float*>(scores.mutable_data_ptr());
+  const ScoreTable one = generic_score();
+  torch::stable::parallel_for(0, N * s.H, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) one(s, (int)(i / s.H), (int)(i % s.H));
+  });
+  return scores;
+}
+
+}  // namespace
+}  // namespace pikv
+
+STABLE_TORCH_LIBRARY_IMPL(pikv, CPU, m) {
+  m.impl("page_bounds", TORCH_BOX(&pikv::page_bounds));
+  m.impl("page_score", TORCH_BOX(&pikv::page_score));
+}

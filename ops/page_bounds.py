@@ -1,0 +1,37 @@
+"""Smallest and largest key of each page, kept beside the pages."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .formats import PageFormat
+from .library import layout
+
+
+def page_bounds(
+    bounds: Tensor,
+    pages: Tensor,
+    fmt: PageFormat,
+    slot_mapping: Tensor,
+    *,
+    tail: Tensor | None = None,
+    tail_rows: Tensor | None = None,
+) -> None:
+    """Take the entries that `append` has just written into the bounds of their pages, in place. Other pages are not touched.
+
+    bounds[page, h, 0] <= every key of the page as `decode` reads it <= bounds[page, h, 1], per channel
+
+    Args:
+        bounds: [num_pages, fmt.num_kv_heads, 2, Dk] f32, bf16 or fp16, changed; minima, then maxima, rounded away from the keys. What it
+            holds at first does not matter: an entry in the first slot of a page starts that page anew.
+        pages, slot_mapping, tail, tail_rows: those of the `append` call, after it. -1 = not stored here.
+
+    int8 and int4: an entry of the open group is read raw from the tail; when its group is full, the bounds also take in the group's codes.
+    Bounds only widen until a page starts anew, so after a crop they may be wider than need be. Pages that are copied bring theirs along:
+    `migrate` works on bounds.view(torch.uint8).flatten(1).
+
+    Sync: none in compiled versions. Cost: reads each new key once, a group once more when it is full.
+    Source: Quest, arXiv 2406.10774.
+    """
+    torch.ops.pikv.page_bounds(bounds, pages, slot_mapping, tail, tail_rows, *layout(fmt))

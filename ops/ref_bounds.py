@@ -1,0 +1,75 @@
+"""Page bounds and scores, torch reference. T tokens, H kv heads, G tokens of a K scale group, D a key's width."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .formats import PageFormat
+from .ref_formats import decode_pages
+
+_MAX = torch.finfo(torch.float32).max
+
+
+def page_bounds(
+    bounds: Tensor, pages: Tensor, fmt: PageFormat, slot_mapping: Tensor, *, tail: Tensor | None = None, tail_rows: Tensor | None = None
+) -> None:
+    """The arguments are those of page_bounds.py. Sync: yes."""
+    here = slot_mapping >= 0
+    slot = slot_mapping[here].long()
+    page, offset = slot // fmt.page_size, slot % fmt.page_size
+    anew = page[offset == 0]
+    bounds[anew, :, 0], bounds[anew, :, 1] = torch.inf, -torch.inf
+    touched, index = torch.unique(page, return_inverse=True)
+    if not touched.numel():
+        return
+    k = decode_pages(pages[touched], fmt)[0].transpose(1, 2)  # [pages, P, H, D]
+    if not fmt.grouped:
+        _widen(bounds, page, k[index, offset])
+        return
+    rows = tail_rows[here].long()
+    last = offset % fmt.group == fmt.group - 1
+    for step in range(fmt.group):
+        _widen(bounds, page[last], k[index[last], offset[last] - step])
+    newest = slot.new_full((tail.shape[0],), -1)
+    for row, s in zip(rows.tolist(), slot.tolist(), strict=True):  # in order: the last token of a row is its newest
+        newest[row] = s
+    is_open = (slot // fmt.group == newest[rows] // fmt.group) & (newest[rows] % fmt.group != fmt.group - 1)
+    _widen(bounds, page[is_open], tail.transpose(1, 2)[rows[is_open], slot[is_open] % fmt.group].float())
+
+
+def page_score(q: Tensor, bounds: Tensor, block_table: Tensor, seqlens: Tensor, *, page_size: int, scale: float) -> Tensor:
+    """The arguments are those of page_score.py. Sync: none."""
+    N, _, columns = block_table.shape
+    heads = max(block_table.shape[1], bounds.shape[1])
+    used = torch.arange(columns, device=q.device) < (seqlens.unsqueeze(-1) + page_size - 1) // page_size
+    ids, used = (x.expand(N, heads, columns) for x in (block_table, used))
+    head = torch.arange(heads, device=q.device).view(1, -1, 1) % bounds.shape[1]
+    if not bounds.shape[0]:
+        return q.new_full((N, heads, columns), -torch.inf, dtype=torch.float32)
+    # An fp16 bound may be infinite, and 0 * inf would be NaN.
+    edges = bounds[torch.where(used, ids, 0).long(), head].float().clamp(-_MAX, _MAX)
+    q = (q.float() * scale).view(q.shape[0], heads, -1, q.shape[-1]).repeat_interleave(N // q.shape[0], 0)
+    split = torch.stack((q.clamp_max(0), q.clamp_min(0)), -2)  # max(q lo, q hi) = min(q, 0) lo + max(q, 0) hi
+    scores = torch.einsum("nhged,nhced->nhgc", split, edges).amax(2).clamp_min(-_MAX)
+    return scores.masked_fill(~used, -torch.inf)
+
+
+def _widen(bounds: Tensor, page: Tensor, k: Tensor) -> None:
+    """Keys k [n, H, D] f32 into the bounds of their pages [n]; the others keep their bits."""
+    touched, index = torch.unique(page, return_inverse=True)
+    index = index.view(-1, 1, 1).expand_as(k)
+    low, high = bounds[touched].float().unbind(2)
+    bounds[touched, :, 0] = not_above(low.scatter_reduce(0, index, k, "amin"), bounds.dtype)
+    bounds[touched, :, 1] = -not_above(-high.scatter_reduce(0, index, k, "amax"), bounds.dtype)
+
+
+def not_above(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The largest number of a 16-bit dtype that is not above x; f32 as it is."""
+    nearest = x.to(dtype)
+    if dtype == torch.float32:
+        return nearest
+    bits = nearest.view(torch.int16)
+    # Sign and magnitude: towards -inf a positive number counts down, a negative one up; both zeros step to the smallest negative.
+    below = torch.where(bits & 0x7FFF == 0, -0x7FFF, torch.where(bits < 0, bits + 1, bits - 1)).to(torch.int16)
+    return torch.where(nearest.float() > x, below, bits).view(dtype)

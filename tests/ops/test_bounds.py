@@ -1,0 +1,165 @@
+"""page_bounds, page_score: no key escapes its page's bounds, no logit its page's score; compiled versions give the reference's bits."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pikv_ds import ops
+from pikv_ds.ops import library, ref_append, ref_formats
+from pikv_ds.ops.formats import FORMATS, PageFormat
+from tests.ops.cases import IMPLEMENTATIONS, call
+
+DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+P = 64  # page size
+
+
+class Grown:
+    """A store of two tables that grows in steps, with its bounds; pages come in no order."""
+
+    def __init__(self, name, dtype, heads=2, dim=32, latent=False, seed=0):
+        self.fmt = PageFormat(name, 1 if latent else heads, dim, dim, P, latent)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.pages = torch.full((12, self.fmt.record_bytes), 0xFF, dtype=torch.uint8)
+        self.bounds = torch.full((12, self.fmt.num_kv_heads, 2, dim), torch.nan, dtype=dtype)
+        self.table = torch.randperm(12, generator=self.generator).view(2, 6)
+        self.lens = [0, 0]
+        self.extra = {"tail": torch.zeros(2, self.fmt.num_kv_heads, P, dim, dtype=torch.bfloat16)} if self.fmt.grouped else {}
+
+    def step(self, count, implementation="torch", monkeypatch=None, scale=1.0):
+        """`count` new tokens, dealt to the tables or stored elsewhere."""
+        owner = torch.randint(3, (count,), generator=self.generator)
+        slots = torch.full((count,), -1, dtype=torch.int32)
+        for i, n in enumerate(owner.tolist()):
+            if n < 2 and self.lens[n] < 6 * P:
+                slots[i] = int(self.table[n, self.lens[n] // P]) * P + self.lens[n] % P
+                self.lens[n] += 1
+        k, v = (torch.randn(count, self.fmt.num_kv_heads, self.fmt.k_dim, generator=self.generator) * scale for _ in "kv")
+        rows = {"tail_rows": owner.clamp_max(1).int()} if self.extra else {}
+        ref_append.append(self.pages, self.fmt, k, v, torch.arange(count, dtype=torch.int32), slots, **self.extra, **rows)
+        arguments = (self.bounds, self.pages, slots, self.extra.get("tail"), rows.get("tail_rows"), *library.layout(self.fmt))
+        call("page_bounds", implementation, monkeypatch, *arguments)
+
+    def keys(self, n):
+        """Keys of table n as decode reads them, [H, len, D] f32."""
+        length, fmt = self.lens[n], self.fmt
+        used = self.pages[self.table[n, : -(-length // P)]]
+        k = ref_formats.decode_pages(used, fmt)[0].transpose(0, 1).flatten(1, 2)[:, :length].clone()
+        if fmt.grouped and length % fmt.group:
+            k[:, length - length % fmt.group :] = self.extra["tail"][n, :, : length % fmt.group].float()
+        return k
+
+
+@pytest.mark.parametrize("dtype", list(DTYPES))
+@pytest.mark.parametrize("name", list(FORMATS))
+def test_no_key_escapes_and_nothing_is_wider_than_it_must_be(name, dtype):
+    grown = Grown(name, DTYPES[dtype])
+    for count in (1, 3, 70, 1, 200, 5):
+        grown.step(count)
+    slack = 0.0 if name not in ("int8", "int4") else 6.0 / grown.fmt.traits.levels  # the codes beside the raw keys they replace
+    slack += {"f32": 0.0, "bf16": 2.0**-7, "f16": 2.0**-10}[dtype]
+    for n in range(2):
+        keys = grown.keys(n)
+        for column in range(-(-grown.lens[n] // P)):
+            page = keys[:, column * P : (column + 1) * P]
+            low, high = grown.bounds[grown.table[n, column]].float().unbind(1)
+            assert (low.unsqueeze(1) <= page).all() and (page <= high.unsqueeze(1)).all(), f"a key escapes from column {column}"
+            for found, edge in ((low, page.amin(1)), (high, page.amax(1))):
+                assert ((found - edge).abs() <= slack * (1 + edge.abs())).all(), f"column {column} is too wide"
+    untouched = [page for n in range(2) for page in grown.table[n, -(-grown.lens[n] // P) :].tolist()]
+    assert untouched and grown.bounds[untouched].isnan().all(), "an append touches the bounds of its own pages only"
+
+
+@pytest.mark.parametrize("latent", [False, True])
+@pytest.mark.parametrize("dtype", list(DTYPES))
+@pytest.mark.parametrize("name", list(FORMATS))
+def test_same_bits_as_the_reference(name, dtype, latent, monkeypatch):
+    stores = {which: Grown(name, DTYPES[dtype], latent=latent) for which in ("torch", "baseline")}
+    for step, count in enumerate((1, 3, 70, 1, 300, 5)):
+        for which, grown in stores.items():
+            grown.step(count, which, monkeypatch, scale=10.0 ** (step - 2))
+        bits = [grown.bounds.view(torch.uint8) for grown in stores.values()]
+        assert torch.equal(*bits), f"bounds differ after a step of {count}"
+
+
+def test_a_page_that_is_used_again_starts_anew():
+    fmt = PageFormat("fp32", 1, 8, 8, 4)
+    pages, bounds = ops.new_pages(fmt, 2), torch.full((2, 1, 2, 8), torch.nan)
+    for value in (100.0, 1.0):
+        slots = torch.tensor([1, 0], dtype=torch.int32)
+        k = torch.tensor([value, -value]).view(2, 1, 1).expand(2, 1, 8).contiguous()
+        ops.append(pages, fmt, k, k, slots, slots)
+        ops.page_bounds(bounds, pages, fmt, slots)
+        assert bounds[0, 0].tolist() == [[-value] * 8, [value] * 8] and bounds[1].isnan().all()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", list(DTYPES))
+@pytest.mark.parametrize("shape", ["heads", "shards", "head tables"])
+def test_scores_against_loops(shape, dtype, implementation, monkeypatch):
+    generator = torch.Generator().manual_seed(1)
+    draw = lambda *size: torch.randn(*size, generator=generator)  # noqa: E731
+    bound_heads, table_heads, N = {"heads": (3, 1, 4), "shards": (3, 1, 8), "head tables": (1, 3, 4)}[shape]
+    q = draw(4, 6, 40).to(DTYPES[dtype])
+    bounds = torch.stack((draw(9, bound_heads, 40), draw(9, bound_heads, 40)), 2).sort(2).values.to(DTYPES[dtype])
+    seqlens = torch.tensor([0, 1, 16, 17, 48, 33, 2, 31], dtype=torch.int32)[:N].view(N, 1).expand(N, table_heads).contiguous()
+    table = torch.randint(9, (N, table_heads, 4), generator=generator).int()
+    unused = torch.arange(4) >= (seqlens.unsqueeze(-1) + 15) // 16
+    table[unused] = 1 << 30  # must not be read
+    found = call("page_score", implementation, monkeypatch, q, bounds, table, seqlens, 16, 0.3)
+    for n in range(N):
+        for h in range(3):
+            for c in range(4):
+                if unused[n, h % table_heads, c]:
+                    assert found[n, h, c] == -torch.inf
+                    continue
+                low, high = bounds[table[n, h % table_heads, c], h % bound_heads].double()
+                own = 0.3 * q[n // (N // 4), 2 * h : 2 * h + 2].double()
+                expected = torch.maximum(own * low, own * high).sum(-1).max()
+                assert abs(found[n, h, c] - expected) < 1e-4, f"table {n}, head {h}, column {c}"
+
+
+@settings(max_examples=40)
+@given(
+    st.sampled_from(list(FORMATS)), st.sampled_from(list(DTYPES)), st.integers(0, 2**32), st.floats(-2, 6),
+    st.lists(st.integers(1, 90), min_size=1, max_size=5),
+)  # fmt: skip
+def test_no_logit_exceeds_the_score_of_its_page(name, dtype, seed, log_scale, steps):
+    """Also where keys leave fp16's range and an fp16 bound becomes infinite (fp16 pages themselves cannot hold such keys)."""
+    grown = Grown(name, DTYPES[dtype], seed=seed)
+    for count in steps:
+        grown.step(count, scale=10.0 ** min(log_scale, 4 if name == "fp16" else 6))
+    q = torch.randn(2, 8, 32, generator=grown.generator)
+    q[:, ::3, ::5] = 0
+    seqlens = torch.tensor(grown.lens, dtype=torch.int32).view(2, 1)
+    scores = ops.page_score(q, grown.bounds, grown.fmt, grown.table.int().unsqueeze(1), seqlens, scale=0.25)
+    assert not scores.isnan().any()
+    for n in range(2):
+        logits = 0.25 * torch.einsum("hgd,hld->hgl", q[n].view(2, 4, 32).double(), grown.keys(n).double())
+        for column in range(-(-grown.lens[n] // P)):
+            page = logits[..., column * P : (column + 1) * P].amax((1, 2))
+            assert (page <= scores[n, :, column] + 1e-5 * page.abs() + 1e-30).all(), f"column {column}: {page} > {scores[n, :, column]}"
+        assert (scores[n, :, -(-grown.lens[n] // P) :] == -torch.inf).all()
+
+
+def test_the_best_pages_by_score_hold_the_attention():
+    """What the scores are for: a quarter of the pages, chosen by score, holds nearly all of a peaked attention; the worst quarter none."""
+    generator = torch.Generator().manual_seed(0)
+    fmt = PageFormat("bf16", 1, 64, 64, 16)
+    topic = torch.randn(16, 1, 64, generator=generator)  # each page has its own
+    k = (topic + 0.1 * torch.randn(16, 16, 64, generator=generator)).view(256, 1, 64)
+    pages, bounds = ops.new_pages(fmt, 16), torch.empty(16, 1, 2, 64)
+    slots = torch.arange(256, dtype=torch.int32)
+    ops.append(pages, fmt, k, k, slots, slots)
+    ops.page_bounds(bounds, pages, fmt, slots)
+    q = 4 * topic[5].view(1, 1, 64)
+    table, seqlens = torch.arange(16, dtype=torch.int32).view(1, 1, 16), torch.tensor([[256]], dtype=torch.int32)
+    scores = ops.page_score(q, bounds, fmt, table, seqlens, scale=0.125)
+    _, whole, _ = ops.decode(q, pages, fmt, table, seqlens, scale=0.125)
+    mass = {}
+    for best in (True, False):
+        listed = scores.topk(4, -1, largest=best).indices.int()
+        _, lse, _ = ops.decode(q, pages, fmt, table, seqlens, scale=0.125, page_list=listed)
+        mass[best] = (lse - whole).exp().item()
+    print(mass)
+    assert mass[True] > 0.99 and mass[False] < 0.01
