@@ -8,6 +8,8 @@ Every op takes its record layout as seven arguments, `layout(fmt)`: format code,
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 
@@ -107,6 +109,21 @@ _FAKE = {
 }
 
 
+def _reference_on_device(name: str):
+    """What CUDA launchers call for a layout they have no kernel for."""
+
+    def call(q, pages, *args):
+        widths = next(args[i : i + 4] for i in range(len(args)) if type(args[i]) is int)  # format, num_kv_heads, k_dim, v_dim
+        warnings.warn(
+            f"pikv: no CUDA kernel for k_dim {widths[2]} and v_dim {widths[3]} (there are: up to 128, latent up to 576 / 512); "
+            f"{name} runs in plain torch, slower",
+            stacklevel=2,
+        )
+        return REFERENCE[name](q, pages, *args)
+
+    return call
+
+
 def _fallback(name: str):
     """The kernel below the compiled ones: load those on first use, else run the reference."""
 
@@ -126,3 +143,6 @@ for _name, _schema in SCHEMAS.items():
     _library.define(_name + _schema, tags=(torch.Tag.needs_fixed_stride_order,))
     _library.impl(_name, _fallback(_name), "CompositeExplicitAutograd")
     torch.library.register_fake(f"pikv::{_name}", _FAKE[_name], lib=_library)
+for _name in ("decode", "prefill_cached"):
+    _library.define(f"{_name}_reference{SCHEMAS[_name]}", tags=(torch.Tag.needs_fixed_stride_order,))
+    _library.impl(f"{_name}_reference", _reference_on_device(_name), "CompositeExplicitAutograd")
