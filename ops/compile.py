@@ -30,6 +30,10 @@ class BuildError(RuntimeError):
     """A tool is missing or failed; the message says which and how to go on."""
 
 
+class ToolMissing(BuildError):
+    """A compiler or package is not installed here."""
+
+
 @dataclass(frozen=True)
 class Source:
     path: str  # below csrc/
@@ -91,7 +95,7 @@ def library_key(library: Library, with_compiler: bool = True) -> str:
 def compiler_version(command: str) -> str:
     tool = shlex.split(command)[0]
     if shutil.which(tool) is None:
-        raise BuildError(f"{tool!r} was not found; install it (or set CXX for C++, CUDA_HOME for CUDA), or set PIKV_OPS=torch to do without")
+        raise ToolMissing(f"{tool!r} was not found; install it (or set CXX for C++, CUDA_HOME for CUDA), or set PIKV_OPS=torch to do without")
     return subprocess.run([*shlex.split(command), "--version"], capture_output=True, text=True, timeout=60, check=False).stdout
 
 

@@ -110,18 +110,24 @@ _FAKE = {
 
 
 def _reference_on_device(name: str):
-    """What CUDA launchers call for a layout they have no kernel for."""
+    """What the CUDA launchers call for a layout they have no kernel for; says so once per layout."""
 
-    def call(q, pages, *args):
-        widths = next(args[i : i + 4] for i in range(len(args)) if type(args[i]) is int)  # format, num_kv_heads, k_dim, v_dim
-        warnings.warn(
-            f"pikv: no CUDA kernel for k_dim {widths[2]} and v_dim {widths[3]} (there are: up to 128, latent up to 576 / 512); "
-            f"{name} runs in plain torch, slower",
-            stacklevel=2,
-        )
-        return REFERENCE[name](q, pages, *args)
+    def call(*args):
+        at = next(i for i, arg in enumerate(args) if type(arg) is int)  # the layout starts here: format, num_kv_heads, k_dim, v_dim, ...
+        fmt = _format(args[at : at + 7])
+        if fmt not in _without_kernel:
+            _without_kernel.add(fmt)
+            warnings.warn(
+                f"pikv: there is no CUDA kernel for k_dim {fmt.k_dim}, v_dim {fmt.v_dim} (only up to 128, and latent up to 576 and 512): "
+                f"{name} runs in plain torch, slower",
+                stacklevel=2,
+            )
+        return REFERENCE[name](*args)
 
     return call
+
+
+_without_kernel: set[PageFormat] = set()
 
 
 def _fallback(name: str):
