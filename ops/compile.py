@@ -30,6 +30,10 @@ class BuildError(RuntimeError):
     """A tool is missing or failed; the message says which and how to go on."""
 
 
+class ToolMissing(BuildError):
+    """A compiler or package is not installed here."""
+
+
 @dataclass(frozen=True)
 class Source:
     path: str  # below csrc/
@@ -43,6 +47,8 @@ class Library:
     flags: tuple[str, ...]
     sources: tuple[Source, ...]
     link_flags: tuple[str, ...] = ()
+    headers: tuple[str, ...] = ("cpu", "include")  # folders below csrc/ whose headers the key covers
+    keep_log: bool = False  # what the compiler printed, beside the library (.log)
 
 
 def cache_dir() -> Path:
@@ -87,7 +93,7 @@ def library_key(library: Library, with_compiler: bool = True) -> str:
     compiler = compiler_version(library.compiler) if with_compiler else ""
     for part in (torch.__version__, compiler, repr((library.flags, library.sources, library.link_flags))):
         digest.update(part.encode() + b"\0")
-    for path in sorted({CSRC / s.path for s in library.sources} | {p for p in CSRC.rglob("*") if p.suffix in _HEADERS}):
+    for path in sorted({CSRC / s.path for s in library.sources} | {p for folder in library.headers for p in (CSRC / folder).glob("*") if p.suffix in _HEADERS}):
         digest.update(str(path.relative_to(CSRC)).encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
 
@@ -95,7 +101,7 @@ def library_key(library: Library, with_compiler: bool = True) -> str:
 def compiler_version(command: str) -> str:
     tool = shlex.split(command)[0]
     if shutil.which(tool) is None:
-        raise BuildError(
+        raise ToolMissing(
             f"{tool!r} was not found; install it (or set CXX for C++, CUDA_HOME for CUDA), or set PIKV_OPS=torch to do without"
         )
     return subprocess.run([*shlex.split(command), "--version"], capture_output=True, text=True, timeout=60, check=False).stdout
@@ -140,14 +146,14 @@ def _locked(path: Path):
 
 def _compile(library: Library, target: Path) -> None:
     started = time.monotonic()
-    total, done = len(library.sources), []
+    total, done, logs = len(library.sources), [], {}
     _progress(f"building {library.name}, once per machine: {total} files")
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
 
         def one(numbered: tuple[int, Source]) -> str:
             number, source = numbered
             output = str(Path(folder) / f"{number}.o")
-            _run([*shlex.split(library.compiler), *library.flags, *source.flags, "-c", str(CSRC / source.path), "-o", output])
+            logs[number] = _run([*shlex.split(library.compiler), *library.flags, *source.flags, "-c", str(CSRC / source.path), "-o", output])
             done.append(source)
             _progress(f"building {library.name}: {len(done)}/{total} {source.path}")
             return output
@@ -160,16 +166,20 @@ def _compile(library: Library, target: Path) -> None:
         objects.reverse()
         linked = str(Path(folder) / target.name)
         _run([*shlex.split(library.compiler), "-shared", "-o", linked, *objects, *library.link_flags])
+        if library.keep_log:
+            target.with_suffix(".log").write_text("".join(logs[number] for number in sorted(logs)))
         os.replace(linked, target)
     _progress(f"built {library.name} in {time.monotonic() - started:.0f} s", last=True)
 
 
-def _run(command: list[str]) -> None:
+def _run(command: list[str]) -> str:
+    """What the command printed, both streams."""
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
         lines = result.stderr.strip().splitlines()
         shown = [line for line in lines if "error" in line or "undefined" in line][:5] or lines[-5:]
         raise BuildError(f"{Path(command[0]).name} failed (exit status {result.returncode}):\n" + "\n".join(shown))
+    return result.stdout + result.stderr
 
 
 def _progress(text: str, last: bool = False) -> None:

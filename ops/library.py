@@ -8,6 +8,8 @@ Every op takes its record layout as seven arguments, `layout(fmt)`: format code,
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 
@@ -136,6 +138,27 @@ _FAKE = {
 }
 
 
+def _reference_on_device(name: str):
+    """What the CUDA launchers call for a layout they have no kernel for; says so once per layout."""
+
+    def call(*args):
+        at = next(i for i, arg in enumerate(args) if type(arg) is int)  # the layout starts here: format, num_kv_heads, k_dim, v_dim, ...
+        fmt = _format(args[at : at + 7])
+        if fmt not in _without_kernel:
+            _without_kernel.add(fmt)
+            warnings.warn(
+                f"pikv: there is no CUDA kernel for k_dim {fmt.k_dim}, v_dim {fmt.v_dim} (only up to 128, and latent up to 576 and 512): "
+                f"{name} runs in plain torch, slower",
+                stacklevel=2,
+            )
+        return REFERENCE[name](*args)
+
+    return call
+
+
+_without_kernel: set[PageFormat] = set()
+
+
 def _fallback(name: str):
     """The kernel below the compiled ones: load those on first use, else run the reference."""
 
@@ -155,3 +178,6 @@ for _name, _schema in SCHEMAS.items():
     _library.define(_name + _schema, tags=(torch.Tag.needs_fixed_stride_order,))
     _library.impl(_name, _fallback(_name), "CompositeExplicitAutograd")
     torch.library.register_fake(f"pikv::{_name}", _FAKE[_name], lib=_library)
+for _name in ("decode", "prefill_cached"):
+    _library.define(f"{_name}_reference{SCHEMAS[_name]}", tags=(torch.Tag.needs_fixed_stride_order,))
+    _library.impl(f"{_name}_reference", _reference_on_device(_name), "CompositeExplicitAutograd")

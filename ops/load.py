@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from .compile import BuildError, build, cpu_library
+from .cuda_build import cuda_library, emu_library
 
 CHOICES = ("torch", "cpu", "cuda", "nvrtc", "emu")
 
@@ -29,7 +30,34 @@ def load_cpu() -> None:
     torch.ops.load_library(str(build(cpu_library())))
 
 
-BACKENDS: dict[str, Backend] = {"cpu": Backend("cpu", load_cpu)}
+def load_cuda() -> None:
+    torch.ops.load_library(str(build(cuda_library())))
+
+
+def load_emu() -> None:
+    """The CUDA kernels on the host, for CPU tensors."""
+    from . import library
+
+    define_emu()
+    for name in library.SCHEMAS:
+        library._library.impl(name, getattr(torch.ops.pikv_emu, name), "CPU")
+
+
+def define_emu() -> None:
+    """torch.ops.pikv_emu: the ops of `pikv` by the emulated kernels, beside whatever serves `pikv`. Builds if needed; raises BuildError."""
+    from . import library
+
+    if "pikv_emu" in _namespaces:
+        return
+    path = build(emu_library())
+    _namespaces["pikv_emu"] = torch.library.Library("pikv_emu", "DEF")
+    for name, schema in library.SCHEMAS.items():
+        _namespaces["pikv_emu"].define(name + schema, tags=(torch.Tag.needs_fixed_stride_order,))
+    torch.ops.load_library(str(path))
+
+
+_namespaces: dict[str, torch.library.Library] = {}  # torch forgets a Library that nobody holds
+BACKENDS: dict[str, Backend] = {"cpu": Backend("cpu", load_cpu), "cuda": Backend("cuda", load_cuda), "emu": Backend("cpu", load_emu)}
 _PREFERRED = {"cpu": ("cpu",), "cuda": ("cuda", "nvrtc")}
 _loaded: dict[str, str] = {}  # device type -> the implementation that serves it
 

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pikv_ds.ops import library, ref_append, ref_attend, ref_formats
+from pikv_ds.ops import library, load, ref_append, ref_attend, ref_formats
 from pikv_ds.ops.formats import PageFormat
 
-IMPLEMENTATIONS = ("torch", "baseline", "avx2", "avx512", "vnni")  # the reference, and the CPU version capped at an instruction set
+# The reference, the CPU version capped at an instruction set, the CUDA kernels under the host emulation.
+IMPLEMENTATIONS = ("torch", "baseline", "avx2", "avx512", "vnni", "emu")
 
 
 @dataclass
@@ -83,6 +84,9 @@ def run(case: Case, implementation: str, monkeypatch, *, window=0, page_list=Non
 def call(name: str, implementation: str, monkeypatch, *args):
     if implementation == "torch":
         return library.REFERENCE[name](*args)
+    if implementation == "emu":
+        load.define_emu()
+        return getattr(torch.ops.pikv_emu, name)(*args)
     monkeypatch.setenv("PIKV_CPU", implementation)
     return getattr(torch.ops.pikv, name)(*args)
 

@@ -4,8 +4,18 @@ import pytest
 import torch
 
 from pikv_ds import ops
-from pikv_ds.ops import library, ref_formats
+from pikv_ds.ops import library, load, ref_formats
 from pikv_ds.ops.formats import FORMATS, PageFormat
+
+COMPILED = pytest.mark.parametrize("compiled", ["cpu", "emu"])
+
+
+def _op(which, name):
+    if which == "torch":
+        return library.REFERENCE[name]
+    if which == "emu":
+        load.define_emu()
+    return getattr(torch.ops.pikv_emu if which == "emu" else torch.ops.pikv, name)
 
 
 def _store(fmt, num_pages, rows):
@@ -18,18 +28,19 @@ def _store(fmt, num_pages, rows):
 
 def _append(which, pages, fmt, k, v, positions, slots, extra, rows):
     args = (pages, extra.get("tail"), k, v, positions, slots, rows if extra else None, *library.layout(fmt))
-    (library.REFERENCE["append"] if which == "torch" else torch.ops.pikv.append)(*args)
+    _op(which, "append")(*args)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", list(FORMATS))
 @pytest.mark.parametrize("latent", [False, True])
-def test_same_bytes_as_the_reference(name, dtype, latent):
+@COMPILED
+def test_same_bytes_as_the_reference(name, dtype, latent, compiled):
     """Two requests whose tokens come interleaved, in steps of 1 to 150, some of them stored elsewhere (-1)."""
     generator = torch.Generator().manual_seed(3)
     heads, k_dim, v_dim = (1, 72, 64) if latent else (3, 40, 32)
     fmt = PageFormat(name, heads, k_dim, v_dim, 64, latent)
-    stores = {which: _store(fmt, 12, 2) for which in ("torch", "cpu")}
+    stores = {which: _store(fmt, 12, 2) for which in ("torch", compiled)}
     lens = [0, 0]
     for step in (1, 5, 70, 1, 1, 150, 60, 1):
         owner = torch.randint(3, (step,), generator=generator)  # 2: not here
@@ -42,26 +53,27 @@ def test_same_bytes_as_the_reference(name, dtype, latent):
         v = torch.randn(step, heads, v_dim, generator=generator).to(dtype)
         for which, (pages, extra) in stores.items():
             _append(which, pages, fmt, k, v, positions, slots.int(), extra, owner.clamp_max(1).int())
-        assert torch.equal(stores["torch"][0], stores["cpu"][0]), f"records differ after a step of {step}"
+        assert torch.equal(stores["torch"][0], stores[compiled][0]), f"records differ after a step of {step}"
         if fmt.grouped:
-            assert torch.equal(stores["torch"][1]["tail"], stores["cpu"][1]["tail"])
+            assert torch.equal(stores["torch"][1]["tail"], stores[compiled][1]["tail"])
     assert max(lens) > 64
 
 
 @pytest.mark.parametrize("name", list(FORMATS))
 @pytest.mark.parametrize("scale", [1e-6, 1e-3, 1.0, 1e4])
-def test_encoders_agree_at_every_magnitude(name, scale):
+@COMPILED
+def test_encoders_agree_at_every_magnitude(name, scale, compiled):
     fmt = PageFormat(name, 1, 64, 64, 64)
     k = torch.randn(64, 1, 64, generator=torch.Generator().manual_seed(1)) * scale
     k[3] = 0
     k[5, 0, ::2] = torch.tensor([448.0, 224.0, 1.0, 17.0]).repeat(8) * scale
     found = {}
-    for which in ("torch", "cpu"):
+    for which in ("torch", compiled):
         pages, extra = _store(fmt, 1, 1)
         rows = torch.zeros(64, dtype=torch.int32)
         _append(which, pages, fmt, k, k, torch.arange(64, dtype=torch.int32), torch.arange(64, dtype=torch.int32), extra, rows)
         found[which] = pages
-    different = (found["torch"] != found["cpu"]).nonzero()
+    different = (found["torch"] != found[compiled]).nonzero()
     assert not different.numel(), f"first difference at byte {different[0].tolist()} of head {fmt.head}"
 
 
@@ -83,38 +95,42 @@ def test_a_wrong_slot_is_readable():
     assert int((stored >= 0).sum()) == 4
 
 
-@pytest.mark.parametrize("which", ["torch", "cpu"])
+@pytest.mark.parametrize("which", ["torch", "cpu", "emu"])
 def test_migrate_moves_whole_records(which):
     fmt = PageFormat("int4", 2, 32, 32, 64)
     source = torch.randint(0, 256, (5, fmt.record_bytes), dtype=torch.uint8)
     target = torch.zeros(4, fmt.record_bytes, dtype=torch.uint8)
     to, at = torch.tensor([3, -1, 0], dtype=torch.int32), torch.tensor([4, 2, 1], dtype=torch.int32)
-    (library.REFERENCE["migrate"] if which == "torch" else torch.ops.pikv.migrate)(target, source, to, at)
+    _op(which, "migrate")(target, source, to, at)
     assert torch.equal(target[3], source[4]) and torch.equal(target[0], source[1]) and not target[1:3].any()
 
 
-def test_merge_is_associative_and_order_free():
+@COMPILED
+def test_merge_is_associative_and_order_free(compiled):
+    merge = _op(compiled, "merge")
     generator = torch.Generator().manual_seed(0)
     out, lse = torch.randn(5, 3, 4, 16, generator=generator), torch.randn(5, 3, 4, generator=generator) * 20
     lse[:, 0, 0] = -torch.inf
     lse[1:4] = torch.where(torch.rand(3, 3, 4, generator=generator) < 0.5, -torch.inf, lse[1:4])
     out = torch.where(lse.isinf().unsqueeze(-1), 0.0, out)
-    whole = ops.merge(out, lse)
+    whole = merge(out, lse)
     expected = ops.merge_partials(out.double(), lse.double())
     torch.testing.assert_close(whole[0].double(), expected[0], rtol=1e-6, atol=1e-6)
     order = torch.tensor([3, 1, 4, 0, 2])
-    left = ops.merge(out[order[:2]].contiguous(), lse[order[:2]].contiguous())
-    right = ops.merge(out[order[2:]].contiguous(), lse[order[2:]].contiguous())
-    again = ops.merge(torch.stack([right[0], left[0]]), torch.stack([right[1], left[1]]))
+    left = merge(out[order[:2]].contiguous(), lse[order[:2]].contiguous())
+    right = merge(out[order[2:]].contiguous(), lse[order[2:]].contiguous())
+    again = merge(torch.stack([right[0], left[0]]), torch.stack([right[1], left[1]]))
     torch.testing.assert_close(again, whole, rtol=1e-6, atol=1e-6)
     assert whole[1][0, 0] == -torch.inf and not whole[0][0, 0].any()
 
 
 @pytest.mark.parametrize("num_bytes", [0, 8, 1000, 4096, 3 << 20])
-def test_checksum_of_the_reference_and_compiled_agree(num_bytes):
+@COMPILED
+def test_checksum_of_the_reference_and_compiled_agree(num_bytes, compiled):
+    checksum = _op(compiled, "checksum")
     data = torch.randint(0, 256, (num_bytes,), dtype=torch.uint8)
     expected = library.REFERENCE["checksum"](data)
-    assert ops.checksum(data) == expected
+    assert checksum(data) == expected
     if num_bytes:
         data[num_bytes // 2] ^= 4
-        assert ops.checksum(data) != expected
+        assert checksum(data) != expected

@@ -3,15 +3,19 @@
 import pytest
 import torch
 
-from pikv_ds.ops import library
+from pikv_ds.ops import library, load
 from pikv_ds.ops.formats import PageFormat
 from tests.ops.cases import make_case
 
-BOTH = pytest.mark.parametrize("which", ["torch", "cpu"])
+ALL = pytest.mark.parametrize("which", ["torch", "cpu", "emu"])
 
 
 def _op(which, name):
-    return library.REFERENCE[name] if which == "torch" else getattr(torch.ops.pikv, name)
+    if which == "torch":
+        return library.REFERENCE[name]
+    if which == "emu":
+        load.define_emu()
+    return getattr(torch.ops.pikv_emu if which == "emu" else torch.ops.pikv, name)
 
 
 def _decode(which, case, **change):
@@ -42,7 +46,7 @@ DECODE = {
 }
 
 
-@BOTH
+@ALL
 @pytest.mark.parametrize("what", list(DECODE))
 def test_decode(which, what):
     case = make_case(lens=(20, 5))
@@ -52,7 +56,7 @@ def test_decode(which, what):
     assert message in str(error.value)
 
 
-@BOTH
+@ALL
 def test_grouped_formats_need_their_tail(which):
     case = make_case("int8", lens=(20,))
     with pytest.raises(RuntimeError, match="int8 pages need tail and tail_rows"):
@@ -72,7 +76,7 @@ APPEND = {
 }
 
 
-@BOTH
+@ALL
 @pytest.mark.parametrize("what", list(APPEND))
 def test_append(which, what):
     fmt = PageFormat("int4", 2, 32, 32, 64)
@@ -85,7 +89,7 @@ def test_append(which, what):
     assert message in str(error.value)
 
 
-@BOTH
+@ALL
 def test_merge_and_migrate(which):
     with pytest.raises(RuntimeError, match="merge needs float32 partials, got torch.float64"):
         _op(which, "merge")(torch.zeros(2, 3, 8, dtype=torch.float64), torch.zeros(2, 3))

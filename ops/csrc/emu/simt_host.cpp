@@ -13,6 +13,7 @@
 namespace simt {
 
 Fiber* current;
+int vote;
 uint3 block_index;
 dim3 block_dim, grid_dim;
 
@@ -184,6 +185,7 @@ void exchange(unsigned mask, void* value, size_t bytes, int source, Site site) {
 
 const char* run(dim3 grid, dim3 block, size_t shared_bytes, void (*body)(void*), void* argument) {
   message[0] = 0;
+  vote = 0;
   grid_dim = grid, block_dim = block, kernel = body, kernel_argument = argument;
   const int count = block.x * block.y * block.z;
   while ((int)threads.size() < count) {

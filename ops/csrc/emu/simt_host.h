@@ -1,7 +1,7 @@
 // Runs CUDA kernel text on the host, for tests: one fiber per thread of a block, blocks one after another.
 //
 // Include this before the kernels, compile with g++ and -DPK_HOST_EMU, and launch with simt::launch. It knows what the kernels here use:
-// 3-D grids, dynamic shared memory, __syncthreads, __syncwarp, __shfl_*_sync, atomics, __trap. What it reports instead of computing:
+// 3-D grids, dynamic shared memory, __syncthreads and its vote, __syncwarp, __shfl_*_sync, atomics, __trap. What it reports instead of computing:
 //   - a __syncthreads that some threads do not reach, or that threads reach at different lines;
 //   - a shuffle that some lanes of the warp do not reach, a mask that is not the whole warp, a source lane outside the warp.
 // Shared memory starts as NaN in every block, and fibers run in order or in reverse, so a missing barrier gives a wrong result in at least
@@ -45,6 +45,7 @@ struct Fiber {
 };
 
 extern Fiber* current;
+extern int vote;  // of __syncthreads_or
 extern uint3 block_index;
 extern dim3 block_dim, grid_dim;
 
@@ -75,6 +76,16 @@ const char* launch(dim3 grid, dim3 block, size_t shared_bytes, F body) {
 #define PK_SITE const char *file = __builtin_FILE(), int line = __builtin_LINE()
 
 inline void __syncthreads(PK_SITE) { simt::wait_block({file, line}); }
+// Three barriers: all have voted, all have read, the next vote starts from zero.
+inline int __syncthreads_or(int predicate, PK_SITE) {
+  simt::vote |= predicate != 0;
+  simt::wait_block({file, line});
+  const int any = simt::vote;
+  simt::wait_block({file, line});
+  simt::vote = 0;
+  simt::wait_block({file, line});
+  return any;
+}
 [[noreturn]] inline void __trap(PK_SITE) { simt::fail("__trap", {file, line}); }
 
 inline void __syncwarp(unsigned mask = 0xffffffffu, PK_SITE) {
@@ -102,6 +113,16 @@ template <class T>
 T __ldg(const T* p) { return *p; }
 inline float __uint_as_float(unsigned u) { float x; std::memcpy(&x, &u, 4); return x; }
 inline unsigned __float_as_uint(float x) { unsigned u; std::memcpy(&u, &x, 4); return u; }
+inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
+  const uint64_t bytes = (uint64_t)y << 32 | x;
+  unsigned result = 0;
+  for (int i = 0; i < 4; ++i) result |= (unsigned)(bytes >> 8 * (selector >> 4 * i & 7) & 0xff) << 8 * i;
+  return result;
+}
+// One rounding each: compile kernels with -ffp-contract=off.
+inline float __fsub_rn(float a, float b) { return a - b; }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fdiv_rn(float a, float b) { return a / b; }
 inline int min(int a, int b) { return a < b ? a : b; }
 inline int max(int a, int b) { return a > b ? a : b; }
 

@@ -1,0 +1,35 @@
+// The kernels that are no templates.
+#include "launch.h"
+
+#include "../kernels/params.cuh"
+#include "../kernels/common.cuh"
+#include "../kernels/numbers.cuh"
+#include "../kernels/append.cuh"
+#include "../kernels/merge.cuh"
+#include "../kernels/pages.cuh"
+#include "kernels.h"
+
+namespace pikv {
+
+const char* launch_merge(const Merge& m, Stream stream) {
+  return launch(merge_kernel, dim3((unsigned)((m.rows + kWarps - 1) / kWarps)), kBlock, 0, stream, m);
+}
+
+const char* launch_append(const Append& a, Stream stream) {
+  const unsigned T = (unsigned)a.T, H = (unsigned)a.f.num_kv_heads;
+  const char* fault = launch(append_rows_kernel, dim3((unsigned)(((long long)T * H + kWarps - 1) / kWarps)), kBlock, 0, stream, a);
+  if (fault || !format_grouped(a.f.format)) return fault;
+  fault = launch(append_groups_kernel, dim3(T, H), kBlock, a.f.group * sizeof(int), stream, a);
+  return fault ? fault : launch(append_tail_kernel, dim3(T), kBlock, 0, stream, a);
+}
+
+const char* launch_migrate(const Migrate& m, long long count, Stream stream) {
+  const long long parts = (m.record_bytes / 16 + 4 * kBlock - 1) / (4 * kBlock);
+  return launch(migrate_kernel, dim3((unsigned)count, (unsigned)(parts < 1 ? 1 : parts > 64 ? 64 : parts)), kBlock, 0, stream, m);
+}
+
+const char* launch_checksum(const Checksum& c, int num_blocks, Stream stream) {
+  return launch(checksum_kernel, dim3((unsigned)num_blocks), kBlock, 0, stream, c);
+}
+
+}  // namespace pikv

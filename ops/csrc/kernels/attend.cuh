@@ -1,0 +1,359 @@
+// Attention of up to Tile::rows query rows to the pages of one block table and kv head: decode and prefill_cached.
+//
+// A block of 4 warps serves one (table, kv head, split, pass): every warp takes pages of its own and keeps a running softmax over them, and
+// the four are merged at the end. A group with more rows takes several passes, so that registers do not grow with it. A lane holds 8
+// neighbouring columns of each of its chunks, the lanes of a token lie side by side. Lengths are read here and nowhere on the host.
+
+namespace pikv {
+
+// WIDTH: the largest k_dim and v_dim served, 32, 64 or 128; 576 = latent (k_dim up to 576, v_dim up to 512, values are key columns).
+// STEPS: tokens a lane works on together, 0 = chosen here.
+template <int FORMAT, int WIDTH, int STEPS = 0>
+struct Tile {
+  static constexpr bool latent = WIDTH == 576;
+  static constexpr bool grouped = FORMAT == kInt8 || FORMAT == kInt4;
+  static constexpr int rows = latent ? 2 : 4;
+  static constexpr int lanes = latent ? 32 : WIDTH / 8;  // of a token
+  static constexpr int key_chunks = latent ? 3 : 1;      // of a lane
+  static constexpr int value_chunks = latent ? 2 : 1;
+  static constexpr int value_width = latent ? 512 : WIDTH;
+  static constexpr int words = Words<FORMAT>::count;
+  // Tokens of a lane that are in flight together: as many as 168 registers allow.
+  static constexpr bool wide = FORMAT == kFp32 || grouped;
+  static constexpr int steps = STEPS ? STEPS : latent ? (wide ? 1 : 2) : wide ? 2 : 4;
+  static constexpr int tokens = steps * (32 / lanes);
+  // Floats of shared memory: out, maximum and sum of every warp and row; in front, for page_lse, maximum and sum of every thread and row.
+  static constexpr int page_floats = 2 * rows * kBlock;
+  static constexpr int shared = page_floats + kWarps * rows * (value_width + 2);
+};
+
+__device__ __forceinline__ float half_of(const unsigned* pairs, int i) { return half_to_float(i % 2 ? pairs[i / 2] >> 16 : pairs[i / 2] & 0xffffu); }
+
+// One (table, head): where it lies, resolved once.
+struct Place {
+  const unsigned char* head;  // section of the kv head in the page being read
+  const int* positions;       // of that page
+  long long tail;             // element of the tail where this head starts
+  int request;
+};
+
+// Scale and zero of 8 columns, as the fp16 pairs they are stored as.
+struct Grid {
+  unsigned scale[4], zero[4];
+
+  __device__ __forceinline__ void load(const Attend& a, const Place& place, long long group_start, int d) {
+    if (d >= a.f.k_dim) return;
+    load_words<4>(place.head + a.f.k_scale + 2 * (group_start + d), scale);
+    load_words<4>(place.head + a.f.k_zero + 2 * (group_start + d), zero);
+  }
+};
+
+template <class T, int FORMAT>
+struct Keys {
+  unsigned word[T::steps][T::key_chunks][T::words];
+  unsigned scale[T::steps];  // fp8: of the token
+
+  __device__ __forceinline__ void load(const Attend& a, const Place& place, int t, int step, int column, bool valid) {
+    scale[step] = 0;
+    const unsigned char* row = place.head + a.f.k + (long long)t * a.f.k_row_bytes;
+#pragma unroll
+    for (int c = 0; c < T::key_chunks; ++c) {
+      const int d = column + 256 * c;
+#pragma unroll
+      for (int i = 0; i < T::words; ++i) word[step][c][i] = 0;
+      if (valid && d < a.f.k_dim) load_words<T::words>(row + d / 8 * (4 * T::words), word[step][c]);
+    }
+    if (FORMAT == kFp8 && valid) scale[step] = __ldg(reinterpret_cast<const unsigned short*>(place.head + a.f.k_scale) + t);
+  }
+
+  __device__ __forceinline__ void floats(int step, int chunk, const Grid& grid, float* x) const {
+    unpack<FORMAT>(word[step][chunk], x);
+    if constexpr (T::grouped) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) x[i] = x[i] * half_of(grid.scale, i) + half_of(grid.zero, i);
+    } else if constexpr (FORMAT == kFp8) {
+      const float s = half_to_float(scale[step]);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) x[i] *= s;
+    }
+  }
+};
+
+// Raw keys of the group that is not full: 8 columns of one token.
+__device__ __forceinline__ void tail_floats(const Attend& a, const Place& place, int t, int d, bool valid, float* x) {
+  const long long from = place.tail + (long long)(t % a.f.group) * a.f.k_dim + d;
+  unsigned w[8] = {};
+  if (a.tail_type == kFp32) {
+    if (valid && d < a.f.k_dim) load_words<8>(static_cast<const unsigned char*>(a.tail) + 4 * from, w);
+    unpack<kFp32>(w, x);
+    return;
+  }
+  if (valid && d < a.f.k_dim) load_words<4>(static_cast<const unsigned char*>(a.tail) + 2 * from, w);
+  if (a.tail_type == kBf16) unpack<kBf16>(w, x);
+  else unpack<kFp16>(w, x);
+}
+
+template <class T, int FORMAT>
+struct Values {
+  unsigned word[T::steps][T::words];
+  unsigned scale[T::steps];  // of the token, fp16; the zero in the upper half
+
+  __device__ __forceinline__ void load(const Attend& a, const Place& place, int t, int step, int column, bool valid) {
+    scale[step] = 0;
+#pragma unroll
+    for (int i = 0; i < T::words; ++i) word[step][i] = 0;
+    if (valid && column < a.f.v_dim)
+      load_words<T::words>(place.head + a.f.v + (long long)t * a.f.v_row_bytes + column / 8 * (4 * T::words), word[step]);
+    if ((T::grouped || FORMAT == kFp8) && valid) scale[step] = __ldg(reinterpret_cast<const unsigned short*>(place.head + a.f.v_scale) + t);
+    if (T::grouped && valid) scale[step] |= (unsigned)__ldg(reinterpret_cast<const unsigned short*>(place.head + a.f.v_zero) + t) << 16;
+  }
+
+  __device__ __forceinline__ void floats(int step, float* x) const {
+    unpack<FORMAT>(word[step], x);
+    if constexpr (T::grouped || FORMAT == kFp8) {
+      const float s = half_to_float(scale[step] & 0xffffu), z = half_to_float(scale[step] >> 16);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) x[i] = x[i] * s + z;
+    }
+  }
+};
+
+// The running softmax of the rows of a block, in powers of two: out = acc / sum, lse = (top + log2 sum) ln 2. `sum` counts the tokens of
+// this lane only.
+template <class T>
+struct Running {
+  float top[T::rows], sum[T::rows], acc[T::rows][T::value_chunks][8];
+};
+
+__device__ __forceinline__ float finite_or_zero(float top) { return top == minus_infinity() ? 0.0f : top; }
+
+// TAIL: the keys are raw, in the tail; few tokens of each sequence are, so one at a time will do.
+template <int FORMAT, int WIDTH, bool TAIL>
+__device__ __forceinline__ void add_span(const Attend& a, const Place& place, int start, int stop, int first_row, int num_rows,
+                                         const float (*q)[Tile<FORMAT, WIDTH>::key_chunks][8], Running<Tile<FORMAT, WIDTH>>& run, float* page) {
+  using T = Tile<FORMAT, WIDTH, TAIL ? 1 : 0>;
+  const int lane = threadIdx.x % 32, column = lane % T::lanes * 8, sub = lane / T::lanes;
+  const long long grid = (long long)(start / a.f.group) * a.f.k_dim;
+  Grid kept = {};
+  if constexpr (T::grouped && !T::latent && !TAIL) kept.load(a, place, grid, column);
+#pragma unroll 1
+  for (int t0 = start; t0 < stop; t0 += T::tokens) {
+    Keys<T, FORMAT> keys;
+    Values<T, FORMAT> values;
+    float score[T::steps][T::rows], x[8];
+    const auto key_floats = [&](int step, int c) {
+      Grid used = kept;  // a latent lane has too many columns to keep theirs in registers: read again, from L1
+      if constexpr (T::grouped && T::latent) used.load(a, place, grid, column + 256 * c);
+      keys.floats(step, c, used, x);
+    };
+#pragma unroll
+    for (int step = 0; step < T::steps; ++step) {
+      const int t = t0 + step * (32 / T::lanes) + sub;
+      if constexpr (!TAIL) keys.load(a, place, t, step, column, t < stop);
+      if constexpr (!T::latent) values.load(a, place, t, step, column, t < stop);
+    }
+#pragma unroll
+    for (int step = 0; step < T::steps; ++step) {
+      const int t = t0 + step * (32 / T::lanes) + sub;
+      const bool valid = t < stop;
+      const int position = valid && (a.window || a.causal) ? __ldg(place.positions + t) : 0;
+#pragma unroll
+      for (int g = 0; g < T::rows; ++g) score[step][g] = 0;
+#pragma unroll
+      for (int c = 0; c < T::key_chunks; ++c) {
+        if constexpr (TAIL) tail_floats(a, place, t, column + 256 * c, valid, x);
+        else key_floats(step, c);
+#pragma unroll
+        for (int g = 0; g < T::rows; ++g) {
+          if (g >= num_rows) continue;
+#pragma unroll
+          for (int i = 0; i < 8; ++i) score[step][g] += q[g][c][i] * x[i];
+        }
+      }
+#pragma unroll
+      for (int g = 0; g < T::rows; ++g) {
+        if (g >= num_rows) continue;
+        const float s = lane_sum<1, T::lanes / 2>(score[step][g]);
+        bool visible = valid;
+        if (a.window || a.causal) {
+          const long long asked = at(a.asked, place.request * a.T + (first_row + g) / a.G);
+          visible = valid && !(a.causal && position > asked) && !(a.window && position <= asked - a.window);
+        }
+        score[step][g] = visible ? s : minus_infinity();
+      }
+    }
+#pragma unroll
+    for (int g = 0; g < T::rows; ++g) {
+      if (g >= num_rows) continue;
+      float top = score[0][g];
+#pragma unroll
+      for (int step = 1; step < T::steps; ++step) top = fmaxf(top, score[step][g]);
+      top = lane_max<T::lanes, 16>(top);
+      if (a.page_lse) {
+        float* state = page + 2 * g * kBlock;
+        const float highest = fmaxf(state[0], top), base = finite_or_zero(highest);
+        float sum = state[kBlock] * exp2f(state[0] - base);
+#pragma unroll
+        for (int step = 0; step < T::steps; ++step) sum += exp2f(score[step][g] - base);
+        state[0] = highest, state[kBlock] = sum;
+      }
+      const float highest = fmaxf(run.top[g], top), base = finite_or_zero(highest), shrink = exp2f(run.top[g] - base);
+      run.top[g] = highest;
+      run.sum[g] *= shrink;
+#pragma unroll
+      for (int c = 0; c < T::value_chunks; ++c)
+#pragma unroll
+        for (int i = 0; i < 8; ++i) run.acc[g][c][i] *= shrink;
+#pragma unroll
+      for (int step = 0; step < T::steps; ++step) {
+        score[step][g] = exp2f(score[step][g] - base);
+        run.sum[g] += score[step][g];
+      }
+    }
+#pragma unroll
+    for (int step = 0; step < T::steps; ++step) {
+      const int t = t0 + step * (32 / T::lanes) + sub;
+#pragma unroll
+      for (int c = 0; c < T::value_chunks; ++c) {
+        if constexpr (!T::latent) values.floats(step, x);
+        else if constexpr (TAIL) tail_floats(a, place, t, column + 256 * c, t < stop, x);
+        else key_floats(step, c);
+#pragma unroll
+        for (int g = 0; g < T::rows; ++g) {
+          if (g >= num_rows) continue;
+#pragma unroll
+          for (int i = 0; i < 8; ++i) run.acc[g][c][i] += score[step][g] * x[i];
+        }
+      }
+    }
+  }
+}
+
+// Lane 0 writes the lse of the page it has the state of (null = not read). `more`: to the lse already there.
+template <class T>
+__device__ __forceinline__ void write_page_lse(const Attend& a, int n, int h, int first_row, int num_rows, int c, const float* page, bool more = false) {
+#pragma unroll 1
+  for (int g = 0; g < num_rows; ++g) {
+    const int m = first_row + g;
+    float* to = a.page_lse + (((long long)n * a.T + m / a.G) * a.H * a.G + (long long)h * a.G + m % a.G) * a.num_columns + c;
+    float sum = page ? lane_sum<T::lanes, 16>(page[(2 * g + 1) * kBlock]) : 0.0f, top = page ? page[2 * g * kBlock] : minus_infinity();
+    if (threadIdx.x % 32) continue;
+    if (more) {
+      const float before = *to * 1.4426950408889634f, highest = fmaxf(top, before), base = finite_or_zero(highest);
+      sum = sum * exp2f(top - base) + exp2f(before - base), top = highest;
+    }
+    *to = (top + log2f(sum)) * 0.6931471805599453f;  // log2 0 = -inf
+  }
+}
+
+// Grid: x = (table, kv head, pass), passes fastest so that they find the pages in L2; y = split.
+template <int FORMAT, int WIDTH>
+__global__ void __launch_bounds__(kBlock, 3) attend_kernel(const Attend a) {
+  using T = Tile<FORMAT, WIDTH>;
+  PK_SHARED(shared);
+  float* page = shared + threadIdx.x;  // of this thread: no barrier
+  shared += T::page_floats;
+  const float ln2 = 0.6931471805599453f;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, column = lane % T::lanes * 8;
+  const int M = a.T * a.G, passes = (M + T::rows - 1) / T::rows;
+  const int first_row = (int)(blockIdx.x % passes) * T::rows, num_rows = min(T::rows, M - first_row);
+  const int h = (int)(blockIdx.x / passes % a.H), n = (int)(blockIdx.x / passes / a.H), split = (int)blockIdx.y;
+  const long long all_heads = (long long)a.H * a.G;
+  float q[T::rows][T::key_chunks][8];
+  Running<T> run;
+#pragma unroll
+  for (int g = 0; g < T::rows; ++g) {
+    const int m = first_row + g, request = n / a.S;
+    const bool present = g < num_rows;
+    const long long row = ((long long)request * a.T + m / a.G) * all_heads + (long long)h * a.G + m % a.G;
+    run.top[g] = minus_infinity(), run.sum[g] = 0;
+#pragma unroll
+    for (int c = 0; c < T::key_chunks; ++c)
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const int d = column + 256 * c + i;
+        q[g][c][i] = present && d < a.f.k_dim ? load_float(a.q, a.q_type, row * a.f.k_dim + d) * (a.scale * 1.4426950408889634f) : 0.0f;
+      }
+#pragma unroll
+    for (int c = 0; c < T::value_chunks; ++c)
+#pragma unroll
+      for (int i = 0; i < 8; ++i) run.acc[g][c][i] = 0;
+  }
+  const int P = a.f.page_size, segment = T::grouped ? a.f.group : P, own_head = a.f.num_kv_heads == 1 ? 0 : h;
+  const int len = at(a.seqlens, (long long)n * a.seqlen_heads + (a.seqlen_heads == 1 ? 0 : h));
+  const int limit = T::grouped ? len - len % segment : len;  // entries from here on are in the tail
+  const long long table = ((long long)n * a.table_heads + (a.table_heads == 1 ? 0 : h)) * a.max_pages;
+  const long long list = ((long long)n * a.list_heads + (a.list_heads == 1 ? 0 : h)) * a.num_columns;
+  Place place = {nullptr, nullptr, 0, n / a.S};
+  if (T::grouped)
+    place.tail = ((long long)at(a.tail_rows, (long long)n * a.tail_heads + (a.tail_heads == 1 ? 0 : h)) * a.f.num_kv_heads + own_head) * segment * a.f.k_dim;
+  const int used = a.list.data ? a.num_columns : min(a.num_columns, (len + P - 1) / P);
+  const int per = (used + a.splits - 1) / a.splits, begin = min(used, split * per), end = min(used, begin + per);
+  int tail_column = -1;  // which of my columns holds tokens whose keys are in the tail
+  const auto enter_page = [&](int page_column) {
+    const unsigned char* record = a.pages + (long long)at(a.table, table + page_column) * a.f.record_bytes;
+    place.head = record + own_head * a.f.head_bytes;
+    place.positions = reinterpret_cast<const int*>(record + a.f.positions);
+    if (a.page_lse)
+      for (int g = 0; g < T::rows; ++g) page[2 * g * kBlock] = minus_infinity(), page[(2 * g + 1) * kBlock] = 0;
+  };
+#pragma unroll 1
+  for (int c = begin + warp; c < end; c += kWarps) {
+    const int page_column = a.list.data ? at(a.list, list + c) : c;
+    const int count = page_column < 0 ? 0 : min(P, limit - page_column * P);
+    if (T::grouped && page_column >= 0 && limit < len && limit / P == page_column) tail_column = c;
+    if (count > 0) {
+      enter_page(page_column);
+#pragma unroll 1
+      for (int first = 0; first < count; first += segment)
+        add_span<FORMAT, WIDTH, false>(a, place, first, min(count, first + segment), first_row, num_rows, q, run, page);
+    }
+    if (a.page_lse) write_page_lse<T>(a, n, h, first_row, num_rows, c, count > 0 ? page : nullptr);
+  }
+  if constexpr (T::grouped) {
+    if (tail_column >= 0) {
+      enter_page(limit / P);
+      add_span<FORMAT, WIDTH, true>(a, place, limit % P, len - limit / P * P, first_row, num_rows, q, run, page);
+      if (a.page_lse) write_page_lse<T>(a, n, h, first_row, num_rows, tail_column, page, true);
+    }
+  }
+  if (a.page_lse)  // columns beyond the length belong to no split
+    for (int c = used + split; c < a.num_columns; c += a.splits)
+      if (threadIdx.x < num_rows) {
+        const int m = first_row + threadIdx.x;
+        a.page_lse[(((long long)n * a.T + m / a.G) * all_heads + (long long)h * a.G + m % a.G) * a.num_columns + c] = minus_infinity();
+      }
+  float* warp_top = shared + kWarps * T::rows * T::value_width;
+  float* warp_sum = warp_top + kWarps * T::rows;
+#pragma unroll
+  for (int g = 0; g < T::rows; ++g) {
+    if (g >= num_rows) continue;
+    const float sum = lane_sum<T::lanes, 16>(run.sum[g]);
+    if (lane == 0) warp_top[warp * T::rows + g] = run.top[g], warp_sum[warp * T::rows + g] = sum;
+#pragma unroll
+    for (int c = 0; c < T::value_chunks; ++c)
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const float x = lane_sum<T::lanes, 16>(run.acc[g][c][i]);
+        if (lane < T::lanes) shared[(warp * T::rows + g) * T::value_width + column + 256 * c + i] = x;
+      }
+  }
+  __syncthreads();
+  const long long partial = (long long)(n % a.S * a.splits + split) * (a.R * (long long)a.T * all_heads);
+  for (int j = threadIdx.x; j < num_rows * a.f.v_dim; j += kBlock) {
+    const int g = j / a.f.v_dim, d = j % a.f.v_dim, m = first_row + g;
+    float top = minus_infinity(), sum = 0, out = 0;
+    for (int w = 0; w < kWarps; ++w) top = fmaxf(top, warp_top[w * T::rows + g]);
+    const float base = finite_or_zero(top);
+    for (int w = 0; w < kWarps; ++w) {
+      const float weight = exp2f(warp_top[w * T::rows + g] - base);
+      sum += weight * warp_sum[w * T::rows + g];
+      out += weight * shared[(w * T::rows + g) * T::value_width + d];
+    }
+    const long long row = partial + ((long long)(n / a.S) * a.T + m / a.G) * all_heads + (long long)h * a.G + m % a.G;
+    a.out[row * a.f.v_dim + d] = sum == 0 ? 0.0f : out / sum;
+    if (d == 0) a.lse[row] = sum == 0 ? minus_infinity() : (top + log2f(sum)) * ln2;
+  }
+}
+
+}  // namespace pikv

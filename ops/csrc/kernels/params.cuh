@@ -1,0 +1,66 @@
+// What a launch hands to a kernel: plain data, passed by value. ops/nvrtc.py has the same layouts in Python; tests/ops compares them.
+//
+// Files in kernels/ include nothing: nvcc, NVRTC and the host emulation compile the same text. Whoever compiles them puts page_format.h and
+// then params, common, numbers in front.
+
+namespace pikv {
+
+// int32 or int64 integers, read as int32.
+struct Index {
+  const void* data;  // null = not given
+  int wide;
+};
+
+// N block tables = R requests x S shards; H kv heads; a request has T queries, a kv head G query heads: M = T * G rows, row t * G + g.
+struct Attend {
+  PageFormat f;
+  const unsigned char* pages;
+  Index table;      // [N, table_heads, max_pages]
+  Index seqlens;    // [N, seqlen_heads]
+  Index asked;      // [R, T] positions of the queries
+  Index list;       // [N, list_heads, num_columns] columns of the table, -1 = none; null = every column
+  Index tail_rows;  // [N, tail_heads]
+  const void* tail;  // [rows, f.num_kv_heads, group, k_dim] of tail_type
+  const void* q;     // [R, T, H * G, k_dim] of q_type
+  float* out;        // [S * splits, R, T, H * G, v_dim]
+  float* lse;        // [S * splits, R, T, H * G]
+  float* page_lse;   // [N, T, H * G, num_columns] or null
+  int tail_type, q_type;  // kFp32, kBf16 or kFp16
+  int R, T, S, H, G, max_pages, num_columns, splits;
+  int table_heads, seqlen_heads, list_heads, tail_heads;
+  int window, causal;
+  float scale;
+};
+
+struct Merge {
+  const float* out;  // [S, rows, D]
+  const float* lse;  // [S, rows]
+  float* merged;     // [rows, D]
+  float* merged_lse;
+  long long rows;
+  int S, D;
+};
+
+struct Append {
+  PageFormat f;
+  unsigned char* pages;
+  void* tail;                            // [rows, H, group, k_dim] of tail_type
+  const void *k, *v;                     // [T, H, k_dim], [T, H, v_dim] of type
+  Index positions, slots, tail_rows;     // [T]
+  int T, type, tail_type;
+};
+
+struct Migrate {
+  unsigned char* target;
+  const unsigned char* source;
+  Index target_ids, source_ids;  // [n]
+  long long record_bytes;
+};
+
+struct Checksum {
+  const unsigned long long* words;
+  long long count;
+  unsigned long long* result;  // 0 before
+};
+
+}  // namespace pikv

@@ -1,0 +1,104 @@
+"""The CUDA kernels through NVRTC, for a machine with a GPU and no nvcc: needs the packages cupy-cuda13x and nvidia-cuda-nvrtc.
+
+Compiling needs neither a GPU nor a driver, so `pikv build nvrtc` checks it anywhere. The result is machine code of one architecture, not
+PTX: a driver older than NVRTC refuses its PTX.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+from . import ptxas
+from .compile import CSRC, BuildError, ToolMissing, cache_dir
+from .formats import FORMATS
+
+WIDTHS = (32, 64, 128, 576)  # csrc/kernels/attend.cuh
+_COMMON = ("include/page_format.h", "kernels/params.cuh", "kernels/common.cuh", "kernels/numbers.cuh")
+_PAGES = ("append_rows_kernel", "append_groups_kernel", "append_tail_kernel", "merge_kernel", "migrate_kernel", "checksum_kernel")
+
+
+@dataclass(frozen=True)
+class Part:
+    """What is compiled together: the attention kernels of a format, or all the others."""
+
+    files: tuple[str, ...]
+    kernels: tuple[str, ...]
+
+
+PARTS = {name: Part(("kernels/attend.cuh",), tuple(f"attend_kernel<{traits.code}, {width}>" for width in WIDTHS)) for name, traits in FORMATS.items()}
+PARTS["pages"] = Part(("kernels/append.cuh", "kernels/merge.cuh", "kernels/pages.cuh"), _PAGES)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    cubin: bytes
+    names: dict[str, str]  # kernel -> its name in the cubin
+    log: str
+
+
+@cache
+def compiler() -> ModuleType:
+    """CuPy's binding of NVRTC. Raises ToolMissing."""
+    try:
+        from cupy_backends.cuda.libs import nvrtc
+    except ImportError as error:
+        raise ToolMissing("the package cupy was not found; install cupy-cuda13x and nvidia-cuda-nvrtc, or nvcc for PIKV_OPS=cuda") from error
+    try:
+        nvrtc.getVersion()
+    except (RuntimeError, ImportError, OSError) as error:
+        raise ToolMissing(f"CuPy is installed, the NVRTC library was not found ({str(error).splitlines()[0]}); install nvidia-cuda-nvrtc") from error
+    return nvrtc
+
+
+def version() -> str:
+    return "NVRTC {}.{}".format(*compiler().getVersion())
+
+
+def source(part: str) -> str:
+    """One text without includes."""
+    texts = (f'#line 1 "{name}"\n{(CSRC / name).read_text()}' for name in (*_COMMON, *PARTS[part].files))
+    return "".join(texts).replace("#pragma once\n", "\n")
+
+
+def compile_part(part: str, arch: str) -> Compiled:
+    """Machine code for sm_<arch>. Raises BuildError."""
+    nvrtc = compiler()
+    program = nvrtc.createProgram(source(part), f"pikv_{part}.cu", (), ())
+    try:
+        for kernel in PARTS[part].kernels:
+            nvrtc.addNameExpression(program, f"pikv::{kernel}")
+        options = (f"--gpu-architecture=sm_{arch}", "--std=c++17", "--ptxas-options=-v")
+        try:
+            nvrtc.compileProgram(program, options)
+        except nvrtc.NVRTCError as error:
+            raise BuildError(f"NVRTC failed for {part} on sm_{arch}:\n{nvrtc.getProgramLog(program)}") from error
+        names = {kernel: nvrtc.getLoweredName(program, f"pikv::{kernel}") for kernel in PARTS[part].kernels}
+        return Compiled(nvrtc.getCUBIN(program), names, nvrtc.getProgramLog(program))
+    finally:
+        nvrtc.destroyProgram(program)
+
+
+def check(arch: str) -> list[ptxas.KernelUse]:
+    """Compile every part; the registers and spills of every kernel."""
+    return [use for part in PARTS for use in ptxas.parse(compile_part(part, arch).log)]
+
+
+def cached_part(part: str, arch: str) -> tuple[Path, dict[str, str]]:
+    """The path of the machine code, compiled unless the cache has it, and the names of the kernels in it."""
+    key = hashlib.sha256("\0".join((source(part), arch, version())).encode()).hexdigest()[:16]
+    target = cache_dir() / f"pikv_nvrtc_{part}_sm{arch}-{key}.cubin"
+    names = target.with_suffix(".names")
+    if not (target.is_file() and names.is_file()):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        compiled = compile_part(part, arch)
+        lines = "".join(f"{kernel}\t{name}\n" for kernel, name in compiled.names.items())
+        for path, content in ((names, lines.encode()), (target, compiled.cubin)):
+            temporary = path.with_name(f"{path.name}.{os.getpid()}")
+            temporary.write_bytes(content)
+            os.replace(temporary, path)
+    return target, dict(line.split("\t") for line in names.read_text().splitlines())
