@@ -58,25 +58,25 @@ def run(args: argparse.Namespace) -> int:
             if status:
                 return status
         rows = [Partial(partial.path).rows[key_of(spec, unit)] for unit in units]
-        finish(args, spec, rows)
+        finish(args, command_line(args, "pikv eval"), spec, rows)
         partial.remove()
     return 0
 
 
-def finish(args: argparse.Namespace, spec: Any, rows: list[dict[str, Any]]) -> None:
+def finish(args: argparse.Namespace, command: str, spec: Any, rows: list[dict[str, Any]]) -> None:
     from pikv_ds.launch.output import print_table, write_json
 
     title = f"{spec.backend}, {spec.ranks} rank(s), tp {spec.tp}, ep {spec.ep}, context {spec.context}, chunk {spec.chunk}, {spec.dtype}"
     print_table(title, [_shown(row) for row in rows])
-    write_json(args.json, command_line(args), rows)
+    write_json(args.json, command, rows)
 
 
-def command_line(args: argparse.Namespace) -> str:
-    """The command that makes these rows again, every option written out."""
-    skipped = ("command", "run", "json")
+def command_line(args: argparse.Namespace, program: str, given: tuple[str, ...] = ()) -> str:
+    """The command that makes these rows again, every option written out but those that `program` gives."""
+    skipped = ("command", "run", "json", *given)
     options = [(name, value) for name, value in vars(args).items() if name not in skipped and value is not None]
     words = [word for name, value in options for word in (f"--{name.replace('_', '-')}", str(value))]
-    return " ".join(["pikv", "eval", *map(shlex.quote, words)])
+    return " ".join([program, *map(shlex.quote, words)])
 
 
 def _run_units(spec: Any, todo: list, partial: Any, folder: Path) -> int:

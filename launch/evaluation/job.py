@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -79,15 +80,24 @@ def _bar(title: str, total: int, stdout: TextIO | None) -> Iterator[Callable[[in
         yield lambda done: progress.advance(task, done)
 
 
+def start_distributed() -> None:
+    """torch.distributed over the ranks of the launcher, each on its own device; all waits for another rank are bounded."""
+    import torch
+    import torch.distributed as dist
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+
+
 def main() -> None:
     stdout = own_stdout()
-    import deepspeed
     import torch.distributed as dist
 
     from pikv_ds.launch.cli import TOLD
 
     spec_file, rows, error_file = map(Path, sys.argv[1:4])
-    deepspeed.init_distributed()
+    start_distributed()
     first = dist.get_rank() == 0
     spec, units = from_json(spec_file.read_text(encoding="utf-8"))
     try:
