@@ -21,7 +21,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What `pikv eval` and the torchrun entry point have in common."""
-    parser.add_argument("--config", metavar="FILE|JSON", help='the "pikv" block, or a configuration that holds it (default: the defaults)')
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--config", metavar="FILE|JSON", help='the "pikv" block, or a configuration that holds it (default: the defaults)')
+    what.add_argument("--sweep", metavar="FILE", help="JSON list of such configurations, measured one after the other")
     parser.add_argument("--tasks", default=",".join(TASKS), metavar="LIST", help=f"comma-separated, of: {', '.join(TASKS)} (default: all)")
     parser.add_argument("--model", metavar="DIR", help="transformers model folder (default: the bundled model)")
     parser.add_argument("--load", metavar="DIR", help="Megatron dist checkpoint of that model's weights (backend megatron)")
@@ -41,6 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--tp", type=int, default=1, metavar="T", help="tensor-parallel ranks (backend megatron; default 1)")
     parser.add_argument("--ep", type=int, metavar="E", help="expert-parallel ranks (default: all; hf with 1: experts whole on every rank)")
+
+    parser.add_argument("--report", metavar="DIR", help="also write report.html and its figures to DIR")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -64,16 +68,19 @@ def run(args: argparse.Namespace) -> int:
 
 
 def finish(args: argparse.Namespace, command: str, spec: Any, rows: list[dict[str, Any]]) -> None:
-    from pikv_ds.launch.output import print_table, write_json
+    from pikv_ds.launch.evaluation.report import labels, write_report
+    from pikv_ds.launch.output import document_of, print_table, write_json
 
     title = f"{spec.backend}, {spec.ranks} rank(s), tp {spec.tp}, ep {spec.ep}, context {spec.context}, chunk {spec.chunk}, {spec.dtype}"
-    print_table(title, [_shown(row) for row in rows])
+    print_table(title, [_shown(row, name) for row, name in zip(rows, labels(rows), strict=True)])
     write_json(args.json, command, rows)
+    if args.report is not None:
+        print(f"report: {write_report(args.report, [document_of(command, rows)])}")
 
 
 def command_line(args: argparse.Namespace, program: str, given: tuple[str, ...] = ()) -> str:
     """The command that makes these rows again, every option written out but those that `program` gives."""
-    skipped = ("command", "run", "json", *given)
+    skipped = ("command", "run", "json", "report", *given)
     options = [(name, value) for name, value in vars(args).items() if name not in skipped and value is not None]
     words = [word for name, value in options for word in (f"--{name.replace('_', '-')}", str(value))]
     return " ".join([program, *map(shlex.quote, words)])
@@ -100,7 +107,7 @@ def _run_units(spec: Any, todo: list, partial: Any, folder: Path) -> int:
     return 0
 
 
-def _shown(row: dict[str, Any]) -> dict[str, Any]:
+def _shown(row: dict[str, Any], name: str) -> dict[str, Any]:
     form = {
         "ppl": ".4f",
         "ppl_change_pct": "+.4f",
@@ -112,7 +119,7 @@ def _shown(row: dict[str, Any]) -> dict[str, Any]:
     }
     number = {name: None if row[name] is None else format(row[name], style) for name, style in form.items()}
     return {
-        "method": row["method"],
+        "configuration": name,
         "task": row["task"],
         "ppl": number["ppl"],
         "change %": number["ppl_change_pct"],

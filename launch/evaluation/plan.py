@@ -12,16 +12,19 @@ from pikv_ds.bundled import model_path
 from pikv_ds.config import PiKVConfig
 from pikv_ds.errors import ConfigError
 
+from .report import check_matplotlib
 from .spec import TASKS, EvalSpec, Unit, fit_chunk
 
 
 def read_spec(args: argparse.Namespace) -> tuple[EvalSpec, list[Unit]]:
-    """The run that the arguments ask for: the dense cache first, then the configuration, each over all tasks.
+    """The run that the arguments ask for: the dense cache first, then every configuration, each over all tasks.
 
     Raises: ConfigError, UnsupportedError, FileNotFoundError with what was given, what is legal and what to do.
     """
     tasks = _tasks(args.tasks)
-    block = _block(args.config)
+    blocks = _blocks(args.sweep) if args.sweep else [_block(args.config)]
+    if args.report:
+        check_matplotlib()
     model = Path(args.model).expanduser().resolve() if args.model else model_path()
     model_config = load_model_config(model)
     for name in ("samples", "batch", "ranks", "tp"):
@@ -51,7 +54,7 @@ def read_spec(args: argparse.Namespace) -> tuple[EvalSpec, list[Unit]]:
             f"--samples {spec.samples} with --requests distinct: {spec.data_ranks} ranks take equal shares; "
             f"use a multiple of {spec.data_ranks}"
         )
-    return spec, [Unit(task=task, block=chosen) for chosen in (None, block) for task in tasks]
+    return spec, [Unit(task=task, block=chosen) for chosen in (None, *blocks) for task in tasks]
 
 
 def _tasks(listed: str) -> list[str]:
@@ -62,10 +65,32 @@ def _tasks(listed: str) -> list[str]:
     return tasks
 
 
-def _block(source: str | None) -> dict[str, Any]:
-    """The "pikv" block with all defaults filled in, from a file's name or from JSON itself."""
+def _blocks(file: str) -> list[dict[str, Any]]:
+    """The blocks of a sweep, each once, in the file's order."""
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"no file {file!r}; --sweep is a JSON list of configurations")
+    try:
+        listed = json.loads(Path(file).read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"--sweep {file} is not JSON: {error}") from None
+    if not isinstance(listed, list):
+        raise ConfigError(f"--sweep {file} holds a {type(listed).__name__}: legal is a JSON list of configurations")
+    if not listed:
+        raise ConfigError(f"--sweep {file} holds no configuration")
+    blocks = []
+    for idx, given in enumerate(listed):
+        try:
+            block = _block(given)
+        except ConfigError as error:
+            raise ConfigError(f"--sweep {file}, entry {idx}: {error}") from None
+        blocks += [block] if block not in blocks else []
+    return blocks
+
+
+def _block(source: str | dict | None) -> dict[str, Any]:
+    """The "pikv" block with all defaults filled in, from a file's name, from JSON or from what JSON held."""
     given: Any = source
-    if source is not None and source.lstrip().startswith("{"):
+    if isinstance(source, str) and source.lstrip().startswith("{"):
         try:
             given = json.loads(source)
         except json.JSONDecodeError as error:

@@ -1,4 +1,4 @@
-"""The one row of every table: its columns, and how the ranks' measurements become one."""
+"""The one row of every table, and how the ranks' measurements become one."""
 
 from __future__ import annotations
 
@@ -13,12 +13,8 @@ from pikv_ds.stats import dense_bytes
 from .backend import Backend, Memory, gather
 from .ppl import PplSums
 from .recall import Answer
-from .spec import EvalSpec, Unit, store_share
+from .spec import COLUMNS, EvalSpec, Unit, store_share
 
-COLUMNS = (
-    "backend", "config", "method", "task", "ranks", "tp", "ep", "context", "chunk", "seed", "dtype", "ppl", "ppl_change_pct", "kl",
-    "recall", "mass_recall", "bytes_per_token", "compression", "entries_read", "kv_bytes_per_rank", "step_ms", "attention_impl",
-)  # fmt: skip
 DEPTH_BINS = 5
 
 

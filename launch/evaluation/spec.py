@@ -1,4 +1,4 @@
-"""What a run evaluates, as plain data that the ranks receive, and how chunks must lie so that the store is what is measured."""
+"""What a run evaluates, as plain data that the ranks receive; the columns of its rows; which chunks measure the store."""
 
 from __future__ import annotations
 
@@ -12,6 +12,10 @@ from pikv_ds.spec import LayerSpec
 
 TASKS = ("ppl", "recall")
 BACKENDS = ("hf", "megatron")
+COLUMNS = (
+    "backend", "config", "method", "task", "ranks", "tp", "ep", "context", "chunk", "seed", "dtype", "ppl", "ppl_change_pct", "kl",
+    "recall", "mass_recall", "bytes_per_token", "compression", "entries_read", "kv_bytes_per_rank", "step_ms", "attention_impl",
+)  # fmt: skip
 LONGEST_CHUNK = 32
 LEAST_STORE_SHARE = 0.95
 
