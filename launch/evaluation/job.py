@@ -11,7 +11,7 @@ from typing import Any, TextIO
 
 from pikv_ds.launch.evaluation.partial import Partial, key_of
 from pikv_ds.launch.evaluation.spec import EvalSpec, Unit, from_json
-from pikv_ds.launch.ranks import own_stdout
+from pikv_ds.launch.ranks import free_port, own_stdout, started_ranks
 
 
 def evaluate(spec: EvalSpec, units: list[Unit], partial: Partial | None, stdout: TextIO | None) -> None:
@@ -37,14 +37,21 @@ def evaluate(spec: EvalSpec, units: list[Unit], partial: Partial | None, stdout:
                 partial.add(key_of(spec, unit), row)
 
 
+def backend_class(name: str) -> type:
+    """The class of a backend; imports its host, and only that one."""
+    if name == "hf":
+        from pikv_ds.launch.evaluation.hf import HFBackend
+
+        return HFBackend
+    from pikv_ds.launch.evaluation.megatron import MegatronBackend
+
+    return MegatronBackend
+
+
 @contextlib.contextmanager
 def _open_backend(spec: EvalSpec, units: list[Unit]) -> Iterator[Any]:
     timeout_s = max((config.timeout_s for unit in units if (config := _config(unit))), default=300)
-    if spec.backend == "hf":
-        from pikv_ds.launch.evaluation.hf import HFBackend as Backend
-    else:
-        from pikv_ds.launch.evaluation.megatron import MegatronBackend as Backend
-    backend = Backend(spec, timeout_s)
+    backend = backend_class(spec.backend)(spec, timeout_s)
     try:
         yield backend
     finally:
@@ -81,13 +88,14 @@ def _bar(title: str, total: int, stdout: TextIO | None) -> Iterator[Callable[[in
 
 
 def start_distributed() -> None:
-    """torch.distributed over the ranks of the launcher, each on its own device; all waits for another rank are bounded."""
+    """torch.distributed over the ranks of the launcher, each on its own device, or over this process alone."""
     import torch
     import torch.distributed as dist
 
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    alone = {} if started_ranks() else {"init_method": f"tcp://127.0.0.1:{free_port()}", "rank": 0, "world_size": 1}
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", **alone)
 
 
 def main() -> None:
