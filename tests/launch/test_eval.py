@@ -160,9 +160,9 @@ def test_finished_rows_are_of_the_same_command_only(tmp_path):
 
 @pytest.mark.dist
 @pytest.mark.slow
-def test_two_ranks_give_the_figures_of_one(document, tmp_path):
+def test_two_ranks_under_autoep_give_the_figures_of_one(document, tmp_path):
     file = tmp_path / "rows.json"
-    result = pikv("eval", *SMALL, "--batch", "3", "--config", json.dumps(BLOCK), "--ranks", 2, "--ep", 1, "--json", file)
+    result = pikv("eval", *SMALL, "--batch", "3", "--config", json.dumps(BLOCK), "--ranks", 2, "--json", file)
     assert result.returncode == 0, result.describe()
     one, two = rows_of(document), rows_of(json.loads(file.read_text()))
     for key, row in two.items():
