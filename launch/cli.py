@@ -16,7 +16,7 @@ from pikv_ds import launch
 from pikv_ds.errors import CapacityError, ConfigError, DivergedError, PeerError, UnsupportedError
 
 # Errors that tell the user what to do; anything else is a bug and keeps its traceback.
-_TOLD = (
+TOLD = (
     ConfigError,
     UnsupportedError,
     CapacityError,
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
         return args.run(args)
-    except _TOLD as error:
+    except TOLD as error:
         print(f"pikv {args.command}: {error}", file=sys.stderr)
         return 2
 

@@ -43,11 +43,16 @@ def machine() -> dict[str, Any]:
     }
 
 
+def document_of(command: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Rows with the command that made them, versions and machine."""
+    return {"command": command, "versions": versions(), "machine": machine(), "rows": rows}
+
+
 def write_json(path: str | None, command: str, rows: list[dict[str, Any]]) -> None:
     """Write {"command", "versions", "machine", "rows"} to `path`; nothing when the user gave no --json."""
     if path is None:
         return
-    document = {"command": command, "versions": versions(), "machine": machine(), "rows": rows}
+    document = document_of(command, rows)
     Path(path).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 

@@ -6,6 +6,8 @@ import random
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pikv_ds.bundled.recall import sentence_ends
+
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -23,6 +25,11 @@ def model_path() -> Path:
 def haystack() -> str:
     """About 40 kB of English prose that the model was not trained on."""
     return (_HERE / "haystack.txt").read_text(encoding="utf-8")
+
+
+def evaluation_text() -> str:
+    """300 kB of English prose that the model was not trained on, about 100,000 of its tokens; `haystack` is its beginning."""
+    return (_HERE / "wikitext2_test.txt").read_text(encoding="utf-8")
 
 
 def load(dtype: torch.dtype | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -62,12 +69,5 @@ def passkey_prompt(
         raise ValueError(f"length = {length}: legal is {shortest} to {shortest - 1 + len(prose)} tokens")
     start = rng.randrange(len(prose) - room + 1)
     filler = prose[start : start + room]
-    at = min(_sentence_ends(tokenizer, filler), key=lambda end: abs(end - depth * room))
+    at = min([0, *sentence_ends(tokenizer, filler), len(filler)], key=lambda end: abs(end - depth * room))
     return filler[:at] + fact + filler[at:] + question, key
-
-
-def _sentence_ends(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
-    """Indices where a sentence may begin: both ends, and after each token that closes a sentence."""
-    texts = {token: tokenizer.decode([token]) for token in set(ids)}
-    closing = {token for token, text in texts.items() if text.strip(" ") in (".", "?", "!") or text.endswith("\n")}
-    return [0, *(idx + 1 for idx, token in enumerate(ids) if token in closing), len(ids)]

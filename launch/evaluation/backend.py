@@ -1,0 +1,53 @@
+"""What a task sees of a host. B rows, T new tokens, V vocabulary."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pikv_ds.spec import LayerSpec
+
+
+class Memory(NamedTuple):
+    """This rank's KV cache as it stands: bytes of its storages, bytes an ordinary cache would take, what reads it."""
+
+    allocated: int
+    dense: int
+    attention_impl: str
+
+
+class Session(Protocol):
+    """One batch of requests in one cache, empty at first. All ranks make the same calls."""
+
+    def feed(self, ids: Tensor) -> Tensor:
+        """Append ids [B, T] int64 to the requests; logits [B, T, V] f32 of these tokens."""
+
+    def memory(self) -> Memory: ...
+
+
+class Backend(Protocol):
+    """A loaded model. layers: geometry of the whole model. data_rank: which of spec.data_ranks this rank belongs to."""
+
+    name: str
+    tokenizer: Any
+    layers: list[LayerSpec]
+    data_rank: int
+
+    def session(self, block: dict[str, Any] | None, rows: int, length: int) -> AbstractContextManager[Session]:
+        """Requests of at most `length` tokens in the cache that the "pikv" block configures; None = the host's dense cache."""
+
+    def close(self) -> None: ...
+
+
+def gather(value: Any) -> list[Any]:
+    """`value` of every rank, on every rank."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        return [value]
+    values: list = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values

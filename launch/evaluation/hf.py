@@ -1,0 +1,88 @@
+"""A transformers model, on several ranks under DeepSpeed: experts sharded by AutoEP (--ep) or whole on every rank."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+
+from pikv_ds.adapters.groups import all_ranks, own_group
+from pikv_ds.adapters.hf import attach
+from pikv_ds.adapters.model_spec import read_model_spec
+from pikv_ds.stats import dense_bytes
+
+from .backend import Memory
+from .spec import EvalSpec
+
+
+class HFBackend:
+    name = "hf"
+
+    def __init__(self, spec: EvalSpec, timeout_s: float) -> None:
+        dtype = getattr(torch, spec.dtype)
+        self.tokenizer = AutoTokenizer.from_pretrained(spec.model, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(spec.model, dtype=dtype, local_files_only=True).eval()
+        self.layers = read_model_spec(model.config)
+        self.data_rank = dist.get_rank() if dist.is_initialized() else 0
+        members = all_ranks()
+        if spec.ep > 1:
+            model, members = _shard_experts(model, spec)
+        self.model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+        self.group = own_group(members, timeout_s)
+
+    @contextlib.contextmanager
+    def session(self, block: dict[str, Any] | None, rows: int, length: int) -> Iterator[_Dense | _Sharded]:
+        if block is None:
+            yield _Dense(self.model)
+            return
+        with attach(self.model, block, self.group) as cache:
+            yield _Sharded(self.model, cache)
+
+    def close(self) -> None:
+        """Nothing outlives a session."""
+
+
+class _Sharded:
+    def __init__(self, model: Any, cache: Any) -> None:
+        self.model, self.cache = model, cache
+
+    def feed(self, ids: Tensor) -> Tensor:
+        return self.model(ids.to(self.model.device), past_key_values=self.cache, use_cache=True).logits.float()
+
+    def memory(self) -> Memory:
+        stats = self.cache.stats()
+        return Memory(stats["kv_bytes_allocated"], stats["kv_bytes_dense"], stats["attention_impl"])
+
+
+class _Dense(_Sharded):
+    def __init__(self, model: Any) -> None:
+        super().__init__(model, DynamicCache(config=model.config))
+
+    def memory(self) -> Memory:
+        held = sum(tensor.untyped_storage().nbytes() for layer in self.cache.layers for tensor in (layer.keys, layer.values))
+        rows, columns = self.cache.layers[0].keys.shape[0], self.cache.get_seq_length()
+        layers, itemsize = read_model_spec(self.model.config), self.cache.layers[0].keys.dtype.itemsize
+        dense = sum(dense_bytes(spec, rows, columns, itemsize) for spec in layers)
+        return Memory(held, dense, f"DynamicCache + {self.model.config._attn_implementation}")
+
+
+def _shard_experts(model: Any, spec: EvalSpec) -> tuple[Any, tuple[int, ...]]:
+    """The model with AutoEP's expert layers, and the ranks of its expert-parallel group."""
+    import deepspeed
+
+    from pikv_ds.adapters.autoep import check_expert_parallel, expert_group_members
+    from pikv_ds.adapters.autoep_shim import registry_shim
+
+    config = {"train_micro_batch_size_per_gpu": 1, "expert_parallel": {"enabled": True, "autoep_size": spec.ep}}
+    if spec.dtype != "float32":
+        config[{"bfloat16": "bf16", "float16": "fp16"}[spec.dtype]] = {"enabled": True}
+    check_expert_parallel(config, model)
+    with registry_shim():
+        engine = deepspeed.initialize(model=model, config=config)[0]
+    engine.eval()
+    return engine.module, expert_group_members(engine.module)

@@ -1,0 +1,122 @@
+"""One rank of an evaluation: in the command's process, or started by a launcher with the arguments spec, rows and error file."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+from pikv_ds.launch.evaluation.partial import Partial, key_of
+from pikv_ds.launch.evaluation.spec import EvalSpec, Unit, from_json
+from pikv_ds.launch.ranks import free_port, own_stdout, started_ranks
+
+
+def evaluate(spec: EvalSpec, units: list[Unit], partial: Partial | None, stdout: TextIO | None) -> None:
+    """Measure every unit. On the rank that has them, rows go to `partial` as they come and progress goes to `stdout`."""
+    import torch
+
+    from pikv_ds.bundled import evaluation_text
+    from pikv_ds.bundled.recall import Prose
+    from pikv_ds.launch.evaluation.ppl import measure_ppl
+    from pikv_ds.launch.evaluation.recall import measure_recall
+    from pikv_ds.launch.evaluation.rows import Measured, build_row, method_name
+
+    measure = {"ppl": measure_ppl, "recall": measure_recall}
+    with _open_backend(spec, units) as backend, torch.no_grad():
+        text = Path(spec.text).read_text(encoding="utf-8") if spec.text else evaluation_text()
+        prose = Prose(backend.tokenizer, text)
+        for unit in units:
+            title = f"{unit.task}, {method_name(_config(unit))}"
+            with _bar(title, _own_samples(spec), stdout) as advance:
+                result, memory, tokens = measure[unit.task](backend, spec, prose, unit.block, advance)
+            row = build_row(backend, spec, unit, Measured(backend.data_rank, result, memory, tokens))
+            if partial is not None:
+                partial.add(key_of(spec, unit), row)
+
+
+def backend_class(name: str) -> type:
+    """The class of a backend; imports its host, and only that one."""
+    if name == "hf":
+        from pikv_ds.launch.evaluation.hf import HFBackend
+
+        return HFBackend
+    from pikv_ds.launch.evaluation.megatron import MegatronBackend
+
+    return MegatronBackend
+
+
+@contextlib.contextmanager
+def _open_backend(spec: EvalSpec, units: list[Unit]) -> Iterator[Any]:
+    timeout_s = max((config.timeout_s for unit in units if (config := _config(unit))), default=300)
+    backend = backend_class(spec.backend)(spec, timeout_s)
+    try:
+        yield backend
+    finally:
+        backend.close()
+
+
+def _config(unit: Unit) -> Any:
+    from pikv_ds.config import PiKVConfig
+
+    return None if unit.block is None else PiKVConfig.parse(unit.block)
+
+
+def _own_samples(spec: EvalSpec) -> int:
+    return spec.samples // spec.data_ranks if spec.requests == "distinct" else spec.samples
+
+
+@contextlib.contextmanager
+def _bar(title: str, total: int, stdout: TextIO | None) -> Iterator[Callable[[int], None]]:
+    if stdout is None:
+        yield lambda done: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    if not stdout.isatty():
+        print(f"{title}: {total} samples", file=stdout, flush=True)
+        yield lambda done: None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    # Redirection would bring what libraries write to stderr back to the terminal.
+    with Progress(*columns, console=Console(file=stdout), transient=True, redirect_stdout=False, redirect_stderr=False) as progress:
+        task = progress.add_task(title, total=total)
+        yield lambda done: progress.advance(task, done)
+
+
+def start_distributed() -> None:
+    """torch.distributed over the ranks of the launcher, each on its own device, or over this process alone."""
+    import torch
+    import torch.distributed as dist
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    alone = {} if started_ranks() else {"init_method": f"tcp://127.0.0.1:{free_port()}", "rank": 0, "world_size": 1}
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", **alone)
+
+
+def main() -> None:
+    stdout = own_stdout()
+    import torch.distributed as dist
+
+    from pikv_ds.launch.cli import TOLD
+
+    spec_file, rows, error_file = map(Path, sys.argv[1:4])
+    start_distributed()
+    first = dist.get_rank() == 0
+    spec, units = from_json(spec_file.read_text(encoding="utf-8"))
+    try:
+        evaluate(spec, units, Partial(rows) if first else None, stdout if first else None)
+    except TOLD as error:
+        if first:
+            error_file.write_text(str(error), encoding="utf-8")
+        raise
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""The same transformers model in Megatron-Core, over tensor- and expert-parallel ranks; static batching, dense or PiKV."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.inference.contexts import StaticInferenceContext
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from pikv_ds.adapters.model_spec import read_model_spec
+from pikv_ds.megatron_patch import PiKVInferenceContext, cpu_compat, disable_pikv, enable_pikv
+from pikv_ds.megatron_patch.checkpoint import load_checkpoint
+from pikv_ds.megatron_patch.hf_config import build_gpt
+from pikv_ds.megatron_patch.hf_weights import load_hf_weights
+from pikv_ds.megatron_patch.layers import find_layers
+
+from .backend import Memory
+from .spec import EvalSpec
+
+
+class MegatronBackend:
+    name = "megatron"
+
+    def __init__(self, spec: EvalSpec, timeout_s: float) -> None:
+        """torch.distributed is initialised; the process groups of Megatron are made here and end with close()."""
+        self._patched = cpu_compat.install()
+        parallel_state.initialize_model_parallel(
+            spec.tp,
+            expert_model_parallel_size=spec.ep,
+            expert_tensor_parallel_size=1,
+            distributed_timeout_minutes=max(1, round(timeout_s / 60)),
+        )
+        model_parallel_cuda_manual_seed(spec.seed)
+        self.data_rank = parallel_state.get_data_parallel_rank()
+        self.tokenizer = AutoTokenizer.from_pretrained(spec.model, local_files_only=True)
+        self.model, self.layers = _load(spec)
+
+    @contextlib.contextmanager
+    def session(self, block: dict[str, Any] | None, rows: int, length: int) -> Iterator[_Dense | _Sharded]:
+        if block is None:
+            yield _Dense(self.model, StaticInferenceContext(rows, length))
+            return
+        enable_pikv(self.model, block)
+        context = PiKVInferenceContext(rows, length, model=self.model)
+        try:
+            yield _Sharded(self.model, context)
+        finally:
+            context.free()
+            disable_pikv(self.model)
+
+    def close(self) -> None:
+        parallel_state.destroy_model_parallel()
+        if self._patched:
+            cpu_compat.uninstall()
+
+
+class _Dense:
+    def __init__(self, model: Any, context: Any) -> None:
+        self.model, self.context = model, context
+        context.materialize_only_last_token_logits = False
+        self.device = next(model.parameters()).device
+
+    def feed(self, ids: Tensor) -> Tensor:
+        start, (rows, columns) = self.context.sequence_len_offset, ids.shape
+        positions = torch.arange(start, start + columns, device=self.device).expand(rows, -1)
+        # Megatron's convention: True hides. Without a mask a chunk after the first would be taken for one without a past.
+        hidden = torch.ones(columns, start + columns, dtype=torch.bool, device=self.device).triu(1 + start)[None, None]
+        mask = hidden if columns > 1 else None
+        logits = self.model(ids.to(self.device), positions, mask, inference_context=self.context, runtime_gather_output=True)
+        self.context.increment_sequence_len_offset(columns)
+        return logits.float()
+
+    def memory(self) -> Memory:
+        held = [tensor for pair in self.context.key_value_memory_dict.values() for tensor in pair]
+        core_attention = type(find_layers(self.model)[0].attention.core_attention).__name__
+        size = sum(tensor.untyped_storage().nbytes() for tensor in held)
+        return Memory(size, size, f"StaticInferenceContext + {core_attention}")
+
+
+class _Sharded(_Dense):
+    def memory(self) -> Memory:
+        stats = self.context.stats()
+        return Memory(stats["kv_bytes_allocated"], stats["kv_bytes_dense"], stats["attention_impl"])
+
+
+def _load(spec: EvalSpec) -> tuple[Any, list]:
+    dtype, config = getattr(torch, spec.dtype), AutoConfig.from_pretrained(spec.model, local_files_only=True)
+    options = {"params_dtype": dtype, "bf16": dtype == torch.bfloat16, "fp16": dtype == torch.float16}
+    if not torch.cuda.is_available():
+        options |= cpu_compat.cpu_config_options()
+    model = build_gpt(config, max_sequence_length=spec.context, **options).eval()
+    if spec.load is not None:
+        load_checkpoint(model, spec.load)
+    else:
+        hf = AutoModelForCausalLM.from_pretrained(spec.model, dtype=dtype, local_files_only=True)
+        load_hf_weights(model, config, hf.state_dict())
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), read_model_spec(config)

@@ -1,0 +1,76 @@
+"""Perplexity of the last half of windows of text, fed in chunks, against the dense cache on the same windows in the same chunks."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pikv_ds.bundled.recall import Prose
+from pikv_ds.errors import ConfigError
+
+from .backend import Backend, Memory, Session
+from .spec import EvalSpec, scored_queries
+
+
+class PplSums(NamedTuple):
+    """Sums over scored tokens, in nats. dense_nll: of the host's cache; kl: from it to the measured one."""
+
+    tokens: int
+    nll: float
+    dense_nll: float
+    kl: float
+
+
+def measure_ppl(
+    backend: Backend, spec: EvalSpec, prose: Prose, block: dict[str, Any] | None, advance: Callable
+) -> tuple[PplSums, Memory, int]:
+    """Sums over this rank's windows; the cache after its first batch, and the tokens in it."""
+    windows = _windows(spec, prose, backend.data_rank)
+    sums, memories = [], []
+    for start in range(0, len(windows), spec.batch):
+        ids = windows[start : start + spec.batch]
+        targets = ids[:, [query + 1 for query in scored_queries(spec.context)]]
+        with backend.session(None, len(ids), spec.context) as session:
+            dense = own = _scored_log_probs(session, ids, spec)
+            memory = session.memory()
+        if block is not None:
+            with backend.session(block, len(ids), spec.context) as session:
+                own = _scored_log_probs(session, ids, spec)
+                memory = session.memory()
+        kl = (dense.exp() * (dense - own)).sum(dtype=torch.float64).item()
+        sums.append(PplSums(targets.numel(), _nll(own, targets), _nll(dense, targets), kl))
+        memories.append(memory)
+        advance(len(ids))
+    return PplSums(*map(sum, zip(*sums, strict=True))), memories[0], min(spec.batch, len(windows)) * spec.context
+
+
+def _windows(spec: EvalSpec, prose: Prose, data_rank: int) -> Tensor:
+    """[N, context] int64: windows without overlap, drawn by the seed; with distinct requests, those of this data rank."""
+    body = spec.context - len(prose.prefix)
+    available = len(prose.ids) // body
+    if spec.samples > available:
+        raise ConfigError(
+            f"--samples {spec.samples}: the text has {len(prose.ids):,} tokens, "
+            f"{available} windows of {spec.context}; use fewer or another --text"
+        )
+    starts = sorted(random.Random(spec.seed).sample(range(available), spec.samples))
+    windows = torch.tensor([prose.prefix + prose.ids[start * body : (start + 1) * body] for start in starts])
+    return windows[data_rank :: spec.data_ranks] if spec.requests == "distinct" else windows
+
+
+def _scored_log_probs(session: Session, ids: Tensor, spec: EvalSpec) -> Tensor:
+    """[B, scored, V] f32 log-probabilities of the scored queries, the window fed in chunks."""
+    first, past = scored_queries(spec.context).start, scored_queries(spec.context).stop
+    kept = []
+    for start in range(0, spec.context, spec.chunk):
+        logits = session.feed(ids[:, start : start + spec.chunk])
+        kept.append(logits[:, max(first - start, 0) : max(past - start, 0)].log_softmax(-1).cpu())
+    return torch.cat(kept, 1)
+
+
+def _nll(log_probs: Tensor, targets: Tensor) -> float:
+    return -log_probs.gather(-1, targets.unsqueeze(-1)).sum(dtype=torch.float64).item()

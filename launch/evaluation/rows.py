@@ -1,0 +1,108 @@
+"""The one row of every table, and how the ranks' measurements become one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import median
+from typing import Any, NamedTuple
+
+from pikv_ds.config import PiKVConfig
+from pikv_ds.stats import dense_bytes
+
+from .backend import Backend, Memory, gather
+from .ppl import PplSums
+from .recall import Answer
+from .spec import COLUMNS, EvalSpec, Unit, store_share
+
+DEPTH_BINS = 5
+
+
+class Measured(NamedTuple):
+    """What one rank brings: the task's result, its cache after the first batch and the tokens in it."""
+
+    data_rank: int
+    result: Any
+    memory: Memory
+    tokens: int
+
+
+def build_row(backend: Backend, spec: EvalSpec, unit: Unit, own: Measured) -> dict[str, Any]:
+    """One row from all ranks, the same on each. Collective over the job."""
+    ranks: list[Measured] = gather(own)
+    # Replicated requests were measured by every rank, distinct ones once per data rank.
+    counted = list({measured.data_rank: measured for measured in reversed(ranks)}.values()) if spec.requests == "distinct" else ranks[:1]
+    quality, detail = _QUALITY[unit.task]([measured.result for measured in counted])
+    allocated, tokens = [measured.memory.allocated for measured in ranks], sum(measured.tokens for measured in counted)
+    config = None if unit.block is None else PiKVConfig.parse(unit.block)
+    row = (
+        dict.fromkeys(COLUMNS)
+        | quality
+        | {
+            "backend": backend.name,
+            "config": None if config is None else config.model_dump(mode="json", exclude_defaults=True),
+            "method": method_name(config),
+            "task": unit.task,
+            "ranks": spec.ranks,
+            "tp": spec.tp,
+            "ep": spec.ep,
+            "context": spec.context,
+            "chunk": spec.chunk,
+            "seed": spec.seed,
+            "dtype": spec.dtype,
+            "bytes_per_token": sum(allocated) / tokens,
+            "compression": _two_byte_bytes(backend, spec, unit) / (sum(allocated) / tokens),
+            "entries_read": 1.0 if _reads_all(config) else None,
+            "kv_bytes_per_rank": allocated,
+            "attention_impl": ranks[0].memory.attention_impl,
+        }
+    )
+    row["detail"] = detail | {
+        "samples": spec.samples,
+        "batch": min(spec.batch, spec.samples),
+        "requests": spec.requests,
+        "tokens_in_cache": tokens,
+        "kv_bytes_dense_per_rank": [measured.memory.dense for measured in ranks],
+        "store_share": store_share(backend.layers, spec.context, spec.chunk),
+    }
+    assert set(row) == {*COLUMNS, "detail"}, sorted(row)
+    return row
+
+
+def method_name(config: PiKVConfig | None) -> str:
+    """The methods that are not the default, joined by +; `exact` when all are, `dense` for the host's own cache."""
+    if config is None:
+        return "dense"
+    chosen = [config.routing.method, config.compression.method, config.scheduling.method]
+    return "+".join(name for name in chosen if name not in ("all", "none")) or "exact"
+
+
+def _reads_all(config: PiKVConfig | None) -> bool:
+    return config is None or (config.routing.method == "all" and config.scheduling.method == "none")
+
+
+def _two_byte_bytes(backend: Backend, spec: EvalSpec, unit: Unit) -> float:
+    """Bytes per token of an ordinary cache of 2-byte elements with the same requests in it."""
+    tokens = spec.context if unit.task == "ppl" else spec.context - 1
+    return sum(dense_bytes(layer, 1, tokens, 2) for layer in backend.layers) / tokens
+
+
+def _ppl_quality(results: Sequence[PplSums]) -> tuple[dict, dict]:
+    tokens, nll, dense_nll, kl = map(sum, zip(*results, strict=True))
+    change = 100 * math.expm1((nll - dense_nll) / tokens)
+    return {"ppl": math.exp(nll / tokens), "ppl_change_pct": change, "kl": kl / tokens}, {"scored_tokens": tokens}
+
+
+def _recall_quality(results: Sequence[tuple[list[Answer], list[float]]]) -> tuple[dict, dict]:
+    answers = [answer for found, _ in results for answer in found]
+    share = lambda chosen: [sum(answer.found for answer in chosen), len(chosen)]  # noqa: E731
+    depth_bin = lambda answer: min(int(answer.depth * DEPTH_BINS), DEPTH_BINS - 1)  # noqa: E731
+    detail = {
+        "found_by_kind": {kind: share([a for a in answers if a.kind == kind]) for kind in sorted({a.kind for a in answers})},
+        "found_by_depth": [share([a for a in answers if depth_bin(a) == idx]) for idx in range(DEPTH_BINS)],
+    }
+    found, asked = share(answers)
+    return {"recall": found / asked, "step_ms": median(results[0][1])}, detail
+
+
+_QUALITY = {"ppl": _ppl_quality, "recall": _recall_quality}

@@ -1,0 +1,73 @@
+"""dist_checkpointing with PiKV in the model, across layouts; `pikv eval` on Megatron-Core, from weights and from a checkpoint."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+from pikv_ds.launch.cli import main
+from tests.dist.launcher import run_commands, run_gloo
+from tests.megatron import JOBS
+
+pytestmark = [
+    pytest.mark.dist,
+    pytest.mark.slow,
+    pytest.mark.timeout(300),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="Megatron-Core on CPU and gloo: cpu_compat leaves CUDA alone"),
+]
+LAYOUTS = ["1,2,1", "2,1,1"]  # tp,ep,etp on two ranks; the first one saves
+SMALL = ["--context", "160", "--samples", "4", "--chunk", "8"]
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint") / "bundled"
+    return folder, run_gloo(JOBS / "checkpoints.py", [folder, *LAYOUTS], ranks=2, timeout_s=200)
+
+
+@pytest.fixture(scope="module")
+def hf_rows(tmp_path_factory):
+    file = tmp_path_factory.mktemp("hf") / "rows.json"
+    assert main(["eval", *SMALL, "--json", str(file)]) == 0
+    return rows_of(file)
+
+
+def rows_of(file) -> dict:
+    return {(row["method"], row["task"]): row for row in json.loads(file.read_text())["rows"]}
+
+
+CHECKS = ("loads", "decodes over PiKV", "mismatches are refused")
+
+
+@pytest.mark.parametrize("check", [*(f"{layout} {what}" for layout in LAYOUTS for what in CHECKS), "1,2,1 static engine"])
+def test_checkpoints_across_layouts(job, check):
+    job[1].check(check)
+
+
+def assert_same_quality(rows: dict, hf_rows: dict) -> None:
+    assert rows.keys() == hf_rows.keys()
+    for key, row in rows.items():
+        assert row["backend"] == "megatron" and abs((row["recall"] or 0) - (hf_rows[key]["recall"] or 0)) <= 0.01
+        assert (row["ppl"] or 0) == pytest.approx(hf_rows[key]["ppl"] or 0, rel=1e-5)
+    assert rows["exact", "recall"]["recall"] >= 0.95 and abs(rows["exact", "ppl"]["kl"]) < 1e-6
+    assert "paged" in rows["exact", "ppl"]["attention_impl"]
+    assert rows["dense", "ppl"]["attention_impl"] == "StaticInferenceContext + DotProductAttention"
+
+
+def test_one_rank_evaluates_what_two_have_saved(job, hf_rows, tmp_path):
+    file, command = tmp_path / "rows.json", [sys.executable, "-m", "pikv_ds.launch.cli", "eval", "--backend", "megatron"]
+    result = run_commands([[*command, *SMALL, "--load", str(job[0]), "--json", str(file)]], ranks=1, timeout_s=150)
+    assert result.returncode == 0, result.describe()
+    assert_same_quality(rows_of(file), hf_rows)
+
+
+def test_torchrun_on_two_expert_parallel_ranks(hf_rows, tmp_path):
+    file, command = tmp_path / "rows.json", [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    result = run_commands([[*command, "pikv_ds.launch.megatron_eval", *SMALL, "--json", str(file)]], ranks=2, timeout_s=150)
+    assert result.returncode == 0, result.describe()
+    rows = rows_of(file)
+    assert_same_quality(rows, hf_rows)
+    exact, dense = rows["exact", "ppl"], rows["dense", "ppl"]
+    assert (exact["ranks"], exact["ep"]) == (2, 2)
+    assert max(exact["kv_bytes_per_rank"]) <= 0.72 * max(dense["kv_bytes_per_rank"])
