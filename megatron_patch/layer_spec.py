@@ -8,6 +8,7 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
@@ -55,10 +56,10 @@ def _layer(spec: ModuleSpec, config: PiKVConfig) -> ModuleSpec:
     if attention is IdentityOp:
         return spec
     host = getattr(attention, "module", None)
-    if not (isinstance(host, type) and issubclass(host, SelfAttention)):
+    if not (isinstance(host, type) and issubclass(host, SelfAttention | MLASelfAttention)):
         raise UnsupportedError(
-            f"the layer's self_attention is {getattr(host or attention, '__name__', host or attention)}; this version handles SelfAttention and its "
-            f"subclasses (MLASelfAttention is not there yet)"
+            f"the layer's self_attention is {getattr(host or attention, '__name__', host or attention)}; PiKV handles SelfAttention, "
+            f"MLASelfAttention and their subclasses"
         )
     if is_pikv_class(host):
         raise UnsupportedError("the specification has PiKV's attention already; apply pikv_layer_spec once")

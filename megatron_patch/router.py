@@ -24,6 +24,11 @@ def router_class(host: type) -> type:
                 self.pikv_link.context.note_routing(self.pikv_link.layer, routed_experts(probs, routing_map))
             return probs, routing_map
 
+        def look_ahead(self, hidden: Tensor) -> Tensor:
+            """Primary experts [tokens] int64 that this router would choose for other hidden states [s, b, h]; reports nothing."""
+            with torch.no_grad():
+                return routed_experts(*super().forward(hidden))
+
     return PiKVRouter
 
 
