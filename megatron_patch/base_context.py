@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from functools import wraps
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -23,6 +25,17 @@ from .layers import check_routers, connect, find_layers, layer_spec_of, softmax_
 from .refusals import refuse_config, refuse_dtype, refuse_model
 from .subclass import is_pikv
 from .tokens import Tokens
+
+
+def outside_inference_mode(method):
+    """Forwards under inference_mode and others (dummy_forward) write the same cache; what is made in that mode can't be changed outside."""
+
+    @wraps(method)
+    def run(*args, **kwargs):
+        with torch.inference_mode(False), torch.no_grad():
+            return method(*args, **kwargs)
+
+    return run
 
 
 class PiKVContext(ABC):
@@ -60,6 +73,7 @@ class PiKVContext(ABC):
 
     # ---- the caller's controls -----------------------------------------------------------------------------------------------
 
+    @outside_inference_mode
     def free(self) -> None:
         """reset(), and return all memory now. All ranks of the group must call it at the same point."""
         self.reset()
@@ -106,6 +120,7 @@ class PiKVContext(ABC):
     def end_forward(self) -> None:
         """The cache has taken in the forward."""
 
+    @outside_inference_mode
     def attend(self, layer_number: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, latent: Tensor | None = None,
                looked_ahead: Tensor | None = None, idle: bool = False) -> Tensor:
         """Attention of one layer, exact, over what is stored and the forward's own tokens.
@@ -138,6 +153,7 @@ class PiKVContext(ABC):
             self._finish()
         return self.tokens.host(out).to(query.dtype)
 
+    @outside_inference_mode
     def note_routing(self, layer: int, ids: Tensor) -> None:
         """A router has run: ids [tokens] int64, -1 = dropped. It may be called several times per layer."""
         if self._next_layer is None:  # the forward's last attention was the end of it

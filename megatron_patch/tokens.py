@@ -6,6 +6,8 @@ rows(x), host layout -> [B, T, ...]; host(x), the way back.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -23,21 +25,28 @@ class Columns:
         return x.transpose(0, 1)
 
 
+class Piece(NamedTuple):
+    """Tokens of one request in a forward: the row they belong to, the position of the first, how many."""
+
+    row: int
+    start: int
+    length: int
+
+
 class Packed:
     """Dynamic batching: the tokens of one request after the other, then padding; the host's layout is [N, 1, ...].
 
     A rectangle has as many columns as the longest piece: a forward that mixes a long prompt with decoding computes on padding.
     """
 
-    def __init__(self, starts: list[int], lengths: list[int], num_rows: int, num_host_tokens: int, device: torch.device) -> None:
-        """starts: position of the first token of each piece; lengths: tokens of each piece, 0 = none; rows without a piece come last."""
+    def __init__(self, pieces: list[Piece], num_rows: int, num_host_tokens: int, device: torch.device) -> None:
+        """pieces: in the order in which the host packs them; rows without one store nothing."""
         self.num_host_tokens = num_host_tokens
-        columns = max(1, *lengths) if lengths else 1
-        index = [row * columns + i for row, n in enumerate(lengths) for i in range(n)]
+        columns = max(piece.length for piece in pieces)
+        index = torch.cat([piece.row * columns + torch.arange(piece.length) for piece in pieces])
         positions = torch.full((num_rows * columns,), -1, dtype=torch.int32)
-        positions[index] = torch.tensor([start + i for start, n in zip(starts, lengths, strict=True) for i in range(n)], dtype=torch.int32)
-        self.positions = positions.view(num_rows, columns).to(device)
-        self.index = torch.tensor(index, dtype=torch.int64).to(device)
+        positions[index] = torch.cat([torch.arange(p.start, p.start + p.length, dtype=torch.int32) for p in pieces])
+        self.positions, self.index = positions.view(num_rows, columns).to(device), index.to(device)
 
     def rows(self, x: Tensor) -> Tensor:
         tokens = x if x.dim() == 1 else x.flatten(0, 1)
