@@ -9,6 +9,7 @@ from importlib import import_module
 _PUBLIC = {
     "PiKVDynamicInferenceContext": "dynamic_context",
     "PiKVInferenceContext": "context",
+    "RouterPenalty": "penalty",
     "disable_pikv": "enable",
     "enable_pikv": "enable",
     "pikv_layer_spec": "layer_spec",

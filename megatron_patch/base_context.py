@@ -22,6 +22,7 @@ from .expert_ids import ExpertIds
 from .groups import expert_group, fit_requests
 from .heads import stored_heads
 from .layers import check_routers, connect, find_layers, layer_spec_of, softmax_offset
+from .penalty import RouterPenalty
 from .refusals import refuse_config, refuse_dtype, refuse_model
 from .subclass import is_pikv
 from .tokens import Tokens
@@ -70,6 +71,7 @@ class PiKVContext(ABC):
         self._layer_of = {layer.attention.layer_number: i for i, layer in enumerate(self.layers)}
         self._next_layer: int | None = None  # while a forward runs: the layer whose attention comes next
         self._idle = False
+        self._misses = [torch.zeros(num_experts, device=weight.device) for _ in self.layers]
 
     # ---- the caller's controls -----------------------------------------------------------------------------------------------
 
@@ -102,6 +104,14 @@ class PiKVContext(ABC):
         finally:
             for link in self.links:
                 link.serving = None
+
+    def add_misses(self, layer: int, misses: Tensor) -> None:
+        """Count entries of a layer that had to be fetched, per expert [E]; for RouterPenalty.miss. The same numbers on all ranks."""
+        self._misses[layer] += misses.to(self._misses[layer])
+
+    def router_penalty(self, layer: int, penalty: RouterPenalty) -> Tensor:
+        """[E] f32, what the router of a layer takes off its logits."""
+        return penalty.of(self.core, layer, self._misses[layer])
 
     def _stats(self, num_rows: int, context: int) -> dict:
         return stats(self.core, num_rows, context)

@@ -8,6 +8,7 @@ import megatron.core
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.extensions import transformer_engine
 from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.attention import Attention, CrossAttention
@@ -19,6 +20,7 @@ from pikv_ds.megatron_patch.groups import expert_group
 from pikv_ds.megatron_patch.layers import find_layers
 from tests.dist.jobs.report import Report
 from tests.megatron.models import causal_mask, local_spec, positions, start, tiny_config, tiny_model, tokens
+from tests.megatron.penalty import check_penalty
 from tests.megatron.runs import assert_conserved, decode, dense_is_forbidden, step
 
 ROWS, LENGTH = 3, 24
@@ -129,6 +131,9 @@ def check_refusals(report: Report, ids: torch.Tensor) -> None:
         cross = local_spec(model.config)
         cross.submodules.self_attention.module = CrossAttention
         refused(UnsupportedError, "CrossAttention", lambda: pikv_layer_spec(cross))
+        missing = local_spec(model.config)
+        missing.submodules.self_attention.submodules.core_attention = transformer_engine.TEDotProductAttention
+        refused(UnsupportedError, "Transformer Engine, which is not installed", lambda: pikv_layer_spec(missing))
         refused(UnsupportedError, "once", lambda: pikv_layer_spec(pikv_layer_spec(local_spec(model.config))))
     enable_pikv(model)
     with report.check("process groups and shards refused"):
@@ -167,6 +172,7 @@ def main() -> None:
     check_settings(report, ids)
     check_homes(report, ids)
     check_refusals(report, ids)
+    check_penalty(report, ids)
     dist.barrier()
     dist.destroy_process_group()
 
