@@ -1,13 +1,15 @@
-"""Megatron-Core integration: PiKV in place of the dense KV cache of static batching. Importing this package patches and loads nothing.
+"""Megatron-Core integration: PiKV in place of the dense KV cache. Importing this package patches and loads nothing.
 
 enable_pikv(model, config) or pikv_layer_spec(spec, config), then PiKVInferenceContext(max_batch, max_length, model=model) instead of
-StaticInferenceContext. See docs/MEGATRON.md.
+StaticInferenceContext, or PiKVDynamicInferenceContext(model=model, ...) instead of DynamicInferenceContext. See docs/MEGATRON.md.
 """
 
 from importlib import import_module
 
 _PUBLIC = {
+    "PiKVDynamicInferenceContext": "dynamic_context",
     "PiKVInferenceContext": "context",
+    "RouterPenalty": "penalty",
     "disable_pikv": "enable",
     "enable_pikv": "enable",
     "pikv_layer_spec": "layer_spec",

@@ -60,7 +60,7 @@ def cpu_config_options() -> dict[str, Any]:
 
 def patches() -> list[Patch]:
     """Everything install() replaces. Imports Megatron-Core."""
-    return [*_torch_patches(), *_rng_patches(), *_moe_patches(), *_mask_patches()]
+    return [*_torch_patches(), *_rng_patches(), *_moe_patches(), *_mask_patches(), *_attention_patches()]
 
 
 class _Stream:
@@ -161,6 +161,17 @@ def _mask_patches() -> list[Patch]:
     names = ("get_default_causal_mask", "get_sliding_window_causal_mask")
     replaced = {name: on_cpu(getattr(utils, name)) for name in names}
     return [Patch(owner, name, replaced[name], "device='cuda' is written out") for owner in (utils, fused_softmax) for name in names]
+
+
+def _attention_patches() -> list[Patch]:
+    from megatron.core.transformer import attention, multi_latent_attention
+
+    found = [Patch(
+        attention, "is_fa_min_version", lambda *args: True, "dynamic batching asserts flash-attn >= 2.7.3, also where PiKV's attention runs"
+    )]
+    if multi_latent_attention.HAVE_TE and not isinstance(multi_latent_attention.TELinear, type):
+        found.append(Patch(multi_latent_attention, "HAVE_TE", False, "0.16.1 takes Transformer Engine for installed when its classes are mocks"))
+    return found
 
 
 class _LiteralsOnCPU(TorchFunctionMode):

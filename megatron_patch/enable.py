@@ -10,18 +10,20 @@ from pikv_ds.errors import UnsupportedError
 
 from .attention import core_attention_class, self_attention_class
 from .layers import check_routers, find_layers, layer_spec_of
+from .penalty import RouterPenalty
 from .refusals import refuse_config, refuse_model
 from .router import router_class
 from .subclass import is_pikv, put_on, take_off
 from .version import check_version
 
 
-def enable_pikv(model: nn.Module, config=None) -> nn.Module:
+def enable_pikv(model: nn.Module, config=None, *, router_penalty: RouterPenalty | None = None) -> nn.Module:
     """Let the attention layers of `model` use a PiKVInferenceContext. In place; parameters, buffers and state_dict keys stay as they are.
 
     Args:
         model: a Megatron-Core model with TransformerLayers (GPTModel), wrapped or not.
         config: the "pikv" block: PiKVConfig, dict, JSON path, or None for the defaults.
+        router_penalty: None = the routers choose as the host's do.
 
     Returns: the same model. Forwards without a context, training included, run the host's code.
 
@@ -35,16 +37,21 @@ def enable_pikv(model: nn.Module, config=None) -> nn.Module:
     layers = find_layers(model)
     refuse_model(model, layers[0].attention.config)
     check_routers(layers, config.storage.expert_ids)
+    if router_penalty is not None:
+        router_penalty.refuse(layers[0].attention.config)
     for i, layer in enumerate(layers):
         layer_spec_of(layer, i)  # refuses windows it can't express
     if any(is_pikv(layer.attention) for layer in layers):
-        raise UnsupportedError(f"{type(model).__name__} is enabled already (or was built from a pikv_layer_spec); call disable_pikv(model) first")
+        raise UnsupportedError(
+            f"{type(model).__name__} is enabled already (or was built from a pikv_layer_spec); call disable_pikv(model) first"
+        )
     for layer in layers:
         put_on(layer.attention, self_attention_class)
         layer.attention.pikv_config = config
         put_on(layer.attention.core_attention, core_attention_class)
         if isinstance(layer.router, TopKRouter):
             put_on(layer.router, router_class)
+            layer.router.pikv_penalty = router_penalty
     return model
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch.distributed as dist
 from megatron.core import parallel_state
+from torch import nn
 
 from pikv_ds.config import PiKVConfig
 from pikv_ds.errors import ConfigError, UnsupportedError
 
-from .layers import Layer
+from .layers import Layer, is_latent
 
 
 def expert_group(layers: list[Layer]) -> dist.ProcessGroup | None:
@@ -17,7 +20,8 @@ def expert_group(layers: list[Layer]) -> dist.ProcessGroup | None:
         return None
     group = next((layer.moe.ep_group for layer in layers if layer.moe is not None), None)
     if group is None:
-        group = getattr(layers[0].attention.pg_collection, "ep", None) or parallel_state.get_expert_model_parallel_group(check_initialized=False)
+        group = getattr(layers[0].attention.pg_collection, "ep", None)
+        group = group or parallel_state.get_expert_model_parallel_group(check_initialized=False)
     if group is None:
         raise UnsupportedError(
             "no expert-parallel process group: the model's pg_collection has no 'ep' and parallel_state is not initialised; call "
@@ -26,11 +30,20 @@ def expert_group(layers: list[Layer]) -> dist.ProcessGroup | None:
     return group if group.size() > 1 else None
 
 
-def fit_requests(config: PiKVConfig, layers: list[Layer], group: dist.ProcessGroup | None) -> PiKVConfig:
-    """Decide storage.requests where the layout leaves no choice, and check the number of shards.
+class Peers(NamedTuple):
+    """Tensor-parallel ranks that make up the whole expert-parallel group and hold the same KV heads."""
+
+    size: int
+    place: int  # this rank's, among the tensor-parallel ranks
+    order: list[int]  # rank in the expert-parallel group of each tensor-parallel rank
+
+
+def fit_requests(config: PiKVConfig, layers: list[Layer], group: dist.ProcessGroup | None, dynamic: bool) -> tuple[PiKVConfig, Peers | None]:
+    """Decide storage.requests where the layout leaves no choice, and check the number of shards. Returns the peers that share KV heads.
 
     Tensor-parallel peers in one expert group see the same tokens but hold different heads: to the store they are distinct requests,
-    keyed by their rank, so each head's entry is stored once.
+    keyed by their rank, so each head's entry is stored once. Where they hold the same heads (a latent, or fewer KV heads than ranks) and
+    nobody else is in the group, they are replicated requests. Dynamic batching serves requests of each rank's own.
     """
     num_ranks = 1 if group is None else group.size()
     storage = config.storage
@@ -39,14 +52,34 @@ def fit_requests(config: PiKVConfig, layers: list[Layer], group: dist.ProcessGro
             f"pikv.storage.num_shards = {storage.num_shards} is not a multiple of the {num_ranks} ranks of the expert-parallel group; "
             f"each rank holds as many shards"
         )
-    if group is None or not spans_tensor_parallel(layers, group):
-        return config
-    if storage.requests == "replicated":
+    if group is None:
+        return config, None
+    peers = _peers(layers, group)
+    if peers is not None:
+        forced, why = "replicated", "its tensor-parallel peers hold the same KV heads, which are stored once"
+    elif spans_tensor_parallel(layers, group):
+        forced, why = "distinct", "it holds tensor-parallel peers, whose keys are different heads"
+    elif dynamic:
+        forced, why = "distinct", "under dynamic batching every rank has requests of its own"
+    else:
+        return config, None
+    if storage.requests not in ("auto", forced):
         raise ConfigError(
-            "pikv.storage.requests = 'replicated', but the expert-parallel group holds tensor-parallel peers, whose keys are different heads; "
-            "use 'auto' or 'distinct'"
+            f"pikv.storage.requests = {storage.requests!r} does not fit the expert-parallel group: {why}; use 'auto' or {forced!r}"
         )
-    return config.model_copy(update={"storage": storage.model_copy(update={"requests": "distinct"})})
+    return config.model_copy(update={"storage": storage.model_copy(update={"requests": forced})}), peers
+
+
+def _peers(layers: list[Layer], group: dist.ProcessGroup) -> Peers | None:
+    tp = layers[0].attention.pg_collection.tp
+    ranks, own = dist.get_process_group_ranks(tp), dist.get_process_group_ranks(group)
+    if set(ranks) != set(own) or not all(_holds_shared_heads(layer.attention, tp.size()) for layer in layers):
+        return None
+    return Peers(len(ranks), dist.get_rank(tp), [own.index(rank) for rank in ranks])
+
+
+def _holds_shared_heads(attention: nn.Module, num_peers: int) -> bool:
+    return is_latent(attention) or attention.config.num_query_groups < num_peers
 
 
 def spans_tensor_parallel(layers: list[Layer], group: dist.ProcessGroup) -> bool:

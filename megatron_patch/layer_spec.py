@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
+from unittest.mock import NonCallableMock
 
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
@@ -15,6 +18,7 @@ from pikv_ds.config import PiKVConfig
 from pikv_ds.errors import UnsupportedError
 
 from .attention import self_attention_class
+from .penalty import RouterPenalty
 from .refusals import refuse_config
 from .router import router_class
 from .subclass import is_pikv_class
@@ -23,12 +27,13 @@ from .version import check_version
 Spec = ModuleSpec | TransformerBlockSubmodules
 
 
-def pikv_layer_spec(spec: Spec, config=None) -> Spec:
+def pikv_layer_spec(spec: Spec, config=None, *, router_penalty: RouterPenalty | None = None) -> Spec:
     """The same specification with PiKV's attention and router classes in front of its own; `spec` itself is not changed.
 
     Args:
         spec: a layer's ModuleSpec (local or Transformer Engine), or the TransformerBlockSubmodules of a whole decoder.
         config: the "pikv" block: PiKVConfig, dict, JSON path, or None for the defaults.
+        router_penalty: None = the routers choose as the host's do.
 
     Returns: a specification of the same kind; a model built from it has the same state_dict keys.
 
@@ -39,12 +44,12 @@ def pikv_layer_spec(spec: Spec, config=None) -> Spec:
     refuse_config(config)
     if isinstance(spec, TransformerBlockSubmodules):
         spec = copy.copy(spec)
-        spec.layer_specs = [_layer(layer, config) for layer in spec.layer_specs]
+        spec.layer_specs = [_layer(layer, config, router_penalty) for layer in spec.layer_specs]
         return spec
-    return _layer(spec, config)
+    return _layer(spec, config, router_penalty)
 
 
-def _layer(spec: ModuleSpec, config: PiKVConfig) -> ModuleSpec:
+def _layer(spec: ModuleSpec, config: PiKVConfig, penalty: RouterPenalty | None) -> ModuleSpec:
     attention = getattr(getattr(spec, "submodules", None), "self_attention", None)
     if not isinstance(spec, ModuleSpec) or attention is None:
         given = f"ModuleSpec of {getattr(spec.module, '__name__', spec.module)}" if isinstance(spec, ModuleSpec) else type(spec).__name__
@@ -55,13 +60,18 @@ def _layer(spec: ModuleSpec, config: PiKVConfig) -> ModuleSpec:
     if attention is IdentityOp:
         return spec
     host = getattr(attention, "module", None)
-    if not (isinstance(host, type) and issubclass(host, SelfAttention)):
+    if not (isinstance(host, type) and issubclass(host, SelfAttention | MLASelfAttention)):
         raise UnsupportedError(
-            f"the layer's self_attention is {getattr(host or attention, '__name__', host or attention)}; this version handles SelfAttention and its "
-            f"subclasses (MLASelfAttention is not there yet)"
+            f"the layer's self_attention is {getattr(host or attention, '__name__', host or attention)}; PiKV handles SelfAttention, "
+            f"MLASelfAttention and their subclasses"
         )
     if is_pikv_class(host):
         raise UnsupportedError("the specification has PiKV's attention already; apply pikv_layer_spec once")
+    if isinstance(getattr(attention.submodules, "core_attention", None), NonCallableMock):
+        raise UnsupportedError(
+            "the layer's core attention is a class of Transformer Engine, which is not installed (Megatron-Core has put a mock in its place); "
+            "install transformer-engine, or use get_gpt_layer_local_spec"
+        )
     # A shallow copy of each changed level: the modules' submodules may hold classes and functions that are meant to be shared.
     attention = copy.copy(attention)
     attention.module = self_attention_class(host)
@@ -69,11 +79,11 @@ def _layer(spec: ModuleSpec, config: PiKVConfig) -> ModuleSpec:
     spec = copy.copy(spec)
     spec.submodules = copy.copy(spec.submodules)
     spec.submodules.self_attention = attention
-    spec.submodules.mlp = _mlp(spec.submodules.mlp, config)
+    spec.submodules.mlp = _mlp(spec.submodules.mlp, config, penalty)
     return spec
 
 
-def _mlp(mlp, config: PiKVConfig):
+def _mlp(mlp, config: PiKVConfig, penalty: RouterPenalty | None):
     if not isinstance(getattr(mlp, "submodules", None), MoESubmodules):
         return mlp
     router = mlp.submodules.router
@@ -85,5 +95,5 @@ def _mlp(mlp, config: PiKVConfig):
         )
     mlp = copy.copy(mlp)
     mlp.submodules = copy.copy(mlp.submodules)
-    mlp.submodules.router = router_class(router)
+    mlp.submodules.router = partial(router_class(router), pikv_penalty=penalty)
     return mlp

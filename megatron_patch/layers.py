@@ -9,15 +9,18 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.core.transformer.utils import is_layer_window_attention
-from torch import nn
+from torch import Tensor, nn
 
 from pikv_ds.errors import UnsupportedError
 from pikv_ds.spec import LayerSpec
 
+from .subclass import is_pikv
+
 if TYPE_CHECKING:
-    from .context import PiKVInferenceContext
+    from .base_context import PiKVContext
 
 
 @dataclass(slots=True)
@@ -25,14 +28,16 @@ class Link:
     """Shared by the attention and the router of one layer: which context the running forward uses. Not a module, so in no checkpoint."""
 
     layer: int
-    context: PiKVInferenceContext | None = None
+    router: nn.Module | None  # a PiKV router: it tells the context which experts it chose
+    context: PiKVContext | None = None
+    serving: PiKVContext | None = None  # joins forwards that come without a context
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
     """One transformer layer with self-attention; moe is None in a dense layer."""
 
-    attention: SelfAttention
+    attention: SelfAttention | MLASelfAttention
     moe: MoELayer | None
 
     @property
@@ -53,15 +58,29 @@ def find_layers(model: nn.Module) -> list[Layer]:
             raise UnsupportedError(f"layer {module.layer_number} has cross-attention; PiKV handles decoder-only models")
         if isinstance(module.self_attention, IdentityOp):
             continue
-        if not isinstance(module.self_attention, SelfAttention):
+        if not isinstance(module.self_attention, SelfAttention | MLASelfAttention):
             raise UnsupportedError(
-                f"layer {module.layer_number} has {type(module.self_attention).__name__}; this version handles SelfAttention and its subclasses "
-                f"(MLASelfAttention is not there yet)"
+                f"layer {module.layer_number} has {type(module.self_attention).__name__}; PiKV handles SelfAttention, MLASelfAttention and "
+                f"their subclasses"
             )
+        refuse_attention(module.self_attention)
         layers.append(Layer(module.self_attention, module.mlp if isinstance(module.mlp, MoELayer) else None))
     if not layers:
         raise UnsupportedError(f"{type(model).__name__} has no Megatron-Core TransformerLayer with self-attention")
     return layers
+
+
+def is_latent(attention: nn.Module) -> bool:
+    return isinstance(attention, MLASelfAttention)
+
+
+def refuse_attention(attention: nn.Module) -> None:
+    """What PiKV can't do for one layer's attention, by the parts it was built from. Raises UnsupportedError."""
+    if is_latent(attention) and hasattr(attention.linear_kv_up_proj, "layer_norm_weight"):
+        raise UnsupportedError(
+            f"layer {attention.layer_number}: {type(attention.linear_kv_up_proj).__name__} normalises the latent inside the projection, where "
+            f"PiKV can't read it; use a specification with a kv_layernorm of its own (get_gpt_layer_local_spec)"
+        )
 
 
 def check_routers(layers: list[Layer], source: str) -> None:
@@ -69,12 +88,26 @@ def check_routers(layers: list[Layer], source: str) -> None:
     for layer in layers:
         if layer.router is not None and not isinstance(layer.router, TopKRouter) and source != "hash":
             raise UnsupportedError(
-                f"layer {layer.attention.layer_number} routes with {type(layer.router).__name__}, not TopKRouter; set pikv.storage.expert_ids = 'hash'"
+                f"layer {layer.attention.layer_number} routes with {type(layer.router).__name__}, not TopKRouter; "
+                f"set pikv.storage.expert_ids = 'hash'"
             )
 
 
-def layer_spec_of(layer: Layer, layer_idx: int) -> LayerSpec:
-    """KV geometry of one layer on this rank: its own heads only, after the tensor-parallel split."""
+def connect(layers: list[Layer]) -> list[Link]:
+    """One Link per layer, shared by its attention, its router and all contexts of the model."""
+    links = []
+    for i, layer in enumerate(layers):
+        router = layer.router if layer.router is not None and is_pikv(layer.router) else None
+        if layer.attention.pikv_link is None:
+            layer.attention.pikv_link = Link(i, router)
+            if router is not None:
+                router.pikv_link = layer.attention.pikv_link
+        links.append(layer.attention.pikv_link)
+    return links
+
+
+def layer_spec_of(layer: Layer, layer_idx: int, shared: bool = False) -> LayerSpec:
+    """KV geometry of one layer on this rank: its own heads after the tensor-parallel split, or all of them where the peers share them."""
     attention, config = layer.attention, layer.attention.config
     window = None
     if is_layer_window_attention(config.window_size, config.window_attn_skip_freq, attention.layer_number):
@@ -82,7 +115,24 @@ def layer_spec_of(layer: Layer, layer_idx: int) -> LayerSpec:
         if left < 1 or right != 0:
             raise UnsupportedError(f"window_size = {config.window_size}: PiKV handles causal windows (left >= 1, right = 0)")
         window = left + 1  # Megatron counts the tokens before the query, LayerSpec counts the query too
+    if is_latent(attention):
+        rank = config.kv_lora_rank
+        return LayerSpec(
+            layer_idx=layer_idx, num_kv_heads=1, k_dim=rank + config.qk_pos_emb_head_dim, v_dim=rank, window=window, latent=True
+        )
     return LayerSpec(
-        layer_idx=layer_idx, num_kv_heads=attention.num_query_groups_per_partition, k_dim=attention.key_hidden_size,
-        v_dim=attention.val_hidden_size, window=window,
+        layer_idx=layer_idx, num_kv_heads=config.num_query_groups if shared else attention.num_query_groups_per_partition,
+        k_dim=attention.key_hidden_size, v_dim=attention.val_hidden_size, window=window,
     )
+
+
+def softmax_offset(attention: nn.Module) -> Tensor | None:
+    """[Hq], the logit per head that takes a share of the softmax and gives nothing (TransformerConfig.softmax_type); None without one."""
+    kind, offset = attention.config.softmax_type, getattr(attention.core_attention, "softmax_offset", None)
+    if kind == "vanilla":
+        return None
+    if offset is None:
+        raise UnsupportedError(
+            f"softmax_type = {kind!r}, but {type(attention.core_attention).__name__} has no softmax_offset to take it from"
+        )
+    return offset.flatten()

@@ -9,29 +9,35 @@ from torch import nn
 from pikv_ds.config import PiKVConfig
 from pikv_ds.errors import ConfigError, UnsupportedError
 
-EXPERT_IDS = ("previous_layer", "true", "hash")
+EXPERT_IDS = ("previous_layer", "lookahead", "true", "hash")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def refuse_model(model: nn.Module, config: TransformerConfig) -> None:
     """Raises UnsupportedError with the setting, its value and the way out."""
     facts = [
-        (config.context_parallel_size > 1, "context_parallel_size", config.context_parallel_size, "PiKV shards the cache over experts, not over context; use 1"),
-        (config.pipeline_model_parallel_size > 1, "pipeline_model_parallel_size", config.pipeline_model_parallel_size,
+        (config.context_parallel_size > 1, "context_parallel_size", "PiKV shards the cache over experts, not over context; use 1"),
+        (config.pipeline_model_parallel_size > 1, "pipeline_model_parallel_size",
          "inference over pipeline stages has not been tested with PiKV and can't run on CPU; use 1"),
-        (config.cuda_graph_impl != "none", "cuda_graph_impl", config.cuda_graph_impl, "pages grow between steps, which a captured graph can't follow; use 'none'"),
-        (config.flash_decode, "flash_decode", True, "its kernel writes a dense cache of its own; set it to False"),
-        (config.multi_latent_attention, "multi_latent_attention", True, "MLA is not there yet; use SelfAttention models"),
-        (config.sequence_parallel, "sequence_parallel", True,
-         "a decode step of one token can't be split over tensor-parallel ranks, and routers would see a part of the tokens; build the inference model without it"),
-        (bool(config.mtp_num_layers), "mtp_num_layers", config.mtp_num_layers, "multi-token prediction heads have caches of their own; build the inference model without"),
+        (config.cuda_graph_impl != "none", "cuda_graph_impl", "pages grow between steps, which a captured graph can't follow; use 'none'"),
+        (config.flash_decode, "flash_decode", "its kernel writes a dense cache of its own; set it to False"),
+        (getattr(config, "cache_mla_latents", False), "cache_mla_latents", "PiKV stores the latent itself; set it to False"),
+        (getattr(config, "experimental_attention_variant", None) is not None, "experimental_attention_variant",
+         "its attention reads more than keys and values; PiKV does not handle it"),
+        (config.sequence_parallel, "sequence_parallel",
+         "a decode step of one token can't be split over tensor-parallel ranks, and routers would see a part of the tokens; build the "
+         "inference model without it"),
+        (bool(config.mtp_num_layers), "mtp_num_layers",
+         "multi-token prediction heads have caches of their own; build the inference model without"),
     ]
-    for refused, name, value, way_out in facts:
+    for refused, name, way_out in facts:
         if refused:
-            raise UnsupportedError(f"TransformerConfig.{name} = {value!r} with PiKV: {way_out}")
+            raise UnsupportedError(f"TransformerConfig.{name} = {getattr(config, name)!r} with PiKV: {way_out}")
     for module in model.modules():
         if getattr(module, "position_embedding_type", None) == "mrope":
-            raise UnsupportedError("position_embedding_type = 'mrope': its rotations depend on the input, not on the position alone; PiKV does not handle it")
+            raise UnsupportedError(
+                "position_embedding_type = 'mrope': its rotations depend on the input, not on the position alone; PiKV does not handle it"
+            )
 
 
 def refuse_config(config: PiKVConfig) -> None:

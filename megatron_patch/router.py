@@ -1,4 +1,4 @@
-"""What PiKV adds to the host's TopKRouter: it tells the running context which experts the tokens of this layer went to."""
+"""What PiKV adds to the host's TopKRouter: it tells the running context where tokens went, and may heed the state of the cache."""
 
 from __future__ import annotations
 
@@ -8,21 +8,44 @@ from torch import Tensor
 from pikv_ds.placement import primary_expert
 
 from .layers import Link
+from .penalty import RouterPenalty, model_weights
 from .subclass import pikv_class
 
 
 @pikv_class
 def router_class(host: type) -> type:
     class PiKVRouter(host):
-        """Routing itself is the host's, bit for bit."""
+        """Routing itself is the host's, bit for bit, unless a RouterPenalty was asked for and a PiKV context is running."""
 
         pikv_link: Link | None = None
+        pikv_penalty: RouterPenalty | None = None
+
+        def __init__(self, *args, pikv_penalty: RouterPenalty | None = None, **kwargs) -> None:
+            super().__init__(*args, **kwargs)
+            if pikv_penalty is not None:
+                pikv_penalty.refuse(self.config)
+            self.pikv_penalty = pikv_penalty
+
+        def routing(self, logits: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+            link = self.pikv_link
+            if self.pikv_penalty is None or link is None or link.context is None:
+                return super().routing(logits, *args, **kwargs)
+            lowered = logits - link.context.router_penalty(link.layer, self.pikv_penalty).to(logits.dtype)
+            probs, routing_map = super().routing(lowered, *args, **kwargs)
+            if self.pikv_penalty.applies_to == "selection":
+                probs = model_weights(logits.view(-1, logits.shape[-1]), routing_map, self.config)
+            return probs, routing_map
 
         def forward(self, *args, **kwargs) -> tuple[Tensor, Tensor]:
             probs, routing_map = super().forward(*args, **kwargs)
             if self.pikv_link is not None and self.pikv_link.context is not None:
                 self.pikv_link.context.note_routing(self.pikv_link.layer, routed_experts(probs, routing_map))
             return probs, routing_map
+
+        def look_ahead(self, hidden: Tensor) -> Tensor:
+            """Primary experts [tokens] int64 that this router would choose for other hidden states [s, b, h]; reports nothing."""
+            with torch.no_grad():
+                return routed_experts(*super().forward(hidden))
 
     return PiKVRouter
 

@@ -6,7 +6,8 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer import MLATransformerConfig, TransformerConfig
+from megatron.core.transformer.dot_product_attention import DotProductAttention
 
 from pikv_ds.megatron_patch.cpu_compat import cpu_config_options
 
@@ -27,20 +28,37 @@ def start(tp: int = 1, ep: int = 1, etp: int = 1) -> None:
     model_parallel_cuda_manual_seed(123)
 
 
-def tiny_config(**changes) -> TransformerConfig:
+def tiny_config(kind=TransformerConfig, **changes) -> TransformerConfig:
     world = dict(
         tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
         expert_model_parallel_size=parallel_state.get_expert_model_parallel_world_size(),
         expert_tensor_parallel_size=parallel_state.get_expert_tensor_parallel_world_size(),
     )
-    return TransformerConfig(**{**cpu_config_options(), **SHAPE, **world, **changes})
+    return kind(**{**cpu_config_options(), **SHAPE, **world, **changes})
+
+
+def latent_config(**changes) -> MLATransformerConfig:
+    """The same model with multi-latent attention."""
+    mla = dict(q_lora_rank=24, kv_lora_rank=16, qk_head_dim=8, qk_pos_emb_head_dim=4, v_head_dim=12, rope_type="rope")
+    return tiny_config(kind=MLATransformerConfig, multi_latent_attention=True, num_query_groups=8, **{**mla, **changes})
+
+
+class LatentCoreAttention(DotProductAttention):
+    """Megatron's local core attention with the two arguments that MLASelfAttention passes: only Transformer Engine's takes them."""
+
+    def __init__(self, *args, k_channels: int | None = None, v_channels: int | None = None, **kwargs) -> None:
+        super().__init__(*args, **kwargs)  # the base class of MLASelfAttention builds one without them first
+        self.hidden_size_per_partition = (v_channels or 0) * self.num_attention_heads_per_partition
 
 
 def local_spec(config: TransformerConfig):
-    return get_gpt_layer_local_spec(
+    spec = get_gpt_layer_local_spec(
         num_experts=config.num_moe_experts, moe_grouped_gemm=False, qk_layernorm=config.qk_layernorm, normalization="RMSNorm",
         multi_latent_attention=config.multi_latent_attention,
     )
+    if config.multi_latent_attention:
+        spec.submodules.self_attention.submodules.core_attention = LatentCoreAttention
+    return spec
 
 
 def tiny_model(config: TransformerConfig, spec=None, **options) -> GPTModel:
@@ -60,7 +78,7 @@ def tiny_model(config: TransformerConfig, spec=None, **options) -> GPTModel:
     for name, parameter in model.named_parameters():
         if ".experts." in name:
             parameter.data.normal_(0, 0.1, generator=own_experts)
-        elif "linear_qkv" in name:
+        elif any(f"linear_{part}" in name for part in ("qkv", "q_up_proj", "kv_up_proj", "kv_down_proj", "q_down_proj")):
             parameter.data.normal_(0, 0.2, generator=own_heads)
     return model
 

@@ -19,10 +19,15 @@ LAYOUTS = {  # name: world, "tp,ep,etp"
     "EP4": (4, "1,4,1"),
     "EP2xDP2": (4, "1,2,1"),
     "TP2xEP2xDP2-peers": (4, "2,2,1"),
+    "TP4xEP4-peers": (4, "4,4,1"),
     "TP2xEP2-across": (4, "2,2,2"),  # the expert group joins equal tensor-parallel ranks
 }
-CHECKS = ["static decoding equals the full forward", "each rank its own requests", "the same requests on all ranks"]
-SOURCES = ["ids true", "ids hash", "ids true, the same requests"]
+CHECKS = [
+    "static decoding equals the full forward", "each rank its own requests", "the same requests on all ranks",
+    "MLA, each rank its own requests", "MLA, the same requests on all ranks",
+]
+SOURCES = ["ids true", "ids hash", "ids lookahead", "ids true, the same requests", "ids lookahead, the same requests"]
+SHARED = [f"KV heads that peers share, ids {source}" for source in ("previous_layer", "true")]
 _jobs: dict[int, JobResult] = {}
 
 
@@ -47,6 +52,12 @@ def test_sources_of_expert_ids(layout: str, check: str):
     rows_of(layout, check)
 
 
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if "TP" in name])
+@pytest.mark.parametrize("check", SHARED)
+def test_heads_that_tensor_parallel_peers_share(layout: str, check: str):
+    rows_of(layout, check)
+
+
 def mode(layout: str, check: str) -> set[str]:
     return {row["stats"]["requests"] for row in rows_of(layout, check)}
 
@@ -58,6 +69,11 @@ def test_requests_are_recognised():
     # Tensor-parallel peers hold different heads of the same tokens.
     assert mode("TP2xEP2-peers", "the same requests on all ranks") == {"distinct"}
     assert mode("TP2", "the same requests on all ranks") == {"local"}
+    # Where peers hold the same latent or KV heads and nobody else is in the group, entries are stored once for all of them.
+    for check in ("MLA, the same requests on all ranks", *SHARED):
+        assert mode("TP2xEP2-peers", check) == mode("TP4xEP4-peers", check) == {"replicated"}
+        assert mode("TP2xEP2xDP2-peers", check) == {"replicated"}
+    assert [row["heads"] for row in rows_of("TP4xEP4-peers", SHARED[0])] == [2] * 4
 
 
 @pytest.mark.parametrize("layout", ["EP2", "EP4"])

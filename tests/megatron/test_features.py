@@ -22,6 +22,9 @@ _jobs: list[JobResult] = []
     *(f"{name}, ids previous_layer" for name in SETTINGS),
     *(f"{name}, ids true" for name in ("sliding window", "dropped tokens", "router in chunks", "dense first layer")),
     *(f"entries are at their experts, ids {source}, {chunks} chunks" for source in ("true", "previous_layer") for chunks in (1, 3)),
+    "penalty of strength 0 changes nothing", "load penalty evens out the shards", "miss penalty keeps tokens from an expert",
+    *(f"weights of a chosen set are the model's own, {name}" for name in ("softmax", "softmax before the choice", "scaled", "sigmoid")),
+    "penalty without a context, in a specification, refused",
     "settings refused by name", "versions refused", "specifications refused", "process groups and shards refused", "calls refused",
 ])
 def test_features(check: str):

@@ -12,7 +12,7 @@ from megatron.core.inference.contexts import StaticInferenceContext
 
 from pikv_ds.megatron_patch import PiKVInferenceContext, cpu_compat, enable_pikv
 from tests.dist.jobs.report import Report
-from tests.megatron.models import start, tiny_config, tiny_model, tokens
+from tests.megatron.models import latent_config, start, tiny_config, tiny_model, tokens
 from tests.megatron.runs import assert_conserved, decode, dense_is_forbidden, full_forward
 
 ROWS, LONGEST_PROMPT, STEPS = 3, 20, 32
@@ -26,6 +26,7 @@ def check_decode(report: Report, model, name: str, ids: torch.Tensor, pieces: li
             logits = decode(model, context, ids, pieces)
         row["difference"] = (logits - reference[: len(logits)]).abs().max().item()
         row["stats"] = context.stats()
+        row["heads"] = context.core.layers[0].num_kv_heads
         assert row["difference"] <= 1e-5, row["difference"]
         assert not context.key_value_memory_dict
         assert_conserved(context, len(model.decoder.layers) * ids.numel())
@@ -48,14 +49,39 @@ def check_layout(report: Report, layout: str) -> None:
     check_decode(report, model, f"{layout} the same requests on all ranks", shared, [7, 5], shared_reference)
     if dist.get_world_size() < 4:  # what differs between the sources of ids differs on two ranks already
         check_sources(report, model, layout, own, own_pieces, own_reference, shared, shared_reference)
+    check_latent(report, layout, own, own_pieces, shared)
+    if parallel_state.get_tensor_model_parallel_world_size() > 1:
+        check_shared_heads(report, layout, shared)
     dist.barrier()
     parallel_state.destroy_model_parallel()
+
+
+def check_latent(report: Report, layout: str, own: torch.Tensor, own_pieces: list[int], shared: torch.Tensor) -> None:
+    """Multi-latent attention: [c_kv | k_rot] is stored, Megatron's own static batching keeps expanded heads."""
+    model = tiny_model(latent_config())
+    own = own[:, : LONGEST_PROMPT + 4]
+    static = StaticInferenceContext(ROWS, LENGTH)
+    own_reference, shared_reference = decode(model, static, own, own_pieces), decode(model, static, shared, [7, 5])
+    enable_pikv(model)
+    check_decode(report, model, f"{layout} MLA, each rank its own requests", own, own_pieces, own_reference)
+    check_decode(report, model, f"{layout} MLA, the same requests on all ranks", shared, [7, 5], shared_reference)
+
+
+def check_shared_heads(report: Report, layout: str, shared: torch.Tensor) -> None:
+    """Fewer KV heads than tensor-parallel ranks, so that peers hold the same ones."""
+    model = tiny_model(tiny_config(num_query_groups=parallel_state.get_tensor_model_parallel_world_size() // 2))
+    reference = decode(model, StaticInferenceContext(ROWS, LENGTH), shared, [7, 5])
+    enable_pikv(model)
+    for source in ("previous_layer", "true"):
+        check_decode(report, model, f"{layout} KV heads that peers share, ids {source}", shared, [7, 5], reference, expert_ids=source)
 
 
 def check_sources(report, model, layout, own, own_pieces, own_reference, shared, shared_reference) -> None:
     short = own[:, :LONGEST_PROMPT]
     check_decode(report, model, f"{layout} ids true", short, own_pieces, own_reference, expert_ids="true")
     check_decode(report, model, f"{layout} ids true, the same requests", shared[:, :16], [7, 5], shared_reference, expert_ids="true")
+    check_decode(report, model, f"{layout} ids lookahead", short, own_pieces, own_reference, expert_ids="lookahead")
+    check_decode(report, model, f"{layout} ids lookahead, the same requests", shared[:, :16], [7, 5], shared_reference, expert_ids="lookahead")
     check_decode(report, model, f"{layout} ids hash", short[:, :16], own_pieces, own_reference, expert_ids="hash")
 
 

@@ -8,9 +8,10 @@ import megatron.core
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.extensions import transformer_engine
 from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.attention import Attention
+from megatron.core.transformer.attention import Attention, CrossAttention
 from megatron.core.transformer.moe.moe_layer import MoELayer
 
 from pikv_ds.errors import ConfigError, UnsupportedError
@@ -19,6 +20,7 @@ from pikv_ds.megatron_patch.groups import expert_group
 from pikv_ds.megatron_patch.layers import find_layers
 from tests.dist.jobs.report import Report
 from tests.megatron.models import causal_mask, local_spec, positions, start, tiny_config, tiny_model, tokens
+from tests.megatron.penalty import check_penalty
 from tests.megatron.runs import assert_conserved, decode, dense_is_forbidden, step
 
 ROWS, LENGTH = 3, 24
@@ -111,11 +113,11 @@ def check_refusals(report: Report, ids: torch.Tensor) -> None:
     with report.check("settings refused by name"):
         for changes in (
             dict(context_parallel_size=2), dict(pipeline_model_parallel_size=2), dict(cuda_graph_impl="local"), dict(flash_decode=True),
-            dict(sequence_parallel=True), dict(mtp_num_layers=1), dict(multi_latent_attention=True), dict(window_size=(4, 4)),
+            dict(sequence_parallel=True), dict(mtp_num_layers=1), dict(window_size=(4, 4)),
         ):
             with setting(model.config, **changes):
                 refused(UnsupportedError, next(iter(changes)), lambda: enable_pikv(model))
-        refused(ConfigError, "lookahead", lambda: enable_pikv(model, {"storage": {"expert_ids": "lookahead"}}))
+        refused(ConfigError, "'gate'", lambda: enable_pikv(model, {"storage": {"expert_ids": "gate", "gate_path": "gate.safetensors"}}))
         refused(ConfigError, "enabled", lambda: enable_pikv(model, {"enabled": False}))
         assert [type(m) for m in model.modules()] == classes, "a refusal must leave the model as it was"
     with report.check("versions refused"):
@@ -126,8 +128,12 @@ def check_refusals(report: Report, ids: torch.Tensor) -> None:
     with report.check("specifications refused"):
         refused(UnsupportedError, "GPTModel", lambda: pikv_layer_spec(model))
         refused(UnsupportedError, "MoELayer", lambda: pikv_layer_spec(local_spec(model.config).submodules.mlp))
-        refused(UnsupportedError, "MLASelfAttention", lambda: pikv_layer_spec(local_spec(mock.Mock(
-            num_moe_experts=8, qk_layernorm=True, multi_latent_attention=True))))
+        cross = local_spec(model.config)
+        cross.submodules.self_attention.module = CrossAttention
+        refused(UnsupportedError, "CrossAttention", lambda: pikv_layer_spec(cross))
+        missing = local_spec(model.config)
+        missing.submodules.self_attention.submodules.core_attention = transformer_engine.TEDotProductAttention
+        refused(UnsupportedError, "Transformer Engine, which is not installed", lambda: pikv_layer_spec(missing))
         refused(UnsupportedError, "once", lambda: pikv_layer_spec(pikv_layer_spec(local_spec(model.config))))
     enable_pikv(model)
     with report.check("process groups and shards refused"):
@@ -166,6 +172,7 @@ def main() -> None:
     check_settings(report, ids)
     check_homes(report, ids)
     check_refusals(report, ids)
+    check_penalty(report, ids)
     dist.barrier()
     dist.destroy_process_group()
 

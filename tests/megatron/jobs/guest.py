@@ -14,6 +14,7 @@ from pikv_ds.megatron_patch import PiKVInferenceContext, cpu_compat, disable_pik
 from tests.dist.jobs.report import Report
 from tests.megatron.models import local_spec, positions, start, tiny_config, tiny_model, tokens
 from tests.megatron.runs import assert_conserved, decode, dense_is_forbidden, full_forward, step
+from tests.megatron.training import train
 
 ROWS, LENGTH = 3, 24
 
@@ -88,6 +89,21 @@ def check_training(report: Report, model, ids: torch.Tensor) -> None:
         disable_pikv(model)
 
 
+def check_optimizer(report: Report, ids: torch.Tensor) -> None:
+    """The unmodified model and one built with PiKV in its spec, from the same weights: same losses, same parameters, bit for bit."""
+    with report.check("optimizer steps under DDP with the distributed optimizer"):
+        config = tiny_config()
+        plain, enabled = tiny_model(config), tiny_model(config, pikv_layer_spec(local_spec(config)))
+        start_weights = {name: p.detach().clone() for name, p in plain.named_parameters()}
+        losses, expected = train(plain, ids, steps=2)
+        own_losses, parameters = train(enabled, ids, steps=2)
+        assert own_losses == losses and losses[1] < losses[0], (losses, own_losses)
+        assert parameters.keys() == expected.keys() and all(torch.equal(parameters[n], expected[n]) for n in expected)
+        assert not any(torch.equal(parameters[n], start_weights[n]) for n in parameters), "a parameter was not trained"
+        logits = decode(enabled, PiKVInferenceContext(ROWS, LENGTH, model=enabled), ids, [9])
+        assert (logits[-1] - full_forward(enabled, ids)[:, -1]).abs().max() <= 1e-5, "decoding with the trained weights"
+
+
 def check_rows(report: Report, model, ids: torch.Tensor) -> None:
     for source in ("previous_layer", "true"):
         with report.check(f"tokens taken back and rows swapped, ids {source}"), torch.no_grad():
@@ -139,6 +155,7 @@ def main() -> None:
     check_round_trip(report, model, ids)
     check_spec(report, model, ids)
     check_training(report, model, ids)
+    check_optimizer(report, ids)
     check_rows(report, model, ids)
     check_idle(report, model, ids)
     dist.barrier()

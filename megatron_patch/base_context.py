@@ -1,0 +1,197 @@
+"""What the contexts of static and dynamic batching share: the cache of a model, and the calls its layers make during a forward."""
+
+from __future__ import annotations
+
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from functools import wraps
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from pikv_ds.cache import PiKVCache
+from pikv_ds.config import PiKVConfig
+from pikv_ds.digest import digest
+from pikv_ds.errors import UnsupportedError
+from pikv_ds.stats import stats
+
+from .chunk import finish_attention
+from .expert_ids import ExpertIds
+from .groups import expert_group, fit_requests
+from .heads import stored_heads
+from .layers import check_routers, connect, find_layers, layer_spec_of, softmax_offset
+from .penalty import RouterPenalty
+from .refusals import refuse_config, refuse_dtype, refuse_model
+from .subclass import is_pikv
+from .tokens import Tokens
+
+
+def outside_inference_mode(method):
+    """Forwards under inference_mode and others (dummy_forward) write the same cache; what is made in that mode can't be changed outside."""
+
+    @wraps(method)
+    def run(*args, **kwargs):
+        with torch.inference_mode(False), torch.no_grad():
+            return method(*args, **kwargs)
+
+    return run
+
+
+class PiKVContext(ABC):
+    """Owns the PiKVCache of one model. A subclass says what a forward brings, and keeps what it needs to say that."""
+
+    dynamic = False
+
+    def _open(self, model: nn.Module, config, group: dist.ProcessGroup | None) -> None:
+        """Build the cache. Collectives: none."""
+        self.layers = find_layers(model)
+        for layer in self.layers:
+            if not is_pikv(layer.attention):
+                raise UnsupportedError(
+                    f"layer {layer.attention.layer_number} of {type(model).__name__} is not enabled for PiKV; call enable_pikv(model) first"
+                )
+        attention = self.layers[0].attention
+        refuse_model(model, attention.config)
+        config = attention.pikv_config if config is None else PiKVConfig.parse(config)
+        refuse_config(config)
+        check_routers(self.layers, config.storage.expert_ids)
+        group = expert_group(self.layers) if group is None else group
+        config, self.shared = fit_requests(config, self.layers, group, self.dynamic)
+        weight = attention.linear_proj.weight
+        refuse_dtype(weight.dtype)
+        num_shards = config.storage.num_shards or (1 if group is None else group.size())
+        num_experts = attention.config.num_moe_experts or num_shards
+        specs = [layer_spec_of(layer, i, self.shared is not None) for i, layer in enumerate(self.layers)]
+        self.core = PiKVCache(specs, config, num_experts=num_experts, dtype=weight.dtype, device=weight.device, group=group)
+        self.heads = [stored_heads(layer.attention, self.core, i, self.shared) for i, layer in enumerate(self.layers)]
+        self.expert_ids = ExpertIds(config.storage.expert_ids, self.core, num_experts)
+        self.links = connect(self.layers)
+        self._layer_of = {layer.attention.layer_number: i for i, layer in enumerate(self.layers)}
+        self._next_layer: int | None = None  # while a forward runs: the layer whose attention comes next
+        self._idle = False
+        self._misses = [torch.zeros(num_experts, device=weight.device) for _ in self.layers]
+
+    # ---- the caller's controls -----------------------------------------------------------------------------------------------
+
+    @outside_inference_mode
+    def free(self) -> None:
+        """reset(), and return all memory now. All ranks of the group must call it at the same point."""
+        self.reset()
+        self.core.reset()
+
+    @contextlib.contextmanager
+    def idle(self) -> Iterator[None]:
+        """Forwards inside store nothing, with or without this context, of any shape; their output means nothing."""
+        self._idle = True
+        try:
+            with self.serving():
+                yield
+        finally:
+            self._idle = False
+
+    @contextlib.contextmanager
+    def serving(self) -> Iterator[None]:
+        """Inside, an eval-mode forward *without* a context is a dummy_forward: this rank has no work and joins with zero queries.
+
+        Megatron's dynamic engine runs such forwards on idle expert-parallel ranks. Outside, they are the host's own.
+        """
+        for link in self.links:
+            link.serving = self
+        try:
+            yield
+        finally:
+            for link in self.links:
+                link.serving = None
+
+    def add_misses(self, layer: int, misses: Tensor) -> None:
+        """Count entries of a layer that had to be fetched, per expert [E]; for RouterPenalty.miss. The same numbers on all ranks."""
+        self._misses[layer] += misses.to(self._misses[layer])
+
+    def router_penalty(self, layer: int, penalty: RouterPenalty) -> Tensor:
+        """[E] f32, what the router of a layer takes off its logits."""
+        return penalty.of(self.core, layer, self._misses[layer])
+
+    def _stats(self, num_rows: int, context: int) -> dict:
+        return stats(self.core, num_rows, context)
+
+    # ---- called by the layers ------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def rotary_rows(self, columns: int) -> slice | Tensor | None:
+        """Rows of the rotary table for this forward's tokens; None when they need no rotation."""
+
+    @abstractmethod
+    def begin_forward(self, key: Tensor, attention_mask: Tensor | None, idle: bool) -> Tokens:
+        """Check what the forward brings, announce it to the cache, return how its tokens lie."""
+
+    @abstractmethod
+    def end_forward(self) -> None:
+        """The cache has taken in the forward."""
+
+    @outside_inference_mode
+    def attend(self, layer_number: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, latent: Tensor | None = None,
+               looked_ahead: Tensor | None = None, idle: bool = False) -> Tensor:
+        """Attention of one layer, exact, over what is stored and the forward's own tokens.
+
+        Args: query, key, value in the host's layout [T, B, H, D] (dynamic: [N, 1, H, D]), rotated; latent [T, B, R] of MLA, else None;
+            looked_ahead [tokens] int64 expert ids of the layer's router, or None; idle: store nothing, the result means nothing.
+        Returns: [T, B, Hq, Dv] in the query's dtype.
+        """
+        layer = self._layer_of[layer_number]
+        if layer == 0:
+            self.tokens = self.begin_forward(key, mask, idle or self._idle)
+            self.expert_ids.begin(self.tokens)
+            self._next_layer = 0
+        if layer != self._next_layer:
+            raise UnsupportedError(
+                f"attention of layer {layer_number} ran out of order; PiKV needs every attention layer once per forward, in order"
+            )
+        if key.dtype != self.core.dtype:
+            raise UnsupportedError(
+                f"layer {layer_number}: keys arrive as {key.dtype}, the parameters are {self.core.dtype} (autocast?); run without autocast"
+            )
+        q, k, v = (self.tokens.rows(t.detach()) for t in (query, key, value))
+        heads = self.heads[layer]
+        latent = None if latent is None else self.tokens.rows(latent.detach())
+        partial = heads.attend(q, k, v, latent, self.expert_ids.of(layer, looked_ahead))
+        sink = softmax_offset(self.layers[layer].attention)
+        out = finish_attention(partial, q, k, v, scale=heads.scale, window=self.core.layers[layer].window, sink=sink)
+        self._next_layer = layer + 1
+        if self._next_layer == len(self.layers) and not (self.core.stages and self.links[layer].router is not None):
+            self._finish()
+        return self.tokens.host(out).to(query.dtype)
+
+    @outside_inference_mode
+    def note_routing(self, layer: int, ids: Tensor) -> None:
+        """A router has run: ids [tokens] int64, -1 = dropped. It may be called several times per layer."""
+        if self._next_layer is None:  # the forward's last attention was the end of it
+            return
+        complete = self.expert_ids.note(layer, ids)
+        if complete and self._next_layer == len(self.layers):
+            self._finish()
+
+    def _finish(self) -> None:
+        self._next_layer = None
+        for link in self.links:
+            link.context = None
+        self.core.end_step()
+        self.end_forward()
+
+    def _refuse_after_failure(self, continues: bool) -> None:
+        if self._next_layer is not None and continues:
+            raise RuntimeError(
+                "an earlier forward failed midway, so the layers hold different tokens; call reset() and start the requests again"
+            )
+
+
+def positions_digest(core: PiKVCache, shared: bool, key: Tensor, positions: Tensor) -> int:
+    """What replicated ranks compare. Keys of the first layer are a function of token and position alone; tensor-parallel peers see the same
+    tokens by construction, and compute a shared KV head in GEMMs of their own, so theirs are not compared bit by bit."""
+    return 0 if core.exchange.size == 1 else digest([positions] if shared else [key, positions])
+
+
+def check_length(length: int, limit: int) -> None:
+    if length > limit:
+        raise ValueError(f"a forward up to token {length} exceeds max_sequence_length = {limit}; build the context with a larger limit")

@@ -1,0 +1,145 @@
+"""The inference context of dynamic batching over an expert-sharded store: requests of different lengths that come, pause and go."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from megatron.core.inference.contexts.dynamic_context import DynamicInferenceContext
+from torch import Tensor, nn
+
+from pikv_ds.errors import UnsupportedError
+from pikv_ds.plan import LocalStep
+
+from .base_context import PiKVContext, positions_digest
+from .layers import is_latent
+from .tokens import Nothing, Packed, Piece, Tokens
+
+_NOBODY = -1  # the row of a rank that has no request: the host's own sign for an empty place
+
+
+class PiKVDynamicInferenceContext(PiKVContext, DynamicInferenceContext):
+    """Takes the place of DynamicInferenceContext: the same arguments and `model=`. Requests, blocks and their budget are the host's.
+
+    A block is a promise here: it is counted as the host counts it, so that requests wait, pause and are evicted alike, but no memory
+    stands behind it. Entries lie in the pages of all ranks of the expert-parallel group, and follow their request by its id.
+    All ranks run the same number of forwards: those without work run wrapper.dummy_forward() under serving(), or any forward under idle().
+    """
+
+    dynamic = True
+
+    def __init__(self, *, model: nn.Module, config=None, group: dist.ProcessGroup | None = None, **options) -> None:
+        """
+        Args:
+            model: enabled by enable_pikv, or built from a pikv_layer_spec.
+            config: the "pikv" block; None = the one the model was enabled with.
+            group: None = the model's expert-parallel group.
+            options: as DynamicInferenceContext; without CUDA graphs, flashinfer's fused rope, Mamba states and cached MLA latents.
+
+        Collectives: none.
+        """
+        _refuse(options)
+        super().__init__(**options)
+        self._open(model, config, group)
+        if any(is_latent(layer.attention) for layer in self.layers):
+            raise UnsupportedError(
+                "MLA with dynamic batching: Megatron-Core asks for cache_mla_latents, whose kernels read a cache of its own; use static "
+                "batching (PiKVInferenceContext)"
+            )
+        self._stored: dict[int, int] | None = None  # request id -> tokens stored, in the order of the cache's rows; None = no forward yet
+
+    # ---- the caller's controls -----------------------------------------------------------------------------------------------
+
+    def stats(self) -> dict:
+        """Plain numbers of this rank, see pikv_ds.stats.stats; kv_bytes_dense = the blocks in use. Sync: reads the device."""
+        return self._stats(0, 0) | {"kv_bytes_dense": self.block_allocator.get_total_used() * self.block_size_bytes}
+
+    def reset(self) -> None:
+        """No request is left; their memory returns with the next forward. Local: ranks may reset at different times."""
+        super().reset()
+        if self._stored is not None:
+            self._stored = {}
+
+    def free(self) -> None:
+        super().free()
+        self._stored = None
+
+    def allocate_all_tensors(self, *, is_init: bool) -> None:
+        """The host's bookkeeping, and a block buffer without layers: it takes no memory, and a kernel that reaches for it fails."""
+        num_layers, self.num_attention_layers = self.num_attention_layers, 0
+        try:
+            super().allocate_all_tensors(is_init=is_init)
+        finally:
+            self.num_attention_layers = num_layers
+
+    def append_key_value_cache(self, layer_number: int, key: Tensor, value: Tensor) -> None:
+        raise UnsupportedError(
+            f"layer {layer_number} appends to the block buffer of a PiKVDynamicInferenceContext: that layer is not enabled for PiKV; call "
+            f"enable_pikv(model) on the model this context is used with"
+        )
+
+    # ---- one forward ---------------------------------------------------------------------------------------------------------
+
+    def rotary_rows(self, columns: int) -> Tensor | None:
+        if self._idle:
+            return None
+        if columns != self.padded_active_token_count:
+            raise UnsupportedError(
+                f"a forward of {columns} tokens, but the context has laid out {self.padded_active_token_count}; call "
+                f"initialize_attention_state() and pass current_input_and_position_ids(), or run the forward under idle()"
+            )
+        return self.token_to_pos_ids[:columns]
+
+    def begin_forward(self, key: Tensor, attention_mask: Tensor | None, idle: bool) -> Tokens:
+        """Sync: reads the host's request table back, once per forward."""
+        stored = self._stored or {}
+        self._refuse_after_failure(bool(stored))
+        pieces = {} if idle else self._active()
+        waiting = stored if idle else self.request_ids[: self.paused_request_count].tolist()
+        before = {request: count for request, count in stored.items() if request in pieces or request in waiting}
+        after = before | {request: start + length for request, (start, length) in pieces.items()} or {_NOBODY: 0}
+        old_row, row = {r: i for i, r in enumerate(stored)}, {r: i for i, r in enumerate(after)}
+        keep = {request: pieces[request][0] if request in pieces else before.get(request, 0) for request in after}
+        if pieces:
+            tokens: Tokens = Packed([Piece(row[r], *piece) for r, piece in pieces.items()], len(after), key.shape[0], self.core.device)
+        else:
+            tokens = Nothing(len(after), key.shape[:2], self.core.device)
+        fresh, replicated = self._stored is None, self.core.agreement.mode == "replicated"
+        self.core.begin_step(LocalStep(
+            num_rows=len(after), num_columns=tokens.positions.shape[1], num_new=[pieces[r][1] if r in pieces else 0 for r in after],
+            parent=[old_row.get(r, -1) for r in after], keep=list(keep.values()), positions=tokens.positions, fresh=fresh,
+            identity=list(keep.items()) == list(stored.items()),
+            digest=positions_digest(self.core, True, key, tokens.positions) if fresh or replicated else 0,
+        ))
+        self._after = after
+        return tokens
+
+    def end_forward(self) -> None:
+        self._stored = self._after
+
+    def _active(self) -> dict[int, tuple[int, int]]:
+        """Per active request, in the host's order: position of its first token in this forward, number of tokens."""
+        active = slice(self.paused_request_count, self.total_request_count)
+        table = torch.stack([t[active] for t in (self.request_ids, self.request_kv_length_offsets, self.request_query_lengths)], 1)
+        pieces = {request: (start, length) for request, start, length in table.tolist()}
+        for request, (start, _) in pieces.items():
+            held = (self._stored or {}).get(request, 0)
+            if start > held:
+                raise UnsupportedError(
+                    f"request {request} continues at token {start}, but {held} of its tokens are stored: tokens in between were never run "
+                    f"through this context"
+                )
+        return pieces
+
+
+def _refuse(options: dict) -> None:
+    reasons = {
+        "num_cuda_graphs": "pages grow between steps, which a captured graph can't follow; leave it at None",
+        "use_flashinfer_fused_rope": "PiKV rotates with Megatron's own tables; leave it at False",
+        "mamba_inference_state_config": "hybrid models keep states that are not keys and values; PiKV does not handle them",
+        "cache_mla_latent": "PiKV stores no MLA latents under dynamic batching; use static batching",
+        "unified_memory_level": "there is no block buffer to place; leave it at 0",
+        "offload_kv_cache": "there is no block buffer to offload; leave it at False",
+    }
+    for name, reason in reasons.items():
+        if options.get(name):
+            raise UnsupportedError(f"PiKVDynamicInferenceContext({name} = {options[name]!r}): {reason}")

@@ -1,0 +1,46 @@
+"""Dynamic batching: DynamicInferenceContext driven step by step, Megatron's own with a reference flash_decode beside it."""
+
+import pytest
+import torch
+
+from tests.dist.launcher import JobResult, run_gloo
+from tests.megatron import JOBS
+
+pytestmark = [
+    pytest.mark.dist, pytest.mark.timeout(300),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="the job runs Megatron-Core on CPU and gloo, which cpu_compat leaves alone with CUDA"),
+]
+LAYOUTS = {"EP2": "1,2,1", "TP2xEP2-peers": "2,2,1"}  # tp,ep,etp on two ranks
+REQUESTS, SHARED, EVICTIONS = "20 requests of 1 to 300 tokens", "a KV head that peers share", "evicted requests that start again"
+_jobs: list[JobResult] = []
+
+
+def rows_of(layout: str, check: str) -> list[dict]:
+    if not _jobs:
+        _jobs.append(run_gloo(JOBS / "dynamic.py", list(LAYOUTS.values()), ranks=2, timeout_s=280))
+    return _jobs[0].check(f"{LAYOUTS[layout]} {check}")
+
+
+@pytest.mark.parametrize("check", [
+    REQUESTS, "every request as if it were alone", "ids true", "ids lookahead", "sliding window, ids true, chunked prefill",
+    "a forward without a context is the host's own unless serving", "refusals", "tokens that were never run",
+])
+def test_expert_parallel(check: str):
+    rows_of("EP2", check)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("check", ["chunked prefill", SHARED, EVICTIONS])
+def test_also_with_tensor_parallel_peers(check: str, layout: str):
+    rows_of(layout, check)
+
+
+def test_requests_wait_pause_and_are_evicted_and_ranks_idle():
+    """The checks above mean something only if this happened in them."""
+    logs = [row["log"] for row in rows_of("EP2", REQUESTS)]
+    assert all(log["paused"] > 0 for log in logs) and max(log["idle"] for log in logs) > 10, logs
+    assert any(row["log"]["evicted"] > 0 for row in rows_of("EP2", EVICTIONS))
+
+
+def test_a_head_that_peers_share_is_stored_once():
+    assert {row["stats"]["requests"] for row in rows_of("TP2xEP2-peers", SHARED)} == {"replicated"}
