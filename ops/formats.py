@@ -116,6 +116,11 @@ class PageFormat:
                 f"is not a multiple of {self.group}; use page_size {self.group * max(1, self.page_size // self.group)}"
             )
 
+    @cached_property
+    def layout(self) -> tuple[int, int, int, int, int, int, bool]:
+        """The format as the ops take it (library.py)."""
+        return self.code, self.num_kv_heads, self.k_dim, self.v_dim, self.page_size, self.group, self.latent
+
     @property
     def traits(self) -> Traits:
         return FORMATS[self.name]

@@ -8,6 +8,8 @@ Every op takes its record layout as seven arguments, `layout(fmt)`: format code,
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import torch
 from torch import Tensor
 
@@ -37,7 +39,7 @@ _NAMES = [name for name, _ in sorted(((n, t.code) for n, t in FORMATS.items()), 
 
 
 def layout(fmt: PageFormat) -> tuple[int, int, int, int, int, int, bool]:
-    return fmt.code, fmt.num_kv_heads, fmt.k_dim, fmt.v_dim, fmt.page_size, fmt.group, fmt.latent
+    return fmt.layout
 
 
 def _format(args: tuple) -> PageFormat:
@@ -155,3 +157,6 @@ for _name, _schema in SCHEMAS.items():
     _library.define(_name + _schema, tags=(torch.Tag.needs_fixed_stride_order,))
     _library.impl(_name, _fallback(_name), "CompositeExplicitAutograd")
     torch.library.register_fake(f"pikv::{_name}", _FAKE[_name], lib=_library)
+
+# The overloads themselves: called per layer and step, and torch.ops.pikv.<name> looks them up anew each time.
+OPS = SimpleNamespace(**{name: getattr(torch.ops.pikv, name).default for name in SCHEMAS})
