@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .formats import PageFormat
-from .library import layout
+from .library import OPS
 
 
 def append(
@@ -31,4 +30,4 @@ def append(
 
     Sync: none in compiled versions. Cost: writes each entry once, a K group once more when it is full.
     """
-    torch.ops.pikv.append(pages, tail, k, v, positions, slot_mapping, tail_rows, *layout(fmt))
+    OPS.append(pages, tail, k, v, positions, slot_mapping, tail_rows, *fmt.layout)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .formats import PageFormat
-from .library import layout
+from .library import OPS
 
 
 def decode(
@@ -49,7 +48,7 @@ def decode(
 
     Sync: none in compiled versions; graph safe there. Cost: reads the pages once.
     """
-    out, lse, page_lse = torch.ops.pikv.decode(
-        q, pages, block_table, seqlens, q_positions, page_list, tail, tail_rows, *layout(fmt), scale, window or 0, with_page_lse, num_splits
+    out, lse, page_lse = OPS.decode(
+        q, pages, block_table, seqlens, q_positions, page_list, tail, tail_rows, *fmt.layout, scale, window or 0, with_page_lse, num_splits
     )
     return out, lse, page_lse if with_page_lse else None

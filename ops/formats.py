@@ -30,7 +30,7 @@ The group that is not full yet is kept raw (K only) in a tail [rows, num_kv_head
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
@@ -90,6 +90,8 @@ class PageFormat:
     page_size: int
     latent: bool = False
     group: int = MIN_GROUP
+    # The format as the ops take it (library.py). Made once: it is read per layer and step, and torch.compile traces no cached_property.
+    layout: tuple[int, int, int, int, int, int, bool] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.name not in FORMATS:
@@ -115,6 +117,8 @@ class PageFormat:
                 f"page format {self.name!r} shares K scales over groups of {self.group} tokens, and page_size {self.page_size} "
                 f"is not a multiple of {self.group}; use page_size {self.group * max(1, self.page_size // self.group)}"
             )
+        layout = (self.code, self.num_kv_heads, self.k_dim, self.v_dim, self.page_size, self.group, self.latent)
+        object.__setattr__(self, "layout", layout)
 
     @property
     def traits(self) -> Traits:

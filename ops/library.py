@@ -9,6 +9,7 @@ Every op takes its record layout as seven arguments, `layout(fmt)`: format code,
 from __future__ import annotations
 
 import warnings
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ _NAMES = [name for name, _ in sorted(((n, t.code) for n, t in FORMATS.items()), 
 
 
 def layout(fmt: PageFormat) -> tuple[int, int, int, int, int, int, bool]:
-    return fmt.code, fmt.num_kv_heads, fmt.k_dim, fmt.v_dim, fmt.page_size, fmt.group, fmt.latent
+    return fmt.layout
 
 
 def _format(args: tuple) -> PageFormat:
@@ -181,3 +182,6 @@ for _name, _schema in SCHEMAS.items():
 for _name in ("decode", "prefill_cached"):
     _library.define(f"{_name}_reference{SCHEMAS[_name]}", tags=(torch.Tag.needs_fixed_stride_order,))
     _library.impl(f"{_name}_reference", _reference_on_device(_name), "CompositeExplicitAutograd")
+
+# The overloads themselves: called per layer and step, and torch.ops.pikv.<name> looks them up anew each time.
+OPS = SimpleNamespace(**{name: getattr(torch.ops.pikv, name).default for name in SCHEMAS})

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
+
+from .library import OPS
 
 
 def merge(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     """`merge_partials` as an op: out [S, ..., D] f32, lse [S, ...] f32 natural log -> out [..., D], lse [...]; contiguous inputs."""
-    return torch.ops.pikv.merge(out, lse)
+    return OPS.merge(out, lse)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
+
+from .library import OPS
 
 
 def migrate(target: Tensor, source: Tensor, target_ids: Tensor, source_ids: Tensor) -> None:
@@ -15,4 +16,4 @@ def migrate(target: Tensor, source: Tensor, target_ids: Tensor, source_ids: Tens
 
     A buffer of gathered pages is a store of n pages: migrate into it to send, out of it to receive. Sync: none in compiled versions.
     """
-    torch.ops.pikv.migrate(target, source, target_ids, source_ids)
+    OPS.migrate(target, source, target_ids, source_ids)

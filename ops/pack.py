@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
+
+from .library import OPS
 
 
 def pack(
@@ -31,7 +32,7 @@ def pack(
     Raises: RuntimeError: a field does not fit, or the index names a row that is not there.
     Sync: none in compiled versions. Cost: reads and writes each row once.
     """
-    torch.ops.pikv.pack(buffer, fields, index, offsets, strides, rows)
+    OPS.pack(buffer, fields, index, offsets, strides, rows)
 
 
 def unpack(
@@ -46,7 +47,7 @@ def unpack(
     Where no index is needed, views of the buffer cost less: buffer[:, start:stop].view(dtype).
     Raises, sync, cost: as `pack`.
     """
-    torch.ops.pikv.unpack(buffer, fields, index, offsets, strides)
+    OPS.unpack(buffer, fields, index, offsets, strides)
 
 
 def record_layout(fields: Sequence[Tensor]) -> tuple[list[int], int]:

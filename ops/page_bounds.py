@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .formats import PageFormat
-from .library import layout
+from .library import OPS
 
 
 def page_bounds(
@@ -34,4 +33,4 @@ def page_bounds(
     Sync: none in compiled versions. Cost: reads each new key once, a group once more when it is full.
     Source: Quest, arXiv 2406.10774.
     """
-    torch.ops.pikv.page_bounds(bounds, pages, slot_mapping, tail, tail_rows, *layout(fmt))
+    OPS.page_bounds(bounds, pages, slot_mapping, tail, tail_rows, *fmt.layout)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .formats import PageFormat
+from .library import OPS
 
 
 def page_score(q: Tensor, bounds: Tensor, fmt: PageFormat, block_table: Tensor, seqlens: Tensor, *, scale: float) -> Tensor:
@@ -26,4 +26,4 @@ def page_score(q: Tensor, bounds: Tensor, fmt: PageFormat, block_table: Tensor, 
     Sync: none in compiled versions. Cost: reads the bounds of the pages in use once.
     Source: Quest, arXiv 2406.10774.
     """
-    return torch.ops.pikv.page_score(q, bounds, block_table, seqlens, fmt.page_size, scale)
+    return OPS.page_score(q, bounds, block_table, seqlens, fmt.page_size, scale)

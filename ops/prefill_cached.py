@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .formats import PageFormat
-from .library import layout
+from .library import OPS
 
 
 def prefill_cached(
@@ -32,6 +31,6 @@ def prefill_cached(
 
     Returns: out [R, T, Hq, Dv] f32, lse [R, T, Hq] f32, natural log; 0 and -inf where nothing is visible.
     """
-    return torch.ops.pikv.prefill_cached(
-        q, pages, block_table, seqlens, q_positions, tail, tail_rows, *layout(fmt), scale, window or 0, causal, num_splits
+    return OPS.prefill_cached(
+        q, pages, block_table, seqlens, q_positions, tail, tail_rows, *fmt.layout, scale, window or 0, causal, num_splits
     )

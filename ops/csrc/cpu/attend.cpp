@@ -163,10 +163,8 @@ std::tuple<Tensor, Tensor, Tensor> decode(Tensor q, Tensor pages, Tensor block_t
   Attend a = read_arguments(q, pages, block_table, seqlens, q_positions, page_list, tail, tail_rows, f, held);
   PK_CHECK(!window || a.asked, "a window needs q_positions");
   a.scale = (float)scale, a.window = (int)window;
-  Tensor out = torch::stable::new_empty(q, {q.size(0), q.size(1), v_dim}, ScalarType::Float);
-  Tensor lse = torch::stable::new_empty(q, {q.size(0), q.size(1)}, ScalarType::Float);
-  Tensor page_lse = with_page_lse ? torch::stable::new_empty(q, {block_table.size(0), q.size(1), (int64_t)a.num_columns}, ScalarType::Float)
-                                  : torch::stable::new_empty(q, {0}, ScalarType::Float);
+  Tensor out = new_floats({q.size(0), q.size(1), v_dim}), lse = new_floats({q.size(0), q.size(1)});
+  Tensor page_lse = with_page_lse ? new_floats({block_table.size(0), q.size(1), (int64_t)a.num_columns}) : new_floats({0});
   if (with_page_lse) {
     a.page_lse = static_cast<float*>(page_lse.mutable_data_ptr());
     std::fill(a.page_lse, a.page_lse + page_lse.numel(), -kInf);
@@ -185,8 +183,7 @@ std::tuple<Tensor, Tensor> prefill_cached(Tensor q, Tensor pages, Tensor block_t
   Attend a = read_arguments(q, pages, block_table, seqlens, q_positions, std::nullopt, tail, tail_rows, f, held);
   PK_CHECK(held.asked.count() == q.size(0) * q.size(1), "q_positions must be [", q.size(0), ", ", q.size(1), "], got ", shape(q_positions));
   a.scale = (float)scale, a.window = (int)window, a.causal = causal;
-  Tensor out = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2), v_dim}, ScalarType::Float);
-  Tensor lse = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)}, ScalarType::Float);
+  Tensor out = new_floats({q.size(0), q.size(1), q.size(2), v_dim}), lse = new_floats({q.size(0), q.size(1), q.size(2)});
   run(a, num_splits, static_cast<float*>(out.mutable_data_ptr()), static_cast<float*>(lse.mutable_data_ptr()));
   return {out, lse};
 }

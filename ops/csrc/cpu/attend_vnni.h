@@ -75,8 +75,6 @@ void prepare(const Attend& a, const Unit& u, Work& w, std::vector<Chunk>& chunks
   }
   for (float* sums : {w.l, w.page_l, w.zeros}) std::memset(sums, 0, (size_t)M * 16 * sizeof(float));
   std::memset(w.acc, 0, (size_t)M * w.Dv * sizeof(float));
-  std::memset(w.k_bytes, 0, (size_t)kTile * 4 * w.Dk);
-  std::memset(w.k_tile, 0, (size_t)kTile * 4 * w.Dk);
   chunks.clear();
   for (int t = 0; t < a.T; ++t)
     for (int g = 0; g < a.G;) {

@@ -108,7 +108,7 @@ Tensor page_score(Tensor q, Tensor bounds, Tensor block_table, Tensor seqlens, i
   s.S = (int)(N / R), s.G = (int)q.size(1) / s.H, s.seqlen_heads = (int)seqlens.size(1);
   const Indices table("block_table", block_table), lens("seqlens", seqlens);
   check_table(table, lens, (int)N, s.table_heads, s.seqlen_heads, s.max_pages, bounds.size(0), s.page_size);
-  Tensor scores = torch::stable::new_empty(q, {N, s.H, s.max_pages}, ScalarType::Float);
+  Tensor scores = new_floats({N, s.H, s.max_pages});
   s.q = q.const_data_ptr(), s.bounds = bounds.const_data_ptr(), s.table = table.data(), s.seqlens = lens.data();
   s.scores = static_cast<float*>(scores.mutable_data_ptr());
   const ScoreTable one = generic_score();

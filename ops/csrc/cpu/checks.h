@@ -1,11 +1,13 @@
 // Reading torch arguments, and refusing bad ones. The words are those of ops/checks.py.
 #pragma once
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
+#include <initializer_list>
 #include <optional>
 #include <string>
 #include <vector>
@@ -43,6 +45,16 @@ inline const char* dtype_name(const Tensor& x) {
     default: return "another dtype";
   }
 }
+
+// Uninitialised and contiguous on the CPU. By the shim's own function: new_empty goes through the dispatcher, 1 us each.
+inline Tensor new_tensor(std::initializer_list<int64_t> sizes, int32_t dtype) {
+  int64_t strides[8], step = 1;
+  for (size_t i = sizes.size(); i-- > 0;) strides[i] = step, step *= std::max<int64_t>(sizes.begin()[i], 1);
+  AtenTensorHandle made;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided((int64_t)sizes.size(), sizes.begin(), strides, dtype, aoti_torch_device_type_cpu(), 0, &made));
+  return Tensor(made);
+}
+inline Tensor new_floats(std::initializer_list<int64_t> sizes) { return new_tensor(sizes, aoti_torch_dtype_float32()); }
 
 // kFp32, kBf16 or kFp16 of a contiguous tensor.
 inline int float_type(const char* name, const Tensor& x) {

@@ -323,6 +323,8 @@ void unpack(const PageFormat& f, const uint8_t* k, const uint8_t* v, Tile& tile,
     tile.k = w.k_bytes, tile.k_stride = 4 * w.Dk;
     for (int t = 0; t < tile.count; ++t) std::memcpy(w.k_bytes + t * tile.k_stride, k + t * (int64_t)f.k_row_bytes, f.k_row_bytes);
   }
+  // tile.k is memory of this thread here. Its other rows are computed and masked: what is left there must not be slow (denormal numbers).
+  if (tile.count < kTile) std::memset(const_cast<uint8_t*>(tile.k) + tile.count * tile.k_stride, 0, (kTile - tile.count) * tile.k_stride);
 }
 
 }  // namespace
