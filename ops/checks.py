@@ -15,8 +15,10 @@ def require(condition: bool, message: str) -> None:
         raise RuntimeError(f"pikv: {message}")
 
 
-def attend(q, pages, block_table, seqlens, q_positions, page_list, tail, tail_rows, fmt: PageFormat, window: int) -> None:
-    """q [R, Hq, Dk]."""
+def attend(
+    q, pages, block_table, seqlens, q_positions, page_list, tail, tail_rows, fmt: PageFormat, window: int, values: bool = True
+) -> None:
+    """q [R, Hq, Dk]. values: also what the integers say, which waits for the device that holds them."""
     floats("q", q)
     _pages(pages, fmt)
     N, R = block_table.shape[0], q.shape[0]
@@ -37,10 +39,19 @@ def attend(q, pages, block_table, seqlens, q_positions, page_list, tail, tail_ro
                 f"page_list must be [{N}, 1 or {heads}, num_listed], got {list(page_list.shape)}")  # fmt: skip
     require(not window or q_positions is not None, "a window needs q_positions")
     _tail(tail, tail_rows, fmt)
-    _table(pages, block_table, seqlens, page_list, fmt)
+    if values:
+        _table(pages, block_table, seqlens, page_list, fmt)
 
 
-def append(pages, tail, k, v, positions, slot_mapping, tail_rows, fmt: PageFormat) -> None:
+def prefill_cached(q, pages, block_table, seqlens, q_positions, tail, tail_rows, fmt: PageFormat, values: bool = True) -> None:
+    """q [R, T, Hq, Dk]."""
+    floats("q", q)
+    integers("q_positions", q_positions)
+    require(q_positions.shape == q.shape[:2], f"q_positions must be {list(q.shape[:2])}, got {list(q_positions.shape)}")
+    attend(q[:, 0].contiguous(), pages, block_table, seqlens, None, None, tail, tail_rows, fmt, 0, values)
+
+
+def append(pages, tail, k, v, positions, slot_mapping, tail_rows, fmt: PageFormat, values: bool = True) -> None:
     _pages(pages, fmt)
     floats("k", k)
     T = slot_mapping.shape[0]
@@ -58,7 +69,10 @@ def append(pages, tail, k, v, positions, slot_mapping, tail_rows, fmt: PageForma
     if tail_rows is not None and fmt.grouped:
         integers("tail_rows", tail_rows)
         require(tuple(tail_rows.shape) == (T,), f"tail_rows must be [{T}], got {list(tail_rows.shape)}")
-        require(not T or int(tail_rows.max()) < tail.shape[0], f"tail row {int(tail_rows.max()) if T else 0} is beyond the {tail.shape[0]} rows of the tail")
+        top = int(tail_rows.max()) if T and values else -1
+        require(top < tail.shape[0], f"tail row {top} is beyond the {tail.shape[0]} rows of the tail")
+    if not values:
+        return
     top, slots = int(slot_mapping.max()) if T else -1, pages.shape[0] * fmt.page_size
     require(top < slots, f"slot {top} is beyond the {slots} slots of the store")
 
@@ -69,15 +83,19 @@ def merge(out: Tensor, lse: Tensor) -> None:
     require(out.is_contiguous() and lse.is_contiguous(), "out and lse must be contiguous")
 
 
-def migrate(target: Tensor, source: Tensor, target_ids: Tensor, source_ids: Tensor) -> None:
+def migrate(target: Tensor, source: Tensor, target_ids: Tensor, source_ids: Tensor, values: bool = True) -> None:
     for name, x in (("target", target), ("source", source)):
         require(x.dtype == torch.uint8 and x.dim() == 2 and x.is_contiguous(), f"{name} must be contiguous uint8 [num_pages, record_bytes]")
     require(target.shape[1] == source.shape[1], f"target has records of {target.shape[1]} bytes, source of {source.shape[1]}")
     for name, ids, pages in (("target_ids", target_ids, target), ("source_ids", source_ids, source)):
         integers(name, ids)
-        top = int(ids.max()) if ids.numel() else -1
+        top = int(ids.max()) if values and ids.numel() else -1
         require(top < pages.shape[0], f"{name} has page {top}, the store has {pages.shape[0]}")
     require(target_ids.shape == source_ids.shape, f"target_ids {list(target_ids.shape)} and source_ids {list(source_ids.shape)} differ")
+
+
+def aligned(name: str, x: Tensor) -> None:
+    require(x.data_ptr() % 16 == 0, f"{name} must start on a 16-byte boundary")
 
 
 def floats(name: str, x: Tensor) -> None:
