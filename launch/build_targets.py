@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,11 @@ def build_target(name: str) -> tuple[dict[str, Any], list[KernelUse]]:
 
 def kernel_table(uses: list[KernelUse]) -> list[dict[str, Any]]:
     """A row per kernel, a column per architecture."""
+    formats = {str(traits.code): name for name, traits in FORMATS.items()}
     rows: dict[str, dict[str, Any]] = {}
     for use in uses:
-        row = rows.setdefault(use.kernel, {"kernel": use.kernel})
+        shown = re.sub(r"<(\d)", lambda match: f"<{formats[match[1]]}", use.kernel)
+        row = rows.setdefault(use.kernel, {"kernel": shown})
         row |= {use.arch: use.registers, f"{use.arch} spilled": use.spill_bytes}
     return list(rows.values())
 

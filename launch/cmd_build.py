@@ -16,8 +16,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         nargs="?",
         default="cpu",
         choices=(*TARGETS, "all"),
-        help="cpu (default); cuda: nvcc, registers and spills within limits; nvrtc: the same kernels without nvcc; emu: the CUDA kernels on "
-        "the host, slow; cpu and emu are checked against the torch reference. all: what is not possible here is skipped",
+        help="cpu (default); cuda: nvcc, registers and spills within limits; nvrtc: the same kernels without nvcc; emu: the CUDA kernels "
+        "on the host, slow; cpu and emu are checked against the torch reference. all: what is not possible here is skipped",
     )
 
 

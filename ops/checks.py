@@ -16,8 +16,10 @@ def require(condition: bool, message: str) -> None:
         raise RuntimeError(f"pikv: {message}")
 
 
-def attend(q, pages, block_table, seqlens, q_positions, page_list, tail, tail_rows, fmt: PageFormat, window: int) -> None:
-    """q [R, Hq, Dk]."""
+def attend(
+    q, pages, block_table, seqlens, q_positions, page_list, tail, tail_rows, fmt: PageFormat, window: int, values: bool = True
+) -> None:
+    """q [R, Hq, Dk]. values: also what the integers say, which waits for the device that holds them."""
     floats("q", q)
     _pages(pages, fmt)
     N, R = block_table.shape[0], q.shape[0]
@@ -39,13 +41,22 @@ def attend(q, pages, block_table, seqlens, q_positions, page_list, tail, tail_ro
                 f"page_list must be [{N}, 1 or {heads}, num_listed], got {list(page_list.shape)}")  # fmt: skip
     require(not window or q_positions is not None, "a window needs q_positions")
     _tail(tail, tail_rows, fmt)
-    if page_list is not None and page_list.numel():
-        top = int(page_list.max())
-        require(top < block_table.shape[2], f"page_list names column {top} of a block table with {block_table.shape[2]}")
-    _table(block_table, seqlens, pages.shape[0], fmt.page_size)
+    if values:
+        if page_list is not None and page_list.numel():
+            top = int(page_list.max())
+            require(top < block_table.shape[2], f"page_list names column {top} of a block table with {block_table.shape[2]}")
+        _table(block_table, seqlens, pages.shape[0], fmt.page_size)
 
 
-def append(pages, tail, k, v, positions, slot_mapping, tail_rows, fmt: PageFormat) -> None:
+def prefill_cached(q, pages, block_table, seqlens, q_positions, tail, tail_rows, fmt: PageFormat, values: bool = True) -> None:
+    """q [R, T, Hq, Dk]."""
+    floats("q", q)
+    integers("q_positions", q_positions)
+    require(q_positions.shape == q.shape[:2], f"q_positions must be {list(q.shape[:2])}, got {list(q_positions.shape)}")
+    attend(q[:, 0].contiguous(), pages, block_table, seqlens, None, None, tail, tail_rows, fmt, 0, values)
+
+
+def append(pages, tail, k, v, positions, slot_mapping, tail_rows, fmt: PageFormat, values: bool = True) -> None:
     _pages(pages, fmt)
     floats("k", k)
     T = slot_mapping.shape[0]
@@ -59,7 +70,7 @@ def append(pages, tail, k, v, positions, slot_mapping, tail_rows, fmt: PageForma
     integers("positions", positions)
     integers("slot_mapping", slot_mapping)
     require(tuple(positions.shape) == (T,), f"positions must be [{T}], got {list(positions.shape)}")
-    _slots(pages, slot_mapping, tail, tail_rows, fmt)
+    _slots(pages, slot_mapping, tail, tail_rows, fmt, values)
 
 
 def page_bounds(bounds, pages, slot_mapping, tail, tail_rows, fmt: PageFormat) -> None:
@@ -96,15 +107,19 @@ def merge(out: Tensor, lse: Tensor) -> None:
     require(out.is_contiguous() and lse.is_contiguous(), "out and lse must be contiguous")
 
 
-def migrate(target: Tensor, source: Tensor, target_ids: Tensor, source_ids: Tensor) -> None:
+def migrate(target: Tensor, source: Tensor, target_ids: Tensor, source_ids: Tensor, values: bool = True) -> None:
     for name, x in (("target", target), ("source", source)):
         require(x.dtype == torch.uint8 and x.dim() == 2 and x.is_contiguous(), f"{name} must be contiguous uint8 [num_pages, record_bytes]")
     require(target.shape[1] == source.shape[1], f"target has records of {target.shape[1]} bytes, source of {source.shape[1]}")
     for name, ids, pages in (("target_ids", target_ids, target), ("source_ids", source_ids, source)):
         integers(name, ids)
-        top = int(ids.max()) if ids.numel() else -1
+        top = int(ids.max()) if values and ids.numel() else -1
         require(top < pages.shape[0], f"{name} has page {top}, the store has {pages.shape[0]}")
     require(target_ids.shape == source_ids.shape, f"target_ids {list(target_ids.shape)} and source_ids {list(source_ids.shape)} differ")
+
+
+def aligned(name: str, x: Tensor) -> None:
+    require(x.data_ptr() % 16 == 0, f"{name} must start on a 16-byte boundary")
 
 
 def floats(name: str, x: Tensor) -> None:
@@ -123,15 +138,17 @@ def _pages(pages: Tensor, fmt: PageFormat) -> None:
     require(pages.is_contiguous(), "pages must be contiguous")
 
 
-def _slots(pages: Tensor, slot_mapping: Tensor, tail: Tensor | None, tail_rows: Tensor | None, fmt: PageFormat) -> None:
+def _slots(
+    pages: Tensor, slot_mapping: Tensor, tail: Tensor | None, tail_rows: Tensor | None, fmt: PageFormat, values: bool = True
+) -> None:
     T = slot_mapping.shape[0]
     _tail(tail, tail_rows, fmt)
     if fmt.grouped:
         integers("tail_rows", tail_rows)
         require(tuple(tail_rows.shape) == (T,), f"tail_rows must be [{T}], got {list(tail_rows.shape)}")
-        row = int(tail_rows.max()) if T else -1
+        row = int(tail_rows.max()) if T and values else -1
         require(row < tail.shape[0], f"tail row {row} is beyond the {tail.shape[0]} rows of the tail")
-    top, slots = int(slot_mapping.max()) if T else -1, pages.shape[0] * fmt.page_size
+    top, slots = int(slot_mapping.max()) if T and values else -1, pages.shape[0] * fmt.page_size
     require(top < slots, f"slot {top} is beyond the {slots} slots of the store")
 
 

@@ -93,7 +93,8 @@ def library_key(library: Library, with_compiler: bool = True) -> str:
     compiler = compiler_version(library.compiler) if with_compiler else ""
     for part in (torch.__version__, compiler, repr((library.flags, library.sources, library.link_flags))):
         digest.update(part.encode() + b"\0")
-    for path in sorted({CSRC / s.path for s in library.sources} | {p for folder in library.headers for p in (CSRC / folder).glob("*") if p.suffix in _HEADERS}):
+    headers = {path for folder in library.headers for path in (CSRC / folder).glob("*") if path.suffix in _HEADERS}
+    for path in sorted({CSRC / s.path for s in library.sources} | headers):
         digest.update(str(path.relative_to(CSRC)).encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
 
@@ -153,7 +154,8 @@ def _compile(library: Library, target: Path) -> None:
         def one(numbered: tuple[int, Source]) -> str:
             number, source = numbered
             output = str(Path(folder) / f"{number}.o")
-            logs[number] = _run([*shlex.split(library.compiler), *library.flags, *source.flags, "-c", str(CSRC / source.path), "-o", output])
+            command = [*shlex.split(library.compiler), *library.flags, *source.flags, "-c", str(CSRC / source.path), "-o", output]
+            logs[number] = _run(command)
             done.append(source)
             _progress(f"building {library.name}: {len(done)}/{total} {source.path}")
             return output

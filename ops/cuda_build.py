@@ -30,8 +30,8 @@ def emu_library() -> Library:
     """The same files under csrc/emu, registered for CPU tensors as torch.ops.pikv_emu: for tests, slow."""
     torch_root = _torch_root()
     # Contraction off: __fmul_rn and __fsub_rn round one by one. Aliasing: kernels load bytes as vectors.
-    flags = ("-x", "c++", "-O2", "-std=c++17", "-fPIC", "-ffp-contract=off", "-fno-strict-aliasing", "-fno-math-errno", "-Wall", "-Wno-unknown-pragmas",
-             "-Werror=return-type", "-DPK_HOST_EMU", _TORCH_ABI, f"-I{torch_root / 'include'}")  # fmt: skip
+    flags = ("-x", "c++", "-O2", "-std=c++17", "-fPIC", "-ffp-contract=off", "-fno-strict-aliasing", "-fno-math-errno", "-Wall",
+             "-Wno-unknown-pragmas", "-Werror=return-type", "-DPK_HOST_EMU", _TORCH_ABI, f"-I{torch_root / 'include'}")  # fmt: skip
     link = (f"-L{torch_root / 'lib'}", f"-Wl,-rpath,{torch_root / 'lib'}", "-ltorch_cpu", "-lc10")
     return Library("pikv_emu", os.environ.get("CXX", "g++"), flags, (Source("emu/simt_host.cpp"), *_sources()), link, (*HEADERS, "emu"))
 

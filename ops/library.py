@@ -59,10 +59,7 @@ def _decode(q, pages, block_table, seqlens, q_positions, page_list, tail, tail_r
 
 def _prefill_cached(q, pages, block_table, seqlens, q_positions, tail, tail_rows, *rest):
     fmt, (scale, window, causal, _) = _format(rest[:7]), rest[7:]
-    checks.floats("q", q)
-    checks.integers("q_positions", q_positions)
-    checks.require(q_positions.shape == q.shape[:2], f"q_positions must be {list(q.shape[:2])}, got {list(q_positions.shape)}")
-    checks.attend(q[:, 0].contiguous(), pages, block_table, seqlens, None, None, tail, tail_rows, fmt, 0)
+    checks.prefill_cached(q, pages, block_table, seqlens, q_positions, tail, tail_rows, fmt)
     out, lse, _ = ref_attend.attend(
         q, pages, fmt, block_table, seqlens,
         scale=scale, window=window, causal=causal, tail=tail, tail_rows=tail_rows, q_positions=q_positions,

@@ -34,6 +34,14 @@ def load_cuda() -> None:
     torch.ops.load_library(str(build(cuda_library())))
 
 
+def load_nvrtc() -> None:
+    from . import library, nvrtc, nvrtc_ops
+
+    nvrtc.compiler()  # says what is missing; kernels are compiled when they are first launched
+    for name, op in nvrtc_ops.OPS.items():
+        library._library.impl(name, op, "CUDA")
+
+
 def load_emu() -> None:
     """The CUDA kernels on the host, for CPU tensors."""
     from . import library
@@ -57,7 +65,12 @@ def define_emu() -> None:
 
 
 _namespaces: dict[str, torch.library.Library] = {}  # torch forgets a Library that nobody holds
-BACKENDS: dict[str, Backend] = {"cpu": Backend("cpu", load_cpu), "cuda": Backend("cuda", load_cuda), "emu": Backend("cpu", load_emu)}
+BACKENDS: dict[str, Backend] = {
+    "cpu": Backend("cpu", load_cpu),
+    "cuda": Backend("cuda", load_cuda),
+    "nvrtc": Backend("cuda", load_nvrtc),
+    "emu": Backend("cpu", load_emu),
+}
 _PREFERRED = {"cpu": ("cpu",), "cuda": ("cuda", "nvrtc")}
 _loaded: dict[str, str] = {}  # device type -> the implementation that serves it
 
@@ -74,8 +87,6 @@ def ensure(device: str) -> bool:
         return _force(wanted, device)
     reasons = []
     for name in _PREFERRED.get(device, ()):
-        if name not in BACKENDS:
-            continue
         try:
             BACKENDS[name].load()
         except BuildError as error:
@@ -92,11 +103,12 @@ def _force(wanted: str, device: str) -> bool:
     if wanted not in CHOICES:
         del _loaded[device]
         raise ValueError(f"PIKV_OPS={wanted!r} is not one of {', '.join(CHOICES)}")
-    backend = BACKENDS.get(wanted)
-    if backend is None or backend.device != device:
+    backend = BACKENDS[wanted]
+    if backend.device != device:
         del _loaded[device]
-        serves = "is not part of this installation" if backend is None else f"serves {backend.device!r} tensors"
-        raise RuntimeError(f"PIKV_OPS={wanted} {serves}, the tensors are on {device!r}; unset it or choose another")
+        raise RuntimeError(
+            f"PIKV_OPS={wanted} serves {backend.device!r} tensors, the tensors are on {device!r}; unset it or choose another"
+        )
     try:
         backend.load()
     except BuildError:

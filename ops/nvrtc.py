@@ -30,7 +30,11 @@ class Part:
     kernels: tuple[str, ...]
 
 
-PARTS = {name: Part(("kernels/attend.cuh",), tuple(f"attend_kernel<{traits.code}, {width}>" for width in WIDTHS)) for name, traits in FORMATS.items()}
+def _attend(code: int) -> Part:
+    return Part(("kernels/attend.cuh",), tuple(f"attend_kernel<{code}, {width}>" for width in WIDTHS))
+
+
+PARTS = {name: _attend(traits.code) for name, traits in FORMATS.items()}
 PARTS["pages"] = Part(("kernels/append.cuh", "kernels/merge.cuh", "kernels/pages.cuh"), _PAGES)
 
 
@@ -47,11 +51,13 @@ def compiler() -> ModuleType:
     try:
         from cupy_backends.cuda.libs import nvrtc
     except ImportError as error:
-        raise ToolMissing("the package cupy was not found; install cupy-cuda13x and nvidia-cuda-nvrtc, or nvcc for PIKV_OPS=cuda") from error
+        message = "the package cupy was not found; install cupy-cuda13x and nvidia-cuda-nvrtc, or nvcc for PIKV_OPS=cuda"
+        raise ToolMissing(message) from error
     try:
         nvrtc.getVersion()
     except (RuntimeError, ImportError, OSError) as error:
-        raise ToolMissing(f"CuPy is installed, the NVRTC library was not found ({str(error).splitlines()[0]}); install nvidia-cuda-nvrtc") from error
+        first = str(error).splitlines()[0]
+        raise ToolMissing(f"CuPy is installed, the NVRTC library was not found ({first}); install nvidia-cuda-nvrtc") from error
     return nvrtc
 
 

@@ -199,7 +199,7 @@ const char* run(dim3 grid, dim3 block, size_t shared_bytes, void (*body)(void*),
   for (unsigned z = 0; z < grid.z && !message[0]; ++z)
     for (unsigned y = 0; y < grid.y && !message[0]; ++y)
       for (unsigned x = 0; x < grid.x && !message[0]; ++x) {
-        block_index = {x, y, z};
+        block_index = reverse_order ? uint3{grid.x - 1 - x, grid.y - 1 - y, grid.z - 1 - z} : uint3{x, y, z};
         prepare_block(count);
         while (!advance(count)) {
         }

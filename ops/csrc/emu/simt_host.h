@@ -4,8 +4,8 @@
 // 3-D grids, dynamic shared memory, __syncthreads and its vote, __syncwarp, __shfl_*_sync, atomics, __trap. What it reports instead of computing:
 //   - a __syncthreads that some threads do not reach, or that threads reach at different lines;
 //   - a shuffle that some lanes of the warp do not reach, a mask that is not the whole warp, a source lane outside the warp.
-// Shared memory starts as NaN in every block, and fibers run in order or in reverse, so a missing barrier gives a wrong result in at least
-// one of the two. It does not see races inside one warp step or between blocks, and its speed means nothing.
+// Shared memory starts as NaN in every block, and fibers and blocks run in order or in reverse, so a missing barrier, and blocks that rely on
+// their order, give a wrong result in at least one of the two. It does not see races inside one warp step, and its speed means nothing.
 #pragma once
 #include <cmath>
 #include <cstddef>
@@ -52,7 +52,7 @@ extern dim3 block_dim, grid_dim;
 // Runs the grid. Returns null, or what went wrong (valid until the next launch).
 const char* run(dim3 grid, dim3 block, size_t shared_bytes, void (*body)(void*), void* argument);
 void* shared();                // dynamic shared memory of the running block
-void set_reverse(bool reverse);  // order in which fibers take turns
+void set_reverse(bool reverse);  // order of the fibers in a block, and of the blocks
 long long switches();          // since the library was loaded
 
 void wait_block(Site site);

@@ -319,7 +319,7 @@ __global__ void __launch_bounds__(kBlock, 3) attend_kernel(const Attend a) {
   }
   if (a.page_lse)  // columns beyond the length belong to no split
     for (int c = used + split; c < a.num_columns; c += a.splits)
-      if (threadIdx.x < num_rows) {
+      if ((int)threadIdx.x < num_rows) {
         const int m = first_row + threadIdx.x;
         a.page_lse[(((long long)n * a.T + m / a.G) * all_heads + (long long)h * a.G + m % a.G) * a.num_columns + c] = minus_infinity();
       }

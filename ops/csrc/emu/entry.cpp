@@ -1,0 +1,68 @@
+// Kernels by name, with grid and arguments from the caller: how tests run one kernel, also with a bug planted in its text, and check what
+// ops/nvrtc_ops.py hands over. Compiled by the tests for one -DPK_FORMAT.
+#include "simt_host.h"
+
+#include <cstdio>
+
+#include "page_format.h"
+#include "params.cuh"
+#include "common.cuh"
+#include "numbers.cuh"
+#include "attend.cuh"
+#include "append.cuh"
+#include "merge.cuh"
+#include "pages.cuh"
+
+namespace {
+
+using namespace pikv;
+
+struct Launch {
+  const char* kernel;
+  dim3 grid;
+  size_t shared_bytes;
+  const void* params;
+
+  // True when `name` is the kernel, which has then run.
+  template <class Params>
+  bool is(const char* name, void (*body)(Params), const char** fault) const {
+    if (std::strcmp(kernel, name)) return false;
+    const Params p = *static_cast<const Params*>(params);
+    *fault = simt::launch(grid, kBlock, shared_bytes, [=] { body(p); });
+    return true;
+  }
+
+  template <int WIDTH>
+  bool attends(const char** fault) const {
+    char name[64];
+    std::snprintf(name, sizeof name, "attend_kernel<%d, %d>", PK_FORMAT, WIDTH);
+    if (shared_bytes != Tile<PK_FORMAT, WIDTH>::shared * sizeof(float) && !std::strcmp(kernel, name)) {
+      *fault = "wrong size of shared memory";
+      return true;
+    }
+    return is(name, attend_kernel<PK_FORMAT, WIDTH>, fault);
+  }
+};
+
+}  // namespace
+
+// Null, or what went wrong.
+extern "C" const char* pikv_emu_launch(const char* kernel, unsigned grid_x, unsigned grid_y, size_t shared_bytes, const void* params, int reverse) {
+  simt::set_reverse(reverse);
+  const Launch l = {kernel, dim3(grid_x, grid_y), shared_bytes, params};
+  const char* fault = nullptr;
+  const bool found = l.attends<64>(&fault) || l.attends<576>(&fault) || l.is("append_rows_kernel", append_rows_kernel, &fault) ||
+                     l.is("append_groups_kernel", append_groups_kernel, &fault) || l.is("append_tail_kernel", append_tail_kernel, &fault) ||
+                     l.is("merge_kernel", merge_kernel, &fault) || l.is("migrate_kernel", migrate_kernel, &fault) ||
+                     l.is("checksum_kernel", checksum_kernel, &fault);
+  return found ? fault : "no kernel of that name";
+}
+
+extern "C" size_t pikv_sizeof(const char* name) {
+  if (!std::strcmp(name, "PageRecord")) return sizeof(PageFormat);
+  if (!std::strcmp(name, "Attend")) return sizeof(Attend);
+  if (!std::strcmp(name, "Merge")) return sizeof(Merge);
+  if (!std::strcmp(name, "Append")) return sizeof(Append);
+  if (!std::strcmp(name, "Migrate")) return sizeof(Migrate);
+  return std::strcmp(name, "Checksum") ? 0 : sizeof(Checksum);
+}

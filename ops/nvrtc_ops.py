@@ -1,0 +1,170 @@
+"""The ops on kernels compiled by NVRTC: what csrc/cuda/*.cu does, in Python, for CUDA tensors. Launches go through CuPy.
+
+Not run on a GPU yet: tests/ops/test_kernel_text.py sends the launches to the host emulation. Shapes and dtypes are checked as everywhere;
+page ids, slots and lengths, which are on the device, with PIKV_DEBUG=1.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from . import checks, library, nvrtc
+from .formats import PageFormat
+from .kernel_params import FLOAT_TYPES, Append, Attend, Checksum, Merge, Migrate, address, index, page_record
+
+BLOCK = 128
+WARPS = BLOCK // 32
+
+
+def launch(part: str, kernel: str, grid: tuple[int, int], shared_bytes: int, params: ctypes.Structure, device: torch.device) -> None:
+    """Start a kernel on torch's current stream of `device`."""
+    from cupy_backends.cuda.api import driver
+
+    function = _function(part, kernel, device.index or 0)
+    arguments = (ctypes.c_void_p * 1)(ctypes.addressof(params))
+    stream = torch.cuda.current_stream(device).cuda_stream
+    with torch.cuda.device(device):
+        driver.launchKernel(function, *grid, 1, BLOCK, 1, 1, shared_bytes, stream, ctypes.addressof(arguments), 0)
+
+
+@cache
+def _function(part: str, kernel: str, device_index: int) -> int:
+    import cupy
+
+    major, minor = torch.cuda.get_device_capability(device_index)
+    path, names = nvrtc.cached_part(part, f"{major}{minor}")
+    with cupy.cuda.Device(device_index):
+        return cupy.RawModule(path=str(path)).get_function(names[kernel]).kernel.ptr
+
+
+def num_processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def kernel_width(fmt: PageFormat) -> int:
+    """The kernels that serve this layout; 0 = none does."""
+    if fmt.latent:
+        return 576 if fmt.k_dim <= 576 and fmt.v_dim <= 512 else 0
+    return next((width for width in (32, 64, 128) if max(fmt.k_dim, fmt.v_dim) <= width), 0)
+
+
+def shared_floats(width: int) -> int:
+    """Tile::shared of csrc/kernels/attend.cuh."""
+    rows, value_width = (2, 512) if width == 576 else (4, width)
+    return 2 * rows * BLOCK + WARPS * rows * (value_width + 2)
+
+
+def _values_are_checked() -> bool:
+    return os.environ.get("PIKV_DEBUG") == "1"
+
+
+def decode(q, pages, block_table, seqlens, q_positions, page_list, tail, tail_rows, *rest):
+    fmt, (scale, window, with_page_lse, num_splits) = library._format(rest[:7]), rest[7:]
+    if not kernel_width(fmt):
+        return torch.ops.pikv.decode_reference(q, pages, block_table, seqlens, q_positions, page_list, tail, tail_rows, *rest)
+    checks.attend(q, pages, block_table, seqlens, q_positions, page_list, tail, tail_rows, fmt, window, values=_values_are_checked())
+    columns = block_table.shape[2] if page_list is None else page_list.shape[2]
+    page_lse = q.new_empty((block_table.shape[0], q.shape[1], columns) if with_page_lse else (0,), dtype=torch.float32)
+    out, lse = _attend(q.unsqueeze(1), pages, block_table, seqlens, q_positions, page_list, tail, tail_rows, fmt, scale, window, False,
+                       page_lse if with_page_lse else None, num_splits)  # fmt: skip
+    return out.squeeze(1), lse.squeeze(1), page_lse
+
+
+def prefill_cached(q, pages, block_table, seqlens, q_positions, tail, tail_rows, *rest):
+    fmt, (scale, window, causal, num_splits) = library._format(rest[:7]), rest[7:]
+    if not kernel_width(fmt):
+        return torch.ops.pikv.prefill_cached_reference(q, pages, block_table, seqlens, q_positions, tail, tail_rows, *rest)
+    checks.prefill_cached(q, pages, block_table, seqlens, q_positions, tail, tail_rows, fmt, values=_values_are_checked())
+    return _attend(q, pages, block_table, seqlens, q_positions, None, tail, tail_rows, fmt, scale, window, causal, None, num_splits)
+
+
+def _attend(q, pages, block_table, seqlens, q_positions, page_list, tail, tail_rows, fmt, scale, window, causal, page_lse, num_splits):
+    """q is [R, T, Hq, Dk]."""
+    R, T, Hq, _ = q.shape
+    width, H = kernel_width(fmt), max(block_table.shape[1], fmt.num_kv_heads)
+    out, lse = q.new_empty((R, T, Hq, fmt.v_dim), dtype=torch.float32), q.new_empty((R, T, Hq), dtype=torch.float32)
+    if not lse.numel():
+        return out, lse
+    checks.aligned("pages", pages)
+    a = Attend(f=page_record(fmt), pages=pages.data_ptr(), table=index(block_table), seqlens=index(seqlens), asked=index(q_positions),
+               list=index(page_list), tail_rows=index(tail_rows), tail=address(tail), q=q.data_ptr(), page_lse=address(page_lse),
+               q_type=FLOAT_TYPES[q.dtype], R=R, T=T, S=block_table.shape[0] // R, H=H, G=Hq // H, max_pages=block_table.shape[2],
+               num_columns=block_table.shape[2], table_heads=block_table.shape[1], seqlen_heads=seqlens.shape[1], list_heads=1,
+               window=window, causal=causal, scale=scale)  # fmt: skip
+    if page_list is not None:
+        a.num_columns, a.list_heads = page_list.shape[2], page_list.shape[1]
+    if tail is not None:
+        checks.aligned("tail", tail)
+        a.tail_type, a.tail_heads = FLOAT_TYPES[tail.dtype], tail_rows.shape[1] if tail_rows.dim() == 2 else 1
+    blocks = R * a.S * H * -(-T * a.G // (2 if fmt.latent else 4))
+    a.splits = choose_splits(a.num_columns, fmt.page_size, blocks, num_splits, num_processors(q.device))
+    partial, partial_lse = out, lse
+    if a.S * a.splits > 1:
+        partial, partial_lse = q.new_empty((a.S * a.splits, *out.shape), dtype=torch.float32), lse.new_empty((a.S * a.splits, *lse.shape))
+    a.out, a.lse = partial.data_ptr(), partial_lse.data_ptr()
+    launch(library._NAMES[fmt.code], f"attend_kernel<{fmt.code}, {width}>", (blocks, a.splits), 4 * shared_floats(width), a, q.device)
+    if partial is not out:
+        _merge_into(partial, partial_lse, out, lse)
+    return out, lse
+
+
+def choose_splits(num_columns: int, page_size: int, blocks: int, num_splits: int, processors: int) -> int:
+    """As choose_splits of csrc/cuda/attend.cu."""
+    if num_splits > 0:
+        return min(num_splits, max(1, num_columns))
+    most = min(max(num_columns // max(4, 256 // page_size), 1), 128)
+    return min(max(-(-3 * processors // blocks), 1), most)
+
+
+def merge(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    checks.merge(out, lse)
+    merged, merged_lse = out.new_empty(out.shape[1:]), lse.new_empty(lse.shape[1:])
+    _merge_into(out, lse, merged, merged_lse)
+    return merged, merged_lse
+
+
+def _merge_into(out: Tensor, lse: Tensor, merged: Tensor, merged_lse: Tensor) -> None:
+    rows = merged_lse.numel()
+    if rows:
+        m = Merge(out.data_ptr(), lse.data_ptr(), merged.data_ptr(), merged_lse.data_ptr(), rows, lse.shape[0], out.shape[-1])
+        launch("pages", "merge_kernel", (-(-rows // WARPS), 1), 0, m, out.device)
+
+
+def append(pages, tail, k, v, positions, slot_mapping, tail_rows, *rest):
+    fmt = library._format(rest)
+    checks.append(pages, tail, k, v, positions, slot_mapping, tail_rows, fmt, values=_values_are_checked())
+    T, H = slot_mapping.shape[0], fmt.num_kv_heads
+    if not T:
+        return
+    a = Append(f=page_record(fmt), pages=pages.data_ptr(), tail=address(tail), k=k.data_ptr(), v=None if fmt.latent else v.data_ptr(),
+               positions=index(positions), slots=index(slot_mapping), tail_rows=index(tail_rows), T=T, type=FLOAT_TYPES[k.dtype],
+               tail_type=0 if tail is None else FLOAT_TYPES[tail.dtype])  # fmt: skip
+    launch("pages", "append_rows_kernel", (-(-T * H // WARPS), 1), 0, a, pages.device)
+    if fmt.grouped:
+        launch("pages", "append_groups_kernel", (T, H), 4 * fmt.group, a, pages.device)
+        launch("pages", "append_tail_kernel", (T, 1), 0, a, pages.device)
+
+
+def migrate(target: Tensor, source: Tensor, target_ids: Tensor, source_ids: Tensor) -> None:
+    checks.migrate(target, source, target_ids, source_ids, values=_values_are_checked())
+    record_bytes, count = target.shape[1], target_ids.numel()
+    if count:
+        m = Migrate(target.data_ptr(), source.data_ptr(), index(target_ids), index(source_ids), record_bytes)
+        launch("pages", "migrate_kernel", (count, min(max(-(-(record_bytes // 16) // (4 * BLOCK)), 1), 64)), 0, m, target.device)
+
+
+def checksum(data: Tensor) -> Tensor:
+    checks.words(data)
+    result, count = data.new_zeros((), dtype=torch.int64), data.nbytes // 8
+    if count:
+        blocks = min(-(-count // 1024), 16 * num_processors(data.device))
+        launch("pages", "checksum_kernel", (blocks, 1), 0, Checksum(data.data_ptr(), count, result.data_ptr()), data.device)
+    return result
+
+
+OPS = {"decode": decode, "prefill_cached": prefill_cached, "append": append, "merge": merge, "migrate": migrate, "checksum": checksum}
