@@ -33,5 +33,6 @@ def check_version() -> None:
         if found is None or found[: len(parameters)] != parameters:
             now = "is gone" if found is None else f"takes ({', '.join(found)})"
             raise UnsupportedError(
-                f"megatron-core {version}: {owner.__name__}.{name} {now}; PiKV hooks in where it takes ({', '.join(parameters)}, ...); {wanted}"
+                f"megatron-core {version}: {owner.__name__}.{name} {now}; PiKV hooks in where it takes ({', '.join(parameters)}, ...); "
+                f"{wanted}"
             )
