@@ -148,6 +148,10 @@ def check_limits(report: Report, layout: str, model) -> None:
         refused("MLA with dynamic batching", lambda: PiKVDynamicInferenceContext(model=latent, **given))
         with reference_flash_decode():
             refused("DynamicInferenceContext", lambda: serve(model, DynamicInferenceContext(**given), own_requests(2, 9, seed=1)))
+        suspended = PiKVDynamicInferenceContext(model=model, **given)
+        suspended.deallocate_all_tensors()
+        suspended.allocate_all_tensors(is_init=False)
+        assert suspended.memory_buffer.numel() == 0
         disable_pikv(model)
         refused("call enable_pikv(model) first", lambda: PiKVDynamicInferenceContext(model=model, **given))
         enable_pikv(model)
