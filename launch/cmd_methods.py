@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import argparse
 import inspect
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pikv_ds.launch.output import print_table, write_json
+
+if TYPE_CHECKING:
+    from pikv_ds.codecs.base import Codec
+
+_CODEC_COLUMNS = ("page_size", "bytes_per_token", "k_error_bound", "v_error_bound")
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -15,13 +20,15 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     rows = method_rows()
-    print_table("Methods", rows)
+    for key in dict.fromkeys(row["key"] for row in rows):
+        shown = [{name: value for name, value in row.items() if name != "key" and value is not None} for row in rows if row["key"] == key]
+        print_table(key, shown)
     write_json(args.json, "methods", rows)
     return 0
 
 
 def method_rows() -> list[dict[str, Any]]:
-    """One row per method: its name, its key in the "pikv" block, what it does; for codecs also size and error."""
+    """One row per method: its key in the "pikv" block, its options, what it does; for codecs also bytes and declared errors."""
     from pikv_ds.codecs import CODECS
     from pikv_ds.policies import POLICIES
     from pikv_ds.routers import ROUTERS
@@ -29,13 +36,21 @@ def method_rows() -> list[dict[str, Any]]:
     rows = []
     for key, registry in (("compression", CODECS), ("routing", ROUTERS), ("scheduling", POLICIES)):
         for name, method in registry.items():
-            rows.append(
-                {
-                    "key": f"{key}.method",
-                    "name": name,
-                    "page_size": getattr(method, "preferred_page_size", None),
-                    "max_rel_error": getattr(method, "max_rel_error", None),
-                    "what": inspect.getdoc(method).splitlines()[0],
-                }
-            )
+            parameters = inspect.signature(method.__init__).parameters.values()
+            options = [f"{p.name}={p.default}" for p in parameters if p.kind is p.KEYWORD_ONLY]
+            size = _codec_columns(method()) if key == "compression" else dict.fromkeys(_CODEC_COLUMNS)
+            rows.append({"key": f"{key}.method", "name": name, "options": ", ".join(options), **size, "what": inspect.getdoc(method).splitlines()[0]})
     return rows
+
+
+def _codec_columns(codec: Codec) -> dict[str, Any]:
+    """For bf16 keys and values of 8 heads x 128, a page without its raw tail."""
+    import torch
+
+    from pikv_ds.spec import LayerSpec
+
+    page_size = codec.page_size(None)
+    fmt = codec.page_format(LayerSpec(layer_idx=0, num_kv_heads=8, k_dim=128, v_dim=128), page_size, torch.bfloat16)
+    lossless = codec.lossless
+    errors = [0.0 if lossless else round(error, 4) for error in (fmt.k_rel_error, fmt.v_rel_error)]
+    return dict(zip(_CODEC_COLUMNS, (page_size, fmt.bytes_per_token, *errors), strict=True))

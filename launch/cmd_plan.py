@@ -9,7 +9,7 @@ from typing import Any
 from pikv_ds.errors import ConfigError
 from pikv_ds.launch.output import human_bytes, print_table, write_json
 
-_ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+_DTYPES = ("float32", "bfloat16", "float16")
 
 _BYTES_COLUMNS = {
     "layer_kind": "layer kind",
@@ -41,7 +41,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--codec", default="none", metavar="NAME", help="compression.method, see `pikv methods`")
     parser.add_argument("--page-size", type=_positive, metavar="N", help="tokens per page (default: the codec's)")
     parser.add_argument("--num-shards", type=_positive, metavar="N", help="shards per layer (default: ranks)")
-    parser.add_argument("--dtype", choices=tuple(_ITEMSIZE), help="of keys and values (default: the model's)")
+    parser.add_argument("--dtype", choices=_DTYPES, help="of keys and values (default: the model's)")
     parser.add_argument(
         "--kept-pages",
         type=_positive,
@@ -89,9 +89,9 @@ def plan_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
     config = PiKVConfig(page_size=args.page_size, compression={"method": args.codec})
     model = load_model_config(args.model or model_path())
     dtype = args.dtype or str(getattr(model, "dtype", None)).removeprefix("torch.")
-    if dtype not in _ITEMSIZE:
+    if dtype not in _DTYPES:
         raise ConfigError(
-            f"--dtype is not given and the model's configuration says {dtype!r}; legal: {', '.join(_ITEMSIZE)}"
+            f"--dtype is not given and the model's configuration says {dtype!r}; legal: {', '.join(_DTYPES)}"
         )
     per_rank = _per_rank_contexts(args)
     context = {"batch": args.batch, "codec": args.codec, "dtype": dtype, "page_size": config.resolve_page_size()}
@@ -103,29 +103,20 @@ def plan_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def _row(kind: str, layers: list, per_rank: list[list[int]], context: dict, args: argparse.Namespace) -> dict[str, Any]:
+    import torch
+
     from pikv_ds import estimate
     from pikv_ds.codecs import CODECS
 
-    layer, codec, itemsize, page_size = (
-        layers[0],
-        CODECS.build(args.codec),
-        _ITEMSIZE[context["dtype"]],
-        context["page_size"],
-    )
+    layer, codec, dtype, page_size = layers[0], CODECS.build(args.codec), getattr(torch, context["dtype"]), context["page_size"]
+    itemsize = dtype.itemsize
     stored = per_rank[0] if args.requests == "replicated" else [n for contexts in per_rank for n in contexts]
     made = estimate.pikv_bytes(
-        layers,
-        stored,
-        ranks=args.ranks,
-        codec=codec,
-        page_size=page_size,
-        itemsize=itemsize,
-        num_shards=args.num_shards,
+        layers, stored, ranks=args.ranks, codec=codec, page_size=page_size, dtype=dtype, num_shards=args.num_shards
     )
     tokens = layer.tokens_kept(max(stored))
     kept_pages = args.kept_pages or estimate.max_pages(tokens, page_size)
-    encoded = estimate.slot_bytes(layer, codec, itemsize) - estimate.POSITION_BYTES
-    rho = layer.values_per_token * itemsize / encoded
+    rho = layer.values_per_token * itemsize / codec.page_format(layer, page_size, dtype).bytes_per_token
     least = estimate.paper_min_bytes(layer, tokens, kept_pages, args.ranks, itemsize=itemsize, rho=rho)
     return {
         "layer_kind": kind,

@@ -13,7 +13,7 @@ from .merge_partials import add_sink, merge_partials
 from .migrate import migrate
 from .paged_attention import paged_attention
 from .prefill_cached import prefill_cached
-from .ref_formats import new_pages, views
+from .ref_formats import decode_pages, new_pages, positions, views
 from .sdpa_lse import sdpa_lse
 
 __all__ = [
@@ -22,11 +22,13 @@ __all__ = [
     "append",
     "checksum",
     "decode",
+    "decode_pages",
     "merge",
     "merge_partials",
     "migrate",
     "new_pages",
     "paged_attention",
+    "positions",
     "prefill_cached",
     "register",
     "sdpa_lse",

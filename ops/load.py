@@ -77,6 +77,12 @@ def _force(wanted: str, device: str) -> bool:
     return True
 
 
+def ensured(device: str) -> str:
+    """The implementation that serves a device type; loads it if no op has done so yet."""
+    ensure(device)
+    return _loaded[device]
+
+
 def loaded() -> dict[str, str]:
     """Implementation per device type that has been used so far."""
     return dict(_loaded)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .formats import RECORD_ALIGN, PageFormat
+from .formats import PageFormat
 from .memory import aligned_bytes
 
 _ELEMENT = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8_e4m3": torch.float8_e4m3fn}
@@ -18,7 +18,7 @@ _F8_MAX = 448.0
 
 def new_pages(fmt: PageFormat, num_pages: int, device: torch.device | str | None = None) -> Tensor:
     """Zeroed records [num_pages, record_bytes] uint8 with every position -1, on a 64-byte boundary."""
-    pages = aligned_bytes(num_pages * fmt.record_bytes, device, RECORD_ALIGN).view(num_pages, fmt.record_bytes)
+    pages = aligned_bytes(num_pages * fmt.record_bytes, device).zero_().view(num_pages, fmt.record_bytes)
     positions(pages, fmt).fill_(-1)
     return pages
 

@@ -9,10 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pikv_ds.ops import paged_attention
+from pikv_ds.ops import load
 
 from .agreement import Agreed, Agreement
-from .codecs import CODECS
 from .config import PiKVConfig
 from .digest import digest
 from .distinct import DistinctStep
@@ -22,6 +21,7 @@ from .placement import Placement
 from .plan import LocalStep, Source, StepPlan
 from .policies import POLICIES
 from .replicated import ReplicatedStep
+from .reader import Before, read_pages
 from .routers import ROUTERS
 from .spec import LayerSpec
 from .step import Partial, Query, Staged
@@ -41,8 +41,9 @@ class PiKVCache:
     ) -> None:
         self.layers, self.config, self.dtype, self.device = layers, config, dtype, device
         self.exchange = Exchange(group, config.timeout_s)
+        load.ensure(device.type)  # built here if at all, not in the first forward
         self.num_shards = config.storage.num_shards or self.exchange.size
-        codec = CODECS.build(config.compression.method)
+        codec = config.compression.build()
         router, policy = ROUTERS.build(config.routing.method), POLICIES.build(config.scheduling.method)
         if not (router.reads_all and policy.keeps_all):
             # Registered methods that do less than everything need the selection and eviction paths, which this version does not have.
@@ -50,7 +51,7 @@ class PiKVCache:
                 f"pikv.routing.method = {config.routing.method!r} with pikv.scheduling.method = {config.scheduling.method!r}: this version "
                 f"reads every shard and keeps every entry; legal: 'all' and 'none'"
             )
-        self.page_size = config.page_size or codec.preferred_page_size
+        self.page_size = codec.page_size(config.page_size)
         self.tables = Tables(
             layers, config, codec, self.page_size, self.num_shards, self.exchange.rank, self.exchange.size, num_experts, dtype, device
         )
@@ -142,32 +143,25 @@ class PiKVCache:
         """Whether a source's queries have anything to look up: stored tokens, or their own entry (one column, stored before reading)."""
         return (source.num_columns == 1 and not self.stages) or self.plan.has_past(source)
 
-    def counts_before(self, layer: int) -> Tensor | None:
-        """Copy of the row counts for readers that must not see this forward's entries; None when all rows see their own."""
-        return None if self.plan.decode and not self.stages else self.tables.counts[layer].clone()
+    def before(self, layer: int) -> Before | None:
+        """What readers see that must not see this forward's entries, copied before these are stored; None when all rows see their own."""
+        if self.plan.decode and not self.stages:
+            return None
+        store = self.tables.stores[layer]
+        # Staged entries are stored after the reading: the tail is still the old one then.
+        return Before(store.counts.clone(), None if store.tail is None else store.tail if self.stages else store.tail.clone())
 
     def nothing(self, q: Tensor, v_dim: int) -> Partial:
         out = q.new_zeros(*q.shape[:3], v_dim, dtype=torch.float32)
         return Partial(out, torch.full(q.shape[:3], -torch.inf, device=q.device), False, True)
 
-    def read(self, query: Query, q: Tensor, row0: int, num_rows: int, before: Tensor | None) -> tuple[Tensor, Tensor]:
+    def read(self, query: Query, q: Tensor, row0: int, num_rows: int, before: Before | None) -> tuple[Tensor, Tensor]:
         """Attention of q [num_rows, T, Hq, Dk] to the entries of rows row0 ... held on this rank: out f32, lse f32."""
-        layer, plan = query.layer, self.plan
-        store = self.tables.stores[layer]
-        rows = slice(row0, row0 + num_rows)
-        seqlens = self.tables.counts[layer][rows]
-        if before is not None:
-            own_visible = plan.one_column[rows].unsqueeze(-1) & (not self.stages)
-            seqlens = torch.where(own_visible, seqlens, before[rows])
-        table = store.block_table[rows, :, : plan.read_pages[layer]]
-        if table.numel() == 0 or store.num_pages == 0:
+        store, window, rows = self.tables.stores[query.layer], self.layers[query.layer].window, slice(row0, row0 + num_rows)
+        if num_rows == 0 or store.num_pages == 0 or store.counts.numel() == 0:
             none = self.nothing(q, query.v_dim)
             return none.out, none.lse
-        k_pages = store.pages("k")
-        v_pages = k_pages[..., : query.v_dim] if store.spec.latent else store.pages("v")
-        window = store.spec.window
-        return paged_attention(
-            q, k_pages, v_pages, store.position_pages, table, seqlens, scale=query.scale, window=window,
-            q_positions=None if window is None else plan.query_positions(row0, num_rows),
-            length=plan.length[layer] if before is None else None,
-        )
+        return read_pages(
+            store, q, rows, before, None if before is None else self.plan.one_column[rows] & (not self.stages), scale=query.scale,
+            window=window, q_positions=None if window is None and q.shape[1] == 1 else self.plan.query_positions(row0, num_rows),
+        )  # fmt: skip

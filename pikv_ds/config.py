@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from pikv_ds.config_checks import check_companion, check_table
+from pikv_ds.config_checks import check_companion, check_method, check_table
 from pikv_ds.config_errors import describe, problem
 from pikv_ds.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pikv_ds.codecs.base import Codec
 
 
 def _as_tuples(value: Any) -> Any:
@@ -80,9 +83,16 @@ class RoutingConfig(_Block):
 
 
 class CompressionConfig(_Block):
-    """In which format entries are stored."""
+    """In which format entries are stored. Other keys are the options of the codec, see `pikv methods`."""
 
+    model_config = ConfigDict(frozen=True, extra="allow", strict=True, validate_default=True)
     method: str = Field("none", description="Codec, see `pikv methods`.")
+
+    def build(self) -> Codec:
+        """The codec with its options."""
+        from pikv_ds.codecs import CODECS
+
+        return CODECS.build(self.method, **self.model_extra)
 
 
 class SchedulingConfig(_Block):
@@ -153,9 +163,11 @@ class PiKVConfig(_Block):
         from pikv_ds.routers import ROUTERS
 
         for key, registry in (("routing", ROUTERS), ("compression", CODECS), ("scheduling", POLICIES)):
-            method = getattr(self, key).method
-            if method not in registry.names():
-                raise problem(f"{key}.method", method, f"one of {', '.join(map(repr, registry.names()))}")
+            check_method(key, getattr(self, key), registry)
+        try:
+            self.resolve_page_size()
+        except ValueError as error:
+            raise problem("page_size", self.page_size, str(error)) from None
         return self
 
     @classmethod
@@ -178,9 +190,7 @@ class PiKVConfig(_Block):
 
     def resolve_page_size(self) -> int:
         """Tokens per page: `page_size`, or what the codec prefers."""
-        from pikv_ds.codecs import CODECS
-
-        return self.page_size or CODECS.get(self.compression.method).preferred_page_size
+        return self.compression.build().page_size(self.page_size)
 
 
 def _read_json(path: Path) -> Any:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+import inspect
+from typing import Any, get_type_hints
 
-from pikv_ds.config_errors import problem
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+
+from pikv_ds.config_errors import legal_words, problem, unknown_key
+from pikv_ds.registry import Registry
 
 
 def check_companion(key: str, value: Any, selector: str, chosen: str, needed: str) -> None:
@@ -41,3 +45,27 @@ def check_table(table: tuple, num_shards: int | None) -> None:
             else:
                 continue
             raise problem(f"{key}[{layer_idx}][{expert}]", shards, legal)
+
+
+def check_method(key: str, block: BaseModel, registry: Registry) -> None:
+    """The method of a block is registered, and the block's other keys are options of its constructor with values it takes."""
+    if block.method not in registry.names():
+        raise problem(f"{key}.method", block.method, f"one of {', '.join(map(repr, registry.names()))}")
+    given = block.model_extra
+    if not given:
+        return
+    method = registry.get(block.method)
+    signature = inspect.signature(method.__init__)
+    options = [name for name, parameter in signature.parameters.items() if parameter.kind is parameter.KEYWORD_ONLY]
+    types = get_type_hints(method.__init__)
+    for name, value in given.items():
+        if name not in options:
+            raise unknown_key(f"{key}.{name}", value, f"pikv.{key} with method {block.method!r}", [*type(block).model_fields, *options])
+        try:
+            TypeAdapter(types[name], config=ConfigDict(strict=True)).validate_python(value)
+        except ValidationError:
+            raise problem(f"{key}.{name}", value, legal_words(types[name])) from None
+    try:
+        registry.build(block.method, **given)
+    except ValueError as error:
+        raise problem(key, {"method": block.method, **given}, str(error)) from None

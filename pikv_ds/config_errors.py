@@ -19,6 +19,22 @@ def problem(key: str, value: Any, legal: str) -> PydanticCustomError:
     return PydanticCustomError("pikv", "{text}", {"text": f"pikv.{key} = {_show(value)}: legal is {legal}"})
 
 
+def unknown_key(key: str, value: Any, parent: str, known: list[str]) -> PydanticCustomError:
+    """An error to raise inside a validator for a key that nobody reads."""
+    return PydanticCustomError("pikv", "{text}", {"text": _unknown(f"pikv.{key}", value, parent, known)})
+
+
+def _unknown(key: str, value: Any, parent: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(key.rpartition(".")[2], known, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    return f"unknown key {key} = {_show(value)}: legal keys of {parent} are {', '.join(known)}{hint}"
+
+
+def legal_words(annotation: Any) -> str:
+    """What a value of this type may be, in words."""
+    return " or ".join(word for kind in _members(annotation) for word in _words(kind))
+
+
 def describe(error: ValidationError, block: type[BaseModel]) -> str:
     """All problems of one construction, a line each."""
     lines = []
@@ -35,11 +51,7 @@ def _line(item: ErrorDetails, block: type[BaseModel]) -> str:
     model, field, path = _locate(item["loc"], block)
     key = ".".join(["pikv", *path])
     if item["type"] == "extra_forbidden":
-        unknown, parent = path[-1], ".".join(["pikv", *path[:-1]])
-        close = difflib.get_close_matches(unknown, model.model_fields, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        known = ", ".join(model.model_fields)
-        return f"unknown key {key} = {_show(item['input'])}: legal keys of {parent} are {known}{hint}"
+        return _unknown(key, item["input"], ".".join(["pikv", *path[:-1]]), list(model.model_fields))
     legal = "a finite number" if item["type"] == "finite_number" else _legal(field)
     return f"{key} = {_show(item['input'])}: legal is {legal}"
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pikv_ds.ops import merge_partials
 
+from .reader import Before
 from .step import Partial, Query, Staged
 from .wire import Layout, headers_of
 
@@ -34,7 +35,7 @@ class DistinctStep:
             fields = layout.unpack(buffers)
         if plan.positions is None:
             plan.set_positions(fields["positions"].reshape(-1))
-        before = cache.counts_before(query.layer)
+        before = cache.before(query.layer)
         self._store(query, fields)
         if not wanted:
             return cache.nothing(query.q, query.v_dim)
@@ -94,7 +95,7 @@ class DistinctStep:
     def _append_staged(self, fields: dict[str, Tensor]) -> None:
         self.cache.append(self.cache.staged.layer, *_entries(fields))
 
-    def _answer(self, query: Query, queries: Tensor, before: Tensor | None) -> Partial:
+    def _answer(self, query: Query, queries: Tensor, before: Before | None) -> Partial:
         """Attend for every rank's queries to the entries held here, send the partials back, merge those of this rank's own queries."""
         cache, plan, partials = self.cache, self.cache.plan, []
         for run in plan.same_shape_runs():

@@ -1,6 +1,6 @@
 """KV bytes from a model's geometry, without running it: what `pikv plan` prints.
 
-A rank's bytes are counted in whole pages. The slabs by which a store grows are not counted: they may add up to
+A rank's bytes are counted in whole pages and raw tails. The slabs by which a store grows are not counted: they may add up to
 a quarter, and one slab per layer.
 """
 
@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING
 from pikv_ds.spec import LayerSpec
 
 if TYPE_CHECKING:
-    from pikv_ds.codecs.base import Codec
+    import torch
 
-POSITION_BYTES = 4
-"""An int32 position is stored with every slot."""
+    from pikv_ds.codecs.base import Codec
 
 CAPACITY_FACTOR = 1.1
 """A shard holds up to this multiple of its balanced share, plus one page, when `storage.capacity_tokens` is null."""
@@ -39,11 +38,6 @@ def dense_bytes(layers: Sequence[LayerSpec], contexts: Sequence[int], itemsize: 
     sum over layers and requests of tokens_kept * values_per_token * itemsize. Sliding-window layers keep W - 1 tokens.
     """
     return sum(layer.tokens_kept(n) * layer.values_per_token * itemsize for layer in layers for n in contexts)
-
-
-def slot_bytes(layer: LayerSpec, codec: Codec, itemsize: int) -> int:
-    """Bytes of one slot of a page: the encoded entry and its position."""
-    return codec.bytes_per_token(layer.num_kv_heads, layer.k_dim, layer.stored_v_dim, itemsize) + POSITION_BYTES
 
 
 def capacity_slots(tokens: int, num_shards: int, page_size: int) -> int:
@@ -73,7 +67,7 @@ def pikv_bytes(
     ranks: int,
     codec: Codec,
     page_size: int,
-    itemsize: int,
+    dtype: torch.dtype,
     num_shards: int | None = None,
 ) -> RankBytes:
     """Bytes of the fullest of `ranks` ranks that store these requests together.
@@ -81,13 +75,14 @@ def pikv_bytes(
     Args:
         contexts: lengths of all requests stored in the group, each once: the batch of one rank when requests are
             replicated, the batches of all ranks when they are distinct.
-        num_shards: None = `ranks`. The fullest rank holds ceil(num_shards / ranks) shards.
+        dtype: of the model's keys. num_shards: None = `ranks`. The fullest rank holds ceil(num_shards / ranks) shards.
     """
     num_shards = num_shards or ranks
     shards_here = math.ceil(num_shards / ranks)
     balanced = worst = 0
     for layer in layers:
-        page_bytes = page_size * slot_bytes(layer, codec, itemsize)
+        fmt = codec.page_format(layer, page_size, dtype)
+        tails = shards_here * len(contexts) * fmt.tail_elements * dtype.itemsize
         slides = [layer.tokens_kept(n) < n for n in contexts]
         kept = [layer.tokens_kept(n) for n in contexts]
         pages = sum(
@@ -97,8 +92,8 @@ def pikv_bytes(
         slots = capacity_slots(sum(kept), num_shards, page_size)
         full = max_pages(slots, page_size, requests=len(contexts), sliding=any(slides))
         # Rounding up per request can exceed the capacity when requests are shorter than the number of shards.
-        balanced += shards_here * min(pages, full) * page_bytes
-        worst += shards_here * full * page_bytes
+        balanced += shards_here * min(pages, full) * fmt.record_bytes + tails
+        worst += shards_here * full * fmt.record_bytes + tails
     return RankBytes(balanced=balanced, worst=worst)
 
 

@@ -76,8 +76,6 @@ class StepPlan:
         self.capacity: list[int] = []  # per layer: entries a shard may hold
         self.may_spill: list[bool] = []  # per layer
         self.may_open: list[bool] = []  # per layer: a new page may be needed
-        self.read_pages: list[int] = []  # per layer: block table columns that hold entries
-        self.length: list[int | None] = []  # per layer: entries of every row after this step, if all are equal and in one shard
 
     @cached_property
     def rows(self) -> Tensor:
@@ -100,7 +98,7 @@ class StepPlan:
         return any(self.lens_before_host[source.row0 : source.row0 + source.num_rows])
 
     def set_positions(self, positions: Tensor) -> None:
-        self.positions = positions
+        self.positions = positions.contiguous()
         self.valid = positions >= 0
 
     def query_positions(self, row0: int, num_rows: int) -> Tensor:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pikv_ds import ops
+
 from .store import LayerStore
 
 
@@ -23,13 +25,13 @@ def expire(store: LayerStore, lens: Tensor, window: int) -> int:
     if table.shape[-1] == 0 or store.num_pages == 0:
         return 0
     full = torch.arange(table.shape[-1], device=table.device) < (store.counts // page_size).unsqueeze(-1)
-    last_position = store.position_pages[:, -1][table.clamp_min(0)]  # [R, S, max_pages]
+    last_position = store.positions[:, -1][table.clamp_min(0)]  # [R, S, max_pages]
     gone = full & (last_position <= (lens - window)[:, None, None])
     num_gone = gone.sum(-1)  # leading pages: positions ascend inside a table
     total = int(num_gone.sum())
     if total == 0:
         return 0
-    store.refcount.index_add_(0, table[gone], torch.full((total,), -1, dtype=torch.int64, device=table.device))
+    store.refcount.index_add_(0, table[gone], torch.full((total,), -1, dtype=torch.int32, device=table.device))
     shifted = torch.arange(table.shape[-1], device=table.device) + num_gone.unsqueeze(-1)
     padded = torch.nn.functional.pad(table, (0, 1), value=-1)
     store.block_table = padded.gather(-1, shifted.clamp_max(table.shape[-1]))
@@ -45,17 +47,39 @@ def remap(store: LayerStore, parent: Tensor, counts: Tensor) -> None:
 
     Args:
         parent: [R'] int64, the earlier row each new row continues; -1 = a fresh row.
-        counts: [R', S] int64 view that becomes store.counts; entries each new row keeps, at most what its parent had.
+        counts: [R', S] int32 view that becomes store.counts; entries each new row keeps, at most what its parent had.
     """
     page_size = store.page_size
     width = store.block_table.shape[-1]
     num_kept = (counts + page_size - 1) // page_size
     table = store.block_table[parent.clamp_min(0)]
     table = torch.where(torch.arange(width, device=table.device) < num_kept.unsqueeze(-1), table, -1)
+    if store.tail is not None:
+        _remap_tail(store, parent, counts, table)
     store.block_table, store.counts = table.contiguous(), counts
-    store.refcount = torch.bincount(table[table >= 0], minlength=store.num_pages + 1)
+    store.refcount = torch.bincount(table[table >= 0], minlength=store.num_pages + 1).to(torch.int32)
     store.rebuild_free_stack()
     _unshare_open_pages(store, num_kept)
+
+
+def _remap_tail(store: LayerStore, parent: Tensor, counts: Tensor, table: Tensor) -> None:
+    """Tails follow their rows. A row cut back into a group that was encoded gets it from its codes: what they lost stays lost."""
+    fmt, source = store.fmt, parent.clamp_min(0)
+    rows, num_shards = counts.shape
+    old_counts, tail = store.counts, store.new_tail(counts.numel())
+    if store.tail.shape[0]:
+        tail.copy_(store.tail.view(-1, num_shards, *tail.shape[1:])[source].flatten(0, 1))
+    store.tail = tail
+    open_at = counts - counts % fmt.group  # [R', S] first entry of the open group
+    encoded = (counts > open_at) & (parent >= 0).unsqueeze(-1) & (old_counts[source] >= open_at + fmt.group)
+    row, shard = torch.nonzero(encoded, as_tuple=True)
+    if row.numel():
+        first = open_at[row, shard]
+        page = table[row, shard, first // fmt.page_size]
+        k, _ = ops.decode_pages(store.pages.index_select(0, page), fmt)  # [n, Hkv, page_size, Dk]
+        slot = (first % fmt.page_size).unsqueeze(-1) + torch.arange(fmt.group, device=first.device)  # [n, group]
+        index = slot[:, None, :, None].expand(-1, fmt.num_kv_heads, -1, fmt.k_dim)
+        tail[row * num_shards + shard] = k.gather(2, index).to(tail.dtype)
 
 
 def _unshare_open_pages(store: LayerStore, num_kept: Tensor) -> None:
@@ -63,7 +87,7 @@ def _unshare_open_pages(store: LayerStore, num_kept: Tensor) -> None:
     if open_rows.numel() == 0:
         return
     last = num_kept[open_rows, open_shards] - 1
-    page = store.block_table[open_rows, open_shards, last]
+    page = store.block_table[open_rows, open_shards, last].to(torch.int64)
     writers = torch.bincount(page, minlength=store.num_pages)[page]
     index = torch.arange(page.numel(), device=page.device)
     first = torch.full((store.num_pages,), page.numel(), device=page.device).scatter_reduce_(0, page, index, "amin")[page]
@@ -77,9 +101,7 @@ def _unshare_open_pages(store: LayerStore, num_kept: Tensor) -> None:
     store.free_top -= num_copies
     target = store.free_stack[int(store.free_top) : int(store.free_top) + num_copies]
     source = page[copies]
-    for name in store.fields:
-        store.pages(name).index_copy_(0, target, store.pages(name)[source])
-    store.position_pages.index_copy_(0, target, store.position_pages[source])
+    ops.migrate(store.pages, store.pages[source], target, torch.arange(num_copies, dtype=torch.int32, device=page.device))
     store.block_table[open_rows[copies], open_shards[copies], last[copies]] = target
-    store.refcount.index_add_(0, source, torch.full_like(source, -1))
+    store.refcount.index_add_(0, source, torch.full_like(source, -1, dtype=torch.int32))
     store.refcount[target] = 1

@@ -30,7 +30,7 @@ class ReplicatedStep:
         plan = cache.plan
         if plan.positions is None:
             plan.set_positions(cache.local.positions.flatten())
-        before = cache.counts_before(query.layer)
+        before = cache.before(query.layer)
         if cache.stages:
             self.flush_staged()
             cache.staged = Staged(query.layer, query.k, query.v)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pikv_ds.ops import load
+
 from .cache import PiKVCache
 from .placement import shard_rank
 from .spec import LayerSpec
@@ -23,7 +25,7 @@ def stats(cache: PiKVCache, dense_rows: int, dense_columns: int) -> dict:
         load_per_rank[shard_rank(shard, cache.num_shards, exchange.size)] += load
     return {
         "kv_bytes_allocated": sum(s.nbytes for s in tables.stores),
-        "kv_bytes_live": sum(int(s.counts.sum()) * s.bytes_per_slot for s in tables.stores),
+        "kv_bytes_live": sum(s.live_nbytes for s in tables.stores),
         "kv_bytes_dense": sum(dense_bytes(spec, dense_rows, dense_columns, cache.dtype.itemsize) for spec in cache.layers),
         "metadata_bytes": tables.directory.nbytes + sum(s.metadata_nbytes for s in tables.stores),
         "entries_live": int(tables.counts.sum()),
@@ -49,9 +51,8 @@ def dense_bytes(spec: LayerSpec, rows: int, columns: int, itemsize: int) -> int:
 
 
 def attention_impl(cache: PiKVCache) -> str:
-    """Which code reads the pages: all in torch in this version; on CPU through torch's flash kernel where Dk == Dv."""
-    flash = cache.device.type == "cpu" and all(s.k_dim == s.v_dim for s in cache.layers)
-    return "torch paged, flash" if flash else "torch paged, matmul"
+    """Which code reads the pages, and their format: "pikv cpu int8", "pikv torch fp32"."""
+    return f"pikv {load.ensured(cache.device.type)} {cache.tables.formats[0].name}"
 
 
 def share_bytes(num_tokens: int, num_q_heads: int, spec: LayerSpec, q_dim: int, itemsize: int) -> int:

@@ -5,10 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pikv_ds.ops import PageFormat
+
 from .agreement import Agreed
+from .codecs.base import Codec
 from .config import PiKVConfig
 from .counters import Counters
 from .directory import Directory
+from .errors import ConfigError
 from .placement import local_shards
 from .plan import StepPlan
 from .recycle import expire, remap
@@ -21,10 +25,11 @@ class Tables:
     """Owns the stores, the row counts and the directory. Everything here runs between forwards, never below attend."""
 
     def __init__(
-        self, layers: list[LayerSpec], config: PiKVConfig, codec, page_size: int, num_shards: int, rank: int, num_ranks: int,
+        self, layers: list[LayerSpec], config: PiKVConfig, codec: Codec, page_size: int, num_shards: int, rank: int, num_ranks: int,
         num_experts: int, dtype: torch.dtype, device: torch.device,
     ) -> None:
-        self.layers, self.storage, self.codec, self.page_size = layers, config.storage, codec, page_size
+        self.layers, self.storage, self.page_size = layers, config.storage, page_size
+        self.formats = [_page_format(codec, spec, page_size, dtype) for spec in layers]
         self.dtype, self.device, self.num_shards = dtype, device, num_shards
         shards = local_shards(rank, num_shards, num_ranks)
         self.shard_begin, self.num_local = shards.start, len(shards)
@@ -34,11 +39,10 @@ class Tables:
 
     def allocate(self, num_rows: int) -> None:
         """Start with empty tables of `num_rows` requests and zeroed entry counters; earlier pages are given back."""
-        self.counts = torch.zeros(len(self.layers), num_rows, self.num_local, dtype=torch.int64, device=self.device)
+        self.counts = torch.zeros(len(self.layers), num_rows, self.num_local, dtype=torch.int32, device=self.device)
         self.free_top = torch.zeros(len(self.layers), dtype=torch.int64, device=self.device)
         self.stores = [
-            LayerStore(spec, self.codec, self.page_size, self.dtype, self.device, self.counts[i], self.free_top[i])
-            for i, spec in enumerate(self.layers)
+            LayerStore(fmt, self.dtype, self.device, self.counts[i], self.free_top[i]) for i, fmt in enumerate(self.formats)
         ]
         self.settled = [0] * num_rows  # window layers dropped what a query after this many tokens of a row can't see
         self.directory.reset(num_rows)
@@ -96,20 +100,15 @@ class Tables:
         if plan.decode:
             # A row opens a page only when one of its open pages is full; the token may go to any shard, so any of them counts.
             opens = ((self.counts_host % page == 0).any(-1) & (num_new > 0)).sum(-1).tolist()
-        even = self.num_shards == 1 and plan.decode and plan.all_valid
-        emptiest = flat.amin(1).tolist() if even else fullest
         capacity = {w: shard_capacity(self.layers, w, plan.lens_after_host, self.num_shards, page, self.storage.capacity_tokens)
                     for w in {spec.window for spec in self.layers}}
         free = self.free_host.tolist()
-        reads_own = any(source.num_columns == 1 for source in plan.sources)  # a single new token is read back from its page
         fullest_shard = self.load_host.amax(1).tolist() if self.num_shards > 1 else [0] * len(self.layers)
         for i, (spec, store) in enumerate(zip(self.layers, self.stores, strict=True)):
             plan.capacity.append(capacity[spec.window])
             plan.may_spill.append(self.num_shards > 1 and fullest_shard[i] + total_new > capacity[spec.window])
             needed = opens[i] if plan.decode else self._pages_for_chunk(i, num_new, capacity[spec.window], hold)
             plan.may_open.append(needed > 0)
-            plan.read_pages.append(-(-(fullest[i] + reads_own) // page))
-            plan.length.append(fullest[i] + 1 if even and emptiest[i] == fullest[i] else None)
             store.reserve(free[i], needed, -(-(fullest[i] + most_new) // page))
         if self.num_shards > 1:
             self.directory.reserve(max(plan.lens_after_host, default=0))
@@ -135,3 +134,10 @@ class Tables:
         self.mirror()
         for i, (store, free) in enumerate(zip(self.stores, self.free_host.tolist(), strict=True)):
             self.free_host[i] = store.shrink(free)
+
+
+def _page_format(codec: Codec, spec: LayerSpec, page_size: int, dtype: torch.dtype) -> PageFormat:
+    try:
+        return codec.page_format(spec, page_size, dtype)
+    except ValueError as error:
+        raise ConfigError(f"layer {spec.layer_idx} does not fit pikv.compression.method = {codec.name!r}: {error}") from None

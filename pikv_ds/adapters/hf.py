@@ -21,7 +21,7 @@ from .hf_attention import pikv_attention, pikv_mask
 from .hf_cache import HFCache
 from .model_spec import read_model_spec
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def attach(model: PreTrainedModel, config=None, group: dist.ProcessGroup | None = None, *, requests: str | None = None) -> HFCache:

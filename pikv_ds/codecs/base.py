@@ -1,49 +1,51 @@
-"""Codec: the storage format of a page. Shape notes: T entries, H KV heads, Dk and Dv their key and value widths."""
+"""Codec: in which format the pages of a layer store its keys and values."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
-from torch import Tensor
 
-
-class Field(NamedTuple):
-    """Shape of one stored field per token, and its dtype."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
+from pikv_ds.ops.formats import PageFormat
+from pikv_ds.spec import LayerSpec
 
 
 class Codec(ABC):
-    """Format of the keys and values of one layer.
+    """Format of the keys and values of the layers.
 
-    A latent layer (MLA) stores its values as the first columns of its keys: there Dv is 0 and `v` has no columns.
-    Options of a codec are keyword-only constructor arguments with defaults. The docstring of a codec gives its formula,
-    its source and its bytes per token and layer.
+    Options of a codec are keyword-only constructor arguments with defaults; they are keys of the "compression" block. The docstring of a
+    codec gives its formula, its source and its bytes per token and layer.
     """
 
     name: ClassVar[str]
-    preferred_page_size: ClassVar[int]
-    max_rel_error: ClassVar[float]
-    """Largest ||x - decode(encode(x))|| / ||x|| over keys, and over values; tested by tests/contracts."""
+    lossless: ClassVar[bool] = False
+    group: int = 0
+    """Tokens that share a scale of K, so that a page must hold whole groups and a row keeps a raw tail; 0 = none do."""
+
+    @property
+    @abstractmethod
+    def preferred_page_size(self) -> int:
+        """Tokens per page when the configuration says null."""
 
     @abstractmethod
-    def bytes_per_token(self, num_kv_heads: int, k_dim: int, v_dim: int, itemsize: int) -> int:
-        """Bytes of one stored entry of one layer, scales included, its int32 position not included.
+    def format_name(self, dtype: torch.dtype) -> str:
+        """The record format (ops/formats.py) for a model whose keys have this dtype. Raises: ValueError for a dtype it cannot hold."""
 
-        `itemsize` is the size of one element of the model's KV dtype.
+    def page_format(self, spec: LayerSpec, page_size: int, dtype: torch.dtype) -> PageFormat:
+        """Layout of one page of this layer; its bytes, and its declared errors `k_rel_error` and `v_rel_error`.
+
+        Raises: ValueError for a geometry without a record: a width that is not a multiple of 8, a page that is not whole groups.
         """
+        options = {"group": self.group} if self.group else {}
+        return PageFormat(self.format_name(dtype), spec.num_kv_heads, spec.k_dim, spec.v_dim, page_size, latent=spec.latent, **options)
 
-    @abstractmethod
-    def fields(self, num_kv_heads: int, k_dim: int, v_dim: int, dtype: torch.dtype) -> dict[str, Field]:
-        """What is stored per token: name -> shape and dtype. Their bytes add up to `bytes_per_token`."""
-
-    @abstractmethod
-    def encode(self, k: Tensor, v: Tensor) -> dict[str, Tensor]:
-        """k [T, H, Dk], v [T, H, Dv] -> stored fields, each with T rows."""
-
-    @abstractmethod
-    def decode(self, fields: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """The inverse of `encode`, within `max_rel_error`: fields -> k [T, H, Dk], v [T, H, Dv]."""
+    def page_size(self, wanted: int | None) -> int:
+        """Tokens per page: what the configuration says, or what the codec prefers. Raises: ValueError when that holds no whole groups."""
+        page_size = wanted or self.preferred_page_size
+        if self.group and page_size % self.group:
+            raise ValueError(
+                f"a multiple of {self.group} with pikv.compression.method = {self.name!r}, whose K scales are shared by {self.group} tokens; "
+                f"or null, which is {self.preferred_page_size}"
+            )
+        return page_size

@@ -1,8 +1,9 @@
 import torch
-from torch import Tensor
 
 from pikv_ds.codecs import CODECS
-from pikv_ds.codecs.base import Codec, Field
+from pikv_ds.codecs.base import Codec
+
+_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 @CODECS.register("none")
@@ -12,17 +13,10 @@ class NoCodec(Codec):
     decode(encode(k, v)) = (k, v). Bytes per token and layer: num_kv_heads * (k_dim + v_dim) * itemsize.
     """
 
+    lossless = True
     preferred_page_size = 32
-    max_rel_error = 0.0
 
-    def bytes_per_token(self, num_kv_heads: int, k_dim: int, v_dim: int, itemsize: int) -> int:
-        return num_kv_heads * (k_dim + v_dim) * itemsize
-
-    def fields(self, num_kv_heads: int, k_dim: int, v_dim: int, dtype: torch.dtype) -> dict[str, Field]:
-        return {"k": Field((num_kv_heads, k_dim), dtype), "v": Field((num_kv_heads, v_dim), dtype)}
-
-    def encode(self, k: Tensor, v: Tensor) -> dict[str, Tensor]:
-        return {"k": k, "v": v}
-
-    def decode(self, fields: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        return fields["k"], fields["v"]
+    def format_name(self, dtype: torch.dtype) -> str:
+        if dtype not in _NAMES:
+            raise ValueError(f"keys of {dtype} cannot be stored as they are; legal: {', '.join(map(str, _NAMES))}")
+        return _NAMES[dtype]

@@ -2,10 +2,12 @@
 
 import torch
 
+from pikv_ds import ops
 from pikv_ds.directory import Directory
 from pikv_ds.stats import stats
 from pikv_ds.store import GROWTH, LayerStore
 from tests.unit.driver import Driver
+from tests.unit.stores import stored
 
 
 def check_pages(store: LayerStore, *, shrunk: bool = True) -> None:
@@ -14,7 +16,7 @@ def check_pages(store: LayerStore, *, shrunk: bool = True) -> None:
     num_used = (counts + page_size - 1) // page_size
     column = torch.arange(table.shape[-1])
     assert torch.equal(table >= 0, column < num_used.unsqueeze(-1)), "a table names pages beyond its entries, or misses one"
-    named = torch.bincount(table[table >= 0], minlength=store.num_pages + 1)
+    named = torch.bincount(table[table >= 0], minlength=store.num_pages + 1).to(torch.int32)
     assert torch.equal(named, store.refcount), "reference counts differ from the tables"
     used = set(table[table >= 0].tolist())
     free = store.free_stack[: int(store.free_top)].tolist()
@@ -46,11 +48,11 @@ def check_entries(driver: Driver, i: int) -> None:
         seen = []
         for shard in range(driver.cache.num_shards):
             slots, entries = slots_of(store, row, shard), driver.reference.shard_entries(i, row, shard)
-            assert store.positions[slots].tolist() == [e.position for e in entries], f"layer {i}, row {row}, shard {shard}"
+            k, v, positions = stored(store, slots)
+            assert positions.tolist() == [e.position for e in entries], f"layer {i}, row {row}, shard {shard}"
             if entries:
-                assert torch.equal(store.fields["k"][slots], torch.stack([e.k for e in entries]))
-                v = torch.stack([e.v for e in entries])[..., : spec.stored_v_dim]
-                assert torch.equal(store.fields["v"][slots], v)
+                assert torch.equal(k, torch.stack([e.k for e in entries]))
+                assert spec.latent or torch.equal(v, torch.stack([e.v for e in entries]))
             seen += [e.position for e in entries]
         length = driver.lens[row]
         assert len(set(seen)) == len(seen), "a position is stored twice"
@@ -74,7 +76,7 @@ def check_numbers(driver: Driver) -> None:
                    "forked": reference.forked, "evicted": 0}
     assert got["live"] + got["expired"] + got["evicted"] + got["cropped"] == got["appended"] + got["forked"]
     assert numbers["spilled"] == numbers["spilled_group"] == reference.spilled
-    tensors = [t for s in tables.stores for t in (*s.fields.values(), s.positions)]
+    tensors = [t for s in tables.stores for t in (s.pages, s.tail) if t is not None]
     assert numbers["kv_bytes_allocated"] == sum(t.untyped_storage().nbytes() for t in tensors), "bytes reported are not the bytes held"
     assert sum(numbers["load_per_expert"]) == reference.appended
 
@@ -92,11 +94,12 @@ def check(driver: Driver) -> None:
 
 
 def poison(driver: Driver) -> None:
-    """NaN into every slot that holds no live entry, the dump slot included."""
+    """NaN into every slot that holds no live entry."""
     for store in driver.cache.tables.stores:
         rows, shards = store.counts.shape
         live = [slots_of(store, row, shard) for row in range(rows) for shard in range(shards)]
-        dead = torch.ones(store.positions.numel(), dtype=torch.bool)
-        dead[torch.cat([torch.zeros(0, dtype=torch.int64), *live])] = False
-        for field in store.fields.values():
-            field[dead] = torch.nan
+        dead = torch.ones(store.num_pages * store.page_size, dtype=torch.bool)
+        dead[torch.cat([torch.zeros(0, dtype=torch.int64), *(slots.long() for slots in live)])] = False
+        page, offset = dead.nonzero().squeeze(-1).div(store.page_size, rounding_mode="floor"), dead.nonzero().squeeze(-1) % store.page_size
+        for field in ops.views(store.pages, store.fmt)[:2]:
+            field[page, :, offset] = torch.nan

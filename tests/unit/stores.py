@@ -3,17 +3,26 @@
 import torch
 from torch import Tensor
 
+from pikv_ds import ops
 from pikv_ds.codecs import CODECS
 from pikv_ds.spec import LayerSpec
 from pikv_ds.store import LayerStore
 
-SPEC = LayerSpec(layer_idx=0, num_kv_heads=2, k_dim=3, v_dim=2)
+SPEC = LayerSpec(layer_idx=0, num_kv_heads=2, k_dim=16, v_dim=8)
 Lists = dict[tuple[int, int], list[int]]  # (row, shard) -> positions
 
 
-def make_store(num_rows: int, num_shards: int, page_size: int, spec: LayerSpec = SPEC) -> LayerStore:
-    counts, free_top = torch.zeros(num_rows, num_shards, dtype=torch.int64), torch.zeros((), dtype=torch.int64)
-    return LayerStore(spec, CODECS.build("none"), page_size, torch.float32, torch.device("cpu"), counts, free_top)
+def make_store(num_rows: int, num_shards: int, page_size: int, spec: LayerSpec = SPEC, codec: str = "none") -> LayerStore:
+    counts, free_top = torch.zeros(num_rows, num_shards, dtype=torch.int32), torch.zeros((), dtype=torch.int64)
+    fmt = CODECS.build(codec).page_format(spec, page_size, torch.float32)
+    return LayerStore(fmt, torch.float32, torch.device("cpu"), counts, free_top)
+
+
+def stored(store: LayerStore, slots: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """k [n, Hkv, Dk], v [n, Hkv, Dv] and positions [n] of a raw store at these slots."""
+    k, v, positions = ops.views(store.pages, store.fmt)
+    page, offset = slots.long() // store.page_size, slots.long() % store.page_size
+    return k[page, :, offset], v[page, :, offset], positions[page, offset]
 
 
 def payload(rows: Tensor, shards: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -43,8 +52,9 @@ def contents(store: LayerStore, origin: dict[int, int] | None = None) -> Lists:
         for shard in range(store.counts.shape[1]):
             index = torch.arange(int(store.counts[row, shard]))
             slots = store.block_table[row, shard][index // store.page_size] * store.page_size + index % store.page_size
-            positions = store.positions[slots].to(torch.int64)
+            k_stored, v_stored, positions = stored(store, slots)
+            positions = positions.to(torch.int64)
             k, v = payload(torch.tensor((origin or {}).get(row, row)), torch.tensor(shard), positions)
-            assert torch.equal(store.fields["k"][slots], k) and torch.equal(store.fields["v"][slots], v), f"row {row}, shard {shard}"
+            assert torch.equal(k_stored, k) and torch.equal(v_stored, v), f"row {row}, shard {shard}"
             lists[row, shard] = positions.tolist()
     return lists

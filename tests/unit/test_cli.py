@@ -1,6 +1,7 @@
 import json
 
 import pytest
+import torch
 
 from pikv_ds import bundled
 from pikv_ds.codecs import CODECS
@@ -60,7 +61,7 @@ def test_plan_of_the_bundled_model_is_the_estimate(tmp_path):
     from pikv_ds.adapters.model_spec import load_model_config, read_model_spec
 
     layers = read_model_spec(load_model_config(bundled.model_path()))
-    made = pikv_bytes(layers, [1024], ranks=2, codec=CODECS.build("none"), page_size=32, itemsize=4)
+    made = pikv_bytes(layers, [1024], ranks=2, codec=CODECS.build("none"), page_size=32, dtype=torch.float32)
     total = rows[-1]
     assert total["layer_kind"] == "total" and total["layers"] == 4
     assert total["dense_bytes"] == dense_bytes(layers, [1024], 4) == 1024 * 512 * 4
@@ -90,7 +91,7 @@ def test_plan_separates_kinds_of_layers(tmp_path):
 @pytest.mark.parametrize(
     "extra, said",
     [
-        (["--context", "8", "--codec", "zip"], "pikv.compression.method = 'zip': legal is one of 'none'"),
+        (["--context", "8", "--codec", "zip"], "pikv.compression.method = 'zip': legal is one of 'fp8_e4m3', 'int4', 'int8', 'none'"),
         (["--context", "8", "--page-size", "512"], "pikv.page_size = 512: legal is an integer >= 1 and <= 256"),
         (["--context", "8,9"], "--context has 2 lengths; legal is one, or one per rank (2)"),
         (["--context", "8", "--model", "absent"], "no model folder or config.json at 'absent'"),

@@ -1,6 +1,7 @@
 import math
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -12,7 +13,6 @@ from pikv_ds.estimate import (
     paper_min_bytes,
     paper_shard_capacity,
     pikv_bytes,
-    slot_bytes,
 )
 from pikv_ds.spec import LayerSpec
 
@@ -32,35 +32,38 @@ def test_dense_bytes_by_hand():
     assert dense_bytes([FULL, LATENT], [10], 2) == 10 * (128 + 576) * 2
 
 
-def test_slot_bytes_count_the_position():
-    assert slot_bytes(FULL, NONE, 2) == 260
-    assert slot_bytes(LATENT, NONE, 2) == 576 * 2 + 4
+def test_compressed_pages_and_raw_tails_by_hand():
+    """int4 of 2 heads x (32 + 32): codes, K scales and zeros of one group, V scales and zeros, positions; the tail is raw keys."""
+    codec = CODECS.build("int4")
+    page = 2 * (64 * 16 + 64 * 16 + 2 * 2 * 32 + 2 * 2 * 64) + 4 * 64
+    made = pikv_bytes([FULL], [1024, 64], ranks=2, codec=codec, page_size=64, dtype=torch.bfloat16)
+    assert made.balanced == (8 + 1) * page + 2 * (2 * 64 * 32 * 2)
 
 
 def test_pikv_bytes_by_hand():
-    made = pikv_bytes([FULL], [1024], ranks=2, codec=NONE, page_size=32, itemsize=4)
+    made = pikv_bytes([FULL], [1024], ranks=2, codec=NONE, page_size=32, dtype=torch.float32)
     assert made.balanced == 512 * (128 * 4 + 4)
     # ceil(1.1 * 512) + 32 = 596 slots touch at most 19 pages
     assert made.worst == 19 * 32 * (128 * 4 + 4)
 
 
 def test_one_rank_holds_everything_and_shards_may_outnumber_ranks():
-    one = pikv_bytes([FULL], [64], ranks=1, codec=NONE, page_size=16, itemsize=4)
+    one = pikv_bytes([FULL], [64], ranks=1, codec=NONE, page_size=16, dtype=torch.float32)
     assert one.balanced == 64 * 516
-    three_shards = pikv_bytes([FULL], [96], ranks=2, num_shards=3, codec=NONE, page_size=16, itemsize=4)
+    three_shards = pikv_bytes([FULL], [96], ranks=2, num_shards=3, codec=NONE, page_size=16, dtype=torch.float32)
     assert three_shards.balanced == 2 * 32 * 516
 
 
 def test_sliding_layers_may_touch_one_page_more():
     # 127 kept tokens over 2 shards: 64 in one, which span up to 5 pages of 16 after old entries left
-    made = pikv_bytes([SLIDING], [1024], ranks=2, codec=NONE, page_size=16, itemsize=4)
+    made = pikv_bytes([SLIDING], [1024], ranks=2, codec=NONE, page_size=16, dtype=torch.float32)
     assert made.balanced == 5 * 16 * 516
-    short = pikv_bytes([SLIDING], [127], ranks=2, codec=NONE, page_size=16, itemsize=4)
+    short = pikv_bytes([SLIDING], [127], ranks=2, codec=NONE, page_size=16, dtype=torch.float32)
     assert short.balanced == 4 * 16 * 516
 
 
 def test_empty_requests_cost_nothing_when_balanced():
-    assert pikv_bytes([FULL], [0], ranks=2, codec=NONE, page_size=32, itemsize=4).balanced == 0
+    assert pikv_bytes([FULL], [0], ranks=2, codec=NONE, page_size=32, dtype=torch.float32).balanced == 0
 
 
 def test_capacity_is_exact_where_floating_point_is_not():
@@ -88,7 +91,7 @@ def test_max_pages_bounds_any_arrangement(entries, page_size, gone, sliding):
 )
 def test_worst_is_at_least_balanced_and_balanced_at_least_the_share(context, ranks, page_size, batch):
     layers, contexts = [FULL, SLIDING, LATENT], [context] * batch
-    made = pikv_bytes(layers, contexts, ranks=ranks, codec=NONE, page_size=page_size, itemsize=2)
+    made = pikv_bytes(layers, contexts, ranks=ranks, codec=NONE, page_size=page_size, dtype=torch.bfloat16)
     assert made.worst >= made.balanced >= dense_bytes(layers, contexts, 2) / ranks
 
 

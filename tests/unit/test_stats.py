@@ -11,7 +11,7 @@ from pikv_ds.stats import decode_bytes_sent, dense_bytes, partial_bytes, share_b
 from pikv_ds.wire import HEADER, Layout
 from tests.unit.driver import Driver, layer, ragged
 
-LAYERS = [layer(0, dim=6), layer(1, dim=6, window=8), layer(2, dim=6, latent=True)]
+LAYERS = [layer(0, dim=8), layer(1, dim=8, window=8), layer(2, dim=8, latent=True)]
 HQ = 4
 
 
@@ -21,7 +21,7 @@ HQ = 4
         (layer(0, num_kv_heads=2, dim=16), 100, 100 * 2 * (16 + 16)),
         (layer(0, num_kv_heads=2, dim=16, window=8), 100, 7 * 2 * (16 + 16)),
         (layer(0, num_kv_heads=2, dim=16, window=8), 5, 5 * 2 * (16 + 16)),
-        (layer(0, dim=16, latent=True), 100, 100 * 20),
+        (layer(0, dim=16, latent=True), 100, 100 * 24),
     ],
     ids=["full", "window", "short-of-window", "latent"],
 )
@@ -97,11 +97,11 @@ def test_numbers_of_a_cache():
     driver.prefill([10, 3])
     driver.forward(ragged([1, 1]))
     numbers = stats(driver.cache, 2, 11)
-    slot = [4 + 4 * spec.values_per_token for spec in driver.layers]
+    page = [s.fmt.record_bytes for s in driver.cache.tables.stores]  # 4 tokens, padded to 64 bytes
     live = [int(counts.sum()) for counts in driver.cache.tables.counts]
     assert live[0] == 15
-    assert numbers["kv_bytes_live"] == sum(n * b for n, b in zip(live, slot, strict=True))
-    assert numbers["kv_bytes_allocated"] == sum((s.num_pages * 4 + 1) * b for s, b in zip(driver.cache.tables.stores, slot, strict=True))
+    assert numbers["kv_bytes_live"] == sum(n * b // 4 for n, b in zip(live, page, strict=True))
+    assert numbers["kv_bytes_allocated"] == sum(s.num_pages * b for s, b in zip(driver.cache.tables.stores, page, strict=True))
     assert numbers["kv_bytes_dense"] == 2 * (11 + 5) * 4 * driver.layers[0].values_per_token
     assert numbers["entries_appended"] == 30 and sum(numbers["load_per_expert"]) == 30
     assert numbers["entries_live"] + numbers["entries_expired"] == 30
@@ -109,6 +109,7 @@ def test_numbers_of_a_cache():
     assert (numbers["requests"], numbers["spilled"], numbers["exchange_collectives"], numbers["exchange_bytes_sent"]) == ("local", 0, 0, 0)
 
 
-def test_attention_impl_names_the_slow_path_of_unequal_widths():
-    assert stats(Driver([layer(0)]).cache, 1, 1)["attention_impl"] == "torch paged, flash"
-    assert stats(Driver([layer(0), layer(1, latent=True)]).cache, 1, 1)["attention_impl"] == "torch paged, matmul"
+def test_attention_impl_names_the_code_and_the_format(monkeypatch):
+    from pikv_ds.ops import load
+
+    assert stats(Driver([layer(0)]).cache, 1, 1)["attention_impl"] == f"pikv {load.ensured('cpu')} fp32"

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from pikv_ds.spec import LayerSpec
 from tests.unit.invariants import check_pages
-from tests.unit.stores import SPEC, append, contents, fill, make_store
+from tests.unit.stores import SPEC, append, contents, fill, make_store, stored
 
 pytestmark = pytest.mark.usefixtures("nan_filled_empty")
 
@@ -29,7 +29,7 @@ def test_append_equals_lists(data):
             assert (slot >= 0) == here
             if here:
                 lists[row, shard].append(at)
-                assert store.positions[slot] == at
+                assert stored(store, torch.tensor([slot]))[2].item() == at
         assert contents(store) == lists
         check_pages(store, shrunk=False)
 
@@ -62,12 +62,11 @@ def test_all_valid_and_nothing_to_open_give_the_same_slots():
 def test_what_is_not_stored_here_leaves_no_trace():
     store = make_store(2, 2, 2)
     fill(store, {(0, 0): [0, 1, 2], (1, 1): [0]})
-    before = [t[:-1].clone() for t in (*store.fields.values(), store.positions)]
+    before = store.pages.clone()
     table, counts = store.block_table.clone(), store.counts.clone()
     slots = append(store, [(0, 0, 7, False), (0, 1, 8, False), (1, 1, 9, False)])
     assert slots.tolist() == [-1, -1, -1]
-    for old, new in zip(before, (*store.fields.values(), store.positions), strict=True):
-        assert torch.equal(old.nan_to_num(7), new[: old.shape[0]].nan_to_num(7))
+    assert torch.equal(store.pages[: before.shape[0]], before)
     assert torch.equal(store.block_table[..., : table.shape[-1]], table) and torch.equal(store.counts, counts)
     assert int(store.free_top) == 3, "reserve() sees to three free pages, and none was taken"
     check_pages(store, shrunk=False)
@@ -115,13 +114,14 @@ def test_a_little_free_space_is_kept_for_the_next_step():
     assert (store.shrink(int(store.free_top)), store.num_pages) == (0, 16)
 
 
+@pytest.mark.parametrize("codec", ["none", "int4"])
 @pytest.mark.parametrize("latent", [False, True], ids=["kv", "latent"])
-def test_bytes_are_those_of_the_storages(latent):
-    spec = LayerSpec(layer_idx=0, num_kv_heads=1, k_dim=6, v_dim=4, latent=True) if latent else SPEC
-    store = make_store(2, 2, 3, spec)
+def test_bytes_are_those_of_the_storages(latent, codec):
+    spec = LayerSpec(layer_idx=0, num_kv_heads=1, k_dim=24, v_dim=16, latent=True) if latent else SPEC
+    store = make_store(2, 2, 64, spec, codec)
     store.reserve(0, 5, 3)
-    per_slot = 4 + 4 * spec.values_per_token
-    assert spec.values_per_token == (6 if latent else 2 * (3 + 2))
-    assert store.nbytes == (5 * 3 + 1) * per_slot and store.bytes_per_slot == per_slot
-    assert store.nbytes == sum(t.untyped_storage().nbytes() for t in (*store.fields.values(), store.positions))
-    assert store.metadata_nbytes == 8 * (store.block_table.numel() + 2 * (5 + 1))
+    tails = 0 if codec == "none" else 4 * 64 * spec.num_kv_heads * spec.k_dim * 4
+    assert store.nbytes == 5 * store.fmt.record_bytes + tails
+    assert codec == "int4" or store.fmt.record_bytes == 64 * (4 + 4 * spec.values_per_token)
+    assert store.nbytes == sum(t.untyped_storage().nbytes() for t in (store.pages, store.tail) if t is not None)
+    assert store.metadata_nbytes == 4 * (store.block_table.numel() + 2 * (5 + 1))

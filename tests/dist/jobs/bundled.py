@@ -24,7 +24,7 @@ def passkey(tokenizer, length: int, seed: int) -> tuple[torch.Tensor, str]:
 
 def byte_bound(dense: float, cache, rows: int) -> float:
     """1.25 x 1.1 x the dense share, plus one open page per request, layer and shard."""
-    open_pages = rows * cache.tables.num_local * sum(s.bytes_per_slot for s in cache.tables.stores) * cache.page_size
+    open_pages = rows * cache.tables.num_local * sum(s.fmt.record_bytes for s in cache.tables.stores)
     return 1.25 * 1.1 * dense + open_pages
 
 
@@ -46,7 +46,7 @@ def check_exact(report: Report, model, tokenizer, group, requests: str, length: 
             row |= {"allocated": stats["kv_bytes_allocated"], "dense": stats["kv_bytes_dense"], "spilled": stats["spilled"]}
             assert stats["kv_bytes_allocated"] <= byte_bound(share, cache.core, rows), (stats, share)
             assert stats["kv_bytes_allocated"] == sum(
-                t.nbytes for s in cache.core.tables.stores for t in (*s.fields.values(), s.positions)
+                t.nbytes for s in cache.core.tables.stores for t in (s.pages, s.tail) if t is not None
             )
         assert answer in tokenizer.decode(run.tokens[0, own : own + 8]), tokenizer.decode(run.tokens[0, own:])
 
@@ -61,10 +61,10 @@ def check_plan(report: Report, model, tokenizer, group, requests: str) -> None:
             model(ids)
             allocated, dense = torch.tensor(cache.stats()["kv_bytes_allocated"]), cache.stats()["kv_bytes_dense"]
             layers, page_size = cache.core.layers, cache.core.page_size
-            slab = sum(s.bytes_per_slot for s in cache.core.tables.stores) * page_size
+            slab = sum(s.fmt.record_bytes for s in cache.core.tables.stores)
         dist.all_reduce(allocated, op=dist.ReduceOp.MAX, group=group)
         stored = lengths[:1] if requests == "replicated" else lengths
-        planned = estimate.pikv_bytes(layers, stored, ranks=size, codec=CODECS.build("none"), page_size=page_size, itemsize=4)
+        planned = estimate.pikv_bytes(layers, stored, ranks=size, codec=CODECS.build("none"), page_size=page_size, dtype=torch.float32)
         row |= {"allocated": int(allocated), "balanced": planned.balanced, "worst": planned.worst}
         assert dense == estimate.dense_bytes(layers, [lengths[rank]], 4)
         assert 0.95 * planned.balanced <= int(allocated) <= 1.125 * planned.worst + slab, row

@@ -145,7 +145,7 @@ def check_generations(report: Report, model, group) -> None:
                     dist.all_reduce(tokens, group=group)
                 assert int(live) == 2 * int(tokens), (turn, int(live), int(tokens))
             cache.reset()
-            assert cache.stats()["kv_bytes_allocated"] <= 2 * cache.core.tables.stores[0].bytes_per_slot, cache.stats()
+            assert cache.stats()["kv_bytes_allocated"] <= cache.core.tables.stores[0].fmt.record_bytes, cache.stats()
         reference = generate(model, ids, new_tokens=6)
         assert_same(run, reference, 1e-5)
 

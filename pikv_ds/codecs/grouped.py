@@ -1,0 +1,24 @@
+"""What int8 and int4 share: K scales per channel over a group of tokens."""
+
+from __future__ import annotations
+
+import torch
+
+from pikv_ds.codecs.base import Codec
+from pikv_ds.ops.formats import FORMATS, MIN_GROUP
+
+
+class GroupedIntegers(Codec):
+    """Unsigned codes with a scale and a zero: value = code * scale + zero."""
+
+    def __init__(self, *, group: int = MIN_GROUP) -> None:
+        if group < MIN_GROUP or group > 256 or group % 8:
+            raise ValueError(f"a group that is a multiple of 8 from {MIN_GROUP} to 256: below {MIN_GROUP} tokens the K scales cost more than the codes save")
+        self.group = group
+
+    @property
+    def preferred_page_size(self) -> int:
+        return max(self.group, FORMATS[self.name].preferred_page_size)
+
+    def format_name(self, dtype: torch.dtype) -> str:
+        return self.name

@@ -1,0 +1,57 @@
+"""Attention to the pages of one layer on this rank. R rows, S local shards, T queries per row."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pikv_ds import ops
+
+from .store import LayerStore
+
+# From this many queries per row on, decoding the pages once into dense K and V costs less than reading them query by query.
+# 4,096 entries, 1 thread: f32 crosses between 2 and 8 queries, bf16 between 4 and 32, the compressed formats above 32.
+DENSE_FROM_RAW, DENSE_FROM_COMPRESSED = 5, 33
+
+
+class Before(NamedTuple):
+    """The store of a layer as it was before this forward's entries: counts [R, S] int32, and the raw tails (None: no groups)."""
+
+    counts: Tensor
+    tail: Tensor | None
+
+
+def read_pages(
+    store: LayerStore, q: Tensor, rows: slice, before: Before | None, own_visible: Tensor | None, *, scale: float, window: int | None,
+    q_positions: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of q [R, T, Hq, Dk] to the entries of the rows `rows` in all local shards.
+
+    Args:
+        before: what to read instead of the present entries. own_visible: [R] bool, rows that read the present ones all the same.
+        q_positions: [R, T] int32, needed with a window or more than one query.
+
+    Returns: out [R, T, Hq, Dv] f32, lse [R, T, Hq] f32; 0 and -inf where nothing is stored. Sync: none.
+    """
+    num_shards = store.counts.shape[1]
+    tables = slice(rows.start * num_shards, rows.stop * num_shards)
+    seqlens, tail = store.counts[rows], None if store.tail is None else store.tail[tables]
+    if before is not None:
+        seqlens = torch.where(own_visible.unsqueeze(-1), seqlens, before.counts[rows])
+        if before.tail is not None:
+            own = own_visible.repeat_interleave(num_shards)[:, None, None, None]
+            tail = torch.where(own, tail, before.tail[tables])
+    block_table = store.block_table[rows].view(-1, 1, store.block_table.shape[-1])
+    args = (store.pages, store.fmt, block_table, seqlens.reshape(-1, 1))
+    options = {"scale": scale, "window": window}
+    if tail is not None:
+        options |= {"tail": tail, "tail_rows": torch.arange(block_table.shape[0], dtype=torch.int32, device=q.device)}
+    q, num_queries = q.contiguous(), q.shape[1]
+    if num_queries == 1:
+        out, lse, _ = ops.decode(q.squeeze(1), *args, q_positions=None if window is None else q_positions.reshape(-1), **options)
+        return out.unsqueeze(1), lse.unsqueeze(1)
+    if num_queries < (DENSE_FROM_RAW if store.fmt.raw else DENSE_FROM_COMPRESSED):
+        return ops.prefill_cached(q, *args, q_positions.contiguous(), **options)
+    return ops.paged_attention(q, *args, q_positions=q_positions, **options)
