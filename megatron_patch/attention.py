@@ -31,7 +31,7 @@ def core_attention_class(host: type) -> type:
             for name in ("attention_bias", "packed_seq_params"):
                 if kwargs.get(name) is not None:
                     raise UnsupportedError(
-                        f"layer {self.layer_number}: {name} is set with a PiKV context; PiKV honours causal and sliding-window attention only"
+                        f"layer {self.layer_number}: {name} is set with a PiKV context; PiKV honours causal and sliding-window masks only"
                     )
             return attend(query, key, value, attention_mask).flatten(2)
 

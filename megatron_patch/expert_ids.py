@@ -35,7 +35,8 @@ class ExpertIds:
         if self._chunks:
             seen = sum(chunk.numel() for chunk in self._chunks)
             raise UnsupportedError(
-                f"the router of layer {self._layer} routed {seen} of {self._tokens.num_host_tokens} tokens; PiKV needs all of them on each rank"
+                f"the router of layer {self._layer} routed {seen} of {self._tokens.num_host_tokens} tokens; PiKV needs all of them on each "
+                f"rank"
             )
         if self.source == "lookahead":
             # Before the first layer's record the ranks have not agreed yet on whether they hold the same requests.

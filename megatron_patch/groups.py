@@ -38,7 +38,9 @@ class Peers(NamedTuple):
     order: list[int]  # rank in the expert-parallel group of each tensor-parallel rank
 
 
-def fit_requests(config: PiKVConfig, layers: list[Layer], group: dist.ProcessGroup | None, dynamic: bool) -> tuple[PiKVConfig, Peers | None]:
+def fit_requests(
+    config: PiKVConfig, layers: list[Layer], group: dist.ProcessGroup | None, dynamic: bool
+) -> tuple[PiKVConfig, Peers | None]:
     """Decide storage.requests where the layout leaves no choice, and check the number of shards. Returns the peers that share KV heads.
 
     Tensor-parallel peers in one expert group see the same tokens but hold different heads: to the store they are distinct requests,

@@ -34,8 +34,9 @@ def transformer_options(hf_config) -> dict[str, Any]:
     has_experts, qwen = moe_layers(hf_config), hf_config.model_type == "qwen3_moe"
     window = hf_config.sliding_window
     return {
-        "num_layers": hf_config.num_hidden_layers, "hidden_size": hf_config.hidden_size, "num_attention_heads": hf_config.num_attention_heads,
-        "num_query_groups": hf_config.num_key_value_heads, "kv_channels": head_dim(hf_config), "ffn_hidden_size": hf_config.intermediate_size,
+        "num_layers": hf_config.num_hidden_layers, "hidden_size": hf_config.hidden_size,
+        "num_attention_heads": hf_config.num_attention_heads, "num_query_groups": hf_config.num_key_value_heads,
+        "kv_channels": head_dim(hf_config), "ffn_hidden_size": hf_config.intermediate_size,
         "moe_ffn_hidden_size": hf_config.moe_intermediate_size if qwen else hf_config.intermediate_size,
         "num_moe_experts": hf_config.num_local_experts, "moe_router_topk": hf_config.num_experts_per_tok,
         # Qwen3 without norm_topk_prob keeps the softmax over all experts; with it, and in Mixtral, the chosen ones sum to 1.
@@ -60,7 +61,9 @@ def build_gpt(hf_config, *, max_sequence_length: int, **options) -> GPTModel:
     }
     config = TransformerConfig(**{**layout, **transformer_options(hf_config), **options})
     if hf_config.vocab_size % config.tensor_model_parallel_size:
-        raise UnsupportedError(f"vocab_size = {hf_config.vocab_size} is not a multiple of tensor_model_parallel_size = {config.tensor_model_parallel_size}")
+        raise UnsupportedError(
+            f"vocab_size = {hf_config.vocab_size} is not a multiple of tensor_model_parallel_size = {config.tensor_model_parallel_size}"
+        )
     spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm")
     return GPTModel(
         config, spec, vocab_size=hf_config.vocab_size, max_sequence_length=max_sequence_length, position_embedding_type="rope",

@@ -83,13 +83,16 @@ def load_hf_weights(model: GPTModel, hf_config, weights: Mapping[str, Tensor]) -
     if own.keys() != wanted.keys():
         differing = sorted(own.keys() ^ wanted.keys())
         raise UnsupportedError(
-            f"the model and the configuration differ in {len(differing)} parameters, first {differing[0]!r}; build it with build_gpt (local layers, "
-            f"SequentialMLP experts)"
+            f"the model and the configuration differ in {len(differing)} parameters, first {differing[0]!r}; build it with build_gpt "
+            f"(local layers, SequentialMLP experts)"
         )
     used = {name for rule in wanted.values() for name in rule.hf} | {"lm_head.weight"}
     if weights.keys() - used or used - weights.keys() - {"lm_head.weight"}:
         differing = sorted(weights.keys() ^ used)
-        raise UnsupportedError(f"the Hugging Face weights do not fit: {len(differing)} names differ, first {differing[0]!r}; pass model.state_dict() of transformers >= 5")
+        raise UnsupportedError(
+            f"the Hugging Face weights do not fit: {len(differing)} names differ, first {differing[0]!r}; pass model.state_dict() of "
+            f"transformers >= 5"
+        )
     for rule in rules(hf_config):
         whole = rule.join(*(weights[name] for name in rule.hf))
         group = model.pg_collection.expt_tp if rule.experts else model.pg_collection.tp

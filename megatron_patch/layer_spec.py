@@ -69,8 +69,8 @@ def _layer(spec: ModuleSpec, config: PiKVConfig, penalty: RouterPenalty | None) 
         raise UnsupportedError("the specification has PiKV's attention already; apply pikv_layer_spec once")
     if isinstance(getattr(attention.submodules, "core_attention", None), NonCallableMock):
         raise UnsupportedError(
-            "the layer's core attention is a class of Transformer Engine, which is not installed (Megatron-Core has put a mock in its place); "
-            "install transformer-engine, or use get_gpt_layer_local_spec"
+            "the layer's core attention is a class of Transformer Engine, which is not installed (Megatron-Core has put a mock in its "
+            "place); install transformer-engine, or use get_gpt_layer_local_spec"
         )
     # A shallow copy of each changed level: the modules' submodules may hold classes and functions that are meant to be shared.
     attention = copy.copy(attention)

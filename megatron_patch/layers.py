@@ -78,8 +78,8 @@ def refuse_attention(attention: nn.Module) -> None:
     """What PiKV can't do for one layer's attention, by the parts it was built from. Raises UnsupportedError."""
     if is_latent(attention) and hasattr(attention.linear_kv_up_proj, "layer_norm_weight"):
         raise UnsupportedError(
-            f"layer {attention.layer_number}: {type(attention.linear_kv_up_proj).__name__} normalises the latent inside the projection, where "
-            f"PiKV can't read it; use a specification with a kv_layernorm of its own (get_gpt_layer_local_spec)"
+            f"layer {attention.layer_number}: {type(attention.linear_kv_up_proj).__name__} normalises the latent inside the projection, "
+            f"where PiKV can't read it; use a specification with a kv_layernorm of its own (get_gpt_layer_local_spec)"
         )
 
 

@@ -14,8 +14,9 @@ from pikv_ds.megatron_patch.cpu_compat import cpu_config_options
 VOCAB = 128
 SHAPE = dict(
     num_layers=3, hidden_size=64, num_attention_heads=8, num_query_groups=4, ffn_hidden_size=96, moe_ffn_hidden_size=32, num_moe_experts=8,
-    moe_router_topk=2, moe_router_load_balancing_type="none", moe_token_dispatcher_type="alltoall", add_bias_linear=False, gated_linear_unit=True,
-    activation_func=torch.nn.functional.silu, normalization="RMSNorm", qk_layernorm=True, hidden_dropout=0.0, attention_dropout=0.0,
+    moe_router_topk=2, moe_router_load_balancing_type="none", moe_token_dispatcher_type="alltoall", add_bias_linear=False,
+    gated_linear_unit=True, activation_func=torch.nn.functional.silu, normalization="RMSNorm", qk_layernorm=True, hidden_dropout=0.0,
+    attention_dropout=0.0,
 )
 
 

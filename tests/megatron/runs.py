@@ -49,7 +49,7 @@ def dense_is_forbidden() -> Iterator[None]:
 
 
 def assert_conserved(context, expected_live: int) -> None:
-    """Entries of this rank's requests, summed over the group, are each stored once. expected_live: entries of this rank (replicated: of all)."""
+    """Entries of this rank's requests, summed over the group, are each stored once. expected_live: of this rank (replicated: of all)."""
     stats, group = context.stats(), context.core.exchange.group
     names = ("entries_appended", "entries_live", "entries_expired", "entries_evicted", "entries_cropped")
     sums = torch.tensor([stats[name] for name in names] + [expected_live])

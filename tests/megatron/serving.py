@@ -57,12 +57,13 @@ def random_requests(count: int, longest: int, seed: int) -> list[Request]:
 
 
 def serve(model, context, requests: list[Request], *, group=None, chunk: int | None = None, each_step=None) -> Log:
-    """Greedy; fills every request's `generated`. group: ranks that run the same number of forwards; a rank without work runs dummy forwards.
+    """Greedy; fills every request's `generated`. group: ranks that run the same number of forwards, dummy ones where there is no work.
 
     chunk: prefill at most so many tokens of a prompt at a time, as the engine's chunked prefill does.
     """
     wrapper = GPTInferenceWrapper(model, InferenceWrapperConfig(
-        hidden_size=model.config.hidden_size, params_dtype=torch.float32, inference_batch_times_seqlen_threshold=-1, padded_vocab_size=VOCAB,
+        hidden_size=model.config.hidden_size, params_dtype=torch.float32, inference_batch_times_seqlen_threshold=-1,
+        padded_vocab_size=VOCAB,
     ), context)
     log, waiting, by_number = Log(), sorted(requests, key=lambda r: r.arrival), {r.number: r for r in requests}
     partial: DynamicInferenceRequest | None = None  # being prefilled in chunks; always the last of the active requests

@@ -1,15 +1,12 @@
 """Dynamic batching: DynamicInferenceContext driven step by step, Megatron's own with a reference flash_decode beside it."""
 
 import pytest
-import torch
 
 from tests.dist.launcher import JobResult, run_gloo
 from tests.megatron import JOBS
+from tests.megatron.marks import on_cpu
 
-pytestmark = [
-    pytest.mark.dist, pytest.mark.timeout(300),
-    pytest.mark.skipif(torch.cuda.is_available(), reason="the job runs Megatron-Core on CPU and gloo, which cpu_compat leaves alone with CUDA"),
-]
+pytestmark = [pytest.mark.dist, pytest.mark.timeout(300), on_cpu]
 LAYOUTS = {"EP2": "1,2,1", "TP2xEP2-peers": "2,2,1"}  # tp,ep,etp on two ranks
 REQUESTS, SHARED, EVICTIONS = "20 requests of 1 to 300 tokens", "a KV head that peers share", "evicted requests that start again"
 _jobs: list[JobResult] = []

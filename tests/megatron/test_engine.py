@@ -1,15 +1,12 @@
 """Megatron's own StaticInferenceEngine and a user's script around PiKV, with the lines that docs/MEGATRON.md shows."""
 
 import pytest
-import torch
 
 from tests.dist.launcher import JobResult, run_gloo
 from tests.megatron import JOBS
+from tests.megatron.marks import on_cpu
 
-pytestmark = [
-    pytest.mark.dist, pytest.mark.timeout(240),
-    pytest.mark.skipif(torch.cuda.is_available(), reason="the jobs run Megatron-Core on CPU and gloo, which cpu_compat leaves alone with CUDA"),
-]
+pytestmark = [pytest.mark.dist, pytest.mark.timeout(240), on_cpu]
 LAYOUTS = {"EP2": "1,2,1", "TP2": "2,1,1", "TP2xEP2-peers": "2,2,1"}  # tp,ep,etp on two ranks
 _jobs: list[JobResult] = []
 

@@ -6,6 +6,7 @@ import torch
 from pikv_ds.megatron_patch.router import routed_experts
 from tests.dist.launcher import JobResult, run_gloo
 from tests.megatron import JOBS
+from tests.megatron.marks import on_cpu
 
 SETTINGS = [
     "sliding window", "sliding window in every other layer", "learnable softmax offset", "softmax off by one", "dropped tokens",
@@ -17,7 +18,7 @@ _jobs: list[JobResult] = []
 
 @pytest.mark.dist
 @pytest.mark.timeout(240)
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the job runs Megatron-Core on CPU and gloo, which cpu_compat leaves alone with CUDA")
+@on_cpu
 @pytest.mark.parametrize("check", [
     *(f"{name}, ids previous_layer" for name in SETTINGS),
     *(f"{name}, ids true" for name in ("sliding window", "dropped tokens", "router in chunks", "dense first layer")),

@@ -1,15 +1,12 @@
 """The model with PiKV in it is the host's model: training, checkpoint keys, round trip; and rows that move or wait."""
 
 import pytest
-import torch
 
 from tests.dist.launcher import JobResult, run_gloo
 from tests.megatron import JOBS
+from tests.megatron.marks import on_cpu
 
-pytestmark = [
-    pytest.mark.dist, pytest.mark.timeout(240),
-    pytest.mark.skipif(torch.cuda.is_available(), reason="the jobs run Megatron-Core on CPU and gloo, which cpu_compat leaves alone with CUDA"),
-]
+pytestmark = [pytest.mark.dist, pytest.mark.timeout(240), on_cpu]
 _jobs: dict[int, JobResult] = {}
 
 

@@ -1,15 +1,12 @@
 """Hugging Face weights in Megatron-Core and back; the bundled model gives the same logits in both."""
 
 import pytest
-import torch
 
 from tests.dist.launcher import JobResult, run_gloo
 from tests.megatron import JOBS
+from tests.megatron.marks import on_cpu
 
-pytestmark = [
-    pytest.mark.dist, pytest.mark.timeout(240),
-    pytest.mark.skipif(torch.cuda.is_available(), reason="the job runs Megatron-Core on CPU and gloo, which cpu_compat leaves alone with CUDA"),
-]
+pytestmark = [pytest.mark.dist, pytest.mark.timeout(240), on_cpu]
 LAYOUTS = {"EP2": "1,2,1", "TP2xEP2-peers": "2,2,1", "TP2xETP2": "2,1,2"}  # tp,ep,etp on two ranks
 MODELS = ["qwen3_moe, dense first layer", "qwen3_moe, unnormalised", "mixtral, window 8", "mixtral, one KV head", "bundled"]
 _jobs: list[JobResult] = []

@@ -11,7 +11,7 @@ from tests.megatron.models import positions
 def train(model, ids: torch.Tensor, steps: int) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Adam under DDP with a sharded optimizer state. Returns the loss of every step and the parameters after the last; changes `model`."""
     with cuda_literals_on_cpu():
-        ddp = DistributedDataParallel(model.config, DistributedDataParallelConfig(use_distributed_optimizer=True, overlap_grad_reduce=False), model)
+        ddp = DistributedDataParallel(model.config, DistributedDataParallelConfig(use_distributed_optimizer=True), model)
         optimizer = get_megatron_optimizer(
             OptimizerConfig(optimizer="adam", lr=1e-2, weight_decay=0.01, clip_grad=1.0, use_distributed_optimizer=True), [ddp]
         )

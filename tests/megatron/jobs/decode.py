@@ -33,7 +33,21 @@ def check_decode(report: Report, model, name: str, ids: torch.Tensor, pieces: li
 
 
 def check_layout(report: Report, layout: str) -> None:
-    start(*map(int, layout.split(",")))
+    """On four ranks only what needs them: with tensor parallelism over all of them, what peers share."""
+    tp, ep, etp = map(int, layout.split(","))
+    start(tp, ep, etp)
+    few, peers = dist.get_world_size() < 4, tp > 1 and etp == 1
+    if tp < 4:
+        check_heads(report, layout, sources=few)
+    if few or peers:
+        check_latent(report, layout, own_requests=few)
+    if tp > 1 and (few or peers):
+        check_shared_heads(report, layout)
+    dist.barrier()
+    parallel_state.destroy_model_parallel()
+
+
+def check_heads(report: Report, layout: str, sources: bool) -> None:
     model = tiny_model(tiny_config())
     dp_rank = parallel_state.get_data_parallel_rank()
     own, shared = tokens(ROWS, LENGTH, seed=5 + dp_rank), tokens(ROWS, 28, seed=4)
@@ -47,28 +61,25 @@ def check_layout(report: Report, layout: str) -> None:
     check_decode(report, model, f"{layout} each rank its own requests", own, own_pieces, own_reference)
     # All ranks run the same rows; tensor-parallel peers always do.
     check_decode(report, model, f"{layout} the same requests on all ranks", shared, [7, 5], shared_reference)
-    if dist.get_world_size() < 4:  # what differs between the sources of ids differs on two ranks already
+    if sources:
         check_sources(report, model, layout, own, own_pieces, own_reference, shared, shared_reference)
-    check_latent(report, layout, own, own_pieces, shared)
-    if parallel_state.get_tensor_model_parallel_world_size() > 1:
-        check_shared_heads(report, layout, shared)
-    dist.barrier()
-    parallel_state.destroy_model_parallel()
 
 
-def check_latent(report: Report, layout: str, own: torch.Tensor, own_pieces: list[int], shared: torch.Tensor) -> None:
+def check_latent(report: Report, layout: str, own_requests: bool) -> None:
     """Multi-latent attention: [c_kv | k_rot] is stored, Megatron's own static batching keeps expanded heads."""
-    model = tiny_model(latent_config())
-    own = own[:, : LONGEST_PROMPT + 4]
-    static = StaticInferenceContext(ROWS, LENGTH)
-    own_reference, shared_reference = decode(model, static, own, own_pieces), decode(model, static, shared, [7, 5])
+    model, static = tiny_model(latent_config()), StaticInferenceContext(ROWS, LENGTH)
+    seed = 5 + parallel_state.get_data_parallel_rank()
+    own, shared = tokens(ROWS, LONGEST_PROMPT + 4, seed=seed), tokens(ROWS, LENGTH if own_requests else 24, seed=4)
+    references = decode(model, static, own, [9]), decode(model, static, shared, [7, 5])
     enable_pikv(model)
-    check_decode(report, model, f"{layout} MLA, each rank its own requests", own, own_pieces, own_reference)
-    check_decode(report, model, f"{layout} MLA, the same requests on all ranks", shared, [7, 5], shared_reference)
+    if own_requests:
+        check_decode(report, model, f"{layout} MLA, each rank its own requests", own, [9], references[0])
+    check_decode(report, model, f"{layout} MLA, the same requests on all ranks", shared, [7, 5], references[1])
 
 
-def check_shared_heads(report: Report, layout: str, shared: torch.Tensor) -> None:
+def check_shared_heads(report: Report, layout: str) -> None:
     """Fewer KV heads than tensor-parallel ranks, so that peers hold the same ones."""
+    shared = tokens(ROWS, 20, seed=4)
     model = tiny_model(tiny_config(num_query_groups=parallel_state.get_tensor_model_parallel_world_size() // 2))
     reference = decode(model, StaticInferenceContext(ROWS, LENGTH), shared, [7, 5])
     enable_pikv(model)
@@ -81,7 +92,8 @@ def check_sources(report, model, layout, own, own_pieces, own_reference, shared,
     check_decode(report, model, f"{layout} ids true", short, own_pieces, own_reference, expert_ids="true")
     check_decode(report, model, f"{layout} ids true, the same requests", shared[:, :16], [7, 5], shared_reference, expert_ids="true")
     check_decode(report, model, f"{layout} ids lookahead", short, own_pieces, own_reference, expert_ids="lookahead")
-    check_decode(report, model, f"{layout} ids lookahead, the same requests", shared[:, :16], [7, 5], shared_reference, expert_ids="lookahead")
+    name = f"{layout} ids lookahead, the same requests"
+    check_decode(report, model, name, shared[:, :16], [7, 5], shared_reference, expert_ids="lookahead")
     check_decode(report, model, f"{layout} ids hash", short[:, :16], own_pieces, own_reference, expert_ids="hash")
 
 

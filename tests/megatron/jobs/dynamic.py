@@ -1,4 +1,4 @@
-"""Dynamic batching over PiKV: requests that arrive, pause, are evicted and go, on ranks that do not wait for each other. Arguments: layouts."""
+"""Dynamic batching over PiKV: requests that arrive, pause, are evicted and go, each rank its own. Arguments: layouts."""
 
 import sys
 
@@ -25,7 +25,8 @@ def options(config, blocks: int, paused: int) -> dict:
     heads = max(1, config.num_query_groups // config.tensor_model_parallel_size)
     block_bytes = 4 * 2 * config.num_layers * BLOCK * heads * config.kv_channels
     return dict(
-        params_dtype=torch.float32, num_layers=config.num_layers, kv_channels=config.kv_channels, num_attention_heads=config.num_query_groups,
+        params_dtype=torch.float32, num_layers=config.num_layers, kv_channels=config.kv_channels,
+        num_attention_heads=config.num_query_groups,
         tensor_model_parallel_size=min(config.tensor_model_parallel_size, config.num_query_groups), max_sequence_length=LONGEST + 20,
         buffer_size_gb=(blocks + 0.5) * block_bytes / 1024**3, paused_buffer_size_gb=(paused + 0.5) * block_bytes / 1024**3,
         block_size_tokens=BLOCK, max_requests=8, max_tokens=1024,
@@ -140,13 +141,17 @@ def check_limits(report: Report, layout: str, model) -> None:
         PiKVDynamicInferenceContext(model=model, **given)
         assert torch.equal(full_forward(model, ids), before)
     with report.check(f"{layout} refusals"):
-        for name, value in (("num_cuda_graphs", 1), ("use_flashinfer_fused_rope", True), ("unified_memory_level", 1), ("cache_mla_latent", True)):
+        for name, value in dict(num_cuda_graphs=1, use_flashinfer_fused_rope=True, unified_memory_level=1, cache_mla_latent=True).items():
             refused(name, lambda name=name, value=value: PiKVDynamicInferenceContext(model=model, **given, **{name: value}))
         latent = tiny_model(latent_config())
         enable_pikv(latent)
         refused("MLA with dynamic batching", lambda: PiKVDynamicInferenceContext(model=latent, **given))
         with reference_flash_decode():
             refused("DynamicInferenceContext", lambda: serve(model, DynamicInferenceContext(**given), own_requests(2, 9, seed=1)))
+        suspended = PiKVDynamicInferenceContext(model=model, **given)
+        suspended.deallocate_all_tensors()
+        suspended.allocate_all_tensors(is_init=False)
+        assert suspended.memory_buffer.numel() == 0
         disable_pikv(model)
         refused("call enable_pikv(model) first", lambda: PiKVDynamicInferenceContext(model=model, **given))
         enable_pikv(model)

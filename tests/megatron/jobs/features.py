@@ -38,14 +38,17 @@ SETTINGS = {
     "sigmoid router with expert bias": dict(moe_router_score_function="sigmoid", moe_router_enable_expert_bias=True),
 }
 
-STAGED = ("sliding window", "dropped tokens", "router in chunks", "dense first layer")  # also with ids that are known after the layer's attention
+# Also with ids that are known only after the layer's attention.
+STAGED = ("sliding window", "dropped tokens", "router in chunks", "dense first layer")
 
 
 def build(changes: dict):
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 
     config = tiny_config(**changes)
-    spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm") if "moe_layer_freq" in changes else None
+    spec = None
+    if "moe_layer_freq" in changes:
+        spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm")
     model = tiny_model(config, spec)
     for name, parameter in model.named_parameters():
         if "softmax_offset" in name:
@@ -123,8 +126,9 @@ def check_refusals(report: Report, ids: torch.Tensor) -> None:
     with report.check("versions refused"):
         with mock.patch.object(megatron.core, "__version__", "0.15.2"):
             refused(UnsupportedError, "0.15.2 is older than 0.16; tested with megatron-core 0.16.1", lambda: enable_pikv(model))
-        with mock.patch.object(megatron.core, "__version__", "0.99.0"), mock.patch.object(Attention, "_adjust_key_value_for_inference", lambda self, x: x):
-            refused(UnsupportedError, "megatron-core 0.99.0: Attention._adjust_key_value_for_inference takes (self, x)", lambda: enable_pikv(model))
+        moved = "_adjust_key_value_for_inference"
+        with mock.patch.object(megatron.core, "__version__", "0.99.0"), mock.patch.object(Attention, moved, lambda self, x: x):
+            refused(UnsupportedError, f"megatron-core 0.99.0: Attention.{moved} takes (self, x)", lambda: enable_pikv(model))
     with report.check("specifications refused"):
         refused(UnsupportedError, "GPTModel", lambda: pikv_layer_spec(model))
         refused(UnsupportedError, "MoELayer", lambda: pikv_layer_spec(local_spec(model.config).submodules.mlp))

@@ -57,7 +57,8 @@ def check_round_trip(report: Report, model, ids: torch.Tensor) -> None:
 def check_spec(report: Report, model, ids: torch.Tensor) -> None:
     config = model.config
     static = decode(model, StaticInferenceContext(ROWS, LENGTH), ids, [9])
-    specs = {"layer": local_spec(config), "block": get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm")}
+    block = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm")
+    specs = {"layer": local_spec(config), "block": block}
     for name, spec in specs.items():
         with report.check(f"a model built from a {name} spec"):
             untouched = copy.deepcopy(spec)

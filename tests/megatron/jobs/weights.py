@@ -1,4 +1,4 @@
-"""Hugging Face models in Megatron-Core and back, sliced: same logits, same weights; the bundled model also over PiKV. Arguments: layouts."""
+"""Hugging Face models in Megatron-Core and back, sliced: same logits, same weights; the bundled model over PiKV. Arguments: layouts."""
 
 import sys
 
@@ -36,7 +36,8 @@ def check_model(report: Report, name: str, hf, length: int, max_sequence_length:
 def check_layout(report: Report, layout: str) -> None:
     start(*map(int, layout.split(",")))
     for name, family, changes in (
-        ("qwen3_moe, dense first layer", "qwen3_moe", dict(mlp_only_layers=[0])), ("qwen3_moe, unnormalised", "qwen3_moe", dict(norm_topk_prob=False)),
+        ("qwen3_moe, dense first layer", "qwen3_moe", dict(mlp_only_layers=[0])),
+        ("qwen3_moe, unnormalised", "qwen3_moe", dict(norm_topk_prob=False)),
         ("mixtral, window 8", "mixtral", {}), ("mixtral, one KV head", "mixtral", dict(num_key_value_heads=1)),
     ):
         check_model(report, f"{layout} {name}", tiny_models.tiny_model(family, **changes), 20)
@@ -54,12 +55,14 @@ def check_layout(report: Report, layout: str) -> None:
             token = logits.argmax(-1, keepdim=True)
             text.append(int(token))
             with torch.no_grad():
-                logits = model(token, torch.full((1, 1), context.sequence_len_offset), None, inference_context=context, runtime_gather_output=True)[:, -1]
+                at = torch.full((1, 1), context.sequence_len_offset)
+                logits = model(token, at, None, inference_context=context, runtime_gather_output=True)[:, -1]
             context.increment_sequence_len_offset(1)
         assert tokenizer.decode(text).strip().startswith(key), (tokenizer.decode(text), key)
         disable_pikv(model)
     with report.check(f"{layout} refusals"):
-        for change, match in (({"model_type": "qwen2_moe"}, "qwen2_moe"), ({"attention_bias": True}, "attention_bias"), ({"hidden_act": "gelu"}, "gelu")):
+        for change in ({"model_type": "qwen2_moe"}, {"attention_bias": True}, {"hidden_act": "gelu"}):
+            match = next(iter(change)) if "attention_bias" in change else next(iter(change.values()))
             config = type(hf.config)(**{**hf.config.to_dict(), **{k: v for k, v in change.items() if k != "model_type"}})
             config.model_type = change.get("model_type", config.model_type)
             try:
