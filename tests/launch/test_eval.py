@@ -160,16 +160,20 @@ def test_finished_rows_are_of_the_same_command_only(tmp_path):
 
 @pytest.mark.dist
 @pytest.mark.slow
-def test_two_ranks_under_autoep_give_the_figures_of_one(document, tmp_path):
+def test_two_ranks_under_autoep_share_the_samples_and_give_the_figures_of_one(document, tmp_path):
     file = tmp_path / "rows.json"
-    result = pikv("eval", *SMALL, "--batch", "3", "--config", json.dumps(BLOCK), "--ranks", 2, "--json", file)
+    result = pikv("eval", *SMALL, "--config", json.dumps(BLOCK), "--ranks", 2, "--requests", "distinct", "--json", file)
     assert result.returncode == 0, result.describe()
     one, two = rows_of(document), rows_of(json.loads(file.read_text()))
+    assert two.keys() == one.keys()
     for key, row in two.items():
-        assert row["recall"] == one[key]["recall"] and (row["ppl"] or 0) == pytest.approx(one[key]["ppl"] or 0, rel=1e-6)
-        assert len(row["kv_bytes_per_rank"]) == 2
-    assert max(two["exact", "ppl"]["kv_bytes_per_rank"]) <= 0.72 * one["dense", "ppl"]["kv_bytes_per_rank"][0]
-    assert two["dense", "ppl"]["bytes_per_token"] == 2 * 2048  # every rank holds all of it
+        assert row["ep"] == 2 and row["recall"] == one[key]["recall"]
+        assert (row["ppl"] or 0) == pytest.approx(one[key]["ppl"] or 0, rel=1e-6)
+        for name in ("scored_tokens", "found_by_kind", "found_by_depth"):
+            assert row["detail"].get(name) == one[key]["detail"].get(name)
+    dense, exact = two["dense", "ppl"], two["exact", "ppl"]
+    assert dense["bytes_per_token"] == 2048 and dense["kv_bytes_per_rank"] == [2048 * 2 * CONTEXT] * 2
+    assert sum(exact["kv_bytes_per_rank"]) == exact["bytes_per_token"] * 4 * CONTEXT < 1.35 * sum(dense["kv_bytes_per_rank"])
 
 
 @pytest.mark.parametrize(

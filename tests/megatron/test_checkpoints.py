@@ -70,4 +70,5 @@ def test_torchrun_on_two_expert_parallel_ranks(hf_rows, tmp_path):
     assert_same_quality(rows, hf_rows)
     exact, dense = rows["exact", "ppl"], rows["dense", "ppl"]
     assert (exact["ranks"], exact["ep"]) == (2, 2)
+    assert dense["bytes_per_token"] == 2 * 2048  # every rank holds all of it
     assert max(exact["kv_bytes_per_rank"]) <= 0.72 * max(dense["kv_bytes_per_rank"])
