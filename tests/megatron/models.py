@@ -40,7 +40,7 @@ def tiny_config(kind=TransformerConfig, **changes) -> TransformerConfig:
 
 def latent_config(**changes) -> MLATransformerConfig:
     """The same model with multi-latent attention."""
-    mla = dict(q_lora_rank=24, kv_lora_rank=16, qk_head_dim=8, qk_pos_emb_head_dim=4, v_head_dim=12, rope_type="rope")
+    mla = dict(q_lora_rank=24, kv_lora_rank=16, qk_head_dim=8, qk_pos_emb_head_dim=8, v_head_dim=12, rope_type="rope")
     return tiny_config(kind=MLATransformerConfig, multi_latent_attention=True, num_query_groups=8, **{**mla, **changes})
 
 
