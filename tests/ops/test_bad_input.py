@@ -8,6 +8,7 @@ from pikv_ds.ops.formats import PageFormat
 from tests.ops.cases import make_case
 
 ALL = pytest.mark.parametrize("which", ["torch", "cpu", "emu"])
+BOTH = pytest.mark.parametrize("which", ["torch", "cpu"])  # ops without a CUDA kernel
 
 
 def _op(which, name):
