@@ -69,7 +69,15 @@ def _rows(batch: int, context: int, order: str, threads: int, repeats: int) -> l
     runs["stream"] = lambda: torch.ops.pikv.checksum(stream)
     wall, cpu = _measure(runs, repeats)
     gbps = stream.nbytes / wall["stream"] / 1e6
-    common = {"op": "decode", "group": GROUP, "pages": order, "batch": batch, "context_tokens": context, "threads": threads, "repeats": repeats}
+    common = {
+        "op": "decode",
+        "group": GROUP,
+        "pages": order,
+        "batch": batch,
+        "context_tokens": context,
+        "threads": threads,
+        "repeats": repeats,
+    }
     rows = []
     for name in FORMATS:
         for baseline, ran in _baselines(name, wall, order):
@@ -111,7 +119,10 @@ def _paged(name, q, batch, context, order, generator):
     seqlens = torch.full((batch, 1), context, dtype=torch.int32)
     tail = {}
     if fmt.grouped:
-        tail = {"tail": torch.zeros(batch, HEADS, fmt.group, DIM, dtype=torch.bfloat16), "tail_rows": torch.arange(batch, dtype=torch.int32)}
+        tail = {
+            "tail": torch.zeros(batch, HEADS, fmt.group, DIM, dtype=torch.bfloat16),
+            "tail_rows": torch.arange(batch, dtype=torch.int32),
+        }
 
     def reading(block_table):
         return lambda: ops.decode(q, pages, fmt, block_table, seqlens, scale=DIM**-0.5, **tail)

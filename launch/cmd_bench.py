@@ -77,10 +77,24 @@ def _decode_rows(args: argparse.Namespace, context: int) -> list[dict[str, Any]]
     ratios = [p / d for p, d in zip(times["pikv"], times["dense"], strict=True)]
     common = {"context_tokens": context, "batch": args.batch, "dtype": args.dtype, "threads": args.threads, "steps": args.steps}
     return [
-        {"name": "DynamicCache + sdpa", **common, **_spread("step_ms", times["dense"]), **_spread("ratio", [1.0] * len(ratios)),
-         "max_logit_diff": 0.0, "kv_bytes": dense_bytes, "attention_impl": "sdpa"},
-        {"name": "pikv exact", **common, **_spread("step_ms", times["pikv"]), **_spread("ratio", ratios), "max_logit_diff": difference,
-         "kv_bytes": stats["kv_bytes_allocated"], "attention_impl": stats["attention_impl"]},
+        {
+            "name": "DynamicCache + sdpa",
+            **common,
+            **_spread("step_ms", times["dense"]),
+            **_spread("ratio", [1.0] * len(ratios)),
+            "max_logit_diff": 0.0,
+            "kv_bytes": dense_bytes,
+            "attention_impl": "sdpa",
+        },
+        {
+            "name": "pikv exact",
+            **common,
+            **_spread("step_ms", times["pikv"]),
+            **_spread("ratio", ratios),
+            "max_logit_diff": difference,
+            "kv_bytes": stats["kv_bytes_allocated"],
+            "attention_impl": stats["attention_impl"],
+        },
     ]
 
 

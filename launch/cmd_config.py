@@ -12,9 +12,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser("config", help='print the schema of the "pikv" block, or check a file')
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--schema", action="store_true", help="print the JSON schema")
-    what.add_argument(
-        "--check", metavar="FILE", help='a DeepSpeed configuration with a "pikv" block, or the block alone'
-    )
+    what.add_argument("--check", metavar="FILE", help='a DeepSpeed configuration with a "pikv" block, or the block alone')
 
 
 def run(args: argparse.Namespace) -> int:

@@ -52,13 +52,17 @@ def _check(args: argparse.Namespace) -> None:
     model = AutoConfig.from_pretrained(model_path(), local_files_only=True)
     longest = model.max_position_embeddings - args.new_tokens
     if not SHORTEST_CONTEXT <= args.context <= longest:
-        raise argparse.ArgumentTypeError(f"--context {args.context}: legal with --new-tokens {args.new_tokens} is "
-                                         f"{SHORTEST_CONTEXT} to {longest} (positions of the bundled model)")
+        raise argparse.ArgumentTypeError(
+            f"--context {args.context}: legal with --new-tokens {args.new_tokens} is "
+            f"{SHORTEST_CONTEXT} to {longest} (positions of the bundled model)"
+        )
     if args.new_tokens < 2:
         raise argparse.ArgumentTypeError(f"--new-tokens {args.new_tokens}: legal is 2 or more (a rate needs two)")
     if model.num_experts % args.ranks:
-        raise argparse.ArgumentTypeError(f"--ranks {args.ranks}: the {model.num_experts} experts of the bundled model "
-                                         f"are divided over the ranks; legal are the divisors of {model.num_experts}")
+        raise argparse.ArgumentTypeError(
+            f"--ranks {args.ranks}: the {model.num_experts} experts of the bundled model "
+            f"are divided over the ranks; legal are the divisors of {model.num_experts}"
+        )
 
 
 def _shown(row: dict[str, Any]) -> dict[str, Any]:
@@ -73,8 +77,10 @@ def _shown(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _by_expert(row: dict[str, Any]) -> list[dict[str, Any]]:
-    return [{"name": row["name"], "rank": rank, "entries": f"{row['entries_per_rank'][rank]:,}",
-             "by expert": _columns(by_expert)} for rank, by_expert in enumerate(row["entries_per_expert"])]
+    return [
+        {"name": row["name"], "rank": rank, "entries": f"{row['entries_per_rank'][rank]:,}", "by expert": _columns(by_expert)}
+        for rank, by_expert in enumerate(row["entries_per_expert"])
+    ]
 
 
 def _columns(values: list[int]) -> str:
@@ -91,8 +97,10 @@ def _conclusions(rows: list[dict[str, Any]]) -> list[str]:
     lines = []
     for dense, sharded in zip(rows[::2], rows[1::2], strict=True):
         before, after = max(dense["kv_bytes_per_rank"]), max(sharded["kv_bytes_per_rank"])
-        lines.append(f"{sharded['name']}: the fullest rank holds {after:,} bytes of KV instead of {before:,} "
-                     f"({after / before:.2f} x), {'the same tokens' if sharded['tokens_equal'] else 'OTHER TOKENS'}")
+        lines.append(
+            f"{sharded['name']}: the fullest rank holds {after:,} bytes of KV instead of {before:,} "
+            f"({after / before:.2f} x), {'the same tokens' if sharded['tokens_equal'] else 'OTHER TOKENS'}"
+        )
     return lines
 
 

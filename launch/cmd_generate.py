@@ -90,13 +90,19 @@ def _prompts(args: argparse.Namespace) -> list[str]:
 def _print_stats(rows: list[dict[str, Any]]) -> None:
     from pikv_ds.launch.output import print_table
 
-    print_table("KV cache after each prompt", [{
-        "prompt tokens": row["prompt_tokens"],
-        "new tokens": row["new_tokens"],
-        "tokens/s": f"{row['tokens_per_s']:.1f}",
-        "KiB per rank": " ".join(str(round(count / 1024)) for count in row["kv_bytes_per_rank"]),
-        "dense KiB": round(row["kv_bytes_dense"] / 1024),
-    } for row in rows])
+    print_table(
+        "KV cache after each prompt",
+        [
+            {
+                "prompt tokens": row["prompt_tokens"],
+                "new tokens": row["new_tokens"],
+                "tokens/s": f"{row['tokens_per_s']:.1f}",
+                "KiB per rank": " ".join(str(round(count / 1024)) for count in row["kv_bytes_per_rank"]),
+                "dense KiB": round(row["kv_bytes_dense"] / 1024),
+            }
+            for row in rows
+        ],
+    )
 
 
 def _positive(text: str) -> int:

@@ -39,7 +39,15 @@ def method_rows() -> list[dict[str, Any]]:
             parameters = inspect.signature(method.__init__).parameters.values()
             options = [f"{p.name}={p.default}" for p in parameters if p.kind is p.KEYWORD_ONLY]
             size = _codec_columns(method()) if key == "compression" else dict.fromkeys(_CODEC_COLUMNS)
-            rows.append({"key": f"{key}.method", "name": name, "options": ", ".join(options), **size, "what": inspect.getdoc(method).splitlines()[0]})
+            rows.append(
+                {
+                    "key": f"{key}.method",
+                    "name": name,
+                    "options": ", ".join(options),
+                    **size,
+                    "what": inspect.getdoc(method).splitlines()[0],
+                }
+            )
     return rows
 
 

@@ -33,9 +33,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         metavar="N[,N...]",
         help="tokens per request; with --requests distinct also a list, one length per rank",
     )
-    parser.add_argument(
-        "--ranks", type=_positive, required=True, metavar="G", help="ranks of the expert-parallel group"
-    )
+    parser.add_argument("--ranks", type=_positive, required=True, metavar="G", help="ranks of the expert-parallel group")
     parser.add_argument("--batch", type=_positive, default=1, metavar="B", help="requests per rank (default 1)")
     parser.add_argument("--requests", choices=("replicated", "distinct"), default="replicated")
     parser.add_argument("--codec", default="none", metavar="NAME", help="compression.method, see `pikv methods`")
@@ -74,10 +72,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _shown(row: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
-    return {
-        title: human_bytes(row[key]) if key.endswith("_bytes") and row[key] is not None else row[key]
-        for key, title in columns.items()
-    }
+    return {title: human_bytes(row[key]) if key.endswith("_bytes") and row[key] is not None else row[key] for key, title in columns.items()}
 
 
 def plan_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -90,9 +85,7 @@ def plan_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
     model = load_model_config(args.model or model_path())
     dtype = args.dtype or str(getattr(model, "dtype", None)).removeprefix("torch.")
     if dtype not in _DTYPES:
-        raise ConfigError(
-            f"--dtype is not given and the model's configuration says {dtype!r}; legal: {', '.join(_DTYPES)}"
-        )
+        raise ConfigError(f"--dtype is not given and the model's configuration says {dtype!r}; legal: {', '.join(_DTYPES)}")
     per_rank = _per_rank_contexts(args)
     context = {"batch": args.batch, "codec": args.codec, "dtype": dtype, "page_size": config.resolve_page_size()}
     by_kind = sorted(read_model_spec(model), key=_kind)
@@ -111,9 +104,7 @@ def _row(kind: str, layers: list, per_rank: list[list[int]], context: dict, args
     layer, codec, dtype, page_size = layers[0], CODECS.build(args.codec), getattr(torch, context["dtype"]), context["page_size"]
     itemsize = dtype.itemsize
     stored = per_rank[0] if args.requests == "replicated" else [n for contexts in per_rank for n in contexts]
-    made = estimate.pikv_bytes(
-        layers, stored, ranks=args.ranks, codec=codec, page_size=page_size, dtype=dtype, num_shards=args.num_shards
-    )
+    made = estimate.pikv_bytes(layers, stored, ranks=args.ranks, codec=codec, page_size=page_size, dtype=dtype, num_shards=args.num_shards)
     tokens = layer.tokens_kept(max(stored))
     kept_pages = args.kept_pages or estimate.max_pages(tokens, page_size)
     rho = layer.values_per_token * itemsize / codec.page_format(layer, page_size, dtype).bytes_per_token
@@ -135,20 +126,13 @@ def _row(kind: str, layers: list, per_rank: list[list[int]], context: dict, args
 
 def _kind(layer) -> str:
     window = "full" if layer.window is None else f"sliding {layer.window}"
-    return (
-        f"{window} latent {layer.k_dim}"
-        if layer.latent
-        else f"{window} {layer.num_kv_heads}x({layer.k_dim}+{layer.v_dim})"
-    )
+    return f"{window} latent {layer.k_dim}" if layer.latent else f"{window} {layer.num_kv_heads}x({layer.k_dim}+{layer.v_dim})"
 
 
 def _per_rank_contexts(args: argparse.Namespace) -> list[list[int]]:
     lengths = args.context
     if len(lengths) > 1 and (args.requests == "replicated" or len(lengths) != args.ranks):
-        raise ConfigError(
-            f"--context has {len(lengths)} lengths; legal is one, "
-            f"or one per rank ({args.ranks}) with --requests distinct"
-        )
+        raise ConfigError(f"--context has {len(lengths)} lengths; legal is one, or one per rank ({args.ranks}) with --requests distinct")
     lengths = lengths * args.ranks if len(lengths) == 1 else lengths
     return [[length] * args.batch for length in lengths]
 

@@ -43,8 +43,7 @@ def build_engine(ranks: int, block: dict) -> Any:
     from pikv_ds.adapters.autoep_shim import registry_shim
     from pikv_ds.bundled import load
 
-    config = {"train_micro_batch_size_per_gpu": 1, "expert_parallel": {**EXPERT_PARALLEL, "autoep_size": ranks},
-              "pikv": block}
+    config = {"train_micro_batch_size_per_gpu": 1, "expert_parallel": {**EXPERT_PARALLEL, "autoep_size": ranks}, "pikv": block}
     # With PiKV off nothing is patched, and AutoEP alone does not load Qwen3-MoE on transformers 5.23.
     with registry_shim():
         engine = pikv_ds.initialize(model=load()[0], config=config)[0]
@@ -60,17 +59,25 @@ def generate(engine: Any, ids: list[int], new_tokens: int) -> Generated:
     # synced_gpus: every forward of an expert-parallel model is a collective, also for a rank that has finished.
     with torch.no_grad():
         output = engine.module.generate(
-            prompt, attention_mask=torch.ones_like(prompt), do_sample=False, min_new_tokens=new_tokens,
-            max_new_tokens=new_tokens, streamer=clock, return_dict_in_generate=True, output_logits=True,
-            synced_gpus=True)
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            do_sample=False,
+            min_new_tokens=new_tokens,
+            max_new_tokens=new_tokens,
+            streamer=clock,
+            return_dict_in_generate=True,
+            output_logits=True,
+            synced_gpus=True,
+        )
     cache = getattr(engine, "pikv", None)
     if cache is None:
         bytes_, entries, per_expert = dense_bytes(output.past_key_values), dense_entries(output.past_key_values), []
     else:
         stats = cache.stats()
         bytes_, entries, per_expert = stats["kv_bytes_allocated"], stats["entries_live"], stats["load_per_expert"]
-    return Generated(output.sequences[0, len(ids):].tolist(), torch.cat(output.logits).float().cpu(), clock.decode_s(),
-                     bytes_, entries, per_expert)
+    return Generated(
+        output.sequences[0, len(ids) :].tolist(), torch.cat(output.logits).float().cpu(), clock.decode_s(), bytes_, entries, per_expert
+    )
 
 
 def dense_bytes(cache: Any) -> int:
@@ -86,8 +93,14 @@ def summary(name: str, contexts: list[int], own: Generated, dense: Generated, to
     """The row of one run, from all ranks."""
     import torch.distributed as dist
 
-    fields = (own.kv_bytes, own.entries, own.entries_per_expert, own.tokens == dense.tokens,
-              (own.logits - dense.logits).abs().max().item(), own.decode_s)
+    fields = (
+        own.kv_bytes,
+        own.entries,
+        own.entries_per_expert,
+        own.tokens == dense.tokens,
+        (own.logits - dense.logits).abs().max().item(),
+        own.decode_s,
+    )
     all_fields: list = [None] * dist.get_world_size()
     dist.all_gather_object(all_fields, fields)
     kv_bytes, entries, per_expert, equal, diff, decode_s = zip(*all_fields, strict=True)

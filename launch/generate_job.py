@@ -54,14 +54,27 @@ def _generate(model: Any, cache: Any, tokenizer: Any, prompt: str, spec: dict[st
     if stdout is not None:
         stdout.write(prompt)
     with torch.no_grad(), _prefill_bar(cache, prompt_tokens, spec["chunk"], stdout):
-        output = model.generate(**batch, do_sample=False, max_new_tokens=spec["max_new_tokens"], streamer=streamer,
-                                prefill_chunk_size=spec["chunk"], use_cache=True)
+        output = model.generate(
+            **batch,
+            do_sample=False,
+            max_new_tokens=spec["max_new_tokens"],
+            streamer=streamer,
+            prefill_chunk_size=spec["chunk"],
+            use_cache=True,
+        )
     elapsed_s = time.perf_counter() - started
     new = output[0, prompt_tokens:]
     stats = cache.stats()
-    row = {"prompt": prompt, "text": tokenizer.decode(new, skip_special_tokens=True), "prompt_tokens": prompt_tokens,
-           "new_tokens": len(new), "tokens_per_s": len(new) / elapsed_s, "stats": stats,
-           "kv_bytes_per_rank": _over_ranks(stats["kv_bytes_allocated"]), "kv_bytes_dense": stats["kv_bytes_dense"]}
+    row = {
+        "prompt": prompt,
+        "text": tokenizer.decode(new, skip_special_tokens=True),
+        "prompt_tokens": prompt_tokens,
+        "new_tokens": len(new),
+        "tokens_per_s": len(new) / elapsed_s,
+        "stats": stats,
+        "kv_bytes_per_rank": _over_ranks(stats["kv_bytes_allocated"]),
+        "kv_bytes_dense": stats["kv_bytes_dense"],
+    }
     cache.reset()
     return row
 

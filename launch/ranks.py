@@ -28,11 +28,22 @@ def run_ranks(module: str, arguments: Sequence[str], ranks: int) -> None:
     What the ranks log goes to stderr; it is kept in a file and shown only when the job fails.
     """
     # --no_local_rank: the ranks read LOCAL_RANK, which is also what torchrun sets.
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", "--num_accelerators", str(ranks),
-               "--master_port", str(free_port()), "--no_local_rank", "--module", module, *arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "deepspeed.launcher.runner",
+        "--quiet",
+        "--num_accelerators",
+        str(ranks),
+        "--master_port",
+        str(free_port()),
+        "--no_local_rank",
+        "--module",
+        module,
+        *arguments,
+    ]
     with tempfile.TemporaryFile("w+", errors="replace") as log:
-        process = subprocess.Popen(command, env=rank_environment(ranks), stdin=subprocess.DEVNULL, stderr=log,
-                                   start_new_session=True)
+        process = subprocess.Popen(command, env=rank_environment(ranks), stdin=subprocess.DEVNULL, stderr=log, start_new_session=True)
         try:
             status = process.wait()
         finally:

@@ -1,7 +1,7 @@
 """Run an unmodified DeepSpeed script with the "pikv" block honoured.
 
-    deepspeed --module pikv_ds.launch.run user_script.py --deepspeed_config ds_config.json
-    torchrun -m pikv_ds.launch.run user_script.py
+deepspeed --module pikv_ds.launch.run user_script.py --deepspeed_config ds_config.json
+torchrun -m pikv_ds.launch.run user_script.py
 """
 
 from __future__ import annotations

@@ -131,8 +131,18 @@ class PiKVContext(ABC):
         """The cache has taken in the forward."""
 
     @outside_inference_mode
-    def attend(self, layer_number: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, latent: Tensor | None = None,
-               looked_ahead: Tensor | None = None, idle: bool = False) -> Tensor:
+    def attend(
+        self,
+        layer_number: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        *,
+        latent: Tensor | None = None,
+        looked_ahead: Tensor | None = None,
+        idle: bool = False,
+    ) -> Tensor:
         """Attention of one layer, exact, over what is stored and the forward's own tokens.
 
         Args: query, key, value in the host's layout [T, B, H, D] (dynamic: [N, 1, H, D]), rotated; latent [T, B, R] of MLA, else None;

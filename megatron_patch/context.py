@@ -88,11 +88,19 @@ class PiKVInferenceContext(PiKVContext, StaticInferenceContext):
         value = 0
         if fresh or self.core.agreement.mode == "replicated":
             value = positions_digest(self.core, self.shared is not None or idle, key, tokens.positions)
-        self.core.begin_step(LocalStep(
-            num_rows=rows, num_columns=tokens.positions.shape[1], num_new=[num_new] * rows,
-            parent=[-1] * rows if fresh else list(self.rows), keep=[0 if fresh else keep] * rows, positions=tokens.positions, digest=value,
-            identity=not fresh and not self._rows_moved and keep == self.columns, fresh=fresh,
-        ))
+        self.core.begin_step(
+            LocalStep(
+                num_rows=rows,
+                num_columns=tokens.positions.shape[1],
+                num_new=[num_new] * rows,
+                parent=[-1] * rows if fresh else list(self.rows),
+                keep=[0 if fresh else keep] * rows,
+                positions=tokens.positions,
+                digest=value,
+                identity=not fresh and not self._rows_moved and keep == self.columns,
+                fresh=fresh,
+            )
+        )
         self._after = (rows, keep + num_new)
         return tokens
 

@@ -166,13 +166,18 @@ def _mask_patches() -> list[Patch]:
 def _attention_patches() -> list[Patch]:
     from megatron.core.transformer import attention, multi_latent_attention
 
-    found = [Patch(
-        attention, "is_fa_min_version", lambda *args: True, "dynamic batching asserts flash-attn >= 2.7.3, also where PiKV's attention runs"
-    )]
+    found = [
+        Patch(
+            attention,
+            "is_fa_min_version",
+            lambda *args: True,
+            "dynamic batching asserts flash-attn >= 2.7.3, also where PiKV's attention runs",
+        )
+    ]
     if multi_latent_attention.HAVE_TE and not isinstance(multi_latent_attention.TELinear, type):
-        found.append(Patch(
-            multi_latent_attention, "HAVE_TE", False, "0.16.1 takes Transformer Engine for installed when its classes are mocks"
-        ))
+        found.append(
+            Patch(multi_latent_attention, "HAVE_TE", False, "0.16.1 takes Transformer Engine for installed when its classes are mocks")
+        )
     return found
 
 

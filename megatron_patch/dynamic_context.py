@@ -104,12 +104,19 @@ class PiKVDynamicInferenceContext(PiKVContext, DynamicInferenceContext):
         else:
             tokens = Nothing(len(after), key.shape[:2], self.core.device)
         fresh, replicated = self._stored is None, self.core.agreement.mode == "replicated"
-        self.core.begin_step(LocalStep(
-            num_rows=len(after), num_columns=tokens.positions.shape[1], num_new=[pieces[r][1] if r in pieces else 0 for r in after],
-            parent=[old_row.get(r, -1) for r in after], keep=list(keep.values()), positions=tokens.positions, fresh=fresh,
-            identity=list(keep.items()) == list(stored.items()),
-            digest=positions_digest(self.core, True, key, tokens.positions) if fresh or replicated else 0,
-        ))
+        self.core.begin_step(
+            LocalStep(
+                num_rows=len(after),
+                num_columns=tokens.positions.shape[1],
+                num_new=[pieces[r][1] if r in pieces else 0 for r in after],
+                parent=[old_row.get(r, -1) for r in after],
+                keep=list(keep.values()),
+                positions=tokens.positions,
+                fresh=fresh,
+                identity=list(keep.items()) == list(stored.items()),
+                digest=positions_digest(self.core, True, key, tokens.positions) if fresh or replicated else 0,
+            )
+        )
         self._after = after
         return tokens
 

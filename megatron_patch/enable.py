@@ -63,5 +63,3 @@ def disable_pikv(model: nn.Module) -> nn.Module:
         if layer.router is not None:
             take_off(layer.router)
     return model
-
-

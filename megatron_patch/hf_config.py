@@ -34,16 +34,28 @@ def transformer_options(hf_config) -> dict[str, Any]:
     has_experts, qwen = moe_layers(hf_config), hf_config.model_type == "qwen3_moe"
     window = hf_config.sliding_window
     return {
-        "num_layers": hf_config.num_hidden_layers, "hidden_size": hf_config.hidden_size,
-        "num_attention_heads": hf_config.num_attention_heads, "num_query_groups": hf_config.num_key_value_heads,
-        "kv_channels": head_dim(hf_config), "ffn_hidden_size": hf_config.intermediate_size,
+        "num_layers": hf_config.num_hidden_layers,
+        "hidden_size": hf_config.hidden_size,
+        "num_attention_heads": hf_config.num_attention_heads,
+        "num_query_groups": hf_config.num_key_value_heads,
+        "kv_channels": head_dim(hf_config),
+        "ffn_hidden_size": hf_config.intermediate_size,
         "moe_ffn_hidden_size": hf_config.moe_intermediate_size if qwen else hf_config.intermediate_size,
-        "num_moe_experts": hf_config.num_local_experts, "moe_router_topk": hf_config.num_experts_per_tok,
+        "num_moe_experts": hf_config.num_local_experts,
+        "moe_router_topk": hf_config.num_experts_per_tok,
         # Qwen3 without norm_topk_prob keeps the softmax over all experts; with it, and in Mixtral, the chosen ones sum to 1.
-        "moe_router_pre_softmax": qwen and not hf_config.norm_topk_prob, "moe_layer_freq": [int(moe) for moe in has_experts],
-        "moe_router_load_balancing_type": "none", "moe_token_dispatcher_type": "alltoall", "qk_layernorm": qwen,
-        "layernorm_epsilon": hf_config.rms_norm_eps, "normalization": "RMSNorm", "add_bias_linear": False, "gated_linear_unit": True,
-        "activation_func": torch.nn.functional.silu, "hidden_dropout": 0.0, "attention_dropout": 0.0,
+        "moe_router_pre_softmax": qwen and not hf_config.norm_topk_prob,
+        "moe_layer_freq": [int(moe) for moe in has_experts],
+        "moe_router_load_balancing_type": "none",
+        "moe_token_dispatcher_type": "alltoall",
+        "qk_layernorm": qwen,
+        "layernorm_epsilon": hf_config.rms_norm_eps,
+        "normalization": "RMSNorm",
+        "add_bias_linear": False,
+        "gated_linear_unit": True,
+        "activation_func": torch.nn.functional.silu,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
         # W tokens with the query's own are W - 1 before it.
         "window_size": None if window is None else (window - 1, 0),
     }
@@ -66,8 +78,13 @@ def build_gpt(hf_config, *, max_sequence_length: int, **options) -> GPTModel:
         )
     spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm")
     return GPTModel(
-        config, spec, vocab_size=hf_config.vocab_size, max_sequence_length=max_sequence_length, position_embedding_type="rope",
-        rotary_base=hf_config.rope_parameters["rope_theta"], share_embeddings_and_output_weights=hf_config.tie_word_embeddings,
+        config,
+        spec,
+        vocab_size=hf_config.vocab_size,
+        max_sequence_length=max_sequence_length,
+        position_embedding_type="rope",
+        rotary_base=hf_config.rope_parameters["rope_theta"],
+        share_embeddings_and_output_weights=hf_config.tie_word_embeddings,
     )
 
 

@@ -121,8 +121,11 @@ def layer_spec_of(layer: Layer, layer_idx: int, shared: bool = False) -> LayerSp
             layer_idx=layer_idx, num_kv_heads=1, k_dim=rank + config.qk_pos_emb_head_dim, v_dim=rank, window=window, latent=True
         )
     return LayerSpec(
-        layer_idx=layer_idx, num_kv_heads=config.num_query_groups if shared else attention.num_query_groups_per_partition,
-        k_dim=attention.key_hidden_size, v_dim=attention.val_hidden_size, window=window,
+        layer_idx=layer_idx,
+        num_kv_heads=config.num_query_groups if shared else attention.num_query_groups_per_partition,
+        k_dim=attention.key_hidden_size,
+        v_dim=attention.val_hidden_size,
+        window=window,
     )
 
 

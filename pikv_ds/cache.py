@@ -20,8 +20,8 @@ from .exchange import Exchange
 from .placement import Placement
 from .plan import LocalStep, Source, StepPlan
 from .policies import POLICIES
-from .replicated import ReplicatedStep
 from .reader import Before, read_pages
+from .replicated import ReplicatedStep
 from .routers import ROUTERS
 from .spec import LayerSpec
 from .step import Partial, Query, Staged

@@ -47,9 +47,7 @@ class StorageConfig(_Block):
         None,
         description="Shard ids [num_layers or 1][num_experts][max_replicas], -1 = none; for placement table only.",
     )
-    gate_path: str | None = Field(
-        None, min_length=1, description="safetensors file of a learned KV gate; for expert_ids gate only."
-    )
+    gate_path: str | None = Field(None, min_length=1, description="safetensors file of a learned KV gate; for expert_ids gate only.")
     capacity_tokens: int | None = Field(
         None, ge=1, description="Entries per layer and shard; null = ceil(1.1 x the balanced share) + one page."
     )
@@ -130,9 +128,7 @@ class OffloadConfig(_Block):
 class MonitorConfig(_Block):
     """Metrics through DeepSpeed's monitor."""
 
-    enabled: bool = Field(
-        True, description="Write PiKV/<group>/<metric> to the monitors that DeepSpeed has configured."
-    )
+    enabled: bool = Field(True, description="Write PiKV/<group>/<metric> to the monitors that DeepSpeed has configured.")
     interval: int = Field(100, ge=1, description="Decode steps between two writes.")
 
 

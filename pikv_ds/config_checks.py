@@ -16,9 +16,7 @@ def check_companion(key: str, value: Any, selector: str, chosen: str, needed: st
     if value is None and chosen == needed:
         raise problem(f"storage.{key}", None, f"a value: pikv.storage.{selector} = {needed!r} needs it")
     if value is not None and chosen != needed:
-        raise problem(
-            f"storage.{key}", value, f"null with pikv.storage.{selector} = {chosen!r}; it only acts in {needed!r}"
-        )
+        raise problem(f"storage.{key}", value, f"null with pikv.storage.{selector} = {chosen!r}; it only acts in {needed!r}")
 
 
 def check_table(table: tuple, num_shards: int | None) -> None:
@@ -32,11 +30,7 @@ def check_table(table: tuple, num_shards: int | None) -> None:
         for expert, shards in enumerate(experts):
             homes = [shard for shard in shards if shard != -1]
             top = "" if num_shards is None else f" to {num_shards - 1} (pikv.storage.num_shards = {num_shards})"
-            if (
-                len(shards) != max_replicas
-                or min(shards) < -1
-                or (num_shards is not None and max(shards) >= num_shards)
-            ):
+            if len(shards) != max_replicas or min(shards) < -1 or (num_shards is not None and max(shards) >= num_shards):
                 legal = f"{max_replicas} shard ids, each -1 (no replica) or 0{top or ' and up'}"
             elif not homes:
                 legal = "at least one shard id that is not -1: each expert's entries need a home"

@@ -85,10 +85,7 @@ def pikv_bytes(
         tails = shards_here * len(contexts) * fmt.tail_elements * dtype.itemsize
         slides = [layer.tokens_kept(n) < n for n in contexts]
         kept = [layer.tokens_kept(n) for n in contexts]
-        pages = sum(
-            max_pages(math.ceil(tokens / num_shards), page_size, sliding=moved)
-            for tokens, moved in zip(kept, slides, strict=True)
-        )
+        pages = sum(max_pages(math.ceil(tokens / num_shards), page_size, sliding=moved) for tokens, moved in zip(kept, slides, strict=True))
         slots = capacity_slots(sum(kept), num_shards, page_size)
         full = max_pages(slots, page_size, requests=len(contexts), sliding=any(slides))
         # Rounding up per request can exceed the capacity when requests are shorter than the number of shards.
@@ -106,9 +103,7 @@ def paper_shard_capacity(tokens: int, kept_pages: int, ranks: int) -> float:
     return math.sqrt(tokens / (kept_pages * ranks))
 
 
-def paper_min_bytes(
-    layer: LayerSpec, tokens: int, kept_pages: int, ranks: int, *, itemsize: int, rho: float = 1.0
-) -> float:
+def paper_min_bytes(layer: LayerSpec, tokens: int, kept_pages: int, ranks: int, *, itemsize: int, rho: float = 1.0) -> float:
     """M* = M_kv(S*) = (4 d / rho) sqrt(K L / G) numbers of one layer and rank, here in bytes.
 
     2 d is values_per_token: keys and values together, or the latent once.

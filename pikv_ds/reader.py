@@ -24,7 +24,14 @@ class Before(NamedTuple):
 
 
 def read_pages(
-    store: LayerStore, q: Tensor, rows: slice, before: Before | None, own_visible: Tensor | None, *, scale: float, window: int | None,
+    store: LayerStore,
+    q: Tensor,
+    rows: slice,
+    before: Before | None,
+    own_visible: Tensor | None,
+    *,
+    scale: float,
+    window: int | None,
     q_positions: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of q [R, T, Hq, Dk] to the entries of the rows `rows` in all local shards.
@@ -50,7 +57,9 @@ def read_pages(
         options |= {"tail": tail, "tail_rows": torch.arange(block_table.shape[0], dtype=torch.int32, device=q.device)}
     q, num_queries = q.contiguous(), q.shape[1]
     if num_queries == 1:
-        out, lse, _ = ops.decode(q.squeeze(1), *args, q_positions=None if window is None else q_positions.reshape(-1).contiguous(), **options)
+        out, lse, _ = ops.decode(
+            q.squeeze(1), *args, q_positions=None if window is None else q_positions.reshape(-1).contiguous(), **options
+        )
         return out.unsqueeze(1), lse.unsqueeze(1)
     if num_queries < (DENSE_FROM_RAW if store.fmt.raw else DENSE_FROM_COMPRESSED):
         return ops.prefill_cached(q, *args, q_positions.contiguous(), **options)

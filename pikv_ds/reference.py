@@ -26,7 +26,7 @@ class Entry(NamedTuple):
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Softmax attention of one query, float64: q [Hq, Dk], k [L, Hkv, Dk], v [L, Hkv, Dv] -> out [Hq, Dv], lse [Hq]; L = 0 gives 0 and -inf."""
+    """Attention of one query in float64: q [Hq, Dk], k [L, Hkv, Dk], v [L, Hkv, Dv] -> out [Hq, Dv], lse [Hq]; L = 0: 0 and -inf."""
     group = q.shape[0] // k.shape[1]
     k, v = k.double().repeat_interleave(group, 1), v.double().repeat_interleave(group, 1)
     if k.shape[0] == 0:
@@ -61,7 +61,9 @@ def wanted_shard(
 
 
 def spill(wanted: list[int], load: list[int], capacity: int) -> tuple[list[int], list[int]]:
-    """Homes of new entries, and which of them did not fit: the shard each wants while it has room, in token order; the others fill the least loaded shards.
+    """Homes of new entries, and which of them did not fit.
+
+    The shard each wants while it has room, in token order; the others fill the least loaded shards.
 
     Which shards take the others: one entry at a time to the lowest; on a tie to the one that was lower before, then to the lower index.
     The tokens themselves then go to those places in shard order.
@@ -90,7 +92,13 @@ class ReferenceCache:
     """
 
     def __init__(
-        self, layers: list[LayerSpec], wanted: Callable[[int, int, int], int], *, num_shards: int, page_size: int, num_ranks: int = 1,
+        self,
+        layers: list[LayerSpec],
+        wanted: Callable[[int, int, int], int],
+        *,
+        num_shards: int,
+        page_size: int,
+        num_ranks: int = 1,
         capacity_tokens: int | None = None,
     ) -> None:
         """wanted(layer, expert, position) -> shard; capacity_tokens as storage.capacity_tokens."""
@@ -159,7 +167,7 @@ class ReferenceCache:
                         self.expired += self.page_size
 
     def fork(self, parents: list[int]) -> None:
-        """New row i continues row parents[i]; -1 = a new request. Rows without a child leave: cropped if new requests come, else a fork of less."""
+        """New row i continues row parents[i]; -1 = a new request. Rows without a child leave: cropped if new requests come, else forked."""
         ended = [r for r in range(len(self.lens)) if r not in parents] if -1 in parents else []
         for i, rows in enumerate(self.rows):
             before = sum(map(len, rows))

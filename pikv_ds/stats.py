@@ -21,8 +21,8 @@ def stats(cache: PiKVCache, dense_rows: int, dense_columns: int) -> dict:
     born_expired, spilled_here, spilled = counters.device_counts.tolist()
     by_shard = tables.directory.load.sum(0).tolist() if cache.num_shards > 1 else [int(tables.counts.sum())]
     load_per_rank = [0] * exchange.size
-    for shard, load in enumerate(by_shard):
-        load_per_rank[shard_rank(shard, cache.num_shards, exchange.size)] += load
+    for shard, entries in enumerate(by_shard):
+        load_per_rank[shard_rank(shard, cache.num_shards, exchange.size)] += entries
     return {
         "kv_bytes_allocated": sum(s.nbytes for s in tables.stores),
         "kv_bytes_live": sum(s.live_nbytes for s in tables.stores),

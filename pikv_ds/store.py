@@ -112,8 +112,17 @@ class LayerStore:
         return ops.positions(self.pages, self.fmt)
 
     def append(
-        self, rows: Tensor, shard: Tensor | None, here: Tensor, positions: Tensor, k: Tensor, v: Tensor, *,
-        one_per_row: bool, may_open: bool, all_valid: bool,
+        self,
+        rows: Tensor,
+        shard: Tensor | None,
+        here: Tensor,
+        positions: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        one_per_row: bool,
+        may_open: bool,
+        all_valid: bool,
     ) -> Tensor:
         """Store the entries of this rank's shards.
 

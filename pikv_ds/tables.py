@@ -25,8 +25,17 @@ class Tables:
     """Owns the stores, the row counts and the directory. Everything here runs between forwards, never below attend."""
 
     def __init__(
-        self, layers: list[LayerSpec], config: PiKVConfig, codec: Codec, page_size: int, num_shards: int, rank: int, num_ranks: int,
-        num_experts: int, dtype: torch.dtype, device: torch.device,
+        self,
+        layers: list[LayerSpec],
+        config: PiKVConfig,
+        codec: Codec,
+        page_size: int,
+        num_shards: int,
+        rank: int,
+        num_ranks: int,
+        num_experts: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         self.layers, self.storage, self.page_size = layers, config.storage, page_size
         self.formats = [_page_format(codec, spec, page_size, dtype) for spec in layers]
@@ -41,9 +50,7 @@ class Tables:
         """Start with empty tables of `num_rows` requests and zeroed entry counters; earlier pages are given back."""
         self.counts = torch.zeros(len(self.layers), num_rows, self.num_local, dtype=torch.int32, device=self.device)
         self.free_top = torch.zeros(len(self.layers), dtype=torch.int64, device=self.device)
-        self.stores = [
-            LayerStore(fmt, self.dtype, self.device, self.counts[i], self.free_top[i]) for i, fmt in enumerate(self.formats)
-        ]
+        self.stores = [LayerStore(fmt, self.dtype, self.device, self.counts[i], self.free_top[i]) for i, fmt in enumerate(self.formats)]
         self.settled = [0] * num_rows  # window layers dropped what a query after this many tokens of a row can't see
         self.directory.reset(num_rows)
         self.counters.clear()
@@ -84,8 +91,8 @@ class Tables:
             if windows and parent >= 0 and keep < self.settled[parent] and self.settled[parent] >= min(windows)[0]:
                 window, i = min(windows)
                 raise RuntimeError(
-                    f"crop to {keep} of {lens[parent]} tokens: layer {i} has dropped entries that its window of {window} showed there; announce "
-                    f"crops before the forward that they undo (cache.activate_past_recording(), as assisted generation does)"
+                    f"crop to {keep} of {lens[parent]} tokens: layer {i} has dropped entries that its window of {window} showed there; "
+                    f"announce crops before the forward that they undo (cache.activate_past_recording(), as assisted generation does)"
                 )
         self.settled = [self.settled[parent] if parent >= 0 else 0 for parent in agreed.parent]
 
@@ -100,8 +107,10 @@ class Tables:
         if plan.decode:
             # A row opens a page only when one of its open pages is full; the token may go to any shard, so any of them counts.
             opens = ((self.counts_host % page == 0).any(-1) & (num_new > 0)).sum(-1).tolist()
-        capacity = {w: shard_capacity(self.layers, w, plan.lens_after_host, self.num_shards, page, self.storage.capacity_tokens)
-                    for w in {spec.window for spec in self.layers}}
+        capacity = {
+            w: shard_capacity(self.layers, w, plan.lens_after_host, self.num_shards, page, self.storage.capacity_tokens)
+            for w in {spec.window for spec in self.layers}
+        }
         free = self.free_host.tolist()
         fullest_shard = self.load_host.amax(1).tolist() if self.num_shards > 1 else [0] * len(self.layers)
         for i, (spec, store) in enumerate(zip(self.layers, self.stores, strict=True)):

@@ -32,8 +32,15 @@ class Writer:
         store, all_valid = tables.stores[layer], plan.all_valid and valid is plan.valid
         if tables.num_shards == 1:
             store.append(
-                plan.rows, None, valid, positions, k, v,
-                one_per_row=plan.decode, may_open=plan.may_open[layer], all_valid=all_valid,
+                plan.rows,
+                None,
+                valid,
+                positions,
+                k,
+                v,
+                one_per_row=plan.decode,
+                may_open=plan.may_open[layer],
+                all_valid=all_valid,
             )
             tables.counters.count_appended(experts, valid)
             return
@@ -42,8 +49,15 @@ class Writer:
         tables.directory.record(layer, plan.rows, positions, valid, shard, plan.lens_after)
         here = valid & self._is_local(shard)
         store.append(
-            plan.rows, shard - tables.shard_begin, here, positions, k, v,
-            one_per_row=plan.decode, may_open=plan.may_open[layer], all_valid=False,
+            plan.rows,
+            shard - tables.shard_begin,
+            here,
+            positions,
+            k,
+            v,
+            one_per_row=plan.decode,
+            may_open=plan.may_open[layer],
+            all_valid=False,
         )
         tables.counters.count_appended(experts, here)
 

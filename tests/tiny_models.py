@@ -23,27 +23,76 @@ from transformers import (
 )
 
 COMMON = dict(
-    vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-    max_position_embeddings=512, pad_token_id=0, bos_token_id=1, eos_token_id=2, num_experts_per_tok=2,
+    vocab_size=128,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    max_position_embeddings=512,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+    num_experts_per_tok=2,
 )
 FAMILIES = {
-    "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM, dict(
-        num_key_value_heads=2, head_dim=16, num_experts=8, moe_intermediate_size=32, norm_topk_prob=True)),
+    "qwen3_moe": (
+        Qwen3MoeConfig,
+        Qwen3MoeForCausalLM,
+        dict(num_key_value_heads=2, head_dim=16, num_experts=8, moe_intermediate_size=32, norm_topk_prob=True),
+    ),
     "mixtral": (MixtralConfig, MixtralForCausalLM, dict(num_key_value_heads=2, num_local_experts=8, sliding_window=8)),
-    "deepseek_v3": (DeepseekV3Config, DeepseekV3ForCausalLM, dict(
-        num_key_value_heads=4, moe_intermediate_size=32, n_shared_experts=1, n_routed_experts=8, n_group=2,
-        topk_group=1, first_k_dense_replace=1, kv_lora_rank=16, q_lora_rank=24, qk_rope_head_dim=8,
-        qk_nope_head_dim=16, v_head_dim=12, norm_topk_prob=True, routed_scaling_factor=2.5)),
-    "deepseek_v2": (DeepseekV2Config, DeepseekV2ForCausalLM, dict(
-        num_key_value_heads=4, moe_intermediate_size=32, n_shared_experts=1, n_routed_experts=8, n_group=1,
-        topk_group=1, topk_method="greedy", first_k_dense_replace=1, kv_lora_rank=16, q_lora_rank=24,
-        qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=12)),
-    "qwen2_moe": (Qwen2MoeConfig, Qwen2MoeForCausalLM, dict(
-        num_key_value_heads=2, num_experts=8, moe_intermediate_size=32, shared_expert_intermediate_size=32)),
+    "deepseek_v3": (
+        DeepseekV3Config,
+        DeepseekV3ForCausalLM,
+        dict(
+            num_key_value_heads=4,
+            moe_intermediate_size=32,
+            n_shared_experts=1,
+            n_routed_experts=8,
+            n_group=2,
+            topk_group=1,
+            first_k_dense_replace=1,
+            kv_lora_rank=16,
+            q_lora_rank=24,
+            qk_rope_head_dim=8,
+            qk_nope_head_dim=16,
+            v_head_dim=12,
+            norm_topk_prob=True,
+            routed_scaling_factor=2.5,
+        ),
+    ),
+    "deepseek_v2": (
+        DeepseekV2Config,
+        DeepseekV2ForCausalLM,
+        dict(
+            num_key_value_heads=4,
+            moe_intermediate_size=32,
+            n_shared_experts=1,
+            n_routed_experts=8,
+            n_group=1,
+            topk_group=1,
+            topk_method="greedy",
+            first_k_dense_replace=1,
+            kv_lora_rank=16,
+            q_lora_rank=24,
+            qk_rope_head_dim=8,
+            qk_nope_head_dim=16,
+            v_head_dim=12,
+        ),
+    ),
+    "qwen2_moe": (
+        Qwen2MoeConfig,
+        Qwen2MoeForCausalLM,
+        dict(num_key_value_heads=2, num_experts=8, moe_intermediate_size=32, shared_expert_intermediate_size=32),
+    ),
     "qwen3_dense": (Qwen3Config, Qwen3ForCausalLM, dict(num_key_value_heads=2, head_dim=16)),
-    "gpt_oss": (GptOssConfig, GptOssForCausalLM, dict(
-        num_key_value_heads=2, head_dim=16, num_local_experts=8, sliding_window=8,
-        layer_types=["sliding_attention", "full_attention"])),
+    "gpt_oss": (
+        GptOssConfig,
+        GptOssForCausalLM,
+        dict(
+            num_key_value_heads=2, head_dim=16, num_local_experts=8, sliding_window=8, layer_types=["sliding_attention", "full_attention"]
+        ),
+    ),
     "olmoe": (OlmoeConfig, OlmoeForCausalLM, dict(num_key_value_heads=2, num_experts=8)),
 }
 

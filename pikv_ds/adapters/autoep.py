@@ -32,8 +32,9 @@ def check_expert_parallel(ds_config: Mapping[str, Any], model: nn.Module) -> int
         raise ConfigError(f"expert_parallel = {block!r}: legal is an object with the keys {', '.join(LEGAL_KEYS)}")
     unknown = [key for key in block if key not in LEGAL_KEYS]
     if unknown:
-        raise ConfigError(f"expert_parallel has the unknown key {unknown[0]!r}, which DeepSpeed would ignore; "
-                          f"legal: {', '.join(LEGAL_KEYS)}")
+        raise ConfigError(
+            f"expert_parallel has the unknown key {unknown[0]!r}, which DeepSpeed would ignore; legal: {', '.join(LEGAL_KEYS)}"
+        )
     if not block.get("enabled", False):
         return None
     autoep = parse_autoep_config(dict(block))
@@ -45,8 +46,10 @@ def check_expert_parallel(ds_config: Mapping[str, Any], model: nn.Module) -> int
     for spec in specs:
         if spec.num_experts % autoep.autoep_size:
             divisors = [size for size in range(1, spec.num_experts + 1) if spec.num_experts % size == 0]
-            raise ConfigError(f"expert_parallel.autoep_size is {autoep.autoep_size} and {spec.moe_module_name} has "
-                              f"{spec.num_experts} experts, which it does not divide; legal: {divisors}")
+            raise ConfigError(
+                f"expert_parallel.autoep_size is {autoep.autoep_size} and {spec.moe_module_name} has "
+                f"{spec.num_experts} experts, which it does not divide; legal: {divisors}"
+            )
     return autoep.autoep_size
 
 
@@ -57,8 +60,9 @@ def expert_group_members(model: nn.Module) -> tuple[int, ...]:
         raise UnsupportedError(_no_preset(model))
     members_of = {name: _layer_members(layer) for name, layer in layers.items()}
     if len(set(members_of.values())) > 1:
-        raise UnsupportedError(f"the AutoEP layers disagree on their expert-parallel group: {members_of}; "
-                               f"PiKV needs one group for the whole model")
+        raise UnsupportedError(
+            f"the AutoEP layers disagree on their expert-parallel group: {members_of}; PiKV needs one group for the whole model"
+        )
     for name, layer in layers.items():
         _check_contiguous(name, layer)
     return next(iter(members_of.values()))
@@ -76,19 +80,25 @@ def _check_contiguous(name: str, layer: AutoEPMoELayer) -> None:
     count = layer.num_local_experts
     expected = {rank: list(range(rank * count, (rank + 1) * count)) for rank in range(layer.ep_size)}
     if placed != expected:
-        raise UnsupportedError(f"{name} places its experts as {placed}; PiKV follows AutoEP's contiguous placement "
-                               f"{expected}. Use storage.placement 'table' with replicated experts instead")
+        raise UnsupportedError(
+            f"{name} places its experts as {placed}; PiKV follows AutoEP's contiguous placement "
+            f"{expected}. Use storage.placement 'table' with replicated experts instead"
+        )
 
 
 def _check_world(autoep_size: Any) -> None:
     world_size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
     if not isinstance(autoep_size, int) or autoep_size < 1 or world_size % autoep_size:
-        raise ConfigError(f"expert_parallel.autoep_size is {autoep_size!r} and the job has {world_size} rank(s); it "
-                          f"must be a positive divisor of them: change the key or the number of ranks")
+        raise ConfigError(
+            f"expert_parallel.autoep_size is {autoep_size!r} and the job has {world_size} rank(s); it "
+            f"must be a positive divisor of them: change the key or the number of ranks"
+        )
 
 
 def _no_preset(model: nn.Module) -> str:
-    return (f"expert_parallel is enabled and AutoEP finds no expert layer in model type {model.config.model_type!r}: "
-            f"it has no preset for it (presets: {', '.join(available_preset_names())}). Drop the expert_parallel block "
-            f"to run with replicated experts, the KV cache is sharded over the data-parallel ranks all the same; or "
-            f"describe the layers with expert_parallel.moe_layer_pattern")
+    return (
+        f"expert_parallel is enabled and AutoEP finds no expert layer in model type {model.config.model_type!r}: "
+        f"it has no preset for it (presets: {', '.join(available_preset_names())}). Drop the expert_parallel block "
+        f"to run with replicated experts, the KV cache is sharded over the data-parallel ranks all the same; or "
+        f"describe the layers with expert_parallel.moe_layer_pattern"
+    )

@@ -50,8 +50,7 @@ class Binding:
         new = self.cache.layers[self.layer].take()
         if new is None:
             raise UnsupportedError(
-                f"layer {self.layer} reached attention without updating the cache; "
-                "a model must call past_key_values.update"
+                f"layer {self.layer} reached attention without updating the cache; a model must call past_key_values.update"
             )
         k, v = (t.detach().transpose(1, 2) for t in new)
         if k.dtype != self.core.dtype:
@@ -104,7 +103,6 @@ def binding_of(module: nn.Module) -> Binding:
     binding = _BINDINGS.get(module)
     if binding is None:
         raise UnsupportedError(
-            f"{type(module).__name__} runs with attention 'pikv' but is not attached; "
-            "call pikv_ds.attach(model, config)"
+            f"{type(module).__name__} runs with attention 'pikv' but is not attached; call pikv_ds.attach(model, config)"
         )
     return binding

@@ -17,8 +17,12 @@ BLOCK = "pikv"
 def initialize_config(call: Mapping[str, Any]) -> dict | None:
     """The DeepSpeed configuration of an `initialize` call, from whichever argument holds it; None if none does."""
     user_args = call.get("args")
-    sources = (call.get("config"), call.get("config_params"), getattr(user_args, "deepscale_config", None),
-               getattr(user_args, "deepspeed_config", None))
+    sources = (
+        call.get("config"),
+        call.get("config_params"),
+        getattr(user_args, "deepscale_config", None),
+        getattr(user_args, "deepspeed_config", None),
+    )
     source = next((source for source in sources if source is not None), None)
     # DeepSpeed's own reader: JSON, hjson, base64, with duplicate keys refused.
     return None if source is None else deepspeed.load_ds_config(source)
@@ -36,8 +40,10 @@ def inference_block(config: Any, options: Mapping[str, Any]) -> dict:
     """{"pikv": block} from the configuration or the keyword arguments of `init_inference`; {} if neither has it."""
     in_config = isinstance(config, dict) and BLOCK in config
     if in_config and BLOCK in options and config[BLOCK] != options[BLOCK]:
-        raise ConfigError(f"init_inference got two different {BLOCK!r} blocks: {config[BLOCK]!r} in config and "
-                          f"{options[BLOCK]!r} as an argument; keep one of them")
+        raise ConfigError(
+            f"init_inference got two different {BLOCK!r} blocks: {config[BLOCK]!r} in config and "
+            f"{options[BLOCK]!r} as an argument; keep one of them"
+        )
     source = config if in_config else options
     return {BLOCK: source[BLOCK]} if BLOCK in source else {}
 
@@ -63,5 +69,6 @@ def _check_misspelt(ds_config: Mapping[str, Any]) -> None:
     for key in ds_config:
         letters = "".join(char for char in str(key).lower() if char.isalpha())
         if sorted(letters) == sorted(BLOCK) or letters in ("pikvds", "pikvconfig"):
-            raise ConfigError(f"the DeepSpeed configuration has the key {key!r} and no key {BLOCK!r}; "
-                              f"rename it to {BLOCK!r}, DeepSpeed would ignore it")
+            raise ConfigError(
+                f"the DeepSpeed configuration has the key {key!r} and no key {BLOCK!r}; rename it to {BLOCK!r}, DeepSpeed would ignore it"
+            )

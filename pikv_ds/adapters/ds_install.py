@@ -31,8 +31,10 @@ def restore() -> None:
     for name, (host, stand_in) in list(_replaced.items()):
         current = getattr(deepspeed, name)
         if current is not stand_in:
-            raise RuntimeError(f"deepspeed.{name} was replaced again after pikv_ds.install(), by a function of "
-                               f"{current.__module__}; undo that first, then call pikv_ds.uninstall()")
+            raise RuntimeError(
+                f"deepspeed.{name} was replaced again after pikv_ds.install(), by a function of "
+                f"{current.__module__}; undo that first, then call pikv_ds.uninstall()"
+            )
         setattr(deepspeed, name, host)
         del _replaced[name]
 

@@ -64,16 +64,14 @@ class ForwardHooks:
         cache = self.cache
         if self._broken and not cache.fresh:
             raise RuntimeError(
-                "an earlier forward failed midway, so the layers hold different tokens; "
-                "call reset() on all ranks or start a new generation"
+                "an earlier forward failed midway, so the layers hold different tokens; call reset() on all ranks or start a new generation"
             )
         self._broken = True  # until the forward has finished
         tokens = given.get("input_ids") if given.get("input_ids") is not None else given["inputs_embeds"]
         rows, columns = tokens.shape[:2]
         if not cache.fresh and rows != len(cache.lens):
             raise UnsupportedError(
-                f"the forward has {rows} rows, the cache {len(cache.lens)}; "
-                "select or repeat rows first, or start a new generation"
+                f"the forward has {rows} rows, the cache {len(cache.lens)}; select or repeat rows first, or start a new generation"
             )
         new_mask = self._new_mask(given.get("attention_mask"), rows, columns)
         before = cache.lens if not cache.fresh else [0] * rows

@@ -31,8 +31,7 @@ class GenerateHooks:
         if self.cache.core.exchange.size > 1:
             if kwargs.get("synced_gpus") is False:
                 raise UnsupportedError(
-                    "synced_gpus=False with a PiKV cache over several ranks: "
-                    "a rank that stops early leaves the others waiting"
+                    "synced_gpus=False with a PiKV cache over several ranks: a rank that stops early leaves the others waiting"
                 )
             kwargs["synced_gpus"] = True
         self.cache.idle = False

@@ -104,36 +104,27 @@ def _check(model, attentions, specs, dtype, config, group) -> None:
     name = type(model).__name__
     if not model._can_set_attn_implementation():
         raise UnsupportedError(
-            f"{name} does not call its attention through transformers' AttentionInterface; "
-            "its attention can't be replaced"
+            f"{name} does not call its attention through transformers' AttentionInterface; its attention can't be replaced"
         )
     if bindings.is_bound(attentions[0]):
         raise UnsupportedError(f"{name} is attached already; detach() the first cache before attaching another")
     if dtype not in _DTYPES:
         legal = ", ".join(str(d).removeprefix("torch.") for d in _DTYPES)
-        raise UnsupportedError(
-            f"{name} has parameters of dtype {dtype}; PiKV stores {legal}: "
-            "convert the model with model.to(...)"
-        )
+        raise UnsupportedError(f"{name} has parameters of dtype {dtype}; PiKV stores {legal}: convert the model with model.to(...)")
     devices = sorted({str(p.device) for attention in attentions for p in attention.parameters()})
     if len(devices) > 1:
         raise UnsupportedError(
-            f"the attention layers of {name} lie on several devices ({', '.join(devices)}); "
-            "PiKV keeps one store on one device"
+            f"the attention layers of {name} lie on several devices ({', '.join(devices)}); PiKV keeps one store on one device"
         )
     if len(specs) != len(attentions):
         raise UnsupportedError(f"the configuration of {name} describes {len(specs)} layers, the model has {len(attentions)}")
     if getattr(model.config.get_text_config(decoder=True), "attn_logit_softcapping", None):
-        raise UnsupportedError(
-            f"{name} caps attention logits (attn_logit_softcapping); "
-            "PiKV does not handle softcap"
-        )
+        raise UnsupportedError(f"{name} caps attention logits (attn_logit_softcapping); PiKV does not handle softcap")
     if group is not None and not dist.is_initialized():
         raise ConfigError("a process group was given but torch.distributed is not initialised")
     num_ranks = 1 if group is None else dist.get_world_size(group)
     shards = config.storage.num_shards
     if shards is not None and shards % num_ranks:
         raise ConfigError(
-            f"pikv.storage.num_shards = {shards} is not a multiple of the {num_ranks} ranks of the group; "
-            "each rank holds as many shards"
+            f"pikv.storage.num_shards = {shards} is not a multiple of the {num_ranks} ranks of the group; each rank holds as many shards"
         )

@@ -79,8 +79,7 @@ def _refuse(binding: Binding, attention_mask, dropout: float, sliding_window: in
     for name, argument in kwargs.items():
         if name not in _INERT and argument is not None and argument is not False:
             raise UnsupportedError(
-                f"attention argument {name!r} is set ({_brief(argument)}) and PiKV does not handle it; "
-                "unset it or detach"
+                f"attention argument {name!r} is set ({_brief(argument)}) and PiKV does not handle it; unset it or detach"
             )
 
 
@@ -114,8 +113,7 @@ def _verify_latent(module: nn.Module, latent: Tensor, key: Tensor, value: Tensor
     missing = [name for name in needed if not hasattr(module, name)]
     if missing:
         raise UnsupportedError(
-            f"{type(module).__name__} stores a latent but has no {', '.join(missing)}; "
-            "PiKV absorbs DeepSeek-V2/V3 attention only"
+            f"{type(module).__name__} stores a latent but has no {', '.join(missing)}; PiKV absorbs DeepSeek-V2/V3 attention only"
         )
     w_k, w_v = (w.float() for w in _latent_weights(module))
     c, k_rot = latent[:, :1, 0].float().split([module.kv_lora_rank, module.qk_rope_head_dim], -1)
@@ -124,8 +122,7 @@ def _verify_latent(module: nn.Module, latent: Tensor, key: Tensor, value: Tensor
         got = own[:, :, :1].float()
         if got.shape != expected.shape or not torch.allclose(got, expected, rtol=0.05, atol=0.05 * float(expected.abs().max())):
             raise UnsupportedError(
-                f"{type(module).__name__} does not expand its latent {name} as kv_b_proj(c) beside k_rot; "
-                "PiKV can't absorb it"
+                f"{type(module).__name__} does not expand its latent {name} as kv_b_proj(c) beside k_rot; PiKV can't absorb it"
             )
 
 

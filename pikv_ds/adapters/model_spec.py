@@ -29,9 +29,7 @@ def load_model_config(path: str | Path) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise UnsupportedError(
-            f"{str(path)!r} holds no model configuration that transformers knows: {error}"
-        ) from error
+        raise UnsupportedError(f"{str(path)!r} holds no model configuration that transformers knows: {error}") from error
 
 
 def read_model_spec(config: PreTrainedConfig) -> list[LayerSpec]:
@@ -42,9 +40,7 @@ def read_model_spec(config: PreTrainedConfig) -> list[LayerSpec]:
             attention, or does not say how many KV heads it has.
     """
     if config.is_encoder_decoder:
-        raise UnsupportedError(
-            f"model_type {config.model_type!r} is an encoder-decoder; PiKV handles decoder-only models"
-        )
+        raise UnsupportedError(f"model_type {config.model_type!r} is an encoder-decoder; PiKV handles decoder-only models")
     text = config.get_text_config(decoder=True)
     types, options = get_layer_types_and_kwargs(text)
     foreign = sorted({kind for kind in types if kind not in _LAYER_TYPES})

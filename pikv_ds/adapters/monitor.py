@@ -20,8 +20,7 @@ class MonitorWriter:
     only, so the group that is written is the one that rank 0 belongs to.
     """
 
-    def __init__(self, monitor: Any, cache: HasStats, group: dist.ProcessGroup | None, group_name: str,
-                 interval: int) -> None:
+    def __init__(self, monitor: Any, cache: HasStats, group: dist.ProcessGroup | None, group_name: str, interval: int) -> None:
         self._monitor, self._cache, self._group = monitor, cache, group
         self._prefix, self._interval = f"PiKV/{group_name}", interval
 
@@ -41,8 +40,7 @@ class MonitorWriter:
         if self._group is None:
             return {name: [value] for name, value in own.items()}
         # Each rank fills its own row of zeros: one sum gives all rows, from which totals and maxima follow.
-        table = torch.zeros(dist.get_world_size(self._group), len(own), dtype=torch.float64,
-                            device=get_accelerator().current_device_name())
+        table = torch.zeros(dist.get_world_size(self._group), len(own), dtype=torch.float64, device=get_accelerator().current_device_name())
         table[dist.get_rank(self._group)] = torch.tensor(list(own.values()), dtype=torch.float64)
         dist.all_reduce(table, group=self._group)
         return dict(zip(own, table.T.tolist(), strict=True))
@@ -53,5 +51,8 @@ def scalars(stats: dict[str, Any]) -> dict[str, float]:
 
     Lists per rank or expert and names are left out, and spilled_group: it is a total of the group already.
     """
-    return {name: float(value) for name, value in stats.items()
-            if isinstance(value, int | float) and not isinstance(value, bool) and name != "spilled_group"}
+    return {
+        name: float(value)
+        for name, value in stats.items()
+        if isinstance(value, int | float) and not isinstance(value, bool) and name != "spilled_group"
+    }

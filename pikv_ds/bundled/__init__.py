@@ -41,9 +41,7 @@ def load(dtype: torch.dtype | None = None) -> tuple[PreTrainedModel, PreTrainedT
     return model.eval(), AutoTokenizer.from_pretrained(model_path(), local_files_only=True)
 
 
-def passkey_prompt(
-    tokenizer: PreTrainedTokenizerBase, length: int, *, seed: int = 0, depth: float = 0.5
-) -> tuple[list[int], str]:
+def passkey_prompt(tokenizer: PreTrainedTokenizerBase, length: int, *, seed: int = 0, depth: float = 0.5) -> tuple[list[int], str]:
     """A prompt of exactly `length` tokens that hides a five-digit pass key in prose and asks for it at the end.
 
     Args:

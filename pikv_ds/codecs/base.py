@@ -45,7 +45,7 @@ class Codec(ABC):
         page_size = wanted or self.preferred_page_size
         if self.group and page_size % self.group:
             raise ValueError(
-                f"a multiple of {self.group} with pikv.compression.method = {self.name!r}, whose K scales are shared by {self.group} tokens; "
+                f"a multiple of {self.group} with pikv.compression.method = {self.name!r}, whose K scales serve {self.group} tokens; "
                 f"or null, which is {self.preferred_page_size}"
             )
         return page_size

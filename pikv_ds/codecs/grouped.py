@@ -13,7 +13,9 @@ class GroupedIntegers(Codec):
 
     def __init__(self, *, group: int = MIN_GROUP) -> None:
         if group < MIN_GROUP or group > 256 or group % 8:
-            raise ValueError(f"a group that is a multiple of 8 from {MIN_GROUP} to 256: below {MIN_GROUP} tokens the K scales cost more than the codes save")
+            raise ValueError(
+                f"a multiple of 8 from {MIN_GROUP} to 256: below {MIN_GROUP} tokens the K scales cost more than the codes save"
+            )
         self.group = group
 
     @property

@@ -68,12 +68,15 @@ class TwoModelRanks:
         return 2
 
 
-@pytest.mark.parametrize("ds_config, mpu, message", [
-    ({"tensor_parallel": {"autotp_size": 2}}, None, "tensor_parallel.autotp_size is 2"),
-    ({"sequence_parallel_size": 2}, None, "sequence_parallel_size is 2"),
-    ({"hybrid_engine": {"enabled": True}}, None, "hybrid_engine.enabled is true"),
-    ({}, TwoModelRanks(), r"mpu.get_model_parallel_world_size\(\) is 2"),
-])
+@pytest.mark.parametrize(
+    "ds_config, mpu, message",
+    [
+        ({"tensor_parallel": {"autotp_size": 2}}, None, "tensor_parallel.autotp_size is 2"),
+        ({"sequence_parallel_size": 2}, None, "sequence_parallel_size is 2"),
+        ({"hybrid_engine": {"enabled": True}}, None, "hybrid_engine.enabled is true"),
+        ({}, TwoModelRanks(), r"mpu.get_model_parallel_world_size\(\) is 2"),
+    ],
+)
 def test_initialize_refusals_name_key_and_value(ds_config, mpu, message):
     with pytest.raises(UnsupportedError, match=message):
         check_initialize(ds_config, tiny_model("qwen3_moe"), mpu)
@@ -86,15 +89,18 @@ def test_zero3_is_refused_for_latent_attention_only():
         check_initialize(zero3, tiny_model("deepseek_v3"))
 
 
-@pytest.mark.parametrize("ds_config, message", [
-    ({"tensor_parallel": {"tp_size": 2}}, "tensor_parallel.tp_size is 2"),
-    ({"tp": {"tp_size": 4}}, "tp.tp_size is 4"),
-    ({"mp_size": 2}, "mp_size is 2"),
-    ({"mpu": TwoModelRanks()}, "mpu is set"),
-    ({"replace_with_kernel_inject": True}, "replace_with_kernel_inject is true"),
-    ({"kernel_inject": True}, "kernel_inject is true"),
-    ({"enable_cuda_graph": True}, "enable_cuda_graph is true"),
-])
+@pytest.mark.parametrize(
+    "ds_config, message",
+    [
+        ({"tensor_parallel": {"tp_size": 2}}, "tensor_parallel.tp_size is 2"),
+        ({"tp": {"tp_size": 4}}, "tp.tp_size is 4"),
+        ({"mp_size": 2}, "mp_size is 2"),
+        ({"mpu": TwoModelRanks()}, "mpu is set"),
+        ({"replace_with_kernel_inject": True}, "replace_with_kernel_inject is true"),
+        ({"kernel_inject": True}, "kernel_inject is true"),
+        ({"enable_cuda_graph": True}, "enable_cuda_graph is true"),
+    ],
+)
 def test_inference_refusals_name_key_and_value(ds_config, message):
     with pytest.raises(UnsupportedError, match=f"{message}.*pikv.enabled to false|{message}.*drop the key"):
         check_inference(ds_config)

@@ -9,8 +9,14 @@ from tests.dist.launcher import run_deepspeed
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
 FAMILIES = ("qwen3_moe", "mixtral", "deepseek_v3")
-REFUSALS = ("gpt-oss under AutoEP", "experts not divisible", "unknown expert_parallel key", "unknown pikv key",
-            "tensor parallel", "wrapped model")
+REFUSALS = (
+    "gpt-oss under AutoEP",
+    "experts not divisible",
+    "unknown expert_parallel key",
+    "unknown pikv key",
+    "tensor parallel",
+    "wrapped model",
+)
 
 
 @pytest.fixture(scope="module")

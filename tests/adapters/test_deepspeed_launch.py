@@ -23,14 +23,19 @@ def text_of(result) -> str:
 
 @pytest.fixture(scope="module")
 def dense_text():
-    return text_of(run_deepspeed(EXAMPLES / "deepspeed_generate.py",
-                                 ["--deepspeed_config", EXAMPLES / "ds_config_replicated.json"], timeout_s=120))
+    return text_of(
+        run_deepspeed(EXAMPLES / "deepspeed_generate.py", ["--deepspeed_config", EXAMPLES / "ds_config_replicated.json"], timeout_s=120)
+    )
 
 
 @pytest.mark.parametrize("config", ["ds_config_autoep.json", "ds_config_replicated.json"])
 def test_unmodified_script_honours_the_block(dense_text, config):
-    result = run_deepspeed("pikv_ds.launch.run", [EXAMPLES / "deepspeed_generate.py", "--deepspeed_config",
-                                                  EXAMPLES / config], launcher_args=["--module"], timeout_s=120)
+    result = run_deepspeed(
+        "pikv_ds.launch.run",
+        [EXAMPLES / "deepspeed_generate.py", "--deepspeed_config", EXAMPLES / config],
+        launcher_args=["--module"],
+        timeout_s=120,
+    )
     assert STATS in result.output, result.describe()
     assert text_of(result) == dense_text
 
@@ -44,9 +49,25 @@ def test_two_nodes_without_ssh(tmp_path):
     hostfile = tmp_path / "hostfile"
     hostfile.write_text("node0 slots=1\nnode1 slots=1\n")
     port = str(free_port())
-    commands = [[sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(hostfile), "--no_ssh",
-                 "--no_ssh_check", "--node_rank", str(node), "--master_addr", "127.0.0.1", "--master_port", port,
-                 str(JOBS / "ds_pairs.py")] for node in range(2)]
+    commands = [
+        [
+            sys.executable,
+            "-m",
+            "deepspeed.launcher.runner",
+            "--hostfile",
+            str(hostfile),
+            "--no_ssh",
+            "--no_ssh_check",
+            "--node_rank",
+            str(node),
+            "--master_addr",
+            "127.0.0.1",
+            "--master_port",
+            port,
+            str(JOBS / "ds_pairs.py"),
+        ]
+        for node in range(2)
+    ]
     rows = run_commands(commands, ranks=2, timeout_s=120).check("pairs")
     assert [(row["node"], row["local_size"], row["world"]) for row in rows] == [("0", "1", 2), ("1", "1", 2)]
     assert [row["group"] for row in rows] == [[0, 1], [0, 1]]

@@ -104,8 +104,20 @@ def test_stats_are_plain_numbers():
         generate(model, prompt(9, seed=2), new_tokens=3)
         stats = cache.stats()
     wanted = {
-        "kv_bytes_allocated", "kv_bytes_live", "kv_bytes_dense", "entries_live", "entries_appended", "entries_expired", "entries_evicted",
-        "entries_cropped", "exchange_bytes_sent", "exchange_collectives", "load_per_rank", "load_per_expert", "spilled", "attention_impl",
+        "kv_bytes_allocated",
+        "kv_bytes_live",
+        "kv_bytes_dense",
+        "entries_live",
+        "entries_appended",
+        "entries_expired",
+        "entries_evicted",
+        "entries_cropped",
+        "exchange_bytes_sent",
+        "exchange_collectives",
+        "load_per_rank",
+        "load_per_expert",
+        "spilled",
+        "attention_impl",
     }
     assert wanted <= set(stats)
     for name, value in stats.items():

@@ -11,16 +11,32 @@ from tests.host_guard import host_is_forbidden
 from tests.tiny_models import prompt
 
 SMALL = dict(
-    vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=256,
-    pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    vocab_size=128,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    max_position_embeddings=256,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
 )
 GROUPED = SMALL | dict(num_key_value_heads=2, head_dim=16)
 EXPERTS = GROUPED | dict(num_local_experts=4, num_experts=4, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
 DECODERS = {
-    "llama": GROUPED, "mistral": GROUPED, "phi3": GROUPED, "gemma3_text": GROUPED, "olmo3": GROUPED, "cohere": GROUPED, "smollm3": GROUPED,
-    "granitemoe": EXPERTS, "minimax_m2": EXPERTS, "phimoe": EXPERTS,
+    "llama": GROUPED,
+    "mistral": GROUPED,
+    "phi3": GROUPED,
+    "gemma3_text": GROUPED,
+    "olmo3": GROUPED,
+    "cohere": GROUPED,
+    "smollm3": GROUPED,
+    "granitemoe": EXPERTS,
+    "minimax_m2": EXPERTS,
+    "phimoe": EXPERTS,
     "glm4_moe": EXPERTS | dict(n_group=1, topk_group=1, first_k_dense_replace=1),
-    "gpt_neox": SMALL, "opt": SMALL | dict(ffn_dim=96, word_embed_proj_dim=64),
+    "gpt_neox": SMALL,
+    "opt": SMALL | dict(ffn_dim=96, word_embed_proj_dim=64),
     "gpt2": dict(vocab_size=128, n_embd=64, n_layer=2, n_head=4),
 }
 

@@ -5,11 +5,14 @@ import pytest
 from pikv_ds.launch.run import split_arguments
 
 
-@pytest.mark.parametrize("argv, script, arguments", [
-    (["--local_rank=1", "train.py", "--x", "2"], "train.py", ["--local_rank=1", "--x", "2"]),
-    (["--local-rank", "1", "train.py"], "train.py", ["--local-rank", "1"]),
-    (["train.py", "--local_rank=0"], "train.py", ["--local_rank=0"]),
-])
+@pytest.mark.parametrize(
+    "argv, script, arguments",
+    [
+        (["--local_rank=1", "train.py", "--x", "2"], "train.py", ["--local_rank=1", "--x", "2"]),
+        (["--local-rank", "1", "train.py"], "train.py", ["--local-rank", "1"]),
+        (["train.py", "--local_rank=0"], "train.py", ["--local_rank=0"]),
+    ],
+)
 def test_local_rank_moves_behind_the_script(argv, script, arguments):
     assert split_arguments(argv) == (script, arguments)
 

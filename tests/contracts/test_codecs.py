@@ -89,7 +89,9 @@ def test_attend_equals_decode_then_attend(name, group, queries, tokens):
         return
     k, v = decoded(store)
     want, want_lse = ops.sdpa_lse(q.transpose(1, 2), k.transpose(0, 1)[None], v.transpose(0, 1)[None], scale=0.2)
-    out, lse = read_pages(store, q, slice(0, 1), None, None, scale=0.2, window=None, q_positions=torch.full((1, queries), tokens, dtype=torch.int32))
+    out, lse = read_pages(
+        store, q, slice(0, 1), None, None, scale=0.2, window=None, q_positions=torch.full((1, queries), tokens, dtype=torch.int32)
+    )
     assert rel_error(out, want.transpose(1, 2)) < 2e-4 and (lse - want_lse.transpose(1, 2)).abs().max() < 1e-3
 
 
@@ -107,8 +109,8 @@ def test_not_finite_keys_stay_in_their_entry(name):
     """A NaN in one request's keys reaches no other request, and none that was there before."""
     layer, codec = spec((2, 32, 32, False)), CODECS.build(name)
     page_size = codec.page_size(None)
-    store = LayerStore(codec.page_format(layer, page_size, torch.float32), torch.float32, torch.device("cpu"), torch.zeros(2, 1, dtype=torch.int32),
-                       torch.zeros((), dtype=torch.int64))  # fmt: skip
+    fmt, counts = codec.page_format(layer, page_size, torch.float32), torch.zeros(2, 1, dtype=torch.int32)
+    store = LayerStore(fmt, torch.float32, torch.device("cpu"), counts, torch.zeros((), dtype=torch.int64))
     store.reserve(0, 4, 2)
     rows = torch.arange(2).repeat_interleave(page_size)
     k = torch.randn(2 * page_size, 2, 32)

@@ -39,36 +39,63 @@ class JobResult:
         return rows
 
     def describe(self) -> str:
-        return (f"{' '.join(self.command)}\nexit {self.returncode} after {self.wall_s:.1f} s; checks seen: "
-                f"{sorted({row['check'] for row in self.rows})}\n{self.output[-6000:]}")
+        return (
+            f"{' '.join(self.command)}\nexit {self.returncode} after {self.wall_s:.1f} s; checks seen: "
+            f"{sorted({row['check'] for row in self.rows})}\n{self.output[-6000:]}"
+        )
 
 
 class JobTimeout(AssertionError):
     """The job outlived its limit and was killed with all its processes."""
 
 
-def run_deepspeed(job: str | Path, args: Sequence[object] = (), *, ranks: int = 2, timeout_s: float = 240,
-                  env: Mapping[str, str] | None = None, launcher_args: Sequence[str] = ()) -> JobResult:
+def run_deepspeed(
+    job: str | Path,
+    args: Sequence[object] = (),
+    *,
+    ranks: int = 2,
+    timeout_s: float = 240,
+    env: Mapping[str, str] | None = None,
+    launcher_args: Sequence[str] = (),
+) -> JobResult:
     """Run a job under the DeepSpeed launcher; with "--module" in `launcher_args` the job is a module's name."""
     target = str(job) if "--module" in launcher_args else _job_path(job)
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(ranks),
-               "--master_port", str(free_port()), *launcher_args, target, *map(str, args)]
+    command = [
+        sys.executable,
+        "-m",
+        "deepspeed.launcher.runner",
+        "--num_accelerators",
+        str(ranks),
+        "--master_port",
+        str(free_port()),
+        *launcher_args,
+        target,
+        *map(str, args),
+    ]
     return run_commands([command], ranks=ranks, timeout_s=timeout_s, env=env)
 
 
-def run_gloo(job: str | Path, args: Sequence[object] = (), *, ranks: int = 2, timeout_s: float = 180,
-             env: Mapping[str, str] | None = None) -> JobResult:
+def run_gloo(
+    job: str | Path, args: Sequence[object] = (), *, ranks: int = 2, timeout_s: float = 180, env: Mapping[str, str] | None = None
+) -> JobResult:
     """Run a job on plain processes: RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT are set, nothing else."""
     port = str(free_port())
     command = [sys.executable, _job_path(job), *map(str, args)]
-    per_process = [{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
-                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} for rank in range(ranks)]
+    per_process = [
+        {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        for rank in range(ranks)
+    ]
     return run_commands([command] * ranks, ranks=ranks, timeout_s=timeout_s, env=env, per_process_env=per_process)
 
 
-def run_commands(commands: Sequence[list[str]], *, ranks: int, timeout_s: float,
-                 env: Mapping[str, str] | None = None,
-                 per_process_env: Sequence[Mapping[str, str]] | None = None) -> JobResult:
+def run_commands(
+    commands: Sequence[list[str]],
+    *,
+    ranks: int,
+    timeout_s: float,
+    env: Mapping[str, str] | None = None,
+    per_process_env: Sequence[Mapping[str, str]] | None = None,
+) -> JobResult:
     """Run commands side by side (ranks, or one launcher per emulated node) and wait for all of them.
 
     The first that fails ends the others after a short grace, so a dead rank is seen as itself and not
@@ -82,16 +109,28 @@ def run_commands(commands: Sequence[list[str]], *, ranks: int, timeout_s: float,
             try:
                 for index, command in enumerate(commands):
                     own = per_process_env[index] if per_process_env else {}
-                    processes.append(subprocess.Popen(
-                        command, env={**_job_env(folder), **(env or {}), **own},
-                        stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True))
+                    processes.append(
+                        subprocess.Popen(
+                            command,
+                            env={**_job_env(folder), **(env or {}), **own},
+                            stdin=subprocess.DEVNULL,
+                            stdout=log,
+                            stderr=subprocess.STDOUT,
+                            start_new_session=True,
+                        )
+                    )
                 timed_out = not _wait_all(processes, started + timeout_s)
             finally:
                 for process in processes:
                     end_group(process)
-        result = JobResult(command=list(commands[0]), rows=_read_rows(Path(folder)), ranks=ranks,
-                           returncode=next((p.returncode for p in processes if p.returncode), 0),
-                           output=log_path.read_text(errors="replace"), wall_s=time.monotonic() - started)
+        result = JobResult(
+            command=list(commands[0]),
+            rows=_read_rows(Path(folder)),
+            ranks=ranks,
+            returncode=next((p.returncode for p in processes if p.returncode), 0),
+            output=log_path.read_text(errors="replace"),
+            wall_s=time.monotonic() - started,
+        )
     if timed_out:
         raise JobTimeout(f"killed after {timeout_s} s\n{result.describe()}")
     return result
@@ -116,8 +155,14 @@ def _job_env(folder: str) -> dict[str, str]:
     env = {name: value for name, value in os.environ.items() if name not in RANK_VARS}
     # The repository root, where pytest runs too: jobs import pikv_ds and tests.* as the tests do.
     path = os.pathsep.join(filter(None, (str(JOBS.parents[2]), os.environ.get("PYTHONPATH"))))
-    return env | {RESULTS_VAR: folder, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
-                  "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    return env | {
+        RESULTS_VAR: folder,
+        "PYTHONPATH": path,
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+    }
 
 
 def _job_path(job: str | Path) -> str:

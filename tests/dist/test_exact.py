@@ -54,32 +54,57 @@ def test_homes_depend_on_shards_not_on_ranks(world: int, tmp_path_factory: pytes
 
 
 @WORLDS
-@pytest.mark.parametrize("check", [
-    *(f"{m} {what} {r}" for m in ("qwen3_moe", "mixtral") for what in ("beam search", "assisted decoding") for r in ("replicated", "distinct")),
-    *(f"{m} requests come and go on their own" for m in ("qwen3_moe", "mixtral")),
-    "finished rank keeps step, its dummy tokens are not stored",
-    "a rank without tokens joins by lockstep",
-    "generations one after another leak nothing",
-])
+@pytest.mark.parametrize(
+    "check",
+    [
+        *(
+            f"{m} {what} {r}"
+            for m in ("qwen3_moe", "mixtral")
+            for what in ("beam search", "assisted decoding")
+            for r in ("replicated", "distinct")
+        ),
+        *(f"{m} requests come and go on their own" for m in ("qwen3_moe", "mixtral")),
+        "finished rank keeps step, its dummy tokens are not stored",
+        "a rank without tokens joins by lockstep",
+        "generations one after another leak nothing",
+    ],
+)
 def test_rows_that_move(check: str, world: int):
     job("rows.py", world).check(check)
 
 
 @WORLDS
-@pytest.mark.parametrize("check", [
-    "replicated 1100 tokens", "distinct 1100 tokens", "collectives of a decode step, replicated", "collectives of a decode step, distinct",
-    "plan against the store, replicated", "plan against the store, distinct", "four shards whatever the ranks", "bf16 error against fp32",
-])
+@pytest.mark.parametrize(
+    "check",
+    [
+        "replicated 1100 tokens",
+        "distinct 1100 tokens",
+        "collectives of a decode step, replicated",
+        "collectives of a decode step, distinct",
+        "plan against the store, replicated",
+        "plan against the store, distinct",
+        "four shards whatever the ranks",
+        "bf16 error against fp32",
+    ],
+)
 def test_bundled_model(check: str, world: int):
     job("bundled.py", world).check(check)
 
 
-@pytest.mark.parametrize("check", [
-    "replicated ranks that sample differently stop, all of them", "sampling alike on all ranks is fine",
-    "declared replicated, but the prompts differ", "replicated decode against a longer forward of another rank",
-    "the model works again afterwards", "overflow error: a shard is full", "overflow spill: the same load fits", "no shard has room",
-    "synced_gpus=False is refused",
-])
+@pytest.mark.parametrize(
+    "check",
+    [
+        "replicated ranks that sample differently stop, all of them",
+        "sampling alike on all ranks is fine",
+        "declared replicated, but the prompts differ",
+        "replicated decode against a longer forward of another rank",
+        "the model works again afterwards",
+        "overflow error: a shard is full",
+        "overflow spill: the same load fits",
+        "no shard has room",
+        "synced_gpus=False is refused",
+    ],
+)
 def test_ranks_fail_together(check: str):
     job("failures.py", 2, "all").check(check)
 

@@ -11,8 +11,7 @@ from tests.dist.launcher import run_commands
 
 
 def pikv(*arguments: object, timeout_s: float = 150):
-    return run_commands([[sys.executable, "-m", "pikv_ds.launch.cli", *map(str, arguments)]], ranks=1,
-                        timeout_s=timeout_s)
+    return run_commands([[sys.executable, "-m", "pikv_ds.launch.cli", *map(str, arguments)]], ranks=1, timeout_s=timeout_s)
 
 
 @pytest.mark.dist
@@ -49,8 +48,24 @@ def test_demo_refuses_what_the_bundled_model_cannot_do(capsys):
 
 def test_generate_on_one_rank_streams_text_and_writes_rows(tmp_path, capsys):
     file = tmp_path / "rows.json"
-    assert main(["generate", "--prompt", "The king of", "--prompt", "In 1998 the", "--max-new-tokens", "8",
-                 "--dtype", "float32", "--json", str(file)]) == 0
+    assert (
+        main(
+            [
+                "generate",
+                "--prompt",
+                "The king of",
+                "--prompt",
+                "In 1998 the",
+                "--max-new-tokens",
+                "8",
+                "--dtype",
+                "float32",
+                "--json",
+                str(file),
+            ]
+        )
+        == 0
+    )
     rows = json.loads(file.read_text())["rows"]
     out = capsys.readouterr().out
     assert [row["prompt"] for row in rows] == ["The king of", "In 1998 the"]
@@ -74,10 +89,13 @@ def test_generate_on_two_ranks_gives_the_text_of_one(tmp_path):
     assert len(two["kv_bytes_per_rank"]) == 2 and max(two["kv_bytes_per_rank"]) < one["kv_bytes_per_rank"][0]
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["--prompts-file", "no_such_file.txt"], "no prompts file"),
-    (["--model", "no_such_folder"], "no_such_folder"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--prompts-file", "no_such_file.txt"], "no prompts file"),
+        (["--model", "no_such_folder"], "no_such_folder"),
+    ],
+)
 def test_generate_mistakes_are_told_before_ranks_start(arguments, message, capsys):
     assert main(["generate", "--ranks", "2", *arguments]) == 2
     assert message in capsys.readouterr().err

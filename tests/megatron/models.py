@@ -13,9 +13,22 @@ from pikv_ds.megatron_patch.cpu_compat import cpu_config_options
 
 VOCAB = 128
 SHAPE = dict(
-    num_layers=3, hidden_size=64, num_attention_heads=8, num_query_groups=4, ffn_hidden_size=96, moe_ffn_hidden_size=32, num_moe_experts=8,
-    moe_router_topk=2, moe_router_load_balancing_type="none", moe_token_dispatcher_type="alltoall", add_bias_linear=False,
-    gated_linear_unit=True, activation_func=torch.nn.functional.silu, normalization="RMSNorm", qk_layernorm=True, hidden_dropout=0.0,
+    num_layers=3,
+    hidden_size=64,
+    num_attention_heads=8,
+    num_query_groups=4,
+    ffn_hidden_size=96,
+    moe_ffn_hidden_size=32,
+    num_moe_experts=8,
+    moe_router_topk=2,
+    moe_router_load_balancing_type="none",
+    moe_token_dispatcher_type="alltoall",
+    add_bias_linear=False,
+    gated_linear_unit=True,
+    activation_func=torch.nn.functional.silu,
+    normalization="RMSNorm",
+    qk_layernorm=True,
+    hidden_dropout=0.0,
     attention_dropout=0.0,
 )
 
@@ -54,7 +67,10 @@ class LatentCoreAttention(DotProductAttention):
 
 def local_spec(config: TransformerConfig):
     spec = get_gpt_layer_local_spec(
-        num_experts=config.num_moe_experts, moe_grouped_gemm=False, qk_layernorm=config.qk_layernorm, normalization="RMSNorm",
+        num_experts=config.num_moe_experts,
+        moe_grouped_gemm=False,
+        qk_layernorm=config.qk_layernorm,
+        normalization="RMSNorm",
         multi_latent_attention=config.multi_latent_attention,
     )
     if config.multi_latent_attention:
@@ -69,7 +85,8 @@ def tiny_model(config: TransformerConfig, spec=None, **options) -> GPTModel:
     """
     torch.manual_seed(1)
     model = GPTModel(
-        config, spec or local_spec(config),
+        config,
+        spec or local_spec(config),
         **{**dict(vocab_size=VOCAB, max_sequence_length=256, position_embedding_type="rope", parallel_output=True), **options},
     ).eval()
     tp_rank = parallel_state.get_tensor_model_parallel_rank()

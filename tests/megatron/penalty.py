@@ -10,7 +10,9 @@ from tests.megatron.models import local_spec, tiny_config, tiny_model
 from tests.megatron.runs import decode, full_forward
 
 ROUTINGS = {
-    "softmax": {}, "softmax before the choice": dict(moe_router_pre_softmax=True), "scaled": dict(moe_router_topk_scaling_factor=2.5),
+    "softmax": {},
+    "softmax before the choice": dict(moe_router_pre_softmax=True),
+    "scaled": dict(moe_router_topk_scaling_factor=2.5),
     "sigmoid": dict(moe_router_score_function="sigmoid"),
 }
 CONFIG = {"page_size": 4, "storage": {"expert_ids": "true", "num_shards": 8, "capacity_tokens": 1000}}  # a shard per expert

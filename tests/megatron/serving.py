@@ -29,7 +29,8 @@ class Request:
 
     def as_megatron(self) -> DynamicInferenceRequest:
         return DynamicInferenceRequest(
-            request_id=self.number, prompt_tokens=torch.tensor(self.prompt + self.generated),
+            request_id=self.number,
+            prompt_tokens=torch.tensor(self.prompt + self.generated),
             sampling_params=SamplingParams(num_tokens_to_generate=self.num_tokens - len(self.generated), termination_id=-1),
         )
 
@@ -61,10 +62,16 @@ def serve(model, context, requests: list[Request], *, group=None, chunk: int | N
 
     chunk: prefill at most so many tokens of a prompt at a time, as the engine's chunked prefill does.
     """
-    wrapper = GPTInferenceWrapper(model, InferenceWrapperConfig(
-        hidden_size=model.config.hidden_size, params_dtype=torch.float32, inference_batch_times_seqlen_threshold=-1,
-        padded_vocab_size=VOCAB,
-    ), context)
+    wrapper = GPTInferenceWrapper(
+        model,
+        InferenceWrapperConfig(
+            hidden_size=model.config.hidden_size,
+            params_dtype=torch.float32,
+            inference_batch_times_seqlen_threshold=-1,
+            padded_vocab_size=VOCAB,
+        ),
+        context,
+    )
     log, waiting, by_number = Log(), sorted(requests, key=lambda r: r.arrival), {r.number: r for r in requests}
     partial: DynamicInferenceRequest | None = None  # being prefilled in chunks; always the last of the active requests
     while True:

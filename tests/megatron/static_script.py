@@ -41,12 +41,14 @@ def get_model(args):
 def get_inference_engine(args, model) -> StaticInferenceEngine:
     tokenizer = Tokenizer()
     wrapper_config = InferenceWrapperConfig(
-        hidden_size=model.config.hidden_size, params_dtype=torch.float32, inference_batch_times_seqlen_threshold=-1,
-        padded_vocab_size=VOCAB, inference_max_requests=args.inference_max_requests, inference_max_seq_length=args.inference_max_seq_length,
+        hidden_size=model.config.hidden_size,
+        params_dtype=torch.float32,
+        inference_batch_times_seqlen_threshold=-1,
+        padded_vocab_size=VOCAB,
+        inference_max_requests=args.inference_max_requests,
+        inference_max_seq_length=args.inference_max_seq_length,
     )
-    inference_context = StaticInferenceContext(
-        args.inference_max_requests, args.inference_max_seq_length
-    )
+    inference_context = StaticInferenceContext(args.inference_max_requests, args.inference_max_seq_length)
     inference_wrapped_model = GPTInferenceWrapper(model, wrapper_config, inference_context)
     controller = TextGenerationController(inference_wrapped_model, tokenizer)
     return StaticInferenceEngine(controller, legacy=args.use_legacy_static_engine)

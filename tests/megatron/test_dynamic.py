@@ -18,10 +18,19 @@ def rows_of(layout: str, check: str) -> list[dict]:
     return _jobs[0].check(f"{LAYOUTS[layout]} {check}")
 
 
-@pytest.mark.parametrize("check", [
-    REQUESTS, "every request as if it were alone", "ids true", "ids lookahead", "sliding window, ids true, chunked prefill",
-    "a forward without a context is the host's own unless serving", "refusals", "tokens that were never run",
-])
+@pytest.mark.parametrize(
+    "check",
+    [
+        REQUESTS,
+        "every request as if it were alone",
+        "ids true",
+        "ids lookahead",
+        "sliding window, ids true, chunked prefill",
+        "a forward without a context is the host's own unless serving",
+        "refusals",
+        "tokens that were never run",
+    ],
+)
 def test_expert_parallel(check: str):
     rows_of("EP2", check)
 

@@ -12,9 +12,14 @@ _jobs: list[JobResult] = []
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("check", [
-    "StaticInferenceEngine, in place", "StaticInferenceEngine, --spec", "an engine that replaces the context is refused",
-])
+@pytest.mark.parametrize(
+    "check",
+    [
+        "StaticInferenceEngine, in place",
+        "StaticInferenceEngine, --spec",
+        "an engine that replaces the context is refused",
+    ],
+)
 def test_engine(check: str, layout: str, tmp_path_factory):
     if not _jobs:
         _jobs.append(run_gloo(JOBS / "engine.py", [tmp_path_factory.mktemp("spec"), *LAYOUTS.values()], ranks=2, timeout_s=200))

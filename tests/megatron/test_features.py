@@ -9,8 +9,16 @@ from tests.megatron import JOBS
 from tests.megatron.marks import on_cpu
 
 SETTINGS = [
-    "sliding window", "sliding window in every other layer", "learnable softmax offset", "softmax off by one", "dropped tokens",
-    "dropped tokens, padded to capacity", "router in chunks", "allgather dispatcher", "dense first layer", "attention scale",
+    "sliding window",
+    "sliding window in every other layer",
+    "learnable softmax offset",
+    "softmax off by one",
+    "dropped tokens",
+    "dropped tokens, padded to capacity",
+    "router in chunks",
+    "allgather dispatcher",
+    "dense first layer",
+    "attention scale",
     "sigmoid router with expert bias",
 ]
 _jobs: list[JobResult] = []
@@ -19,15 +27,24 @@ _jobs: list[JobResult] = []
 @pytest.mark.dist
 @pytest.mark.timeout(240)
 @on_cpu
-@pytest.mark.parametrize("check", [
-    *(f"{name}, ids previous_layer" for name in SETTINGS),
-    *(f"{name}, ids true" for name in ("sliding window", "dropped tokens", "router in chunks", "dense first layer")),
-    *(f"entries are at their experts, ids {source}, {chunks} chunks" for source in ("true", "previous_layer") for chunks in (1, 3)),
-    "penalty of strength 0 changes nothing", "load penalty evens out the shards", "miss penalty keeps tokens from an expert",
-    *(f"weights of a chosen set are the model's own, {name}" for name in ("softmax", "softmax before the choice", "scaled", "sigmoid")),
-    "penalty without a context, in a specification, refused",
-    "settings refused by name", "versions refused", "specifications refused", "process groups and shards refused", "calls refused",
-])
+@pytest.mark.parametrize(
+    "check",
+    [
+        *(f"{name}, ids previous_layer" for name in SETTINGS),
+        *(f"{name}, ids true" for name in ("sliding window", "dropped tokens", "router in chunks", "dense first layer")),
+        *(f"entries are at their experts, ids {source}, {chunks} chunks" for source in ("true", "previous_layer") for chunks in (1, 3)),
+        "penalty of strength 0 changes nothing",
+        "load penalty evens out the shards",
+        "miss penalty keeps tokens from an expert",
+        *(f"weights of a chosen set are the model's own, {name}" for name in ("softmax", "softmax before the choice", "scaled", "sigmoid")),
+        "penalty without a context, in a specification, refused",
+        "settings refused by name",
+        "versions refused",
+        "specifications refused",
+        "process groups and shards refused",
+        "calls refused",
+    ],
+)
 def test_features(check: str):
     if not _jobs:
         _jobs.append(run_gloo(JOBS / "features.py", ["1,2,1"], ranks=2, timeout_s=200))

@@ -13,9 +13,14 @@ _jobs: list[JobResult] = []
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("check", [
-    *(f"{model} {what}" for model in MODELS for what in ("same logits", "the way back")), "bundled finds a pass key over PiKV", "refusals",
-])
+@pytest.mark.parametrize(
+    "check",
+    [
+        *(f"{model} {what}" for model in MODELS for what in ("same logits", "the way back")),
+        "bundled finds a pass key over PiKV",
+        "refusals",
+    ],
+)
 def test_weights(check: str, layout: str):
     if not _jobs:
         _jobs.append(run_gloo(JOBS / "weights.py", list(LAYOUTS.values()), ranks=2, timeout_s=200))

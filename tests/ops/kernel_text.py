@@ -22,7 +22,8 @@ def compile_kernels(folder: Path, planted: tuple[str, str, str] | None = None) -
         assert text.count(right) == 1, f"{name} has {text.count(right)} times {right!r}; choose the text to replace anew"
         (kernels / name).write_text(text.replace(right, wrong))
     flags = ("-O1", "-std=c++17", "-fPIC", "-shared", "-ffp-contract=off", "-fno-strict-aliasing", "-Wall", "-Wno-unknown-pragmas",
-             "-Wno-unused", "-Werror", "-DPK_HOST_EMU", f"-DPK_FORMAT={FORMAT}", *(f"-I{path}" for path in (CSRC / "emu", CSRC / "include", kernels)))  # fmt: skip
+             "-Wno-unused", "-Werror", "-DPK_HOST_EMU", f"-DPK_FORMAT={FORMAT}",
+             *(f"-I{path}" for path in (CSRC / "emu", CSRC / "include", kernels)))  # fmt: skip
     sources = [str(CSRC / "emu" / name) for name in ("simt_host.cpp", "entry.cpp")]
     done = subprocess.run(["g++", *flags, *sources, "-o", str(folder / "kernels.so")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -117,7 +117,10 @@ PLANTED = {
     "missing barrier before the warps are merged": (("attend.cuh", "  __syncthreads();\n", ""), "wrong"),
     "shuffle that stops half way": (("attend.cuh", SCORE, "lane_sum<2, T::lanes / 2>(score"), "wrong"),
     "shuffle beyond the token": (("attend.cuh", SCORE, "lane_sum<1, T::lanes>(score"), "wrong"),
-    "shuffle outside the warp": (("common.cuh", "x += __shfl_xor_sync(kAll, x, bit)", "x += __shfl_xor_sync(kAll, x, 4 * bit)"), "a lane outside"),
+    "shuffle outside the warp": (
+        ("common.cuh", "x += __shfl_xor_sync(kAll, x, bit)", "x += __shfl_xor_sync(kAll, x, 4 * bit)"),
+        "a lane outside",
+    ),
     "barrier of one warp": (("attend.cuh", "  __syncthreads();\n", "  if (warp == 0) __syncthreads();\n"), "divergent __syncthreads"),
     "shuffle of some lanes": (("attend.cuh", CONST_SCORE, f"if (lane == 3) continue;\n{CONST_SCORE}"), "lanes of a warp"),
     "hidden tokens not masked": (("attend.cuh", "score[step][g] = visible ? s : minus_infinity();", "score[step][g] = s;"), "wrong"),

@@ -16,7 +16,11 @@ BUGS = ["none", "missing barrier", "short shuffle", "lane outside", "divergent b
 
 def compile_planted(path, *flags):
     sources = [str(CSRC / "emu" / name) for name in ("simt_host.cpp", "planted.cpp")]
-    done = subprocess.run(["g++", "-O1", "-std=c++17", "-Wall", "-Wextra", "-fPIC", "-shared", *flags, *sources, "-o", str(path)], capture_output=True, text=True)
+    done = subprocess.run(
+        ["g++", "-O1", "-std=c++17", "-Wall", "-Wextra", "-fPIC", "-shared", *flags, *sources, "-o", str(path)],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     function = ctypes.CDLL(str(path)).planted_block_sum
     function.restype = ctypes.c_char_p

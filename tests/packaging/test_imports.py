@@ -109,13 +109,9 @@ def test_imports_point_one_way(path):
         top = name.partition(".")[0]
         assert top not in ("ops", "launch", "megatron_patch"), f"{module} imports {name}: write pikv_ds.{name}"
         if top in HOSTS:
-            assert own in ("hosts", "launch", "examples") or module in HOST_EXCEPTIONS, (
-                f"{module} ({own}) imports {name}"
-            )
+            assert own in ("hosts", "launch", "examples") or module in HOST_EXCEPTIONS, f"{module} ({own}) imports {name}"
         if top == "pikv_ds" and name != "pikv_ds.__version__":
-            assert LAYERS.index(layer_of(name)) <= LAYERS.index(own), (
-                f"{module} ({own}) imports {name} ({layer_of(name)})"
-            )
+            assert LAYERS.index(layer_of(name)) <= LAYERS.index(own), f"{module} ({own}) imports {name} ({layer_of(name)})"
 
 
 def test_there_are_files_to_check():

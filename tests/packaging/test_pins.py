@@ -11,9 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def required() -> list[Requirement]:
-    call = next(
-        node for node in ast.walk(ast.parse((ROOT / "setup.py").read_text())) if ast.unparse(node).startswith("setup(")
-    )
+    call = next(node for node in ast.walk(ast.parse((ROOT / "setup.py").read_text())) if ast.unparse(node).startswith("setup("))
     given = {
         keyword.arg: ast.literal_eval(keyword.value)
         for keyword in call.value.keywords

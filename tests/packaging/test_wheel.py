@@ -83,8 +83,6 @@ def test_the_unpacked_wheel_runs_away_from_the_checkout(wheel, tmp_path):
         "raise SystemExit(cli.main(['methods']))\n"
     )
     environment = {"PYTHONPATH": str(tmp_path / "site"), "PATH": "/usr/bin:/bin"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
-    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "compression.method" in done.stdout

@@ -35,7 +35,7 @@ def ragged(num_new: list[int], left: bool = True) -> Tensor:
 
 
 def dense_rows(q: Tensor, at: Tensor, entries: list, scale: float, window: int | None) -> tuple[Tensor, Tensor]:
-    """float64 attention of queries q [T, Hq, Dk] at positions [T] to the entries 0, 1, 2, ... of their row: out [T, Hq, Dv], lse [T, Hq]."""
+    """float64 attention of queries q [T, Hq, Dk] at positions [T] to the entries 0, 1, ... of their row: out [T, Hq, Dv], lse [T, Hq]."""
     k, v = (torch.stack(side).double().repeat_interleave(q.shape[1] // entries[0][0].shape[0], 1) for side in zip(*entries, strict=True))
     of, at = torch.arange(len(entries)), at.unsqueeze(1)
     visible = (of <= at) & (of > at - (window or len(entries) + 1))
@@ -50,17 +50,33 @@ class Driver:
     """
 
     def __init__(
-        self, layers: list[LayerSpec], *, page_size: int = 4, num_experts: int = 8, num_q_heads: int = 4, seed: int = 0,
-        dtype: torch.dtype = torch.float32, codec: str = "none", **storage,
+        self,
+        layers: list[LayerSpec],
+        *,
+        page_size: int = 4,
+        num_experts: int = 8,
+        num_q_heads: int = 4,
+        seed: int = 0,
+        dtype: torch.dtype = torch.float32,
+        codec: str = "none",
+        **storage,
     ) -> None:
         self.layers, self.num_experts, self.num_q_heads, self.dtype = layers, num_experts, num_q_heads, dtype
         self.steps, self.tolerance = EXACT_STEPS.get(codec), TOLERANCE if codec == "none" else COMPRESSED_TOLERANCE
         config = PiKVConfig(page_size=page_size, storage=storage, compression={"method": codec})
         self.cache = PiKVCache(layers, config, num_experts=num_experts, dtype=dtype, device=torch.device("cpu"))
-        rule = {"num_experts": num_experts, "num_shards": self.cache.num_shards, "n_tok": config.storage.n_tok, "table": config.storage.table}
+        rule = {
+            "num_experts": num_experts,
+            "num_shards": self.cache.num_shards,
+            "n_tok": config.storage.n_tok,
+            "table": config.storage.table,
+        }
         self.reference = ReferenceCache(
-            layers, lambda *entry: wanted_shard(config.storage.placement, *entry, **rule),
-            num_shards=self.cache.num_shards, page_size=page_size, num_ranks=2 if self.cache.num_shards % 2 == 0 else 1,
+            layers,
+            lambda *entry: wanted_shard(config.storage.placement, *entry, **rule),
+            num_shards=self.cache.num_shards,
+            page_size=page_size,
+            num_ranks=2 if self.cache.num_shards % 2 == 0 else 1,
             capacity_tokens=config.storage.capacity_tokens,
         )
         self.generator = torch.Generator().manual_seed(seed)
@@ -110,10 +126,19 @@ class Driver:
         num_new = mask.sum(1).tolist()
         positions = torch.where(mask, torch.tensor(self.lens).unsqueeze(1) + mask.cumsum(1) - 1, -1)
         self._move_rows(num_rows)
-        self.cache.begin_step(LocalStep(
-            num_rows=num_rows, num_columns=num_columns, num_new=num_new, parent=self.parent, keep=self.lens, positions=positions.to(torch.int32),
-            digest=0, identity=not self.fresh and not self.touched, fresh=self.fresh,
-        ))
+        self.cache.begin_step(
+            LocalStep(
+                num_rows=num_rows,
+                num_columns=num_columns,
+                num_new=num_new,
+                parent=self.parent,
+                keep=self.lens,
+                positions=positions.to(torch.int32),
+                digest=0,
+                identity=not self.fresh and not self.touched,
+                fresh=self.fresh,
+            )
+        )
         self.reference.begin(num_new, decode=num_columns == 1, hold=self.cache.hold)
         outputs = [self._layer(i, positions) for i in range(len(self.layers))]
         self.cache.end_step()
@@ -181,6 +206,10 @@ class Driver:
             return
         column = int((positions[rows[-1]] >= 0).nonzero()[-1])  # the reference cache itself, on one query: whole, per shard, per rank
         query = (i, rows[-1], q[rows[-1], column], int(positions[rows[-1], column]), scale, spec.window)
-        for by in (self.reference.attend(*query), merge(self.reference.partials(*query)), merge(self.reference.partials(*query, by_rank=True))):
+        for by in (
+            self.reference.attend(*query),
+            merge(self.reference.partials(*query)),
+            merge(self.reference.partials(*query, by_rank=True)),
+        ):
             for got, want in zip(by, wanted[-1], strict=True):
                 assert rel_error(got, want[-1]) <= 1e-12, f"layer {i}: reference"

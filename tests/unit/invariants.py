@@ -72,8 +72,14 @@ def check_numbers(driver: Driver) -> None:
     numbers, reference, tables = stats(driver.cache, 1, 1), driver.reference, driver.cache.tables
     live = sum(len(row) for rows in reference.rows for row in rows)
     got = {name: numbers[f"entries_{name}"] for name in ("live", "appended", "expired", "cropped", "forked", "evicted")}
-    assert got == {"live": live, "appended": reference.appended, "expired": reference.expired, "cropped": reference.cropped,
-                   "forked": reference.forked, "evicted": 0}
+    assert got == {
+        "live": live,
+        "appended": reference.appended,
+        "expired": reference.expired,
+        "cropped": reference.cropped,
+        "forked": reference.forked,
+        "evicted": 0,
+    }
     assert got["live"] + got["expired"] + got["evicted"] + got["cropped"] == got["appended"] + got["forked"]
     assert numbers["spilled"] == numbers["spilled_group"] == reference.spilled
     tensors = [t for s in tables.stores for t in (s.pages, s.tail) if t is not None]

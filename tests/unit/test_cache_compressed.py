@@ -30,7 +30,14 @@ def check(driver: Driver) -> None:
 def test_chunks_and_decoding_cross_groups(codec, num_shards, expert_ids):
     driver = Driver(KINDS, page_size=64, num_shards=num_shards, codec=codec, expert_ids=expert_ids)
     driver.prefill([62, 1, 150])
-    masks = [ragged([3, 3, 3]), ragged([0, 40, 7]), ragged([70, 63, 2], left=False), *[ragged([1, 1, 1])] * 5, ragged([1, 0, 1]), ragged([34, 40, 1])]
+    masks = [
+        ragged([3, 3, 3]),
+        ragged([0, 40, 7]),
+        ragged([70, 63, 2], left=False),
+        *[ragged([1, 1, 1])] * 5,
+        ragged([1, 0, 1]),
+        ragged([34, 40, 1]),
+    ]
     for mask in masks:
         driver.forward(mask)
         check(driver)

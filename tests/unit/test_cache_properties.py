@@ -1,4 +1,4 @@
-"""Random lives of one PiKVCache: whatever rows do, attention is dense and nothing is lost. PIKV_HYPOTHESIS=long searches longer, at random."""
+"""Random lives of one PiKVCache: whatever rows do, attention is dense and nothing is lost. PIKV_HYPOTHESIS=long searches longer."""
 
 import os
 
@@ -34,7 +34,12 @@ class CacheMachine(RuleBasedStateMachine):
         kinds = [layer(0, num_kv_heads=4 // group), layer(1, num_kv_heads=4 // group, window=window), layer(2, latent=True)]
         self.window = window
         self.driver = Driver(
-            kinds, page_size=page_size, num_shards=num_shards, placement=placement, expert_ids=expert_ids, seed=seed,
+            kinds,
+            page_size=page_size,
+            num_shards=num_shards,
+            placement=placement,
+            expert_ids=expert_ids,
+            seed=seed,
             capacity_tokens=None if capacity is None else MAX_ROWS * (MAX_TOKENS + 12) // num_shards + 1,
         )
         self.driver.skewed = hot
@@ -110,6 +115,9 @@ class CacheMachine(RuleBasedStateMachine):
 
 TestCacheLives = CacheMachine.TestCase
 TestCacheLives.settings = settings(
-    max_examples=400 if LONG else 40, stateful_step_count=40 if LONG else 16, derandomize=not LONG, deadline=None,
+    max_examples=400 if LONG else 40,
+    stateful_step_count=40 if LONG else 16,
+    derandomize=not LONG,
+    deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
 )

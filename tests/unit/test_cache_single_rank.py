@@ -1,4 +1,4 @@
-"""PiKVCache on one rank, with several shards, against dense attention in float64 and the reference cache, invariants after every forward."""
+"""PiKVCache on one rank, several shards, against dense attention in float64 and the reference cache; invariants after every forward."""
 
 import pytest
 import torch
@@ -85,7 +85,9 @@ def test_a_fixed_capacity_spills_until_it_is_full():
     driver.forward(ragged([1, 0]))
     check(driver)
     assert driver.cache.tables.directory.load[0].tolist() == [7, 7, 7, 7]
-    with pytest.raises(CapacityError, match=r"layer 0 must hold 30 entries, but pikv.storage.capacity_tokens = 7 x 4 shards is 28; raise .* at least 8"):
+    with pytest.raises(
+        CapacityError, match=r"layer 0 must hold 30 entries, but pikv.storage.capacity_tokens = 7 x 4 shards is 28; raise .* at least 8"
+    ):
         driver.decode()
 
 
@@ -94,7 +96,9 @@ def test_overflow_error_names_the_setting_and_what_to_do():
     driver.skewed = True
     driver.prefill([5, 3])  # exactly full: no overflow
     check(driver)
-    with pytest.raises(CapacityError, match=r"2 entries did not fit .*capacity_tokens: 8 entries.*overflow = 'error'; raise capacity_tokens"):
+    with pytest.raises(
+        CapacityError, match=r"2 entries did not fit .*capacity_tokens: 8 entries.*overflow = 'error'; raise capacity_tokens"
+    ):
         driver.decode()
 
 
@@ -181,12 +185,26 @@ def test_a_new_generation_forgets_the_old_one():
 def test_pages_add_up_inside_a_forward():
     """Between two layers of one forward the first has grown and the second has only reserved."""
     cache = PiKVCache(
-        [layer(0), layer(1)], PiKVConfig(page_size=3, storage={"num_shards": 2}), num_experts=4, dtype=torch.float32, device=torch.device("cpu")
+        [layer(0), layer(1)],
+        PiKVConfig(page_size=3, storage={"num_shards": 2}),
+        num_experts=4,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
     )
     positions = torch.arange(8, dtype=torch.int32).view(1, 8)
-    cache.begin_step(LocalStep(
-        num_rows=1, num_columns=8, num_new=[8], parent=[-1], keep=[0], positions=positions, digest=0, identity=False, fresh=True,
-    ))
+    cache.begin_step(
+        LocalStep(
+            num_rows=1,
+            num_columns=8,
+            num_new=[8],
+            parent=[-1],
+            keep=[0],
+            positions=positions,
+            digest=0,
+            identity=False,
+            fresh=True,
+        )
+    )
     q = torch.randn(1, 8, 2, 8)
     for i in range(2):
         cache.attend(i, q, q, q, scale=1.0, v_dim=8, expert_ids=torch.arange(8) % 4)

@@ -143,9 +143,7 @@ def test_human_bytes():
 def test_tables_show_every_value_at_every_width(capsys, monkeypatch, columns):
     monkeypatch.setenv("COLUMNS", str(columns))
     names = ["dense", "pikv", "dense-distinct", "pikv-distinct"]
-    rows = [
-        {"name": name, "per expert": "|".join(map(str, range(100, 109))), "n": 4492, "equal": True} for name in names
-    ]
+    rows = [{"name": name, "per expert": "|".join(map(str, range(100, 109))), "n": 4492, "equal": True} for name in names]
     print_table("Bundled model [2 ranks]", rows)
     shown = capsys.readouterr().out
     assert "[2 ranks]" in shown

@@ -26,8 +26,14 @@ def flip_last_bit() -> torch.Tensor:
 @pytest.mark.parametrize(
     "other",
     [
-        [flip_last_bit()], [BASE.flip(0)], [BASE[:, :5]], [BASE, torch.zeros(0)], [BASE, torch.zeros(1)], [BASE[:2], BASE[2:]],
-        [torch.cat([BASE.flatten(), torch.zeros(1)])], [-BASE],
+        [flip_last_bit()],
+        [BASE.flip(0)],
+        [BASE[:, :5]],
+        [BASE, torch.zeros(0)],
+        [BASE, torch.zeros(1)],
+        [BASE[:2], BASE[2:]],
+        [torch.cat([BASE.flatten(), torch.zeros(1)])],
+        [-BASE],
     ],
     ids=["one-bit", "row-order", "narrower", "with-empty", "with-zero", "split", "longer", "sign"],
 )
@@ -40,7 +46,9 @@ def test_order_of_tensors_matters():
     assert digest([a, b]) != digest([b, a])
 
 
-@pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.int64, torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.bool, torch.int32, torch.int64, torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str
+)
 def test_every_dtype_by_its_bits(dtype):
     ones, zeros = torch.ones(9).to(dtype), torch.zeros(9).to(dtype)
     one_changed = ones.clone()

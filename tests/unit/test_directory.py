@@ -55,11 +55,20 @@ def forward(directory: Directory, homes: list[list[int]], new: list[list[int]], 
     directory.reserve(int(after.max()))
     rows = torch.arange(len(homes)).repeat_interleave(columns)
     shard = torch.tensor([row + [0] * (columns - len(row)) for row in new]).view(-1)
-    positions = torch.tensor([[len(old) + c if c < len(row) else -1 for c in range(columns)] for old, row in zip(homes, new, strict=True)]).view(-1)
+    positions = torch.tensor(
+        [[len(old) + c if c < len(row) else -1 for c in range(columns)] for old, row in zip(homes, new, strict=True)]
+    ).view(-1)
     for i in range(len(LAYERS)):
         directory.leave(i, rows, positions, positions >= 0, before, after, columns == 1)
-        staying = [home for old, n in zip(homes, after.tolist(), strict=True) for p, home in enumerate(old) if WINDOWS[i] is None or p > n - WINDOWS[i]]
-        assert directory.load[i].tolist() == [staying.count(s) for s in range(directory.num_shards)], "what leaves must be out before homes are chosen"
+        staying = [
+            home
+            for old, n in zip(homes, after.tolist(), strict=True)
+            for p, home in enumerate(old)
+            if WINDOWS[i] is None or p > n - WINDOWS[i]
+        ]
+        assert directory.load[i].tolist() == [staying.count(s) for s in range(directory.num_shards)], (
+            "what leaves must be out before homes are chosen"
+        )
         directory.record(i, rows, positions, positions >= 0, shard, after)
 
 

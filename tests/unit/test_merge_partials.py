@@ -10,7 +10,9 @@ from tests.unit.driver import TOLERANCE, rel_error
 SCALE = 0.4
 
 
-def split_attention(sizes: list[int], seed: int = 0, magnitude: float = 1.0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def split_attention(
+    sizes: list[int], seed: int = 0, magnitude: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """float64 partials per set [S, H, D], [S, H], and attention over all keys [H, D], [H]."""
     generator = torch.Generator().manual_seed(seed)
     num_keys = sum(sizes)

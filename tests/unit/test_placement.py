@@ -27,7 +27,11 @@ def test_primary_expert_ties_go_to_the_lowest_id():
     assert got.tolist() == [2, 2, 0] and got.dtype == torch.int64
 
 
-@given(st.lists(st.tuples(st.permutations(range(6)), st.lists(st.sampled_from([0.1, 0.2, 0.3]), min_size=6, max_size=6)), min_size=1, max_size=8))
+@given(
+    st.lists(
+        st.tuples(st.permutations(range(6)), st.lists(st.sampled_from([0.1, 0.2, 0.3]), min_size=6, max_size=6)), min_size=1, max_size=8
+    )
+)
 def test_primary_expert_equals_a_loop(rows):
     ids, weights = torch.tensor([list(r[0]) for r in rows]), torch.tensor([r[1] for r in rows])
     want = [min(e for e, w in zip(*row, strict=True) if w == max(row[1])) for row in rows]
@@ -39,13 +43,23 @@ def test_hash_expert():
 
 
 CASES = [
-    ("experts", 8, 4, {}), ("experts", 7, 4, {}), ("experts", 3, 4, {}), ("experts", 8, 1, {}),
-    ("position", 8, 3, {}), ("xor", 8, 4, {"n_tok": 4}), ("xor", 6, 4, {"n_tok": 8}), ("xor", 6, 3, {"n_tok": 1}), ("xor", 1, 2, {"n_tok": 2}),
-    ("table", 5, 3, {"table": TABLE}), ("table", 5, 3, {"table": [*TABLE, [[e % 3] * 1 + [-1] for e in range(5)]]}),
+    ("experts", 8, 4, {}),
+    ("experts", 7, 4, {}),
+    ("experts", 3, 4, {}),
+    ("experts", 8, 1, {}),
+    ("position", 8, 3, {}),
+    ("xor", 8, 4, {"n_tok": 4}),
+    ("xor", 6, 4, {"n_tok": 8}),
+    ("xor", 6, 3, {"n_tok": 1}),
+    ("xor", 1, 2, {"n_tok": 2}),
+    ("table", 5, 3, {"table": TABLE}),
+    ("table", 5, 3, {"table": [*TABLE, [[e % 3] * 1 + [-1] for e in range(5)]]}),
 ]
 
 
-@pytest.mark.parametrize(("method", "num_experts", "num_shards", "options"), CASES, ids=[f"{m}-E{e}-S{s}-{i}" for i, (m, e, s, _) in enumerate(CASES)])
+@pytest.mark.parametrize(
+    ("method", "num_experts", "num_shards", "options"), CASES, ids=[f"{m}-E{e}-S{s}-{i}" for i, (m, e, s, _) in enumerate(CASES)]
+)
 @pytest.mark.parametrize("layer", [0, 1], ids="layer{}".format)
 def test_every_method_equals_its_rule(layer, method, num_experts, num_shards, options):
     placement = Placement(method, num_experts, num_shards, **options)
@@ -93,7 +107,9 @@ def test_wrong_tables_say_what_is_wrong(table, message):
         Placement("table", 2, 3, table=table)
 
 
-@pytest.mark.parametrize(("num_shards", "num_ranks"), [(1, 1), (4, 1), (4, 2), (4, 4), (12, 3)], ids=["S1-G1", "S4-G1", "S4-G2", "S4-G4", "S12-G3"])
+@pytest.mark.parametrize(
+    ("num_shards", "num_ranks"), [(1, 1), (4, 1), (4, 2), (4, 4), (12, 3)], ids=["S1-G1", "S4-G1", "S4-G2", "S4-G4", "S12-G3"]
+)
 def test_ranks_hold_contiguous_blocks_of_shards(num_shards, num_ranks):
     held = [list(local_shards(rank, num_shards, num_ranks)) for rank in range(num_ranks)]
     assert sum(held, []) == list(range(num_shards))

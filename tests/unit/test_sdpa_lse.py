@@ -48,7 +48,7 @@ def test_equals_loops(kind, Hq, Hkv, dims):
     if kind == "causal":
         visible = visible.tril()
     elif kind == "per-row":
-        mask = (torch.rand(B, 1, 1, L, generator=generator) < 0.6)
+        mask = torch.rand(B, 1, 1, L, generator=generator) < 0.6
         visible = mask[:, 0].expand(B, T, L)
     elif kind != "none":
         mask = torch.rand(B, 1, T, L, generator=generator) < 0.4

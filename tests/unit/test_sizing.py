@@ -14,7 +14,14 @@ LAYERS = [layer(0), layer(1, window=8), layer(2, window=1)]
 
 @pytest.mark.parametrize(
     ("window", "lens", "num_shards", "capacity"),
-    [(None, [100], 4, 28 + 16), (None, [100, 20, 0], 4, 33 + 16), (8, [100, 5], 4, 4 + 16), (1, [100], 4, 16), (None, [], 2, 16), (None, [7], 1, 8 + 16)],
+    [
+        (None, [100], 4, 28 + 16),
+        (None, [100, 20, 0], 4, 33 + 16),
+        (8, [100, 5], 4, 4 + 16),
+        (1, [100], 4, 16),
+        (None, [], 2, 16),
+        (None, [7], 1, 8 + 16),
+    ],
     ids=["one-row", "rows", "window", "window-of-one", "no-rows", "one-shard"],
 )
 def test_the_balanced_share_a_tenth_more_and_one_page(window, lens, num_shards, capacity):
@@ -24,7 +31,9 @@ def test_the_balanced_share_a_tenth_more_and_one_page(window, lens, num_shards, 
 def test_a_fixed_capacity_holds_or_says_how_much_is_missing():
     assert shard_capacity(LAYERS, None, [21, 19], 4, 16, 10) == 10
     assert shard_capacity(LAYERS, 8, [1000, 1000], 2, 16, 7) == 7
-    with pytest.raises(CapacityError, match=r"layer 0 must hold 41 entries, but pikv.storage.capacity_tokens = 10 x 4 shards is 40; raise .* at least 11"):
+    with pytest.raises(
+        CapacityError, match=r"layer 0 must hold 41 entries, but pikv.storage.capacity_tokens = 10 x 4 shards is 40; raise .* at least 11"
+    ):
         shard_capacity(LAYERS, None, [21, 20], 4, 16, 10)
     with pytest.raises(CapacityError, match=r"layer 1 must hold 14 entries"):
         shard_capacity(LAYERS, 8, [1000, 1000], 2, 16, 6)

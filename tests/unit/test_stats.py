@@ -57,13 +57,25 @@ def test_a_decode_step_sends_what_the_formula_says(mode, collectives, num_ranks,
     for step in range(3):
         columns, before = (5, 0) if step == 0 else (1, 4 + step)
         positions = torch.arange(before, before + columns, dtype=torch.int32).repeat(num_rows, 1)
-        cache.begin_step(LocalStep(
-            num_rows=num_rows, num_columns=columns, num_new=[columns] * num_rows, parent=[*range(num_rows)] if step else [-1] * num_rows,
-            keep=[before] * num_rows, positions=positions, digest=step, identity=step > 0, fresh=step == 0,
-        ))
+        cache.begin_step(
+            LocalStep(
+                num_rows=num_rows,
+                num_columns=columns,
+                num_new=[columns] * num_rows,
+                parent=[*range(num_rows)] if step else [-1] * num_rows,
+                keep=[before] * num_rows,
+                positions=positions,
+                digest=step,
+                identity=step > 0,
+                fresh=step == 0,
+            )
+        )
         sent = cache.exchange.bytes_sent, cache.exchange.collectives
         for i, spec in enumerate(LAYERS):
-            q, k, v = (torch.randn(num_rows, columns, h, d).to(dtype) for h, d in ((HQ, spec.k_dim), (spec.num_kv_heads, spec.k_dim), (spec.num_kv_heads, spec.stored_v_dim)))
+            q, k, v = (
+                torch.randn(num_rows, columns, h, d).to(dtype)
+                for h, d in ((HQ, spec.k_dim), (spec.num_kv_heads, spec.k_dim), (spec.num_kv_heads, spec.stored_v_dim))
+            )
             cache.attend(i, q, k, v, scale=1.0, v_dim=spec.v_dim, expert_ids=None)
         cache.end_step()
     assert cache.exchange.collectives - sent[1] == collectives * len(LAYERS)
@@ -74,10 +86,15 @@ def test_a_decode_step_sends_what_the_formula_says(mode, collectives, num_ranks,
 @pytest.mark.parametrize("num_tokens", [1, 3, 17], ids="N{}".format)
 def test_records_are_as_long_as_their_layout(num_tokens, spec):
     n, dtype = num_tokens, torch.bfloat16
-    layout = Layout([
-        ("positions", (n,), torch.int32), ("q", (n, HQ, spec.k_dim), dtype), ("k", (n, spec.num_kv_heads, spec.k_dim), dtype),
-        ("v", (n, spec.num_kv_heads, spec.stored_v_dim), dtype), ("ids", (n,), torch.int32),
-    ])
+    layout = Layout(
+        [
+            ("positions", (n,), torch.int32),
+            ("q", (n, HQ, spec.k_dim), dtype),
+            ("k", (n, spec.num_kv_heads, spec.k_dim), dtype),
+            ("v", (n, spec.num_kv_heads, spec.stored_v_dim), dtype),
+            ("ids", (n,), torch.int32),
+        ]
+    )
     assert share_bytes(n, HQ, spec, spec.k_dim, 2) == layout.nbytes
     assert partial_bytes(n, HQ, spec.v_dim) == n * HQ * (spec.v_dim + 1) * 4
     assert layout.nbytes >= HEADER * 4 + n * (8 + 2 * HQ * spec.k_dim + 2 * spec.values_per_token)

@@ -9,15 +9,21 @@ pytestmark = pytest.mark.usefixtures("nan_filled_empty")
 
 CPU = torch.device("cpu")
 FIELDS = [
-    ("positions", (5,), torch.int32), ("q", (5, 3, 7), torch.bfloat16), ("k", (5, 1, 3), torch.float32), ("v", (5, 1, 0), torch.float32),
-    ("ids", (5,), torch.int32), ("flags", (5, 3), torch.bfloat16),
+    ("positions", (5,), torch.int32),
+    ("q", (5, 3, 7), torch.bfloat16),
+    ("k", (5, 1, 3), torch.float32),
+    ("v", (5, 1, 0), torch.float32),
+    ("ids", (5,), torch.int32),
+    ("flags", (5, 3), torch.bfloat16),
 ]
 
 
 def random_bits(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> torch.Tensor:
     """Any bit pattern, NaNs with payload and negative zeros among them."""
     words = {2: torch.int16, 4: torch.int32}[dtype.itemsize]
-    bits = torch.randint(-(2 ** (8 * dtype.itemsize - 1)), 2 ** (8 * dtype.itemsize - 1), shape, generator=torch.Generator().manual_seed(seed))
+    bits = torch.randint(
+        -(2 ** (8 * dtype.itemsize - 1)), 2 ** (8 * dtype.itemsize - 1), shape, generator=torch.Generator().manual_seed(seed)
+    )
     return bits.to(words).view(dtype)
 
 

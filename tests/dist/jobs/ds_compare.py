@@ -26,14 +26,21 @@ def rank_prompt(requests: str) -> torch.Tensor:
 
 def generate(model, ids: torch.Tensor, **options):
     with torch.no_grad():
-        return model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NEW_TOKENS,
-                              return_dict_in_generate=True, output_logits=True, **options)
+        return model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=NEW_TOKENS,
+            return_dict_in_generate=True,
+            output_logits=True,
+            **options,
+        )
 
 
 def assert_same_text(row: dict, out, family: str, ids: torch.Tensor, tolerance: float = 1e-5) -> None:
     """Tokens identical to Hugging Face eager attention in this process, logits within the tolerance."""
     expected = generate(tiny_model(family), ids)
-    row["tokens"] = out.sequences[0, ids.shape[1]:].tolist()
+    row["tokens"] = out.sequences[0, ids.shape[1] :].tolist()
     assert torch.equal(out.sequences, expected.sequences), (row["tokens"], expected.sequences.tolist())
     row["max_logit_diff"] = max((a - b).abs().max().item() for a, b in zip(out.logits, expected.logits, strict=True))
     assert row["max_logit_diff"] <= tolerance, row["max_logit_diff"]
@@ -41,7 +48,15 @@ def assert_same_text(row: dict, out, family: str, ids: torch.Tensor, tolerance: 
 
 def record_stats(row: dict, cache) -> None:
     """Numbers the test sums over ranks."""
-    names = ("kv_bytes_allocated", "kv_bytes_dense", "entries_appended", "entries_live", "entries_expired",
-             "entries_evicted", "entries_cropped", "exchange_collectives")
+    names = (
+        "kv_bytes_allocated",
+        "kv_bytes_dense",
+        "entries_appended",
+        "entries_live",
+        "entries_expired",
+        "entries_evicted",
+        "entries_cropped",
+        "exchange_collectives",
+    )
     stats = cache.stats()
     row["stats"] = {name: stats[name] for name in names}

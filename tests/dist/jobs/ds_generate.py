@@ -65,8 +65,7 @@ with report.check("replicated experts under initialize") as row:
 
 with report.check("monitor"):
     csv = {"csv_monitor": {"enabled": True, "output_path": str(folder), "job_name": "run"}}
-    engine = ready(pikv_ds.initialize, model=tiny_model("qwen3_moe"),
-                   config={**AUTOEP, **csv, "pikv": {"monitor": {"interval": 4}}})
+    engine = ready(pikv_ds.initialize, model=tiny_model("qwen3_moe"), config={**AUTOEP, **csv, "pikv": {"monitor": {"interval": 4}}})
     generate(engine.module, rank_prompt("distinct"))
 
 with report.check("install"):
@@ -114,19 +113,48 @@ def refused(name: str, start, error: type, *words: str) -> None:
 
 
 qwen = tiny_model("qwen3_moe")
-refused("gpt-oss under AutoEP", lambda: pikv_ds.initialize(model=tiny_model("gpt_oss"), config={**AUTOEP, "pikv": {}}),
-        UnsupportedError, "'gpt_oss'", "no preset", "replicated experts")
-refused("experts not divisible",
-        lambda: pikv_ds.initialize(model=tiny_model("qwen3_moe", num_experts=7), config={**AUTOEP, "pikv": {}}),
-        ConfigError, "autoep_size is 2", "7 experts")
-refused("unknown expert_parallel key", lambda: pikv_ds.initialize(model=qwen, config={
-    **MICRO, "expert_parallel": {"enabled": True, "ep_size": 2}, "pikv": {}}), ConfigError, "'ep_size'", "autoep_size")
-refused("unknown pikv key", lambda: pikv_ds.initialize(model=qwen, config={**AUTOEP, "pikv": {"page_sise": 8}}),
-        ConfigError, "page_sise", "page_size")
-refused("tensor parallel", lambda: pikv_ds.init_inference(qwen, {"dtype": "fp32", "pikv": {}, "mp_size": 2}),
-        UnsupportedError, "mp_size is 2", "set mp_size to 1")
-refused("wrapped model", lambda: pikv_ds.initialize(model=torch.nn.Sequential(qwen), config={**MICRO, "pikv": {}}),
-        UnsupportedError, "Sequential")
+refused(
+    "gpt-oss under AutoEP",
+    lambda: pikv_ds.initialize(model=tiny_model("gpt_oss"), config={**AUTOEP, "pikv": {}}),
+    UnsupportedError,
+    "'gpt_oss'",
+    "no preset",
+    "replicated experts",
+)
+refused(
+    "experts not divisible",
+    lambda: pikv_ds.initialize(model=tiny_model("qwen3_moe", num_experts=7), config={**AUTOEP, "pikv": {}}),
+    ConfigError,
+    "autoep_size is 2",
+    "7 experts",
+)
+refused(
+    "unknown expert_parallel key",
+    lambda: pikv_ds.initialize(model=qwen, config={**MICRO, "expert_parallel": {"enabled": True, "ep_size": 2}, "pikv": {}}),
+    ConfigError,
+    "'ep_size'",
+    "autoep_size",
+)
+refused(
+    "unknown pikv key",
+    lambda: pikv_ds.initialize(model=qwen, config={**AUTOEP, "pikv": {"page_sise": 8}}),
+    ConfigError,
+    "page_sise",
+    "page_size",
+)
+refused(
+    "tensor parallel",
+    lambda: pikv_ds.init_inference(qwen, {"dtype": "fp32", "pikv": {}, "mp_size": 2}),
+    UnsupportedError,
+    "mp_size is 2",
+    "set mp_size to 1",
+)
+refused(
+    "wrapped model",
+    lambda: pikv_ds.initialize(model=torch.nn.Sequential(qwen), config={**MICRO, "pikv": {}}),
+    UnsupportedError,
+    "Sequential",
+)
 
 dist.barrier()
 dist.destroy_process_group()

@@ -13,8 +13,12 @@ report = Report()
 config = {**MICRO, "expert_parallel": {"enabled": True, "autoep_size": 2}, "pikv": {}}
 engine = ready(pikv_ds.initialize, model=tiny_model("qwen3_moe"), config=config)
 with report.check("pairs") as row:
-    row |= {"node": os.environ["CROSS_RANK"], "local_size": os.environ["LOCAL_SIZE"], "world": dist.get_world_size(),
-            "group": dist.get_process_group_ranks(engine.pikv.core.exchange.group)}
+    row |= {
+        "node": os.environ["CROSS_RANK"],
+        "local_size": os.environ["LOCAL_SIZE"],
+        "world": dist.get_world_size(),
+        "group": dist.get_process_group_ranks(engine.pikv.core.exchange.group),
+    }
     ids = rank_prompt("distinct")
     assert_same_text(row, generate(engine.module, ids), "qwen3_moe", ids)
 dist.barrier()

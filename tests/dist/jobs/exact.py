@@ -12,8 +12,24 @@ import pikv_ds
 from tests.host_guard import host_is_forbidden
 
 COLLECTIVES = (
-    "all_gather", "all_gather_into_tensor", "all_gather_single", "all_reduce", "all_to_all", "all_to_all_single", "broadcast", "barrier", "reduce_scatter",
-    "reduce_scatter_tensor", "gather", "scatter", "send", "recv", "isend", "irecv", "reduce", "batch_isend_irecv",
+    "all_gather",
+    "all_gather_into_tensor",
+    "all_gather_single",
+    "all_reduce",
+    "all_to_all",
+    "all_to_all_single",
+    "broadcast",
+    "barrier",
+    "reduce_scatter",
+    "reduce_scatter_tensor",
+    "gather",
+    "scatter",
+    "send",
+    "recv",
+    "isend",
+    "irecv",
+    "reduce",
+    "batch_isend_irecv",
 )
 
 
@@ -29,8 +45,14 @@ class Run:
 
 def generate(model, ids, mask=None, *, new_tokens: int, **options) -> Run:
     out = model.generate(
-        ids, attention_mask=torch.ones_like(ids) if mask is None else mask, max_new_tokens=new_tokens, do_sample=False, eos_token_id=None,
-        return_dict_in_generate=True, output_logits=True, **options,
+        ids,
+        attention_mask=torch.ones_like(ids) if mask is None else mask,
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        eos_token_id=None,
+        return_dict_in_generate=True,
+        output_logits=True,
+        **options,
     )
     return Run(out.sequences, torch.stack(out.logits))
 

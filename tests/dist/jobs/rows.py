@@ -12,7 +12,14 @@ from tests.tiny_models import prompt, tiny_model
 
 def beams(model, ids, mask, **options):
     return model.generate(
-        ids, attention_mask=mask, max_new_tokens=20, num_beams=4, do_sample=False, eos_token_id=None, return_dict_in_generate=True, output_scores=True,
+        ids,
+        attention_mask=mask,
+        max_new_tokens=20,
+        num_beams=4,
+        do_sample=False,
+        eos_token_id=None,
+        return_dict_in_generate=True,
+        output_scores=True,
         **options,
     )
 
@@ -95,7 +102,9 @@ def check_requests_come_and_go(report: Report, name: str, model, group) -> None:
     with report.check(f"{name} requests come and go on their own"), torch.no_grad():
         jobs = [(17 + 5 * rank, 9, 4 + rank), (6, 5 + rank, 6), (25, 3, 7)]  # prompt length, new tokens, columns per prefill forward
         waits = [rank, 2 * rank % 3, 1]
-        references = [generate(model, prompt(n, seed=100 + 10 * rank + j, batch=1 + j % 2), new_tokens=t) for j, (n, t, _) in enumerate(jobs)]
+        references = [
+            generate(model, prompt(n, seed=100 + 10 * rank + j, batch=1 + j % 2), new_tokens=t) for j, (n, t, _) in enumerate(jobs)
+        ]
         with pikv_ds.attach(model, {"page_size": 4, "storage": {"requests": "distinct"}}, group) as cache:
 
             def traffic():
@@ -137,7 +146,9 @@ def check_generations(report: Report, model, group) -> None:
                 if turn == 1:
                     ids = prompt(8 + rank, seed=90 + rank, batch=2)  # the mode changes between generations
                 run = generate(model, ids, new_tokens=6)
-                assert cache.stats()["requests"] == ("distinct" if turn == 1 and dist.get_world_size() > 1 else "replicated" if dist.get_world_size() > 1 else "local")
+                assert cache.stats()["requests"] == (
+                    "distinct" if turn == 1 and dist.get_world_size() > 1 else "replicated" if dist.get_world_size() > 1 else "local"
+                )
                 live = torch.tensor(cache.stats()["entries_live"])
                 dist.all_reduce(live, group=group)
                 tokens = torch.tensor(ids.numel() + 5 * ids.shape[0])

@@ -25,11 +25,17 @@ def options(config, blocks: int, paused: int) -> dict:
     heads = max(1, config.num_query_groups // config.tensor_model_parallel_size)
     block_bytes = 4 * 2 * config.num_layers * BLOCK * heads * config.kv_channels
     return dict(
-        params_dtype=torch.float32, num_layers=config.num_layers, kv_channels=config.kv_channels,
+        params_dtype=torch.float32,
+        num_layers=config.num_layers,
+        kv_channels=config.kv_channels,
         num_attention_heads=config.num_query_groups,
-        tensor_model_parallel_size=min(config.tensor_model_parallel_size, config.num_query_groups), max_sequence_length=LONGEST + 20,
-        buffer_size_gb=(blocks + 0.5) * block_bytes / 1024**3, paused_buffer_size_gb=(paused + 0.5) * block_bytes / 1024**3,
-        block_size_tokens=BLOCK, max_requests=8, max_tokens=1024,
+        tensor_model_parallel_size=min(config.tensor_model_parallel_size, config.num_query_groups),
+        max_sequence_length=LONGEST + 20,
+        buffer_size_gb=(blocks + 0.5) * block_bytes / 1024**3,
+        paused_buffer_size_gb=(paused + 0.5) * block_bytes / 1024**3,
+        block_size_tokens=BLOCK,
+        max_requests=8,
+        max_tokens=1024,
     )
 
 

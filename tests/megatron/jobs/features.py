@@ -115,8 +115,13 @@ def check_refusals(report: Report, ids: torch.Tensor) -> None:
     classes = [type(m) for m in model.modules()]
     with report.check("settings refused by name"):
         for changes in (
-            dict(context_parallel_size=2), dict(pipeline_model_parallel_size=2), dict(cuda_graph_impl="local"), dict(flash_decode=True),
-            dict(sequence_parallel=True), dict(mtp_num_layers=1), dict(window_size=(4, 4)),
+            dict(context_parallel_size=2),
+            dict(pipeline_model_parallel_size=2),
+            dict(cuda_graph_impl="local"),
+            dict(flash_decode=True),
+            dict(sequence_parallel=True),
+            dict(mtp_num_layers=1),
+            dict(window_size=(4, 4)),
         ):
             with setting(model.config, **changes):
                 refused(UnsupportedError, next(iter(changes)), lambda: enable_pikv(model))

@@ -38,7 +38,8 @@ def check_layout(report: Report, layout: str) -> None:
     for name, family, changes in (
         ("qwen3_moe, dense first layer", "qwen3_moe", dict(mlp_only_layers=[0])),
         ("qwen3_moe, unnormalised", "qwen3_moe", dict(norm_topk_prob=False)),
-        ("mixtral, window 8", "mixtral", {}), ("mixtral, one KV head", "mixtral", dict(num_key_value_heads=1)),
+        ("mixtral, window 8", "mixtral", {}),
+        ("mixtral, one KV head", "mixtral", dict(num_key_value_heads=1)),
     ):
         check_model(report, f"{layout} {name}", tiny_models.tiny_model(family, **changes), 20)
     hf, tokenizer = pikv_ds.bundled.load()
