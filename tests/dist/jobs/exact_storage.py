@@ -1,4 +1,4 @@
-"""Placements, expert id sources and shard counts: the same tokens wherever entries live. Runs on 1, 2 and 4 ranks. args: out file of the gate."""
+"""Placements, expert id sources and shard counts: the same tokens wherever entries live. 1, 2 and 4 ranks. args: out file of the gate."""
 
 import itertools
 import sys

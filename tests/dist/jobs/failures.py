@@ -1,4 +1,4 @@
-"""What goes wrong between ranks, and that all of them say so: diverging ranks, full shards, refused calls. args: case (all | dies | hangs)."""
+"""What goes wrong between ranks, and that all of them say so: diverging ranks, full shards, refusals. args: case (all | dies | hangs)."""
 
 import os
 import sys
