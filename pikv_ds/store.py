@@ -29,6 +29,7 @@ class LayerStore:
         self.free_top = free_top  # 0-d int64, pages on the free stack
         self.pages = aligned_bytes(0, device).view(0, fmt.record_bytes)  # [P, record_bytes] uint8
         self.tail = self.new_tail(counts.numel())  # [R * S, Hkv, group, Dk], or None
+        self.summaries: dict[str, Tensor] = {}  # name -> [P, ...]: what selection or retention keeps per page; travels with the page
         # One spare element each, never read as a page: tokens that open no page index it.
         self.refcount = torch.zeros(1, dtype=torch.int32, device=device)  # [P + 1] tables that name a page; > 1 after a beam fork
         self.free_stack = torch.zeros(1, dtype=torch.int32, device=device)  # [P + 1] free page ids, free_top of them valid
@@ -41,6 +42,12 @@ class LayerStore:
         shape = (rows, self.fmt.num_kv_heads, self.fmt.group, self.fmt.k_dim)
         return torch.empty(shape, dtype=self.dtype, device=self.device)
 
+    def add_summary(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        """Keep `shape` values of `dtype` per page under `name`, in summaries[name] [P, *shape]; 0 in pages that are new."""
+        if name in self.summaries:
+            raise ValueError(f"the store already keeps a summary {name!r}; use another name")
+        self.summaries[name] = torch.zeros((self.num_pages, *shape), dtype=dtype, device=self.device)
+
     # ---- host side: sizes ----------------------------------------------------------------------------------------------------
 
     @property
@@ -49,8 +56,8 @@ class LayerStore:
 
     @property
     def nbytes(self) -> int:
-        """Allocated KV bytes: page records (codes, scales, positions, padding) and raw tails."""
-        return self.pages.nbytes + (0 if self.tail is None else self.tail.nbytes)
+        """Allocated KV bytes: page records (codes, scales, positions, padding), raw tails, page summaries."""
+        return self.pages.nbytes + (0 if self.tail is None else self.tail.nbytes) + sum(x.nbytes for x in self.summaries.values())
 
     @property
     def metadata_nbytes(self) -> int:
@@ -82,6 +89,7 @@ class LayerStore:
         keep = torch.nonzero(taken).squeeze(-1)
         pages = aligned_bytes(used * self.fmt.record_bytes, self.device).view(used, -1) if used else self.pages[:0].clone()
         self.pages = torch.index_select(self.pages, 0, keep, out=pages)
+        self.summaries = {name: x.index_select(0, keep) for name, x in self.summaries.items()}
         self.refcount = torch.nn.functional.pad(self.refcount.index_select(0, keep), (0, 1))
         table = self.block_table
         self.block_table = torch.where(table >= 0, new_id[table.clamp_min(0)], -1)
@@ -91,6 +99,8 @@ class LayerStore:
     def _resize(self, num_pages: int) -> None:
         old, self.pages = self.pages, aligned_bytes(num_pages * self.fmt.record_bytes, self.device).view(num_pages, -1)
         self.pages[: old.shape[0]] = old
+        for name, x in self.summaries.items():
+            self.summaries[name] = torch.cat([x, x.new_zeros(num_pages - old.shape[0], *x.shape[1:])])
         added = torch.arange(old.shape[0], num_pages, dtype=torch.int32, device=self.device)
         self.refcount = torch.nn.functional.pad(self.refcount, (0, added.numel()))
         # New ids go on top of the live part of the stack: a host sync is avoided by writing them at free_top on the device.
