@@ -17,7 +17,7 @@ from .digest import digest
 from .distinct import DistinctStep
 from .errors import ConfigError
 from .exchange import Exchange
-from .placement import Placement
+from .placement import Placement, Routed
 from .plan import LocalStep, Source, StepPlan
 from .policies import POLICIES
 from .reader import Before, read_pages, stored_entries
@@ -119,17 +119,22 @@ class PiKVCache:
 
     # ---- the step ------------------------------------------------------------------------------------------------------------
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, v_dim: int, expert_ids: Tensor | None) -> Partial:
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, v_dim: int, expert_ids: Routed | Tensor | None
+    ) -> Partial:
         """Store this forward's entries of one layer and attend to what is stored.
 
         Args:
             layer: index into the layers given at construction; ascending within a forward.
             q: [B, T, Hq, Dk]; MLA: the absorbed query. k: [B, T, Hkv, Dk], v: [B, T, Hkv, Dv] after RoPE (MLA: the latent, Dv = 0).
             scale: softmax scale. v_dim: width of the output (MLA: columns of the latent that are the value).
-            expert_ids: [B * T] int64 primary experts, or None: position mod num_experts. Ignored for staged ("true") ids.
+            expert_ids: what a router chose, or [B * T] int64 primary experts, or None: position mod num_experts. Ignored for staged
+                ("true") ids.
 
         Sync: none but the header of the first record of the forward. Collectives: 2, or 1 for replicated requests.
         """
+        if isinstance(expert_ids, Routed) and (self.num_shards > 1 or self.exchange.size > 1):
+            expert_ids = expert_ids.primary()
         query = Query(layer, q, k.flatten(0, 1), v.flatten(0, 1), scale, v_dim, expert_ids)
         if self.exchange.size > 1 and self.agreement.mode is None:
             headers = self.exchange.gather_ints(self.agreement.header(self.local, self.hold), self.device, "opening the first forward")
@@ -138,7 +143,7 @@ class PiKVCache:
             return self.distinct.attend(query)
         return self.replicated.attend(query)
 
-    def append(self, layer: int, k: Tensor, v: Tensor, expert_ids: Tensor | None) -> None:
+    def append(self, layer: int, k: Tensor, v: Tensor, expert_ids: Routed | Tensor | None) -> None:
         written = self.writer.append(layer, self.plan, k, v, expert_ids, self.hold)
         if self.selection is not None:
             self.selection.wrote(layer, self.plan, written)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -99,14 +100,13 @@ class Tables:
     def reserve(self, plan: StepPlan, hold: bool) -> None:
         """Fill in the per-layer sizes of a plan and make sure that its entries will find pages, without knowing their shards yet."""
         page = self.page_size
-        num_new = torch.tensor(plan.num_new, dtype=torch.int64)
+        num_new, counts = np.array(plan.num_new, dtype=np.int64), self.counts_host.numpy()  # numpy: small sizes, each step
         most_new, total_new = max(plan.num_new, default=0), sum(plan.num_new)
-        flat = self.counts_host.flatten(1)
-        fullest = flat.amax(1).tolist() if flat.shape[1] else [0] * len(self.layers)
+        fullest = counts.max((1, 2), initial=0).tolist()
         opens = [0] * len(self.layers)
         if plan.decode:
             # A row opens a page only when one of its open pages is full; the token may go to any shard, so any of them counts.
-            opens = ((self.counts_host % page == 0).any(-1) & (num_new > 0)).sum(-1).tolist()
+            opens = ((counts % page == 0).any(-1) & (num_new > 0)).sum(-1).tolist()
         capacity = {
             w: shard_capacity(self.layers, w, plan.lens_after_host, self.num_shards, page, self.storage.capacity_tokens)
             for w in {spec.window for spec in self.layers}
@@ -116,7 +116,7 @@ class Tables:
         for i, (spec, store) in enumerate(zip(self.layers, self.stores, strict=True)):
             plan.capacity.append(capacity[spec.window])
             plan.may_spill.append(self.num_shards > 1 and fullest_shard[i] + total_new > capacity[spec.window])
-            needed = opens[i] if plan.decode else self._pages_for_chunk(i, num_new, capacity[spec.window], hold)
+            needed = opens[i] if plan.decode else self._pages_for_chunk(i, torch.from_numpy(num_new), capacity[spec.window], hold)
             plan.may_open.append(needed > 0)
             store.reserve(free[i], needed, -(-(fullest[i] + most_new) // page))
         if self.num_shards > 1:
