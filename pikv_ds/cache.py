@@ -104,6 +104,8 @@ class PiKVCache:
             self._allocate(len(before))
         elif not agreed.identity:
             self.tables.remap(agreed, old_lens)
+            if self.selection is not None:
+                self.selection.remap(agreed.parent)
         self.plan = StepPlan(agreed.shapes, self.agreement.own, before, after, self.device)
         self.tables.reserve(self.plan, self.hold)
 
@@ -146,7 +148,7 @@ class PiKVCache:
     def append(self, layer: int, k: Tensor, v: Tensor, expert_ids: Routed | Tensor | None) -> None:
         written = self.writer.append(layer, self.plan, k, v, expert_ids, self.hold)
         if self.selection is not None:
-            self.selection.wrote(layer, self.plan, written)
+            self.selection.wrote(layer, self.plan, k, written)
 
     def name_experts(self, layer: int, expert_ids: Tensor) -> None:
         """Router `layer` has run: the staged entries of that layer know their expert now. expert_ids [B * T] int64."""
