@@ -83,6 +83,9 @@ class StepPlan:
     @cached_property
     def rows(self) -> Tensor:
         token = torch.arange(self.num_tokens)
+        if len(self.sources) == 1:
+            columns = self.sources[0].num_columns
+            return (token if columns == 1 else token // columns).to(self.device)
         return torch.cat([s.row0 + (token // s.num_columns).clamp_max(s.num_rows - 1) for s in self.sources]).to(self.device)
 
     @cached_property
