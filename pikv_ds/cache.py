@@ -86,10 +86,12 @@ class PiKVCache:
         """Finish a forward: staged entries go home, windows expire, slabs are returned, late errors are raised (on all ranks alike)."""
         if self.staged is not None:
             (self.distinct if self.agreement.mode == "distinct" else self.replicated).flush_staged()
+        expired = 0
         if not (self.hold and self.agreement.mode == "distinct"):
             # How far another rank may crop is not known here: while it may, window layers of distinct requests keep everything.
-            self.tables.expire(self.agreement.lens, self.hold_margin or 0)
-        self.tables.shrink()
+            expired = self.tables.expire(self.agreement.lens, self.hold_margin or 0)
+        if expired or not self.plan.quiet:
+            self.tables.shrink()
         if self.config.storage.overflow == "error":
             self.tables.counters.raise_if_overflowed(self.plan.capacity)
         self.plan = None

@@ -79,6 +79,7 @@ class StepPlan:
         self.capacity: list[int] = []  # per layer: entries a shard may hold
         self.may_spill: list[bool] = []  # per layer
         self.may_open: list[bool] = []  # per layer: a new page may be needed
+        self.quiet = False  # no page is opened, so no sizes change but the counts
 
     @cached_property
     def rows(self) -> Tensor:
