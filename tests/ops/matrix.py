@@ -17,7 +17,9 @@ import torch
 
 from pikv_ds.ops import library, ref_formats
 from pikv_ds.ops.formats import FORMATS, PageFormat
+from pikv_ds.ops.pack import record_layout
 from tests.ops.cases import answer, compare, compare_lse, make_case
+from tests.ops.grown import Grown
 
 GROUPS = (1, 4, 8, 16)
 MODES = ("dense", "list", "window")
@@ -62,6 +64,12 @@ def points(long: bool = False) -> Iterator[Point]:
         yield Point("append", label, partial(check_append, name, latent, dtype))
     for sets, dim in itertools.product((1, 2, 5, 64) if long else (1, 5), (8, 40, 512)):
         yield Point("merge", f"S{sets}-D{dim}", partial(check_merge, sets, dim))
+    for name, dtype in itertools.product(FORMATS, DTYPES):
+        yield Point("page_bounds", f"{name}-{str(dtype)[6:]}", partial(check_bounds, name, dtype))
+    for (heads, tables), dtype in itertools.product(((3, 1), (1, 3)), DTYPES):
+        yield Point("page_score", f"H{heads}-tables{tables}-{str(dtype)[6:]}", partial(check_score, heads, tables, dtype))
+    for rows, indexed in itertools.product((0, 1, 7, 300), (False, True)):
+        yield Point("pack", f"{rows}{'-indexed' if indexed else ''}", partial(check_pack, rows, indexed))
     for record in (64, 100, 4096, 70000):
         yield Point("migrate", f"{record}B", partial(check_migrate, record))
     for words in (0, 1, 127, 4096, 100001):
@@ -210,4 +218,60 @@ def check_migrate(record_bytes: int, op: Op, device: str) -> float:
 def check_checksum(words: int, op: Op, device: str) -> float:
     data = torch.randint(256, (8 * words,), dtype=torch.uint8, generator=torch.Generator().manual_seed(words))
     assert op("checksum")(data.to(device)).cpu() == library.REFERENCE["checksum"](data)
+    return 0.0
+
+
+def check_bounds(name: str, dtype: torch.dtype, op: Op, device: str) -> float:
+    """Two tables that grow in steps, pages in no order: the bits of the reference after each."""
+    expected, found = Grown(name, dtype), Grown(name, dtype, device=device)
+    for step, count in enumerate((1, 3, 70, 1, 300, 5)):
+        expected.step(count, library.REFERENCE["page_bounds"], scale=10.0 ** (step - 2))
+        found.step(count, op("page_bounds"), scale=10.0 ** (step - 2))
+        bits = [grown.bounds.view(torch.uint8) for grown in (expected, found)]
+        assert torch.equal(*bits), f"bounds differ after a step of {count}"
+    return 0.0
+
+
+def check_score(heads: int, table_heads: int, dtype: torch.dtype, op: Op, device: str) -> float:
+    """Columns beyond the length must not be read, an infinite bound must not become NaN."""
+    generator = torch.Generator().manual_seed(1)
+    q = torch.randn(2, 12, 72, generator=generator).to(dtype)
+    bounds = torch.randn(9, heads, 2, 72, generator=generator).sort(2).values.to(dtype)
+    bounds[4, :, 1, ::7] = torch.inf
+    q[:, :, ::7] = 0
+    seqlens = torch.tensor([0, 1, 16, 17], dtype=torch.int32).view(4, 1)
+    table = torch.randint(9, (4, table_heads, 7), generator=generator).int()
+    table[(torch.arange(7) >= (seqlens.unsqueeze(-1) + 15) // 16).expand_as(table)] = 1 << 30
+    expected = library.REFERENCE["page_score"](q, bounds, table, seqlens, 16, 0.3)
+    found = op("page_score")(*(x.to(device) for x in (q, bounds, table, seqlens)), 16, 0.3).cpu()
+    seen = expected != -torch.inf
+    assert torch.equal(seen, found != -torch.inf), "-inf in different places"
+    return compare(found[seen], expected[seen].double(), 1e-5, "scores")
+
+
+def check_pack(rows: int, indexed: bool, op: Op, device: str) -> float:
+    """More fields than one launch takes, of every alignment, any bits; then back into other rows, some dropped."""
+    generator = torch.Generator().manual_seed(rows)
+    kinds = [((3, 5), torch.bfloat16), ((2,), torch.float32), ((), torch.int32), ((0,), torch.float16), ((7,), torch.uint8),
+             ((), torch.int64), ((64,), torch.bfloat16)]  # fmt: skip
+    shapes = [torch.Size((max(rows, 1), *shape)) for shape, _ in kinds] * 3
+    dtypes = [dtype for _, dtype in kinds] * 3
+    fields = [torch.randint(256, (shape.numel() * dtype.itemsize,), dtype=torch.uint8, generator=generator).view(dtype).view(shape)
+              for shape, dtype in zip(shapes, dtypes, strict=True)]  # fmt: skip
+    offsets, stride = record_layout(fields)
+    index = torch.randint(-1, max(rows, 1), (rows,), generator=generator).int() if indexed else None
+    there = lambda x: None if x is None else x.to(device, copy=True)  # noqa: E731
+    buffer = torch.zeros(rows, stride, dtype=torch.uint8)
+    found = there(buffer)
+    strides = [stride] * len(fields)
+    library.REFERENCE["pack"](buffer, fields, index, offsets, strides, [rows] * len(fields))
+    op("pack")(found, [there(x) for x in fields], there(index), offsets, strides, [rows] * len(fields))
+    assert torch.equal(buffer, found.cpu()), "buffers differ"
+    to = torch.where(torch.arange(rows) % 3 == 1, -1, torch.randperm(rows, generator=generator)).int() if indexed else None
+    empty = [torch.zeros(rows, *x.shape[1:], dtype=x.dtype) for x in fields]
+    back = [there(x) for x in empty]
+    library.REFERENCE["unpack"](buffer, empty, to, offsets, strides)
+    op("unpack")(there(buffer), back, there(to), offsets, strides)
+    for expected, x in zip(empty, back, strict=True):
+        assert torch.equal(expected.flatten().view(torch.uint8), x.cpu().flatten().view(torch.uint8)), f"{x.dtype} differs"
     return 0.0
