@@ -102,6 +102,8 @@ def _unshare_open_pages(store: LayerStore, num_kept: Tensor) -> None:
     target = store.free_stack[int(store.free_top) : int(store.free_top) + num_copies]
     source = page[copies]
     ops.migrate(store.pages, store.pages[source], target, torch.arange(num_copies, dtype=torch.int32, device=page.device))
+    for summary in store.summaries.values():
+        summary[target] = summary[source]
     store.block_table[open_rows[copies], open_shards[copies], last[copies]] = target
     store.refcount.index_add_(0, source, torch.full_like(source, -1, dtype=torch.int32))
     store.refcount[target] = 1

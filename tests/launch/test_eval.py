@@ -64,7 +64,7 @@ def test_rows_have_the_columns_and_say_how_they_were_made(document):
         assert list(row) == [*COLUMNS, "detail"]
         assert row["chunk"] == 16 and row["detail"]["store_share"] >= 0.95 and row["dtype"] == "float32" and row["ranks"] == 1
     assert rows["exact", "ppl"]["config"] == BLOCK and rows["dense", "ppl"]["config"] is None
-    assert rows["dense", "ppl"]["attention_impl"] == "DynamicCache + sdpa" and "paged" in rows["exact", "ppl"]["attention_impl"]
+    assert rows["dense", "ppl"]["attention_impl"] == "DynamicCache + sdpa" and rows["exact", "ppl"]["attention_impl"] == "pikv cpu fp32"
     assert "--context 256 --samples 4 --batch 3 --seed 0" in document["command"] and document["versions"]["transformers"]
 
 

@@ -51,7 +51,7 @@ def assert_same_quality(rows: dict, hf_rows: dict) -> None:
         assert row["backend"] == "megatron" and abs((row["recall"] or 0) - (hf_rows[key]["recall"] or 0)) <= 0.01
         assert (row["ppl"] or 0) == pytest.approx(hf_rows[key]["ppl"] or 0, rel=1e-5)
     assert rows["exact", "recall"]["recall"] >= 0.95 and abs(rows["exact", "ppl"]["kl"]) < 1e-6
-    assert "paged" in rows["exact", "ppl"]["attention_impl"]
+    assert rows["exact", "ppl"]["attention_impl"] == "pikv cpu fp32"
     assert rows["dense", "ppl"]["attention_impl"] == "StaticInferenceContext + DotProductAttention"
 
 
