@@ -46,7 +46,7 @@ def nvcc() -> str:
 
 def _sources() -> tuple[Source, ...]:
     kernels = tuple(Source("cuda/attend_kernels.cu", (f"-DPK_FORMAT={traits.code}",)) for traits in FORMATS.values())
-    launchers = (Source(f"cuda/{name}.cu") for name in ("pages", "bounds", "pack", "attend"))
+    launchers = (Source(f"cuda/{name}.cu") for name in ("pages", "bounds", "pack", "slots", "attend"))
     return (Source("cuda/page_kernels.cu"), *launchers, *kernels)
 
 

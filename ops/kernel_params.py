@@ -87,6 +87,16 @@ class Packed(ctypes.Structure):
     _fields_ = [("buffer", c_void_p), ("index", Index), ("fields", PackedField * 16)]
 
 
+class AssignSlots(ctypes.Structure):
+    _fields_ = [
+        *(
+            (name, c_void_p)
+            for name in ("counts", "table", "free_stack", "free_top", "refcount", "rows", "shard", "here", "slots", "tables")
+        ),
+        *((name, c_int) for name in ("N", "R", "S", "max_pages", "page_size", "may_open")),
+    ]
+
+
 class Checksum(ctypes.Structure):
     _fields_ = [("words", c_void_p), ("count", c_longlong), ("result", c_void_p)]
 

@@ -6,45 +6,17 @@ page ids, slots and lengths, which are on the device, with PIKV_DEBUG=1.
 
 from __future__ import annotations
 
-import ctypes
 import os
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from . import checks, library, nvrtc
+from . import checks, library
 from . import kernel_params as kp
 from .formats import PageFormat
 from .kernel_params import FLOAT_TYPES, address, index, page_record
-
-BLOCK = 128
-WARPS = BLOCK // 32
-
-
-def launch(part: str, kernel: str, grid: tuple[int, int], shared_bytes: int, params: ctypes.Structure, device: torch.device) -> None:
-    """Start a kernel on torch's current stream of `device`."""
-    from cupy_backends.cuda.api import driver
-
-    function = _function(part, kernel, device.index or 0)
-    arguments = (ctypes.c_void_p * 1)(ctypes.addressof(params))
-    stream = torch.cuda.current_stream(device).cuda_stream
-    with torch.cuda.device(device):
-        driver.launchKernel(function, *grid, 1, BLOCK, 1, 1, shared_bytes, stream, ctypes.addressof(arguments), 0)
-
-
-@cache
-def _function(part: str, kernel: str, device_index: int) -> int:
-    import cupy
-
-    major, minor = torch.cuda.get_device_capability(device_index)
-    path, names = nvrtc.cached_part(part, f"{major}{minor}")
-    with cupy.cuda.Device(device_index):
-        return cupy.RawModule(path=str(path)).get_function(names[kernel]).kernel.ptr
-
-
-def num_processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+from .nvrtc_launch import BLOCK, WARPS, launch, num_processors
 
 
 def kernel_width(fmt: PageFormat) -> int:
@@ -217,6 +189,16 @@ def migrate(target: Tensor, source: Tensor, target_ids: Tensor, source_ids: Tens
         launch("pages", "migrate_kernel", (count, min(max(-(-(record_bytes // 16) // (4 * BLOCK)), 1), 64)), 0, m, target.device)
 
 
+def assign_slots(counts, block_table, free_stack, free_top, refcount, rows, shard, here, page_size, one_per_row, may_open):
+    checks.assign_slots(counts, block_table, free_stack, free_top, refcount, rows, shard, here)
+    slots, tables = (counts.new_empty(rows.shape) for _ in range(2))
+    if rows.numel():
+        given = (counts, block_table, free_stack, free_top, refcount, rows, shard, here, slots, tables)
+        a = kp.AssignSlots(*map(address, given), rows.numel(), *block_table.shape, page_size, may_open)
+        launch("pages", "assign_slots_kernel", (1, 1), 8 * BLOCK, a, counts.device)
+    return slots, tables
+
+
 def checksum(data: Tensor) -> Tensor:
     checks.words(data)
     result, count = data.new_zeros((), dtype=torch.int64), data.nbytes // 8
@@ -236,5 +218,6 @@ OPS = {
     "page_score": page_score,
     "pack": pack,
     "unpack": unpack,
+    "assign_slots": assign_slots,
     "checksum": checksum,
 }

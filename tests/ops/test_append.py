@@ -6,7 +6,7 @@ import torch
 from pikv_ds import ops
 from pikv_ds.ops import library, load, ref_formats
 from pikv_ds.ops.formats import FORMATS, PageFormat
-from tests.ops.matrix import check_append
+from tests.ops.byte_checks import check_append
 
 COMPILED = pytest.mark.parametrize("compiled", ["cpu", "emu"])
 

@@ -59,7 +59,7 @@ def test_a_page_that_is_used_again_starts_anew():
         assert bounds[0, 0].tolist() == [[-value] * 8, [value] * 8] and bounds[1].isnan().all()
 
 
-@pytest.mark.parametrize("implementation", [name for name in IMPLEMENTATIONS if name != "emu"])  # no CUDA kernel
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", list(DTYPES))
 @pytest.mark.parametrize("shape", ["heads", "shards", "head tables"])
 def test_scores_against_loops(shape, dtype, implementation, monkeypatch):

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from pikv_ds.ops import kernel_params, library, nvrtc_ops
+from tests.ops.byte_checks import check_bounds, check_pack, check_score, check_slots
 from tests.ops.cases import answer, compare, compare_lse, make_case
 from tests.ops.kernel_text import Fault, compile_kernels, launcher
-from tests.ops.matrix import check_bounds, check_pack, check_score
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
 
@@ -31,7 +31,9 @@ def through(monkeypatch):
     return use
 
 
-@pytest.mark.parametrize("name", ["PageRecord", "Attend", "Merge", "Append", "PageBounds", "PageScore", "Packed", "Migrate", "Checksum"])
+@pytest.mark.parametrize(
+    "name", ["PageRecord", "Attend", "Merge", "Append", "PageBounds", "PageScore", "Packed", "Migrate", "AssignSlots", "Checksum"]
+)
 def test_python_knows_the_size_of_the_arguments(right_kernels, name):
     assert ctypes.sizeof(getattr(kernel_params, name)) == right_kernels.pikv_sizeof(name.encode())
 
@@ -125,6 +127,7 @@ def test_bounds_scores_and_packing(right_kernels, through, reverse):
         check_score(heads, table_heads, torch.bfloat16, _nvrtc_op, "cpu")
     for rows, indexed in ((0, True), (7, True), (7, False)):
         check_pack(rows, indexed, _nvrtc_op, "cpu")
+    check_slots(3, 2, 200, _nvrtc_op, "cpu")
 
 
 SCORE, CONST_SCORE = "lane_sum<1, T::lanes / 2>(score", "const float s = lane_sum"
@@ -202,6 +205,27 @@ def test_planted_bugs_in_bounds_and_scores_are_noticed(bug, through, tmp_path):
         try:
             check_bounds("int8", torch.float32, _nvrtc_op, "cpu")
             check_score(3, 1, torch.float32, _nvrtc_op, "cpu")
+        except (Fault, AssertionError):
+            noticed = True
+    assert noticed
+
+
+_COUNTED = "cells[i] = stored ? cell : -1;\n    __syncthreads();\n"
+PLANTED_SLOTS = {
+    "missing barrier before the tokens are counted": (_COUNTED, _COUNTED.replace("    __syncthreads();\n", "")),
+    "pages of the last round forgotten": ("*a.free_top = top - taken", "*a.free_top = top"),
+    "barrier of the tokens that are there": (_COUNTED, _COUNTED.replace("__syncthreads", "if (token < a.N) __syncthreads")),
+}
+
+
+@pytest.mark.parametrize("bug", list(PLANTED_SLOTS))
+def test_planted_bugs_in_slots_are_noticed(bug, through, tmp_path):
+    kernels = compile_kernels(tmp_path / "build", ("slots.cuh", *PLANTED_SLOTS[bug]))
+    noticed = False
+    for reverse in (False, True):
+        through(kernels, reverse)
+        try:
+            check_slots(3, 2, 200, _nvrtc_op, "cpu")
         except (Fault, AssertionError):
             noticed = True
     assert noticed

@@ -9,6 +9,7 @@
 #include "../kernels/merge.cuh"
 #include "../kernels/pack.cuh"
 #include "../kernels/pages.cuh"
+#include "../kernels/slots.cuh"
 #include "kernels.h"
 
 namespace pikv {
@@ -41,6 +42,10 @@ const char* launch_page_score(const PageScore& s, int num_tables, Stream stream)
 
 const char* launch_pack(const Packed& p, int num_fields, int num_blocks, bool unpack, Stream stream) {
   return launch(unpack ? unpack_kernel : pack_kernel, dim3((unsigned)num_blocks, (unsigned)num_fields), kBlock, 0, stream, p);
+}
+
+const char* launch_assign_slots(const AssignSlots& a, Stream stream) {
+  return launch(assign_slots_kernel, dim3(1), kBlock, 2 * kBlock * sizeof(int), stream, a);
 }
 
 const char* launch_checksum(const Checksum& c, int num_blocks, Stream stream) {

@@ -90,6 +90,19 @@ struct Packed {
   PackedField fields[16];
 };
 
+// N tokens; R rows x S shards have a block table each.
+struct AssignSlots {
+  int* counts;            // [R, S]
+  int* table;             // [R, S, max_pages]
+  const int* free_stack;  // the first *free_top are free pages
+  long long* free_top;
+  int* refcount;
+  const long long *rows, *shard;  // [N]; shard null = S is 1
+  const unsigned char* here;      // [N] or null = all are
+  int *slots, *tables;            // [N] results
+  int N, R, S, max_pages, page_size, may_open;
+};
+
 struct Checksum {
   const unsigned long long* words;
   long long count;
