@@ -1,4 +1,4 @@
-"""`pikv bench`: timed comparisons, interleaved in one process. `decode`: a step against the ordinary cache; `ops`: the ops."""
+"""`pikv bench`: comparisons in one process. `decode`: a step against the ordinary cache; `ops`: the ops; `errors`: their accuracy."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import time
 from statistics import median, quantiles
 from typing import Any
 
-from pikv_ds.launch import bench_ops
+from pikv_ds.launch import bench_errors, bench_ops
 from pikv_ds.launch.output import print_table, write_json
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
-    parser = subparsers.add_parser("bench", help="timed comparisons against the hosts' own caches")
+    parser = subparsers.add_parser("bench", help="speed and accuracy against the hosts' own caches and torch")
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
     decode = kinds.add_parser("decode", help="one decode step of one rank: DynamicCache + SDPA against PiKV, exact mode")
     decode.add_argument(
@@ -30,11 +30,13 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     decode.add_argument("--json", metavar="FILE", help="write the rows to FILE")
     ops = kinds.add_parser("ops", help="the compiled ops against torch's attention")
     bench_ops.add_arguments(ops)
-    ops.add_argument("--json", metavar="FILE", help="write the rows to FILE")
+    ops.add_argument("--json", metavar="FILE", help="write the rows and the table of targets to FILE")
+    errors = kinds.add_parser("errors", help="errors of the page formats and of the op that reads them, against fp64")
+    errors.add_argument("--json", metavar="FILE", help="write the rows to FILE")
 
 
 def run(args: argparse.Namespace) -> int:
-    return bench_ops.run(args) if args.kind == "ops" else _run_decode(args)
+    return {"decode": _run_decode, "ops": bench_ops.run, "errors": bench_errors.run}[args.kind](args)
 
 
 def _run_decode(args: argparse.Namespace) -> int:
