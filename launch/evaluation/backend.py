@@ -40,14 +40,3 @@ class Backend(Protocol):
         """Requests of at most `length` tokens in the cache that the "pikv" block configures; None = the host's dense cache."""
 
     def close(self) -> None: ...
-
-
-def gather(value: Any) -> list[Any]:
-    """`value` of every rank, on every rank."""
-    import torch.distributed as dist
-
-    if not dist.is_initialized():
-        return [value]
-    values: list = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
