@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,14 @@ from .slots import spill
 from .tables import Tables
 
 
+class Written(NamedTuple):
+    """Where the N tokens of an append went."""
+
+    slot_mapping: Tensor  # [N] int32, page * page_size + offset; -1 = not stored here
+    shard: Tensor | None  # [N] int64 local shard, any value where not here; None = the only one
+    here: Tensor  # [N] bool
+
+
 class Writer:
     """Appends the entries of one layer and forward to the shards of this rank. Nothing here reads the device back."""
 
@@ -18,7 +28,7 @@ class Writer:
         self.tables, self.placement = tables, placement
         self.num_experts = placement.num_experts
 
-    def append(self, layer: int, plan: StepPlan, k: Tensor, v: Tensor, expert_ids: Routed | Tensor | None, hold: bool) -> None:
+    def append(self, layer: int, plan: StepPlan, k: Tensor, v: Tensor, expert_ids: Routed | Tensor | None, hold: bool) -> Written:
         """Args: k [N, Hkv, Dk], v [N, Hkv, Dv]; expert_ids [N] int64 (-1 or None: position mod E), or with one shard
         a router's choice; hold: nothing expires at birth."""
         tables, spec = self.tables, self.tables.layers[layer]
@@ -33,7 +43,7 @@ class Writer:
             valid = born
         store, all_valid = tables.stores[layer], plan.all_valid and valid is plan.valid
         if tables.num_shards == 1:
-            store.append(
+            slots = store.append(
                 plan.rows,
                 None,
                 valid,
@@ -45,12 +55,12 @@ class Writer:
                 all_valid=all_valid,
             )
             tables.counters.count_appended(experts, valid)
-            return
+            return Written(slots, None, valid)
         tables.directory.leave(layer, plan.rows, positions, valid, plan.lens_before, plan.lens_after, plan.decode)
         shard = self._shards(layer, plan, experts, positions, valid)
         tables.directory.record(layer, plan.rows, positions, valid, shard, plan.lens_after)
         here = valid & self._is_local(shard)
-        store.append(
+        slots = store.append(
             plan.rows,
             shard - tables.shard_begin,
             here,
@@ -62,6 +72,7 @@ class Writer:
             all_valid=False,
         )
         tables.counters.count_appended(experts, here)
+        return Written(slots, shard - tables.shard_begin, here)
 
     def _experts(self, expert_ids: Routed | Tensor | None, plan: StepPlan) -> Routed | Tensor:
         if expert_ids is None:
