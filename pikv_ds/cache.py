@@ -88,10 +88,12 @@ class PiKVCache:
             (self.distinct if self.agreement.mode == "distinct" else self.replicated).flush_staged()
         if self.selection is not None:
             self.selection.settle()
+        expired = 0
         if not (self.hold and self.agreement.mode == "distinct"):
             # How far another rank may crop is not known here: while it may, window layers of distinct requests keep everything.
-            self.tables.expire(self.agreement.lens, self.hold_margin or 0)
-        self.tables.shrink()
+            expired = self.tables.expire(self.agreement.lens, self.hold_margin or 0)
+        if expired or not self.plan.quiet:
+            self.tables.shrink()
         if self.config.storage.overflow == "error":
             self.tables.counters.raise_if_overflowed(self.plan.capacity)
         self.plan = None

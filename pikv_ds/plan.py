@@ -79,10 +79,14 @@ class StepPlan:
         self.capacity: list[int] = []  # per layer: entries a shard may hold
         self.may_spill: list[bool] = []  # per layer
         self.may_open: list[bool] = []  # per layer: a new page may be needed
+        self.quiet = False  # no page is opened, so no sizes change but the counts
 
     @cached_property
     def rows(self) -> Tensor:
         token = torch.arange(self.num_tokens)
+        if len(self.sources) == 1:
+            columns = self.sources[0].num_columns
+            return (token if columns == 1 else token // columns).to(self.device)
         return torch.cat([s.row0 + (token // s.num_columns).clamp_max(s.num_rows - 1) for s in self.sources]).to(self.device)
 
     @cached_property

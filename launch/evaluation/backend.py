@@ -53,14 +53,3 @@ class Backend(Protocol):
 def first_of(memories: list[Memory]) -> Memory:
     """Sizes of the first, counts of all."""
     return memories[0]._replace(read=sum(memory.read for memory in memories), visible=sum(memory.visible for memory in memories))
-
-
-def gather(value: Any) -> list[Any]:
-    """`value` of every rank, on every rank."""
-    import torch.distributed as dist
-
-    if not dist.is_initialized():
-        return [value]
-    values: list = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values

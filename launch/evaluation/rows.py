@@ -8,9 +8,10 @@ from statistics import median
 from typing import Any, NamedTuple
 
 from pikv_ds.config import PiKVConfig
+from pikv_ds.launch.ranks import gather
 from pikv_ds.stats import dense_bytes
 
-from .backend import Backend, Memory, gather
+from .backend import Backend, Memory
 from .ppl import PplSums
 from .recall import Answer
 from .spec import COLUMNS, EvalSpec, Unit, store_share

@@ -22,18 +22,31 @@ def find_router(layer: nn.Module) -> nn.Module | None:
     return routers[0] if routers else None
 
 
-def routed(output: tuple, router: nn.Module) -> Routed:
-    """The (ids, weights) [T, K] in a router's output: (logits, weights, ids) in transformers, (weights, ids, counts) under AutoEP."""
-    tensors = [t for t in output if isinstance(t, Tensor) and t.dim() == 2] if isinstance(output, tuple) else []
-    for ids in tensors:
-        if not ids.is_floating_point():
-            weights = next((t for t in tensors if t.is_floating_point() and t.shape == ids.shape), None)
-            if weights is not None:
-                return Routed(ids, weights)
-    raise UnsupportedError(
-        f"{type(router).__name__} returned no (weights, ids) pair of equal shape [tokens, top_k]; PiKV can't tell the experts of a token. "
-        f"Set pikv.storage.expert_ids = 'hash'"
-    )
+class RouterOutput:
+    """Finds the (ids, weights) [T, K] in a router's output: (logits, weights, ids) in transformers, (weights, ids, counts) under AutoEP.
+
+    Where they are is looked up in the first output and kept: a router always returns the same kinds of tensors.
+    """
+
+    def __init__(self, router: nn.Module) -> None:
+        self.router, self.at = router, None
+
+    def routed(self, output: tuple) -> Routed:
+        if self.at is None:
+            self.at = self._find(output)
+        return Routed(output[self.at[0]], output[self.at[1]])
+
+    def _find(self, output: tuple) -> tuple[int, int]:
+        tensors = [(i, t) for i, t in enumerate(output) if isinstance(t, Tensor) and t.dim() == 2] if isinstance(output, tuple) else []
+        for i, ids in tensors:
+            if not ids.is_floating_point():
+                weights = [j for j, t in tensors if t.is_floating_point() and t.shape == ids.shape]
+                if weights:
+                    return i, weights[0]
+        raise UnsupportedError(
+            f"{type(self.router).__name__} returned no (weights, ids) pair of equal shape [tokens, top_k]; PiKV can't tell the experts of "
+            f"a token. Set pikv.storage.expert_ids = 'hash'"
+        )
 
 
 class ExpertIds:
@@ -86,10 +99,12 @@ class ExpertIds:
         return None
 
     def _router_hook(self, layer: int):
+        found = RouterOutput(self.routers[layer])
+
         def hook(router: nn.Module, args: tuple, output: tuple) -> None:
             if not self.active:
                 return
-            choice = routed(output, router)
+            choice = found.routed(output)
             if self.source == "true":
                 self.on_routed(layer, choice.primary())
             else:
@@ -98,12 +113,14 @@ class ExpertIds:
         return hook
 
     def _lookahead_hook(self, layer: int, router: nn.Module):
+        found = RouterOutput(router)
+
         def hook(attention: nn.Module, args: tuple, kwargs: dict) -> None:
             if not self.active:
                 return
             hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
             with torch.no_grad():
-                self._looked_ahead[layer] = routed(router(hidden.detach().flatten(0, 1)), router)
+                self._looked_ahead[layer] = found.routed(router(hidden.detach().flatten(0, 1)))
 
         return hook
 
