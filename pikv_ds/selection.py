@@ -116,11 +116,12 @@ class Selection:
             asked = self._asked(query, q[:, block], rows, stored, positions[:, block])
             page_list = self.choose(asked, plan)
             self._count(asked, page_list)
-            out, lse = self._attend(asked, page_list)
+            out, lse, page_lse = self._attend(asked, page_list, self.router.wants_page_lse)
             if self.measures_mass:
-                share = torch.exp(lse - asked.total(self._attend(asked, None)[1])).mean(1, dtype=torch.float64)
+                share = torch.exp(lse - asked.gather(self._attend(asked, None)[1]).logsumexp(0)).mean(1, dtype=torch.float64)
                 self.mass += torch.stack([share.nan_to_num(0.0) @ real_queries(asked), real_queries(asked).sum() / self.exchange.size])
-            self.router.answered(asked, page_list, lse)
+            if self.router.wants_page_lse:
+                self.router.answered(asked, page_list, page_lse)
             parts.append((out.view(num_rows, -1, *out.shape[1:]), lse.view(num_rows, -1, lse.shape[1])))
         return parts[0] if len(parts) == 1 else (torch.cat([out for out, _ in parts], 1), torch.cat([lse for _, lse in parts], 1))
 
@@ -137,12 +138,11 @@ class Selection:
         what = f"choosing the pages of layer {asked.layer} over all ranks"
         return best_pages(keys, pages, budget.width, num_local, self.exchange, what)
 
-    def _attend(self, asked: PageQuery, page_list: Tensor | None) -> tuple[Tensor, Tensor]:
-        out, lse, _ = ops.decode(
+    def _attend(self, asked: PageQuery, page_list: Tensor | None, with_page_lse: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
+        return ops.decode(
             asked.q, asked.store.pages, asked.store.fmt, asked.block_table, asked.seqlens, scale=asked.scale, page_list=page_list,
-            q_positions=asked.positions, window=asked.window, tail=asked.tail, tail_rows=asked.tail_rows,
+            q_positions=asked.positions, window=asked.window, tail=asked.tail, tail_rows=asked.tail_rows, with_page_lse=with_page_lse,
         )  # fmt: skip
-        return out, lse
 
     def _asked(self, query: Query, q: Tensor, rows: slice, stored: Stored, positions: Tensor) -> PageQuery:
         """The tables of R rows, once per query."""
@@ -166,13 +166,14 @@ class Selection:
             tail_rows=None if stored.tail is None else per_query(stored.tail_rows),
             visible=visible, first=first, last=last, entries=torch.where(visible, entries, 0),
             pinned=(first < config.sink_tokens) | (last > at - config.recent_tokens), shards=self.tables.local, window=window,
-            homes=None if self.num_shards == 1 else self.tables.directory.shard_at[query.layer][rows], scale=query.scale, total=self._total,
+            homes=None if self.num_shards == 1 else self.tables.directory.shard_at[query.layer][rows],
+            scale=query.scale, gather=self._gather,
         )  # fmt: skip
 
-    def _total(self, lse: Tensor) -> Tensor:
+    def _gather(self, x: Tensor) -> Tensor:
         if self.exchange.size == 1:
-            return lse
-        return self.exchange.all_gather(lse.contiguous(), "adding up attention over all ranks").logsumexp(0)
+            return x.unsqueeze(0)
+        return self.exchange.all_gather(x.contiguous(), f"gathering for pikv.routing.method = {self.config.method!r}")
 
     def _budget(self, layer: int, plan: StepPlan) -> Budget:
         """Once per forward and window, from sizes that every rank knows on the host."""

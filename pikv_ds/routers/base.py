@@ -71,8 +71,12 @@ class PageQuery:
     """[R, L] int16: global shard of every position of the rows; None = there is one shard."""
     window: int | None
     scale: float
-    total: Callable[[Tensor], Tensor]
-    """lse [Q, Hq] f32 over this rank's pages -> over those of all ranks. A collective when there are several: call it on all or none."""
+    gather: Callable[[Tensor], Tensor]
+    """[...] of the same shape on all ranks -> [ranks, ...]. A collective when there are several: call it on all or none."""
+
+    def over_shards(self, x: Tensor) -> Tensor:
+        """[Q, S, ...] of the local shards -> [Q, shards, ...] of all, by `gather`."""
+        return self.gather(x).transpose(0, 1).flatten(1, 2)
 
     def row_of_query(self) -> Tensor:
         """[Q] int64 request row of each query."""
@@ -94,6 +98,11 @@ class Router(ABC):
     budgeted: ClassVar[bool] = True
     """False: the router itself says how much is read, every page of a score above -inf."""
 
+    wants_page_lse: ClassVar[bool] = False
+    """True: `answered` is called after every read."""
+    needs_experts: ClassVar[bool] = False
+    """True: it follows the model's experts, and a dense model is refused."""
+
     def open(self, layer: int, store: LayerStore, num_shards: int) -> None:  # noqa: B027
         """A new, empty store of a layer, of store.counts.shape[0] rows: add summaries, forget rows. num_shards: on all ranks."""
 
@@ -103,8 +112,8 @@ class Router(ABC):
     def wrote(self, layer: int, store: LayerStore, new: NewEntries) -> None:  # noqa: B027
         """Entries were appended. Those of a forward of several tokens are reported after its queries, which must not see them."""
 
-    def answered(self, asked: PageQuery, page_list: Tensor, lse: Tensor) -> None:  # noqa: B027
-        """Queries read page_list [N, 1 or H, K] int32 (-1 = none) of this rank, with lse [Q, Hq] f32 over these entries."""
+    def answered(self, asked: PageQuery, page_list: Tensor, page_lse: Tensor) -> None:  # noqa: B027
+        """Queries read page_list [N, 1 or H, K] int32 (-1 = none) of this rank; page_lse [N, Hq, K] f32. With wants_page_lse."""
 
     @abstractmethod
     def score(self, asked: PageQuery) -> Tensor:

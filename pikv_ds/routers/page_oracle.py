@@ -20,6 +20,6 @@ class PageOracle(Router):
             asked.q, store.pages, store.fmt, asked.block_table, asked.seqlens, scale=asked.scale, q_positions=asked.positions,
             window=asked.window, tail=asked.tail, tail_rows=asked.tail_rows, with_page_lse=True,
         )  # fmt: skip
-        total = asked.total(lse).repeat_interleave(page_lse.shape[0] // lse.shape[0], 0).unsqueeze(-1)
+        total = asked.gather(lse).logsumexp(0).repeat_interleave(page_lse.shape[0] // lse.shape[0], 0).unsqueeze(-1)
         mass = torch.exp(page_lse - total.clamp_min(torch.finfo(torch.float32).min))  # [N, Hq, C]
         return mass.unflatten(1, (num_heads, -1)).sum(2)

@@ -4,6 +4,8 @@ Argument: names of routers. Queries, keys and values are made up, so that both s
 """
 
 import sys
+import tempfile
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -12,11 +14,12 @@ from pikv_ds.cache import PiKVCache
 from pikv_ds.config import PiKVConfig
 from pikv_ds.ops import load
 from pikv_ds.plan import LocalStep
-from pikv_ds.routers import ROUTERS
 from pikv_ds.spec import LayerSpec
 from pikv_ds.stats import choice_bytes, partial_bytes
 from tests.dist.jobs.report import Report
+from tests.routing_blocks import routing
 
+FOLDER = tempfile.TemporaryDirectory(prefix="pikv_gate_")  # goes with the process
 SHARDS, HEADS, KV_HEADS, DIM, EXPERTS = 4, 4, 2, 16, 8
 LAYERS = [
     LayerSpec(layer_idx=0, num_kv_heads=KV_HEADS, k_dim=DIM, v_dim=DIM),
@@ -28,8 +31,8 @@ class Side:
     """A cache fed with the requests `rows` of all: row r of forward f has tokens that only r, f and the layer decide."""
 
     def __init__(self, name: str, requests: str, rows: list[int], group) -> None:
-        budget = {"budget_pages": 4, "sink_tokens": 2, "recent_tokens": 5} if ROUTERS.build(name).budgeted else {"recent_tokens": 5}
-        block = {"page_size": 4, "routing": {"method": name, **budget}, "storage": {"num_shards": SHARDS, "requests": requests}}
+        method = routing(name, Path(FOLDER.name), layers=len(LAYERS), shards=SHARDS, query_width=HEADS * DIM)
+        block = {"page_size": 4, "routing": method, "storage": {"num_shards": SHARDS, "requests": requests}}
         self.cache = PiKVCache(
             LAYERS, PiKVConfig(**block), num_experts=EXPERTS, dtype=torch.float32, device=torch.device("cpu"), group=group
         )
