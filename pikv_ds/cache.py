@@ -44,7 +44,8 @@ class PiKVCache:
         load.ensure(device.type)  # built here if at all, not in the first forward
         self.num_shards = config.storage.num_shards or self.exchange.size
         codec = config.compression.build()
-        if not POLICIES.build(config.scheduling.method).keeps_all:
+        policy = POLICIES.build(config.scheduling.method)
+        if not policy.keeps_all:
             # Registered policies that evict need the eviction path, which this version does not have.
             raise ConfigError(f"pikv.scheduling.method = {config.scheduling.method!r}: this version keeps every entry; legal: 'none'")
         self.page_size = codec.page_size(config.page_size)
@@ -58,7 +59,7 @@ class PiKVCache:
         router = config.routing.build()
         self.selection: Selection | None = None  # None: every query reads every page
         if not router.reads_all:
-            self.selection = Selection(config.routing, router, layers, self.tables, self.exchange, self.stages)
+            self.selection = Selection(config.routing, router, layers, self.tables, self.exchange, self.stages, policy.keeps_all)
         self.staged: Staged | None = None
         self.agreement = Agreement(self.exchange, storage.requests, device)
         self.replicated, self.distinct = ReplicatedStep(self), DistinctStep(self)
