@@ -58,7 +58,7 @@ def cache_dir() -> Path:
 
 
 def cpu_library(extra_flags: Sequence[str] = ()) -> Library:
-    """The CPU ops. One file per instruction set; which one runs is decided by cpuid (csrc/cpu/cpu.cpp)."""
+    """The CPU ops. One file per instruction set; which one runs is decided by cpuid (csrc/cpu/cpu.cpp). -DPK_PORTABLE: only plain C++."""
     import platform
 
     import torch
@@ -68,7 +68,7 @@ def cpu_library(extra_flags: Sequence[str] = ()) -> Library:
     plain = [Source(f"cpu/{name}.cpp") for name in ("attend", "slots", "pack", "cpu", "checksum")]
     plain += [Source(f"cpu/{name}.cpp", exact) for name in ("append", "bounds")]
     sets = _per_instruction_set("baseline")
-    if platform.machine() == "x86_64":
+    if platform.machine() == "x86_64" and "-DPK_PORTABLE" not in extra_flags:
         wide = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mavx2", "-mf16c", "-mprefer-vector-width=512")
         sets += _per_instruction_set("avx2", "-mavx2", "-mfma", "-mf16c") + _per_instruction_set("avx512", *wide)
         for kind in ("float", "half", "int"):
