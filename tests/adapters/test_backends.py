@@ -1,6 +1,6 @@
 """PIKV_OPS end to end: exact decode is the host's with every implementation of the ops; on compressed pages they agree.
 
-cuda and nvrtc need a device: tests/gpu.
+cuda and nvrtc need a device: tests/gpu/test_end_to_end.py.
 """
 
 import json
