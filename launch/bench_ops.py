@@ -1,4 +1,4 @@
-"""`pikv bench ops`: decode over pages against torch's attention, interleaved, on the same data and threads.
+"""`pikv bench ops` on the CPU: decode over pages against torch's attention, interleaved, on the same data and threads.
 
 Baselines, all torch:
     sdpa_grouped         K/V contiguous [B, H, L, D], queries of a kv head as rows of one query: the honest one; the faster of bf16, fp32
@@ -25,6 +25,7 @@ SHAPES = ((1, 4096), (1, 32768), (8, 8192))  # batch, context
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="one small shape, 3 repeats: does it run")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: see launch/bench_ops_cuda.py (default cpu)")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="torch threads (default 1)")
     parser.add_argument("--repeats", type=int, default=9, metavar="N", help="runs of each, interleaved (default 9)")
 
@@ -32,6 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     import torch
 
+    if args.device == "cuda":
+        from pikv_ds.launch import bench_ops_cuda
+
+        return bench_ops_cuda.run(args)
     torch.set_num_threads(args.threads)
     shapes, repeats = (((1, 2048),), 3) if args.quick else (SHAPES, args.repeats)
     rows = []
@@ -41,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     shown = ("op", "format", "pages", "batch", "context_tokens", "ms", "cpu_ms", "baseline", "baseline_ms", "ratio", "gbps", "stream_gbps")
     print_table(
         f"Decode, {HEADS * GROUP} query heads, {HEADS} kv heads of {DIM}, {args.threads} thread(s): median of {repeats}, interleaved",
-        [{key: _round(row[key]) for key in shown} for row in rows],
+        [{key: scalar(row[key]) for key in shown} for row in rows],
     )
     noisy = [row for row in rows if row["cpu_ms"] < 0.9 * row["ms"] * row["threads"]]
     if noisy:
@@ -187,5 +192,5 @@ def _measure(runs: dict[str, Any], repeats: int) -> tuple[dict[str, float], dict
     return {name: median(values) for name, values in wall.items()}, {name: median(values) for name, values in cpu.items()}
 
 
-def _round(value: Any) -> Any:
+def scalar(value: Any) -> Any:
     return float(f"{value:.3g}") if isinstance(value, float) else value
