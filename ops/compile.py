@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -106,6 +107,13 @@ def compiler_version(command: str) -> str:
             f"{tool!r} was not found; install it (or set CXX for C++, CUDA_HOME for CUDA), or set PIKV_OPS=torch to do without"
         )
     return subprocess.run([*shlex.split(command), "--version"], capture_output=True, text=True, timeout=60, check=False).stdout
+
+
+def compiler_name(command: str) -> str:
+    """The tool and its version, for people: "nvcc 13.0"."""
+    tool = Path(shlex.split(command)[0]).name
+    numbers = re.findall(r"\b\d+\.\d+(?:\.\d+)?\b", re.sub(r"\([^)]*\)", "", compiler_version(command)))
+    return f"{tool} {numbers[0]}" if numbers else tool
 
 
 def build(library: Library, directory: Path | None = None) -> Path:
