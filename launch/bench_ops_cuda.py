@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from pikv_ds import ops
-from pikv_ds.launch.bench_ops import DIM, FORMATS, GROUP, HEADS, scalar
+from pikv_ds.launch.bench_ops import FORMATS, scalar
+from pikv_ds.launch.bench_runs import DIM, GROUP, HEADS
 from pikv_ds.launch.output import print_table, write_json
 from pikv_ds.ops import load, ref_formats
 
