@@ -1,6 +1,7 @@
 """The long matrix on a device: kernels compiled by nvcc and by NVRTC against the reference, which runs in f64 on the host."""
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -23,6 +24,7 @@ def cuda():
     return lambda name: getattr(torch.ops.pikv, name)
 
 
+@pytest.mark.timeout(1500)
 @pytest.mark.parametrize("op", sorted({point.op for point in POINTS}))
 def test_cuda(cuda, op):
     failed = {}
@@ -47,13 +49,12 @@ def test_nvrtc():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_compute_sanitizer(tool):
     """No access outside a buffer, no hazard in shared memory, over the short matrix."""
-    import shutil
-
     if shutil.which("compute-sanitizer") is None:
         pytest.skip("compute-sanitizer is not on the path")
     command = ["compute-sanitizer", f"--tool={tool}", "--error-exitcode=9", sys.executable, "-m", "tests.ops.run_matrix", "cuda"]
-    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": os.getcwd()}, capture_output=True, text=True, timeout=290)
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": os.getcwd()}, capture_output=True, text=True, timeout=1400)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
