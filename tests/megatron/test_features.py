@@ -39,6 +39,7 @@ _jobs: list[JobResult] = []
         "load penalty evens out the shards",
         "miss penalty keeps tokens from an expert",
         *(f"weights of a chosen set are the model's own, {name}" for name in ("softmax", "softmax before the choice", "scaled", "sigmoid")),
+        "the documented penalty",
         "penalty without a context, in a specification, refused",
         "settings refused by name",
         "versions refused",
