@@ -175,6 +175,30 @@ def _table(block_table: Tensor, seqlens: Tensor, num_pages: int, page_size: int)
         require(False, f"block_table names page {bad}, the store has {num_pages}")
 
 
+def assign_slots(counts, block_table, free_stack, free_top, refcount, rows, shard, here) -> None:
+    require(counts.dim() == 2, f"counts must be [R, S], got {list(counts.shape)}")
+    (R, S), N = counts.shape, rows.numel()
+    require(block_table.dim() == 3 and block_table.shape[:2] == counts.shape,
+            f"block_table must be [{R}, {S}, max_pages], got {list(block_table.shape)}")  # fmt: skip
+    require(free_stack.dim() == 1 and refcount.shape == free_stack.shape,
+            f"free_stack {list(free_stack.shape)} and refcount {list(refcount.shape)} must both be [num_pages + 1]")  # fmt: skip
+    require(free_top.dtype == torch.int64 and free_top.numel() == 1,
+            f"free_top must be one torch.int64, got {free_top.dtype} {list(free_top.shape)}")  # fmt: skip
+    require(shard is not None or S == 1, f"shard is needed with {S} shards")
+    for name, x in (("counts", counts), ("block_table", block_table), ("free_stack", free_stack), ("refcount", refcount)):
+        require(x.dtype == torch.int32, f"{name} must be torch.int32, got {x.dtype}")
+        require(x.is_contiguous(), f"{name} must be contiguous")
+    for name, x in (("rows", rows), ("shard", shard)):
+        if x is not None:
+            require(x.dtype == torch.int64, f"{name} must be torch.int64, got {x.dtype}")
+            require(x.dim() == 1 and x.numel() == N and x.is_contiguous(), f"{name} must be contiguous [{N}], got {list(x.shape)}")
+    if here is not None:
+        require(
+            here.dtype == torch.bool and here.numel() == N and here.is_contiguous(),
+            f"here must be torch.bool [{N}], got {list(here.shape)}",
+        )
+
+
 def words(data: Tensor) -> None:
     whole = data.is_contiguous() and data.nbytes % 8 == 0
     require(whole, f"checksum needs a contiguous tensor of whole 8-byte words, got {data.nbytes} bytes")

@@ -65,8 +65,8 @@ def cpu_library(extra_flags: Sequence[str] = ()) -> Library:
 
     root = Path(torch.__file__).parent
     exact = ("-ffp-contract=off",)  # the bits of the torch reference: no fused multiply-add
-    plain = [Source("cpu/attend.cpp"), Source("cpu/append.cpp", exact), Source("cpu/bounds.cpp", exact), Source("cpu/pack.cpp"),
-             Source("cpu/cpu.cpp"), Source("cpu/checksum.cpp")]  # fmt: skip
+    plain = [Source(f"cpu/{name}.cpp") for name in ("attend", "slots", "pack", "cpu", "checksum")]
+    plain += [Source(f"cpu/{name}.cpp", exact) for name in ("append", "bounds")]
     sets = _per_instruction_set("baseline")
     if platform.machine() == "x86_64":
         wide = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mavx2", "-mf16c", "-mprefer-vector-width=512")

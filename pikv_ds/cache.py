@@ -17,7 +17,7 @@ from .digest import digest
 from .distinct import DistinctStep
 from .errors import ConfigError
 from .exchange import Exchange
-from .placement import Placement
+from .placement import Placement, Routed
 from .plan import LocalStep, Source, StepPlan
 from .policies import POLICIES
 from .reader import Before, read_pages
@@ -86,10 +86,12 @@ class PiKVCache:
         """Finish a forward: staged entries go home, windows expire, slabs are returned, late errors are raised (on all ranks alike)."""
         if self.staged is not None:
             (self.distinct if self.agreement.mode == "distinct" else self.replicated).flush_staged()
+        expired = 0
         if not (self.hold and self.agreement.mode == "distinct"):
             # How far another rank may crop is not known here: while it may, window layers of distinct requests keep everything.
-            self.tables.expire(self.agreement.lens, self.hold_margin or 0)
-        self.tables.shrink()
+            expired = self.tables.expire(self.agreement.lens, self.hold_margin or 0)
+        if expired or not self.plan.quiet:
+            self.tables.shrink()
         if self.config.storage.overflow == "error":
             self.tables.counters.raise_if_overflowed(self.plan.capacity)
         self.plan = None
@@ -112,17 +114,22 @@ class PiKVCache:
 
     # ---- the step ------------------------------------------------------------------------------------------------------------
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, v_dim: int, expert_ids: Tensor | None) -> Partial:
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, v_dim: int, expert_ids: Routed | Tensor | None
+    ) -> Partial:
         """Store this forward's entries of one layer and attend to what is stored.
 
         Args:
             layer: index into the layers given at construction; ascending within a forward.
             q: [B, T, Hq, Dk]; MLA: the absorbed query. k: [B, T, Hkv, Dk], v: [B, T, Hkv, Dv] after RoPE (MLA: the latent, Dv = 0).
             scale: softmax scale. v_dim: width of the output (MLA: columns of the latent that are the value).
-            expert_ids: [B * T] int64 primary experts, or None: position mod num_experts. Ignored for staged ("true") ids.
+            expert_ids: what a router chose, or [B * T] int64 primary experts, or None: position mod num_experts. Ignored for staged
+                ("true") ids.
 
         Sync: none but the header of the first record of the forward. Collectives: 2, or 1 for replicated requests.
         """
+        if isinstance(expert_ids, Routed) and (self.num_shards > 1 or self.exchange.size > 1):
+            expert_ids = expert_ids.primary()
         query = Query(layer, q, k.flatten(0, 1), v.flatten(0, 1), scale, v_dim, expert_ids)
         if self.exchange.size > 1 and self.agreement.mode is None:
             headers = self.exchange.gather_ints(self.agreement.header(self.local, self.hold), self.device, "opening the first forward")
@@ -131,7 +138,7 @@ class PiKVCache:
             return self.distinct.attend(query)
         return self.replicated.attend(query)
 
-    def append(self, layer: int, k: Tensor, v: Tensor, expert_ids: Tensor | None) -> None:
+    def append(self, layer: int, k: Tensor, v: Tensor, expert_ids: Routed | Tensor | None) -> None:
         self.writer.append(layer, self.plan, k, v, expert_ids, self.hold)
 
     def name_experts(self, layer: int, expert_ids: Tensor) -> None:

@@ -13,8 +13,6 @@ from pikv_ds import ops
 from pikv_ds.ops import PageFormat
 from pikv_ds.ops.memory import aligned_bytes
 
-from .slots import entry_index
-
 GROWTH = 8  # pages are added in slabs of at least P // GROWTH, and given back once more than that share is free
 
 
@@ -145,29 +143,12 @@ class LayerStore:
 
         Returns: slot_mapping [N] int32, page * page_size + offset, -1 = not stored here. Sync: none; shapes depend on N only.
         """
-        num_shards, width = self.block_table.shape[1:]
-        column = None if shard is None else torch.where(here, shard, 0)
-        cell = rows if shard is None else rows * num_shards + column  # [N] index of (row, shard)
-        index = self.counts.view(-1)[cell] if one_per_row else entry_index(rows, column, here, self.counts)
-        index = index if one_per_row or all_valid else index.clamp_min(0)
-        offset = index % self.page_size
-        entry = cell * width + torch.div(index, self.page_size, rounding_mode="floor")  # [N] index into the flat block table
-        table = self.block_table.view(-1)
-        if may_open:
-            self._open_pages(table, entry, (offset == 0) & here)
-        self.counts.view(-1).index_add_(0, cell, here.to(torch.int32))
-        slot_mapping = table[entry] * self.page_size + offset
-        if not all_valid:
-            slot_mapping = torch.where(here, slot_mapping, -1)
+        slot_mapping, tables = ops.assign_slots(
+            self.counts, self.block_table, self.free_stack, self.free_top, self.refcount, rows, shard, None if all_valid else here,
+            page_size=self.page_size, one_per_row=one_per_row, may_open=may_open,
+        )  # fmt: skip
         ops.append(
             self.pages, self.fmt, k.contiguous(), v.contiguous(), positions, slot_mapping,
-            tail=self.tail, tail_rows=None if self.tail is None else cell,
+            tail=self.tail, tail_rows=None if self.tail is None else tables,
         )  # fmt: skip
         return slot_mapping
-
-    def _open_pages(self, table: Tensor, entry: Tensor, opens: Tensor) -> None:
-        """Pop one page per token that starts one. Tokens that start none park a -1 in the last column, which reserve() keeps unused."""
-        page = self.free_stack[torch.where(opens, self.free_top - opens.cumsum(0), self.num_pages)]
-        table.index_put_((torch.where(opens, entry, table.numel() - 1),), torch.where(opens, page, -1))
-        self.refcount.index_add_(0, torch.where(opens, page, self.num_pages), opens.to(torch.int32))
-        self.free_top -= opens.sum()

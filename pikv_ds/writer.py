@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .placement import Placement, hash_expert
+from .placement import Placement, Routed
 from .plan import StepPlan
 from .slots import spill
 from .tables import Tables
@@ -18,12 +18,14 @@ class Writer:
         self.tables, self.placement = tables, placement
         self.num_experts = placement.num_experts
 
-    def append(self, layer: int, plan: StepPlan, k: Tensor, v: Tensor, expert_ids: Tensor | None, hold: bool) -> None:
-        """Args: k [N, Hkv, Dk], v [N, Hkv, Dv]; expert_ids [N] int64 (-1 or None: position mod E); hold: nothing expires at birth."""
+    def append(self, layer: int, plan: StepPlan, k: Tensor, v: Tensor, expert_ids: Routed | Tensor | None, hold: bool) -> None:
+        """Args: k [N, Hkv, Dk], v [N, Hkv, Dv]; expert_ids [N] int64 (-1 or None: position mod E), or with one shard
+        a router's choice; hold: nothing expires at birth."""
         tables, spec = self.tables, self.tables.layers[layer]
         positions, valid = plan.positions, plan.valid
-        experts = self._experts(positions, expert_ids, plan)
+        experts = self._experts(expert_ids, plan)
         if spec.window is not None and not plan.decode and not hold:
+            experts = experts.primary() if isinstance(experts, Routed) else experts
             # Entries that no query after this forward can see are not stored: they expire at birth.
             born = valid & (positions >= (plan.lens_after - (spec.window - 1))[plan.rows])
             unseen_here = valid & ~born & self._is_local(self._wanted(layer, experts, positions))
@@ -61,12 +63,12 @@ class Writer:
         )
         tables.counters.count_appended(experts, here)
 
-    def _experts(self, positions: Tensor, expert_ids: Tensor | None, plan: StepPlan) -> Tensor:
+    def _experts(self, expert_ids: Routed | Tensor | None, plan: StepPlan) -> Routed | Tensor:
         if expert_ids is None:
-            return hash_expert(positions, self.num_experts)
+            return plan.hashed_experts(self.num_experts)
         if len(plan.sources) == 1:
             return expert_ids
-        return torch.where(expert_ids < 0, hash_expert(positions, self.num_experts), expert_ids)
+        return torch.where(expert_ids < 0, plan.hashed_experts(self.num_experts), expert_ids)
 
     def _wanted(self, layer: int, experts: Tensor, positions: Tensor) -> Tensor:
         return self.placement.shard_of(layer, experts, positions.clamp_min(0))
