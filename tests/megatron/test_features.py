@@ -33,7 +33,7 @@ _jobs: list[JobResult] = []
         *(f"{name}, ids previous_layer" for name in SETTINGS),
         *(f"{name}, ids true" for name in ("sliding window", "dropped tokens", "router in chunks", "dense first layer")),
         *(f"entries are at their experts, ids {source}, {chunks} chunks" for source in ("true", "previous_layer") for chunks in (1, 3)),
-        *(f"padding, ids {source}" for source in ("previous_layer", "true")),
+        *(f"padding, {which}" for which in ("ids previous_layer", "ids true", "the same requests")),
         "masks refused",
         "penalty of strength 0 changes nothing",
         "load penalty evens out the shards",
