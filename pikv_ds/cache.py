@@ -16,10 +16,10 @@ from .config import PiKVConfig
 from .digest import digest
 from .distinct import DistinctStep
 from .errors import ConfigError
+from .evict import Retention
 from .exchange import Exchange
 from .placement import Placement
 from .plan import LocalStep, Source, StepPlan
-from .policies import POLICIES
 from .reader import Before, read_pages
 from .replicated import ReplicatedStep
 from .routers import ROUTERS
@@ -44,17 +44,15 @@ class PiKVCache:
         load.ensure(device.type)  # built here if at all, not in the first forward
         self.num_shards = config.storage.num_shards or self.exchange.size
         codec = config.compression.build()
-        router, policy = ROUTERS.build(config.routing.method), POLICIES.build(config.scheduling.method)
-        if not (router.reads_all and policy.keeps_all):
-            # Registered methods that do less than everything need the selection and eviction paths, which this version does not have.
-            raise ConfigError(
-                f"pikv.routing.method = {config.routing.method!r} with pikv.scheduling.method = {config.scheduling.method!r}: this version "
-                f"reads every shard and keeps every entry; legal: 'all' and 'none'"
-            )
+        router, policy = ROUTERS.build(config.routing.method), config.scheduling.build()
+        if not router.reads_all:
+            # Registered routers that do less than everything need the selection path, which this version does not have.
+            raise ConfigError(f"pikv.routing.method = {config.routing.method!r}: this version reads every shard; legal: 'all'")
         self.page_size = codec.page_size(config.page_size)
         self.tables = Tables(
             layers, config, codec, self.page_size, self.num_shards, self.exchange.rank, self.exchange.size, num_experts, dtype, device
         )
+        self.retention = None if policy.keeps_all else Retention(config, policy, self.tables, self.exchange)
         storage = config.storage
         placement = Placement(storage.placement, num_experts, self.num_shards, n_tok=storage.n_tok, table=storage.table)
         self.writer = Writer(self.tables, placement.to(device))
@@ -89,6 +87,8 @@ class PiKVCache:
         if not (self.hold and self.agreement.mode == "distinct"):
             # How far another rank may crop is not known here: while it may, window layers of distinct requests keep everything.
             self.tables.expire(self.agreement.lens, self.hold_margin or 0)
+        if self.retention is not None:
+            self.retention.after_forward(self.plan, self.agreement.lens, self.hold)
         self.tables.shrink()
         if self.config.storage.overflow == "error":
             self.tables.counters.raise_if_overflowed(self.plan.capacity)
@@ -100,9 +100,13 @@ class PiKVCache:
         before, after = self.agreement.commit(agreed)
         if agreed.restart:
             self.tables.allocate(len(before))
+            if self.retention is not None:
+                self.retention.reset(self.agreement.mode)
         elif not agreed.identity:
             self.tables.remap(agreed, old_lens)
         self.plan = StepPlan(agreed.shapes, self.agreement.own, before, after, self.device)
+        if self.retention is not None:
+            self.retention.before_forward(self.plan)
         self.tables.reserve(self.plan, self.hold)
 
     def settle(self, headers: list[list[int]], k: Tensor) -> None:
@@ -131,8 +135,13 @@ class PiKVCache:
             return self.distinct.attend(query)
         return self.replicated.attend(query)
 
-    def append(self, layer: int, k: Tensor, v: Tensor, expert_ids: Tensor | None) -> None:
-        self.writer.append(layer, self.plan, k, v, expert_ids, self.hold)
+    def append(self, layer: int, k: Tensor, v: Tensor, expert_ids: Tensor | None) -> Tensor:
+        return self.writer.append(layer, self.plan, k, v, expert_ids, self.hold)
+
+    def watch(self, query: Query, slots: Tensor | None, lse: Tensor | None) -> None:
+        """Show a policy that asks for it what a layer's queries attended to; lse [B, T, Hq] merged over ranks, None = nothing stored."""
+        if self.retention is not None and self.retention.watches(query.layer):
+            self.retention.mass.observe(query, self.plan, slots, lse)
 
     def name_experts(self, layer: int, expert_ids: Tensor) -> None:
         """Router `layer` has run: the staged entries of that layer know their expert now. expert_ids [B * T] int64."""
@@ -161,7 +170,10 @@ class PiKVCache:
         if num_rows == 0 or store.num_pages == 0 or store.counts.numel() == 0:
             none = self.nothing(q, query.v_dim)
             return none.out, none.lse
+        own_visible = None if before is None else self.plan.one_column[rows] & (not self.stages)
+        if self.retention is not None and self.retention.watches(query.layer):
+            return self.retention.mass.read(query.layer, q, rows, before, own_visible, query.scale)
         return read_pages(
-            store, q, rows, before, None if before is None else self.plan.one_column[rows] & (not self.stages), scale=query.scale,
-            window=window, q_positions=None if window is None and q.shape[1] == 1 else self.plan.query_positions(row0, num_rows),
+            store, q, rows, before, own_visible, scale=query.scale, window=window,
+            q_positions=None if window is None and q.shape[1] == 1 else self.plan.query_positions(row0, num_rows),
         )  # fmt: skip

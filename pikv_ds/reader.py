@@ -42,19 +42,8 @@ def read_pages(
 
     Returns: out [R, T, Hq, Dv] f32, lse [R, T, Hq] f32; 0 and -inf where nothing is stored. Sync: none.
     """
-    num_shards = store.counts.shape[1]
-    tables = slice(rows.start * num_shards, rows.stop * num_shards)
-    seqlens, tail = store.counts[rows], None if store.tail is None else store.tail[tables]
-    if before is not None:
-        seqlens = torch.where(own_visible.unsqueeze(-1), seqlens, before.counts[rows])
-        if before.tail is not None:
-            own = own_visible.repeat_interleave(num_shards)[:, None, None, None]
-            tail = torch.where(own, tail, before.tail[tables])
-    block_table = store.block_table[rows].view(-1, 1, store.block_table.shape[-1])
-    args = (store.pages, store.fmt, block_table, seqlens.reshape(-1, 1))
-    options = {"scale": scale, "window": window}
-    if tail is not None:
-        options |= {"tail": tail, "tail_rows": torch.arange(block_table.shape[0], dtype=torch.int32, device=q.device)}
+    args, options = arguments(store, rows, before, own_visible)
+    options |= {"scale": scale, "window": window}
     q, num_queries = q.contiguous(), q.shape[1]
     if num_queries == 1:
         out, lse, _ = ops.decode(
@@ -64,3 +53,20 @@ def read_pages(
     if num_queries < (DENSE_FROM_RAW if store.fmt.raw else DENSE_FROM_COMPRESSED):
         return ops.prefill_cached(q, *args, q_positions.contiguous(), **options)
     return ops.paged_attention(q, *args, q_positions=q_positions, **options)
+
+
+def arguments(store: LayerStore, rows: slice, before: Before | None, own_visible: Tensor | None) -> tuple[tuple, dict[str, Tensor]]:
+    """What the attention ops are told of some rows: (pages, format, block_table [R * S, 1, C], seqlens [R * S, 1]), and their tails."""
+    num_shards = store.counts.shape[1]
+    tables = slice(rows.start * num_shards, rows.stop * num_shards)
+    seqlens, tail = store.counts[rows], None if store.tail is None else store.tail[tables]
+    if before is not None:
+        seqlens = torch.where(own_visible.unsqueeze(-1), seqlens, before.counts[rows])
+        if before.tail is not None:
+            own = own_visible.repeat_interleave(num_shards)[:, None, None, None]
+            tail = torch.where(own, tail, before.tail[tables])
+    block_table = store.block_table[rows].view(-1, 1, store.block_table.shape[-1])
+    args, options = (store.pages, store.fmt, block_table, seqlens.reshape(-1, 1)), {}
+    if tail is not None:
+        options |= {"tail": tail, "tail_rows": torch.arange(block_table.shape[0], dtype=torch.int32, device=seqlens.device)}
+    return args, options

@@ -109,6 +109,8 @@ class LayerStore:
     def rebuild_free_stack(self) -> None:
         """Derive the free stack from the reference counts. Sync: none."""
         used = self.refcount[:-1] > 0
+        for x in self.summaries.values():
+            x.masked_fill_(~used.view(-1, *[1] * (x.dim() - 1)), 0)
         self.free_stack = torch.nn.functional.pad(torch.argsort(used.to(torch.int8), stable=True).to(torch.int32), (0, 1))
         self.free_top.copy_(self.num_pages - used.sum())
 

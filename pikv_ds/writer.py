@@ -18,8 +18,11 @@ class Writer:
         self.tables, self.placement = tables, placement
         self.num_experts = placement.num_experts
 
-    def append(self, layer: int, plan: StepPlan, k: Tensor, v: Tensor, expert_ids: Tensor | None, hold: bool) -> None:
-        """Args: k [N, Hkv, Dk], v [N, Hkv, Dv]; expert_ids [N] int64 (-1 or None: position mod E); hold: nothing expires at birth."""
+    def append(self, layer: int, plan: StepPlan, k: Tensor, v: Tensor, expert_ids: Tensor | None, hold: bool) -> Tensor:
+        """Args: k [N, Hkv, Dk], v [N, Hkv, Dv]; expert_ids [N] int64 (-1 or None: position mod E); hold: nothing expires at birth.
+
+        Returns: slot_mapping [N] int32, -1 = not stored on this rank.
+        """
         tables, spec = self.tables, self.tables.layers[layer]
         positions, valid = plan.positions, plan.valid
         experts = self._experts(positions, expert_ids, plan)
@@ -31,7 +34,7 @@ class Writer:
             valid = born
         store, all_valid = tables.stores[layer], plan.all_valid and valid is plan.valid
         if tables.num_shards == 1:
-            store.append(
+            slots = store.append(
                 plan.rows,
                 None,
                 valid,
@@ -43,12 +46,12 @@ class Writer:
                 all_valid=all_valid,
             )
             tables.counters.count_appended(experts, valid)
-            return
+            return slots
         tables.directory.leave(layer, plan.rows, positions, valid, plan.lens_before, plan.lens_after, plan.decode)
         shard = self._shards(layer, plan, experts, positions, valid)
         tables.directory.record(layer, plan.rows, positions, valid, shard, plan.lens_after)
         here = valid & self._is_local(shard)
-        store.append(
+        slots = store.append(
             plan.rows,
             shard - tables.shard_begin,
             here,
@@ -60,6 +63,7 @@ class Writer:
             all_valid=False,
         )
         tables.counters.count_appended(experts, here)
+        return slots
 
     def _experts(self, positions: Tensor, expert_ids: Tensor | None, plan: StepPlan) -> Tensor:
         if expert_ids is None:

@@ -1,0 +1,164 @@
+"""Eviction: pages leave until every request is within its budget. Host phase, between forwards; the same decisions on every rank.
+
+L full-attention layers, R request rows, S local and G * S global shards, C columns of a block table. Layers with a sliding window are not
+evicted from: they keep what their window shows.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .budgets import Budgets
+from .config import PiKVConfig
+from .errors import ConfigError
+from .exchange import Exchange
+from .mass import Mass
+from .plan import StepPlan
+from .policies.base import Pages, RetentionPolicy
+from .recycle import drop
+from .tables import Tables
+
+
+class Candidates(NamedTuple):
+    """Pages that may go, of all shards: score [L, R, G * S, C] f32 (+inf = pinned, or no page), last_position [L, R, G * S, C] int32."""
+
+    score: Tensor
+    last_position: Tensor
+
+
+class Retention:
+    """Applies the "scheduling" block to the tables. Owns when and how much is evicted; borrows tables and exchange."""
+
+    def __init__(self, config: PiKVConfig, policy: RetentionPolicy, tables: Tables, exchange: Exchange) -> None:
+        self.policy, self.tables, self.exchange = policy, tables, exchange
+        self._refuse(config)
+        self.config = config = config.scheduling
+        self.layers = [i for i, spec in enumerate(tables.layers) if spec.window is None]
+        if not self.layers:
+            raise ConfigError(
+                f"pikv.scheduling.method = {config.method!r} on a model whose layers all have a sliding window: nothing would be evicted, "
+                f"windows bound the cache already; use 'none'"
+            )
+        tables.page_values = policy.page_values
+        entry_bytes = sum(
+            tables.formats[i].record_bytes + sum(dtype.itemsize for dtype in policy.page_values.values()) for i in self.layers
+        )
+        self.budgets = Budgets(config, len(self.layers), tables.page_size, tables.num_shards, entry_bytes / tables.page_size)
+        self.mass = Mass(policy, tables)
+        self.steps = 0  # decode steps since an eviction was due
+        self.due = False  # an eviction waits for the next forward: a crop is announced, or the prompt is kept whole
+
+    def watches(self, layer: int) -> bool:
+        """Whether the policy wants to see what the queries of this layer attend to."""
+        return bool(self.policy.page_values) and self.tables.layers[layer].window is None
+
+    def reset(self, mode: str) -> None:
+        """A new generation begins; mode: how the ranks' requests relate (agreement.py)."""
+        self.steps, self.due, self.mass.time = 0, False, 0
+        if mode == "distinct" and self.policy.page_values:
+            raise ConfigError(self._distinct_refused())
+
+    def _refuse(self, config: PiKVConfig) -> None:
+        if not self.policy.page_values:
+            return
+        if config.storage.requests == "distinct" and self.exchange.size > 1:
+            raise ConfigError(self._distinct_refused())
+        if config.storage.expert_ids == "true":
+            raise ConfigError(
+                f"pikv.storage.expert_ids = 'true' with pikv.scheduling.method = {self.policy.name!r}: entries are stored after the "
+                f"queries of their forward have read, so the attention they get is not known; use 'previous_layer', or a method that "
+                f"looks at positions or keys"
+            )
+
+    def _distinct_refused(self) -> str:
+        return (
+            f"pikv.scheduling.method = {self.policy.name!r} with distinct requests (pikv.storage.requests): ranks do not learn the merged "
+            f"lse of another rank's queries, so the attention that pages get can't be measured; use replicated requests, or a method "
+            f"that looks at positions or keys, such as 'streaming_llm'"
+        )
+
+    def before_forward(self, plan: StepPlan) -> None:
+        """Evict what could not go after the last forward. A prompt that is kept whole waits for the first decode step."""
+        if self.due and (plan.decode or self.config.prefill == "evict"):
+            self.evict(plan.lens_before_host)
+            self.tables.shrink()
+
+    def after_forward(self, plan: StepPlan, lens: list[int], hold: bool) -> None:
+        """hold: a crop may still take back tokens of this forward."""
+        self.steps = self.steps + 1 if plan.decode else 0
+        self.mass.time += plan.sources[plan.own].num_columns
+        if plan.decode and self.steps % self.config.interval:
+            return
+        self.due = True
+        if not hold and (plan.decode or self.config.prefill == "evict"):
+            self.evict(lens)
+
+    def evict(self, lens: list[int]) -> None:
+        """Free pages of all rows that are over their budget. Collectives: one when there are several ranks and some row is over."""
+        self.due = False
+        excess = self._excess(lens)
+        over = [i for i, rows in enumerate(excess) if any(n > 0 for n in rows)]
+        if not over:
+            return
+        device, page_size = self.tables.device, self.tables.page_size
+        num_pages = torch.tensor([[-(-max(n, 0) // page_size) for n in excess[i]] for i in over]).to(device)
+        own = [self._candidates(self.layers[i], lens) for i in over]
+        gone = choose(self._gather(own, lens), num_pages)
+        local = self.tables.local
+        for i, choice in zip(over, gone, strict=True):
+            layer = self.layers[i]
+            store = self.tables.stores[layer]
+            self.tables.counters.evicted += drop(store, choice[:, local, : store.block_table.shape[-1]])
+            self.tables.directory.evict(layer, choice.sum(-1) * page_size)
+        self.tables.note_eviction(lens)
+
+    def _excess(self, lens: list[int]) -> list[list[int]]:
+        """[L][R] entries above the budget, known on the host without looking at the device."""
+        budgets = [self.budgets.of(n) for n in lens]
+        evicted = self.tables.evicted
+        return [[n - evicted[layer][row] - budgets[row][i] for row, n in enumerate(lens)] for i, layer in enumerate(self.layers)]
+
+    def pages(self, layer: int, lens: list[int]) -> Pages:
+        """A layer as its policy sees it. lens: tokens of every row."""
+        store = self.tables.stores[layer]
+        return Pages(store=store, lens=torch.tensor(lens, dtype=torch.int64).to(store.device))
+
+    def _candidates(self, layer: int, lens: list[int]) -> Candidates:
+        pages = self.pages(layer, lens)
+        recent = (pages.lens - self.config.recent_tokens)[:, None, None]
+        first = pages.slot_positions[..., 0]
+        free = (pages.entries == self.tables.page_size) & (first >= self.config.sink_tokens) & (pages.last_position < recent)
+        return Candidates(torch.where(free, self.policy.score(pages), torch.inf), pages.last_position)
+
+    def _gather(self, own: list[Candidates], lens: list[int]) -> Candidates:
+        """The candidates of all shards in shard order: the same tensors on every rank, whatever their number."""
+        most = max(n - min(self.tables.evicted[layer][row] for layer in self.layers) for row, n in enumerate(lens))
+        columns = -(-most // self.tables.page_size) if self.exchange.size > 1 else max(c.score.shape[-1] for c in own)
+        score = torch.stack([_fit(c.score, columns, torch.inf) for c in own])
+        last = torch.stack([_fit(c.last_position, columns, -1) for c in own])
+        if self.exchange.size == 1:
+            return Candidates(score, last)
+        block = torch.stack([score.view(torch.int32), last])
+        gathered = self.exchange.all_gather(block, "gathering the scores of pages")  # [G, 2, L, R, S, C]
+        score, last = gathered.permute(1, 2, 3, 0, 4, 5).flatten(3, 4)
+        return Candidates(score.contiguous().view(torch.float32), last)
+
+
+def choose(pages: Candidates, num_pages: Tensor) -> Tensor:
+    """The `num_pages` [L, R] lowest scores of every row, over all shards; among equal ones the oldest page goes first.
+
+    Returns: [L, R, G * S, C] bool. Pinned pages are never chosen.
+    """
+    score, last = pages.score.flatten(2), pages.last_position.flatten(2)
+    by_age = last.argsort(dim=-1, stable=True)
+    order = by_age.gather(-1, score.gather(-1, by_age).argsort(dim=-1, stable=True))
+    rank = torch.empty_like(order).scatter_(-1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order).contiguous())
+    return ((rank < num_pages.unsqueeze(-1)) & (score < torch.inf)).view_as(pages.score)
+
+
+def _fit(x: Tensor, columns: int, fill: float) -> Tensor:
+    """Cut or pad the last dimension; columns beyond the entries of a row hold no page."""
+    return torch.nn.functional.pad(x[..., :columns], (0, columns - min(x.shape[-1], columns)), value=fill)
