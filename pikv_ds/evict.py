@@ -111,7 +111,7 @@ class Retention:
         for i, choice in zip(over, gone, strict=True):
             layer = self.layers[i]
             store = self.tables.stores[layer]
-            self.tables.counters.evicted += drop(store, choice[:, local, : store.block_table.shape[-1]])
+            self.tables.counters.evicted += drop(store, _fit(choice[:, local], store.block_table.shape[-1], False))
             self.tables.directory.evict(layer, choice.sum(-1) * page_size)
         self.tables.note_eviction(lens)
 

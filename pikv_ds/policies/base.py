@@ -93,6 +93,8 @@ class RetentionPolicy(ABC):
     """True: nothing is ever evicted, so the cache need not ask."""
     page_values: ClassVar[dict[str, torch.dtype]] = {}
     """One number per page each, kept in the store; a policy that has any is shown what queries attend to."""
+    sums_layers: ClassVar[bool] = False
+    """Scores are summed over the layers, which then keep the same entries: needs pages that hold the same entries in every layer."""
     window: int | None = None
     """Only so many last queries of a forward matter; None = all of them."""
 
