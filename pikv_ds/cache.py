@@ -104,6 +104,8 @@ class PiKVCache:
                 self.retention.reset(self.agreement.mode)
         elif not agreed.identity:
             self.tables.remap(agreed, old_lens)
+            if self.retention is not None:
+                self.retention.remap(agreed.parent)
         self.plan = StepPlan(agreed.shapes, self.agreement.own, before, after, self.device)
         if self.retention is not None:
             self.retention.before_forward(self.plan)

@@ -28,6 +28,17 @@ class Mass:
         self.policy, self.tables = policy, tables
         self.page_lse: Tensor | None = None  # [R, T, S, Hq, C], -inf where no entry is
         self.time = 0  # query columns since the generation began
+        self.rows: dict[int, dict[str, Tensor]] = {}  # layer -> what the policy keeps per row, [R, ...]
+
+    def reset(self) -> None:
+        self.time, self.rows = 0, {}
+
+    def remap(self, parent: Tensor) -> None:
+        """Row i continues row parent[i] [R'], -1 = a new row."""
+        for values in self.rows.values():
+            for name, x in values.items():
+                old = x.index_select(0, parent.clamp_min(0))
+                values[name] = torch.where((parent >= 0).view(-1, *[1] * (x.dim() - 1)), old, 0)
 
     def read(self, layer: int, q: Tensor, rows: slice, before: Before | None, own: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
         """Attention of q [R, T, Hq, Dk] to the stored entries of `rows`: out [R, T, Hq, Dv] f32, lse [R, T, Hq] f32.
@@ -60,19 +71,30 @@ class Mass:
         if not plan.all_valid and valid.shape[1] > 1:
             columns = valid.to(torch.int8).argsort(dim=-1, stable=True)  # padding first, then the queries of a row in their order
         columns = columns[:, -(policy.window or valid.shape[1]) :]
-        seen = _Facts(store, plan, valid, self.tables.directory.evicted[query.layer].sum(-1))
+        rows, positions = self._rows(query), torch.where(valid, plan.positions.view(valid.shape), -1)
+        facts = _Facts(store, plan, valid, self.tables.directory.evicted[query.layer].sum(-1))
         step = max(1, BLOCK_ELEMENTS // (valid.numel() * query.q.shape[2]))
         time = self.time + valid.shape[1] - columns.shape[1]
         for begin in range(0, columns.shape[1], 1 if includes_self else step):
             block = columns[:, begin : begin + step]
             share, total = torch.zeros(store.num_pages + 1, block.shape[1], device=valid.device), _take(lse, block)
             if not includes_self:
-                own, total = _inside(query, plan.positions.view(valid.shape), valid, block, total)
+                own, total = _inside(query, positions, valid, block, total)
                 page = torch.where(slots >= 0, slots // store.page_size, store.num_pages)
                 share.index_add_(0, page, own.transpose(1, 2).flatten(0, 1))
             if page_lse is not None:
-                share.index_add_(0, seen.table, _of_pages(_take(page_lse, block), total, valid.gather(1, block)))
-            policy.observe(store.summaries, seen.of(share[:-1], valid.gather(1, block), time + begin))
+                share.index_add_(0, facts.table, _of_pages(_take(page_lse, block), total, valid.gather(1, block)))
+            if policy.page_values:
+                policy.observe(store.summaries, facts.seen(share[:-1], valid.gather(1, block), time + begin))
+            if policy.observes_queries:
+                policy.observe_queries(rows, query.scale * _take(query.q, block).float(), total, positions.gather(1, block))
+
+    def _rows(self, query: Query) -> dict[str, Tensor]:
+        num_rows, _, heads, dim = query.q.shape
+        if query.layer not in self.rows:
+            shapes = self.policy.row_values(heads, dim)
+            self.rows[query.layer] = {name: torch.zeros(num_rows, *shape, device=query.q.device) for name, shape in shapes.items()}
+        return self.rows[query.layer]
 
 
 class _Facts:
@@ -87,7 +109,7 @@ class _Facts:
         self.row = torch.where(row >= 0, row, table.shape[0])
         self.entries, self.page_size = plan.lens_after - evicted, store.page_size
 
-    def of(self, share: Tensor, real: Tensor, time: int) -> Seen:
+    def seen(self, share: Tensor, real: Tensor, time: int) -> Seen:
         return Seen(share=share, row=self.row, real=real, entries=self.entries, page_size=self.page_size, time=time)
 
 

@@ -22,10 +22,13 @@ class LeastRecentlyUsed(RetentionPolicy):
             raise ValueError(f"threshold > 0, got {threshold}: at 0 every query would use every page")
         self.threshold = threshold
 
+    def used_by(self, seen: Seen) -> Tensor:
+        """[P, T] bool: the query used the page."""
+        return seen.share >= (self.threshold * seen.fair).unsqueeze(-1)
+
     def observe(self, values: dict[str, Tensor], seen: Seen) -> None:
-        hit = seen.share >= (self.threshold * seen.fair).unsqueeze(-1)
-        at = torch.arange(seen.time + 1, seen.time + 1 + hit.shape[1], dtype=torch.int32, device=hit.device)
-        torch.maximum(values["used"], torch.where(hit, at, 0).amax(1), out=values["used"])
+        at = torch.arange(seen.time + 1, seen.time + 1 + seen.share.shape[1], dtype=torch.int32, device=seen.share.device)
+        torch.maximum(values["used"], torch.where(self.used_by(seen), at, 0).amax(1), out=values["used"])
 
     def score(self, pages: Pages) -> Tensor:
         return pages.value("used").float()

@@ -5,6 +5,7 @@ import inspect
 import pytest
 import torch
 
+from pikv_ds.errors import ConfigError
 from pikv_ds.policies import POLICIES
 from pikv_ds.policies.base import Pages, RetentionPolicy
 from tests.unit.driver import layer, ragged
@@ -15,7 +16,7 @@ from tests.unit.stores import fill, make_store
 EVICTING = [name for name, policy in POLICIES.items() if not policy.keeps_all]
 
 
-def pages(lens: list[int]) -> Pages:
+def some_pages(lens: list[int]) -> Pages:
     store = make_store(len(lens), 2, 4)
     if any(lens):
         fill(store, {(row, shard): list(range(shard, n, 2)) for row, n in enumerate(lens) for shard in range(2)})
@@ -31,7 +32,7 @@ def test_it_says_what_it_does(name):
 
 
 def test_none_never_evicts():
-    assert POLICIES.build("none").score(pages([5, 9])).eq(torch.inf).all()
+    assert POLICIES.build("none").score(some_pages([5, 9])).eq(torch.inf).all()
 
 
 @pytest.mark.parametrize("num_shards", [1, 2], ids="S{}".format)
@@ -39,7 +40,12 @@ def test_none_never_evicts():
 def test_budget_pins_and_attention(name, num_shards):
     """Whatever a policy prefers: budgets hold, pins stay, attention is that over the kept entries, freed slots may hold NaN."""
     scheduling = {"method": name, "budget_tokens": 30, "sink_tokens": 2, "recent_tokens": 5}
-    driver = EvictingDriver([layer(0), layer(1, window=7), layer(2)], None, scheduling, page_size=4, num_shards=num_shards)
+    kinds, options = [layer(0), layer(1, window=7), layer(2)], {"page_size": 4, "num_shards": num_shards, "placement": "position"}
+    if POLICIES.get(name).needs_one_shard and num_shards > 1:
+        with pytest.raises(ConfigError, match="one shard on one rank"):
+            EvictingDriver(kinds, None, scheduling, **options)
+        return
+    driver = EvictingDriver(kinds, None, scheduling, **options)
     driver.prefill([50, 3, 21])
     for mask in [*[ragged([1, 1, 1])] * 6, ragged([9, 0, 13]), ragged([1, 0, 1]), *[ragged([1, 1, 1])] * 5]:
         poison(driver)

@@ -1,5 +1,6 @@
 """A Driver whose cache evicts, beside an oracle in plain loops and float64: who is kept, what attention over the kept entries gives."""
 
+import itertools
 import math
 from dataclasses import dataclass, field
 
@@ -15,7 +16,7 @@ from tests.unit.stores import stored
 @dataclass
 class Page:
     positions: list[int] = field(default_factory=list)
-    shares: list[tuple[int, float, float]] = field(default_factory=list)  # (query column since the start, share, fair share)
+    shares: list[tuple[int, float, float, int]] = field(default_factory=list)  # (query column, share, fair share, forward)
 
 
 class EvictingDriver(Driver):
@@ -31,8 +32,8 @@ class EvictingDriver(Driver):
     def new_generation(self) -> None:
         super().new_generation()
         self.tables: list[list[list[list[Page]]]] = []  # [layer][row][shard] -> pages
-        self.evicted, self.columns, self.since, self.waits = 0, 0, 0, False
-        self.queries: dict[tuple[int, int], Tensor] = {}  # (layer, row) -> last query [Hq, D]
+        self.evicted, self.columns, self.forwards, self.since, self.waits = 0, 0, 0, 0, False
+        self.queries: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # (layer, row) -> last query [Hq, D], its lse [Hq]
 
     def select(self, index: list[int]) -> None:
         super().select(index)
@@ -55,7 +56,7 @@ class EvictingDriver(Driver):
         outputs = super().forward(mask)
         for entries in self.staged:
             self._append(*entries)
-        self.columns += mask.shape[1]
+        self.columns, self.forwards = self.columns + mask.shape[1], self.forwards + 1
         decode = mask.shape[1] == 1
         self.since = self.since + 1 if decode else 0
         if not (decode and self.since % self.scheduling["interval"]):
@@ -84,16 +85,17 @@ class EvictingDriver(Driver):
         size = self.cache.page_size
         for i, spec in enumerate(self.layers):
             for row, length in enumerate(self.lens) if spec.window is None else ():
-                while len(self.kept(i, row)) > self.budget(i, row):
-                    free = [
-                        (self.score(page, self, i, row), page.positions[-1], shard, page)
-                        for shard in self.tables[i][row]
-                        for page in shard
-                        if len(page.positions) == size
-                        and page.positions[0] >= self.scheduling["sink_tokens"]
-                        and page.positions[-1] < length - self.scheduling["recent_tokens"]
-                    ]
-                    *_, shard, page = min(free, key=lambda entry: entry[:2])
+                num_pages = -(-(len(self.kept(i, row)) - self.budget(i, row)) // size)
+                free = [
+                    (self.score(page, self, i, row), page.positions[-1], shard, page)
+                    for shard in self.tables[i][row]
+                    for page in shard
+                    if num_pages > 0
+                    and len(page.positions) == size
+                    and page.positions[0] >= self.scheduling["sink_tokens"]
+                    and page.positions[-1] < length - self.scheduling["recent_tokens"]
+                ]
+                for *_, shard, page in sorted(free, key=lambda entry: entry[:2])[: max(num_pages, 0)]:
                     shard.remove(page)
                     self.evicted += size
 
@@ -137,8 +139,8 @@ class EvictingDriver(Driver):
                     for p, x in zip(visible, share.mean(0).tolist(), strict=True):
                         got[id(page_of[p])] = got.get(id(page_of[p]), 0.0) + x
                     for page in {id(page): page for page in page_of.values()}.values():
-                        page.shares.append((column, got.get(id(page), 0.0), fair))
-                self.queries[i, row] = query
+                        page.shares.append((column, got.get(id(page), 0.0), fair, self.forwards))
+                self.queries[i, row] = query, want_lse
 
     def _append(self, i: int, row: int, new: list[int]) -> None:
         for p in new:
@@ -178,13 +180,67 @@ def check_evicting(driver: EvictingDriver) -> None:
     assert numbers["kv_bytes_allocated"] == sum(t.untyped_storage().nbytes() for t in held)
 
 
+# ---- the policies, in loops: (page, driver, layer, row) -> score ------------------------------------------------------------
+
+
 def last_position(page: Page, *_) -> float:
     return page.positions[-1]
 
 
 def accumulated(page: Page, *_) -> float:
-    return math.fsum(share for _, share, _ in page.shares)
+    return math.fsum(share for _, share, _, _ in page.shares)
+
+
+def last_query(page: Page, *_) -> float:
+    return page.shares[-1][1]
+
+
+def uses(page: Page) -> list[int]:
+    return [column + 1 for column, share, fair, _ in page.shares if share >= fair]
 
 
 def last_use(page: Page, *_) -> float:
-    return max((column + 1 for column, share, fair in page.shares if share >= fair), default=0)
+    return max(uses(page), default=0)
+
+
+def last_and_frequent_use(page: Page, *_) -> float:
+    return last_use(page) + len(uses(page))
+
+
+def features(page: Page, driver: EvictingDriver, *_) -> float:
+    asked = sum(share > 0 for _, share, _, _ in page.shares)
+    attention = math.fsum(share / fair for _, share, fair, _ in page.shares) / asked
+    return attention + 2 ** ((last_use(page) - driver.columns) / 64) + len(uses(page)) / asked
+
+
+def fading(page: Page, window: int) -> float:
+    total = 0.0
+    for _, group in itertools.groupby(page.shares, lambda seen: seen[3]):
+        shares = [share for _, share, _, _ in group]
+        total = total * max(0, 1 - len(shares) / window) + math.fsum(shares[-window:])
+    return total
+
+
+def observed(page: Page, driver: EvictingDriver, i: int, row: int, window: int = 3, kernel: int = 5) -> float:
+    """SnapKV with a window of 3: pooled over 5 pages of one entry, not pooled over larger ones."""
+    if driver.cache.page_size > 1:
+        kernel = 1
+    pages = next(shard for shard in driver.tables[i][row] if page in shard)
+    at = pages.index(page)
+    beside = pages[max(0, at - kernel // 2) : at + kernel // 2 + 1]
+    return math.fsum(fading(p, window) for p in beside if p.positions[-1] < driver.lens[row] - window) / kernel
+
+
+def bound(page: Page, driver: EvictingDriver, i: int, row: int) -> float:
+    (query, lse), spec = driver.queries[i, row], driver.layers[i]
+    group, total = query.shape[0] // spec.num_kv_heads, 0.0
+    for head in range(query.shape[0]):
+        keys = torch.stack([driver.history[i][row][p][0][head // group] for p in page.positions]).double()
+        lo, hi = keys.amin(0), keys.amax(0)
+        q = query[head].double() * driver._scale(query)
+        total += math.exp(float(torch.maximum(q * lo, q * hi).sum() - lse[head]))
+    return total
+
+
+def short_keys(page: Page, driver: EvictingDriver, i: int, row: int) -> float:
+    return -math.fsum(float(driver.history[i][row][p][0].double().norm(dim=-1).mean()) for p in page.positions)
