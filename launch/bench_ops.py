@@ -1,190 +1,167 @@
-"""`pikv bench ops`: decode over pages against torch's attention, interleaved, on the same data and threads.
+"""`pikv bench ops`: decode over pages against torch's attention, interleaved, on the same keys, values and threads.
 
-Baselines, all torch:
+Baselines:
     sdpa_grouped         K/V contiguous [B, H, L, D], queries of a kv head as rows of one query: the honest one; the faster of bf16, fp32
     sdpa_gqa             the same with enable_gqa=True, as one would first write it; the faster of bf16 and fp32
     dequant_sdpa         pages decoded by the torch reference, then sdpa_grouped in fp32: what compression costs without a kernel
     sdpa_on_dequantised  sdpa_grouped in fp32 on keys and values that have been decoded before the clock starts
-    own_bf16             decode over bf16 pages
-    contiguous           the same decode with its pages in order, beside pages in random order
+    own_bf16             decode over bf16 pages in the same order
+    contiguous           the same decode with its pages in order; for rows with pages in random order
+    stream               the time in which the same bytes are read, by a checksum of 512 MiB
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from statistics import median
-from typing import Any
+from statistics import median, quantiles
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from pikv_ds.launch.bench_targets import judge
 from pikv_ds.launch.output import print_table, write_json
 
+if TYPE_CHECKING:
+    from pikv_ds.launch.bench_runs import Runs
+
 FORMATS = ("bf16", "int8", "int4", "fp8_e4m3")
-HEADS, GROUP, DIM = 8, 4, 128
 SHAPES = ((1, 4096), (1, 32768), (8, 8192))  # batch, context
+QUICK_SHAPES = ((1, 2048),)
+MAX_CPU = 1.1  # CPU time beyond this share of threads x wall: more threads ran than the row says
+MIN_MS = 50.0  # of one measurement: the system counts the CPU time of other threads in ticks of up to 10 ms
+
+
+class Times(NamedTuple):
+    """Of one call, in ms: one measurement per repeat."""
+
+    wall: list[float]
+    cpu: list[float]
+
+    @property
+    def ms(self) -> float:
+        return median(self.wall)
+
+    @property
+    def cpu_ms(self) -> float:
+        return median(self.cpu)
+
+    def used(self, threads: int) -> float:
+        """CPU time as a share of what `threads` threads have."""
+        return sum(self.cpu) / sum(self.wall) / threads
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--quick", action="store_true", help="one small shape, 3 repeats: does it run")
-    parser.add_argument("--threads", type=int, default=1, metavar="N", help="torch threads (default 1)")
+    parser.add_argument("--quick", action="store_true", help="one small shape, 3 repeats: does it run; judges no target")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], metavar="N", help="torch threads (default 1, then 2)")
     parser.add_argument("--repeats", type=int, default=9, metavar="N", help="runs of each, interleaved (default 9)")
 
 
 def run(args: argparse.Namespace) -> int:
-    import torch
-
-    torch.set_num_threads(args.threads)
-    shapes, repeats = (((1, 2048),), 3) if args.quick else (SHAPES, args.repeats)
-    rows = []
+    """0; 1 when a row is not valid: its CPU time says that more threads ran than were asked for."""
+    shapes, repeats = (QUICK_SHAPES, 3) if args.quick else (SHAPES, args.repeats)
+    rows: list[dict[str, Any]] = []
     for batch, context in shapes:
-        for order in ("contiguous", "random"):
-            rows += _rows(batch, context, order, args.threads, repeats)
-    shown = ("op", "format", "pages", "batch", "context_tokens", "ms", "cpu_ms", "baseline", "baseline_ms", "ratio", "gbps", "stream_gbps")
-    print_table(
-        f"Decode, {HEADS * GROUP} query heads, {HEADS} kv heads of {DIM}, {args.threads} thread(s): median of {repeats}, interleaved",
-        [{key: _round(row[key]) for key in shown} for row in rows],
-    )
-    noisy = [row for row in rows if row["cpu_ms"] < 0.9 * row["ms"] * row["threads"]]
-    if noisy:
-        print(f"{len(noisy)} of {len(rows)} rows had less than 90 % of their cores: other work ran here; ratios of cpu_ms are safer")
-    write_json(args.json, "bench ops", rows)
-    return 0
+        for found in _rows(batch, context, args.threads, repeats):
+            rows += found
+            _print(found)
+    targets = judge(rows)
+    if targets:
+        print_table("Targets", [{key: _round(value) for key, value in row.items()} for row in targets])
+    busy = [row for row in rows if row["cpu_ms"] < 0.9 * row["ms"] and row["threads"] == 1]
+    if busy:
+        print(f"{len(busy)} rows of one thread had less than 90 % of their core: other work ran here")
+    write_json(args.json, "bench ops", rows, targets=targets)
+    invalid = [row for row in rows if not row["valid"]]
+    for row in invalid:
+        print(f"not valid: {row['format']} {row['pages']} and {row['baseline']} used more than {MAX_CPU} x {row['threads']} thread(s)")
+    return 1 if invalid else 0
 
 
-def _rows(batch: int, context: int, order: str, threads: int, repeats: int) -> list[dict[str, Any]]:
+def _rows(batch: int, context: int, thread_counts: list[int], repeats: int):
+    """One list of rows per thread count, of the same data."""
     import torch
+
+    from pikv_ds.launch import bench_runs
+    from pikv_ds.ops.memory import aligned_bytes
 
     generator = torch.Generator().manual_seed(1)
-    q = torch.randn(batch, HEADS * GROUP, DIM, generator=generator).bfloat16()
-    runs, sizes = {}, {}
+    q = torch.randn(batch, bench_runs.HEADS * bench_runs.GROUP, bench_runs.DIM, generator=generator).bfloat16()
+    runs, sizes = bench_runs.dense_runs(q, context, generator), {}
     for name in FORMATS:
-        runs[name], in_order, sizes[name], decoded = _paged(name, q, batch, context, order, generator)
-        if order == "random":
-            runs[f"contiguous {name}"] = in_order
-        else:
-            runs |= _on_decoded(name, q, decoded, batch, context)
-        del decoded
-    if order == "contiguous":
-        runs |= _dense(q, batch, context, generator)
-    stream = torch.ones(1 << (24 if context <= 2048 else 29), dtype=torch.uint8)
-    runs["stream"] = lambda: torch.ops.pikv.checksum(stream)
-    wall, cpu = _measure(runs, repeats)
-    gbps = stream.nbytes / wall["stream"] / 1e6
-    common = {
-        "op": "decode",
-        "group": GROUP,
-        "pages": order,
-        "batch": batch,
-        "context_tokens": context,
-        "threads": threads,
-        "repeats": repeats,
-    }
+        paged, sizes[name] = bench_runs.paged_runs(name, q, context, generator)
+        runs |= paged
+    data = aligned_bytes(1 << (24 if context <= 2048 else 29)).fill_(1)
+    runs["stream"] = lambda: torch.ops.pikv.checksum(data)
+    before = torch.get_num_threads()
+    for threads in thread_counts:
+        torch.set_num_threads(threads)
+        times = measure(runs, repeats)
+        common = {"group": bench_runs.GROUP, "batch": batch, "context": context, "threads": threads}
+        yield [row for name in FORMATS for row in _rows_of(name, sizes[name], times, common, data.nbytes)]
+    torch.set_num_threads(before)
+
+
+def measure(runs: Runs, repeats: int) -> dict[str, Times]:
+    """All run once before, then in turns; a measurement is so many calls that it takes MIN_MS."""
+    calls = {}
+    for name, call in runs.items():
+        call()
+        started = time.perf_counter()
+        call()
+        calls[name] = max(1, round(MIN_MS / (1e3 * (time.perf_counter() - started))))
+    times = {name: Times([], []) for name in runs}
+    for _ in range(repeats):
+        for name, call in runs.items():
+            started, cpu_started = time.perf_counter(), time.process_time()
+            for _ in range(calls[name]):
+                call()
+            times[name].wall.append(1e3 * (time.perf_counter() - started) / calls[name])
+            times[name].cpu.append(1e3 * (time.process_time() - cpu_started) / calls[name])
+    return times
+
+
+def _rows_of(name: str, nbytes: int, times: dict[str, Times], common: dict[str, int], stream_bytes: int) -> list[dict[str, Any]]:
     rows = []
-    for name in FORMATS:
-        for baseline, ran in _baselines(name, wall, order):
+    stream_gbps = stream_bytes / times["stream"].ms / 1e6
+    for order in ("contiguous", "random"):
+        own = times[f"{name} {order}"]
+        for baseline, ran in _baselines(name, order, times).items():
+            other = times[ran]
+            share = nbytes / stream_bytes if ran == "stream" else 1.0  # of the stream: as many bytes as decode reads
+            ratios = [share * b / a for a, b in zip(own.wall, other.wall, strict=True)]
             rows.append({
-                **common, "format": name, "ms": wall[name], "cpu_ms": cpu[name], "baseline": baseline, "baseline_as": ran,
-                "baseline_ms": wall[ran], "baseline_cpu_ms": cpu[ran], "ratio": wall[ran] / wall[name], "cpu_ratio": cpu[ran] / cpu[name],
-                "bytes": sizes[name], "gbps": sizes[name] / wall[name] / 1e6, "stream_gbps": gbps,
+                "op": "decode", "format": name, **common, "ms": own.ms, "cpu_ms": own.cpu_ms,
+                "baseline": baseline, "baseline_ms": share * other.ms, "ratio": share * other.ms / own.ms,
+                "gbps": nbytes / own.ms / 1e6, "stream_gbps": stream_gbps, "pages": order, "baseline_ran": ran, "bytes": nbytes,
+                **_spread("ms", own.wall), **_spread("ratio", ratios), "repeats": len(ratios),
+                "valid": max(x.used(common["threads"]) for x in (own, other)) <= MAX_CPU,
             })  # fmt: skip
     return rows
 
 
-def _baselines(name: str, wall: dict[str, float], order: str) -> list[tuple[str, str]]:
-    faster = lambda kind: min((f"{kind} bf16", f"{kind} fp32"), key=wall.__getitem__)  # noqa: E731
-    if order == "random":
-        return [("contiguous", f"contiguous {name}"), *([] if name == "bf16" else [("own_bf16", "bf16")])]
-    pairs = [("sdpa_grouped", faster("sdpa_grouped")), ("sdpa_gqa", faster("sdpa_gqa"))]
+def _baselines(name: str, order: str, times: dict[str, Times]) -> dict[str, str]:
+    """Baseline -> the run that stands for it."""
+    faster = lambda kind: min((f"{kind} bf16", f"{kind} fp32"), key=lambda ran: times[ran].ms)  # noqa: E731
+    found = {kind: faster(kind) for kind in ("sdpa_grouped", "sdpa_gqa")}
     if name != "bf16":
-        pairs += [("dequant_sdpa", f"dequant_sdpa {name}"), ("sdpa_on_dequantised", f"sdpa_on_dequantised {name}"), ("own_bf16", "bf16")]
-    return pairs
+        found |= {kind: f"{kind} {name}" for kind in ("dequant_sdpa", "sdpa_on_dequantised")}
+        found["own_bf16"] = f"bf16 {order}"
+    if order == "random":
+        found["contiguous"] = f"{name} contiguous"
+    return found | {"stream": "stream"}
 
 
-def _paged(name, q, batch, context, order, generator):
-    import torch
-
-    from pikv_ds import ops
-    from pikv_ds.ops import ref_formats
-
-    fmt = ops.PageFormat(name, HEADS, DIM, DIM, 64)
-    num_pages = batch * context // fmt.page_size
-    pages = ops.new_pages(fmt, num_pages)
-    for start in range(0, num_pages, 64):
-        ids = torch.arange(start, min(start + 64, num_pages))
-        k = torch.randn(len(ids), HEADS, fmt.page_size, DIM, generator=generator)
-        v = torch.randn(len(ids), HEADS, fmt.page_size, DIM, generator=generator)
-        ref_formats.encode_pages(pages, fmt, ids, k, v)
-    ids = torch.arange(num_pages)
-    in_order = ids.view(batch, 1, -1).int()
-    table = ids[torch.randperm(num_pages, generator=generator)].view(batch, 1, -1).int() if order == "random" else in_order
-    seqlens = torch.full((batch, 1), context, dtype=torch.int32)
-    tail = {}
-    if fmt.grouped:
-        tail = {
-            "tail": torch.zeros(batch, HEADS, fmt.group, DIM, dtype=torch.bfloat16),
-            "tail_rows": torch.arange(batch, dtype=torch.int32),
-        }
-
-    def reading(block_table):
-        return lambda: ops.decode(q, pages, fmt, block_table, seqlens, scale=DIM**-0.5, **tail)
-
-    return reading(table), reading(in_order), pages.nbytes, (pages, fmt)
+def _spread(name: str, values: list[float]) -> dict[str, float]:
+    fifths = quantiles(values, n=5) if len(values) > 1 else values * 4
+    return {f"{name}_p20": fifths[0], f"{name}_p80": fifths[3]}
 
 
-def _contiguous(pages, fmt, batch, context):
-    """k, v [B, H, L, D] f32 of pages in order."""
-    from pikv_ds.ops import ref_formats
-
-    per_request = lambda x: x.view(batch, -1, HEADS, fmt.page_size, DIM).transpose(1, 2).reshape(batch, HEADS, context, DIM)  # noqa: E731
-    return [per_request(x) for x in ref_formats.decode_pages(pages, fmt)]
-
-
-def _on_decoded(name, q, decoded, batch, context):
-    if name == "bf16":
-        return {}
-    pages, fmt = decoded
-    k, v = _contiguous(pages, fmt, batch, context)
-    return {
-        f"dequant_sdpa {name}": lambda: _grouped(q.float(), *_contiguous(pages, fmt, batch, context)),
-        f"sdpa_on_dequantised {name}": lambda: _grouped(q.float(), k, v),
-    }
-
-
-def _dense(q, batch, context, generator):
-    import torch
-    from torch.nn.functional import scaled_dot_product_attention as sdpa
-
-    from pikv_ds.ops.memory import aligned_bytes
-
-    runs = {}
-    for label, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
-        k, v = (aligned_bytes(batch * HEADS * context * DIM * dtype.itemsize).view(dtype).view(batch, HEADS, context, DIM) for _ in "kv")
-        for x in (k, v):
-            for request in x:
-                request.copy_(torch.randn(request.shape, generator=generator))
-        query = q.to(dtype)
-        runs[f"sdpa_grouped {label}"] = lambda query=query, k=k, v=v: _grouped(query, k, v)
-        runs[f"sdpa_gqa {label}"] = lambda query=query, k=k, v=v: sdpa(query.unsqueeze(2), k, v, enable_gqa=True)
-    return runs
-
-
-def _grouped(q, k, v):
-    from torch.nn.functional import scaled_dot_product_attention as sdpa
-
-    return sdpa(q.view(q.shape[0], HEADS, GROUP, DIM), k, v)
-
-
-def _measure(runs: dict[str, Any], repeats: int) -> tuple[dict[str, float], dict[str, float]]:
-    """Median wall and CPU ms of each; all run once before, then in turns."""
-    for call in runs.values():
-        call()
-    wall, cpu = {name: [] for name in runs}, {name: [] for name in runs}
-    for _ in range(repeats):
-        for name, call in runs.items():
-            started, cpu_started = time.perf_counter(), time.process_time()
-            call()
-            wall[name].append(1e3 * (time.perf_counter() - started))
-            cpu[name].append(1e3 * (time.process_time() - cpu_started))
-    return {name: median(values) for name, values in wall.items()}, {name: median(values) for name, values in cpu.items()}
+def _print(rows: list[dict[str, Any]]) -> None:
+    first, shown = rows[0], ("ms", "gbps", "baseline", "baseline_ms", "ratio")
+    print_table(
+        f"decode, {first['batch']} x {first['context']} tokens, group {first['group']}, {first['threads']} thread(s), "
+        f"stream {first['stream_gbps']:.1f} GB/s: median of {first['repeats']}, interleaved",
+        [{"pages": f"{row['format']} {row['pages']}"} | {key: _round(row[key]) for key in shown} for row in rows],
+    )
 
 
 def _round(value: Any) -> Any:

@@ -48,21 +48,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from pikv_ds.launch.evaluation.partial import Partial, key_of
+    from pikv_ds.launch.evaluation.partial import Partial
     from pikv_ds.launch.evaluation.plan import read_spec
 
     spec, units = read_spec(args)
     with tempfile.TemporaryDirectory(prefix="pikv_eval_") as folder:
         partial = Partial(Path(f"{args.json}.partial" if args.json else f"{folder}/rows.json"))
-        todo = [unit for unit in units if key_of(spec, unit) not in partial.rows]
-        if len(todo) < len(units):
-            print(f"{len(units) - len(todo)} of {len(units)} units are in {partial.path} already")
+        todo = partial.unfinished(spec, units)
         if todo:
             status = _run_units(spec, todo, partial, Path(folder))
             if status:
                 return status
-        rows = [Partial(partial.path).rows[key_of(spec, unit)] for unit in units]
-        finish(args, command_line(args, "pikv eval"), spec, rows)
+        finish(args, command_line(args, "pikv eval"), spec, Partial(partial.path).rows_of(spec, units))
         partial.remove()
     return 0
 

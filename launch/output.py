@@ -48,11 +48,11 @@ def document_of(command: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {"command": command, "versions": versions(), "machine": machine(), "rows": rows}
 
 
-def write_json(path: str | None, command: str, rows: list[dict[str, Any]]) -> None:
-    """Write {"command", "versions", "machine", "rows"} to `path`; nothing when the user gave no --json."""
+def write_json(path: str | None, command: str, rows: list[dict[str, Any]], **tables: list[dict[str, Any]]) -> None:
+    """Write {"command", "versions", "machine", "rows"} and further tables to `path`; nothing when the user gave no --json."""
     if path is None:
         return
-    document = document_of(command, rows)
+    document = document_of(command, rows) | tables
     Path(path).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 

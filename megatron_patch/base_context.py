@@ -167,7 +167,9 @@ class PiKVContext(ABC):
         latent = None if latent is None else self.tokens.rows(latent.detach())
         partial = heads.attend(q, k, v, latent, self.expert_ids.of(layer, looked_ahead))
         sink = softmax_offset(self.layers[layer].attention)
-        out = finish_attention(partial, q, k, v, scale=heads.scale, window=self.core.layers[layer].window, sink=sink)
+        out = finish_attention(
+            partial, q, k, v, scale=heads.scale, window=self.core.layers[layer].window, sink=sink, padding=self.tokens.padding
+        )
         self._next_layer = layer + 1
         if self._next_layer == len(self.layers) and not (self.core.stages and self.links[layer].router is not None):
             self._finish()

@@ -73,16 +73,16 @@ def append(pages, tail, k, v, positions, slot_mapping, tail_rows, fmt: PageForma
     _slots(pages, slot_mapping, tail, tail_rows, fmt, values)
 
 
-def page_bounds(bounds, pages, slot_mapping, tail, tail_rows, fmt: PageFormat) -> None:
+def page_bounds(bounds, pages, slot_mapping, tail, tail_rows, fmt: PageFormat, values: bool = True) -> None:
     _pages(pages, fmt)
     floats("bounds", bounds)
     expected = (pages.shape[0], fmt.num_kv_heads, 2, fmt.k_dim)
     require(tuple(bounds.shape) == expected, f"bounds must be {list(expected)}, got {list(bounds.shape)}")
     integers("slot_mapping", slot_mapping)
-    _slots(pages, slot_mapping, tail, tail_rows, fmt)
+    _slots(pages, slot_mapping, tail, tail_rows, fmt, values)
 
 
-def page_score(q, bounds, block_table, seqlens, page_size: int) -> None:
+def page_score(q, bounds, block_table, seqlens, page_size: int, values: bool = True) -> None:
     floats("q", q)
     floats("bounds", bounds)
     require(q.dim() == 3, f"q must be [R, num_q_heads, head_dim], got {list(q.shape)}")
@@ -98,7 +98,8 @@ def page_score(q, bounds, block_table, seqlens, page_size: int) -> None:
             f"seqlens must be [{N}, 1 or {heads}], got {list(seqlens.shape)}")  # fmt: skip
     integers("block_table", block_table)
     integers("seqlens", seqlens)
-    _table(block_table, seqlens, bounds.shape[0], page_size)
+    if values:
+        _table(block_table, seqlens, bounds.shape[0], page_size)
 
 
 def merge(out: Tensor, lse: Tensor) -> None:
@@ -204,14 +205,14 @@ def words(data: Tensor) -> None:
     require(whole, f"checksum needs a contiguous tensor of whole 8-byte words, got {data.nbytes} bytes")
 
 
-def packed(op: str, buffer: Tensor, fields: list[Tensor], index: Tensor | None, offsets, strides, rows) -> None:
+def packed(op: str, buffer: Tensor, fields: list[Tensor], index: Tensor | None, offsets, strides, rows, values: bool = True) -> None:
     """`rows`: rows of each field in the buffer."""
     require(buffer.dtype == torch.uint8 and buffer.is_contiguous(), f"{op}: buffer must be contiguous uint8, got {buffer.dtype}")
     n, counts = len(fields), (len(offsets), len(strides), len(rows))
     require(counts == (n, n, n), f"{op}: {n} fields need as many offsets, strides and rows, got {counts[0]}, {counts[1]} and {counts[2]}")
     if index is not None:
         integers("index", index)
-    top = int(index.max()) if index is not None and index.numel() else -1
+    top = int(index.max()) if values and index is not None and index.numel() else -1
     for i, (x, offset, stride, count) in enumerate(zip(fields, offsets, strides, rows, strict=True)):
         require(x.dim() >= 1 and x.is_contiguous(), f"{op}: field {i} must be contiguous [rows, ...], got {list(x.shape)}")
         require(x.dtype in _PACKED, f"pack: a field must be float64, float32, bfloat16, float16 or an integer, got {x.dtype}")

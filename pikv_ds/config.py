@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from pikv_ds.config_checks import check_budget, check_companion, check_method, check_table
+from pikv_ds.config_checks import check_budget, check_companion, check_method, check_retention, check_table
 from pikv_ds.config_errors import describe, problem
 from pikv_ds.errors import ConfigError
 
 if TYPE_CHECKING:
     from pikv_ds.codecs.base import Codec
     from pikv_ds.policies.base import RetentionPolicy
+    from pikv_ds.routers.base import Router
 
 
 def _as_tuples(value: Any) -> Any:
@@ -74,11 +75,20 @@ class StorageConfig(_Block):
 
 
 class RoutingConfig(_Block):
-    """Which shards a query reads."""
+    """Which pages a query reads. Other keys are the options of the router, see `pikv methods`."""
 
+    model_config = ConfigDict(frozen=True, extra="allow", strict=True, validate_default=True)
     method: str = Field("all", description="KV router, see `pikv methods`.")
-    sink_tokens: int = Field(4, ge=0, description="First tokens of a request that every query reads.")
-    recent_tokens: int = Field(64, ge=0, description="Latest tokens of a request that every query reads.")
+    budget_ratio: float | None = Field(None, gt=0, le=1, description="Pages a query reads per kv head, as a share of its request's tokens.")
+    budget_pages: int | None = Field(None, ge=1, description="Pages a query reads per kv head and layer; in place of budget_ratio.")
+    sink_tokens: int = Field(4, ge=0, description="First tokens of a request that every query reads, inside the budget.")
+    recent_tokens: int = Field(64, ge=0, description="Latest tokens before a query that it always reads, inside the budget.")
+
+    def build(self) -> Router:
+        """The router with its options."""
+        from pikv_ds.routers import ROUTERS
+
+        return ROUTERS.build(self.method, **self.model_extra)
 
 
 class CompressionConfig(_Block):
@@ -169,11 +179,12 @@ class PiKVConfig(_Block):
 
         for key, registry in (("routing", ROUTERS), ("compression", CODECS), ("scheduling", POLICIES)):
             check_method(key, getattr(self, key), registry)
-        check_budget(self.scheduling)
+        check_retention(self.scheduling)
         try:
-            self.resolve_page_size()
+            page_size = self.resolve_page_size()
         except ValueError as error:
             raise problem("page_size", self.page_size, str(error)) from None
+        check_budget(self.routing, page_size)
         return self
 
     @classmethod

@@ -41,7 +41,7 @@ def check_table(table: tuple, num_shards: int | None) -> None:
             raise problem(f"{key}[{layer_idx}][{expert}]", shards, legal)
 
 
-def check_budget(block: BaseModel) -> None:
+def check_retention(block: BaseModel) -> None:
     """`scheduling` names a budget in exactly one unit when its method evicts, and room for what is never evicted."""
     given = {name: getattr(block, name) for name in ("budget_tokens", "budget_ratio", "budget_bytes")}
     given = {name: value for name, value in given.items() if value is not None}
@@ -81,3 +81,23 @@ def check_method(key: str, block: BaseModel, registry: Registry) -> None:
         registry.build(block.method, **given)
     except ValueError as error:
         raise problem(key, {"method": block.method, **given}, str(error)) from None
+
+
+def check_budget(routing: BaseModel, page_size: int) -> None:
+    """A router that reads less than everything has exactly one budget, and the pages that every query reads fit into it."""
+    given = {name: getattr(routing, name) for name in ("budget_ratio", "budget_pages") if getattr(routing, name) is not None}
+    if routing.build().reads_all:
+        for name, value in given.items():
+            raise problem(f"routing.{name}", value, f"null with pikv.routing.method = {routing.method!r}, which reads every page")
+        return
+    if len(given) != 1:
+        raise problem(
+            "routing", given or {"method": routing.method}, f"one of budget_ratio and budget_pages with method {routing.method!r}"
+        )
+    pinned, budget = routing.sink_tokens + routing.recent_tokens, routing.budget_pages
+    if budget is not None and budget * page_size < pinned:
+        raise problem(
+            "routing.budget_pages", budget,
+            f"at least {-(-pinned // page_size)}: {budget} pages of {page_size} tokens are fewer than sink_tokens {routing.sink_tokens} + "
+            f"recent_tokens {routing.recent_tokens}, which every query reads; raise it or lower those",
+        )  # fmt: skip

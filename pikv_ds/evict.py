@@ -83,6 +83,11 @@ class Retention:
             )
         if not policy.watches:
             return
+        if config.routing.method != "all":
+            raise ConfigError(
+                f"pikv.routing.method = {config.routing.method!r} with pikv.scheduling.method = {policy.name!r}: attention to pages that "
+                f"a query does not read can't be measured; use 'all', or a method that looks at positions or keys"
+            )
         if config.storage.requests == "distinct" and self.exchange.size > 1:
             raise ConfigError(self._distinct_refused())
         if config.storage.expert_ids == "true":
@@ -102,26 +107,28 @@ class Retention:
     def before_forward(self, plan: StepPlan) -> None:
         """Evict what could not go after the last forward. A prompt that is kept whole waits for the first decode step."""
         if self.due and (plan.decode or self.config.prefill == "evict"):
-            self.evict(plan.lens_before_host)
-            self.tables.shrink()
+            if self.evict(plan.lens_before_host):
+                self.tables.shrink()
 
-    def after_forward(self, plan: StepPlan, lens: list[int], hold: bool) -> None:
-        """hold: a crop may still take back tokens of this forward."""
+    def after_forward(self, plan: StepPlan, lens: list[int], hold: bool) -> bool:
+        """Evict what this forward made too much. hold: a crop may still take back its tokens. Returns whether pages left."""
         self.steps = self.steps + 1 if plan.decode else 0
         self.mass.time += plan.sources[plan.own].num_columns
         if plan.decode and self.steps % self.config.interval:
-            return
+            return False
         self.due = True
-        if not hold and (plan.decode or self.config.prefill == "evict"):
-            self.evict(lens)
+        return not hold and (plan.decode or self.config.prefill == "evict") and self.evict(lens)
 
-    def evict(self, lens: list[int]) -> None:
-        """Free pages of all rows that are over their budget. Collectives: one when there are several ranks and some row is over."""
+    def evict(self, lens: list[int]) -> bool:
+        """Free pages of all rows that are over their budget. Collectives: one when there are several ranks and some row is over.
+
+        Returns whether some were; the same on every rank.
+        """
         self.due = False
         excess = self._excess(lens)
         over = [i for i, rows in enumerate(excess) if any(n > 0 for n in rows)]
         if not over:
-            return
+            return False
         device, page_size = self.tables.device, self.tables.page_size
         num_pages = torch.tensor([[-(-max(n, 0) // page_size) for n in excess[i]] for i in over]).to(device)
         pages = self._gather([self._candidates(self.layers[i], lens) for i in over], lens)
@@ -134,6 +141,7 @@ class Retention:
             self.tables.directory.evict(layer, choice.sum(-1) * page_size)
         self.tables.note_eviction(lens)
         self.last_eviction = self.mass.time
+        return True
 
     def _excess(self, lens: list[int]) -> list[list[int]]:
         """[L][R] entries above the budget, known on the host without looking at the device."""

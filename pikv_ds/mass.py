@@ -13,7 +13,7 @@ from pikv_ds import ops
 
 from .plan import StepPlan
 from .policies.base import RetentionPolicy, Seen
-from .reader import Before, arguments
+from .reader import Stored
 from .step import Query
 from .store import LayerStore
 from .tables import Tables
@@ -40,21 +40,21 @@ class Mass:
                 old = x.index_select(0, parent.clamp_min(0))
                 values[name] = torch.where((parent >= 0).view(-1, *[1] * (x.dim() - 1)), old, 0)
 
-    def read(self, layer: int, q: Tensor, rows: slice, before: Before | None, own: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-        """Attention of q [R, T, Hq, Dk] to the stored entries of `rows`: out [R, T, Hq, Dv] f32, lse [R, T, Hq] f32.
+    def read(self, layer: int, q: Tensor, stored: Stored, scale: float) -> tuple[Tensor, Tensor]:
+        """Attention of q [R, T, Hq, Dk] to the stored entries of its rows: out [R, T, Hq, Dv] f32, lse [R, T, Hq] f32.
 
         Each query reads its pages by itself, which gives the lse of every page with it; only reading a long chunk costs more that way.
         """
         store = self.tables.stores[layer]
         num_rows, num_queries = q.shape[:2]
-        (pages, fmt, table, seqlens), options = arguments(store, rows, before, own)
+        table, seqlens, tail_rows = stored.block_table, stored.seqlens, stored.tail_rows
         if num_queries > 1:
             table, seqlens = (_per_query(x, num_rows, num_queries) for x in (table, seqlens))
-            if "tail_rows" in options:
-                options["tail_rows"] = _per_query(options["tail_rows"], num_rows, num_queries)
+            tail_rows = None if tail_rows is None else _per_query(tail_rows, num_rows, num_queries)
         out, lse, page_lse = ops.decode(
-            q.flatten(0, 1).contiguous(), pages, fmt, table, seqlens, scale=scale, with_page_lse=True, **options
-        )
+            q.flatten(0, 1).contiguous(), store.pages, store.fmt, table, seqlens,
+            scale=scale, with_page_lse=True, tail=stored.tail, tail_rows=tail_rows,
+        )  # fmt: skip
         self.page_lse = page_lse.view(num_rows, num_queries, -1, *page_lse.shape[1:])
         return out.unflatten(0, (num_rows, num_queries)), lse.unflatten(0, (num_rows, num_queries))
 

@@ -34,6 +34,8 @@ def stats(cache: PiKVCache, dense_rows: int, dense_columns: int) -> dict:
         "entries_evicted": counters.evicted,
         "entries_cropped": counters.cropped,
         "entries_forked": counters.forked,
+        "entries_read": None if cache.selection is None else float(cache.selection.entries[0]),
+        "entries_visible": None if cache.selection is None else float(cache.selection.entries[1]),
         "exchange_bytes_sent": exchange.bytes_sent,
         "exchange_collectives": exchange.collectives,
         "load_per_rank": load_per_rank,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -54,8 +55,9 @@ class Tables:
         self.stores = [LayerStore(fmt, self.dtype, self.device, self.counts[i], self.free_top[i]) for i, fmt in enumerate(self.formats)]
         for spec, store in zip(self.layers, self.stores, strict=True):
             for name, dtype in self.page_values.items() if spec.window is None else ():
-                store.add_summary(name, (), dtype)
+                store.add_summary(name, (), dtype, cleared=True)
         self.evicted_at = [0] * num_rows  # tokens of a row when a budget last took entries of it
+        self.quiet = 0  # decode steps that surely open no page: nothing to reserve, mirror or give back
         self.settled = [0] * num_rows  # window layers dropped what a query after this many tokens of a row can't see
         self.directory.reset(num_rows)
         self.evicted = self.directory.evicted.sum(-1).tolist()  # [L][R]
@@ -63,7 +65,8 @@ class Tables:
         self.mirror()
 
     def mirror(self) -> None:
-        """Host copies of the sizes that plan the next forward. Sync: one read per forward, after its last layer; free on CPU."""
+        """Host copies of the sizes that plan the next forward. Sync: one read in forwards that are not quiet; free on CPU."""
+        self.stale = False
         self.counts_host, self.free_host, self.load_host = self.counts.cpu(), self.free_top.cpu(), self.directory.load.cpu()
 
     @property
@@ -75,6 +78,7 @@ class Tables:
         """Fork, crop and drop rows as agreed. lens: tokens of every row before."""
         self._refuse_crops_behind_the_window(agreed, lens)
         self._refuse_crops_behind_an_eviction(agreed, lens)
+        self.quiet = 0
         parent = torch.tensor(agreed.parent, dtype=torch.int64).to(self.device)
         keep = torch.tensor(agreed.keep, dtype=torch.int64).to(self.device)
         removed = self.directory.remap(parent, keep, torch.tensor(lens, dtype=torch.int64).to(self.device))
@@ -123,15 +127,23 @@ class Tables:
 
     def reserve(self, plan: StepPlan, hold: bool) -> None:
         """Fill in the per-layer sizes of a plan and make sure that its entries will find pages, without knowing their shards yet."""
+        if plan.decode and self.quiet:
+            self.quiet, self.stale = self.quiet - 1, True
+            plan.quiet, plan.may_open, plan.may_spill = True, [False] * len(self.layers), [False] * len(self.layers)
+            return
+        if self.stale:
+            self.mirror()
         page = self.page_size
-        num_new = torch.tensor(plan.num_new, dtype=torch.int64)
+        num_new, counts = np.array(plan.num_new, dtype=np.int64), self.counts_host.numpy()  # numpy: small sizes, each step
         most_new, total_new = max(plan.num_new, default=0), sum(plan.num_new)
-        flat = self.counts_host.flatten(1)
-        fullest = flat.amax(1).tolist() if flat.shape[1] else [0] * len(self.layers)
+        fullest = counts.max((1, 2), initial=0).tolist()
         opens = [0] * len(self.layers)
         if plan.decode:
             # A row opens a page only when one of its open pages is full; the token may go to any shard, so any of them counts.
-            opens = ((self.counts_host % page == 0).any(-1) & (num_new > 0)).sum(-1).tolist()
+            opens = ((counts % page == 0).any(-1) & (num_new > 0)).sum(-1).tolist()
+        if self.num_shards == 1 and self.storage.capacity_tokens is None:
+            # What every open page has left after this step. With several shards spilling is decided anew in each step.
+            self.quiet = int((page - 1 - counts % page).min(initial=page - 1)) if plan.decode else 0
         kinds = [(spec.window, sum(evicted)) for spec, evicted in zip(self.layers, self.evicted, strict=True)]
         capacity = {
             kind: shard_capacity(self.layers, kind[0], plan.lens_after_host, self.num_shards, page, self.storage.capacity_tokens, kind[1])
@@ -142,7 +154,7 @@ class Tables:
         for i, store in enumerate(self.stores):
             plan.capacity.append(capacity[kinds[i]])
             plan.may_spill.append(self.num_shards > 1 and fullest_shard[i] + total_new > plan.capacity[i])
-            needed = opens[i] if plan.decode else self._pages_for_chunk(i, num_new, plan.capacity[i], hold)
+            needed = opens[i] if plan.decode else self._pages_for_chunk(i, torch.from_numpy(num_new), plan.capacity[i], hold)
             plan.may_open.append(needed > 0)
             store.reserve(free[i], needed, -(-(fullest[i] + most_new) // page))
         if self.num_shards > 1:
@@ -154,15 +166,17 @@ class Tables:
         room = capacity - self.load_host[layer][self.local] if self.num_shards > 1 and window is None else None
         return pages_to_open(self.counts_host[layer], stored, room, self.page_size)
 
-    def expire(self, lens: list[int], margin: int) -> None:
-        """Free pages that have left their layer's window; `margin` tokens may still be cropped back."""
+    def expire(self, lens: list[int], margin: int) -> int:
+        """Free pages that have left their layer's window; `margin` tokens may still be cropped back. Returns entries expired."""
         if not lens or all(spec.window is None for spec in self.layers):
-            return
+            return 0
+        already = self.counters.expired
         self.settled = [max(settled, n - margin) for settled, n in zip(self.settled, lens, strict=True)]
         at = torch.tensor(lens, dtype=torch.int64).to(self.device) - margin
         for spec, store in zip(self.layers, self.stores, strict=True):
             if spec.window is not None:
                 self.counters.expired += expire(store, at, spec.window)
+        return self.counters.expired - already
 
     def shrink(self) -> None:
         """Mirror the sizes, then give back slabs of layers with much free space."""

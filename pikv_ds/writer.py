@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from .placement import Placement, hash_expert
+from .placement import Placement, Routed
 from .plan import StepPlan
 from .slots import spill
 from .tables import Tables
+
+
+class Written(NamedTuple):
+    """Where the N tokens of an append went."""
+
+    slot_mapping: Tensor  # [N] int32, page * page_size + offset; -1 = not stored here
+    shard: Tensor | None  # [N] int64 local shard, any value where not here; None = the only one
+    here: Tensor  # [N] bool
 
 
 class Writer:
@@ -18,15 +28,14 @@ class Writer:
         self.tables, self.placement = tables, placement
         self.num_experts = placement.num_experts
 
-    def append(self, layer: int, plan: StepPlan, k: Tensor, v: Tensor, expert_ids: Tensor | None, hold: bool) -> Tensor:
-        """Args: k [N, Hkv, Dk], v [N, Hkv, Dv]; expert_ids [N] int64 (-1 or None: position mod E); hold: nothing expires at birth.
-
-        Returns: slot_mapping [N] int32, -1 = not stored on this rank.
-        """
+    def append(self, layer: int, plan: StepPlan, k: Tensor, v: Tensor, expert_ids: Routed | Tensor | None, hold: bool) -> Written:
+        """Args: k [N, Hkv, Dk], v [N, Hkv, Dv]; expert_ids [N] int64 (-1 or None: position mod E), or with one shard
+        a router's choice; hold: nothing expires at birth."""
         tables, spec = self.tables, self.tables.layers[layer]
         positions, valid = plan.positions, plan.valid
-        experts = self._experts(positions, expert_ids, plan)
+        experts = self._experts(expert_ids, plan)
         if spec.window is not None and not plan.decode and not hold:
+            experts = experts.primary() if isinstance(experts, Routed) else experts
             # Entries that no query after this forward can see are not stored: they expire at birth.
             born = valid & (positions >= (plan.lens_after - (spec.window - 1))[plan.rows])
             unseen_here = valid & ~born & self._is_local(self._wanted(layer, experts, positions))
@@ -46,7 +55,7 @@ class Writer:
                 all_valid=all_valid,
             )
             tables.counters.count_appended(experts, valid)
-            return slots
+            return Written(slots, None, valid)
         tables.directory.leave(layer, plan.rows, positions, valid, plan.lens_before, plan.lens_after, plan.decode)
         shard = self._shards(layer, plan, experts, positions, valid)
         tables.directory.record(layer, plan.rows, positions, valid, shard, plan.lens_after)
@@ -63,14 +72,14 @@ class Writer:
             all_valid=False,
         )
         tables.counters.count_appended(experts, here)
-        return slots
+        return Written(slots, shard - tables.shard_begin, here)
 
-    def _experts(self, positions: Tensor, expert_ids: Tensor | None, plan: StepPlan) -> Tensor:
+    def _experts(self, expert_ids: Routed | Tensor | None, plan: StepPlan) -> Routed | Tensor:
         if expert_ids is None:
-            return hash_expert(positions, self.num_experts)
+            return plan.hashed_experts(self.num_experts)
         if len(plan.sources) == 1:
             return expert_ids
-        return torch.where(expert_ids < 0, hash_expert(positions, self.num_experts), expert_ids)
+        return torch.where(expert_ids < 0, plan.hashed_experts(self.num_experts), expert_ids)
 
     def _wanted(self, layer: int, experts: Tensor, positions: Tensor) -> Tensor:
         return self.placement.shard_of(layer, experts, positions.clamp_min(0))

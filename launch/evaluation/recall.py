@@ -11,7 +11,7 @@ import torch
 from pikv_ds.bundled.recall import KINDS, Prose, RecallPrompt, recall_prompt
 from pikv_ds.errors import ConfigError
 
-from .backend import Backend, Memory, Session
+from .backend import Backend, Memory, Session, first_of
 from .spec import EvalSpec
 
 
@@ -31,18 +31,18 @@ def measure_recall(
     prompts = _prompts(spec, prose)
     if spec.requests == "distinct":
         prompts = prompts[backend.data_rank :: spec.data_ranks]
-    answers, step_ms, memory = [], [], None
+    answers, step_ms, memories = [], [], []
     new_tokens = prose.answer_tokens()
     for start in range(0, len(prompts), spec.batch):
         part = prompts[start : start + spec.batch]
         with backend.session(block, len(part), spec.context) as session:
-            texts = _generate(session, [prompt.ids for _, prompt in part], new_tokens, spec.chunk, step_ms, backend.tokenizer)
-            memory = memory or session.memory()
+            texts, memory = _generate(session, [prompt.ids for _, prompt in part], new_tokens, spec.chunk, step_ms, backend.tokenizer)
+            memories.append(memory)
         answers += [
             Answer(kind, prompt.depth, text.strip().startswith(prompt.answer)) for (kind, prompt), text in zip(part, texts, strict=True)
         ]
         advance(len(part))
-    return (answers, step_ms), memory, min(spec.batch, len(prompts)) * (spec.context - 1)
+    return (answers, step_ms), first_of(memories), min(spec.batch, len(prompts)) * (spec.context - 1)
 
 
 def _prompts(spec: EvalSpec, prose: Prose) -> list[tuple[str, RecallPrompt]]:
@@ -58,13 +58,18 @@ def _prompts(spec: EvalSpec, prose: Prose) -> list[tuple[str, RecallPrompt]]:
     return prompts
 
 
-def _generate(session: Session, prompts: list[list[int]], new_tokens: int, chunk: int, step_ms: list[float], tokenizer: Any) -> list[str]:
+def _generate(
+    session: Session, prompts: list[list[int]], new_tokens: int, chunk: int, step_ms: list[float], tokenizer: Any
+) -> tuple[list[str], Memory]:
+    """Continuations of the prompts; the cache after them, counted from the last chunk of the prompt on, which holds the question."""
     ids = torch.tensor(prompts)
     for start in range(0, ids.shape[1], chunk):
+        if start + chunk >= ids.shape[1]:
+            before = session.memory()
         logits = session.feed(ids[:, start : start + chunk])
     chosen = [logits[:, -1].argmax(-1, keepdim=True).cpu()]
     while len(chosen) < new_tokens:
         started = time.perf_counter()
         chosen.append(session.feed(chosen[-1])[:, -1].argmax(-1, keepdim=True).cpu())  # reading the token ends the step on any device
         step_ms.append(1e3 * (time.perf_counter() - started))
-    return [tokenizer.decode(row) for row in torch.cat(chosen, 1)]
+    return [tokenizer.decode(row) for row in torch.cat(chosen, 1)], session.memory().counted_from(before)

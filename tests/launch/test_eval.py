@@ -1,6 +1,7 @@
 """`pikv eval`: rows against independent figures, a cache that forgets, resuming, ranks, refusals."""
 
 import contextlib
+import io
 import json
 import math
 
@@ -10,8 +11,10 @@ from transformers import DynamicCache
 
 from pikv_ds import bundled
 from pikv_ds.bundled.recall import Prose
+from pikv_ds.launch import megatron_eval
 from pikv_ds.launch.cli import main
 from pikv_ds.launch.evaluation import hf
+from pikv_ds.launch.evaluation.job import progress_bar
 from pikv_ds.launch.evaluation.partial import Partial, key_of
 from pikv_ds.launch.evaluation.ppl import measure_ppl
 from pikv_ds.launch.evaluation.recall import measure_recall
@@ -149,6 +152,18 @@ def test_a_stopped_run_goes_on_with_what_is_missing(tmp_path, monkeypatch, capsy
     assert [path.name for path in tmp_path.iterdir()] == ["rows.json"]
 
 
+def test_a_terminal_sees_how_far_it_is():
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    shown = Terminal()
+    with progress_bar("ppl, exact", 4, shown) as advance:
+        advance(2)
+        advance(2)
+    assert "ppl, exact" in shown.getvalue() and "4/4" in shown.getvalue()
+
+
 def test_finished_rows_are_of_the_same_command_only(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("a")
@@ -202,6 +217,18 @@ def test_two_ranks_under_autoep_share_the_samples_and_give_the_figures_of_one(do
 def test_mistakes_are_told_before_anything_is_measured(arguments, message, capsys):
     assert main(["eval", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_mistakes_of_ranks_that_torchrun_started(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["megatron_eval", "--ep", "3"])
+    with pytest.raises(SystemExit, match="2"):
+        megatron_eval.main()
+    assert "started without a launcher; use torchrun --nproc-per-node R -m pikv_ds.launch.megatron_eval" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, told in (("0", "megatron_eval: --ep 3: legal with --ranks 2 are its divisors"), ("1", "")):
+        monkeypatch.setenv("RANK", rank)
+        assert megatron_eval.main() == 2
+        assert capsys.readouterr().err.strip() == told
 
 
 def test_chunks_leave_95_percent_to_the_store():

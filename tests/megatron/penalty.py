@@ -7,7 +7,7 @@ from pikv_ds.megatron_patch import PiKVInferenceContext, RouterPenalty, disable_
 from pikv_ds.megatron_patch.penalty import model_weights
 from tests.dist.jobs.report import Report
 from tests.megatron.models import local_spec, tiny_config, tiny_model
-from tests.megatron.runs import decode, full_forward
+from tests.megatron.runs import decode, full_forward, refused
 
 ROUTINGS = {
     "softmax": {},
@@ -74,9 +74,4 @@ def check_penalty(report: Report, ids: torch.Tensor) -> None:
             (ConfigError, "load=-1", lambda: RouterPenalty(load=-1)),
             (ConfigError, "applies_to='weights'", lambda: RouterPenalty(applies_to="weights")),
         ):
-            try:
-                call()
-            except kind as error:
-                assert match in str(error), error
-            else:
-                raise AssertionError(f"nothing was raised where {match!r} was expected")
+            refused(kind, match, call)

@@ -7,11 +7,14 @@ from hypothesis import strategies as st
 
 from pikv_ds.ops import library, load
 
-BOTH = pytest.mark.parametrize("which", ["torch", "cpu"])
+ALL = pytest.mark.parametrize("which", ["torch", "cpu", "emu"])
 
 
 def call(which, *args):
     load.ensure("cpu")
+    if which == "emu":
+        load.define_emu()
+        return torch.ops.pikv_emu.assign_slots(*args)
     return (library.REFERENCE["assign_slots"] if which == "torch" else torch.ops.pikv.assign_slots)(*args)
 
 
@@ -45,7 +48,7 @@ def loop(state, rows, shards, here, page_size):
     return slots, cells
 
 
-@BOTH
+@ALL
 @settings(max_examples=60)
 @given(st.data())
 def test_equals_the_loop(which, data):
@@ -79,6 +82,12 @@ def test_a_page_that_was_not_reserved():
         call("cpu", *make(1, 1, 2, 2, 2, {(0, 0): 2}), rows, None, None, 2, True, True)
 
 
+def test_on_a_device_a_page_that_was_not_reserved_stops_the_kernel():
+    for num_pages, width, may_open in ((1, 3, True), (2, 3, False), (2, 2, True)):
+        with pytest.raises(RuntimeError, match="__trap"):
+            call("emu", *make(1, 1, num_pages, width, 2, {(0, 0): 2}), torch.tensor([0]), None, None, 2, True, may_open)
+
+
 BAD = {
     "shards": (lambda a: a.__setitem__(0, torch.zeros(1, 2, dtype=torch.int32)), "block_table must be [1, 2, max_pages], got [1, 1, 4]"),
     "counts": (lambda a: a.__setitem__(0, a[0].long()), "counts must be torch.int32, got torch.int64"),
@@ -90,7 +99,7 @@ BAD = {
 }
 
 
-@BOTH
+@ALL
 @pytest.mark.parametrize("what", list(BAD))
 def test_bad_input(which, what):
     args = [*make(1, 1, 2, 4, 2, {(0, 0): 1}), torch.tensor([0]), None, None, 2, True, True]

@@ -67,12 +67,15 @@ class Driver:
         seed: int = 0,
         dtype: torch.dtype = torch.float32,
         codec: str = "none",
+        routing: dict | None = None,
         scheduling: dict | None = None,
         **storage,
     ) -> None:
         self.layers, self.num_experts, self.num_q_heads, self.dtype = layers, num_experts, num_q_heads, dtype
         self.steps, self.tolerance = EXACT_STEPS.get(codec), TOLERANCE if codec == "none" else COMPRESSED_TOLERANCE
-        config = PiKVConfig(page_size=page_size, storage=storage, compression={"method": codec}, scheduling=scheduling or {})
+        config = PiKVConfig(
+            page_size=page_size, storage=storage, compression={"method": codec}, routing=routing or {}, scheduling=scheduling or {}
+        )
         self.cache = PiKVCache(layers, config, num_experts=num_experts, dtype=dtype, device=torch.device("cpu"))
         rule = {
             "num_experts": num_experts,

@@ -20,7 +20,7 @@ DEFAULTS = {
         "capacity_tokens": None,
         "overflow": "spill",
     },
-    "routing": {"method": "all", "sink_tokens": 4, "recent_tokens": 64},
+    "routing": {"method": "all", "budget_ratio": None, "budget_pages": None, "sink_tokens": 4, "recent_tokens": 64},
     "compression": {"method": "none"},
     "scheduling": {
         "method": "none",
@@ -86,8 +86,11 @@ BAD = {
     "router": ({"routing": {"method": "topk"}}, ["pikv.routing.method = 'topk'", "'all'"]),
     "codec": ({"compression": {"method": "zip"}}, ["pikv.compression.method = 'zip'", "'none'"]),
     "policy": ({"scheduling": {"method": "mru"}}, ["pikv.scheduling.method = 'mru'", "'none'"]),
-    "no budget": ({"scheduling": {"method": "lru"}}, ["pikv.scheduling", "one of budget_tokens, budget_ratio, budget_bytes"]),
-    "two budgets": ({"scheduling": {"method": "lru", "budget_tokens": 99, "budget_ratio": 0.5}}, ["99", "0.5", "one of budget_tokens"]),
+    "no eviction budget": ({"scheduling": {"method": "lru"}}, ["pikv.scheduling", "one of budget_tokens, budget_ratio, budget_bytes"]),
+    "two eviction budgets": (
+        {"scheduling": {"method": "lru", "budget_tokens": 99, "budget_ratio": 0.5}},
+        ["99", "0.5", "one of budget_tokens"],
+    ),
     "small budget": (
         {"scheduling": {"method": "lru", "budget_tokens": 67}},
         ["pikv.scheduling.budget_tokens = 67", ">= 68", "sink_tokens = 4", "recent_tokens = 64"],
@@ -95,6 +98,23 @@ BAD = {
     "ratio": ({"scheduling": {"method": "lru", "budget_ratio": 1.5}}, ["pikv.scheduling.budget_ratio = 1.5", "> 0 and <= 1"]),
     "policy option": ({"scheduling": {"method": "lru", "budget_tokens": 99, "treshold": 1.0}}, ["treshold", "mean 'threshold'?"]),
     "policy option value": ({"scheduling": {"method": "lru", "budget_tokens": 99, "threshold": -1.0}}, ["threshold > 0", "-1.0"]),
+    "router option": (
+        {"routing": {"method": "bounds", "budget_ratio": 0.1, "metadat": "bf16"}},
+        ["pikv.routing.metadat = 'bf16'", "metadata"],
+    ),
+    "router metadata": ({"routing": {"method": "bounds", "budget_ratio": 0.1, "metadata": "int3"}}, ["pikv.routing.metadata = 'int3'"]),
+    "budget of all": ({"routing": {"budget_ratio": 0.1}}, ["pikv.routing.budget_ratio = 0.1", "null", "'all'"]),
+    "no budget": ({"routing": {"method": "bounds"}}, ["'bounds'", "one of budget_ratio and budget_pages"]),
+    "two budgets": (
+        {"routing": {"method": "bounds", "budget_ratio": 0.1, "budget_pages": 64}},
+        ["'budget_ratio': 0.1, 'budget_pages': 64", "one of budget_ratio and budget_pages"],
+    ),
+    "budget ratio 0": ({"routing": {"method": "bounds", "budget_ratio": 0.0}}, ["pikv.routing.budget_ratio = 0.0", "> 0"]),
+    "budget ratio 2": ({"routing": {"method": "bounds", "budget_ratio": 2.0}}, ["pikv.routing.budget_ratio = 2.0", "<= 1"]),
+    "budget below sinks and window": (
+        {"page_size": 4, "routing": {"method": "bounds", "budget_pages": 16, "sink_tokens": 4, "recent_tokens": 64}},
+        ["pikv.routing.budget_pages = 16", "at least 17", "16 pages of 4 tokens", "sink_tokens 4", "recent_tokens 64"],
+    ),
     "sinks": ({"routing": {"sink_tokens": -1}}, ["pikv.routing.sink_tokens = -1", ">= 0"]),
     "interval": ({"monitor": {"interval": 0}}, ["pikv.monitor.interval = 0", ">= 1"]),
     "two at once": ({"page_size": 0, "monitor": {"interval": 0}}, ["pikv.page_size = 0", "pikv.monitor.interval = 0"]),

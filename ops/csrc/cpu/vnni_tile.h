@@ -48,7 +48,8 @@ inline __mmask16 mask16(int left) { return left >= 16 ? 0xffff : left <= 0 ? 0 :
 
 constexpr bool in_pairs(int F) { return F == kBf16 || F == kInt4 || F == kFp8; }
 
-// (q * scale) of a group of tokens as hi + lo / 256 int8, and the share of the zeros.
+// (q * scale) of a group of tokens as hi + lo / 256 int8, and the share of the zeros. What hi and lo leave out meets codes of 0 to `levels`:
+// their middle goes into the bias, so that only the distance of a code from it is lost.
 template <int F>
 void start_group(const Attend& a, const uint8_t* head, int group, int M, Work& w) {
   const int D = a.f.k_dim;
@@ -67,14 +68,18 @@ void start_group(const Attend& a, const uint8_t* head, int group, int M, Work& w
     }
     const float largest = std::max(_mm512_reduce_max_ps(top), 1e-30f);
     w.q_scale[row] = largest / (127.0f * 256.0f);
-    w.q_bias[row] = _mm512_reduce_add_ps(bias);
     const __m512 inverse = _mm512_set1_ps(127.0f / largest), k256 = _mm512_set1_ps(256.0f);
+    __m512 lost = _mm512_setzero_ps();
     int8_t *hi = w.q_hi + (size_t)row * w.Dk, *lo = w.q_lo + (size_t)row * w.Dk;
     for (int d = 0; d < w.Dk; d += 16) {
       const __m512 y = _mm512_mul_ps(_mm512_load_ps(product + d), inverse), r = _mm512_roundscale_ps(y, 8);
+      const __m512 rest = _mm512_mul_ps(_mm512_sub_ps(y, r), k256);
+      const __m512i low = _mm512_min_epi32(_mm512_cvtps_epi32(rest), _mm512_set1_epi32(127));
+      lost = _mm512_add_ps(lost, _mm512_sub_ps(rest, _mm512_cvtepi32_ps(low)));
       _mm_store_si128((__m128i*)(hi + d), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(r)));
-      _mm_store_si128((__m128i*)(lo + d), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(_mm512_sub_ps(y, r), k256))));
+      _mm_store_si128((__m128i*)(lo + d), _mm512_cvtepi32_epi8(low));
     }
+    w.q_bias[row] = _mm512_reduce_add_ps(bias) + _mm512_reduce_add_ps(lost) * w.q_scale[row] * (F == kInt4 ? 7.5f : 127.5f);
     if (F == kInt4)
       for (int d = 0; d < w.Dk; d += 64) {
         _mm512_store_si512(hi + d, split_columns(_mm512_load_si512(hi + d)));

@@ -1,6 +1,7 @@
 """Hugging Face models in Megatron-Core and back, sliced: same logits, same weights; the bundled model over PiKV. Arguments: layouts."""
 
 import sys
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -14,7 +15,7 @@ from pikv_ds.megatron_patch.hf_weights import gather_hf_weights, load_hf_weights
 from tests import tiny_models
 from tests.dist.jobs.report import Report
 from tests.megatron.models import start
-from tests.megatron.runs import decode, full_forward
+from tests.megatron.runs import decode, full_forward, refused, step
 
 
 def check_model(report: Report, name: str, hf, length: int, max_sequence_length: int = 512):
@@ -56,9 +57,7 @@ def check_layout(report: Report, layout: str) -> None:
             token = logits.argmax(-1, keepdim=True)
             text.append(int(token))
             with torch.no_grad():
-                at = torch.full((1, 1), context.sequence_len_offset)
-                logits = model(token, at, None, inference_context=context, runtime_gather_output=True)[:, -1]
-            context.increment_sequence_len_offset(1)
+                logits = step(model, context, token)
         assert tokenizer.decode(text).strip().startswith(key), (tokenizer.decode(text), key)
         disable_pikv(model)
     with report.check(f"{layout} refusals"):
@@ -66,20 +65,10 @@ def check_layout(report: Report, layout: str) -> None:
             match = next(iter(change)) if "attention_bias" in change else next(iter(change.values()))
             config = type(hf.config)(**{**hf.config.to_dict(), **{k: v for k, v in change.items() if k != "model_type"}})
             config.model_type = change.get("model_type", config.model_type)
-            try:
-                build_gpt(config, max_sequence_length=64, **cpu_compat.cpu_config_options())
-            except UnsupportedError as error:
-                assert match in str(error), error
-            else:
-                raise AssertionError(f"{change} was not refused")
+            refused(UnsupportedError, match, partial(build_gpt, config, max_sequence_length=64, **cpu_compat.cpu_config_options()))
         weights = dict(hf.state_dict())
         weights.pop("model.norm.weight")
-        try:
-            load_hf_weights(model, hf.config, weights)
-        except UnsupportedError as error:
-            assert "model.norm.weight" in str(error), error
-        else:
-            raise AssertionError("missing weights were not noticed")
+        refused(UnsupportedError, "model.norm.weight", lambda: load_hf_weights(model, hf.config, weights))
     dist.barrier()
     parallel_state.destroy_model_parallel()
 
