@@ -42,6 +42,24 @@ def check_table(table: tuple, num_shards: int | None) -> None:
             raise problem(f"{key}[{layer_idx}][{expert}]", shards, legal)
 
 
+def check_retention(block: BaseModel) -> None:
+    """`scheduling` names a budget in exactly one unit when its method evicts, and room for what is never evicted."""
+    given = {name: getattr(block, name) for name in ("budget_tokens", "budget_ratio", "budget_bytes")}
+    given = {name: value for name, value in given.items() if value is not None}
+    if block.method == "none":
+        for name, value in given.items():
+            raise problem(f"scheduling.{name}", value, "null with pikv.scheduling.method = 'none', which never evicts; name another method")
+    elif len(given) != 1:
+        raise problem("scheduling", given, f"one of budget_tokens, budget_ratio, budget_bytes with method {block.method!r}")
+    pinned = block.sink_tokens + block.recent_tokens
+    if block.budget_tokens is not None and block.budget_tokens < pinned:
+        raise problem(
+            "scheduling.budget_tokens",
+            block.budget_tokens,
+            f">= {pinned}: sink_tokens = {block.sink_tokens} and recent_tokens = {block.recent_tokens} are part of it and always kept",
+        )
+
+
 def check_method(key: str, block: BaseModel, registry: Registry) -> None:
     """The method of a block is registered, and the block's other keys are options of its constructor with values it takes."""
     if block.method not in registry.names():

@@ -33,15 +33,17 @@ class ReplicatedStep:
         before = cache.before(query.layer)
         if cache.stages:
             self.flush_staged()
-            cache.staged = Staged(query.layer, query.k, query.v)
+            cache.staged, written = Staged(query.layer, query.k, query.v), None
         else:
-            cache.append(query.layer, query.k, query.v, query.expert_ids)
+            written = cache.append(query.layer, query.k, query.v, query.expert_ids)
         source = plan.sources[0]
         if not cache.reads(source):
+            cache.watch(query, written, None)
             return cache.nothing(query.q, query.v_dim)
         out, lse = cache.read(query, query.q, source.row0, source.num_rows, before)
         if cache.exchange.size > 1:
             out, lse = self._merge(out, lse, unchecked)
+        cache.watch(query, written, lse)
         return Partial(out, lse, plan.decode and not cache.stages)
 
     def flush_staged(self) -> None:
