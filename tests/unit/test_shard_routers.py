@@ -71,12 +71,15 @@ def test_load_balanced(tmp_path):
 
 
 def test_entropy(tmp_path):
-    for asked, scores, keys in run("entropy", tmp_path, beta=3.0)[1]:
+    moved = 0
+    for asked, scores, keys in run("entropy", tmp_path, beta=20.0)[1]:
         own = logits(asked, keys)
         total = sum(map(math.exp, own))
         p = [math.exp(x) / total for x in own]
-        penalised = [x - 3.0 * (-a * math.log(a) - (1 - a) * math.log(1 - a)) for x, a in zip(own, p, strict=True)]
+        penalised = [x - 20.0 * (-a * math.log(a) - (1 - a) * math.log(1 - a)) for x, a in zip(own, p, strict=True)]
         assert shards_of(scores) == best(penalised, 1)
+        moved += best(penalised, 1) != best(own, 1)
+    assert moved, "the penalty changed nothing"
 
 
 def test_two_stage(tmp_path):
