@@ -1,7 +1,7 @@
-"""`pikv bench select`: a decode step of one wide layer that reads some of the pages, against the same step reading all of them.
+"""`pikv bench select`: a decode step of some wide layers that reads some of the pages, against the same step reading all of them.
 
-A step is PiKVCache.attend of one token: its entry stored, its page's bounds widened, pages scored and chosen, attention. Both caches hold
-the same entries; keys, values and queries are random, so this says nothing about quality.
+A step is begin_step, PiKVCache.attend of one token in every layer, end_step: entries stored, bounds of their pages widened, pages
+scored and chosen, attention. Both caches hold the same entries; keys, values and queries are random, so this says nothing about quality.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--router", default="bounds", metavar="NAME", help="routing.method, one that takes a budget (default bounds)")
     parser.add_argument("--codecs", nargs="+", default=["none", "int8"], metavar="NAME", help="compression.method (default none int8)")
     parser.add_argument("--page-size", type=int, nargs="+", default=[32, 64], metavar="P", help="legal ones are measured (default 32 64)")
+    parser.add_argument("--layers", type=int, default=2, metavar="L", help="layers of a step (default 2)")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="torch threads (default 1)")
     parser.add_argument("--steps", type=int, default=21, metavar="N", help="timed steps of each, in turns (default 21)")
 
@@ -49,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
         "kv_bytes_ratio",
     )
     print_table(
-        f"Step of one layer, {HEADS * GROUP} query heads, {HEADS} kv heads of {DIM}, bf16, {args.threads} thread(s)",
+        f"Step of {args.layers} layer(s), {HEADS * GROUP} query heads, {HEADS} kv heads of {DIM}, bf16, {args.threads} thread(s)",
         [{key: float(f"{row[key]:.4g}") if isinstance(row[key], float) else row[key] for key in shown} for row in rows],
     )
     write_json(args.json, "bench select", rows)
@@ -82,7 +83,8 @@ def _row(args: argparse.Namespace, codec: str, page_size: int) -> dict[str, Any]
     full_stats, own_stats = stats(full, 1, args.context), stats(chosen, 1, args.context)
     return {
         "router": args.router, "codec": codec, "page_size": page_size, "context_tokens": args.context, "threads": args.threads,
-        "steps": args.steps, "budget_ratio": args.ratio, "entries_read": own_stats["entries_read"] / own_stats["entries_visible"],
+        "layers": args.layers, "steps": args.steps, "budget_ratio": args.ratio,
+        "entries_read": own_stats["entries_read"] / own_stats["entries_visible"],
         "all_ms": median(times["all"]), "ms": median(times["some"]), "ratio": median(ratios), "ratio_p20": low, "ratio_p80": high,
         "all_cpu_ms": median(cpu["all"]), "cpu_ms": median(cpu["some"]), "cpu_ratio": median(cpu["all"]) / median(cpu["some"]),
         "kv_bytes_ratio": own_stats["kv_bytes_allocated"] / full_stats["kv_bytes_allocated"], "attention_impl": own_stats["attention_impl"],
@@ -99,8 +101,8 @@ def _cache(args: argparse.Namespace, codec: str, page_size: int, selects: bool):
     block: dict[str, Any] = {"page_size": page_size, "compression": {"method": codec}}
     if selects:
         block["routing"] = {"method": args.router, "budget_ratio": args.ratio}
-    layer = LayerSpec(layer_idx=0, num_kv_heads=HEADS, k_dim=DIM, v_dim=DIM)
-    return PiKVCache([layer], PiKVConfig(**block), num_experts=1, dtype=torch.bfloat16, device=torch.device("cpu"))
+    layers = [LayerSpec(layer_idx=i, num_kv_heads=HEADS, k_dim=DIM, v_dim=DIM) for i in range(args.layers)]
+    return PiKVCache(layers, PiKVConfig(**block), num_experts=1, dtype=torch.bfloat16, device=torch.device("cpu"))
 
 
 def _step(cache, q, k, v, stored: int) -> None:
@@ -116,5 +118,6 @@ def _step(cache, q, k, v, stored: int) -> None:
             identity=stored > 0, fresh=stored == 0,
         )
     )  # fmt: skip
-    cache.attend(0, q, k, v, scale=DIM**-0.5, v_dim=DIM, expert_ids=None)
+    for layer in range(len(cache.layers)):
+        cache.attend(layer, q, k, v, scale=DIM**-0.5, v_dim=DIM, expert_ids=None)
     cache.end_step()

@@ -21,6 +21,7 @@ from .reader import Stored
 from .routers.base import NewEntries, PageQuery, Router
 from .spec import LayerSpec
 from .step import Query
+from .store import LayerStore
 from .tables import Tables
 from .top_pages import best_pages, listed_pages, page_keys
 from .writer import Written
@@ -29,10 +30,22 @@ QUERIES_AT_ONCE = 32  # per row: scores take Q * S * C * H numbers
 
 
 class Budget(NamedTuple):
-    """Pages to read in one forward. pages: [R] int64 per row, pinned ones included; width: host bound of what a query can get."""
+    """Pages to read in one forward. pages: [R] int64 per row, pinned ones included; None = width for every query, which holds its pinned
+    pages. width: host bound of what a query can get."""
 
-    pages: Tensor
+    pages: Tensor | None
     width: int
+
+
+class Extent(NamedTuple):
+    """Where pages lie, [Q, S, C] each: entries (0 = not visible), positions of the first and the last, which are hidden, which pinned."""
+
+    entries: Tensor
+    visible: Tensor
+    hidden: Tensor
+    first: Tensor
+    last: Tensor
+    pinned: Tensor
 
 
 class Selection:
@@ -61,6 +74,8 @@ class Selection:
         self._waiting: list[tuple[int, NewEntries]] = []
         self._plan: StepPlan | None = None
         self._budgets: dict[int | None, Budget] = {}
+        self._counted: tuple[Tensor, Tensor, Tensor, Tensor] | None = None  # entries of an extent, and what counting derives from them
+        self._extents: dict[tuple[int, int, int], Extent] = {}  # what is the same in every layer of a forward, by rows and first query
         self.open()
 
     def open(self) -> None:
@@ -119,9 +134,11 @@ class Selection:
         """
         num_rows, parts = q.shape[0], []
         rows = slice(row0, row0 + num_rows)
+        if plan is not self._plan:
+            self._plan, self._budgets, self._extents = plan, {}, {}
         for begin in range(0, q.shape[1], QUERIES_AT_ONCE):
             block = slice(begin, begin + QUERIES_AT_ONCE)
-            asked = self._asked(query, q[:, block], rows, stored, positions[:, block], plan)
+            asked = self._asked(query, q[:, block], rows, stored, positions, begin, plan)
             page_list = self.choose(asked, plan)
             self._count(asked, page_list)
             out, lse, page_lse = self._attend(asked, page_list, self.router.wants_page_lse)
@@ -137,12 +154,15 @@ class Selection:
         """Columns to read, [N, 1 or H, K] int32, -1 = none."""
         num_queries, num_local, columns = asked.visible.shape
         score = self.router.score(asked).view(num_queries, num_local, -1, columns)
-        keys = page_keys(score, ~asked.visible, asked.pinned, asked.shards, self.num_shards)
+        keys = page_keys(score, asked.hidden, asked.pinned, asked.shards, self.num_shards)
         if not self.router.budgeted:
             return listed_pages(keys, num_local)
         budget = self._budget(asked.layer, plan)
-        pages = budget.pages[asked.rows].unsqueeze(1)
-        pages = pages.expand(-1, num_queries // pages.shape[0]).flatten()
+        pages = (
+            None
+            if budget.pages is None
+            else budget.pages[asked.rows].repeat_interleave(num_queries // (asked.rows.stop - asked.rows.start), output_size=num_queries)
+        )
         what = f"choosing the pages of layer {asked.layer} over all ranks"
         return best_pages(keys, pages, budget.width, num_local, self.exchange, what)
 
@@ -152,37 +172,43 @@ class Selection:
             q_positions=asked.positions, window=asked.window, tail=asked.tail, tail_rows=asked.tail_rows, with_page_lse=with_page_lse,
         )  # fmt: skip
 
-    def _asked(self, query: Query, q: Tensor, rows: slice, stored: Stored, positions: Tensor, plan: StepPlan) -> PageQuery:
-        """The tables of R rows, once per query."""
-        store, window, config = self.tables.stores[query.layer], self.layers[query.layer].window, self.config
+    def _asked(self, query: Query, q: Tensor, rows: slice, stored: Stored, positions: Tensor, begin: int, plan: StepPlan) -> PageQuery:
+        """The tables of R rows, once per query. q [R, T, Hq, D] are the queries from column `begin` of positions [R, all T] on."""
+        store, window = self.tables.stores[query.layer], self.layers[query.layer].window
         num_rows, num_queries, num_q_heads, dim = q.shape
-        num_local, page_size = self.tables.num_local, self.page_size
-        columns = min(max(plan.lens_after_host, default=0) // page_size + 1, stored.block_table.shape[-1])  # a table may have spare ones
+        columns = min(max(plan.lens_after_host) // self.page_size + 1, stored.block_table.shape[-1])  # a table may have spare ones
         per_query = lambda x: x if num_queries == 1 else _repeat(x, num_rows, num_queries)  # noqa: E731
         table, lens = per_query(stored.block_table[..., :columns]).contiguous(), per_query(stored.seqlens)
-        at = positions.reshape(-1, 1, 1)
-        begin = torch.arange(columns, device=q.device, dtype=torch.int32) * page_size
-        entries = (lens.view(-1, num_local, 1) - begin).clamp_(0, page_size)  # [Q, S, C]
+        at = positions[:, begin : begin + num_queries].flatten().contiguous()
+        same_everywhere, key = self.in_order and window is None, (rows.start, rows.stop, begin)
+        extent = self._extents.get(key) if same_everywhere else None
+        if extent is None:
+            extent = self._extent(store, table, lens, at.view(-1, 1, 1), window)
+            if same_everywhere:
+                self._extents[key] = extent
+        return PageQuery(
+            layer=query.layer, rows=rows, q=q.reshape(-1, num_q_heads, dim).contiguous(), positions=at, store=store, block_table=table,
+            seqlens=lens, tail=stored.tail, tail_rows=None if stored.tail is None else per_query(stored.tail_rows), **extent._asdict(),
+            shards=self.tables.local, homes=None if self.num_shards == 1 else self.tables.directory.shard_at[query.layer][rows],
+            window=window, scale=query.scale, gather=self._gather,
+        )  # fmt: skip
+
+    def _extent(self, store: LayerStore, table: Tensor, lens: Tensor, at: Tensor, window: int | None) -> Extent:
+        num_local, page_size, columns = self.tables.num_local, self.page_size, table.shape[-1]
+        begin = torch.arange(columns, device=table.device, dtype=torch.int32) * page_size
+        entries = (lens.view(-1, num_local, 1) - begin).clamp_(0, page_size)
         visible = entries > 0
         if window is None and self.in_order:
-            first = begin.expand(entries.shape)
-            last = begin + (entries - 1)
+            first, last = begin.expand(entries.shape), begin + (entries - 1)
         else:
-            held = store.positions if store.num_pages else torch.zeros(1, page_size, dtype=torch.int32, device=q.device)
+            held = store.positions if store.num_pages else torch.zeros(1, page_size, dtype=torch.int32, device=table.device)
             page = torch.where(visible, table.view(entries.shape), 0)
             first, last = held[page, 0], held[page, (entries - 1).clamp_min(0)]
         if window is not None:
             visible = visible & (last > at - window)
             entries = torch.where(visible, entries, 0)
-        return PageQuery(
-            layer=query.layer, rows=rows, q=q.reshape(-1, num_q_heads, dim).contiguous(), positions=positions.flatten().contiguous(),
-            store=store, block_table=table, seqlens=lens, tail=stored.tail,
-            tail_rows=None if stored.tail is None else per_query(stored.tail_rows),
-            visible=visible, first=first, last=last, entries=entries,
-            pinned=(first < config.sink_tokens) | (last > at - config.recent_tokens), shards=self.tables.local, window=window,
-            homes=None if self.num_shards == 1 else self.tables.directory.shard_at[query.layer][rows],
-            scale=query.scale, gather=self._gather,
-        )  # fmt: skip
+        pinned = (first < self.config.sink_tokens) | (last > at - self.config.recent_tokens)
+        return Extent(entries, visible, ~visible, first, last, pinned)
 
     def _gather(self, x: Tensor) -> Tensor:
         if self.exchange.size == 1:
@@ -191,8 +217,6 @@ class Selection:
 
     def _budget(self, layer: int, plan: StepPlan) -> Budget:
         """Once per forward and window, from sizes that every rank knows on the host."""
-        if plan is not self._plan:
-            self._plan, self._budgets = plan, {}
         spec = self.layers[layer]
         if spec.window not in self._budgets:
             config, page, num_shards = self.config, self.page_size, self.num_shards
@@ -202,7 +226,8 @@ class Selection:
             pinned = min(config.sink_tokens, config.sink_tokens // page + num_shards)
             pinned += min(config.recent_tokens, config.recent_tokens // page + 2 * num_shards)
             width = min(max(*pages, pinned), max(seen) // page + 2 * num_shards)
-            self._budgets[spec.window] = Budget(torch.tensor(pages).to(self.device), width)
+            alike = min(pages) == max(pages) >= pinned
+            self._budgets[spec.window] = Budget(None if alike else torch.tensor(pages).to(self.device), width)
         return self._budgets[spec.window]
 
     def _lens_seen(self, plan: StepPlan) -> list[int]:
@@ -215,11 +240,14 @@ class Selection:
         return seen
 
     def _count(self, asked: PageQuery, page_list: Tensor) -> None:
-        num_queries, num_local, columns = asked.entries.shape
-        padded = torch.nn.functional.pad(asked.entries.to(torch.float64), (0, 1)).view(-1, 1, columns + 1)  # -1 in a list finds the 0
+        num_queries, _, columns = asked.entries.shape
+        if self._counted is None or self._counted[0] is not asked.entries:
+            padded = torch.nn.functional.pad(asked.entries.to(torch.float64), (0, 1)).view(-1, 1, columns + 1)  # -1 in a list finds the 0
+            real = real_queries(asked)
+            self._counted = (asked.entries, padded, real, padded.view(num_queries, -1).sum(1) @ real)
+        _, padded, real, visible = self._counted
         read = padded.expand(-1, page_list.shape[1], -1).gather(-1, page_list.remainder(columns + 1).to(torch.int64))
-        self.entries[0] += read.view(num_queries, -1).sum(1) @ real_queries(asked) / page_list.shape[1]
-        self.entries[1] += padded.view(num_queries, -1).sum(1) @ real_queries(asked)
+        self.entries += torch.stack([read.view(num_queries, -1).sum(1) @ real / page_list.shape[1], visible])
 
 
 def _repeat(x: Tensor, num_rows: int, num_queries: int) -> Tensor:

@@ -38,11 +38,11 @@ def _turns(start: int, stop: int, num_shards: int, columns: int, device: torch.d
     return 0x7FFFFFFF - (shard * (2**31 // num_shards) + torch.arange(columns, dtype=torch.int32, device=device))
 
 
-def best_pages(keys: Tensor, budget: Tensor, width: int, num_local: int, exchange: Exchange, what: str) -> Tensor:
+def best_pages(keys: Tensor, budget: Tensor | None, width: int, num_local: int, exchange: Exchange, what: str) -> Tensor:
     """The `budget` highest keys over all ranks, and every pinned page.
 
     Args:
-        keys: [Q, H, S * C] of page_keys. budget: [Q] int64 pages, pinned ones included.
+        keys: [Q, H, S * C] of page_keys. budget: [Q] int64 pages, pinned ones included; None = width for all, which holds what is pinned.
         width: most pages that a query can get, the same on all ranks. num_local: S.
 
     Returns: [Q * S, H, K] int32 columns of this rank's tables, -1 = none. Sync: none. With several ranks one all-gather of the best
@@ -53,9 +53,13 @@ def best_pages(keys: Tensor, budget: Tensor, width: int, num_local: int, exchang
     if exchange.size > 1:
         own = torch.nn.functional.pad(local, (0, width - local.shape[-1]), value=HIDDEN)
         best = exchange.all_gather(own.contiguous(), what).permute(1, 2, 0, 3).flatten(2).topk(width).values
-    num_pinned = (best >> 32 == PINNED).sum(-1)
-    wanted = torch.maximum(budget.unsqueeze(-1), num_pinned).clamp(1, best.shape[-1])
-    chosen = (local >= best.gather(-1, (wanted - 1).unsqueeze(-1))) & (local > HIDDEN)
+    chosen = local > HIDDEN
+    if budget is not None:
+        num_pinned = (best >> 32 == PINNED).sum(-1)
+        wanted = torch.maximum(budget.unsqueeze(-1), num_pinned).clamp(1, best.shape[-1])
+        chosen &= local >= best.gather(-1, (wanted - 1).unsqueeze(-1))
+    elif exchange.size > 1:
+        chosen &= local >= best[..., -1:]
     if num_local == 1:
         return torch.where(chosen, index, -1).to(torch.int32)
     columns = keys.shape[-1] // num_local

@@ -57,7 +57,8 @@ class PageQuery:
     tail_rows: Tensor | None
     """Raw keys of the open groups and [N] int32, as `ops.decode` takes them."""
     visible: Tensor
-    """[Q, S, C] bool: the page holds an entry inside the query's window."""
+    hidden: Tensor
+    """[Q, S, C] bool: the page holds an entry inside the query's window, or does not."""
     first: Tensor
     last: Tensor
     """[Q, S, C] int32: positions of the page's first and last entry; anything where not visible."""
