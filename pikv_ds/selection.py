@@ -6,7 +6,6 @@ R rows, T queries per row, Q = R * T, S local shards, N = Q * S tables, C table 
 from __future__ import annotations
 
 from dataclasses import replace
-from math import ceil
 from typing import NamedTuple
 
 import torch
@@ -17,6 +16,7 @@ from pikv_ds import ops
 from .config import RoutingConfig
 from .exchange import Exchange
 from .plan import StepPlan
+from .read_budget import Budget, lens_seen, page_budget
 from .reader import Stored
 from .routers.base import NewEntries, PageQuery, Router
 from .spec import LayerSpec
@@ -27,14 +27,6 @@ from .top_pages import best_pages, listed_pages, page_keys
 from .writer import Written
 
 QUERIES_AT_ONCE = 32  # per row: scores take Q * S * C * H numbers
-
-
-class Budget(NamedTuple):
-    """Pages to read in one forward. pages: [R] int64 per row, pinned ones included; None = width for every query, which holds its pinned
-    pages. width: host bound of what a query can get."""
-
-    pages: Tensor | None
-    width: int
 
 
 class Extent(NamedTuple):
@@ -216,28 +208,12 @@ class Selection:
         return self.exchange.all_gather(x.contiguous(), f"gathering for pikv.routing.method = {self.config.method!r}")
 
     def _budget(self, layer: int, plan: StepPlan) -> Budget:
-        """Once per forward and window, from sizes that every rank knows on the host."""
+        """Once per forward and window."""
         spec = self.layers[layer]
         if spec.window not in self._budgets:
-            config, page, num_shards = self.config, self.page_size, self.num_shards
-            seen = [spec.tokens_kept(n) for n in self._lens_seen(plan)]
-            pages = [config.budget_pages or ceil(config.budget_ratio * n / page) for n in seen]
-            # Sinks and recent tokens may lie in all shards, and end inside a page in each.
-            pinned = min(config.sink_tokens, config.sink_tokens // page + num_shards)
-            pinned += min(config.recent_tokens, config.recent_tokens // page + 2 * num_shards)
-            width = min(max(*pages, pinned), max(seen) // page + 2 * num_shards)
-            alike = min(pages) == max(pages) >= pinned
-            self._budgets[spec.window] = Budget(None if alike else torch.tensor(pages).to(self.device), width)
+            seen = [spec.tokens_kept(n) for n in lens_seen(plan, self.stages)]
+            self._budgets[spec.window] = page_budget(self.config, seen, self.page_size, self.num_shards, self.device)
         return self._budgets[spec.window]
-
-    def _lens_seen(self, plan: StepPlan) -> list[int]:
-        """Stored tokens that the queries of each row see: with one column and no staging their own too."""
-        seen = list(plan.lens_before_host)
-        for source in plan.sources:
-            if source.num_columns == 1 and not self.stages:
-                rows = slice(source.row0, source.row0 + source.num_rows)
-                seen[rows] = plan.lens_after_host[rows]
-        return seen
 
     def _count(self, asked: PageQuery, page_list: Tensor) -> None:
         num_queries, _, columns = asked.entries.shape
