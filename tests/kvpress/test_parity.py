@@ -43,7 +43,9 @@ PINS = {
 def kept(case: Case) -> torch.Tensor:
     """[Hkv, L] bool, after one forward of the whole prompt."""
     q, k, v = tensors(case)
-    config = PiKVConfig(page_size=1, scheduling={"method": case.method, "budget_tokens": case.kept, **PINS[case.method]})
+    config = PiKVConfig(
+        page_size=1, scheduling={"method": case.method, "budget_tokens": case.kept, "head_budget": case.heads, **PINS[case.method]}
+    )
     spec = LayerSpec(layer_idx=0, num_kv_heads=case.num_kv_heads, k_dim=HEAD_DIM, v_dim=HEAD_DIM)
     cache = PiKVCache([spec], config, num_experts=1, dtype=torch.float32, device=torch.device("cpu"))
     positions = torch.arange(case.length, dtype=torch.int32).unsqueeze(0)
@@ -58,7 +60,7 @@ def kept(case: Case) -> torch.Tensor:
     return mask
 
 
-@pytest.mark.parametrize("heads", ["shared"])
+@pytest.mark.parametrize("heads", ["shared", "uniform", "adaptive"])
 @pytest.mark.parametrize("method", PINS)
 def test_kept_entries(method: str, heads: str):
     chosen = [(case, mask) for case, mask in CASES if case.method == method and case.heads == heads]
