@@ -111,6 +111,8 @@ class PiKVCache:
             self.tables.remap(agreed, old_lens)
             if self.retention is not None:
                 self.retention.remap(agreed.parent)
+            if self.selection is not None:
+                self.selection.remap(agreed.parent)
         self.plan = StepPlan(agreed.shapes, self.agreement.own, before, after, self.device)
         if self.retention is not None:
             self.retention.before_forward(self.plan)
@@ -155,7 +157,7 @@ class PiKVCache:
     def append(self, layer: int, k: Tensor, v: Tensor, expert_ids: Routed | Tensor | None) -> Written:
         written = self.writer.append(layer, self.plan, k, v, expert_ids, self.hold)
         if self.selection is not None:
-            self.selection.wrote(layer, self.plan, written)
+            self.selection.wrote(layer, self.plan, k, written)
         return written
 
     def watch(self, query: Query, written: Written | None, lse: Tensor | None) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from pikv_ds.config_checks import check_budget, check_companion, check_method, check_retention, check_table
+from pikv_ds.config_checks import check_budget, check_companion, check_experts, check_method, check_retention, check_table
 from pikv_ds.config_errors import describe, problem
 from pikv_ds.errors import ConfigError
 
@@ -190,6 +190,7 @@ class PiKVConfig(_Block):
         except ValueError as error:
             raise problem("page_size", self.page_size, str(error)) from None
         check_budget(self.routing, page_size)
+        check_experts(self.routing, self.storage)
         return self
 
     @classmethod

@@ -1,6 +1,6 @@
-"""PIKV_OPS end to end: exact decode is the host's with every implementation of the ops; on compressed pages they agree.
+"""PIKV_OPS end to end: exact decode is the host's with every implementation of the ops; on compressed and on selected pages they agree.
 
-cuda and nvrtc need a device: tests/gpu.
+cuda and nvrtc need a device: tests/gpu/test_end_to_end.py.
 """
 
 import json
@@ -9,6 +9,8 @@ import subprocess
 import sys
 
 import pytest
+
+from tests.adapters.backend_job import AGREEING
 
 BACKENDS = ("torch", "cpu", "emu")
 
@@ -39,13 +41,13 @@ def test_exact_decode_is_the_hosts(runs, backend):
         assert row["tokens_same"] and row["difference"] <= 1e-5, row
 
 
-@pytest.mark.parametrize("method", ["int8", "int4", "fp8_e4m3"])
-def test_compressed_decode_is_the_same_everywhere(runs, method):
-    """The codes are the same bits, so what is left is f32 rounding, and the split of q that reads int8 on CPU (3e-5)."""
-    expected = runs["torch"][method]["logits"]
+@pytest.mark.parametrize("name", list(AGREEING))
+def test_what_is_not_exact_is_the_same_everywhere(runs, name):
+    """Codes and bounds are the same bits, so what is left is f32 rounding, and the split of q that reads int8 and int4 on CPU (3e-5)."""
+    expected = runs["torch"][name]["logits"]
     for backend in ("cpu", "emu"):
-        found = runs[backend][method]
+        found = runs[backend][name]
         assert found["attention_impl"].startswith(f"pikv {backend} ")
         difference = max(abs(x - y) for x, y in zip(found["logits"], expected, strict=True))
-        print(f"{method} {backend}: {difference:.1e}")
+        print(f"{name} {backend}: {difference:.1e}")
         assert difference <= 1e-4

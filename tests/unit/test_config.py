@@ -85,7 +85,7 @@ BAD = {
     "host tier": ({"offload": {"host_gib": 8}}, ["pikv.offload.host_gib = 8", "not available in this version"]),
     "nvme tier": ({"offload": {"nvme_path": "d"}}, ["pikv.offload.nvme_path = 'd'", "not available in this version"]),
     "budget": ({"scheduling": {"budget_tokens": 9}}, ["pikv.scheduling.budget_tokens = 9", "method = 'none'"]),
-    "router": ({"routing": {"method": "topk"}}, ["pikv.routing.method = 'topk'", "'all'"]),
+    "router": ({"routing": {"method": "top"}}, ["pikv.routing.method = 'top'", "'all'", "'topk'"]),
     "codec": ({"compression": {"method": "zip"}}, ["pikv.compression.method = 'zip'", "'none'"]),
     "policy": ({"scheduling": {"method": "mru"}}, ["pikv.scheduling.method = 'mru'", "'none'"]),
     "no eviction budget": ({"scheduling": {"method": "lru"}}, ["pikv.scheduling", "one of budget_tokens, budget_ratio, budget_bytes"]),
@@ -106,6 +106,18 @@ BAD = {
     ),
     "router metadata": ({"routing": {"method": "bounds", "budget_ratio": 0.1, "metadata": "int3"}}, ["pikv.routing.metadata = 'int3'"]),
     "budget of all": ({"routing": {"budget_ratio": 0.1}}, ["pikv.routing.budget_ratio = 0.1", "null", "'all'"]),
+    "budget of a shard router": (
+        {"routing": {"method": "topk", "budget_pages": 64}},
+        ["pikv.routing.budget_pages = 64", "null", "'topk'", "whole shards"],
+    ),
+    "no gate": ({"routing": {"method": "learned"}}, ["pikv.routing.path = None", "method 'learned' needs it"]),
+    "no such gate": ({"routing": {"method": "learned", "path": "/nowhere.safetensors"}}, ["'path': '/nowhere.safetensors'", "readable"]),
+    "top_k 0": ({"routing": {"method": "topk", "top_k": 0}}, ["top_k of at least 1, got 0"]),
+    "experts by position": (
+        {"routing": {"method": "experts"}, "storage": {"placement": "position"}},
+        ["pikv.routing.method = 'experts'", "placement = 'position'", "previous_layer"],
+    ),
+    "experts known too late": ({"routing": {"method": "experts"}, "storage": {"expert_ids": "true"}}, ["'experts'", "expert_ids = 'true'"]),
     "no budget": ({"routing": {"method": "bounds"}}, ["'bounds'", "one of budget_ratio and budget_pages"]),
     "two budgets": (
         {"routing": {"method": "bounds", "budget_ratio": 0.1, "budget_pages": 64}},

@@ -18,8 +18,9 @@ void pack(Tensor buffer, std::vector<Tensor> fields, MaybeTensor index, std::vec
     PK_CHECK(!index || from.count() == f.num_packed, "pack: field ", i, " has ", f.num_packed, " rows in the buffer, index has ",
              from.count());
     PK_CHECK(!index || from.top() < f.rows, "pack: index names row ", from.top(), " of field ", i, ", which has ", f.rows);
+    if (!f.num_packed || !f.row_bytes) continue;
     int64_t r = 0;
-    if (!index && f.stride == f.row_bytes) {  // one piece
+    if (!index && f.stride == f.row_bytes && f.rows) {  // one piece
       r = std::min(f.rows, f.num_packed);
       std::memcpy(out + f.offset, f.data, r * f.row_bytes);
     }
@@ -42,6 +43,7 @@ void unpack(Tensor buffer, std::vector<Tensor> fields, MaybeTensor index, std::v
   for (size_t i = 0; i < read.size(); ++i) {
     const Field& f = read[i];
     PK_CHECK(!index || to.top() < f.rows, "unpack: index names row ", to.top(), " of field ", i, ", which has ", f.rows);
+    if (!f.num_packed || !f.row_bytes) continue;
     if (!index && f.stride == f.row_bytes) {
       std::memcpy(f.data, in + f.offset, f.rows * f.row_bytes);
       continue;
