@@ -1,4 +1,5 @@
-"""`pikv bench`: comparisons in one process. `decode`: a step against the ordinary cache; `ops`: the ops; `errors`: their accuracy."""
+"""`pikv bench`: comparisons in one process. `decode`: a step against the ordinary cache; `ops`: the ops; `errors`: their accuracy; `select`: page
+selection against reading everything."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ import time
 from statistics import median, quantiles
 from typing import Any
 
-from pikv_ds.launch import bench_errors, bench_ops
+from pikv_ds.launch import bench_errors, bench_ops, bench_select
 from pikv_ds.launch.output import print_table, write_json
 
 
@@ -31,12 +32,15 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     ops = kinds.add_parser("ops", help="the compiled ops against torch's attention")
     bench_ops.add_arguments(ops)
     ops.add_argument("--json", metavar="FILE", help="write the rows and the table of targets to FILE")
+    select = kinds.add_parser("select", help="a step that reads some of the pages against one that reads all, choosing included")
+    bench_select.add_arguments(select)
+    select.add_argument("--json", metavar="FILE", help="write the rows to FILE")
     errors = kinds.add_parser("errors", help="errors of the page formats and of the op that reads them, against fp64")
     errors.add_argument("--json", metavar="FILE", help="write the rows to FILE")
 
 
 def run(args: argparse.Namespace) -> int:
-    return {"decode": _run_decode, "ops": bench_ops.run, "errors": bench_errors.run}[args.kind](args)
+    return {"decode": _run_decode, "ops": bench_ops.run, "select": bench_select.run, "errors": bench_errors.run}[args.kind](args)
 
 
 def _run_decode(args: argparse.Namespace) -> int:
