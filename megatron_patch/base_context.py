@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pikv_ds.cache import PiKVCache
 from pikv_ds.config import PiKVConfig
+from pikv_ds.config_checks import check_has_experts
 from pikv_ds.digest import digest
 from pikv_ds.errors import UnsupportedError
 from pikv_ds.stats import stats
@@ -62,6 +63,7 @@ class PiKVContext(ABC):
         weight = attention.linear_proj.weight
         refuse_dtype(weight.dtype)
         num_shards = config.storage.num_shards or (1 if group is None else group.size())
+        check_has_experts(config.routing, attention.config.num_moe_experts, type(model).__name__)
         num_experts = attention.config.num_moe_experts or num_shards
         specs = [layer_spec_of(layer, i, self.shared is not None) for i, layer in enumerate(self.layers)]
         self.core = PiKVCache(specs, config, num_experts=num_experts, dtype=weight.dtype, device=weight.device, group=group)

@@ -22,6 +22,7 @@ def attend(
     """q [R, Hq, Dk]. values: also what the integers say, which waits for the device that holds them."""
     floats("q", q)
     _pages(pages, fmt)
+    require(q.dim() == 3, f"q must be [R, num_q_heads, head_dim], got {list(q.shape)}")
     N, R = block_table.shape[0], q.shape[0]
     require(block_table.dim() == 3, f"block_table must be [N, 1 or num_kv_heads, max_pages], got {list(block_table.shape)}")
     heads = max(block_table.shape[1], fmt.num_kv_heads)
@@ -41,7 +42,14 @@ def attend(
                 f"page_list must be [{N}, 1 or {heads}, num_listed], got {list(page_list.shape)}")  # fmt: skip
     require(not window or q_positions is not None, "a window needs q_positions")
     _tail(tail, tail_rows, fmt)
+    if tail is not None:
+        per_head = tail_rows.dim() == 2 and tail_rows.shape[1] in (1, heads)
+        require(tail_rows.shape[0] == N and (tail_rows.dim() == 1 or per_head),
+                f"tail_rows must be [{N}] or [{N}, 1 or {heads}], got {list(tail_rows.shape)}")  # fmt: skip
     if values:
+        if tail is not None and tail_rows.numel():
+            row = int(tail_rows.max())
+            require(row < tail.shape[0], f"tail row {row} is beyond the {tail.shape[0]} rows of the tail")
         if page_list is not None and page_list.numel():
             top = int(page_list.max())
             require(top < block_table.shape[2], f"page_list names column {top} of a block table with {block_table.shape[2]}")
@@ -51,6 +59,7 @@ def attend(
 def prefill_cached(q, pages, block_table, seqlens, q_positions, tail, tail_rows, fmt: PageFormat, values: bool = True) -> None:
     """q [R, T, Hq, Dk]."""
     floats("q", q)
+    require(q.dim() == 4, f"q must be [R, T, num_q_heads, head_dim], got {list(q.shape)}")
     integers("q_positions", q_positions)
     require(q_positions.shape == q.shape[:2], f"q_positions must be {list(q.shape[:2])}, got {list(q_positions.shape)}")
     attend(q[:, 0].contiguous(), pages, block_table, seqlens, None, None, tail, tail_rows, fmt, 0, values)

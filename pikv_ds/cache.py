@@ -15,18 +15,17 @@ from .agreement import Agreed, Agreement
 from .config import PiKVConfig
 from .digest import digest
 from .distinct import DistinctStep
-from .errors import ConfigError
+from .evict import Retention
 from .exchange import Exchange
 from .placement import Placement, Routed
 from .plan import LocalStep, Source, StepPlan
-from .policies import POLICIES
 from .reader import Before, read_pages, stored_entries
 from .replicated import ReplicatedStep
 from .selection import Selection
 from .spec import LayerSpec
 from .step import Partial, Query, Staged
 from .tables import Tables
-from .writer import Writer
+from .writer import Writer, Written
 
 
 class PiKVCache:
@@ -44,13 +43,12 @@ class PiKVCache:
         load.ensure(device.type)  # built here if at all, not in the first forward
         self.num_shards = config.storage.num_shards or self.exchange.size
         codec = config.compression.build()
-        if not POLICIES.build(config.scheduling.method).keeps_all:
-            # Registered policies that evict need the eviction path, which this version does not have.
-            raise ConfigError(f"pikv.scheduling.method = {config.scheduling.method!r}: this version keeps every entry; legal: 'none'")
+        policy = config.scheduling.build()
         self.page_size = codec.page_size(config.page_size)
         self.tables = Tables(
             layers, config, codec, self.page_size, self.num_shards, self.exchange.rank, self.exchange.size, num_experts, dtype, device
         )
+        self.retention = None if policy.keeps_all else Retention(config, policy, self.tables, self.exchange)
         storage = config.storage
         placement = Placement(storage.placement, num_experts, self.num_shards, n_tok=storage.n_tok, table=storage.table)
         self.writer = Writer(self.tables, placement.to(device))
@@ -92,7 +90,8 @@ class PiKVCache:
         if not (self.hold and self.agreement.mode == "distinct"):
             # How far another rank may crop is not known here: while it may, window layers of distinct requests keep everything.
             expired = self.tables.expire(self.agreement.lens, self.hold_margin or 0)
-        if expired or not self.plan.quiet:
+        evicted = self.retention is not None and self.retention.after_forward(self.plan, self.agreement.lens, self.hold)
+        if expired or evicted or not self.plan.quiet:
             self.tables.shrink()
         if self.config.storage.overflow == "error":
             self.tables.counters.raise_if_overflowed(self.plan.capacity)
@@ -104,9 +103,17 @@ class PiKVCache:
         before, after = self.agreement.commit(agreed)
         if agreed.restart:
             self._allocate(len(before))
+            if self.retention is not None:
+                self.retention.reset(self.agreement.mode)
         elif not agreed.identity:
             self.tables.remap(agreed, old_lens)
+            if self.retention is not None:
+                self.retention.remap(agreed.parent)
+            if self.selection is not None:
+                self.selection.remap(agreed.parent)
         self.plan = StepPlan(agreed.shapes, self.agreement.own, before, after, self.device)
+        if self.retention is not None:
+            self.retention.before_forward(self.plan)
         self.tables.reserve(self.plan, self.hold)
 
     def _allocate(self, num_rows: int) -> None:
@@ -145,10 +152,16 @@ class PiKVCache:
             return self.distinct.attend(query)
         return self.replicated.attend(query)
 
-    def append(self, layer: int, k: Tensor, v: Tensor, expert_ids: Routed | Tensor | None) -> None:
+    def append(self, layer: int, k: Tensor, v: Tensor, expert_ids: Routed | Tensor | None) -> Written:
         written = self.writer.append(layer, self.plan, k, v, expert_ids, self.hold)
         if self.selection is not None:
-            self.selection.wrote(layer, self.plan, written)
+            self.selection.wrote(layer, self.plan, k, written)
+        return written
+
+    def watch(self, query: Query, written: Written | None, lse: Tensor | None) -> None:
+        """Show a policy that asks for it what a layer's queries attended to; lse [B, T, Hq] merged over ranks, None = nothing stored."""
+        if self.retention is not None and self.retention.watches(query.layer):
+            self.retention.mass.observe(query, self.plan, written.slot_mapping, lse)
 
     def name_experts(self, layer: int, expert_ids: Tensor) -> None:
         """Router `layer` has run: the staged entries of that layer know their expert now. expert_ids [B * T] int64."""
@@ -179,6 +192,8 @@ class PiKVCache:
             none = self.nothing(q, query.v_dim)
             return none.out, none.lse
         own_visible = None if before is None else self.plan.one_column[rows] & (not self.stages)
+        if self.retention is not None and self.retention.watches(query.layer):
+            return self.retention.mass.read(query.layer, q, stored_entries(store, rows, before, own_visible), query.scale)
         needs_positions = selects or window is not None or q.shape[1] > 1
         positions = self.plan.query_positions(row0, num_rows) if needs_positions else None
         if selects:

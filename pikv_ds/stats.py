@@ -69,6 +69,11 @@ def partial_bytes(num_tokens: int, num_q_heads: int, v_dim: int) -> int:
     return num_tokens * num_q_heads * (v_dim + 1) * 4
 
 
+def choice_bytes(num_queries: int, num_kv_heads: int, width: int) -> int:
+    """Bytes of one rank's best page keys: the collective that chooses pages over all ranks; width: most pages that a query can get."""
+    return num_queries * num_kv_heads * width * 8
+
+
 def decode_bytes_sent(mode: str, rows: list[int], rank: int, num_q_heads: int, layers: list[LayerSpec], itemsize: int) -> int:
     """Bytes one rank sends in a decode step of one token per row; `rows` per rank (replicated: the same batch everywhere)."""
     others = len(rows) - 1

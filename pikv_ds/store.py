@@ -28,6 +28,7 @@ class LayerStore:
         self.pages = aligned_bytes(0, device).view(0, fmt.record_bytes)  # [P, record_bytes] uint8
         self.tail = self.new_tail(counts.numel())  # [R * S, Hkv, group, Dk], or None
         self.summaries: dict[str, Tensor] = {}  # name -> [P, ...]: what selection or retention keeps per page; travels with the page
+        self.cleared: list[str] = []  # names of summaries that a freed page loses
         # One spare element each, never read as a page: tokens that open no page index it.
         self.refcount = torch.zeros(1, dtype=torch.int32, device=device)  # [P + 1] tables that name a page; > 1 after a beam fork
         self.free_stack = torch.zeros(1, dtype=torch.int32, device=device)  # [P + 1] free page ids, free_top of them valid
@@ -40,10 +41,14 @@ class LayerStore:
         shape = (rows, self.fmt.num_kv_heads, self.fmt.group, self.fmt.k_dim)
         return torch.empty(shape, dtype=self.dtype, device=self.device)
 
-    def add_summary(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        """Keep `shape` values of `dtype` per page under `name`, in summaries[name] [P, *shape]; 0 in pages that are new."""
+    def add_summary(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, *, cleared: bool = False) -> None:
+        """Keep `shape` values of `dtype` per page under `name`, in summaries[name] [P, *shape]; 0 in pages that are new.
+
+        cleared: also 0 in pages that are used again (one value per page only).
+        """
         if name in self.summaries:
             raise ValueError(f"the store already keeps a summary {name!r}; use another name")
+        self.cleared += [name] * cleared
         self.summaries[name] = torch.zeros((self.num_pages, *shape), dtype=dtype, device=self.device)
 
     # ---- host side: sizes ----------------------------------------------------------------------------------------------------
@@ -109,6 +114,8 @@ class LayerStore:
     def rebuild_free_stack(self) -> None:
         """Derive the free stack from the reference counts. Sync: none."""
         used = self.refcount[:-1] > 0
+        for name in self.cleared:
+            self.summaries[name].masked_fill_(~used, 0)
         self.free_stack = torch.nn.functional.pad(torch.argsort(used.to(torch.int8), stable=True).to(torch.int32), (0, 1))
         self.free_top.copy_(self.num_pages - used.sum())
 

@@ -45,6 +45,7 @@ class Tables:
         self.shard_begin, self.num_local = shards.start, len(shards)
         self.directory = Directory(layers, num_shards, device)
         self.counters = Counters(num_experts, device)
+        self.page_values: dict[str, torch.dtype] = {}  # one number per page each, for the retention policy
         self.allocate(0)
 
     def allocate(self, num_rows: int) -> None:
@@ -52,9 +53,14 @@ class Tables:
         self.counts = torch.zeros(len(self.layers), num_rows, self.num_local, dtype=torch.int32, device=self.device)
         self.free_top = torch.zeros(len(self.layers), dtype=torch.int64, device=self.device)
         self.stores = [LayerStore(fmt, self.dtype, self.device, self.counts[i], self.free_top[i]) for i, fmt in enumerate(self.formats)]
+        for spec, store in zip(self.layers, self.stores, strict=True):
+            for name, dtype in self.page_values.items() if spec.window is None else ():
+                store.add_summary(name, (), dtype, cleared=True)
+        self.evicted_at = [0] * num_rows  # tokens of a row when a budget last took entries of it
         self.quiet = 0  # decode steps that surely open no page: nothing to reserve, mirror or give back
         self.settled = [0] * num_rows  # window layers dropped what a query after this many tokens of a row can't see
         self.directory.reset(num_rows)
+        self.evicted = self.directory.evicted.sum(-1).tolist()  # [L][R]
         self.counters.clear()
         self.mirror()
 
@@ -71,11 +77,13 @@ class Tables:
     def remap(self, agreed: Agreed, lens: list[int]) -> None:
         """Fork, crop and drop rows as agreed. lens: tokens of every row before."""
         self._refuse_crops_behind_the_window(agreed, lens)
+        self._refuse_crops_behind_an_eviction(agreed, lens)
         self.quiet = 0
         parent = torch.tensor(agreed.parent, dtype=torch.int64).to(self.device)
         keep = torch.tensor(agreed.keep, dtype=torch.int64).to(self.device)
         removed = self.directory.remap(parent, keep, torch.tensor(lens, dtype=torch.int64).to(self.device))
         old, self.counts = self.counts, self.counts.new_zeros(len(self.layers), parent.numel(), self.num_local)
+        self.evicted = self.directory.evicted.sum(-1).tolist()
         childless = torch.ones(old.shape[1], dtype=torch.bool, device=self.device)
         childless[parent[parent >= 0]] = False
         some_end = bool((parent < 0).any())  # rows of another generation leave; among forks, dropped rows count as forked away
@@ -100,6 +108,23 @@ class Tables:
                 )
         self.settled = [self.settled[parent] if parent >= 0 else 0 for parent in agreed.parent]
 
+    def _refuse_crops_behind_an_eviction(self, agreed: Agreed, lens: list[int]) -> None:
+        for parent, keep in zip(agreed.parent, agreed.keep, strict=True):
+            if parent >= 0 and keep < self.evicted_at[parent]:
+                raise RuntimeError(
+                    f"crop to {keep} of {lens[parent]} tokens: entries were evicted (pikv.scheduling) at {self.evicted_at[parent]} tokens, "
+                    f"which a request of {keep} tokens would still hold; announce crops before the forward that they undo "
+                    f"(cache.activate_past_recording(), as assisted generation does)"
+                )
+        self.evicted_at = [self.evicted_at[parent] if parent >= 0 else 0 for parent in agreed.parent]
+
+    def note_eviction(self, lens: list[int]) -> None:
+        """Rows of these lengths have just lost entries to their budget."""
+        evicted = self.directory.evicted.sum(-1).tolist()
+        lost = [any(old[row] != new[row] for old, new in zip(self.evicted, evicted, strict=True)) for row in range(len(lens))]
+        self.evicted = evicted
+        self.evicted_at = [n if gone else at for gone, n, at in zip(lost, lens, self.evicted_at, strict=True)]
+
     def reserve(self, plan: StepPlan, hold: bool) -> None:
         """Fill in the per-layer sizes of a plan and make sure that its entries will find pages, without knowing their shards yet."""
         if plan.decode and self.quiet:
@@ -119,16 +144,17 @@ class Tables:
         if self.num_shards == 1 and self.storage.capacity_tokens is None:
             # What every open page has left after this step. With several shards spilling is decided anew in each step.
             self.quiet = int((page - 1 - counts % page).min(initial=page - 1)) if plan.decode else 0
+        kinds = [(spec.window, sum(evicted)) for spec, evicted in zip(self.layers, self.evicted, strict=True)]
         capacity = {
-            w: shard_capacity(self.layers, w, plan.lens_after_host, self.num_shards, page, self.storage.capacity_tokens)
-            for w in {spec.window for spec in self.layers}
+            kind: shard_capacity(self.layers, kind[0], plan.lens_after_host, self.num_shards, page, self.storage.capacity_tokens, kind[1])
+            for kind in set(kinds)
         }
         free = self.free_host.tolist()
         fullest_shard = self.load_host.amax(1).tolist() if self.num_shards > 1 else [0] * len(self.layers)
-        for i, (spec, store) in enumerate(zip(self.layers, self.stores, strict=True)):
-            plan.capacity.append(capacity[spec.window])
-            plan.may_spill.append(self.num_shards > 1 and fullest_shard[i] + total_new > capacity[spec.window])
-            needed = opens[i] if plan.decode else self._pages_for_chunk(i, torch.from_numpy(num_new), capacity[spec.window], hold)
+        for i, store in enumerate(self.stores):
+            plan.capacity.append(capacity[kinds[i]])
+            plan.may_spill.append(self.num_shards > 1 and fullest_shard[i] + total_new > plan.capacity[i])
+            needed = opens[i] if plan.decode else self._pages_for_chunk(i, torch.from_numpy(num_new), plan.capacity[i], hold)
             plan.may_open.append(needed > 0)
             store.reserve(free[i], needed, -(-(fullest[i] + most_new) // page))
         if self.num_shards > 1:

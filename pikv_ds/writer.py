@@ -17,8 +17,9 @@ class Written(NamedTuple):
     """Where the N tokens of an append went."""
 
     slot_mapping: Tensor  # [N] int32, page * page_size + offset; -1 = not stored here
-    shard: Tensor | None  # [N] int64 local shard, any value where not here; None = the only one
-    here: Tensor  # [N] bool
+    shard: Tensor | None  # [N] int64 global shard; None = the only one
+    valid: Tensor  # [N] bool, stored on whatever rank
+    here: Tensor  # [N] bool, stored on this one
 
 
 class Writer:
@@ -55,7 +56,7 @@ class Writer:
                 all_valid=all_valid,
             )
             tables.counters.count_appended(experts, valid)
-            return Written(slots, None, valid)
+            return Written(slots, None, valid, valid)
         tables.directory.leave(layer, plan.rows, positions, valid, plan.lens_before, plan.lens_after, plan.decode)
         shard = self._shards(layer, plan, experts, positions, valid)
         tables.directory.record(layer, plan.rows, positions, valid, shard, plan.lens_after)
@@ -72,7 +73,7 @@ class Writer:
             all_valid=False,
         )
         tables.counters.count_appended(experts, here)
-        return Written(slots, shard - tables.shard_begin, here)
+        return Written(slots, shard, valid, here)
 
     def _experts(self, expert_ids: Routed | Tensor | None, plan: StepPlan) -> Routed | Tensor:
         if expert_ids is None:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from pikv_ds import ops
 from pikv_ds.routers import ROUTERS
-from pikv_ds.routers.base import PageQuery, Router
+from pikv_ds.routers.base import NewEntries, PageQuery, Router
 from pikv_ds.store import LayerStore
 
 SUMMARY = "bounds"
@@ -24,13 +24,16 @@ class PageBounds(Router):
     def __init__(self, *, metadata: Literal["fp32", "bf16", "fp16"] = "bf16") -> None:
         self.dtype = _DTYPES[metadata]
 
-    def open(self, layer: int, store: LayerStore) -> None:
+    def open(self, layer: int, store: LayerStore, num_shards: int) -> None:
         store.add_summary(SUMMARY, (store.fmt.num_kv_heads, 2, store.fmt.k_dim), self.dtype)
 
-    def wrote(self, layer: int, store: LayerStore, slot_mapping: Tensor, tail_rows: Tensor) -> None:
-        options = {} if store.tail is None else {"tail": store.tail, "tail_rows": tail_rows}
-        ops.page_bounds(store.summaries[SUMMARY], store.pages, store.fmt, slot_mapping, **options)
+    def wrote(self, layer: int, store: LayerStore, new: NewEntries) -> None:
+        options = {} if store.tail is None else {"tail": store.tail, "tail_rows": new.table}
+        ops.page_bounds(store.summaries[SUMMARY], store.pages, store.fmt, new.slot_mapping, **options)
 
     def score(self, asked: PageQuery) -> Tensor:
+        return self.score_with(asked.q, asked)
+
+    def score_with(self, q: Tensor, asked: PageQuery) -> Tensor:
         store = asked.store
-        return ops.page_score(asked.q, store.summaries[SUMMARY], store.fmt, asked.block_table, asked.seqlens, scale=asked.scale)
+        return ops.page_score(q, store.summaries[SUMMARY], store.fmt, asked.block_table, asked.seqlens, scale=asked.scale)

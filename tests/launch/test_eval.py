@@ -10,6 +10,7 @@ import torch
 from transformers import DynamicCache
 
 from pikv_ds import bundled
+from pikv_ds.adapters.hf import attach
 from pikv_ds.bundled.recall import Prose
 from pikv_ds.launch import megatron_eval
 from pikv_ds.launch.cli import main
@@ -83,6 +84,25 @@ def test_perplexity_is_that_of_one_dense_forward(document):
     assert rows["exact", "ppl"]["ppl"] == pytest.approx(expected, rel=1e-5)
     assert abs(rows["exact", "ppl"]["ppl_change_pct"]) < 1e-3 and abs(rows["exact", "ppl"]["kl"]) < 1e-6
     assert rows["exact", "ppl"]["detail"]["scored_tokens"] == SAMPLES * CONTEXT // 2
+
+
+def test_kl_is_from_one_dense_forward_to_the_measured_cache(tmp_path):
+    block = {"compression": {"method": "int4"}}
+    file = tmp_path / "rows.json"
+    assert main(["eval", *SMALL, "--batch", "3", "--tasks", "ppl", "--config", json.dumps(block), "--json", str(file)]) == 0
+    row = rows_of(json.loads(file.read_text()))["int4", "ppl"]
+    model, tokenizer = bundled.load()
+    windows = hf_windows(Prose(tokenizer, bundled.evaluation_text()))
+    with torch.no_grad():
+        dense = model(windows).logits.double().log_softmax(-1)
+        with attach(model, block) as cache:
+            fed = [model(part, past_key_values=cache, use_cache=True).logits for part in windows.split(row["chunk"], 1)]
+    own = torch.cat(fed, 1).double().log_softmax(-1)
+    scored = slice(CONTEXT // 2 - 1, CONTEXT - 1)
+    kl = (dense.exp() * (dense - own)).sum(-1)[:, scored].mean().item()
+    losses = -own[:, :-1].gather(-1, windows[:, 1:, None])[:, scored]
+    assert kl > 1e-4 and row["kl"] == pytest.approx(kl, rel=1e-3)
+    assert row["ppl"] == pytest.approx(losses.mean().exp().item(), rel=1e-5)
 
 
 def hf_windows(prose: Prose) -> torch.Tensor:

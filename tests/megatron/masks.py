@@ -6,16 +6,17 @@ from megatron.core.inference.contexts import StaticInferenceContext
 from pikv_ds.errors import UnsupportedError
 from pikv_ds.megatron_patch import PiKVInferenceContext, disable_pikv, enable_pikv
 from tests.dist.jobs.report import Report
-from tests.megatron.models import causal_mask, positions, tiny_config, tiny_model
+from tests.megatron.models import causal_mask, positions, tiny_config, tiny_model, tokens
 from tests.megatron.runs import assert_conserved, dense_is_forbidden, refused
 
 PIECES = [9, 5, 1, 1, 1, 1, -2, 1, 3]  # columns of each forward; a negative number takes some back
 
 
-def padding(rows: int, columns: int) -> torch.Tensor:
+def padding(rows: int, columns: int, *, in_decode: bool = True) -> torch.Tensor:
     """[rows, columns] bool: the second row on the left; the third on the right of its prompt, in a whole piece, and in a decode step."""
     hidden = torch.zeros(rows, columns, dtype=torch.bool)
-    hidden[1, :3] = hidden[2, 4:14] = hidden[2, 15] = True
+    hidden[1, :3] = hidden[2, 4:14] = True
+    hidden[2, 15] = in_decode
     return hidden
 
 
@@ -45,16 +46,20 @@ def run(model, context, ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor
 
 def check_masks(report: Report, ids: torch.Tensor) -> None:
     rows, columns = ids.shape
-    hidden, model = padding(rows, columns), tiny_model(tiny_config())
-    with torch.no_grad():
-        reference = run(model, StaticInferenceContext(rows, columns), ids, hidden)
-        unmasked = run(model, StaticInferenceContext(rows, columns), ids, torch.zeros_like(hidden) & hidden)
-    assert unmasked.shape != reference.shape
-    for source in ("previous_layer", "true"):
-        with report.check(f"padding, ids {source}") as row, torch.no_grad(), dense_is_forbidden():
+    model = tiny_model(tiny_config())
+    for name, own, source in (
+        ("padding, ids previous_layer", ids, "previous_layer"),
+        ("padding, ids true", ids, "true"),
+        ("padding, the same requests", tokens(rows, columns, seed=4), "previous_layer"),
+    ):
+        # A decode step in which one rank has a row without a token, and the others have not.
+        hidden = padding(rows, columns, in_decode=report.rank == 0 or own is not ids)
+        with torch.no_grad():
+            reference = run(model, StaticInferenceContext(rows, columns), own, hidden)
+        with report.check(name) as row, torch.no_grad(), dense_is_forbidden():
             enable_pikv(model, {"page_size": 2, "storage": {"expert_ids": source}})
             context = PiKVInferenceContext(rows, columns, model=model)
-            row["difference"] = (run(model, context, ids, hidden) - reference).abs().max().item()
+            row["difference"] = (run(model, context, own, hidden) - reference).abs().max().item()
             assert row["difference"] <= 1e-5, row
             assert_conserved(context, len(model.decoder.layers) * int((~hidden[[1, 1, 2], : context.columns]).sum()))
             disable_pikv(model)
@@ -75,10 +80,10 @@ def check_masks(report: Report, ids: torch.Tensor) -> None:
             refused(UnsupportedError, "hides other tokens", lambda mask=mask: call(9, mask))
         refused(UnsupportedError, "attention_mask is torch.bool (1, 1, 8, 8)", lambda: call(9, causal_mask(8)))
         refused(UnsupportedError, "attention_mask is torch.float32", lambda: call(9, causal_mask(9).float()))
-        call(9, mask_of(hidden, 0, 9))
+        call(9, mask_of(padding(rows, columns), 0, 9))
         context.increment_sequence_len_offset(9)
         refused(UnsupportedError, "attention_mask is None after a forward in which columns were padding", lambda: call(10, None))
-        refused(UnsupportedError, "shows what was padding", lambda: call(10, mask_of(hidden.zero_(), 9, 10)))
+        refused(UnsupportedError, "shows what was padding", lambda: call(10, causal_mask(1, 9)))
         windowed = enable_pikv(tiny_model(tiny_config(window_size=(5, 0))))
         model, context = windowed, PiKVInferenceContext(rows, columns, model=windowed)
         refused(UnsupportedError, "sliding window", lambda: call(9, mask_of(padding(rows, columns), 0, 9)))

@@ -44,7 +44,7 @@ def rows_of(file) -> dict:
 CHECKS = ("loads", "decodes over PiKV", "mismatches are refused")
 
 
-@pytest.mark.parametrize("check", [f"{layout} {what}" for layout in LAYOUTS for what in CHECKS])
+@pytest.mark.parametrize("check", ["1,2,1 the documented lines", *(f"{layout} {what}" for layout in LAYOUTS for what in CHECKS)])
 def test_checkpoints_across_layouts(job, check):
     job[1].check(check)
 

@@ -28,23 +28,13 @@ class Case:
 
 
 def make_case(
-    name="bf16",
-    *,
-    lens=(37,),
-    shards=1,
-    heads=2,
-    group=4,
-    k_dim=64,
-    v_dim=None,
-    page_size=None,
-    latent=False,
-    dtype=torch.bfloat16,
-    seed=0,
-    stretch=1,
-) -> Case:
+    name="bf16", *, lens=(37,), shards=1, heads=2, group=4, k_dim=64, v_dim=None, page_size=None, latent=False, dtype=torch.bfloat16,
+    seed=0, stretch=1, unused=0xFF,
+) -> Case:  # fmt: skip
     """`lens`: entries of each request, dealt to `shards` tables at random, so that no table holds a run of positions.
 
     stretch: the positions of a request are drawn from so many times as many, as those of one shard among others are.
+    unused: every byte that no entry has been written to; 0xFF is NaN in every float format.
     """
     generator = torch.Generator().manual_seed(seed)
     page_size = page_size or (64 if name in ("int8", "int4") else 16)
@@ -57,7 +47,7 @@ def make_case(
     counts = [p.numel() for p in positions]
     used = [-(-count // page_size) for count in counts]
     total, width = sum(used), max(used, default=0) + 1
-    pages = torch.full((total + 3, fmt.record_bytes), 0xFF, dtype=torch.uint8)  # NaN in every float format
+    pages = torch.full((total + 3, fmt.record_bytes), unused, dtype=torch.uint8)
     ids = torch.randperm(total + 3, generator=generator).int()
     block_table = torch.full((N, 1, width), 1 << 30, dtype=torch.int32)  # must not be read beyond seqlens
     tokens = sum(counts)
@@ -66,7 +56,7 @@ def make_case(
     v = torch.randn(tokens, heads, fmt.v_dim, generator=generator).to(dtype)
     extra = {}
     if fmt.grouped:
-        tail = torch.full((N, heads, fmt.group, k_dim), torch.nan, dtype=dtype)
+        tail = torch.full((N, heads, fmt.group, k_dim * dtype.itemsize), unused, dtype=torch.uint8).view(dtype)
         extra = {"tail": tail, "tail_rows": torch.randperm(N, generator=generator).int()}
     slots, at = [], 0
     for n in range(N):

@@ -7,6 +7,7 @@ from pikv_ds import ops
 from pikv_ds.ops import library, load, ref_formats
 from pikv_ds.ops.formats import FORMATS, PageFormat
 from tests.ops.byte_checks import check_append
+from tests.ops.cases import make_case
 
 COMPILED = pytest.mark.parametrize("compiled", ["cpu", "emu"])
 
@@ -84,6 +85,37 @@ def test_migrate_moves_whole_records(which):
     to, at = torch.tensor([3, -1, 0], dtype=torch.int32), torch.tensor([4, 2, 1], dtype=torch.int32)
     _op(which, "migrate")(target, source, to, at)
     assert torch.equal(target[3], source[4]) and torch.equal(target[0], source[1]) and not target[1:3].any()
+
+
+@pytest.mark.parametrize("which", ["torch", "cpu"])
+@pytest.mark.parametrize("name", list(FORMATS))
+def test_pages_sent_to_another_store_are_read_the_same(name, which):
+    """Gathered into a buffer, scattered into a store with other page ids, with their bounds: same attention, same scores, to the bit."""
+    case = make_case(name, lens=(200, 70), k_dim=32, page_size=64)
+    fmt, table, total = case.fmt, case.block_table, case.pages.shape[0]
+    bounds = torch.randn(total, fmt.num_kv_heads, 2, fmt.k_dim, generator=torch.Generator().manual_seed(0)).half()
+    sent = torch.tensor([n for n in table.flatten().tolist() if n < total], dtype=torch.int32)
+    there = torch.randperm(9, generator=torch.Generator().manual_seed(1))[: len(sent)].int()
+    moved = {}
+    for what, source in (("pages", case.pages), ("bounds", bounds.view(torch.uint8).flatten(1))):
+        buffer = torch.empty(len(sent), source.shape[1], dtype=torch.uint8)
+        target = torch.full((9, source.shape[1]), 0xFF, dtype=torch.uint8)
+        _op(which, "migrate")(buffer, source, torch.arange(len(sent), dtype=torch.int32), sent)
+        _op(which, "migrate")(target, buffer, there, torch.arange(len(sent), dtype=torch.int32))
+        untouched = [page for page in range(9) if page not in there]
+        assert untouched and (target[untouched] == 0xFF).all()
+        moved[what] = target
+    renamed = dict(zip(sent.tolist(), there.tolist(), strict=True))
+    new_table = torch.tensor([renamed.get(n, n) for n in table.flatten().tolist()], dtype=torch.int32).view(table.shape)
+    for found, expected in zip(
+        ops.decode(case.q, moved["pages"], fmt, new_table, case.seqlens, scale=0.2, **case.extra),
+        ops.decode(case.q, case.pages, fmt, table, case.seqlens, scale=0.2, **case.extra),
+        strict=True,
+    ):
+        assert found is expected is None or torch.equal(found, expected)
+    new_bounds = moved["bounds"].view(bounds.dtype).view(9, *bounds.shape[1:])
+    scores = [ops.page_score(case.q, b, fmt, t, case.seqlens, scale=0.2) for b, t in ((new_bounds, new_table), (bounds, table))]
+    assert torch.equal(*scores) and scores[0].isfinite().any()
 
 
 @COMPILED

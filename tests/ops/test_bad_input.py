@@ -18,11 +18,22 @@ def _op(which, name):
     return getattr(torch.ops.pikv_emu if which == "emu" else torch.ops.pikv, name)
 
 
-def _decode(which, case, **change):
+def _refused(which, name, args, message):
+    """The op refuses, with this message; a compiled one with all the words of the reference."""
+    said = {}
+    for implementation in {which, "torch"}:
+        with pytest.raises(RuntimeError) as error:
+            _op(implementation, name)(*args)
+        said[implementation] = str(error.value).splitlines()[0].partition("pikv: ")[2]  # torch puts the line of the C++ file before it
+    assert message in said[which]
+    assert said[which] == said["torch"]
+
+
+def _decode_args(case, **change):
     given = {"q": case.q, "pages": case.pages, "block_table": case.block_table, "seqlens": case.seqlens, "q_positions": None,
              "page_list": None, "tail": case.extra.get("tail"), "tail_rows": case.extra.get("tail_rows"), "window": 0} | change  # fmt: skip
     window = given.pop("window")
-    return _op(which, "decode")(*given.values(), *library.layout(case.fmt), 1.0, window, False, 0)
+    return (*given.values(), *library.layout(case.fmt), 1.0, window, False, 0)
 
 
 DECODE = {
@@ -51,18 +62,42 @@ DECODE = {
 def test_decode(which, what):
     case = make_case(lens=(20, 5))
     change, message = DECODE[what]
-    with pytest.raises(RuntimeError) as error:
-        _decode(which, case, **change(case))
-    assert message in str(error.value)
+    _refused(which, "decode", _decode_args(case, **change(case)), message)
 
 
 @ALL
 def test_grouped_formats_need_their_tail(which):
     case = make_case("int8", lens=(20,))
-    with pytest.raises(RuntimeError, match="int8 pages need tail and tail_rows"):
-        _decode(which, case, tail=None)
-    with pytest.raises(RuntimeError, match=r"tail must be \[rows, 2, 64, 64\], got \[1, 2, 64, 32\]"):
-        _decode(which, case, tail=case.extra["tail"][..., :32].contiguous())
+    tail, rows = case.extra["tail"], case.extra["tail_rows"]
+    wrong = {
+        "int8 pages need tail and tail_rows": {"tail": None},
+        "tail must be [rows, 2, 64, 64], got [1, 2, 64, 32]": {"tail": tail[..., :32].contiguous()},
+        "tail must be float32, bfloat16 or float16, got torch.float64": {"tail": tail.double()},
+        "tail_rows must be [1] or [1, 1 or 2], got [2]": {"tail_rows": rows.repeat(2)},
+        "tail row 1 is beyond the 1 rows of the tail": {"tail_rows": rows + 1},
+    }
+    for message, change in wrong.items():
+        _refused(which, "decode", _decode_args(case, **change), message)
+
+
+PREFILL = {
+    "queries": (lambda a: a | {"q": a["q"][:, 0].contiguous()}, "q must be [R, T, num_q_heads, head_dim], got [1, 8, 64]"),
+    "positions": (lambda a: a | {"q_positions": torch.zeros(1, 2, dtype=torch.int32)}, "q_positions must be [1, 3], got [1, 2]"),
+    "head_dim": (lambda a: a | {"q": a["q"][..., :32].contiguous()}, "q has head_dim 32, the pages have 64"),
+    "strides": (lambda a: a | {"q": torch.cat([a["q"]] * 2, -1)[..., :64]}, "q must be contiguous"),
+    "table id": (lambda a: a | {"block_table": a["block_table"].clone().fill_(99)}, "block_table names page 99, the store has"),
+    "seqlens": (lambda a: a | {"seqlens": a["seqlens"] + 1000}, "the block table has room for"),
+}
+
+
+@ALL
+@pytest.mark.parametrize("what", list(PREFILL))
+def test_prefill_cached(which, what):
+    case = make_case(lens=(20,))
+    change, message = PREFILL[what]
+    given = change({"q": torch.zeros(1, 3, *case.q.shape[1:]), "pages": case.pages, "block_table": case.block_table,
+                    "seqlens": case.seqlens, "q_positions": torch.zeros(1, 3, dtype=torch.int32)})  # fmt: skip
+    _refused(which, "prefill_cached", (*given.values(), None, None, *library.layout(case.fmt), 1.0, 0, True, 0), message)
 
 
 APPEND = {
@@ -84,20 +119,21 @@ def test_append(which, what):
     given = {"pages": torch.zeros(1, fmt.record_bytes, dtype=torch.uint8), "tail": torch.zeros(1, 2, 64, 32), "k": torch.zeros(3, 2, 32),
              "v": torch.zeros(3, 2, 32), "positions": torch.zeros(3, dtype=torch.int32), "slot_mapping": torch.tensor([0, 1, -1]),
              "tail_rows": torch.zeros(3, dtype=torch.int32)} | change  # fmt: skip
-    with pytest.raises(RuntimeError) as error:
-        _op(which, "append")(*given.values(), *library.layout(fmt))
-    assert message in str(error.value)
+    _refused(which, "append", (*given.values(), *library.layout(fmt)), message)
 
 
 @ALL
 def test_merge_and_migrate(which):
-    with pytest.raises(RuntimeError, match="merge needs float32 partials, got torch.float64"):
-        _op(which, "merge")(torch.zeros(2, 3, 8, dtype=torch.float64), torch.zeros(2, 3))
-    with pytest.raises(RuntimeError, match=r"out \[2, 3, 8\] and lse \[2, 4\] differ"):
-        _op(which, "merge")(torch.zeros(2, 3, 8), torch.zeros(2, 4))
-    records, ids = torch.zeros(2, 64, dtype=torch.uint8), torch.tensor([2])
-    with pytest.raises(RuntimeError, match="target_ids has page 2, the store has 2"):
-        _op(which, "migrate")(records, records.clone(), ids, ids)
+    out, lse = torch.zeros(2, 3, 8), torch.zeros(2, 3)
+    _refused(which, "merge", (out.double(), lse), "merge needs float32 partials, got torch.float64")
+    _refused(which, "merge", (out, torch.zeros(2, 4)), "out [2, 3, 8] and lse [2, 4] differ in a leading dimension")
+    _refused(which, "merge", (torch.zeros(2, 3, 16)[..., ::2], lse), "out and lse must be contiguous")
+    records, ids, beyond = torch.zeros(2, 64, dtype=torch.uint8), torch.tensor([1]), torch.tensor([2])
+    _refused(which, "migrate", (records, records.clone(), beyond, ids), "target_ids has page 2, the store has 2")
+    _refused(which, "migrate", (records, records.clone(), ids, beyond), "source_ids has page 2, the store has 2")
+    _refused(which, "migrate", (records, records[:, :32].contiguous(), ids, ids), "target has records of 64 bytes, source of 32")
+    _refused(which, "migrate", (records, records.float(), ids, ids), "source must be contiguous uint8 [num_pages, record_bytes]")
+    _refused(which, "migrate", (records, records.clone(), ids, torch.tensor([0, 1])), "target_ids [1] and source_ids [2] differ")
 
 
 BOUNDS = {
@@ -117,9 +153,7 @@ def test_page_bounds(which, what):
     given = {"bounds": torch.zeros(1, 2, 2, 32), "pages": torch.zeros(1, fmt.record_bytes, dtype=torch.uint8),
              "slot_mapping": torch.tensor([0, 1, -1]), "tail": torch.zeros(1, 2, 64, 32),
              "tail_rows": torch.zeros(3, dtype=torch.int32)} | change  # fmt: skip
-    with pytest.raises(RuntimeError) as error:
-        _op(which, "page_bounds")(*given.values(), *library.layout(fmt))
-    assert message in str(error.value)
+    _refused(which, "page_bounds", (*given.values(), *library.layout(fmt)), message)
 
 
 SCORE = {
@@ -139,6 +173,11 @@ def test_page_score(which, what):
     change, message = SCORE[what]
     given = {"q": torch.zeros(2, 4, 32), "bounds": torch.zeros(3, 2, 2, 32), "block_table": torch.zeros(2, 1, 4, dtype=torch.int32),
              "seqlens": torch.ones(2, 1, dtype=torch.int32)} | change  # fmt: skip
-    with pytest.raises(RuntimeError) as error:
-        _op(which, "page_score")(*given.values(), 16, 1.0)
-    assert message in str(error.value)
+    _refused(which, "page_score", (*given.values(), 16, 1.0), message)
+
+
+@ALL
+def test_checksum(which):
+    _refused(
+        which, "checksum", (torch.zeros(12, dtype=torch.uint8),), "checksum needs a contiguous tensor of whole 8-byte words, got 12 bytes"
+    )

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -53,6 +54,28 @@ def test_opcheck_of_pack():
     _opcheck("unpack", (buffer, [x.clone() for x in fields], index, [0, 12], [16, 16]))
 
 
+def test_opcheck_of_checksum():
+    load.ensure("cpu")
+    _opcheck("checksum", (torch.arange(64, dtype=torch.uint8),))
+
+
+def test_every_op_is_checked():
+    """A new op needs an opcheck of its own."""
+    text = Path(__file__).read_text()
+    missing = [name for name in library.SCHEMAS if f'_opcheck("{name}"' not in text]
+    assert not missing
+
+
+@pytest.mark.parametrize("name", list(library.SCHEMAS))
+def test_what_a_schema_says_it_changes_is_what_changes(name):
+    """Mutating ops return nothing and name their outputs as (a!); the others return fresh tensors."""
+    schema = getattr(torch.ops.pikv, name).default._schema
+    written = [x.name for x in schema.arguments if x.alias_info is not None and x.alias_info.is_write]
+    changed = {"append": ["pages", "tail"], "migrate": ["target"], "page_bounds": ["bounds"], "pack": ["buffer"], "unpack": ["fields"]}
+    assert written == changed.get(name, [])
+    assert bool(schema.returns) == (not written) and all(x.alias_info is None for x in schema.returns)
+
+
 def test_torch_compile_fullgraph():
     case = make_case("bf16", lens=(70, 5), k_dim=32)
 
@@ -65,6 +88,41 @@ def test_torch_compile_fullgraph():
     compiled = torch.compile(Attention(), fullgraph=True, backend="aot_eager")(*args)
     expected = Attention()(*args)
     assert torch.equal(compiled[0], expected[0]) and torch.equal(compiled[1], expected[1])
+
+
+@pytest.mark.parametrize(
+    ("name", "backend"), [("bf16", "aot_eager"), ("int8", "aot_eager"), pytest.param("int8", "inductor", marks=pytest.mark.slow)]
+)
+def test_torch_compile_of_a_decode_step(name, backend):
+    """append, then decode of what it has written: the compiled graph keeps their order and writes the caller's pages and tail."""
+    fmt = make_case(name, lens=(70, 5), k_dim=32).fmt
+
+    class Step(torch.nn.Module):
+        def forward(self, q, k, v, pages, tail, table, seqlens, slots, rows):
+            positions = seqlens.flatten()
+            ops.append(pages, fmt, k * 2, v, positions, slots, tail=tail, tail_rows=rows)
+            out, lse, _ = ops.decode(q, pages, fmt, table, seqlens + 1, scale=0.2, tail=tail, tail_rows=rows)
+            return out + 1, lse, seqlens + 1
+
+    def three_steps(step):
+        case = make_case(name, lens=(70, 5), k_dim=32)
+        size, table, seqlens = fmt.page_size, case.block_table, case.seqlens
+        table = table.where(table < case.pages.shape[0], 0)  # one spare column: a page of its own is not needed for three tokens
+        generator, found = torch.Generator().manual_seed(2), []
+        for _ in range(3):
+            k, v = (torch.randn(2, 2, 32, generator=generator).bfloat16() for _ in "kv")
+            at = seqlens.flatten().long()
+            slots = table[torch.arange(2), 0, at // size] * size + (at % size).int()
+            out, lse, seqlens = step(
+                case.q, k, v, case.pages, case.extra.get("tail"), table, seqlens, slots.int(), case.extra.get("tail_rows")
+            )
+            found += [out, lse]
+        return [*found, case.pages, *([case.extra["tail"].nan_to_num()] if case.extra else [])]
+
+    eager, compiled = three_steps(Step()), three_steps(torch.compile(Step(), fullgraph=True, backend=backend))
+    for a, b in zip(eager, compiled, strict=True):
+        assert torch.equal(a, b)
+    assert not torch.equal(eager[-2 if name == "int8" else -1], make_case(name, lens=(70, 5), k_dim=32).pages)
 
 
 def _python(code, **environment):

@@ -36,8 +36,8 @@ class SelectingDriver(Driver):
         self.born: list[list[list[int]]] = []  # [layer][row] positions ever stored: window layers drop those of a chunk nobody will see
         choose = self.cache.selection.choose
 
-        def recording(asked, budget, width):
-            page_list = choose(asked, budget, width)
+        def recording(asked, plan):
+            page_list = choose(asked, plan)
             columns = page_list.view(asked.first.shape[0], -1, *page_list.shape[1:])  # [Q, S, H, K]
             block = [[set() for _ in range(columns.shape[2])] for _ in columns]
             for query, shard, head, k in (columns >= 0).nonzero().tolist():
@@ -179,8 +179,8 @@ def test_pages_that_are_not_read_may_hold_anything(metadata):
         selection, store = driver.cache.selection, driver.cache.tables.stores[0]
         choose = selection.choose
 
-        def poisoning(asked, budget, width, choose=choose, store=store):
-            page_list = choose(asked, budget, width)  # [N, H, K]
+        def poisoning(asked, plan, choose=choose, store=store):
+            page_list = choose(asked, plan)  # [N, H, K]
             read = torch.zeros(store.num_pages, store.fmt.num_kv_heads, dtype=torch.bool)
             for table, head, k in (page_list >= 0).nonzero().tolist():
                 read[asked.block_table[table, 0, page_list[table, head, k]], head] = True

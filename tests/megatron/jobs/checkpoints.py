@@ -18,6 +18,7 @@ from pikv_ds.megatron_patch.checkpoint import load_checkpoint, save_checkpoint
 from pikv_ds.megatron_patch.hf_config import build_gpt
 from pikv_ds.megatron_patch.hf_weights import load_hf_weights
 from tests.dist.jobs.report import Report
+from tests.megatron import documented
 from tests.megatron.models import start
 from tests.megatron.runs import decode, full_forward, refused
 
@@ -50,6 +51,11 @@ def check_layout(report: Report, layout: str, folder: Path, hf, save: bool) -> N
         logits = decode(model, PiKVInferenceContext(2, LENGTH, model=model), ids, [20])
         at = torch.tensor(pieces).cumsum(0) - 1
         assert (logits - reference[:, at].transpose(0, 1)).abs().max() <= 1e-4
+    if save:
+        with report.check(f"{layout} the documented lines"):
+            before = full_forward(model, ids)
+            documented.run("save_checkpoint(model", model=model, folder=folder.with_name("documented"))
+            assert (folder.with_name("documented") / "metadata.json").is_file() and torch.equal(full_forward(model, ids), before)
     with report.check(f"{layout} mismatches are refused") as row:
         weights = [parameter.clone() for parameter in model.parameters()]
         more_experts, with_bias = build(hf.config, num_moe_experts=16), build(hf.config, add_qkv_bias=True)

@@ -10,6 +10,7 @@ from megatron.core.inference.contexts.dynamic_context import DynamicInferenceCon
 from pikv_ds.errors import UnsupportedError
 from pikv_ds.megatron_patch import PiKVDynamicInferenceContext, cpu_compat, disable_pikv, enable_pikv
 from tests.dist.jobs.report import Report
+from tests.megatron import documented
 from tests.megatron.models import latent_config, start, tiny_config, tiny_model, tokens
 from tests.megatron.runs import assert_conserved, full_forward, refused
 from tests.megatron.serving import Log, Request, random_requests, reference_flash_decode, serve
@@ -133,6 +134,12 @@ def check_limits(report: Report, layout: str, model) -> None:
         enable_pikv(model)
         PiKVDynamicInferenceContext(model=model, **given)
         assert torch.equal(full_forward(model, ids), before)
+    with report.check(f"{layout} the documented lines"):
+        own, group = own_requests(3, 9, seed=5), parallel_state.get_expert_model_parallel_group()
+        documented.run(
+            "context.serving()", model=model, arguments=given, run_engine=lambda context: serve(model, context, own, group=group)
+        )
+        assert all(len(request.generated) == request.num_tokens for request in own)
     with report.check(f"{layout} refusals"):
         for name, value in dict(num_cuda_graphs=1, use_flashinfer_fused_rope=True, unified_memory_level=1, cache_mla_latent=True).items():
             refused(

@@ -14,6 +14,7 @@ from pikv_ds.megatron_patch.hf_config import build_gpt
 from pikv_ds.megatron_patch.hf_weights import gather_hf_weights, load_hf_weights
 from tests import tiny_models
 from tests.dist.jobs.report import Report
+from tests.megatron import documented
 from tests.megatron.models import start
 from tests.megatron.runs import decode, full_forward, refused, step
 
@@ -45,6 +46,9 @@ def check_layout(report: Report, layout: str) -> None:
         check_model(report, f"{layout} {name}", tiny_models.tiny_model(family, **changes), 20)
     hf, tokenizer = pikv_ds.bundled.load()
     model, _ = check_model(report, f"{layout} bundled", hf, 64)
+    with report.check(f"{layout} the documented lines"):
+        made = documented.run("gather_hf_weights", hf=hf, options=cpu_compat.cpu_config_options())
+        assert all(torch.equal(made["weights"][name], tensor) for name, tensor in hf.state_dict().items())
     with report.check(f"{layout} bundled finds a pass key over PiKV"):
         prompt, key = pikv_ds.bundled.passkey_prompt(tokenizer, 160, seed=2)
         ids = torch.tensor([prompt])
