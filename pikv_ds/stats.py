@@ -14,7 +14,7 @@ def stats(cache: PiKVCache, dense_rows: int, dense_columns: int) -> dict:
     """Plain numbers of this rank, bytes from storage sizes. With budgets per head an entry is the K and V of one kv head.
 
     Args: dense_rows, dense_columns: the batch and the token columns (padding included) that the ordinary cache would hold on this rank.
-    Sync: reads the device.
+    entries_read and entries_visible are None where every query reads everything. Sync: reads the device.
     """
     tables, exchange = cache.tables, cache.exchange
     counters = tables.counters
