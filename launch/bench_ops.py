@@ -1,4 +1,4 @@
-"""`pikv bench ops`: decode over pages against torch's attention, interleaved, on the same keys, values and threads.
+"""`pikv bench ops` on the CPU: decode over pages against torch's attention, interleaved, on the same keys, values and threads.
 
 Baselines:
     sdpa_grouped         K/V contiguous [B, H, L, D], queries of a kv head as rows of one query: the honest one; the faster of bf16, fp32
@@ -52,11 +52,16 @@ class Times(NamedTuple):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="one small shape, 3 repeats: does it run; judges no target")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], metavar="N", help="torch threads (default 1, then 2)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: launch/bench_ops_cuda.py (default cpu)")
     parser.add_argument("--repeats", type=int, default=9, metavar="N", help="runs of each, interleaved (default 9)")
 
 
 def run(args: argparse.Namespace) -> int:
     """0; 1 when a row is not valid: its CPU time says that more threads ran than were asked for."""
+    if args.device == "cuda":
+        from pikv_ds.launch import bench_ops_cuda
+
+        return bench_ops_cuda.run(args)
     shapes, repeats = (QUICK_SHAPES, 3) if args.quick else (SHAPES, args.repeats)
     rows: list[dict[str, Any]] = []
     for batch, context in shapes:
@@ -65,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
             _print(found)
     targets = judge(rows)
     if targets:
-        print_table("Targets", [{key: _round(value) for key, value in row.items()} for row in targets])
+        print_table("Targets", [{key: scalar(value) for key, value in row.items()} for row in targets])
     busy = [row for row in rows if row["cpu_ms"] < 0.9 * row["ms"] and row["threads"] == 1]
     if busy:
         print(f"{len(busy)} rows of one thread had less than 90 % of their core: other work ran here")
@@ -160,9 +165,9 @@ def _print(rows: list[dict[str, Any]]) -> None:
     print_table(
         f"decode, {first['batch']} x {first['context']} tokens, group {first['group']}, {first['threads']} thread(s), "
         f"stream {first['stream_gbps']:.1f} GB/s: median of {first['repeats']}, interleaved",
-        [{"pages": f"{row['format']} {row['pages']}"} | {key: _round(row[key]) for key in shown} for row in rows],
+        [{"pages": f"{row['format']} {row['pages']}"} | {key: scalar(row[key]) for key in shown} for row in rows],
     )
 
 
-def _round(value: Any) -> Any:
+def scalar(value: Any) -> Any:
     return float(f"{value:.3g}") if isinstance(value, float) else value

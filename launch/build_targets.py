@@ -11,7 +11,7 @@ import torch
 
 from pikv_ds import ops
 from pikv_ds.ops import library, load, nvrtc, ptxas, ref_attend, ref_formats
-from pikv_ds.ops.compile import BuildError, Library, ToolMissing, build, cpu_library
+from pikv_ds.ops.compile import BuildError, Library, ToolMissing, build, compiler_name, cpu_library
 from pikv_ds.ops.cuda_build import ARCHITECTURES, cuda_library, emu_library
 from pikv_ds.ops.formats import FORMATS
 from pikv_ds.ops.ptxas import KernelUse
@@ -41,8 +41,9 @@ def _row(target: str, compiler: str | None) -> dict[str, Any]:
 
 
 def _build(library: Library) -> tuple[dict[str, Any], Path | None]:
-    row, started = _row(library.name.removeprefix("pikv_"), library.compiler), time.monotonic()
+    row, started = _row(library.name.removeprefix("pikv_"), None), time.monotonic()
     try:
+        row["compiler"] = compiler_name(library.compiler)
         path = build(library)
     except BuildError as error:
         return row | {"status": _failure(error), "detail": str(error)}, None

@@ -48,21 +48,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from pikv_ds.launch.evaluation.partial import Partial, key_of
+    from pikv_ds.launch.evaluation.partial import Partial
     from pikv_ds.launch.evaluation.plan import read_spec
 
     spec, units = read_spec(args)
     with tempfile.TemporaryDirectory(prefix="pikv_eval_") as folder:
         partial = Partial(Path(f"{args.json}.partial" if args.json else f"{folder}/rows.json"))
-        todo = [unit for unit in units if key_of(spec, unit) not in partial.rows]
-        if len(todo) < len(units):
-            print(f"{len(units) - len(todo)} of {len(units)} units are in {partial.path} already")
+        todo = partial.unfinished(spec, units)
         if todo:
             status = _run_units(spec, todo, partial, Path(folder))
             if status:
                 return status
-        rows = [Partial(partial.path).rows[key_of(spec, unit)] for unit in units]
-        finish(args, command_line(args, "pikv eval"), spec, rows)
+        finish(args, command_line(args, "pikv eval"), spec, Partial(partial.path).rows_of(spec, units))
         partial.remove()
     return 0
 
@@ -125,6 +122,7 @@ def _shown(row: dict[str, Any], name: str) -> dict[str, Any]:
         "change %": number["ppl_change_pct"],
         "KL": number["kl"],
         "recall": number["recall"],
+        "asked after eviction": _asked_after(row),
         "bytes/token": number["bytes_per_token"],
         "x smaller than 2-byte": number["compression"],
         "fullest rank KiB": round(max(row["kv_bytes_per_rank"]) / 1024),
@@ -133,6 +131,11 @@ def _shown(row: dict[str, Any], name: str) -> dict[str, Any]:
         "step ms": number["step_ms"],
         "attention": row["attention_impl"],
     }
+
+
+def _asked_after(row: dict[str, Any]) -> str | None:
+    found = row["detail"].get("found_question_after_eviction")
+    return None if found is None else f"{found[0] / found[1]:.3f}"
 
 
 def _of_dense(row: dict[str, Any]) -> float:

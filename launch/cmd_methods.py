@@ -37,7 +37,7 @@ def method_rows() -> list[dict[str, Any]]:
     for key, registry in (("compression", CODECS), ("routing", ROUTERS), ("scheduling", POLICIES)):
         for name, method in registry.items():
             parameters = inspect.signature(method.__init__).parameters.values()
-            options = [f"{p.name}={p.default}" for p in parameters if p.kind is p.KEYWORD_ONLY]
+            options = [p.name if p.default is p.empty else f"{p.name}={p.default}" for p in parameters if p.kind is p.KEYWORD_ONLY]
             size = _codec_columns(method()) if key == "compression" else dict.fromkeys(_CODEC_COLUMNS)
             rows.append(
                 {

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pikv_ds.launch.ranks import own_stdout
+from pikv_ds.launch.ranks import gather, own_stdout
 
 EXPERT_PARALLEL = {"enabled": True, "preset_model": "qwen3_moe"}
 
@@ -91,8 +91,6 @@ def dense_entries(cache: Any) -> int:
 
 def summary(name: str, contexts: list[int], own: Generated, dense: Generated, tokenizer: Any) -> dict[str, Any]:
     """The row of one run, from all ranks."""
-    import torch.distributed as dist
-
     fields = (
         own.kv_bytes,
         own.entries,
@@ -101,12 +99,10 @@ def summary(name: str, contexts: list[int], own: Generated, dense: Generated, to
         (own.logits - dense.logits).abs().max().item(),
         own.decode_s,
     )
-    all_fields: list = [None] * dist.get_world_size()
-    dist.all_gather_object(all_fields, fields)
-    kv_bytes, entries, per_expert, equal, diff, decode_s = zip(*all_fields, strict=True)
+    kv_bytes, entries, per_expert, equal, diff, decode_s = zip(*gather(fields), strict=True)
     return {
         "name": name,
-        "ranks": dist.get_world_size(),
+        "ranks": len(kv_bytes),
         "context_tokens": contexts,
         "kv_bytes_per_rank": list(kv_bytes),
         "tokens_per_s": (len(own.tokens) - 1) / max(decode_s),

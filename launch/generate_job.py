@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from pikv_ds.launch.ranks import own_stdout
+from pikv_ds.launch.ranks import gather, own_stdout
 
 LONG_PREFILL = 512
 
@@ -72,7 +72,7 @@ def _generate(model: Any, cache: Any, tokenizer: Any, prompt: str, spec: dict[st
         "new_tokens": len(new),
         "tokens_per_s": len(new) / elapsed_s,
         "stats": stats,
-        "kv_bytes_per_rank": _over_ranks(stats["kv_bytes_allocated"]),
+        "kv_bytes_per_rank": gather(stats["kv_bytes_allocated"]),
         "kv_bytes_dense": stats["kv_bytes_dense"],
     }
     cache.reset()
@@ -115,16 +115,6 @@ def _prefill_bar(cache: Any, prompt_tokens: int, chunk: int | None, stdout: Text
             yield
         finally:
             cache.end_of_step_callbacks.remove(advance)
-
-
-def _over_ranks(value: int) -> list[int]:
-    import torch.distributed as dist
-
-    if not dist.is_initialized():
-        return [value]
-    values: list = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
 
 
 def main() -> None:

@@ -39,7 +39,7 @@ def _run(args: argparse.Namespace) -> int:
     import torch.distributed as dist
 
     from pikv_ds.launch.evaluation.job import evaluate, start_distributed
-    from pikv_ds.launch.evaluation.partial import Partial, key_of
+    from pikv_ds.launch.evaluation.partial import Partial
     from pikv_ds.launch.evaluation.plan import read_spec
 
     spec, units = read_spec(args)
@@ -47,14 +47,12 @@ def _run(args: argparse.Namespace) -> int:
     first = dist.get_rank() == 0
     with tempfile.TemporaryDirectory(prefix="pikv_eval_") as folder:
         partial = Partial(Path(f"{args.json}.partial" if args.json else f"{folder}/rows.json")) if first else None
-        todo = [[unit for unit in units if key_of(spec, unit) not in partial.rows]] if first else [None]
+        todo = [partial.unfinished(spec, units) if first else None]
         dist.broadcast_object_list(todo, src=0)
         evaluate(spec, todo[0], partial, sys.stdout if first else None)
         if first:
-            launched = LAUNCH.format(ranks=spec.ranks)
-            finish(
-                args, command_line(args, launched, given=("backend", "ranks")), spec, [partial.rows[key_of(spec, unit)] for unit in units]
-            )
+            command = command_line(args, LAUNCH.format(ranks=spec.ranks), given=("backend", "ranks"))
+            finish(args, command, spec, partial.rows_of(spec, units))
             partial.remove()
     dist.destroy_process_group()
     return 0

@@ -11,6 +11,7 @@ from typing import Any
 
 import pikv_ds
 
+_SIDEWAYS_WIDTH = 14  # characters a column needs to be read on its side
 _PACKAGES = ("torch", "deepspeed", "megatron-core", "transformers")
 
 
@@ -57,7 +58,7 @@ def write_json(path: str | None, command: str, rows: list[dict[str, Any]], **tab
 
 
 def print_table(title: str, rows: list[dict[str, Any]]) -> None:
-    """One line per row, one column per key of the first row; on its side when the terminal is too narrow for that.
+    """One line per row, one column per key of the first row; where that is too wide, on its side, or a paragraph per row if those are many.
 
     Nothing is cut: only the last column wraps, and on its side every column may.
     """
@@ -69,8 +70,27 @@ def print_table(title: str, rows: list[dict[str, Any]]) -> None:
     if _natural_width(names, cells) <= console.width:
         console.print(_table(title, names, cells, wrap_all=False))
         return
+    if console.width // (len(rows) + 1) < _SIDEWAYS_WIDTH:
+        console.print(f"{title}\n", style="italic", markup=False, highlight=False)
+        console.print(_paragraphs(names, cells))
+        return
     sideways = [[name, *(row[idx] for row in cells)] for idx, name in enumerate(names)]
     console.print(_table(title, sideways[0], sideways[1:], wrap_all=True))
+
+
+def _paragraphs(names: list[str], cells: list[list[str]]) -> Any:
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table.grid(padding=(0, 2))
+    table.add_column(overflow="fold")
+    table.add_column(overflow="fold")
+    for row in cells:
+        table.add_row(f"[bold]{escape(row[0])}[/bold]", "")
+        for name, cell in zip(names[1:], row[1:], strict=True):
+            if cell != "-":
+                table.add_row(f"  {escape(name)}", escape(cell))
+    return table
 
 
 def _natural_width(names: list[str], cells: list[list[str]]) -> int:

@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import pikv_ds
 
@@ -72,6 +72,17 @@ def rank_environment(ranks: int) -> dict[str, str]:
 def started_ranks() -> int | None:
     """Ranks of the job this process belongs to, None if no launcher started it."""
     return int(os.environ["WORLD_SIZE"]) if "WORLD_SIZE" in os.environ else None
+
+
+def gather(value: Any) -> list[Any]:
+    """`value` of every rank, on every rank; of this process alone when torch.distributed is not initialised. Collective."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        return [value]
+    values: list = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def own_stdout() -> TextIO:

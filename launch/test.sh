@@ -1,5 +1,7 @@
 #!/usr/bin/env bash
-# Run the tests. Arguments go to pytest, for example: bash launch/test.sh tests/unit -k config
+# Run the tests, one file at a time on each of two workers. Arguments go to pytest, for example: bash launch/test.sh tests/unit -k config
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
-exec python -m pytest "$@"
+echo "pikv: building the ops"
+pikv build cpu
+exec python -m pytest -n "${PIKV_TEST_WORKERS:-2}" --dist loadfile "$@"

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pikv_ds.cache import PiKVCache
 from pikv_ds.config import PiKVConfig
+from pikv_ds.config_checks import check_has_experts
 from pikv_ds.digest import digest
 from pikv_ds.errors import UnsupportedError
 from pikv_ds.stats import stats
@@ -62,6 +63,7 @@ class PiKVContext(ABC):
         weight = attention.linear_proj.weight
         refuse_dtype(weight.dtype)
         num_shards = config.storage.num_shards or (1 if group is None else group.size())
+        check_has_experts(config.routing, attention.config.num_moe_experts, type(model).__name__)
         num_experts = attention.config.num_moe_experts or num_shards
         specs = [layer_spec_of(layer, i, self.shared is not None) for i, layer in enumerate(self.layers)]
         self.core = PiKVCache(specs, config, num_experts=num_experts, dtype=weight.dtype, device=weight.device, group=group)
@@ -167,7 +169,9 @@ class PiKVContext(ABC):
         latent = None if latent is None else self.tokens.rows(latent.detach())
         partial = heads.attend(q, k, v, latent, self.expert_ids.of(layer, looked_ahead))
         sink = softmax_offset(self.layers[layer].attention)
-        out = finish_attention(partial, q, k, v, scale=heads.scale, window=self.core.layers[layer].window, sink=sink)
+        out = finish_attention(
+            partial, q, k, v, scale=heads.scale, window=self.core.layers[layer].window, sink=sink, padding=self.tokens.padding
+        )
         self._next_layer = layer + 1
         if self._next_layer == len(self.layers) and not (self.core.stages and self.links[layer].router is not None):
             self._finish()

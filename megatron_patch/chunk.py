@@ -9,16 +9,20 @@ from pikv_ds.cache import Partial
 from pikv_ds.ops import add_sink, merge_partials, sdpa_lse
 
 
-def finish_attention(partial: Partial, q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None, sink: Tensor | None) -> Tensor:
+def finish_attention(
+    partial: Partial, q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None, sink: Tensor | None, padding: Tensor | None
+) -> Tensor:
     """Add in-chunk attention to the stored part, then the sink logit, once.
 
-    Args: q [B, T, Hq, D], k and v [B, T, Hkv, D], this forward's own tokens, raw; sink [Hq] or None.
+    Args: q [B, T, Hq, D], k and v [B, T, Hkv, D], this forward's own tokens, raw; sink [Hq] or None; padding [B, T] bool or None:
+        tokens that nobody sees.
     Returns: [B, T, Hq, D] f32.
     """
     out, lse = partial.out.transpose(1, 2), partial.lse.transpose(1, 2)
     if not partial.includes_self:
         columns = q.shape[1]
-        mask = None if window is None or columns <= window else _window_mask(columns, window, q.device)
+        free = padding is None and (window is None or columns <= window)
+        mask = None if free else _mask(columns, window or columns, padding, q.device)
         own_out, own_lse = sdpa_lse(*(t.transpose(1, 2) for t in (q, k, v)), scale=scale, mask=mask, causal=mask is None)
         out, lse = (own_out, own_lse) if partial.empty else merge_partials(torch.stack([out, own_out]), torch.stack([lse, own_lse]))
     if sink is not None:
@@ -26,7 +30,9 @@ def finish_attention(partial: Partial, q: Tensor, k: Tensor, v: Tensor, *, scale
     return out.transpose(1, 2)
 
 
-def _window_mask(columns: int, window: int, device: torch.device) -> Tensor:
+def _mask(columns: int, window: int, padding: Tensor | None, device: torch.device) -> Tensor:
+    """[B or 1, 1, T, T], True = visible."""
     at = torch.arange(columns, device=device)
     back = at.unsqueeze(1) - at
-    return ((back >= 0) & (back < window))[None, None]
+    visible = ((back >= 0) & (back < window))[None, None]
+    return visible if padding is None else visible & ~padding[:, None, None]

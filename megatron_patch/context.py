@@ -11,7 +11,7 @@ from pikv_ds.errors import UnsupportedError
 from pikv_ds.plan import LocalStep
 
 from .base_context import PiKVContext, check_length, positions_digest
-from .masks import refuse_other_than_causal
+from .masks import padding_of
 from .tokens import Columns, Nothing, Tokens
 
 
@@ -70,21 +70,22 @@ class PiKVInferenceContext(PiKVContext, StaticInferenceContext):
 
     def begin_forward(self, key: Tensor, attention_mask: Tensor | None, idle: bool) -> Tokens:
         columns, rows = key.shape[:2]
-        offset = self.sequence_len_offset
-        self._refuse_after_failure(offset > 0)
+        start = self.sequence_len_offset
+        self._refuse_after_failure(start > 0)
         if not idle:
-            self._check(rows, columns, offset)
-            refuse_other_than_causal(attention_mask, columns, offset)
-            if offset == 0:
+            self._check(rows, columns, start)
+            if start == 0:
                 self._begin_generation()
         fresh = not self.rows
+        padding = None if self.padding is None else self.padding[self.rows]
         if idle:
-            rows, num_new, keep = len(self.rows) or 1, 0, self.columns
+            rows, start, end = len(self.rows) or 1, self.columns, self.columns
             tokens: Tokens = Nothing(rows, key.shape[:2], self.core.device)
         else:
-            num_new, keep = columns, offset
-            at = torch.arange(offset, offset + columns, dtype=torch.int32)
-            tokens = Columns(at.repeat(rows, 1).to(self.core.device))
+            end = start + columns
+            padding = self._padding(attention_mask, rows, columns, None if padding is None else padding[:, :start])
+            tokens = Columns(*_positions(padding, rows, start, end, self.core.device))
+        keep, after = _real_tokens(padding, rows, start), _real_tokens(padding, rows, end)
         value = 0
         if fresh or self.core.agreement.mode == "replicated":
             value = positions_digest(self.core, self.shared is not None or idle, key, tokens.positions)
@@ -92,26 +93,36 @@ class PiKVInferenceContext(PiKVContext, StaticInferenceContext):
             LocalStep(
                 num_rows=rows,
                 num_columns=tokens.positions.shape[1],
-                num_new=[num_new] * rows,
+                num_new=[total - kept for total, kept in zip(after, keep, strict=True)],
                 parent=[-1] * rows if fresh else list(self.rows),
-                keep=[0 if fresh else keep] * rows,
+                keep=keep,
                 positions=tokens.positions,
                 digest=value,
-                identity=not fresh and not self._rows_moved and keep == self.columns,
+                identity=not fresh and not self._rows_moved and start == self.columns,
                 fresh=fresh,
             )
         )
-        self._after = (rows, keep + num_new)
+        self._after = (rows, end, padding)
         return tokens
 
     def end_forward(self) -> None:
-        rows, self.columns = self._after
+        rows, self.columns, self.padding = self._after
         self.rows, self._rows_moved = list(range(rows)), False
 
     def _begin_generation(self) -> None:
-        self.columns = 0  # tokens stored per row
+        self.columns = 0  # per row, padding included
+        self.padding: Tensor | None = None  # [rows of the last forward, columns] bool; None = no column is padding
         self.rows: list[int] = []  # per row, the row of the last forward that it continues
         self._rows_moved = False
+
+    def _padding(self, mask: Tensor | None, rows: int, columns: int, held: Tensor | None) -> Tensor | None:
+        found = padding_of(mask, rows, columns, held, self.sequence_len_offset)
+        if found is not None and any(spec.window for spec in self.core.layers):
+            raise UnsupportedError(
+                "attention_mask hides padding in a model with a sliding window: Megatron's local attention drops the mask of such layers; "
+                "prefill up to the shortest prompt and feed the rest token by token, as StaticInferenceEngine does"
+            )
+        return found
 
     def _check(self, rows: int, columns: int, offset: int) -> None:
         check_length(offset + columns, self.max_sequence_length)
@@ -125,13 +136,24 @@ class PiKVInferenceContext(PiKVContext, StaticInferenceContext):
                 f"inference_batch_times_seqlen_threshold = -1"
             )
         if offset > self.columns:
-            raise UnsupportedError(
-                f"sequence_len_offset = {offset}, but {self.columns} tokens per row are stored: tokens in between were never run"
-            )
+            raise UnsupportedError(f"sequence_len_offset = {offset}, but {self.columns} columns have been run: tokens in between were not")
         if offset and rows != len(self.rows):
             raise UnsupportedError(
                 f"the forward has {rows} rows, {len(self.rows)} are stored; call swap_key_value_dict to choose rows, or reset()"
             )
+
+
+def _positions(padding: Tensor | None, rows: int, start: int, end: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Of columns start to end: positions [rows, end - start] int32 among the row's real tokens, -1 = padding; and the padding."""
+    if padding is None:
+        return torch.arange(start, end, dtype=torch.int32).repeat(rows, 1).to(device), None
+    positions = ((~padding).cumsum(1, dtype=torch.int32) - 1).masked_fill(padding, -1)
+    return positions[:, start:].to(device), padding[:, start:].to(device)
+
+
+def _real_tokens(padding: Tensor | None, rows: int, end: int) -> list[int]:
+    """Per row, how many of the first `end` columns are not padding."""
+    return [end] * rows if padding is None else (~padding[:, :end]).sum(1).tolist()
 
 
 class _NoDenseCache(dict):

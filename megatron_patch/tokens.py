@@ -1,7 +1,7 @@
 """How the tokens of a host's forward lie, and the rectangle of rows and columns that the cache works on. B rows, T columns.
 
-Each arrangement has: positions [B, T] int32 (-1 = not stored); num_host_tokens, how many tokens layers and routers see;
-rows(x), host layout -> [B, T, ...]; host(x), the way back.
+Each arrangement has: positions [B, T] int32 (-1 = not stored); padding [B, T] bool, tokens that nobody may attend to, or None;
+num_host_tokens, how many tokens layers and routers see; rows(x), host layout -> [B, T, ...]; host(x), the way back.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from torch import Tensor
 
 
 class Columns:
-    """Static batching: every row brings the same columns; the host's layout is [T, B, ...]."""
+    """Static batching: every row brings the same columns, of which some may be padding; the host's layout is [T, B, ...]."""
 
-    def __init__(self, positions: Tensor) -> None:
-        self.positions, self.num_host_tokens = positions, positions.numel()
+    def __init__(self, positions: Tensor, padding: Tensor | None = None) -> None:
+        self.positions, self.padding, self.num_host_tokens = positions, padding, positions.numel()
 
     def rows(self, x: Tensor) -> Tensor:
         return x.unflatten(0, self.positions.shape[::-1]).transpose(0, 1) if x.dim() == 1 else x.transpose(0, 1)
@@ -38,6 +38,8 @@ class Packed:
 
     A rectangle has as many columns as the longest piece: a forward that mixes a long prompt with decoding computes on padding.
     """
+
+    padding = None  # a row's tokens come first in it
 
     def __init__(self, pieces: list[Piece], num_rows: int, num_host_tokens: int, device: torch.device) -> None:
         """pieces: in the order in which the host packs them; rows without one store nothing."""
@@ -61,6 +63,8 @@ class Packed:
 
 class Nothing:
     """An idle forward: its tokens are of no use, its queries are zeros, one column for each row that is stored."""
+
+    padding = None
 
     def __init__(self, num_rows: int, host_shape: tuple[int, int], device: torch.device) -> None:
         self.host_shape, self.num_host_tokens = host_shape, host_shape[0] * host_shape[1]

@@ -4,6 +4,7 @@ Each has a plain torch version: the reference that every compiled version is che
 """
 
 from .append import append
+from .assign_slots import assign_slots
 from .builder import register, unregister
 from .checksum import checksum
 from .decode import decode
@@ -23,6 +24,7 @@ __all__ = [
     "PageFormat",
     "add_sink",
     "append",
+    "assign_slots",
     "checksum",
     "decode",
     "decode_pages",

@@ -82,16 +82,16 @@ def append(pages, tail, k, v, positions, slot_mapping, tail_rows, fmt: PageForma
     _slots(pages, slot_mapping, tail, tail_rows, fmt, values)
 
 
-def page_bounds(bounds, pages, slot_mapping, tail, tail_rows, fmt: PageFormat) -> None:
+def page_bounds(bounds, pages, slot_mapping, tail, tail_rows, fmt: PageFormat, values: bool = True) -> None:
     _pages(pages, fmt)
     floats("bounds", bounds)
     expected = (pages.shape[0], fmt.num_kv_heads, 2, fmt.k_dim)
     require(tuple(bounds.shape) == expected, f"bounds must be {list(expected)}, got {list(bounds.shape)}")
     integers("slot_mapping", slot_mapping)
-    _slots(pages, slot_mapping, tail, tail_rows, fmt)
+    _slots(pages, slot_mapping, tail, tail_rows, fmt, values)
 
 
-def page_score(q, bounds, block_table, seqlens, page_size: int) -> None:
+def page_score(q, bounds, block_table, seqlens, page_size: int, values: bool = True) -> None:
     floats("q", q)
     floats("bounds", bounds)
     require(q.dim() == 3, f"q must be [R, num_q_heads, head_dim], got {list(q.shape)}")
@@ -107,7 +107,8 @@ def page_score(q, bounds, block_table, seqlens, page_size: int) -> None:
             f"seqlens must be [{N}, 1 or {heads}], got {list(seqlens.shape)}")  # fmt: skip
     integers("block_table", block_table)
     integers("seqlens", seqlens)
-    _table(block_table, seqlens, bounds.shape[0], page_size)
+    if values:
+        _table(block_table, seqlens, bounds.shape[0], page_size)
 
 
 def merge(out: Tensor, lse: Tensor) -> None:
@@ -184,19 +185,43 @@ def _table(block_table: Tensor, seqlens: Tensor, num_pages: int, page_size: int)
         require(False, f"block_table names page {bad}, the store has {num_pages}")
 
 
+def assign_slots(counts, block_table, free_stack, free_top, refcount, rows, shard, here) -> None:
+    require(counts.dim() == 2, f"counts must be [R, S], got {list(counts.shape)}")
+    (R, S), N = counts.shape, rows.numel()
+    require(block_table.dim() == 3 and block_table.shape[:2] == counts.shape,
+            f"block_table must be [{R}, {S}, max_pages], got {list(block_table.shape)}")  # fmt: skip
+    require(free_stack.dim() == 1 and refcount.shape == free_stack.shape,
+            f"free_stack {list(free_stack.shape)} and refcount {list(refcount.shape)} must both be [num_pages + 1]")  # fmt: skip
+    require(free_top.dtype == torch.int64 and free_top.numel() == 1,
+            f"free_top must be one torch.int64, got {free_top.dtype} {list(free_top.shape)}")  # fmt: skip
+    require(shard is not None or S == 1, f"shard is needed with {S} shards")
+    for name, x in (("counts", counts), ("block_table", block_table), ("free_stack", free_stack), ("refcount", refcount)):
+        require(x.dtype == torch.int32, f"{name} must be torch.int32, got {x.dtype}")
+        require(x.is_contiguous(), f"{name} must be contiguous")
+    for name, x in (("rows", rows), ("shard", shard)):
+        if x is not None:
+            require(x.dtype == torch.int64, f"{name} must be torch.int64, got {x.dtype}")
+            require(x.dim() == 1 and x.numel() == N and x.is_contiguous(), f"{name} must be contiguous [{N}], got {list(x.shape)}")
+    if here is not None:
+        require(
+            here.dtype == torch.bool and here.numel() == N and here.is_contiguous(),
+            f"here must be torch.bool [{N}], got {list(here.shape)}",
+        )
+
+
 def words(data: Tensor) -> None:
     whole = data.is_contiguous() and data.nbytes % 8 == 0
     require(whole, f"checksum needs a contiguous tensor of whole 8-byte words, got {data.nbytes} bytes")
 
 
-def packed(op: str, buffer: Tensor, fields: list[Tensor], index: Tensor | None, offsets, strides, rows) -> None:
+def packed(op: str, buffer: Tensor, fields: list[Tensor], index: Tensor | None, offsets, strides, rows, values: bool = True) -> None:
     """`rows`: rows of each field in the buffer."""
     require(buffer.dtype == torch.uint8 and buffer.is_contiguous(), f"{op}: buffer must be contiguous uint8, got {buffer.dtype}")
     n, counts = len(fields), (len(offsets), len(strides), len(rows))
     require(counts == (n, n, n), f"{op}: {n} fields need as many offsets, strides and rows, got {counts[0]}, {counts[1]} and {counts[2]}")
     if index is not None:
         integers("index", index)
-    top = int(index.max()) if index is not None and index.numel() else -1
+    top = int(index.max()) if values and index is not None and index.numel() else -1
     for i, (x, offset, stride, count) in enumerate(zip(fields, offsets, strides, rows, strict=True)):
         require(x.dim() >= 1 and x.is_contiguous(), f"{op}: field {i} must be contiguous [rows, ...], got {list(x.shape)}")
         require(x.dtype in _PACKED, f"pack: a field must be float64, float32, bfloat16, float16 or an integer, got {x.dtype}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -58,17 +59,17 @@ def cache_dir() -> Path:
 
 
 def cpu_library(extra_flags: Sequence[str] = ()) -> Library:
-    """The CPU ops. One file per instruction set; which one runs is decided by cpuid (csrc/cpu/cpu.cpp)."""
+    """The CPU ops. One file per instruction set; which one runs is decided by cpuid (csrc/cpu/cpu.cpp). -DPK_PORTABLE: only plain C++."""
     import platform
 
     import torch
 
     root = Path(torch.__file__).parent
     exact = ("-ffp-contract=off",)  # the bits of the torch reference: no fused multiply-add
-    plain = [Source("cpu/attend.cpp"), Source("cpu/append.cpp", exact), Source("cpu/bounds.cpp", exact), Source("cpu/pack.cpp"),
-             Source("cpu/cpu.cpp"), Source("cpu/checksum.cpp")]  # fmt: skip
+    plain = [Source(f"cpu/{name}.cpp") for name in ("attend", "slots", "pack", "cpu", "checksum")]
+    plain += [Source(f"cpu/{name}.cpp", exact) for name in ("append", "bounds")]
     sets = _per_instruction_set("baseline")
-    if platform.machine() == "x86_64":
+    if platform.machine() == "x86_64" and "-DPK_PORTABLE" not in extra_flags:
         wide = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mavx2", "-mf16c", "-mprefer-vector-width=512")
         sets += _per_instruction_set("avx2", "-mavx2", "-mfma", "-mf16c") + _per_instruction_set("avx512", *wide)
         for kind in ("float", "half", "int"):
@@ -106,6 +107,13 @@ def compiler_version(command: str) -> str:
             f"{tool!r} was not found; install it (or set CXX for C++, CUDA_HOME for CUDA), or set PIKV_OPS=torch to do without"
         )
     return subprocess.run([*shlex.split(command), "--version"], capture_output=True, text=True, timeout=60, check=False).stdout
+
+
+def compiler_name(command: str) -> str:
+    """The tool and its version, for people: "nvcc 13.0"."""
+    tool = Path(shlex.split(command)[0]).name
+    numbers = re.findall(r"\b\d+\.\d+(?:\.\d+)?\b", re.sub(r"\([^)]*\)", "", compiler_version(command)))
+    return f"{tool} {numbers[0]}" if numbers else tool
 
 
 def build(library: Library, directory: Path | None = None) -> Path:

@@ -46,7 +46,8 @@ def nvcc() -> str:
 
 def _sources() -> tuple[Source, ...]:
     kernels = tuple(Source("cuda/attend_kernels.cu", (f"-DPK_FORMAT={traits.code}",)) for traits in FORMATS.values())
-    return (Source("cuda/page_kernels.cu"), Source("cuda/pages.cu"), Source("cuda/attend.cu"), *kernels)
+    launchers = (Source(f"cuda/{name}.cu") for name in ("pages", "bounds", "pack", "slots", "attend"))
+    return (Source("cuda/page_kernels.cu"), *launchers, *kernels)
 
 
 def _torch_root() -> Path:

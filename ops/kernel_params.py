@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from ctypes import c_float, c_int, c_longlong, c_void_p
+from ctypes import c_float, c_int, c_longlong, c_ulonglong, c_void_p
 
 import torch
 from torch import Tensor
@@ -53,6 +53,48 @@ class Append(ctypes.Structure):
 
 class Migrate(ctypes.Structure):
     _fields_ = [("target", c_void_p), ("source", c_void_p), ("target_ids", Index), ("source_ids", Index), ("record_bytes", c_longlong)]
+
+
+class PageBounds(ctypes.Structure):
+    _fields_ = [
+        ("f", PageRecord),
+        *((name, c_void_p) for name in ("pages", "bounds", "tail")),
+        *((name, Index) for name in ("slots", "tail_rows")),
+        *((name, c_int) for name in ("T", "type", "tail_type")),
+    ]
+
+
+class PageScore(ctypes.Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("q", "bounds")),
+        *((name, Index) for name in ("table", "seqlens")),
+        ("scores", c_void_p),
+        *((name, c_int) for name in ("q_type", "bounds_type", "S", "H", "G", "D", "max_pages", "page_size")),
+        *((name, c_int) for name in ("bound_heads", "table_heads", "seqlen_heads")),
+        ("scale", c_float),
+    ]
+
+
+class PackedField(ctypes.Structure):
+    _fields_ = [
+        ("data", c_void_p),
+        *((name, c_longlong) for name in ("rows", "row_bytes", "offset", "stride", "num_packed")),
+        ("padding", c_ulonglong),
+    ]
+
+
+class Packed(ctypes.Structure):
+    _fields_ = [("buffer", c_void_p), ("index", Index), ("fields", PackedField * 16)]
+
+
+class AssignSlots(ctypes.Structure):
+    _fields_ = [
+        *(
+            (name, c_void_p)
+            for name in ("counts", "table", "free_stack", "free_top", "refcount", "rows", "shard", "here", "slots", "tables")
+        ),
+        *((name, c_int) for name in ("N", "R", "S", "max_pages", "page_size", "may_open")),
+    ]
 
 
 class Checksum(ctypes.Structure):

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from . import checks, ref_append, ref_attend, ref_bounds, ref_pack, ref_pages
+from . import checks, ref_append, ref_attend, ref_bounds, ref_pack, ref_pages, ref_slots
 from .formats import FORMATS, PageFormat
 from .merge_partials import merge_partials
 
@@ -34,6 +34,8 @@ SCHEMAS = {
     "page_score": "(Tensor q, Tensor bounds, Tensor block_table, Tensor seqlens, int page_size, float scale) -> Tensor",
     "pack": "(Tensor(a!) buffer, Tensor[] fields, Tensor? index, int[] offsets, int[] strides, int[] rows) -> ()",
     "unpack": "(Tensor buffer, Tensor(a!)[] fields, Tensor? index, int[] offsets, int[] strides) -> ()",
+    "assign_slots": "(Tensor(a!) counts, Tensor(b!) block_table, Tensor free_stack, Tensor(c!) free_top, Tensor(d!) refcount, Tensor rows, "
+    "Tensor? shard, Tensor? here, int page_size, bool one_per_row, bool may_open) -> (Tensor slot_mapping, Tensor tables)",
     "checksum": "(Tensor data) -> Tensor",
 }
 _NAMES = [name for name, _ in sorted(((n, t.code) for n, t in FORMATS.items()), key=lambda item: item[1])]
@@ -110,6 +112,10 @@ def _fake_merge(out, lse):
     return out.new_empty(out.shape[1:]), lse.new_empty(lse.shape[1:])
 
 
+def _fake_assign_slots(counts, block_table, free_stack, free_top, refcount, rows, *rest):
+    return rows.new_empty(rows.shape, dtype=torch.int32), rows.new_empty(rows.shape, dtype=torch.int32)
+
+
 REFERENCE = {
     "decode": _decode,
     "prefill_cached": _prefill_cached,
@@ -120,6 +126,7 @@ REFERENCE = {
     "page_score": _page_score,
     "pack": ref_pack.pack,
     "unpack": ref_pack.unpack,
+    "assign_slots": ref_slots.assign_slots,
     "checksum": ref_pages.checksum,
 }
 _FAKE = {
@@ -132,6 +139,7 @@ _FAKE = {
     "page_score": _fake_page_score,
     "pack": lambda *args: None,
     "unpack": lambda *args: None,
+    "assign_slots": _fake_assign_slots,
     "checksum": lambda data: data.new_empty((), dtype=torch.int64),
 }
 

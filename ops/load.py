@@ -11,6 +11,8 @@ import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
 import torch
 
@@ -57,11 +59,21 @@ def define_emu() -> None:
 
     if "pikv_emu" in _namespaces:
         return
-    path = build(emu_library())
+    path = _emu()
     _namespaces["pikv_emu"] = torch.library.Library("pikv_emu", "DEF")
     for name, schema in library.SCHEMAS.items():
         _namespaces["pikv_emu"].define(name + schema, tags=(torch.Tag.needs_fixed_stride_order,))
     torch.ops.load_library(str(path))
+
+
+def emu_in_reverse(reverse: bool) -> None:
+    """The order of the emulated threads of a block and of the blocks: a result that depends on it is a race. Builds if needed."""
+    ctypes.CDLL(str(_emu())).pikv_emu_in_reverse(int(reverse))
+
+
+@cache
+def _emu() -> Path:
+    return build(emu_library())
 
 
 _namespaces: dict[str, torch.library.Library] = {}  # torch forgets a Library that nobody holds

@@ -19,7 +19,8 @@ from .formats import FORMATS
 
 WIDTHS = (32, 64, 128, 576)  # csrc/kernels/attend.cuh
 _COMMON = ("include/page_format.h", "kernels/params.cuh", "kernels/common.cuh", "kernels/numbers.cuh")
-_PAGES = ("append_rows_kernel", "append_groups_kernel", "append_tail_kernel", "merge_kernel", "migrate_kernel", "checksum_kernel")
+_PAGES = ("append_rows_kernel", "append_groups_kernel", "append_tail_kernel", "page_bounds_kernel", "page_score_kernel", "merge_kernel",
+          "pack_kernel", "unpack_kernel", "migrate_kernel", "assign_slots_kernel", "checksum_kernel")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ def _attend(code: int) -> Part:
 
 
 PARTS = {name: _attend(traits.code) for name, traits in FORMATS.items()}
-PARTS["pages"] = Part(("kernels/append.cuh", "kernels/merge.cuh", "kernels/pages.cuh"), _PAGES)
+PARTS["pages"] = Part(tuple(f"kernels/{name}.cuh" for name in ("append", "bounds", "merge", "pack", "pages", "slots")), _PAGES)
 
 
 @dataclass(frozen=True)

@@ -6,44 +6,17 @@ page ids, slots and lengths, which are on the device, with PIKV_DEBUG=1.
 
 from __future__ import annotations
 
-import ctypes
 import os
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from . import checks, library, nvrtc
+from . import checks, library
+from . import kernel_params as kp
 from .formats import PageFormat
-from .kernel_params import FLOAT_TYPES, Append, Attend, Checksum, Merge, Migrate, address, index, page_record
-
-BLOCK = 128
-WARPS = BLOCK // 32
-
-
-def launch(part: str, kernel: str, grid: tuple[int, int], shared_bytes: int, params: ctypes.Structure, device: torch.device) -> None:
-    """Start a kernel on torch's current stream of `device`."""
-    from cupy_backends.cuda.api import driver
-
-    function = _function(part, kernel, device.index or 0)
-    arguments = (ctypes.c_void_p * 1)(ctypes.addressof(params))
-    stream = torch.cuda.current_stream(device).cuda_stream
-    with torch.cuda.device(device):
-        driver.launchKernel(function, *grid, 1, BLOCK, 1, 1, shared_bytes, stream, ctypes.addressof(arguments), 0)
-
-
-@cache
-def _function(part: str, kernel: str, device_index: int) -> int:
-    import cupy
-
-    major, minor = torch.cuda.get_device_capability(device_index)
-    path, names = nvrtc.cached_part(part, f"{major}{minor}")
-    with cupy.cuda.Device(device_index):
-        return cupy.RawModule(path=str(path)).get_function(names[kernel]).kernel.ptr
-
-
-def num_processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+from .kernel_params import FLOAT_TYPES, address, index, page_record
+from .nvrtc_launch import BLOCK, WARPS, launch, num_processors
 
 
 def kernel_width(fmt: PageFormat) -> int:
@@ -91,7 +64,7 @@ def _attend(q, pages, block_table, seqlens, q_positions, page_list, tail, tail_r
     if not lse.numel():
         return out, lse
     checks.aligned("pages", pages)
-    a = Attend(f=page_record(fmt), pages=pages.data_ptr(), table=index(block_table), seqlens=index(seqlens), asked=index(q_positions),
+    a = kp.Attend(f=page_record(fmt), pages=pages.data_ptr(), table=index(block_table), seqlens=index(seqlens), asked=index(q_positions),
                list=index(page_list), tail_rows=index(tail_rows), tail=address(tail), q=q.data_ptr(), page_lse=address(page_lse),
                q_type=FLOAT_TYPES[q.dtype], R=R, T=T, S=block_table.shape[0] // R, H=H, G=Hq // H, max_pages=block_table.shape[2],
                num_columns=block_table.shape[2], table_heads=block_table.shape[1], seqlen_heads=seqlens.shape[1], list_heads=1,
@@ -131,7 +104,7 @@ def merge(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
 def _merge_into(out: Tensor, lse: Tensor, merged: Tensor, merged_lse: Tensor) -> None:
     rows = merged_lse.numel()
     if rows:
-        m = Merge(out.data_ptr(), lse.data_ptr(), merged.data_ptr(), merged_lse.data_ptr(), rows, lse.shape[0], out.shape[-1])
+        m = kp.Merge(out.data_ptr(), lse.data_ptr(), merged.data_ptr(), merged_lse.data_ptr(), rows, lse.shape[0], out.shape[-1])
         launch("pages", "merge_kernel", (-(-rows // WARPS), 1), 0, m, out.device)
 
 
@@ -141,7 +114,7 @@ def append(pages, tail, k, v, positions, slot_mapping, tail_rows, *rest):
     T, H = slot_mapping.shape[0], fmt.num_kv_heads
     if not T:
         return
-    a = Append(f=page_record(fmt), pages=pages.data_ptr(), tail=address(tail), k=k.data_ptr(), v=None if fmt.latent else v.data_ptr(),
+    a = kp.Append(f=page_record(fmt), pages=pages.data_ptr(), tail=address(tail), k=k.data_ptr(), v=None if fmt.latent else v.data_ptr(),
                positions=index(positions), slots=index(slot_mapping), tail_rows=index(tail_rows), T=T, type=FLOAT_TYPES[k.dtype],
                tail_type=0 if tail is None else FLOAT_TYPES[tail.dtype])  # fmt: skip
     launch("pages", "append_rows_kernel", (-(-T * H // WARPS), 1), 0, a, pages.device)
@@ -150,12 +123,79 @@ def append(pages, tail, k, v, positions, slot_mapping, tail_rows, *rest):
         launch("pages", "append_tail_kernel", (T, 1), 0, a, pages.device)
 
 
+def page_bounds(bounds, pages, slot_mapping, tail, tail_rows, *rest):
+    fmt = library._format(rest)
+    checks.page_bounds(bounds, pages, slot_mapping, tail, tail_rows, fmt, values=_values_are_checked())
+    T = slot_mapping.shape[0]
+    if T:
+        b = kp.PageBounds(f=page_record(fmt), pages=pages.data_ptr(), bounds=bounds.data_ptr(), tail=address(tail),
+                          slots=index(slot_mapping), tail_rows=index(tail_rows), T=T, type=FLOAT_TYPES[bounds.dtype],
+                          tail_type=0 if tail is None else FLOAT_TYPES[tail.dtype])  # fmt: skip
+        launch("pages", "page_bounds_kernel", (T, fmt.num_kv_heads), 4 * (fmt.page_size + 1), b, pages.device)
+
+
+def page_score(q, bounds, block_table, seqlens, page_size, scale):
+    checks.page_score(q, bounds, block_table, seqlens, page_size, values=_values_are_checked())
+    N, table_heads, columns = block_table.shape
+    H = max(table_heads, bounds.shape[1])
+    scores = q.new_empty((N, H, columns), dtype=torch.float32)
+    if scores.numel():
+        s = kp.PageScore(q=q.data_ptr(), bounds=bounds.data_ptr(), table=index(block_table), seqlens=index(seqlens),
+                         scores=scores.data_ptr(), q_type=FLOAT_TYPES[q.dtype], bounds_type=FLOAT_TYPES[bounds.dtype], S=N // q.shape[0],
+                         H=H, G=q.shape[1] // H, D=q.shape[2], max_pages=columns, page_size=page_size, bound_heads=bounds.shape[1],
+                         table_heads=table_heads, seqlen_heads=seqlens.shape[1], scale=scale)  # fmt: skip
+        launch("pages", "page_score_kernel", (N * H * -(-columns // WARPS), 1), 0, s, q.device)
+    return scores
+
+
+def pack(buffer, fields, rows_of, offsets, strides, rows):
+    checks.packed("pack", buffer, fields, rows_of, offsets, strides, rows, values=_values_are_checked())
+    _move_rows("pack_kernel", buffer, fields, rows_of, offsets, strides, rows)
+
+
+def unpack(buffer, fields, rows_of, offsets, strides):
+    rows = [field.shape[0] if rows_of is None else rows_of.shape[0] for field in fields]
+    checks.packed("unpack", buffer, fields, rows_of, offsets, strides, rows, values=_values_are_checked())
+    _move_rows("unpack_kernel", buffer, fields, rows_of, offsets, strides, rows)
+
+
+def _move_rows(kernel: str, buffer: Tensor, fields: list[Tensor], rows_of: Tensor | None, offsets, strides, rows) -> None:
+    described = [
+        kp.PackedField(x.data_ptr(), x.shape[0], x.shape[1:].numel() * x.element_size(), offset, stride, count, _padding(x.dtype))
+        for x, offset, stride, count in zip(fields, offsets, strides, rows, strict=True)
+    ]
+    most = len(kp.Packed().fields)
+    for first in range(0, len(described), most):
+        part = described[first : first + most]
+        blocks = min(max(field.num_packed for field in part), 8 * num_processors(buffer.device))
+        if blocks:
+            p = kp.Packed(buffer=buffer.data_ptr(), index=index(rows_of))
+            p.fields[: len(part)] = part
+            launch("pages", kernel, (blocks, len(part)), 0, p, buffer.device)
+
+
+@cache
+def _padding(dtype: torch.dtype) -> int:
+    """-1 in this dtype, repeated to 8 bytes."""
+    return int.from_bytes(torch.full((8 // dtype.itemsize,), -1, dtype=torch.int64).to(dtype).view(torch.uint8).numpy().tobytes(), "little")
+
+
 def migrate(target: Tensor, source: Tensor, target_ids: Tensor, source_ids: Tensor) -> None:
     checks.migrate(target, source, target_ids, source_ids, values=_values_are_checked())
     record_bytes, count = target.shape[1], target_ids.numel()
     if count:
-        m = Migrate(target.data_ptr(), source.data_ptr(), index(target_ids), index(source_ids), record_bytes)
+        m = kp.Migrate(target.data_ptr(), source.data_ptr(), index(target_ids), index(source_ids), record_bytes)
         launch("pages", "migrate_kernel", (count, min(max(-(-(record_bytes // 16) // (4 * BLOCK)), 1), 64)), 0, m, target.device)
+
+
+def assign_slots(counts, block_table, free_stack, free_top, refcount, rows, shard, here, page_size, one_per_row, may_open):
+    checks.assign_slots(counts, block_table, free_stack, free_top, refcount, rows, shard, here)
+    slots, tables = (counts.new_empty(rows.shape) for _ in range(2))
+    if rows.numel():
+        given = (counts, block_table, free_stack, free_top, refcount, rows, shard, here, slots, tables)
+        a = kp.AssignSlots(*map(address, given), rows.numel(), *block_table.shape, page_size, may_open)
+        launch("pages", "assign_slots_kernel", (1, 1), 8 * BLOCK, a, counts.device)
+    return slots, tables
 
 
 def checksum(data: Tensor) -> Tensor:
@@ -163,8 +203,20 @@ def checksum(data: Tensor) -> Tensor:
     result, count = data.new_zeros((), dtype=torch.int64), data.nbytes // 8
     if count:
         blocks = min(-(-count // 1024), 16 * num_processors(data.device))
-        launch("pages", "checksum_kernel", (blocks, 1), 0, Checksum(data.data_ptr(), count, result.data_ptr()), data.device)
+        launch("pages", "checksum_kernel", (blocks, 1), 0, kp.Checksum(data.data_ptr(), count, result.data_ptr()), data.device)
     return result
 
 
-OPS = {"decode": decode, "prefill_cached": prefill_cached, "append": append, "merge": merge, "migrate": migrate, "checksum": checksum}
+OPS = {
+    "decode": decode,
+    "prefill_cached": prefill_cached,
+    "append": append,
+    "merge": merge,
+    "migrate": migrate,
+    "page_bounds": page_bounds,
+    "page_score": page_score,
+    "pack": pack,
+    "unpack": unpack,
+    "assign_slots": assign_slots,
+    "checksum": checksum,
+}

@@ -15,18 +15,18 @@ from .agreement import Agreed, Agreement
 from .config import PiKVConfig
 from .digest import digest
 from .distinct import DistinctStep
-from .errors import ConfigError
+from .evict import Retention
 from .exchange import Exchange
-from .placement import Placement
+from .placement import Placement, Routed
 from .plan import LocalStep, Source, StepPlan
-from .policies import POLICIES
-from .reader import Before, read_pages
+from .reader import Before, read_pages, stored_entries
 from .replicated import ReplicatedStep
-from .routers import ROUTERS
+from .retention_checks import check_retention
+from .selection import Selection
 from .spec import LayerSpec
 from .step import Partial, Query, Staged
 from .tables import Tables
-from .writer import Writer
+from .writer import Writer, Written
 
 
 class PiKVCache:
@@ -44,21 +44,21 @@ class PiKVCache:
         load.ensure(device.type)  # built here if at all, not in the first forward
         self.num_shards = config.storage.num_shards or self.exchange.size
         codec = config.compression.build()
-        router, policy = ROUTERS.build(config.routing.method), POLICIES.build(config.scheduling.method)
-        if not (router.reads_all and policy.keeps_all):
-            # Registered methods that do less than everything need the selection and eviction paths, which this version does not have.
-            raise ConfigError(
-                f"pikv.routing.method = {config.routing.method!r} with pikv.scheduling.method = {config.scheduling.method!r}: this version "
-                f"reads every shard and keeps every entry; legal: 'all' and 'none'"
-            )
+        policy = config.scheduling.build()
+        check_retention(config, policy, layers, self.num_shards, self.exchange.size)
         self.page_size = codec.page_size(config.page_size)
         self.tables = Tables(
             layers, config, codec, self.page_size, self.num_shards, self.exchange.rank, self.exchange.size, num_experts, dtype, device
         )
+        self.retention = None if policy.keeps_all else Retention(config, policy, self.tables, self.exchange)
         storage = config.storage
         placement = Placement(storage.placement, num_experts, self.num_shards, n_tok=storage.n_tok, table=storage.table)
         self.writer = Writer(self.tables, placement.to(device))
         self.stages = storage.expert_ids == "true"
+        router = config.routing.build()
+        self.selection: Selection | None = None  # None: every query reads every page
+        if not router.reads_all:
+            self.selection = Selection(config.routing, router, layers, self.tables, self.exchange, self.stages)
         self.staged: Staged | None = None
         self.agreement = Agreement(self.exchange, storage.requests, device)
         self.replicated, self.distinct = ReplicatedStep(self), DistinctStep(self)
@@ -72,7 +72,7 @@ class PiKVCache:
     def reset(self) -> None:
         """Drop every entry, return all memory, zero the entry counters. All ranks must call it at the same point of their loops."""
         self.staged = self.plan = None
-        self.tables.allocate(0)
+        self._allocate(0)
         self.agreement.forget()
 
     def begin_step(self, local: LocalStep) -> None:
@@ -86,10 +86,15 @@ class PiKVCache:
         """Finish a forward: staged entries go home, windows expire, slabs are returned, late errors are raised (on all ranks alike)."""
         if self.staged is not None:
             (self.distinct if self.agreement.mode == "distinct" else self.replicated).flush_staged()
+        if self.selection is not None:
+            self.selection.settle()
+        expired = 0
         if not (self.hold and self.agreement.mode == "distinct"):
             # How far another rank may crop is not known here: while it may, window layers of distinct requests keep everything.
-            self.tables.expire(self.agreement.lens, self.hold_margin or 0)
-        self.tables.shrink()
+            expired = self.tables.expire(self.agreement.lens, self.hold_margin or 0)
+        evicted = self.retention is not None and self.retention.after_forward(self.plan, self.agreement.lens, self.hold)
+        if expired or evicted or not self.plan.quiet:
+            self.tables.shrink()
         if self.config.storage.overflow == "error":
             self.tables.counters.raise_if_overflowed(self.plan.capacity)
         self.plan = None
@@ -99,11 +104,24 @@ class PiKVCache:
         old_lens = self.agreement.lens
         before, after = self.agreement.commit(agreed)
         if agreed.restart:
-            self.tables.allocate(len(before))
+            self._allocate(len(before))
+            if self.retention is not None:
+                self.retention.reset(self.agreement.mode)
         elif not agreed.identity:
             self.tables.remap(agreed, old_lens)
+            if self.retention is not None:
+                self.retention.remap(agreed.parent)
+            if self.selection is not None:
+                self.selection.remap(agreed.parent)
         self.plan = StepPlan(agreed.shapes, self.agreement.own, before, after, self.device)
+        if self.retention is not None:
+            self.retention.before_forward(self.plan)
         self.tables.reserve(self.plan, self.hold)
+
+    def _allocate(self, num_rows: int) -> None:
+        self.tables.allocate(num_rows)
+        if self.selection is not None:
+            self.selection.open()
 
     def settle(self, headers: list[list[int]], k: Tensor) -> None:
         """Agree on a forward that is not plain decoding; k: this rank's keys of the first layer, compared only if the inputs are equal."""
@@ -112,17 +130,22 @@ class PiKVCache:
 
     # ---- the step ------------------------------------------------------------------------------------------------------------
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, v_dim: int, expert_ids: Tensor | None) -> Partial:
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, v_dim: int, expert_ids: Routed | Tensor | None
+    ) -> Partial:
         """Store this forward's entries of one layer and attend to what is stored.
 
         Args:
             layer: index into the layers given at construction; ascending within a forward.
             q: [B, T, Hq, Dk]; MLA: the absorbed query. k: [B, T, Hkv, Dk], v: [B, T, Hkv, Dv] after RoPE (MLA: the latent, Dv = 0).
             scale: softmax scale. v_dim: width of the output (MLA: columns of the latent that are the value).
-            expert_ids: [B * T] int64 primary experts, or None: position mod num_experts. Ignored for staged ("true") ids.
+            expert_ids: what a router chose, or [B * T] int64 primary experts, or None: position mod num_experts. Ignored for staged
+                ("true") ids.
 
         Sync: none but the header of the first record of the forward. Collectives: 2, or 1 for replicated requests.
         """
+        if isinstance(expert_ids, Routed) and (self.num_shards > 1 or self.exchange.size > 1):
+            expert_ids = expert_ids.primary()
         query = Query(layer, q, k.flatten(0, 1), v.flatten(0, 1), scale, v_dim, expert_ids)
         if self.exchange.size > 1 and self.agreement.mode is None:
             headers = self.exchange.gather_ints(self.agreement.header(self.local, self.hold), self.device, "opening the first forward")
@@ -131,8 +154,16 @@ class PiKVCache:
             return self.distinct.attend(query)
         return self.replicated.attend(query)
 
-    def append(self, layer: int, k: Tensor, v: Tensor, expert_ids: Tensor | None) -> None:
-        self.writer.append(layer, self.plan, k, v, expert_ids, self.hold)
+    def append(self, layer: int, k: Tensor, v: Tensor, expert_ids: Routed | Tensor | None) -> Written:
+        written = self.writer.append(layer, self.plan, k, v, expert_ids, self.hold)
+        if self.selection is not None:
+            self.selection.wrote(layer, self.plan, k, written)
+        return written
+
+    def watch(self, query: Query, written: Written | None, lse: Tensor | None) -> None:
+        """Show a policy that asks for it what a layer's queries attended to; lse [B, T, Hq] merged over ranks, None = nothing stored."""
+        if self.retention is not None and self.retention.watches(query.layer):
+            self.retention.mass.observe(query, self.plan, written.slot_mapping, lse)
 
     def name_experts(self, layer: int, expert_ids: Tensor) -> None:
         """Router `layer` has run: the staged entries of that layer know their expert now. expert_ids [B * T] int64."""
@@ -158,10 +189,15 @@ class PiKVCache:
     def read(self, query: Query, q: Tensor, row0: int, num_rows: int, before: Before | None) -> tuple[Tensor, Tensor]:
         """Attention of q [num_rows, T, Hq, Dk] to the entries of rows row0 ... held on this rank: out f32, lse f32."""
         store, window, rows = self.tables.stores[query.layer], self.layers[query.layer].window, slice(row0, row0 + num_rows)
-        if num_rows == 0 or store.num_pages == 0 or store.counts.numel() == 0:
+        selects = self.selection is not None and num_rows > 0
+        if num_rows == 0 or (not selects and (store.num_pages == 0 or store.counts.numel() == 0)):
             none = self.nothing(q, query.v_dim)
             return none.out, none.lse
-        return read_pages(
-            store, q, rows, before, None if before is None else self.plan.one_column[rows] & (not self.stages), scale=query.scale,
-            window=window, q_positions=None if window is None and q.shape[1] == 1 else self.plan.query_positions(row0, num_rows),
-        )  # fmt: skip
+        own_visible = None if before is None else self.plan.one_column[rows] & (not self.stages)
+        if self.retention is not None and (self.tables.heads > 1 or self.retention.watches(query.layer)):
+            return self.retention.mass.read(query.layer, q, stored_entries(store, rows, before, own_visible), query.scale)
+        needs_positions = selects or window is not None or q.shape[1] > 1
+        positions = self.plan.query_positions(row0, num_rows) if needs_positions else None
+        if selects:
+            return self.selection.read(query, q, row0, positions, stored_entries(store, rows, before, own_visible), self.plan)
+        return read_pages(store, q, rows, before, own_visible, scale=query.scale, window=window, q_positions=positions)

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from pikv_ds.config_checks import check_companion, check_method, check_table
+from pikv_ds.config_checks import check_budget, check_companion, check_experts, check_method, check_retention, check_table
 from pikv_ds.config_errors import describe, problem
 from pikv_ds.errors import ConfigError
 
 if TYPE_CHECKING:
     from pikv_ds.codecs.base import Codec
+    from pikv_ds.policies.base import RetentionPolicy
+    from pikv_ds.routers.base import Router
 
 
 def _as_tuples(value: Any) -> Any:
@@ -73,11 +75,20 @@ class StorageConfig(_Block):
 
 
 class RoutingConfig(_Block):
-    """Which shards a query reads."""
+    """Which pages a query reads. Other keys are the options of the router, see `pikv methods`."""
 
+    model_config = ConfigDict(frozen=True, extra="allow", strict=True, validate_default=True)
     method: str = Field("all", description="KV router, see `pikv methods`.")
-    sink_tokens: int = Field(4, ge=0, description="First tokens of a request that every query reads.")
-    recent_tokens: int = Field(64, ge=0, description="Latest tokens of a request that every query reads.")
+    budget_ratio: float | None = Field(None, gt=0, le=1, description="Pages a query reads per kv head, as a share of its request's tokens.")
+    budget_pages: int | None = Field(None, ge=1, description="Pages a query reads per kv head and layer; in place of budget_ratio.")
+    sink_tokens: int = Field(4, ge=0, description="First tokens of a request that every query reads, inside the budget.")
+    recent_tokens: int = Field(64, ge=0, description="Latest tokens before a query that it always reads, inside the budget.")
+
+    def build(self) -> Router:
+        """The router with its options."""
+        from pikv_ds.routers import ROUTERS
+
+        return ROUTERS.build(self.method, **self.model_extra)
 
 
 class CompressionConfig(_Block):
@@ -94,20 +105,33 @@ class CompressionConfig(_Block):
 
 
 class SchedulingConfig(_Block):
-    """Which entries stay."""
+    """Which entries stay. Other keys are the options of the retention policy, see `pikv methods`."""
 
+    model_config = ConfigDict(frozen=True, extra="allow", strict=True, validate_default=True)
     method: str = Field("none", description="Retention policy, see `pikv methods`.")
-    budget_tokens: int | None = Field(None, ge=1, description="Entries kept per request and layer; null = no limit.")
+    budget_tokens: int | None = Field(None, ge=1, description="Entries kept per request and full-attention layer.")
+    budget_ratio: float | None = Field(None, gt=0, le=1, description="Entries kept, as a share of those appended; 0.25 evicts 4x.")
+    budget_bytes: int | None = Field(None, ge=1, description="KV bytes kept per request, over all full-attention layers and ranks.")
+    layer_budget: Literal["uniform", "pyramid"] = Field(
+        "uniform", description="The same budget for every layer, or more for the first and less for the last (PyramidKV)."
+    )
+    head_budget: Literal["shared", "uniform", "adaptive"] = Field(
+        "shared",
+        description="One choice for all KV heads; the same number of entries of each head; or more for heads that need more (Ada-KV).",
+    )
+    head_floor: float = Field(0.2, ge=0, le=1, description="Share of its uniform budget that an adaptive head has at least.")
+    interval: int = Field(1, ge=1, description="Decode steps between two evictions; a prefill chunk is always followed by one.")
+    prefill: Literal["evict", "keep"] = Field(
+        "evict", description="Evict after every prefill chunk, or keep the whole prompt until the first decode step."
+    )
+    sink_tokens: int = Field(4, ge=0, description="First tokens of a request, never evicted; part of the budget.")
+    recent_tokens: int = Field(64, ge=0, description="Latest tokens of a request, never evicted; part of the budget.")
 
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.method == "none" and self.budget_tokens is not None:
-            raise problem(
-                "scheduling.budget_tokens",
-                self.budget_tokens,
-                "null with pikv.scheduling.method = 'none', which never evicts; name another method",
-            )
-        return self
+    def build(self) -> RetentionPolicy:
+        """The policy with its options."""
+        from pikv_ds.policies import POLICIES
+
+        return POLICIES.build(self.method, **self.model_extra)
 
 
 class OffloadConfig(_Block):
@@ -160,10 +184,13 @@ class PiKVConfig(_Block):
 
         for key, registry in (("routing", ROUTERS), ("compression", CODECS), ("scheduling", POLICIES)):
             check_method(key, getattr(self, key), registry)
+        check_retention(self.scheduling)
         try:
-            self.resolve_page_size()
+            page_size = self.resolve_page_size()
         except ValueError as error:
             raise problem("page_size", self.page_size, str(error)) from None
+        check_budget(self.routing, page_size)
+        check_experts(self.routing, self.storage)
         return self
 
     @classmethod

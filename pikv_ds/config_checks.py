@@ -8,6 +8,7 @@ from typing import Any, get_type_hints
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from pikv_ds.config_errors import legal_words, problem, unknown_key
+from pikv_ds.errors import ConfigError
 from pikv_ds.registry import Registry
 
 
@@ -41,16 +42,37 @@ def check_table(table: tuple, num_shards: int | None) -> None:
             raise problem(f"{key}[{layer_idx}][{expert}]", shards, legal)
 
 
+def check_retention(block: BaseModel) -> None:
+    """`scheduling` names a budget in exactly one unit when its method evicts, and room for what is never evicted."""
+    given = {name: getattr(block, name) for name in ("budget_tokens", "budget_ratio", "budget_bytes")}
+    given = {name: value for name, value in given.items() if value is not None}
+    if block.method == "none":
+        for name, value in given.items():
+            raise problem(f"scheduling.{name}", value, "null with pikv.scheduling.method = 'none', which never evicts; name another method")
+    elif len(given) != 1:
+        raise problem("scheduling", given, f"one of budget_tokens, budget_ratio, budget_bytes with method {block.method!r}")
+    pinned = block.sink_tokens + block.recent_tokens
+    if block.budget_tokens is not None and block.budget_tokens < pinned:
+        raise problem(
+            "scheduling.budget_tokens",
+            block.budget_tokens,
+            f">= {pinned}: sink_tokens = {block.sink_tokens} and recent_tokens = {block.recent_tokens} are part of it and always kept",
+        )
+
+
 def check_method(key: str, block: BaseModel, registry: Registry) -> None:
     """The method of a block is registered, and the block's other keys are options of its constructor with values it takes."""
     if block.method not in registry.names():
         raise problem(f"{key}.method", block.method, f"one of {', '.join(map(repr, registry.names()))}")
-    given = block.model_extra
+    given, method = block.model_extra or {}, registry.get(block.method)
+    parameters = [p for p in inspect.signature(method.__init__).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    options = [parameter.name for parameter in parameters]
+    for parameter in parameters:
+        if parameter.default is parameter.empty and parameter.name not in given:
+            legal = f"a value: method {block.method!r} needs it"
+            raise problem(f"{key}.{parameter.name}", None, legal)
     if not given:
         return
-    method = registry.get(block.method)
-    signature = inspect.signature(method.__init__)
-    options = [name for name, parameter in signature.parameters.items() if parameter.kind is parameter.KEYWORD_ONLY]
     types = get_type_hints(method.__init__)
     for name, value in given.items():
         if name not in options:
@@ -63,3 +85,47 @@ def check_method(key: str, block: BaseModel, registry: Registry) -> None:
         registry.build(block.method, **given)
     except ValueError as error:
         raise problem(key, {"method": block.method, **given}, str(error)) from None
+
+
+def check_experts(routing: BaseModel, storage: BaseModel) -> None:
+    """A router that follows the model's experts finds entries where their experts are."""
+    if not routing.build().needs_experts:
+        return
+    if storage.placement == "position" or storage.expert_ids in ("hash", "true"):
+        raise problem(
+            "routing.method", routing.method,
+            f"a router that needs no experts with pikv.storage.placement = {storage.placement!r} and expert_ids = {storage.expert_ids!r}: "
+            f"it reads the shard of the query's expert, so that must be known before attention (previous_layer, lookahead, gate) and say "
+            f"where entries lie",
+        )  # fmt: skip
+
+
+def check_has_experts(routing: BaseModel, num_experts: int | None, model: str) -> None:
+    """num_experts: of the model, None or 0 for a dense one. Raises: ConfigError when the router follows experts that do not exist."""
+    if not num_experts and routing.build().needs_experts:
+        raise ConfigError(
+            f"pikv.routing.method = {routing.method!r} reads the shard of the query's expert, and {model} is a dense model without "
+            f"experts; use a router of key geometry ('bounds', 'topk')"
+        )
+
+
+def check_budget(routing: BaseModel, page_size: int) -> None:
+    """A router that reads less than everything has exactly one budget, and the pages that every query reads fit into it."""
+    given = {name: getattr(routing, name) for name in ("budget_ratio", "budget_pages") if getattr(routing, name) is not None}
+    router = routing.build()
+    if router.reads_all or not router.budgeted:
+        for name, value in given.items():
+            reads = "reads every page" if router.reads_all else "reads whole shards"
+            raise problem(f"routing.{name}", value, f"null with pikv.routing.method = {routing.method!r}, which {reads}")
+        return
+    if len(given) != 1:
+        raise problem(
+            "routing", given or {"method": routing.method}, f"one of budget_ratio and budget_pages with method {routing.method!r}"
+        )
+    pinned, budget = routing.sink_tokens + routing.recent_tokens, routing.budget_pages
+    if budget is not None and budget * page_size < pinned:
+        raise problem(
+            "routing.budget_pages", budget,
+            f"at least {-(-pinned // page_size)}: {budget} pages of {page_size} tokens are fewer than sink_tokens {routing.sink_tokens} + "
+            f"recent_tokens {routing.recent_tokens}, which every query reads; raise it or lower those",
+        )  # fmt: skip

@@ -20,6 +20,7 @@ class Directory:
         self.num_shards = num_shards
         self.device = device
         self.load = torch.zeros(len(layers), num_shards, dtype=torch.int64, device=device)  # entries inside the window
+        self.evicted = torch.zeros(len(layers), 0, num_shards, dtype=torch.int64, device=device)  # [L, R, S] taken by a budget
         self.shard_at: list[Tensor] = []
         self.reset(0)
 
@@ -29,6 +30,7 @@ class Directory:
 
     def reset(self, num_rows: int) -> None:
         self.load.zero_()
+        self.evicted = self.evicted.new_zeros(len(self.layers), num_rows, self.num_shards)
         self.shard_at = [torch.zeros(num_rows, 0, dtype=torch.int16, device=self.device) for _ in self.layers]
 
     def reserve(self, length: int) -> None:
@@ -67,6 +69,14 @@ class Directory:
         seen = valid if window is None else valid & (positions > (lens - window)[rows])
         self.load[layer].index_add_(0, shard.clamp_min(0), seen.to(torch.int64))
 
+    def evict(self, layer: int, entries: Tensor) -> None:
+        """Take evicted entries out of the load; `shard_at` still names the last home of their positions. Host phase.
+
+        Args: entries [R, S] int64, entries that left each row and shard.
+        """
+        self.load[layer] -= entries.sum(0)
+        self.evicted[layer] += entries
+
     def _count(self, homes: Tensor, start: Tensor, stop: Tensor) -> Tensor:
         return self.per_row(homes, start, stop).sum(0)
 
@@ -84,6 +94,10 @@ class Directory:
         Returns: per layer, [R', S] int64: entries of each parent's shard at positions >= keep (what a crop removes).
         """
         source = parent.clamp_min(0)
+        if self.evicted.shape[1]:
+            self.evicted = torch.where((parent >= 0)[:, None], self.evicted[:, source], 0)
+        else:
+            self.evicted = self.evicted.new_zeros(len(self.layers), parent.numel(), self.num_shards)
         stop = torch.where(parent >= 0, lens[source], 0) if lens.numel() else torch.zeros_like(parent)
         if self.num_shards == 1:
             return [(stop - keep).unsqueeze(-1) for _ in self.layers]
@@ -94,5 +108,5 @@ class Directory:
             removed.append(self.per_row(homes, keep, stop))
             self.shard_at[i] = homes
             start = torch.zeros_like(keep) if spec.window is None else keep - (spec.window - 1)
-            self.load[i] = self._count(homes, start, keep)
+            self.load[i] = self._count(homes, start, keep) - self.evicted[i].sum(0)
         return removed

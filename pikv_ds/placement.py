@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,17 @@ def primary_expert(expert_ids: Tensor, weights: Tensor) -> Tensor:
     """
     best = weights == weights.amax(-1, keepdim=True)
     return torch.where(best, expert_ids, torch.iinfo(expert_ids.dtype).max).amin(-1).to(torch.int64)
+
+
+class Routed(NamedTuple):
+    """A router's decision, not yet reduced to one expert per token: ids [T, K] int, weights [T, K] float."""
+
+    ids: Tensor
+    weights: Tensor
+
+    def primary(self) -> Tensor:
+        """[T] int64, see primary_expert."""
+        return primary_expert(self.ids.detach(), self.weights.detach())
 
 
 def hash_expert(positions: Tensor, num_experts: int) -> Tensor:

@@ -8,6 +8,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from .placement import hash_expert
+
 
 @dataclass(slots=True, kw_only=True)
 class LocalStep:
@@ -73,13 +75,18 @@ class StepPlan:
         self.all_valid = len(self.sources) == 1 and sum(self.num_new) == self.num_tokens  # no padding, no idle rank
         self.positions: Tensor | None = None
         self.valid: Tensor | None = None
+        self._hashed: Tensor | None = None
         self.capacity: list[int] = []  # per layer: entries a shard may hold
         self.may_spill: list[bool] = []  # per layer
         self.may_open: list[bool] = []  # per layer: a new page may be needed
+        self.quiet = False  # no page is opened, so no sizes change but the counts
 
     @cached_property
     def rows(self) -> Tensor:
         token = torch.arange(self.num_tokens)
+        if len(self.sources) == 1:
+            columns = self.sources[0].num_columns
+            return (token if columns == 1 else token // columns).to(self.device)
         return torch.cat([s.row0 + (token // s.num_columns).clamp_max(s.num_rows - 1) for s in self.sources]).to(self.device)
 
     @cached_property
@@ -100,6 +107,13 @@ class StepPlan:
     def set_positions(self, positions: Tensor) -> None:
         self.positions = positions.contiguous()
         self.valid = positions >= 0
+        self._hashed = None
+
+    def hashed_experts(self, num_experts: int) -> Tensor:
+        """[sources * N] int64: position mod num_experts, for entries that no router has seen."""
+        if self._hashed is None:
+            self._hashed = hash_expert(self.positions, num_experts)
+        return self._hashed
 
     def query_positions(self, row0: int, num_rows: int) -> Tensor:
         """[num_rows, T] positions of the queries of neighbouring sources with equal shapes, the first of which starts at row0."""

@@ -1,4 +1,4 @@
-"""Host-phase changes of a layer's tables, between steps: pages leave a sliding window, rows are forked, cropped or dropped.
+"""Host-phase changes of a layer's tables, between steps: pages leave a window or a budget, rows are forked, cropped or dropped.
 
 R request rows, S local shards. These functions may read sizes back to the host; nothing below attend calls them.
 """
@@ -27,17 +27,25 @@ def expire(store: LayerStore, lens: Tensor, window: int) -> int:
     full = torch.arange(table.shape[-1], device=table.device) < (store.counts // page_size).unsqueeze(-1)
     last_position = store.positions[:, -1][table.clamp_min(0)]  # [R, S, max_pages]
     gone = full & (last_position <= (lens - window)[:, None, None])
-    num_gone = gone.sum(-1)  # leading pages: positions ascend inside a table
-    total = int(num_gone.sum())
+    return drop(store, gone)
+
+
+def drop(store: LayerStore, gone: Tensor) -> int:
+    """Take full pages out of their tables and free those that no other table names; the pages that stay close up, in their order.
+
+    Args: gone [R, S, max_pages] bool.
+    Returns: entries dropped, counted once per table.
+    """
+    table = store.block_table
+    total = int(gone.sum())
     if total == 0:
         return 0
     store.refcount.index_add_(0, table[gone], torch.full((total,), -1, dtype=torch.int32, device=table.device))
-    shifted = torch.arange(table.shape[-1], device=table.device) + num_gone.unsqueeze(-1)
-    padded = torch.nn.functional.pad(table, (0, 1), value=-1)
-    store.block_table = padded.gather(-1, shifted.clamp_max(table.shape[-1]))
-    store.counts -= num_gone * page_size
+    stays_first = gone.to(torch.int8).argsort(dim=-1, stable=True)
+    store.block_table = torch.where(gone, -1, table).gather(-1, stays_first)
+    store.counts -= gone.sum(-1) * store.page_size
     store.rebuild_free_stack()
-    return total * page_size
+    return total * store.page_size
 
 
 def remap(store: LayerStore, parent: Tensor, counts: Tensor) -> None:
@@ -102,6 +110,8 @@ def _unshare_open_pages(store: LayerStore, num_kept: Tensor) -> None:
     target = store.free_stack[int(store.free_top) : int(store.free_top) + num_copies]
     source = page[copies]
     ops.migrate(store.pages, store.pages[source], target, torch.arange(num_copies, dtype=torch.int32, device=page.device))
+    for summary in store.summaries.values():
+        summary[target] = summary[source]
     store.block_table[open_rows[copies], open_shards[copies], last[copies]] = target
     store.refcount.index_add_(0, source, torch.full_like(source, -1, dtype=torch.int32))
     store.refcount[target] = 1

@@ -33,15 +33,17 @@ class ReplicatedStep:
         before = cache.before(query.layer)
         if cache.stages:
             self.flush_staged()
-            cache.staged = Staged(query.layer, query.k, query.v)
+            cache.staged, written = Staged(query.layer, query.k, query.v), None
         else:
-            cache.append(query.layer, query.k, query.v, query.expert_ids)
+            written = cache.append(query.layer, query.k, query.v, query.expert_ids)
         source = plan.sources[0]
         if not cache.reads(source):
+            cache.watch(query, written, None)
             return cache.nothing(query.q, query.v_dim)
         out, lse = cache.read(query, query.q, source.row0, source.num_rows, before)
         if cache.exchange.size > 1:
             out, lse = self._merge(out, lse, unchecked)
+        cache.watch(query, written, lse)
         return Partial(out, lse, plan.decode and not cache.stages)
 
     def flush_staged(self) -> None:
@@ -53,14 +55,18 @@ class ReplicatedStep:
     def _open(self, query: Query) -> bool:
         """Plan the forward. Returns True when the other ranks' headers are still to be compared, in this layer's own collective."""
         cache, agreement, local = self.cache, self.cache.agreement, self.cache.local
+        selects = cache.selection is not None
         if agreement.is_plain(local):
+            if selects and cache.exchange.size > 1:
+                # Choosing pages is a collective before that of the partials: the headers can't ride in the latter.
+                agreement.check_replicated(self._gather(query.q.new_zeros(agreement.num_rows[0], 0, dtype=torch.float32), True)[1])
             cache.adopt(agreement.continue_plain(local))
-            return cache.exchange.size > 1
+            return cache.exchange.size > 1 and not selects
         if cache.exchange.size == 1:
             cache.settle([agreement.header(local, cache.hold)], query.k)
             return False
         # Other ranks may be in plain decoding: answer their collective, then all see that this forward is not plain.
-        width = query.q.shape[2] * (query.v_dim + 1)
+        width = 0 if selects else query.q.shape[2] * (query.v_dim + 1)
         headers = self._gather(query.q.new_zeros(agreement.num_rows[0], width, dtype=torch.float32), True)[1]
         if not agreement.all_fresh(headers):
             agreement.check_replicated(headers)

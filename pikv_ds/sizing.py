@@ -12,14 +12,22 @@ from .spec import LayerSpec
 
 
 def shard_capacity(
-    layers: list[LayerSpec], window: int | None, lens_after: list[int], num_shards: int, page_size: int, fixed: int | None
+    layers: list[LayerSpec],
+    window: int | None,
+    lens_after: list[int],
+    num_shards: int,
+    page_size: int,
+    fixed: int | None,
+    evicted: int = 0,
 ) -> int:
     """Entries one shard of a layer with this window may hold: `fixed`, or ceil(1.1 x the balanced share) + one page.
+
+    evicted: entries of the rows that a budget has taken out of the layer.
 
     Raises: CapacityError when even perfectly balanced shards cannot hold the live tokens.
     """
     spec = next(spec for spec in layers if spec.window == window)
-    total = sum(spec.tokens_kept(n) for n in lens_after)
+    total = sum(spec.tokens_kept(n) for n in lens_after) - evicted
     if fixed is None:
         return ceil(1.1 * total / num_shards) + page_size
     if total > fixed * num_shards:

@@ -1,4 +1,4 @@
-"""Device-side decisions about new entries: which shard takes an overflow, which slot an entry gets. N tokens, R rows, S shards."""
+"""Which shard takes an entry whose own is full, decided on the device. N tokens, S shards."""
 
 from __future__ import annotations
 
@@ -53,23 +53,3 @@ def water_fill(load: Tensor, amount: Tensor) -> Tensor:
     base = level.gather(0, (filled - 1).view(1)).squeeze(0) + rest // filled
     quota = torch.where(index < filled, base - level + (index < rest % filled).to(level.dtype), 0)
     return torch.zeros_like(load).scatter_(0, order, quota)
-
-
-def entry_index(rows: Tensor, column: Tensor | None, here: Tensor, counts: Tensor) -> Tensor:
-    """The index of each new entry inside its (row, shard) list.
-
-    Args:
-        rows: [N] int64, ascending. column: [N] int64 local shard, in range also where not here; None = one shard.
-        here: [N] bool, stored on this rank. counts: [R, S] int64 entries before this step.
-
-    Returns: [N] int64, -1 where not here. Sync: none.
-    """
-    first = torch.searchsorted(rows, rows)  # first token of each row
-    if column is None:
-        running = here.cumsum(0) - here.to(torch.int64)  # entries of this step before each token, all rows
-        return torch.where(here, counts[:, 0][rows] + running - running[first], -1)
-    onehot = (column.unsqueeze(-1) == torch.arange(counts.shape[1], device=rows.device)) & here.unsqueeze(-1)
-    running = onehot.cumsum(0) - onehot.to(torch.int64)
-    column = column.unsqueeze(-1)
-    before = running.gather(1, column).squeeze(-1) - running[first].gather(1, column).squeeze(-1)
-    return torch.where(here, counts[rows, column.squeeze(-1)] + before, -1)

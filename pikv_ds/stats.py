@@ -11,7 +11,7 @@ from .wire import ALIGN, HEADER
 
 
 def stats(cache: PiKVCache, dense_rows: int, dense_columns: int) -> dict:
-    """Plain numbers of this rank, bytes from storage sizes.
+    """Plain numbers of this rank, bytes from storage sizes. With budgets per head an entry is the K and V of one kv head.
 
     Args: dense_rows, dense_columns: the batch and the token columns (padding included) that the ordinary cache would hold on this rank.
     Sync: reads the device.
@@ -29,11 +29,13 @@ def stats(cache: PiKVCache, dense_rows: int, dense_columns: int) -> dict:
         "kv_bytes_dense": sum(dense_bytes(spec, dense_rows, dense_columns, cache.dtype.itemsize) for spec in cache.layers),
         "metadata_bytes": tables.directory.nbytes + sum(s.metadata_nbytes for s in tables.stores),
         "entries_live": int(tables.counts.sum()),
-        "entries_appended": int(counters.by_expert.sum()),
+        "entries_appended": int(counters.by_expert.sum()) * tables.heads,
         "entries_expired": counters.expired + born_expired,
         "entries_evicted": counters.evicted,
         "entries_cropped": counters.cropped,
         "entries_forked": counters.forked,
+        "entries_read": None if cache.selection is None else float(cache.selection.entries[0]),
+        "entries_visible": None if cache.selection is None else float(cache.selection.entries[1]),
         "exchange_bytes_sent": exchange.bytes_sent,
         "exchange_collectives": exchange.collectives,
         "load_per_rank": load_per_rank,
@@ -65,6 +67,11 @@ def share_bytes(num_tokens: int, num_q_heads: int, spec: LayerSpec, q_dim: int, 
 def partial_bytes(num_tokens: int, num_q_heads: int, v_dim: int) -> int:
     """Bytes of (out, lse) of `num_tokens` queries in f32: one block of the second collective."""
     return num_tokens * num_q_heads * (v_dim + 1) * 4
+
+
+def choice_bytes(num_queries: int, num_kv_heads: int, width: int) -> int:
+    """Bytes of one rank's best page keys: the collective that chooses pages over all ranks; width: most pages that a query can get."""
+    return num_queries * num_kv_heads * width * 8
 
 
 def decode_bytes_sent(mode: str, rows: list[int], rank: int, num_q_heads: int, layers: list[LayerSpec], itemsize: int) -> int:

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from .placement import Routed
+
 
 class Partial(NamedTuple):
     """Attention over stored entries, merged over ranks: out [B, T, Hq, Dv] f32, lse [B, T, Hq] f32; 0 and -inf where nothing is stored.
@@ -29,7 +31,7 @@ class Query(NamedTuple):
     v: Tensor
     scale: float
     v_dim: int
-    expert_ids: Tensor | None
+    expert_ids: Routed | Tensor | None
 
 
 class Staged(NamedTuple):

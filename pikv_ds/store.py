@@ -13,22 +13,23 @@ from pikv_ds import ops
 from pikv_ds.ops import PageFormat
 from pikv_ds.ops.memory import aligned_bytes
 
-from .slots import entry_index
-
 GROWTH = 8  # pages are added in slabs of at least P // GROWTH, and given back once more than that share is free
 
 
 class LayerStore:
     """Owns the KV memory of one layer on this rank. `counts` and `free_top` are views into tensors that the cache reads once per step."""
 
-    def __init__(self, fmt: PageFormat, dtype: torch.dtype, device: torch.device, counts: Tensor, free_top: Tensor) -> None:
+    def __init__(self, fmt: PageFormat, dtype: torch.dtype, device: torch.device, counts: Tensor, free_top: Tensor, heads: int = 1) -> None:
         self.fmt = fmt
+        self.heads = heads  # S counts (shard, kv head) pairs when a page holds one head: its tables are shard * heads + head
         self.page_size = fmt.page_size
         self.dtype, self.device = dtype, device  # dtype of the raw tail
         self.counts = counts  # [R, S] int32, entries per row and local shard, expired pages not included
         self.free_top = free_top  # 0-d int64, pages on the free stack
         self.pages = aligned_bytes(0, device).view(0, fmt.record_bytes)  # [P, record_bytes] uint8
         self.tail = self.new_tail(counts.numel())  # [R * S, Hkv, group, Dk], or None
+        self.summaries: dict[str, Tensor] = {}  # name -> [P, ...]: what selection or retention keeps per page; travels with the page
+        self.cleared: list[str] = []  # names of summaries that a freed page loses
         # One spare element each, never read as a page: tokens that open no page index it.
         self.refcount = torch.zeros(1, dtype=torch.int32, device=device)  # [P + 1] tables that name a page; > 1 after a beam fork
         self.free_stack = torch.zeros(1, dtype=torch.int32, device=device)  # [P + 1] free page ids, free_top of them valid
@@ -41,6 +42,16 @@ class LayerStore:
         shape = (rows, self.fmt.num_kv_heads, self.fmt.group, self.fmt.k_dim)
         return torch.empty(shape, dtype=self.dtype, device=self.device)
 
+    def add_summary(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, *, cleared: bool = False) -> None:
+        """Keep `shape` values of `dtype` per page under `name`, in summaries[name] [P, *shape]; 0 in pages that are new.
+
+        cleared: also 0 in pages that are used again (one value per page only).
+        """
+        if name in self.summaries:
+            raise ValueError(f"the store already keeps a summary {name!r}; use another name")
+        self.cleared += [name] * cleared
+        self.summaries[name] = torch.zeros((self.num_pages, *shape), dtype=dtype, device=self.device)
+
     # ---- host side: sizes ----------------------------------------------------------------------------------------------------
 
     @property
@@ -49,8 +60,8 @@ class LayerStore:
 
     @property
     def nbytes(self) -> int:
-        """Allocated KV bytes: page records (codes, scales, positions, padding) and raw tails."""
-        return self.pages.nbytes + (0 if self.tail is None else self.tail.nbytes)
+        """Allocated KV bytes: page records (codes, scales, positions, padding), raw tails, page summaries."""
+        return self.pages.nbytes + (0 if self.tail is None else self.tail.nbytes) + sum(x.nbytes for x in self.summaries.values())
 
     @property
     def metadata_nbytes(self) -> int:
@@ -82,6 +93,7 @@ class LayerStore:
         keep = torch.nonzero(taken).squeeze(-1)
         pages = aligned_bytes(used * self.fmt.record_bytes, self.device).view(used, -1) if used else self.pages[:0].clone()
         self.pages = torch.index_select(self.pages, 0, keep, out=pages)
+        self.summaries = {name: x.index_select(0, keep) for name, x in self.summaries.items()}
         self.refcount = torch.nn.functional.pad(self.refcount.index_select(0, keep), (0, 1))
         table = self.block_table
         self.block_table = torch.where(table >= 0, new_id[table.clamp_min(0)], -1)
@@ -91,6 +103,8 @@ class LayerStore:
     def _resize(self, num_pages: int) -> None:
         old, self.pages = self.pages, aligned_bytes(num_pages * self.fmt.record_bytes, self.device).view(num_pages, -1)
         self.pages[: old.shape[0]] = old
+        for name, x in self.summaries.items():
+            self.summaries[name] = torch.cat([x, x.new_zeros(num_pages - old.shape[0], *x.shape[1:])])
         added = torch.arange(old.shape[0], num_pages, dtype=torch.int32, device=self.device)
         self.refcount = torch.nn.functional.pad(self.refcount, (0, added.numel()))
         # New ids go on top of the live part of the stack: a host sync is avoided by writing them at free_top on the device.
@@ -101,6 +115,8 @@ class LayerStore:
     def rebuild_free_stack(self) -> None:
         """Derive the free stack from the reference counts. Sync: none."""
         used = self.refcount[:-1] > 0
+        for name in self.cleared:
+            self.summaries[name].masked_fill_(~used, 0)
         self.free_stack = torch.nn.functional.pad(torch.argsort(used.to(torch.int8), stable=True).to(torch.int32), (0, 1))
         self.free_top.copy_(self.num_pages - used.sum())
 
@@ -135,29 +151,12 @@ class LayerStore:
 
         Returns: slot_mapping [N] int32, page * page_size + offset, -1 = not stored here. Sync: none; shapes depend on N only.
         """
-        num_shards, width = self.block_table.shape[1:]
-        column = None if shard is None else torch.where(here, shard, 0)
-        cell = rows if shard is None else rows * num_shards + column  # [N] index of (row, shard)
-        index = self.counts.view(-1)[cell] if one_per_row else entry_index(rows, column, here, self.counts)
-        index = index if one_per_row or all_valid else index.clamp_min(0)
-        offset = index % self.page_size
-        entry = cell * width + torch.div(index, self.page_size, rounding_mode="floor")  # [N] index into the flat block table
-        table = self.block_table.view(-1)
-        if may_open:
-            self._open_pages(table, entry, (offset == 0) & here)
-        self.counts.view(-1).index_add_(0, cell, here.to(torch.int32))
-        slot_mapping = table[entry] * self.page_size + offset
-        if not all_valid:
-            slot_mapping = torch.where(here, slot_mapping, -1)
+        slot_mapping, tables = ops.assign_slots(
+            self.counts, self.block_table, self.free_stack, self.free_top, self.refcount, rows, shard, None if all_valid else here,
+            page_size=self.page_size, one_per_row=one_per_row, may_open=may_open,
+        )  # fmt: skip
         ops.append(
             self.pages, self.fmt, k.contiguous(), v.contiguous(), positions, slot_mapping,
-            tail=self.tail, tail_rows=None if self.tail is None else cell,
+            tail=self.tail, tail_rows=None if self.tail is None else tables,
         )  # fmt: skip
         return slot_mapping
-
-    def _open_pages(self, table: Tensor, entry: Tensor, opens: Tensor) -> None:
-        """Pop one page per token that starts one. Tokens that start none park a -1 in the last column, which reserve() keeps unused."""
-        page = self.free_stack[torch.where(opens, self.free_top - opens.cumsum(0), self.num_pages)]
-        table.index_put_((torch.where(opens, entry, table.numel() - 1),), torch.where(opens, page, -1))
-        self.refcount.index_add_(0, torch.where(opens, page, self.num_pages), opens.to(torch.int32))
-        self.free_top -= opens.sum()

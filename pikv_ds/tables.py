@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,26 +41,38 @@ class Tables:
         device: torch.device,
     ) -> None:
         self.layers, self.storage, self.page_size = layers, config.storage, page_size
-        self.formats = [_page_format(codec, spec, page_size, dtype) for spec in layers]
+        per_head = config.scheduling.head_budget != "shared"
+        self.heads = layers[0].num_kv_heads if per_head else 1  # tables of a row and shard: a page holds the entries of one of them
+        self.formats = [_page_format(codec, spec, page_size, dtype, self.heads) for spec in layers]
         self.dtype, self.device, self.num_shards = dtype, device, num_shards
         shards = local_shards(rank, num_shards, num_ranks)
         self.shard_begin, self.num_local = shards.start, len(shards)
         self.directory = Directory(layers, num_shards, device)
         self.counters = Counters(num_experts, device)
+        self.page_values: dict[str, torch.dtype] = {}  # one number per page each, for the retention policy
         self.allocate(0)
 
     def allocate(self, num_rows: int) -> None:
         """Start with empty tables of `num_rows` requests and zeroed entry counters; earlier pages are given back."""
-        self.counts = torch.zeros(len(self.layers), num_rows, self.num_local, dtype=torch.int32, device=self.device)
+        self.counts = torch.zeros(len(self.layers), num_rows, self.num_local * self.heads, dtype=torch.int32, device=self.device)
         self.free_top = torch.zeros(len(self.layers), dtype=torch.int64, device=self.device)
-        self.stores = [LayerStore(fmt, self.dtype, self.device, self.counts[i], self.free_top[i]) for i, fmt in enumerate(self.formats)]
+        self.stores = [
+            LayerStore(fmt, self.dtype, self.device, self.counts[i], self.free_top[i], self.heads) for i, fmt in enumerate(self.formats)
+        ]
+        for spec, store in zip(self.layers, self.stores, strict=True):
+            for name, dtype in self.page_values.items() if spec.window is None else ():
+                store.add_summary(name, (), dtype, cleared=True)
+        self.evicted_at = [0] * num_rows  # tokens of a row when a budget last took entries of it
+        self.quiet = 0  # decode steps that surely open no page: nothing to reserve, mirror or give back
         self.settled = [0] * num_rows  # window layers dropped what a query after this many tokens of a row can't see
         self.directory.reset(num_rows)
+        self.evicted = self.directory.evicted.sum(-1).tolist()  # [L][R]
         self.counters.clear()
         self.mirror()
 
     def mirror(self) -> None:
-        """Host copies of the sizes that plan the next forward. Sync: one read per forward, after its last layer; free on CPU."""
+        """Host copies of the sizes that plan the next forward. Sync: one read in forwards that are not quiet; free on CPU."""
+        self.stale = False
         self.counts_host, self.free_host, self.load_host = self.counts.cpu(), self.free_top.cpu(), self.directory.load.cpu()
 
     @property
@@ -68,16 +83,19 @@ class Tables:
     def remap(self, agreed: Agreed, lens: list[int]) -> None:
         """Fork, crop and drop rows as agreed. lens: tokens of every row before."""
         self._refuse_crops_behind_the_window(agreed, lens)
+        self._refuse_crops_behind_an_eviction(agreed, lens)
+        self.quiet = 0
         parent = torch.tensor(agreed.parent, dtype=torch.int64).to(self.device)
         keep = torch.tensor(agreed.keep, dtype=torch.int64).to(self.device)
         removed = self.directory.remap(parent, keep, torch.tensor(lens, dtype=torch.int64).to(self.device))
-        old, self.counts = self.counts, self.counts.new_zeros(len(self.layers), parent.numel(), self.num_local)
+        old, self.counts = self.counts, self.counts.new_zeros(len(self.layers), parent.numel(), self.num_local * self.heads)
+        self.evicted = self.directory.evicted.sum(-1).tolist()
         childless = torch.ones(old.shape[1], dtype=torch.bool, device=self.device)
         childless[parent[parent >= 0]] = False
         some_end = bool((parent < 0).any())  # rows of another generation leave; among forks, dropped rows count as forked away
         for i, store in enumerate(self.stores):
             kept = torch.where(parent.unsqueeze(-1) >= 0, old[i][parent.clamp_min(0)], 0)
-            cut = removed[i][:, self.local] if self.num_shards > 1 else removed[i]
+            cut = removed[i][:, self.local] if self.num_shards > 1 else removed[i].expand_as(kept)
             self.counts[i] = kept - cut
             remap(store, parent, self.counts[i])
             cropped = int(cut.sum()) + (int(old[i][childless].sum()) if some_end else 0)
@@ -96,27 +114,54 @@ class Tables:
                 )
         self.settled = [self.settled[parent] if parent >= 0 else 0 for parent in agreed.parent]
 
+    def _refuse_crops_behind_an_eviction(self, agreed: Agreed, lens: list[int]) -> None:
+        for parent, keep in zip(agreed.parent, agreed.keep, strict=True):
+            if parent >= 0 and keep < self.evicted_at[parent]:
+                raise RuntimeError(
+                    f"crop to {keep} of {lens[parent]} tokens: entries were evicted (pikv.scheduling) at {self.evicted_at[parent]} tokens, "
+                    f"which a request of {keep} tokens would still hold; announce crops before the forward that they undo "
+                    f"(cache.activate_past_recording(), as assisted generation does)"
+                )
+        self.evicted_at = [self.evicted_at[parent] if parent >= 0 else 0 for parent in agreed.parent]
+
+    def note_eviction(self, lens: list[int]) -> None:
+        """Rows of these lengths have just lost entries to their budget."""
+        evicted = self.directory.evicted.sum(-1).tolist()
+        lost = [any(old[row] != new[row] for old, new in zip(self.evicted, evicted, strict=True)) for row in range(len(lens))]
+        self.evicted = evicted
+        self.evicted_at = [n if gone else at for gone, n, at in zip(lost, lens, self.evicted_at, strict=True)]
+
     def reserve(self, plan: StepPlan, hold: bool) -> None:
         """Fill in the per-layer sizes of a plan and make sure that its entries will find pages, without knowing their shards yet."""
+        if plan.decode and self.quiet:
+            self.quiet, self.stale = self.quiet - 1, True
+            plan.quiet, plan.may_open, plan.may_spill = True, [False] * len(self.layers), [False] * len(self.layers)
+            return
+        if self.stale:
+            self.mirror()
         page = self.page_size
-        num_new = torch.tensor(plan.num_new, dtype=torch.int64)
+        num_new, counts = np.array(plan.num_new, dtype=np.int64), self.counts_host.numpy()  # numpy: small sizes, each step
         most_new, total_new = max(plan.num_new, default=0), sum(plan.num_new)
-        flat = self.counts_host.flatten(1)
-        fullest = flat.amax(1).tolist() if flat.shape[1] else [0] * len(self.layers)
+        fullest = counts.max((1, 2), initial=0).tolist()
         opens = [0] * len(self.layers)
         if plan.decode:
             # A row opens a page only when one of its open pages is full; the token may go to any shard, so any of them counts.
-            opens = ((self.counts_host % page == 0).any(-1) & (num_new > 0)).sum(-1).tolist()
+            full = counts % page == 0
+            opens = ((full if self.heads > 1 else full.any(-1, keepdims=True)) & (num_new[:, None] > 0)).sum((1, 2)).tolist()
+        if self.num_shards == 1 and self.storage.capacity_tokens is None:
+            # What every open page has left after this step. With several shards spilling is decided anew in each step.
+            self.quiet = int((page - 1 - counts % page).min(initial=page - 1)) if plan.decode else 0
+        kinds = [(spec.window, sum(evicted) // self.heads) for spec, evicted in zip(self.layers, self.evicted, strict=True)]
         capacity = {
-            w: shard_capacity(self.layers, w, plan.lens_after_host, self.num_shards, page, self.storage.capacity_tokens)
-            for w in {spec.window for spec in self.layers}
+            kind: shard_capacity(self.layers, kind[0], plan.lens_after_host, self.num_shards, page, self.storage.capacity_tokens, kind[1])
+            for kind in set(kinds)
         }
         free = self.free_host.tolist()
         fullest_shard = self.load_host.amax(1).tolist() if self.num_shards > 1 else [0] * len(self.layers)
-        for i, (spec, store) in enumerate(zip(self.layers, self.stores, strict=True)):
-            plan.capacity.append(capacity[spec.window])
-            plan.may_spill.append(self.num_shards > 1 and fullest_shard[i] + total_new > capacity[spec.window])
-            needed = opens[i] if plan.decode else self._pages_for_chunk(i, num_new, capacity[spec.window], hold)
+        for i, store in enumerate(self.stores):
+            plan.capacity.append(capacity[kinds[i]])
+            plan.may_spill.append(self.num_shards > 1 and fullest_shard[i] + total_new > plan.capacity[i])
+            needed = opens[i] if plan.decode else self._pages_for_chunk(i, torch.from_numpy(num_new), plan.capacity[i], hold)
             plan.may_open.append(needed > 0)
             store.reserve(free[i], needed, -(-(fullest[i] + most_new) // page))
         if self.num_shards > 1:
@@ -126,17 +171,22 @@ class Tables:
         window = self.layers[layer].window
         stored = num_new if window is None or hold else num_new.clamp_max(window - 1)
         room = capacity - self.load_host[layer][self.local] if self.num_shards > 1 and window is None else None
-        return pages_to_open(self.counts_host[layer], stored, room, self.page_size)
+        counts = self.counts_host[layer]
+        if self.heads > 1:  # every table of a row takes all of its tokens
+            counts, stored = counts.view(-1, 1), stored.repeat_interleave(self.heads)
+        return pages_to_open(counts, stored, room, self.page_size)
 
-    def expire(self, lens: list[int], margin: int) -> None:
-        """Free pages that have left their layer's window; `margin` tokens may still be cropped back."""
+    def expire(self, lens: list[int], margin: int) -> int:
+        """Free pages that have left their layer's window; `margin` tokens may still be cropped back. Returns entries expired."""
         if not lens or all(spec.window is None for spec in self.layers):
-            return
+            return 0
+        already = self.counters.expired
         self.settled = [max(settled, n - margin) for settled, n in zip(self.settled, lens, strict=True)]
         at = torch.tensor(lens, dtype=torch.int64).to(self.device) - margin
         for spec, store in zip(self.layers, self.stores, strict=True):
             if spec.window is not None:
                 self.counters.expired += expire(store, at, spec.window)
+        return self.counters.expired - already
 
     def shrink(self) -> None:
         """Mirror the sizes, then give back slabs of layers with much free space."""
@@ -145,7 +195,8 @@ class Tables:
             self.free_host[i] = store.shrink(free)
 
 
-def _page_format(codec: Codec, spec: LayerSpec, page_size: int, dtype: torch.dtype) -> PageFormat:
+def _page_format(codec: Codec, spec: LayerSpec, page_size: int, dtype: torch.dtype, heads: int) -> PageFormat:
+    spec = replace(spec, num_kv_heads=1) if heads > 1 else spec
     try:
         return codec.page_format(spec, page_size, dtype)
     except ValueError as error:

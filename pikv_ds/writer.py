@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from .placement import Placement, hash_expert
+from .placement import Placement, Routed
 from .plan import StepPlan
 from .slots import spill
 from .tables import Tables
+
+
+class Written(NamedTuple):
+    """Where the N tokens of an append went."""
+
+    slot_mapping: Tensor  # [N] int32, page * page_size + offset; -1 = not stored here
+    shard: Tensor | None  # [N] int64 global shard; None = the only one
+    valid: Tensor  # [N] bool, stored on whatever rank
+    here: Tensor  # [N] bool, stored on this one
 
 
 class Writer:
@@ -18,20 +29,24 @@ class Writer:
         self.tables, self.placement = tables, placement
         self.num_experts = placement.num_experts
 
-    def append(self, layer: int, plan: StepPlan, k: Tensor, v: Tensor, expert_ids: Tensor | None, hold: bool) -> None:
-        """Args: k [N, Hkv, Dk], v [N, Hkv, Dv]; expert_ids [N] int64 (-1 or None: position mod E); hold: nothing expires at birth."""
+    def append(self, layer: int, plan: StepPlan, k: Tensor, v: Tensor, expert_ids: Routed | Tensor | None, hold: bool) -> Written:
+        """Args: k [N, Hkv, Dk], v [N, Hkv, Dv]; expert_ids [N] int64 (-1 or None: position mod E), or with one shard
+        a router's choice; hold: nothing expires at birth."""
         tables, spec = self.tables, self.tables.layers[layer]
         positions, valid = plan.positions, plan.valid
-        experts = self._experts(positions, expert_ids, plan)
+        experts = self._experts(expert_ids, plan)
         if spec.window is not None and not plan.decode and not hold:
+            experts = experts.primary() if isinstance(experts, Routed) else experts
             # Entries that no query after this forward can see are not stored: they expire at birth.
             born = valid & (positions >= (plan.lens_after - (spec.window - 1))[plan.rows])
             unseen_here = valid & ~born & self._is_local(self._wanted(layer, experts, positions))
             tables.counters.expire_at_birth(unseen_here, experts)
             valid = born
         store, all_valid = tables.stores[layer], plan.all_valid and valid is plan.valid
+        if tables.heads > 1:
+            return self._append_heads(layer, plan, experts, positions, valid, k, v)
         if tables.num_shards == 1:
-            store.append(
+            slots = store.append(
                 plan.rows,
                 None,
                 valid,
@@ -43,12 +58,12 @@ class Writer:
                 all_valid=all_valid,
             )
             tables.counters.count_appended(experts, valid)
-            return
+            return Written(slots, None, valid, valid)
         tables.directory.leave(layer, plan.rows, positions, valid, plan.lens_before, plan.lens_after, plan.decode)
         shard = self._shards(layer, plan, experts, positions, valid)
         tables.directory.record(layer, plan.rows, positions, valid, shard, plan.lens_after)
         here = valid & self._is_local(shard)
-        store.append(
+        slots = store.append(
             plan.rows,
             shard - tables.shard_begin,
             here,
@@ -60,13 +75,35 @@ class Writer:
             all_valid=False,
         )
         tables.counters.count_appended(experts, here)
+        return Written(slots, shard, valid, here)
 
-    def _experts(self, positions: Tensor, expert_ids: Tensor | None, plan: StepPlan) -> Tensor:
+    def _append_heads(
+        self, layer: int, plan: StepPlan, experts: Routed | Tensor, positions: Tensor, valid: Tensor, k: Tensor, v: Tensor
+    ) -> Written:
+        """One shard whose pages hold one kv head: every token goes into a table per head. The slots are [N * Hkv]."""
+        heads = self.tables.heads
+        head = torch.arange(heads, device=k.device).repeat(k.shape[0])
+        rows, here, positions = (x.repeat_interleave(heads) for x in (plan.rows, valid, positions))
+        slots = self.tables.stores[layer].append(
+            rows,
+            head,
+            here,
+            positions,
+            k.flatten(0, 1).unsqueeze(1),
+            v.flatten(0, 1).unsqueeze(1),
+            one_per_row=False,
+            may_open=plan.may_open[layer],
+            all_valid=False,
+        )
+        self.tables.counters.count_appended(experts, valid)
+        return Written(slots, head, here)
+
+    def _experts(self, expert_ids: Routed | Tensor | None, plan: StepPlan) -> Routed | Tensor:
         if expert_ids is None:
-            return hash_expert(positions, self.num_experts)
+            return plan.hashed_experts(self.num_experts)
         if len(plan.sources) == 1:
             return expert_ids
-        return torch.where(expert_ids < 0, hash_expert(positions, self.num_experts), expert_ids)
+        return torch.where(expert_ids < 0, plan.hashed_experts(self.num_experts), expert_ids)
 
     def _wanted(self, layer: int, experts: Tensor, positions: Tensor) -> Tensor:
         return self.placement.shard_of(layer, experts, positions.clamp_min(0))

@@ -12,11 +12,19 @@ if TYPE_CHECKING:
 
 
 class Memory(NamedTuple):
-    """This rank's KV cache as it stands: bytes of its storages, bytes an ordinary cache would take, what reads it."""
+    """This rank's KV cache as it stands: bytes of its storages, bytes an ordinary cache would take, what reads it.
+
+    read, visible: entries that queries read from the store so far, and those that they could have read; 0 when nothing is counted.
+    """
 
     allocated: int
     dense: int
     attention_impl: str
+    read: float = 0.0
+    visible: float = 0.0
+
+    def counted_from(self, before: Memory) -> Memory:
+        return self._replace(read=self.read - before.read, visible=self.visible - before.visible)
 
 
 class Session(Protocol):
@@ -42,12 +50,6 @@ class Backend(Protocol):
     def close(self) -> None: ...
 
 
-def gather(value: Any) -> list[Any]:
-    """`value` of every rank, on every rank."""
-    import torch.distributed as dist
-
-    if not dist.is_initialized():
-        return [value]
-    values: list = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
+def first_of(memories: list[Memory]) -> Memory:
+    """Sizes of the first, counts of all."""
+    return memories[0]._replace(read=sum(memory.read for memory in memories), visible=sum(memory.visible for memory in memories))

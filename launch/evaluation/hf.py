@@ -56,7 +56,8 @@ class _Sharded:
 
     def memory(self) -> Memory:
         stats = self.cache.stats()
-        return Memory(stats["kv_bytes_allocated"], stats["kv_bytes_dense"], stats["attention_impl"])
+        counts = (stats["entries_read"] or 0.0, stats["entries_visible"] or 0.0)
+        return Memory(stats["kv_bytes_allocated"], stats["kv_bytes_dense"], stats["attention_impl"], *counts)
 
 
 class _Dense(_Sharded):

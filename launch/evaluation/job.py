@@ -30,7 +30,7 @@ def evaluate(spec: EvalSpec, units: list[Unit], partial: Partial | None, stdout:
         prose = Prose(backend.tokenizer, text)
         for unit in units:
             title = f"{unit.task}, {method_name(_config(unit))}"
-            with _bar(title, _own_samples(spec), stdout) as advance:
+            with progress_bar(title, _own_samples(spec), stdout) as advance:
                 result, memory, tokens = measure[unit.task](backend, spec, prose, unit.block, advance)
             row = build_row(backend, spec, unit, Measured(backend.data_rank, result, memory, tokens))
             if partial is not None:
@@ -69,7 +69,8 @@ def _own_samples(spec: EvalSpec) -> int:
 
 
 @contextlib.contextmanager
-def _bar(title: str, total: int, stdout: TextIO | None) -> Iterator[Callable[[int], None]]:
+def progress_bar(title: str, total: int, stdout: TextIO | None) -> Iterator[Callable[[int], None]]:
+    """A function that counts samples: a bar on a terminal, one line elsewhere, nothing without a stream."""
     if stdout is None:
         yield lambda done: None
         return

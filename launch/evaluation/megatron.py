@@ -86,7 +86,8 @@ class _Dense:
 class _Sharded(_Dense):
     def memory(self) -> Memory:
         stats = self.context.stats()
-        return Memory(stats["kv_bytes_allocated"], stats["kv_bytes_dense"], stats["attention_impl"])
+        counts = (stats["entries_read"] or 0.0, stats["entries_visible"] or 0.0)
+        return Memory(stats["kv_bytes_allocated"], stats["kv_bytes_dense"], stats["attention_impl"], *counts)
 
 
 def _load(spec: EvalSpec) -> tuple[Any, list]:

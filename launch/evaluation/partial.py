@@ -26,6 +26,16 @@ class Partial:
         written.write_text(json.dumps(self.rows), encoding="utf-8")
         os.replace(written, self.path)  # never half a file
 
+    def unfinished(self, spec: EvalSpec, units: list[Unit]) -> list[Unit]:
+        """The units without a row; says on the terminal how many have one."""
+        todo = [unit for unit in units if key_of(spec, unit) not in self.rows]
+        if len(todo) < len(units):
+            print(f"{len(units) - len(todo)} of {len(units)} units are in {self.path} already", flush=True)
+        return todo
+
+    def rows_of(self, spec: EvalSpec, units: list[Unit]) -> list[dict[str, Any]]:
+        return [self.rows[key_of(spec, unit)] for unit in units]
+
     def remove(self) -> None:
         self.path.unlink(missing_ok=True)
 

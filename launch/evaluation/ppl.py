@@ -12,7 +12,7 @@ from torch import Tensor
 from pikv_ds.bundled.recall import Prose
 from pikv_ds.errors import ConfigError
 
-from .backend import Backend, Memory, Session
+from .backend import Backend, Memory, Session, first_of
 from .spec import EvalSpec, scored_queries
 
 
@@ -35,17 +35,16 @@ def measure_ppl(
         ids = windows[start : start + spec.batch]
         targets = ids[:, [query + 1 for query in scored_queries(spec.context)]]
         with backend.session(None, len(ids), spec.context) as session:
-            dense = own = _scored_log_probs(session, ids, spec)
-            memory = session.memory()
+            dense, memory = _scored_log_probs(session, ids, spec)
+            own = dense
         if block is not None:
             with backend.session(block, len(ids), spec.context) as session:
-                own = _scored_log_probs(session, ids, spec)
-                memory = session.memory()
+                own, memory = _scored_log_probs(session, ids, spec)
         kl = (dense.exp() * (dense - own)).sum(dtype=torch.float64).item()
         sums.append(PplSums(targets.numel(), _nll(own, targets), _nll(dense, targets), kl))
         memories.append(memory)
         advance(len(ids))
-    return PplSums(*map(sum, zip(*sums, strict=True))), memories[0], min(spec.batch, len(windows)) * spec.context
+    return PplSums(*map(sum, zip(*sums, strict=True))), first_of(memories), min(spec.batch, len(windows)) * spec.context
 
 
 def _windows(spec: EvalSpec, prose: Prose, data_rank: int) -> Tensor:
@@ -62,14 +61,16 @@ def _windows(spec: EvalSpec, prose: Prose, data_rank: int) -> Tensor:
     return windows[data_rank :: spec.data_ranks] if spec.requests == "distinct" else windows
 
 
-def _scored_log_probs(session: Session, ids: Tensor, spec: EvalSpec) -> Tensor:
-    """[B, scored, V] f32 log-probabilities of the scored queries, the window fed in chunks."""
+def _scored_log_probs(session: Session, ids: Tensor, spec: EvalSpec) -> tuple[Tensor, Memory]:
+    """[B, scored, V] f32 log-probabilities of the scored queries, the window fed in chunks; the cache then, counted over their chunks."""
     first, past = scored_queries(spec.context).start, scored_queries(spec.context).stop
     kept = []
     for start in range(0, spec.context, spec.chunk):
+        if start <= first < start + spec.chunk:
+            before = session.memory()
         logits = session.feed(ids[:, start : start + spec.chunk])
         kept.append(logits[:, max(first - start, 0) : max(past - start, 0)].log_softmax(-1).cpu())
-    return torch.cat(kept, 1)
+    return torch.cat(kept, 1), session.memory().counted_from(before)
 
 
 def _nll(log_probs: Tensor, targets: Tensor) -> float:

@@ -8,9 +8,10 @@ from statistics import median
 from typing import Any, NamedTuple
 
 from pikv_ds.config import PiKVConfig
+from pikv_ds.launch.ranks import gather
 from pikv_ds.stats import dense_bytes
 
-from .backend import Backend, Memory, gather
+from .backend import Backend, Memory
 from .ppl import PplSums
 from .recall import Answer
 from .spec import COLUMNS, EvalSpec, Unit, store_share
@@ -52,7 +53,7 @@ def build_row(backend: Backend, spec: EvalSpec, unit: Unit, own: Measured) -> di
             "dtype": spec.dtype,
             "bytes_per_token": sum(allocated) / tokens,
             "compression": _two_byte_bytes(backend, spec, unit) / (sum(allocated) / tokens),
-            "entries_read": 1.0 if _reads_all(config) else None,
+            "entries_read": _entries_read(config, [measured.memory for measured in ranks]),
             "kv_bytes_per_rank": allocated,
             "attention_impl": ranks[0].memory.attention_impl,
         }
@@ -77,8 +78,12 @@ def method_name(config: PiKVConfig | None) -> str:
     return "+".join(name for name in chosen if name not in ("all", "none")) or "exact"
 
 
-def _reads_all(config: PiKVConfig | None) -> bool:
-    return config is None or (config.routing.method == "all" and config.scheduling.method == "none")
+def _entries_read(config: PiKVConfig | None, memories: list[Memory]) -> float | None:
+    """Share of the visible stored entries that a query reads, mean over kv heads; of the queries that are scored, or answer."""
+    if config is None or (config.routing.method == "all" and config.scheduling.method == "none"):
+        return 1.0
+    visible = sum(memory.visible for memory in memories)
+    return sum(memory.read for memory in memories) / visible if visible else None
 
 
 def _two_byte_bytes(backend: Backend, spec: EvalSpec, unit: Unit) -> float:
@@ -101,6 +106,8 @@ def _recall_quality(results: Sequence[tuple[list[Answer], list[float]]]) -> tupl
         "found_by_kind": {kind: share([a for a in answers if a.kind == kind]) for kind in sorted({a.kind for a in answers})},
         "found_by_depth": [share([a for a in answers if depth_bin(a) == idx]) for idx in range(DEPTH_BINS)],
     }
+    if answers[0].found_after is not None:
+        detail["found_question_after_eviction"] = [sum(bool(answer.found_after) for answer in answers), len(answers)]
     found, asked = share(answers)
     return {"recall": found / asked, "step_ms": median(results[0][1])}, detail
 

@@ -52,7 +52,7 @@ class Binding:
             raise UnsupportedError(
                 f"layer {self.layer} reached attention without updating the cache; a model must call past_key_values.update"
             )
-        k, v = (t.detach().transpose(1, 2) for t in new)
+        k, v = ((t.detach() if t.requires_grad else t).transpose(1, 2) for t in new)
         if k.dtype != self.core.dtype:
             raise UnsupportedError(
                 f"layer {self.layer}: keys arrive as {k.dtype}, the cache was attached for parameters of {self.core.dtype} (autocast?); "

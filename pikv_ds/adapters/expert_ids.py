@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pikv_ds.errors import ConfigError, UnsupportedError
-from pikv_ds.placement import primary_expert
+from pikv_ds.placement import Routed
 
 _ROUTER = re.compile(r"top_?k_?router$", re.IGNORECASE)  # Qwen3MoeTopKRouter, DeepseekV3TopkRouter, AutoEP's TokenChoiceTopKRouter
 
@@ -22,18 +22,31 @@ def find_router(layer: nn.Module) -> nn.Module | None:
     return routers[0] if routers else None
 
 
-def routed_ids(output: tuple, router: nn.Module) -> Tensor:
-    """Primary expert [T] int64 from a router's output: (logits, weights, ids) in transformers, (weights, ids, counts) under AutoEP."""
-    tensors = [t for t in output if isinstance(t, Tensor) and t.dim() == 2] if isinstance(output, tuple) else []
-    for ids in tensors:
-        if not ids.is_floating_point():
-            weights = next((t for t in tensors if t.is_floating_point() and t.shape == ids.shape), None)
-            if weights is not None:
-                return primary_expert(ids.detach(), weights.detach())
-    raise UnsupportedError(
-        f"{type(router).__name__} returned no (weights, ids) pair of equal shape [tokens, top_k]; PiKV can't tell the experts of a token. "
-        f"Set pikv.storage.expert_ids = 'hash'"
-    )
+class RouterOutput:
+    """Finds the (ids, weights) [T, K] in a router's output: (logits, weights, ids) in transformers, (weights, ids, counts) under AutoEP.
+
+    Where they are is looked up in the first output and kept: a router always returns the same kinds of tensors.
+    """
+
+    def __init__(self, router: nn.Module) -> None:
+        self.router, self.at = router, None
+
+    def routed(self, output: tuple) -> Routed:
+        if self.at is None:
+            self.at = self._find(output)
+        return Routed(output[self.at[0]], output[self.at[1]])
+
+    def _find(self, output: tuple) -> tuple[int, int]:
+        tensors = [(i, t) for i, t in enumerate(output) if isinstance(t, Tensor) and t.dim() == 2] if isinstance(output, tuple) else []
+        for i, ids in tensors:
+            if not ids.is_floating_point():
+                weights = [j for j, t in tensors if t.is_floating_point() and t.shape == ids.shape]
+                if weights:
+                    return i, weights[0]
+        raise UnsupportedError(
+            f"{type(self.router).__name__} returned no (weights, ids) pair of equal shape [tokens, top_k]; PiKV can't tell the experts of "
+            f"a token. Set pikv.storage.expert_ids = 'hash'"
+        )
 
 
 class ExpertIds:
@@ -49,8 +62,8 @@ class ExpertIds:
         self.routers = [find_router(layer) for layer in decoder_layers]
         self.gate = gate  # [layers, E, Hkv * Dk]
         self.on_routed: Callable[[int, Tensor], None] | None = None
-        self._latest: Tensor | None = None
-        self._looked_ahead: dict[int, Tensor] = {}
+        self._latest: Routed | None = None
+        self._looked_ahead: dict[int, Routed] = {}
         self._handles = []
         if source in ("previous_layer", "true"):
             for i, router in enumerate(self.routers):
@@ -74,8 +87,8 @@ class ExpertIds:
             handle.remove()
         self._handles.clear()
 
-    def of(self, layer: int, k: Tensor) -> Tensor | None:
-        """ids [T] int64 for the entries of one layer, or None. k: [B, columns, Hkv, Dk]. Sync: none."""
+    def of(self, layer: int, k: Tensor) -> Routed | Tensor | None:
+        """A router's choice, or ids [T] int64, for the entries of one layer; or None. k: [B, columns, Hkv, Dk]. Sync: none."""
         if self.source == "previous_layer":
             return self._latest
         if self.source == "lookahead":
@@ -86,24 +99,28 @@ class ExpertIds:
         return None
 
     def _router_hook(self, layer: int):
+        found = RouterOutput(self.routers[layer])
+
         def hook(router: nn.Module, args: tuple, output: tuple) -> None:
             if not self.active:
                 return
-            ids = routed_ids(output, router)
+            choice = found.routed(output)
             if self.source == "true":
-                self.on_routed(layer, ids)
+                self.on_routed(layer, choice.primary())
             else:
-                self._latest = ids
+                self._latest = choice
 
         return hook
 
     def _lookahead_hook(self, layer: int, router: nn.Module):
+        found = RouterOutput(router)
+
         def hook(attention: nn.Module, args: tuple, kwargs: dict) -> None:
             if not self.active:
                 return
             hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
             with torch.no_grad():
-                self._looked_ahead[layer] = routed_ids(router(hidden.detach().flatten(0, 1)), router)
+                self._looked_ahead[layer] = found.routed(router(hidden.detach().flatten(0, 1)))
 
         return hook
 

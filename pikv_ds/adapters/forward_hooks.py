@@ -22,7 +22,9 @@ class ForwardHooks:
     def __init__(self, model: nn.Module, decoder: nn.Module, cache: HFCache, expert_ids: ExpertIds) -> None:
         self.cache, self.expert_ids, self.config = cache, expert_ids, decoder.config
         self.chunk = Chunk()
-        self._signature = inspect.signature(decoder.forward)
+        self._names = [  # of positional arguments
+            p.name for p in inspect.signature(decoder.forward).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD
+        ]
         self._running: tuple | None = None  # what finish_forward needs, while a forward runs
         self._broken = False
         self._host_attention: str | None = None
@@ -37,8 +39,7 @@ class ForwardHooks:
         self._restore_attention()
 
     def _before(self, decoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        bound = self._signature.bind_partial(*args, **kwargs)
-        given = {**bound.arguments, **bound.arguments.get("kwargs", {})}
+        given = {**dict(zip(self._names, args, strict=False)), **kwargs}
         past = given.get("past_key_values")
         if past is None:
             use_cache = given.get("use_cache")
@@ -56,9 +57,8 @@ class ForwardHooks:
         if given.get("output_attentions"):
             raise UnsupportedError("output_attentions is set: attention weights are never materialised; unset it or detach")
         self._start(given)
-        kwargs = {**kwargs, "past_key_values": self.cache}
-        position = list(self._signature.parameters).index("past_key_values")
-        return args[:position], {**bound.arguments, **kwargs} if len(args) > position else kwargs
+        at = self._names.index("past_key_values")
+        return args[:at], {**dict(zip(self._names[at:], args[at:], strict=False)), **kwargs, "past_key_values": self.cache}
 
     def _start(self, given: dict) -> None:
         cache = self.cache
@@ -75,10 +75,14 @@ class ForwardHooks:
             )
         new_mask = self._new_mask(given.get("attention_mask"), rows, columns)
         before = cache.lens if not cache.fresh else [0] * rows
-        num_new = new_mask.sum(1).tolist()
-        positions = torch.tensor(before, dtype=torch.int32).unsqueeze(1) + new_mask.cumsum(1, dtype=torch.int32) - 1
-        positions = torch.where(new_mask, positions, -1)
-        last_position = self._check_positions(given.get("position_ids"), new_mask, rows)
+        positions = torch.tensor(before, dtype=torch.int32).unsqueeze(1)
+        if new_mask is None:
+            num_new = [columns] * rows
+            positions = positions if columns == 1 else positions + torch.arange(columns, dtype=torch.int32)
+        else:
+            num_new = new_mask.sum(1).tolist()
+            positions = torch.where(new_mask, positions + new_mask.cumsum(1, dtype=torch.int32) - 1, -1)
+        last_position = self._check_positions(given.get("position_ids"), new_mask, rows, columns)
         identity = not cache.fresh and not cache.touched
         value = 0
         if cache.core.exchange.size > 1 and (cache.fresh or cache.core.agreement.mode == "replicated"):
@@ -119,8 +123,8 @@ class ForwardHooks:
         if self._host_attention is not None:
             self.config._attn_implementation, self._host_attention = self._host_attention, None
 
-    def _new_mask(self, mask, rows: int, columns: int) -> Tensor:
-        """Which of the new columns hold real tokens: [B, T] bool on the host. Sync: reads B * (T + 1) values."""
+    def _new_mask(self, mask, rows: int, columns: int) -> Tensor | None:
+        """Which of the new columns hold real tokens: [B, T] bool on the host; None = all. Sync: with a mask, reads B * (T + 1) values."""
         cache = self.cache
         if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
             shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
@@ -128,7 +132,7 @@ class ForwardHooks:
         if cache.idle:
             return torch.zeros(rows, columns, dtype=torch.bool)
         if mask is None:
-            return torch.ones(rows, columns, dtype=torch.bool)
+            return None
         if mask.shape != (rows, cache.columns + columns):
             raise UnsupportedError(
                 f"attention_mask has shape {tuple(mask.shape)}; with {cache.columns} columns cached and {columns} new it must be "
@@ -142,21 +146,27 @@ class ForwardHooks:
                     f"attention_mask shows {seen} cached tokens per row, the cache holds {cache.lens}: "
                     "a mask can't hide or reveal cached tokens"
                 )
-        return mask[:, -columns:].cpu()
+        new_mask = mask[:, -columns:].cpu()
+        return None if bool(new_mask.all()) else new_mask
 
-    def _check_positions(self, position_ids, new_mask: Tensor, rows: int) -> Tensor:
+    def _check_positions(self, position_ids, new_mask: Tensor | None, rows: int, columns: int) -> Tensor:
         """Positions of real tokens must ascend in every row; returns the last one of each row, [B] int64 on the host."""
         cache = self.cache
         last = torch.full((rows,), -1) if cache.fresh or cache.last_position is None else cache.last_position
         if position_ids is None:
-            return last + new_mask.sum(1)
+            return last + (columns if new_mask is None else new_mask.sum(1))
         if position_ids.dim() != 2:
             raise UnsupportedError(f"position_ids has shape {tuple(position_ids.shape)}; PiKV honours [batch, tokens]")
         ids = position_ids.cpu().expand(rows, -1)
-        running = torch.cat([last.unsqueeze(1), torch.where(new_mask, ids, -1)], 1).cummax(1).values
-        if bool(((ids <= running[:, :-1]) & new_mask).any()):
+        if new_mask is None:
+            before, latest = torch.cat([last.unsqueeze(1), ids[:, :-1]], 1), ids[:, -1]
+            wrong = ids <= before
+        else:
+            running = torch.cat([last.unsqueeze(1), torch.where(new_mask, ids, -1)], 1).cummax(1).values
+            wrong, latest = (ids <= running[:, :-1]) & new_mask, running[:, -1]
+        if bool(wrong.any()):
             raise UnsupportedError(
                 "position_ids do not ascend within a row (packed sequences, or positions that restart): every row must be one request; "
                 "start a new generation for a new request"
             )
-        return running[:, -1]
+        return latest

@@ -11,6 +11,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from pikv_ds.cache import PiKVCache
 from pikv_ds.config import PiKVConfig
+from pikv_ds.config_checks import check_has_experts
 from pikv_ds.errors import ConfigError, UnsupportedError
 
 from . import binding as bindings
@@ -55,7 +56,9 @@ def attach(model: PreTrainedModel, config=None, group: dist.ProcessGroup | None 
     _check(model, attentions, specs, parameter.dtype, config, group)
     num_ranks = 1 if group is None else dist.get_world_size(group)
     num_shards = config.storage.num_shards or num_ranks
-    num_experts = count_experts(model.config.get_text_config(decoder=True)) or num_shards
+    num_experts = count_experts(model.config.get_text_config(decoder=True))
+    check_has_experts(config.routing, num_experts, type(model).__name__)
+    num_experts = num_experts or num_shards
     gate = None
     if config.storage.expert_ids == "gate":
         gate = load_gate(config.storage.gate_path, len(specs), num_experts, specs[0].num_kv_heads * specs[0].k_dim).to(parameter.device)

@@ -102,7 +102,7 @@ class HFCache(Cache):
     def idle_inputs(self) -> dict:
         """Inputs of a forward that stores nothing, changes nothing and whose output means nothing: for a rank that only keeps step."""
         rows = max(len(self.lens), 1)
-        mask = self.column_mask if len(self.lens) else torch.zeros(rows, 0, dtype=torch.bool)
+        mask = torch.ones(rows, self.columns, dtype=torch.bool) if self.column_mask is None else self.column_mask
         return {
             "input_ids": torch.zeros(rows, 1, dtype=torch.int64, device=self.core.device),
             "attention_mask": torch.nn.functional.pad(mask, (0, 1)).to(self.core.device),
@@ -118,7 +118,7 @@ class HFCache(Cache):
         self.lens: list[int] = []  # stored tokens per row
         self.parent: list[int] = []  # pending fork: the row each row continues, in the rows of the last forward
         self.last_position = None  # [B] position_ids of the last real token of each row
-        self.column_mask = torch.zeros(0, 0, dtype=torch.bool)  # [B, columns] which columns are real tokens, on the host
+        self.column_mask: Tensor | None = None  # [B, columns] which columns are real tokens, on the host; None = all of them
         self.fresh = True
         self.idle = False
         self.touched = False  # parent or lens changed since the last forward
@@ -130,7 +130,7 @@ class HFCache(Cache):
             return
         self.parent = [self.parent[i] for i in index]
         self.lens = [self.lens[i] for i in index]
-        self.column_mask = self.column_mask[index]
+        self.column_mask = None if self.column_mask is None else self.column_mask[index]
         self.last_position = self.last_position[index]
         self.touched = self.touched or index != list(range(len(self.parent)))
 
@@ -150,9 +150,11 @@ class HFCache(Cache):
             raise ValueError(f"crop({tokens_to_remove}): give the number of columns to remove as a negative integer")
         remove = min(-tokens_to_remove, self.columns)
         if remove:
-            real = self.column_mask[:, self.columns - remove :].sum(1).tolist()
+            real = [remove] * len(self.lens)
+            if self.column_mask is not None:
+                real = self.column_mask[:, self.columns - remove :].sum(1).tolist()
+                self.column_mask = self.column_mask[:, : self.columns - remove]
             self.lens = [n - r for n, r in zip(self.lens, real, strict=True)]
-            self.column_mask = self.column_mask[:, : self.columns - remove]
             self.last_position = self.last_position - torch.tensor(real)
             self.columns -= remove
             self.touched = self.touched or any(real)
@@ -164,18 +166,21 @@ class HFCache(Cache):
         if self.core.hold_margin is None:
             self.core.hold_margin = 0
 
-    def finish_forward(self, num_columns: int, new_mask: Tensor, num_new: list[int], last_position: Tensor) -> None:
-        """Account for a forward that has run: B rows grew by num_columns columns, num_new of them real per row.
+    def finish_forward(self, num_columns: int, new_mask: Tensor | None, num_new: list[int], last_position: Tensor) -> None:
+        """Account for a forward that has run: B rows grew by num_columns columns, num_new of them real per row (mask None: all).
 
         A forward without any real token leaves the rows as they were: it only kept step.
         """
         if self.fresh:
-            self.lens, self.column_mask = [0] * len(num_new), torch.zeros(len(num_new), 0, dtype=torch.bool)
+            self.lens, self.column_mask = [0] * len(num_new), None
         self.parent = list(range(len(num_new)))
         self.last_position = last_position
         self.fresh = self.touched = False
         if any(num_new):
-            self.column_mask = torch.cat([self.column_mask, new_mask], 1)
+            if new_mask is not None or self.column_mask is not None:
+                old = torch.ones(len(num_new), self.columns, dtype=torch.bool) if self.column_mask is None else self.column_mask
+                new = torch.ones(len(num_new), num_columns, dtype=torch.bool) if new_mask is None else new_mask
+                self.column_mask = torch.cat([old, new], 1)
             self.lens = [n + new for n, new in zip(self.lens, num_new, strict=True)]
             self.columns += num_columns
         self.steps += 1

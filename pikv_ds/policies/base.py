@@ -1,34 +1,173 @@
-"""Retention policy (the paper's "scheduling"): which pages stay. R requests, P pages per request."""
+"""Retention policy (the paper's "scheduling"): which pages stay when a budget is full.
+
+Legend: P pages of the layer's store, R request rows, S local shards, C columns of a block table, T queries per row. With budgets per head
+a page holds one kv head, and every head of a request is a row of its own.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
+from pikv_ds import ops
+from pikv_ds.store import LayerStore
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PageStats:
-    """What a policy may look at, for one layer and shard."""
 
-    seqlens: Tensor
-    """[R, P] int32, entries in each page; 0 where a request has no such page."""
-    last_position: Tensor
-    """[R, P] int32, largest position in each page; -1 where there is no page."""
+@dataclass(frozen=True, kw_only=True)
+class Seen:
+    """What the queries of one forward looked at, in one layer. The last query of each row is in column T - 1."""
+
+    share: Tensor
+    """[P, T] f32: part of a query's attention that falls into a page, mean over query heads."""
+    row: Tensor
+    """[P] int64, the row that holds the page; R where no row does. A page shared by beams has the last of them."""
+    real: Tensor
+    """[R, T] bool: the column holds a query of the row, not padding."""
+    entries: Tensor
+    """[R] int64, entries of the row in all shards."""
+    page_size: int
+    time: int
+    """Query columns before column 0, since the generation began."""
+
+    @cached_property
+    def asked(self) -> Tensor:
+        """[P, T] bool: the column is a query of the page's row."""
+        return torch.nn.functional.pad(self.real, (0, 0, 0, 1))[self.row]
+
+    @cached_property
+    def fair(self) -> Tensor:
+        """[P] f32: the share of a full page if every entry of its row got the same."""
+        return torch.nn.functional.pad(self.page_size / self.entries.clamp_min(1).float(), (0, 1), value=1.0)[self.row]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pages:
+    """The pages of one layer on this rank, as the block tables name them."""
+
+    store: LayerStore
+    table: Tensor
+    """[R, S, C] int32 page ids, -1 = no page."""
+    counts: Tensor
+    """[R, S] int32 entries of each table."""
+    lens: Tensor
+    """[R] int64, tokens of every row so far, evicted ones included."""
+    rows: dict[str, Tensor] = field(default_factory=dict)
+    """What the policy keeps per row, [R, ...]; with budgets per head, the query heads of this kv head only."""
+    time: int = 0
+    """Query columns since the generation began."""
+    last_eviction: int = 0
+    """`time` when entries were last evicted."""
+
+    @cached_property
+    def entries(self) -> Tensor:
+        """[R, S, C] int64, entries in each page; 0 where a table has no page."""
+        begin = torch.arange(self.table.shape[-1], device=self.lens.device) * self.store.page_size
+        return (self.counts.to(torch.int64).unsqueeze(-1) - begin).clamp(0, self.store.page_size)
+
+    @cached_property
+    def slot_positions(self) -> Tensor:
+        """[R, S, C, page_size] int32, the stored positions; anything in slots without an entry."""
+        return self.store.positions[self.table.clamp_min(0)]
+
+    @cached_property
+    def last_position(self) -> Tensor:
+        """[R, S, C] int32, largest position in each page; -1 where there is no page."""
+        last = self.slot_positions.gather(-1, (self.entries - 1).clamp_min(0).unsqueeze(-1)).squeeze(-1)
+        return torch.where(self.entries > 0, last, -1)
+
+    @cached_property
+    def filled(self) -> Tensor:
+        """[R, S, C, page_size] bool: the slot holds an entry."""
+        return torch.arange(self.store.page_size, device=self.lens.device) < self.entries.unsqueeze(-1)
+
+    def value(self, name: str) -> Tensor:
+        """The policy's number of each page, [R, S, C]; 0 where there is no page."""
+        return torch.where(self.entries > 0, self.store.summaries[name][self.table.clamp_min(0)], 0)
+
+    @cached_property
+    def _decoded(self) -> tuple[Tensor, Tensor]:
+        fmt, table = self.store.fmt, self.table.clamp_min(0)
+        k, v = ops.decode_pages(self.store.pages.index_select(0, table.view(-1)), fmt)
+        v = k[..., : fmt.v_dim] if fmt.latent else v
+        filled = self.filled[:, :, :, None, :, None]
+        return tuple(torch.where(filled, x.float().view(*table.shape, *x.shape[1:]), 0) for x in (k, v))
+
+    @property
+    def keys(self) -> Tensor:
+        """[R, S, C, Hkv, page_size, Dk] f32 as attention reads them, 0 without an entry; not the open group of int8 and int4."""
+        return self._decoded[0]
+
+    @property
+    def values(self) -> Tensor:
+        """[R, S, C, Hkv, page_size, Dv] f32, 0 without an entry."""
+        return self._decoded[1]
 
 
 class RetentionPolicy(ABC):
-    """Scores pages. The caller pins sink pages and the open page, then frees the lowest scores until the budget is met.
+    """Scores pages. The caller pins sinks, the recent window and open pages, then frees the lowest scores until the budget is met.
 
-    Options of a policy are keyword-only constructor arguments with defaults.
+    Options of a policy are keyword-only constructor arguments with defaults; they are keys of the "scheduling" block.
     """
 
     name: ClassVar[str]
     keeps_all: ClassVar[bool] = False
-    """True: score() is +inf throughout, so the cache need not ask."""
+    """True: nothing is ever evicted, so the cache need not ask."""
+    page_values: ClassVar[dict[str, torch.dtype]] = {}
+    """One number per page each, kept in the store; a policy that has any is shown what queries attend to."""
+    observes_queries: ClassVar[bool] = False
+    """True: row_values are kept, and observe_queries() is shown the queries themselves."""
+    needs_one_shard: ClassVar[bool] = False
+    """True: a page's score depends on all entries of its request, so that one shard must hold them."""
+    sums_layers: ClassVar[bool] = False
+    """Scores are summed over the layers, which then keep the same entries: needs pages that hold the same entries in every layer."""
+    target_hit_rate: float | None = None
+    """Adaptive threshold: pages that score below theta go as well, theta += threshold_rate * (target_hit_rate - hit rate) per eviction."""
+    threshold_rate: float = 0.0
+    window: int | None = None
+    """Only so many last queries of a forward matter; None = all of them."""
+
+    @property
+    def watches(self) -> bool:
+        """Whether attention must be measured for this policy."""
+        return bool(self.page_values) or self.observes_queries
+
+    def observe(self, values: dict[str, Tensor], seen: Seen) -> None:
+        """Bring page_values, [P] each, up to date, in place. Runs in the step: no host sync."""
+        assert not self.page_values, f"{type(self).__name__} has page_values and no observe()"
+
+    def row_values(self, num_q_heads: int, k_dim: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of what is kept per row and layer, in f32, 0 for a new row; the first dimension, if there is one, is the query head."""
+        return {}
+
+    def observe_queries(self, rows: dict[str, Tensor], q: Tensor, lse: Tensor, positions: Tensor) -> None:
+        """Bring row_values, [R, ...] each, up to date, in place. Runs in the step: no host sync.
+
+        Args: q [R, T, Hq, Dk] f32, times the softmax scale; lse [R, T, Hq] of all they attend to; positions [R, T], -1 = padding (q may
+            be NaN). The last query of a row is in column T - 1.
+        """
+        assert not self.observes_queries, f"{type(self).__name__} observes queries and has no observe_queries()"
 
     @abstractmethod
-    def score(self, stats: PageStats) -> Tensor:
-        """-> f32 [R, P]; higher stays longer, +inf is never evicted."""
+    def score(self, pages: Pages) -> Tensor:
+        """-> f32 [R, S, C]; higher stays longer, no NaN. Compared within a row only. Host phase."""
+
+    def hits(self, pages: Pages) -> Tensor:
+        """-> bool [R, S, C]: pages used since the last eviction; for an adaptive threshold."""
+        raise NotImplementedError(f"{type(self).__name__} has a target_hit_rate and no hits()")
+
+
+class TokenPolicy(RetentionPolicy):
+    """A policy with a score for every entry, computed from what is stored. A page has the mean of its entries."""
+
+    @abstractmethod
+    def entry_scores(self, pages: Pages) -> Tensor:
+        """-> f32 [R, S, C, page_size]; anything but NaN where no entry is. Host phase."""
+
+    def score(self, pages: Pages) -> Tensor:
+        total = torch.where(pages.filled, self.entry_scores(pages), 0).sum(-1)
+        return total / pages.entries.clamp_min(1)

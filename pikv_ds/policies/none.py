@@ -2,7 +2,7 @@ import torch
 from torch import Tensor
 
 from pikv_ds.policies import POLICIES
-from pikv_ds.policies.base import PageStats, RetentionPolicy
+from pikv_ds.policies.base import Pages, RetentionPolicy
 
 
 @POLICIES.register("none")
@@ -14,5 +14,5 @@ class KeepAll(RetentionPolicy):
 
     keeps_all = True
 
-    def score(self, stats: PageStats) -> Tensor:
-        return torch.full(stats.seqlens.shape, torch.inf, dtype=torch.float32, device=stats.seqlens.device)
+    def score(self, pages: Pages) -> Tensor:
+        return torch.full(pages.entries.shape, torch.inf, device=pages.entries.device)

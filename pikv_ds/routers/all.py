@@ -2,17 +2,17 @@ import torch
 from torch import Tensor
 
 from pikv_ds.routers import ROUTERS
-from pikv_ds.routers.base import Router
+from pikv_ds.routers.base import PageQuery, Router
 
 
 @ROUTERS.register("all")
-class AllShards(Router):
-    """Every query reads every shard (exact mode).
+class AllPages(Router):
+    """Every query reads every page (exact mode).
 
-    route(q, s) = true for each shard s. Entries read per query and layer: all that are stored.
+    score = 0 for each page. Entries read per query and layer: all that are stored and inside the window.
     """
 
     reads_all = True
 
-    def route(self, q: Tensor, summary: Tensor) -> Tensor:
-        return torch.ones(q.shape[0], summary.shape[0], dtype=torch.bool, device=q.device)
+    def score(self, asked: PageQuery) -> Tensor:
+        return torch.zeros_like(asked.block_table, dtype=torch.float32)

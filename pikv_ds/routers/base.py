@@ -1,23 +1,120 @@
-"""KV router: which shards a query reads. T queries, S shards, R requests, Hq and Hkv heads, D key width."""
+"""KV router: which of the stored pages a query reads.
+
+Q queries, S local shards, N = Q * S block tables (those of query i are i * S ... i * S + S - 1), C table columns, Hq query heads and H kv
+heads, D key width, P entries per page.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
+
+from pikv_ds.store import LayerStore
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewEntries:
+    """Tokens of a forward in one layer, those of all shards: every rank has them."""
+
+    k: Tensor
+    """[N, H, D]; anything where not valid."""
+    rows: Tensor
+    """[N] int64, ascending."""
+    positions: Tensor
+    """[N] int32."""
+    shard: Tensor
+    """[N] int64 global shard."""
+    valid: Tensor
+    """[N] bool: stored, on whatever rank."""
+    slot_mapping: Tensor
+    """[N] int32 page * page_size + offset; -1 = not stored here."""
+    table: Tensor
+    """[N] int32 row * S + local shard, 0 where not stored here: the tail row of a token."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PageQuery:
+    """Queries of one layer and the pages of this rank that they could read."""
+
+    layer: int
+    rows: slice
+    """The request rows, each with Q / R queries, in order."""
+    q: Tensor
+    """[Q, Hq, D], contiguous."""
+    positions: Tensor
+    """[Q] int32; -1 = padding, whose choice does not matter."""
+    store: LayerStore
+    block_table: Tensor
+    """[N, 1, C] int32."""
+    seqlens: Tensor
+    """[N, 1] int32, entries of each table that the query sees."""
+    tail: Tensor | None
+    tail_rows: Tensor | None
+    """Raw keys of the open groups and [N] int32, as `ops.decode` takes them."""
+    visible: Tensor
+    """[Q, S, C] bool: the page holds an entry inside the query's window."""
+    first: Tensor
+    last: Tensor
+    """[Q, S, C] int32: positions of the page's first and last entry; anything where not visible."""
+    entries: Tensor
+    """[Q, S, C] int32: entries of each page, 0 where not visible."""
+    pinned: Tensor
+    """[Q, S, C] bool: holds a sink or recent token, and is read if visible, whatever its score."""
+    shards: slice
+    """The local shards among all."""
+    homes: Tensor | None
+    """[R, L] int16: global shard of every position of the rows; None = there is one shard."""
+    window: int | None
+    scale: float
+    gather: Callable[[Tensor], Tensor]
+    """[...] of the same shape on all ranks -> [ranks, ...]. A collective when there are several: call it on all or none."""
+
+    def over_shards(self, x: Tensor) -> Tensor:
+        """[Q, S, ...] of the local shards -> [Q, shards, ...] of all, by `gather`."""
+        return self.gather(x).transpose(0, 1).flatten(1, 2)
+
+    def row_of_query(self) -> Tensor:
+        """[Q] int64 request row of each query."""
+        rows = torch.arange(self.rows.start, self.rows.stop, device=self.q.device)
+        return rows.repeat_interleave(self.q.shape[0] // rows.numel(), output_size=self.q.shape[0])
 
 
 class Router(ABC):
-    """Chooses shards per query. The caller adds the query's own chunk, the sink tokens and the recent window.
+    """Scores pages. The caller adds the pinned pages (sink tokens, recent window) and takes the best up to the budget, over all ranks.
 
-    Options of a router are keyword-only constructor arguments with defaults.
+    Options of a router are keyword-only constructor arguments with defaults; they are keys of the "routing" block. What a router keeps per
+    page is a summary of the store (`open`), brought up to date after every append (`wrote`). A score must depend on the stored entries and
+    the query alone, never on the number of ranks.
     """
 
     name: ClassVar[str]
     reads_all: ClassVar[bool] = False
-    """True: route() never leaves a shard out, so the cache need not ask."""
+    """True: nothing is ever left out, so the cache does not ask."""
+    budgeted: ClassVar[bool] = True
+    """False: the router itself says how much is read, every page of a score above -inf."""
+
+    wants_page_lse: ClassVar[bool] = False
+    """True: `answered` is called after every read."""
+    needs_experts: ClassVar[bool] = False
+    """True: it follows the model's experts, and a dense model is refused."""
+
+    def open(self, layer: int, store: LayerStore, num_shards: int) -> None:  # noqa: B027
+        """A new, empty store of a layer, of store.counts.shape[0] rows: add summaries, forget rows. num_shards: on all ranks."""
+
+    def remap(self, layer: int, parent: Tensor) -> None:  # noqa: B027
+        """Row i continues row parent[i], -1 = a fresh row. Host phase. What is kept per page follows its page by itself."""
+
+    def wrote(self, layer: int, store: LayerStore, new: NewEntries) -> None:  # noqa: B027
+        """Entries were appended. Those of a forward of several tokens are reported after its queries, which must not see them."""
+
+    def answered(self, asked: PageQuery, page_list: Tensor, page_lse: Tensor) -> None:  # noqa: B027
+        """Queries read page_list [N, 1 or H, K] int32 (-1 = none) of this rank; page_lse [N, Hq, K] f32. With wants_page_lse."""
 
     @abstractmethod
-    def route(self, q: Tensor, summary: Tensor) -> Tensor:
-        """q [T, Hq, D], summary [S, R, Hkv, D] (a key-like vector per shard and request) -> bool [T, S], q's device."""
+    def score(self, asked: PageQuery) -> Tensor:
+        """-> f32 [N, 1 or H, C], the higher the sooner read; -inf, and pages that are not visible, are not read. Sync: none."""

@@ -174,6 +174,12 @@ def test_unknown_mask_overlay(model, cache, monkeypatch):
         pikv_mask(1, 4, 4, use_vmap=True)
 
 
+def test_router_of_experts_on_a_dense_model():
+    dense = AutoModelForCausalLM.from_config(LlamaConfig(**SMALL)).eval()
+    with pytest.raises(ConfigError, match="'experts' reads the shard of the query's expert, and LlamaForCausalLM is a dense model"):
+        pikv_ds.attach(dense, {"routing": {"method": "experts"}})
+
+
 def test_dropout(cache):
     dense = AutoModelForCausalLM.from_config(LlamaConfig(**SMALL, attention_dropout=0.5)).eval()
     with pikv_ds.attach(dense, {}) as own, pytest.raises(UnsupportedError, match="train mode"):

@@ -5,25 +5,61 @@ import inspect
 import pytest
 import torch
 
+from pikv_ds.errors import ConfigError
 from pikv_ds.policies import POLICIES
-from pikv_ds.policies.base import PageStats, RetentionPolicy
+from pikv_ds.policies.base import Pages, RetentionPolicy
+from tests.unit.driver import layer, ragged
+from tests.unit.evicting import EvictingDriver
+from tests.unit.invariants import poison
+from tests.unit.stores import fill, make_store
+
+EVICTING = [name for name, policy in POLICIES.items() if not policy.keeps_all]
 
 
-def stats(requests, pages):
-    seqlens = torch.full((requests, pages), 16, dtype=torch.int32)
-    last = torch.arange(pages, dtype=torch.int32).mul(16).add(15).expand(requests, pages)
-    return PageStats(seqlens=seqlens, last_position=last)
+def some_pages(lens: list[int]) -> Pages:
+    store = make_store(len(lens), 2, 4)
+    if any(lens):
+        fill(store, {(row, shard): list(range(shard, n, 2)) for row, n in enumerate(lens) for shard in range(2)})
+    return Pages(store=store, table=store.block_table, counts=store.counts, lens=torch.tensor(lens))
 
 
 @pytest.mark.parametrize("name", POLICIES.names())
-@pytest.mark.parametrize("requests, pages", [(0, 4), (1, 1), (3, 5)])
-def test_scores_are_one_comparable_number_per_page(name, requests, pages):
+def test_it_says_what_it_does(name):
     cls = POLICIES.get(name)
-    assert issubclass(cls, RetentionPolicy) and cls.name == name and inspect.getdoc(cls)
-    score = POLICIES.build(name).score(stats(requests, pages))
-    assert score.shape == (requests, pages) and score.dtype == torch.float32
-    assert not score.isnan().any()
+    assert issubclass(cls, RetentionPolicy) and cls.name == name
+    text = inspect.getdoc(cls)
+    assert text and "score" in text and (cls.keeps_all or "Source" in text), "formula and source belong in the docstring"
 
 
 def test_none_never_evicts():
-    assert POLICIES.build("none").score(stats(2, 3)).eq(torch.inf).all()
+    assert POLICIES.build("none").score(some_pages([5, 9])).eq(torch.inf).all()
+
+
+@pytest.mark.parametrize("num_shards", [1, 2], ids="S{}".format)
+@pytest.mark.parametrize("name", EVICTING)
+def test_budget_pins_and_attention(name, num_shards):
+    """Whatever a policy prefers: budgets hold, pins stay, attention is that over the kept entries, freed slots may hold NaN."""
+    scheduling = {"method": name, "budget_tokens": 30, "sink_tokens": 2, "recent_tokens": 5}
+    kinds, options = [layer(0), layer(1, window=7), layer(2)], {"page_size": 4, "num_shards": num_shards, "placement": "position"}
+    if POLICIES.get(name).needs_one_shard and num_shards > 1:
+        with pytest.raises(ConfigError, match="one shard on one rank"):
+            EvictingDriver(kinds, None, scheduling, **options)
+        return
+    driver = EvictingDriver(kinds, None, scheduling, **options)
+    driver.prefill([50, 3, 21])
+    for mask in [*[ragged([1, 1, 1])] * 6, ragged([9, 0, 13]), ragged([1, 0, 1]), *[ragged([1, 1, 1])] * 5]:
+        poison(driver)
+        driver.forward(mask)
+    assert driver.evicted > 60
+
+
+@pytest.mark.parametrize("name", EVICTING)
+def test_scores_are_comparable_numbers(name):
+    """Through the cache, so that what a policy keeps per page and per row exists; absent pages must not be NaN either."""
+    driver = EvictingDriver([layer(0)], None, {"method": name, "budget_tokens": 40, "sink_tokens": 2, "recent_tokens": 5}, page_size=4)
+    driver.prefill([33, 2])
+    retention = driver.cache.retention
+    score = retention.policy.score(retention.pages(0, driver.lens))
+    table = driver.cache.tables.stores[0].block_table
+    assert score.shape == table.shape and score.dtype == torch.float32
+    assert score[table >= 0].isfinite().all() and not score.isnan().any()

@@ -1,22 +1,91 @@
-"""What every registered KV router keeps."""
+"""What every registered KV router keeps. A router needs no test of its own to be held to this; test_selection.py does so over ranks."""
 
 import inspect
 
 import pytest
 import torch
 
+from pikv_ds.config import PiKVConfig
 from pikv_ds.routers import ROUTERS
 from pikv_ds.routers.base import Router
+from tests.routing_blocks import placement, routing
+from tests.unit.driver import Driver, layer, ragged
+
+pytestmark = pytest.mark.parametrize("name", ROUTERS.names())
+LAYERS = [layer(0), layer(1, window=24)]
 
 
-@pytest.mark.parametrize("name", ROUTERS.names())
-@pytest.mark.parametrize("tokens, shards", [(0, 2), (1, 1), (5, 4)])
-def test_route_is_a_mask_over_shards(name, tokens, shards):
+class Recording(Driver):
+    """Keeps the outputs and compares nothing: a router may read less than dense attention does."""
+
+    def __init__(self, name: str, folder, **options) -> None:
+        block = routing(name, folder, layers=len(LAYERS), shards=options.get("num_shards", 1), query_width=4 * 8)
+        super().__init__(LAYERS, routing=block, **placement(name), **options)
+
+    def _compare(self, i, q, positions, out, lse) -> None:
+        real = positions >= 0
+        assert bool(out[real].isfinite().all()) and bool(lse[real].isfinite().all())
+
+
+def outputs(driver: Recording) -> list:
+    driver.prefill([40, 23])
+    found = [driver.forward(ragged([5, 5]))]
+    driver.select([1, 1, 0])
+    found += [driver.forward(torch.ones(3, 1, dtype=torch.bool)) for _ in range(9)]
+    driver.announce_crops()
+    driver.forward(ragged([4, 4, 4]))
+    driver.crop([n - 3 for n in driver.lens])
+    found.append(driver.forward(torch.ones(3, 1, dtype=torch.bool)))
+    driver.prefill([9])
+    return [*found, driver.forward(torch.ones(1, 1, dtype=torch.bool))]
+
+
+def test_is_described(name):
     cls = ROUTERS.get(name)
-    assert issubclass(cls, Router) and cls.name == name and inspect.getdoc(cls)
-    chosen = ROUTERS.build(name).route(torch.randn(tokens, 8, 32), torch.randn(shards, 3, 2, 32))
-    assert chosen.shape == (tokens, shards) and chosen.dtype == torch.bool
+    assert issubclass(cls, Router) and cls.name == name
+    assert len(inspect.getdoc(cls).splitlines()) > 2, "what is read, by which formula, from which source"
 
 
-def test_all_reads_everything():
-    assert ROUTERS.build("all").route(torch.randn(3, 4, 8), torch.randn(2, 1, 4, 8)).all()
+def test_options_are_keywords_that_a_block_may_hold(name, tmp_path):
+    parameters = list(inspect.signature(ROUTERS.get(name).__init__).parameters.values())[1:]
+    assert all(p.kind in (p.KEYWORD_ONLY, p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)
+    block = routing(name, tmp_path, layers=2, shards=1, query_width=8)
+    defaults = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is not p.empty}
+    PiKVConfig(page_size=4, routing=block | defaults)
+
+
+@pytest.mark.parametrize("num_shards", [1, 4], ids="shards{}".format)
+def test_rows_that_grow_fork_and_start_anew(name, num_shards, tmp_path):
+    """Finite throughout, and twice the same: nothing depends on the state of a random generator."""
+    first, second = (outputs(Recording(name, tmp_path, num_shards=num_shards)) for _ in range(2))
+    for forward, again in zip(first, second, strict=True):
+        for (out, lse), (out_again, lse_again) in zip(forward, again, strict=True):
+            assert torch.equal(out, out_again) and torch.equal(lse, lse_again)
+
+
+def test_pinned_pages_are_always_read(name, tmp_path):
+    """Sinks and the recent window, whatever the scores; a router that reads less than everything reads less than is stored."""
+    driver = Recording(name, tmp_path, num_shards=4)
+    driver.prefill([70])
+    selection = driver.cache.selection
+    if selection is None:
+        assert ROUTERS.get(name).reads_all
+        return
+    choose, seen = selection.choose, []
+
+    def checking(asked, plan):
+        page_list = choose(asked, plan)
+        listed = torch.zeros(*page_list.shape[:2], asked.block_table.shape[-1] + 1, dtype=torch.bool)
+        listed.scatter_(2, torch.where(page_list >= 0, page_list, listed.shape[-1] - 1).long(), True)
+        must = (asked.pinned & asked.visible).flatten(0, 1).unsqueeze(1)
+        assert bool((listed[..., :-1] | ~must).all())
+        assert bool((asked.visible.flatten(0, 1).unsqueeze(1) | ~listed[..., :-1]).all()), "a page beyond what is visible"
+        seen.append(int(must.sum()))
+        return page_list
+
+    selection.choose = checking
+    for _ in range(4):
+        driver.decode()
+    assert min(seen) >= 2
+    read, visible = selection.entries.tolist()
+    assert 0 < read < visible

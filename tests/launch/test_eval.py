@@ -1,6 +1,7 @@
 """`pikv eval`: rows against independent figures, a cache that forgets, resuming, ranks, refusals."""
 
 import contextlib
+import io
 import json
 import math
 
@@ -9,9 +10,12 @@ import torch
 from transformers import DynamicCache
 
 from pikv_ds import bundled
+from pikv_ds.adapters.hf import attach
 from pikv_ds.bundled.recall import Prose
+from pikv_ds.launch import megatron_eval
 from pikv_ds.launch.cli import main
 from pikv_ds.launch.evaluation import hf
+from pikv_ds.launch.evaluation.job import progress_bar
 from pikv_ds.launch.evaluation.partial import Partial, key_of
 from pikv_ds.launch.evaluation.ppl import measure_ppl
 from pikv_ds.launch.evaluation.recall import measure_recall
@@ -64,7 +68,7 @@ def test_rows_have_the_columns_and_say_how_they_were_made(document):
         assert list(row) == [*COLUMNS, "detail"]
         assert row["chunk"] == 16 and row["detail"]["store_share"] >= 0.95 and row["dtype"] == "float32" and row["ranks"] == 1
     assert rows["exact", "ppl"]["config"] == BLOCK and rows["dense", "ppl"]["config"] is None
-    assert rows["dense", "ppl"]["attention_impl"] == "DynamicCache + sdpa" and "paged" in rows["exact", "ppl"]["attention_impl"]
+    assert rows["dense", "ppl"]["attention_impl"] == "DynamicCache + sdpa" and rows["exact", "ppl"]["attention_impl"] == "pikv cpu fp32"
     assert "--context 256 --samples 4 --batch 3 --seed 0" in document["command"] and document["versions"]["transformers"]
 
 
@@ -80,6 +84,25 @@ def test_perplexity_is_that_of_one_dense_forward(document):
     assert rows["exact", "ppl"]["ppl"] == pytest.approx(expected, rel=1e-5)
     assert abs(rows["exact", "ppl"]["ppl_change_pct"]) < 1e-3 and abs(rows["exact", "ppl"]["kl"]) < 1e-6
     assert rows["exact", "ppl"]["detail"]["scored_tokens"] == SAMPLES * CONTEXT // 2
+
+
+def test_kl_is_from_one_dense_forward_to_the_measured_cache(tmp_path):
+    block = {"compression": {"method": "int4"}}
+    file = tmp_path / "rows.json"
+    assert main(["eval", *SMALL, "--batch", "3", "--tasks", "ppl", "--config", json.dumps(block), "--json", str(file)]) == 0
+    row = rows_of(json.loads(file.read_text()))["int4", "ppl"]
+    model, tokenizer = bundled.load()
+    windows = hf_windows(Prose(tokenizer, bundled.evaluation_text()))
+    with torch.no_grad():
+        dense = model(windows).logits.double().log_softmax(-1)
+        with attach(model, block) as cache:
+            fed = [model(part, past_key_values=cache, use_cache=True).logits for part in windows.split(row["chunk"], 1)]
+    own = torch.cat(fed, 1).double().log_softmax(-1)
+    scored = slice(CONTEXT // 2 - 1, CONTEXT - 1)
+    kl = (dense.exp() * (dense - own)).sum(-1)[:, scored].mean().item()
+    losses = -own[:, :-1].gather(-1, windows[:, 1:, None])[:, scored]
+    assert kl > 1e-4 and row["kl"] == pytest.approx(kl, rel=1e-3)
+    assert row["ppl"] == pytest.approx(losses.mean().exp().item(), rel=1e-5)
 
 
 def hf_windows(prose: Prose) -> torch.Tensor:
@@ -149,6 +172,18 @@ def test_a_stopped_run_goes_on_with_what_is_missing(tmp_path, monkeypatch, capsy
     assert [path.name for path in tmp_path.iterdir()] == ["rows.json"]
 
 
+def test_a_terminal_sees_how_far_it_is():
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    shown = Terminal()
+    with progress_bar("ppl, exact", 4, shown) as advance:
+        advance(2)
+        advance(2)
+    assert "ppl, exact" in shown.getvalue() and "4/4" in shown.getvalue()
+
+
 def test_finished_rows_are_of_the_same_command_only(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("a")
@@ -202,6 +237,18 @@ def test_two_ranks_under_autoep_share_the_samples_and_give_the_figures_of_one(do
 def test_mistakes_are_told_before_anything_is_measured(arguments, message, capsys):
     assert main(["eval", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_mistakes_of_ranks_that_torchrun_started(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["megatron_eval", "--ep", "3"])
+    with pytest.raises(SystemExit, match="2"):
+        megatron_eval.main()
+    assert "started without a launcher; use torchrun --nproc-per-node R -m pikv_ds.launch.megatron_eval" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, told in (("0", "megatron_eval: --ep 3: legal with --ranks 2 are its divisors"), ("1", "")):
+        monkeypatch.setenv("RANK", rank)
+        assert megatron_eval.main() == 2
+        assert capsys.readouterr().err.strip() == told
 
 
 def test_chunks_leave_95_percent_to_the_store():

@@ -1,11 +1,14 @@
-"""docs/EVALUATION.md: its commands parse, the first one runs, its columns are the rows', its table is the committed results'."""
+"""docs/EVALUATION.md: its commands parse, the first one runs, its columns are the rows', its tables are the committed results'."""
 
 import json
 import re
 import shlex
 from pathlib import Path
 
+import pytest
+
 from pikv_ds.launch.cli import build_parser, main
+from pikv_ds.launch.evaluation.plan import read_spec
 from pikv_ds.launch.evaluation.spec import COLUMNS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,16 +33,65 @@ def test_every_column_is_explained():
     assert set(re.findall(r"`(\w+)`", "".join(line.split("|")[1] for line in table.splitlines() if line.startswith("| `")))) == set(COLUMNS)
 
 
-def test_the_table_is_that_of_the_committed_results():
-    shown = [
-        [cell.strip() for cell in line.strip("|").split("|")] for line in TEXT.splitlines() if line.startswith(("| hf,", "| megatron,"))
-    ]
-    rows = [row for name in ("eval_hf", "eval_megatron") for row in json.loads((ROOT / f"docs/results/{name}.json").read_text())["rows"]]
-    assert len(shown) == 4
-    for backend, method, ppl, kl, recall, fullest, of_dense, attention in shown:
-        own = {row["task"]: row for row in rows if row["backend"] == backend.partition(",")[0] and row["method"] == method}
-        assert f"{own['ppl']['ppl']:.5f}" == ppl and f"{own['recall']['recall']:.2f}" == recall
-        assert abs(own["ppl"]["kl"]) < (1e-8 if kl == "< 1e-8" else 1e-300)
-        assert f"{max(own['ppl']['kv_bytes_per_rank']):,}" == fullest and attention == own["ppl"]["attention_impl"]
-        share = max(own["ppl"]["kv_bytes_per_rank"]) / max(own["ppl"]["detail"]["kv_bytes_dense_per_rank"])
-        assert f"{share:.3f}".rstrip("0").rstrip(".") == of_dense
+def results(name: str) -> dict:
+    """Rows of a committed run, by method and task."""
+    return {(row["method"], row["task"]): row for row in json.loads((ROOT / f"docs/results/{name}.json").read_text())["rows"]}
+
+
+def shown(*backends: str) -> list[list[str]]:
+    lines = [line for line in TEXT.splitlines() if line.startswith(tuple(f"| {backend}" for backend in backends))]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def of_dense(row: dict) -> float:
+    return max(row["kv_bytes_per_rank"]) / max(row["detail"]["kv_bytes_dense_per_rank"])
+
+
+def small(number: float) -> str:
+    return "0" if number == 0 else "< 1e-8" if abs(number) < 1e-8 else f"{number:.1e}"
+
+
+def test_the_table_of_two_ranks_is_that_of_the_committed_results():
+    found = []
+    for name, backend in (("eval_hf", "hf, AutoEP 2"), ("eval_megatron", "megatron, EP 2")):
+        rows = results(name)
+        for method in ("dense", "exact"):
+            ppl, share = rows[method, "ppl"], f"{of_dense(rows[method, 'ppl']):.3f}".rstrip("0").rstrip(".")
+            found.append([backend, method, f"{ppl['ppl']:.5f}", small(ppl["kl"]), f"{rows[method, 'recall']['recall']:.2f}"])
+            found[-1] += [f"{max(ppl['kv_bytes_per_rank']):,}", share, ppl["attention_impl"]]
+    assert found == shown("hf,", "megatron,")
+
+
+def test_the_table_of_compressed_pages_is_that_of_the_committed_results():
+    found = []
+    for backend in ("hf", "megatron"):
+        rows = results(f"eval_{backend}_codecs")
+        for method in ("exact", "int8", "int4"):
+            ppl = rows[method, "ppl"]
+            found.append([backend, method, f"{ppl['ppl']:.3f}", f"{round(ppl['ppl_change_pct'], 2) + 0.0:.2f} %", small(ppl["kl"])])
+            found[-1] += [f"{rows[method, 'recall']['recall']:.2f}", f"{ppl['bytes_per_token']:,.0f}", f"{ppl['compression']:.2f}"]
+            found[-1].append(ppl["attention_impl"])
+    assert found == shown("hf |", "megatron |")
+
+
+def test_both_backends_reach_the_same_quality_in_fewer_bytes():
+    """The same command on both, two ranks with the same requests."""
+    hf, megatron = results("eval_hf"), results("eval_megatron")
+    for rows in (hf, megatron):
+        assert rows["exact", "recall"]["recall"] >= 0.95 and {row["ranks"] for row in rows.values()} == {2}
+        assert all(of_dense(rows["exact", task]) <= 0.72 and rows["exact", task]["attention_impl"] for task in ("ppl", "recall"))
+    assert abs(hf["exact", "recall"]["recall"] - megatron["exact", "recall"]["recall"]) <= 0.01
+    assert megatron["exact", "ppl"]["ppl"] == pytest.approx(hf["exact", "ppl"]["ppl"], rel=1e-3)
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "docs" / "results").glob("eval_*.json")), ids=lambda file: file.stem)
+def test_committed_results_say_how_they_were_made(file, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    document = json.loads(file.read_text())
+    arguments = shlex.split(document["command"])
+    assert arguments[0] == "pikv" and document["versions"]["torch"] and document["machine"]["cpu"]
+    spec, units = read_spec(build_parser().parse_args(arguments[1:]))
+    assert len(units) == len(document["rows"])
+    for row, unit in zip(document["rows"], units, strict=True):
+        assert [*row] == [*COLUMNS, "detail"] and row["task"] == unit.task and row["chunk"] == spec.chunk
+        assert (row["backend"], row["ranks"], row["tp"], row["ep"]) == (spec.backend, spec.ranks, spec.tp, spec.ep)

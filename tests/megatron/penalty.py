@@ -6,8 +6,9 @@ from pikv_ds.errors import ConfigError, UnsupportedError
 from pikv_ds.megatron_patch import PiKVInferenceContext, RouterPenalty, disable_pikv, enable_pikv, pikv_layer_spec
 from pikv_ds.megatron_patch.penalty import model_weights
 from tests.dist.jobs.report import Report
+from tests.megatron import documented
 from tests.megatron.models import local_spec, tiny_config, tiny_model
-from tests.megatron.runs import decode, full_forward
+from tests.megatron.runs import decode, full_forward, refused
 
 ROUTINGS = {
     "softmax": {},
@@ -62,6 +63,11 @@ def check_penalty(report: Report, ids: torch.Tensor) -> None:
             logits = torch.randn(40, 1, 8, generator=torch.Generator().manual_seed(2))
             probs, routing_map = router.routing(logits)
             assert torch.allclose(model_weights(logits.view(40, 8), routing_map, model.config), probs, atol=1e-6)
+    with report.check("the documented penalty"):
+        model = tiny_model(tiny_config())
+        documented.run("RouterPenalty(load", model=model)
+        assert type(model.decoder.layers[0].mlp.router).__name__ == "PiKVTopKRouter"
+        assert model.decoder.layers[0].mlp.router.pikv_penalty == RouterPenalty(load=0.5, miss=0.1, applies_to="selection")
     with report.check("penalty without a context, in a specification, refused"):
         config = tiny_config()
         built = tiny_model(config, pikv_layer_spec(local_spec(config), CONFIG, router_penalty=RouterPenalty(load=2.0)))
@@ -74,9 +80,4 @@ def check_penalty(report: Report, ids: torch.Tensor) -> None:
             (ConfigError, "load=-1", lambda: RouterPenalty(load=-1)),
             (ConfigError, "applies_to='weights'", lambda: RouterPenalty(applies_to="weights")),
         ):
-            try:
-                call()
-            except kind as error:
-                assert match in str(error), error
-            else:
-                raise AssertionError(f"nothing was raised where {match!r} was expected")
+            refused(kind, match, call)

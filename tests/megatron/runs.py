@@ -1,7 +1,7 @@
 """One generation through a context, the reference it is compared with, and what must hold afterwards."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from unittest import mock
 
 import torch
@@ -48,15 +48,25 @@ def dense_is_forbidden() -> Iterator[None]:
         yield
 
 
-def assert_conserved(context, expected_live: int) -> None:
+def assert_conserved(context, expected_live: int | None = None) -> None:
     """Entries of this rank's requests, summed over the group, are each stored once. expected_live: of this rank (replicated: of all)."""
     stats, group = context.stats(), context.core.exchange.group
-    names = ("entries_appended", "entries_live", "entries_expired", "entries_evicted", "entries_cropped")
-    sums = torch.tensor([stats[name] for name in names] + [expected_live])
+    names = ("entries_appended", "entries_forked", "entries_live", "entries_expired", "entries_evicted", "entries_cropped")
+    sums = torch.tensor([stats[name] for name in names] + [expected_live or 0])
     if group is not None:
         dist.all_reduce(sums, group=group)
-    appended, live, expired, evicted, cropped, expected = sums.tolist()
+    appended, forked, live, *gone, expected = sums.tolist()
     if stats["requests"] == "replicated":
         expected //= group.size()
-    assert appended == live + expired + evicted + cropped, dict(zip(names, sums.tolist(), strict=False))
-    assert live == expected, f"{live} entries live, {expected} expected"
+    assert appended + forked == live + sum(gone), dict(zip(names, sums.tolist(), strict=False))
+    assert expected_live is None or live == expected, f"{live} entries live, {expected} expected"
+
+
+def refused(kind: type[Exception], match: str, call: Callable[[], object]) -> None:
+    """`call` raises `kind` with `match` in its message."""
+    try:
+        call()
+    except kind as error:
+        assert match in str(error), f"{match!r} not in {error}"
+    else:
+        raise AssertionError(f"no {kind.__name__} where {match!r} was expected")

@@ -48,7 +48,11 @@ def get_inference_engine(args, model) -> StaticInferenceEngine:
         inference_max_requests=args.inference_max_requests,
         inference_max_seq_length=args.inference_max_seq_length,
     )
-    inference_context = StaticInferenceContext(args.inference_max_requests, args.inference_max_seq_length)
+    # fmt: off
+    inference_context = StaticInferenceContext(
+        args.inference_max_requests, args.inference_max_seq_length
+    )
+    # fmt: on
     inference_wrapped_model = GPTInferenceWrapper(model, wrapper_config, inference_context)
     controller = TextGenerationController(inference_wrapped_model, tokenizer)
     return StaticInferenceEngine(controller, legacy=args.use_legacy_static_engine)

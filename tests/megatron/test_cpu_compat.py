@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from pikv_ds.megatron_patch import cpu_compat
+from tests.megatron import documented
 
 needs_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="does nothing with CUDA")
 
@@ -24,6 +25,16 @@ def test_uninstall_restores_every_name():
     assert not cpu_compat.uninstall()
     changed = [name for owner, name, original in before if getattr(owner, name, None) is not original]
     assert not changed, changed
+
+
+@needs_cpu
+def test_the_documented_lines():
+    def run() -> None:
+        assert torch.cuda.current_device() == torch.device("cpu") and torch.ones(1, device="cuda").device.type == "cpu"
+
+    original = torch.cuda.current_device
+    made = documented.run("cpu_compat.install()", run=run)
+    assert torch.cuda.current_device is original and made["options"]["use_cpu_initialization"]
 
 
 def test_does_nothing_with_cuda():

@@ -21,7 +21,15 @@ LAYOUTS = {  # name: world, "tp,ep,etp"
 }
 CHECKS = ["static decoding equals the full forward", "each rank its own requests", "the same requests on all ranks"]
 LATENT = ["MLA, each rank its own requests", "MLA, the same requests on all ranks"]
-SOURCES = ["ids true", "ids hash", "ids lookahead", "ids true, the same requests", "ids lookahead, the same requests"]
+SOURCES = [
+    "int8 pages",
+    "MLA, ids true",
+    "ids true",
+    "ids hash",
+    "ids lookahead",
+    "ids true, the same requests",
+    "ids lookahead, the same requests",
+]
 SHARED = [f"KV heads that peers share, ids {source}" for source in ("previous_layer", "true")]
 _jobs: dict[int, JobResult] = {}
 

@@ -27,6 +27,7 @@ def rows_of(layout: str, check: str) -> list[dict]:
         "ids lookahead",
         "sliding window, ids true, chunked prefill",
         "a forward without a context is the host's own unless serving",
+        "the documented lines",
         "refusals",
         "tokens that were never run",
     ],

@@ -1,4 +1,4 @@
-"""Windows, softmax offsets, routing variants, and what is refused by name; on two expert-parallel ranks."""
+"""Windows, softmax offsets, masks, routing variants, and what is refused by name; on two expert-parallel ranks."""
 
 import pytest
 import torch
@@ -33,10 +33,13 @@ _jobs: list[JobResult] = []
         *(f"{name}, ids previous_layer" for name in SETTINGS),
         *(f"{name}, ids true" for name in ("sliding window", "dropped tokens", "router in chunks", "dense first layer")),
         *(f"entries are at their experts, ids {source}, {chunks} chunks" for source in ("true", "previous_layer") for chunks in (1, 3)),
+        *(f"padding, {which}" for which in ("ids previous_layer", "ids true", "the same requests")),
+        "masks refused",
         "penalty of strength 0 changes nothing",
         "load penalty evens out the shards",
         "miss penalty keeps tokens from an expert",
         *(f"weights of a chosen set are the model's own, {name}" for name in ("softmax", "softmax before the choice", "scaled", "sigmoid")),
+        "the documented penalty",
         "penalty without a context, in a specification, refused",
         "settings refused by name",
         "versions refused",

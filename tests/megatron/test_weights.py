@@ -17,6 +17,7 @@ _jobs: list[JobResult] = []
     "check",
     [
         *(f"{model} {what}" for model in MODELS for what in ("same logits", "the way back")),
+        "the documented lines",
         "bundled finds a pass key over PiKV",
         "refusals",
     ],

@@ -29,10 +29,11 @@ class Case:
 
 def make_case(
     name="bf16", *, lens=(37,), shards=1, heads=2, group=4, k_dim=64, v_dim=None, page_size=None, latent=False, dtype=torch.bfloat16,
-    seed=0, unused=0xFF,
+    seed=0, stretch=1, unused=0xFF,
 ) -> Case:  # fmt: skip
     """`lens`: entries of each request, dealt to `shards` tables at random, so that no table holds a run of positions.
 
+    stretch: the positions of a request are drawn from so many times as many, as those of one shard among others are.
     unused: every byte that no entry has been written to; 0xFF is NaN in every float format.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -40,7 +41,9 @@ def make_case(
     fmt = PageFormat(name, heads, k_dim, v_dim or k_dim, page_size, latent)
     R, N = len(lens), len(lens) * shards
     owner = [torch.randint(shards, (length,), generator=generator) for length in lens]
-    positions = [torch.nonzero(owner[n // shards] == n % shards).flatten().int() for n in range(N)]
+    draw = lambda length: torch.randperm(stretch * length, generator=generator)[:length].sort().values  # noqa: E731
+    drawn = [(torch.arange(length) if stretch == 1 else draw(length)).int() for length in lens]
+    positions = [drawn[n // shards][owner[n // shards] == n % shards] for n in range(N)]
     counts = [p.numel() for p in positions]
     used = [-(-count // page_size) for count in counts]
     total, width = sum(used), max(used, default=0) + 1
@@ -65,7 +68,7 @@ def make_case(
     ref_append.append(pages, fmt, k, v, torch.cat(positions), torch.cat(slots), **rows)
     q = torch.randn(R, heads * group, k_dim, generator=generator).to(dtype)
     seqlens = torch.tensor(counts, dtype=torch.int32).view(N, 1)
-    return Case(fmt, pages, q, block_table, seqlens, torch.tensor(lens, dtype=torch.int32), k, v, extra)
+    return Case(fmt, pages, q, block_table, seqlens, stretch * torch.tensor(lens, dtype=torch.int32), k, v, extra)
 
 
 def answer(case: Case, **options):
@@ -95,11 +98,12 @@ def call(name: str, implementation: str, monkeypatch, *args):
     return getattr(torch.ops.pikv, name)(*args)
 
 
-def compare(found: Tensor, expected: Tensor, tolerance: float, what: str) -> None:
-    """Relative error norm for out; both numbers in the message."""
+def compare(found: Tensor, expected: Tensor, tolerance: float, what: str) -> float:
+    """Relative error norm for out, which is returned; both numbers in the message."""
     error = ((found.double() - expected).norm() / expected.norm().clamp_min(1e-30)).item()
     assert torch.isfinite(found).all(), f"{what}: not finite"
     assert error <= tolerance, f"{what}: relative error {error:.2e} > {tolerance:.0e}; norms {found.norm():.6f} and {expected.norm():.6f}"
+    return error
 
 
 def compare_lse(found: Tensor, expected: Tensor, tolerance: float, what: str) -> None:

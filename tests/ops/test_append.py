@@ -6,6 +6,7 @@ import torch
 from pikv_ds import ops
 from pikv_ds.ops import library, load, ref_formats
 from pikv_ds.ops.formats import FORMATS, PageFormat
+from tests.ops.byte_checks import check_append
 from tests.ops.cases import make_case
 
 COMPILED = pytest.mark.parametrize("compiled", ["cpu", "emu"])
@@ -37,27 +38,7 @@ def _append(which, pages, fmt, k, v, positions, slots, extra, rows):
 @pytest.mark.parametrize("latent", [False, True])
 @COMPILED
 def test_same_bytes_as_the_reference(name, dtype, latent, compiled):
-    """Two requests whose tokens come interleaved, in steps of 1 to 150, some of them stored elsewhere (-1)."""
-    generator = torch.Generator().manual_seed(3)
-    heads, k_dim, v_dim = (1, 72, 64) if latent else (3, 40, 32)
-    fmt = PageFormat(name, heads, k_dim, v_dim, 64, latent)
-    stores = {which: _store(fmt, 12, 2) for which in ("torch", compiled)}
-    lens = [0, 0]
-    for step in (1, 5, 70, 1, 1, 150, 60, 1):
-        owner = torch.randint(3, (step,), generator=generator)  # 2: not here
-        slots, positions = torch.full((step,), -1), torch.arange(step, dtype=torch.int32) + sum(lens)
-        for i, n in enumerate(owner.tolist()):
-            if n < 2:
-                slots[i] = (n + 2 * (lens[n] // 64)) * 64 + lens[n] % 64
-                lens[n] += 1
-        k = (torch.randn(step, heads, k_dim, generator=generator) * 3 + 1).to(dtype)
-        v = torch.randn(step, heads, v_dim, generator=generator).to(dtype)
-        for which, (pages, extra) in stores.items():
-            _append(which, pages, fmt, k, v, positions, slots.int(), extra, owner.clamp_max(1).int())
-        assert torch.equal(stores["torch"][0], stores[compiled][0]), f"records differ after a step of {step}"
-        if fmt.grouped:
-            assert torch.equal(stores["torch"][1]["tail"], stores[compiled][1]["tail"])
-    assert max(lens) > 64
+    check_append(name, latent, dtype, lambda op: _op(compiled, op), "cpu")
 
 
 @pytest.mark.parametrize("name", list(FORMATS))

@@ -8,7 +8,6 @@ from pikv_ds.ops.formats import PageFormat
 from tests.ops.cases import make_case
 
 ALL = pytest.mark.parametrize("which", ["torch", "cpu", "emu"])
-BOTH = pytest.mark.parametrize("which", ["torch", "cpu"])  # ops without a CUDA kernel
 
 
 def _op(which, name):
@@ -146,7 +145,7 @@ BOUNDS = {
 }
 
 
-@BOTH
+@ALL
 @pytest.mark.parametrize("what", list(BOUNDS))
 def test_page_bounds(which, what):
     fmt = PageFormat("int4", 2, 32, 32, 64)
@@ -168,7 +167,7 @@ SCORE = {
 }
 
 
-@BOTH
+@ALL
 @pytest.mark.parametrize("what", list(SCORE))
 def test_page_score(which, what):
     change, message = SCORE[what]

@@ -1,53 +1,18 @@
 """page_bounds, page_score: no key escapes its page's bounds, no logit its page's score; compiled versions give the reference's bits."""
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pikv_ds import ops
-from pikv_ds.ops import library, ref_append, ref_formats
 from pikv_ds.ops.formats import FORMATS, PageFormat
 from tests.ops.cases import IMPLEMENTATIONS, call
+from tests.ops.grown import Grown, P
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
-P = 64  # page size
-
-
-class Grown:
-    """A store of two tables that grows in steps, with its bounds; pages come in no order."""
-
-    def __init__(self, name, dtype, heads=2, dim=32, latent=False, seed=0):
-        self.fmt = PageFormat(name, 1 if latent else heads, dim, dim, P, latent)
-        self.generator = torch.Generator().manual_seed(seed)
-        self.pages = torch.full((12, self.fmt.record_bytes), 0xFF, dtype=torch.uint8)
-        self.bounds = torch.full((12, self.fmt.num_kv_heads, 2, dim), torch.nan, dtype=dtype)
-        self.table = torch.randperm(12, generator=self.generator).view(2, 6)
-        self.lens = [0, 0]
-        self.extra = {"tail": torch.zeros(2, self.fmt.num_kv_heads, P, dim, dtype=torch.bfloat16)} if self.fmt.grouped else {}
-
-    def step(self, count, implementation="torch", monkeypatch=None, scale=1.0):
-        """`count` new tokens, dealt to the tables or stored elsewhere."""
-        owner = torch.randint(3, (count,), generator=self.generator)
-        slots = torch.full((count,), -1, dtype=torch.int32)
-        for i, n in enumerate(owner.tolist()):
-            if n < 2 and self.lens[n] < 6 * P:
-                slots[i] = int(self.table[n, self.lens[n] // P]) * P + self.lens[n] % P
-                self.lens[n] += 1
-        k, v = (torch.randn(count, self.fmt.num_kv_heads, self.fmt.k_dim, generator=self.generator) * scale for _ in "kv")
-        rows = {"tail_rows": owner.clamp_max(1).int()} if self.extra else {}
-        ref_append.append(self.pages, self.fmt, k, v, torch.arange(count, dtype=torch.int32), slots, **self.extra, **rows)
-        arguments = (self.bounds, self.pages, slots, self.extra.get("tail"), rows.get("tail_rows"), *library.layout(self.fmt))
-        call("page_bounds", implementation, monkeypatch, *arguments)
-
-    def keys(self, n):
-        """Keys of table n as decode reads them, [H, len, D] f32."""
-        length, fmt = self.lens[n], self.fmt
-        used = self.pages[self.table[n, : -(-length // P)]]
-        k = ref_formats.decode_pages(used, fmt)[0].transpose(0, 1).flatten(1, 2)[:, :length].clone()
-        if fmt.grouped and length % fmt.group:
-            k[:, length - length % fmt.group :] = self.extra["tail"][n, :, : length % fmt.group].float()
-        return k
 
 
 @pytest.mark.parametrize("dtype", list(DTYPES))
@@ -70,14 +35,15 @@ def test_no_key_escapes_and_nothing_is_wider_than_it_must_be(name, dtype):
     assert untouched and grown.bounds[untouched].isnan().all(), "an append touches the bounds of its own pages only"
 
 
+@pytest.mark.parametrize("compiled", ["baseline", "emu"])
 @pytest.mark.parametrize("latent", [False, True])
 @pytest.mark.parametrize("dtype", list(DTYPES))
 @pytest.mark.parametrize("name", list(FORMATS))
-def test_same_bits_as_the_reference(name, dtype, latent, monkeypatch):
-    stores = {which: Grown(name, DTYPES[dtype], latent=latent) for which in ("torch", "baseline")}
+def test_same_bits_as_the_reference(name, dtype, latent, compiled, monkeypatch):
+    stores = {which: Grown(name, DTYPES[dtype], latent=latent) for which in ("torch", compiled)}
     for step, count in enumerate((1, 3, 70, 1, 300, 5)):
         for which, grown in stores.items():
-            grown.step(count, which, monkeypatch, scale=10.0 ** (step - 2))
+            grown.step(count, partial(call, "page_bounds", which, monkeypatch), scale=10.0 ** (step - 2))
         bits = [grown.bounds.view(torch.uint8) for grown in stores.values()]
         assert torch.equal(*bits), f"bounds differ after a step of {count}"
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from pikv_ds.ops import kernel_params, library, nvrtc_ops
+from tests.ops.byte_checks import check_bounds, check_pack, check_score, check_slots
 from tests.ops.cases import answer, compare, compare_lse, make_case
 from tests.ops.kernel_text import Fault, compile_kernels, launcher
 
@@ -30,7 +31,9 @@ def through(monkeypatch):
     return use
 
 
-@pytest.mark.parametrize("name", ["PageRecord", "Attend", "Merge", "Append", "Migrate", "Checksum"])
+@pytest.mark.parametrize(
+    "name", ["PageRecord", "Attend", "Merge", "Append", "PageBounds", "PageScore", "Packed", "Migrate", "AssignSlots", "Checksum"]
+)
 def test_python_knows_the_size_of_the_arguments(right_kernels, name):
     assert ctypes.sizeof(getattr(kernel_params, name)) == right_kernels.pikv_sizeof(name.encode())
 
@@ -112,6 +115,21 @@ def test_merge_migrate_checksum(right_kernels, through):
     assert nvrtc_ops.checksum(source) == library.REFERENCE["checksum"](source)
 
 
+def _nvrtc_op(name):
+    return getattr(nvrtc_ops, name)
+
+
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+def test_bounds_scores_and_packing(right_kernels, through, reverse):
+    through(right_kernels, reverse)
+    check_bounds("int8", torch.float16, _nvrtc_op, "cpu")
+    for heads, table_heads in ((3, 1), (1, 3)):
+        check_score(heads, table_heads, torch.bfloat16, _nvrtc_op, "cpu")
+    for rows, indexed in ((0, True), (7, True), (7, False)):
+        check_pack(rows, indexed, _nvrtc_op, "cpu")
+    check_slots(3, 2, 200, _nvrtc_op, "cpu")
+
+
 SCORE, CONST_SCORE = "lane_sum<1, T::lanes / 2>(score", "const float s = lane_sum"
 PLANTED = {
     "missing barrier before the warps are merged": (("attend.cuh", "  __syncthreads();\n", ""), "wrong"),
@@ -164,4 +182,50 @@ def test_planted_bugs_in_append_are_noticed(bug, through, tmp_path):
             noticed = True
         else:
             noticed |= not (torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1]))
+    assert noticed
+
+
+_FIRST = "if (__syncthreads_or(other >= 0 && other / P == page)) return;"
+_PRESENT = "atomicMax(newest, j);\n  }\n"
+PLANTED_BOUNDS = {
+    "missing barrier after the search": (_PRESENT + "  __syncthreads();\n", _PRESENT),
+    "barrier of some threads": (_FIRST, f"if (j < token) {_FIRST}"),
+    "a shuffle of half a warp": ("lane_sum<1, 16>(sum)", "lane_sum<1, 8>(sum)"),
+    "a lane that leaves before the shuffle": ("float top = -kLargest;", "if (lane == 31) return;\n  float top = -kLargest;"),
+    "columns of the next table": ("c >= s.max_pages) return", "c > s.max_pages) return"),
+}
+
+
+@pytest.mark.parametrize("bug", list(PLANTED_BOUNDS))
+def test_planted_bugs_in_bounds_and_scores_are_noticed(bug, through, tmp_path):
+    kernels = compile_kernels(tmp_path / "build", ("bounds.cuh", *PLANTED_BOUNDS[bug]))
+    noticed = False
+    for reverse in (False, True):
+        through(kernels, reverse)
+        try:
+            check_bounds("int8", torch.float32, _nvrtc_op, "cpu")
+            check_score(3, 1, torch.float32, _nvrtc_op, "cpu")
+        except (Fault, AssertionError):
+            noticed = True
+    assert noticed
+
+
+_COUNTED = "cells[i] = stored ? cell : -1;\n    __syncthreads();\n"
+PLANTED_SLOTS = {
+    "missing barrier before the tokens are counted": (_COUNTED, _COUNTED.replace("    __syncthreads();\n", "")),
+    "pages of the last round forgotten": ("*a.free_top = top - taken", "*a.free_top = top"),
+    "barrier of the tokens that are there": (_COUNTED, _COUNTED.replace("__syncthreads", "if (token < a.N) __syncthreads")),
+}
+
+
+@pytest.mark.parametrize("bug", list(PLANTED_SLOTS))
+def test_planted_bugs_in_slots_are_noticed(bug, through, tmp_path):
+    kernels = compile_kernels(tmp_path / "build", ("slots.cuh", *PLANTED_SLOTS[bug]))
+    noticed = False
+    for reverse in (False, True):
+        through(kernels, reverse)
+        try:
+            check_slots(3, 2, 200, _nvrtc_op, "cpu")
+        except (Fault, AssertionError):
+            noticed = True
     assert noticed

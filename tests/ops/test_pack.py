@@ -6,15 +6,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pikv_ds import ops
-from pikv_ds.ops import library
+from pikv_ds.ops import library, load
 from pikv_ds.wire import HEADER, Layout
 
 SHAPES = [((3, 5), torch.bfloat16), ((2,), torch.float32), ((), torch.int32), ((0,), torch.float16), ((7,), torch.uint8), ((), torch.int64)]
-BOTH = pytest.mark.parametrize("which", ["torch", "cpu"])
+ALL = pytest.mark.parametrize("which", ["torch", "cpu", "emu"])
 
 
 def _op(which, name):
-    return library.REFERENCE[name] if which == "torch" else getattr(torch.ops.pikv, name)
+    if which == "torch":
+        return library.REFERENCE[name]
+    if which == "emu":
+        load.define_emu()
+    return getattr(torch.ops.pikv_emu if which == "emu" else torch.ops.pikv, name)
 
 
 def _fields(rows, seed=0):
@@ -40,11 +44,11 @@ def test_every_row_finds_its_place(num_rows, packed, indexed, seed):
     index = torch.randint(-1, num_rows, (packed,), generator=generator).int() if indexed else None
     offsets, stride = ops.record_layout(fields)
     found = {}
-    for which in ("torch", "cpu"):
+    for which in ("torch", "cpu", "emu"):
         buffer = torch.full((packed, stride), 0xAB, dtype=torch.uint8)
         _op(which, "pack")(buffer, fields, index, offsets, [stride] * len(fields), [packed] * len(fields))
         found[which] = buffer
-    assert torch.equal(found["torch"], found["cpu"])
+    assert torch.equal(found["torch"], found["cpu"]) and torch.equal(found["torch"], found["emu"])
     for field, offset in zip(fields, offsets, strict=True):
         width = field.shape[1:].numel() * field.element_size()
         for r in range(packed):
@@ -53,7 +57,7 @@ def test_every_row_finds_its_place(num_rows, packed, indexed, seed):
             assert torch.equal(found["cpu"][r, offset : offset + width], _bits(expected)), f"row {r} of {field.dtype}"
 
 
-@BOTH
+@ALL
 def test_unpack_undoes_pack(which):
     fields = _fields(6)
     offsets, stride = ops.record_layout(fields)
@@ -75,7 +79,7 @@ def test_unpack_undoes_pack(which):
         assert torch.equal(_bits(one[3]), _bits(field[0])) and not _bits(one[:3]).any()
 
 
-@BOTH
+@ALL
 @pytest.mark.parametrize("tokens", [5, 3, 0])
 def test_the_buffers_of_the_exchange_to_the_byte(which, tokens):
     """One call makes what Layout.pack makes: header, a section per field, -1 behind the tokens of a rank that has fewer."""
@@ -95,7 +99,7 @@ def test_the_buffers_of_the_exchange_to_the_byte(which, tokens):
     assert torch.equal(found, expected)
 
 
-@BOTH
+@ALL
 def test_partials_without_a_copy_of_their_own(which):
     """[out | lse] as replicated.py concatenates them, from the two tensors."""
     out, lse = torch.randn(6, 4 * 16), torch.randn(6, 4)
@@ -117,7 +121,7 @@ BAD = {
 }
 
 
-@BOTH
+@ALL
 @pytest.mark.parametrize("what", list(BAD))
 def test_bad_input(which, what):
     change, message = BAD[what]

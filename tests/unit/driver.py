@@ -43,6 +43,14 @@ def dense_rows(q: Tensor, at: Tensor, entries: list, scale: float, window: int |
     return torch.einsum("thl,lhd->thd", scores.softmax(-1), v), scores.logsumexp(-1)
 
 
+def dense_over(q: Tensor, entries: list, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """float64 attention of one query [Hq, Dk] to these entries: out [Hq, Dv], lse [Hq], weights [Hq, L]."""
+    k, v = (torch.stack(side).double().repeat_interleave(q.shape[0] // entries[0][0].shape[0], 1) for side in zip(*entries, strict=True))
+    scores = scale * torch.einsum("hd,lhd->hl", q.double(), k)
+    weights = scores.softmax(-1)
+    return torch.einsum("hl,lhd->hd", weights, v), scores.logsumexp(-1), weights
+
+
 class Driver:
     """forward() runs every layer on random q, k, v and compares each query's output with dense attention in float64.
 
@@ -59,11 +67,15 @@ class Driver:
         seed: int = 0,
         dtype: torch.dtype = torch.float32,
         codec: str = "none",
+        routing: dict | None = None,
+        scheduling: dict | None = None,
         **storage,
     ) -> None:
         self.layers, self.num_experts, self.num_q_heads, self.dtype = layers, num_experts, num_q_heads, dtype
         self.steps, self.tolerance = EXACT_STEPS.get(codec), TOLERANCE if codec == "none" else COMPRESSED_TOLERANCE
-        config = PiKVConfig(page_size=page_size, storage=storage, compression={"method": codec})
+        config = PiKVConfig(
+            page_size=page_size, storage=storage, compression={"method": codec}, routing=routing or {}, scheduling=scheduling or {}
+        )
         self.cache = PiKVCache(layers, config, num_experts=num_experts, dtype=dtype, device=torch.device("cpu"))
         rule = {
             "num_experts": num_experts,

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pikv_ds.recycle import remap
 from pikv_ds.spec import LayerSpec
 from tests.unit.invariants import check_pages
 from tests.unit.stores import SPEC, append, contents, fill, make_store, stored
@@ -125,3 +126,24 @@ def test_bytes_are_those_of_the_storages(latent, codec):
     assert codec == "int4" or store.fmt.record_bytes == 64 * (4 + 4 * spec.values_per_token)
     assert store.nbytes == sum(t.untyped_storage().nbytes() for t in (store.pages, store.tail) if t is not None)
     assert store.metadata_nbytes == 4 * (store.block_table.numel() + 2 * (5 + 1))
+
+
+def test_summaries_travel_with_their_pages():
+    store = make_store(10, 1, 2)
+    store.add_summary("name", (3,), torch.int32)
+    fill(store, {(row, 0): [0, 1, 2, 3] for row in range(10)})
+    table = store.block_table[:, 0, :2].long()
+    names = torch.arange(60, dtype=torch.int32).view(10, 2, 3)
+    store.summaries["name"][table] = names
+    for row in (1, 4, 5):
+        store.refcount[table[row]] -= 1
+        store.block_table[row], store.counts[row] = -1, 0
+    store.rebuild_free_stack()
+    store.shrink(int(store.free_top))
+    kept = [0, 2, 3, 6, 7, 8, 9]
+    assert torch.equal(store.summaries["name"][store.block_table[kept, 0, :2].long()], names[kept])
+    assert store.nbytes == store.pages.nbytes + 4 * 3 * store.num_pages
+    remap(store, torch.tensor([0, 0]), torch.tensor([[3], [3]], dtype=torch.int32))  # both write to the second page: one is copied
+    assert torch.equal(store.summaries["name"][store.block_table[:, 0, :2].long()], names[[0, 0]])
+    with pytest.raises(ValueError, match="already keeps a summary 'name'"):
+        store.add_summary("name", (), torch.int32)

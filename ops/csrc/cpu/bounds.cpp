@@ -3,7 +3,7 @@
 
 #include <limits>
 
-#include "checks.h"
+#include "bound_checks.h"
 #include "cpu.h"
 #include "rows.h"
 #include "score.h"
@@ -49,8 +49,7 @@ void page_bounds(Tensor bounds, Tensor pages, Tensor slot_mapping, MaybeTensor t
                  int64_t num_kv_heads, int64_t k_dim, int64_t v_dim, int64_t page_size, int64_t group, bool latent) {
   const PageFormat f = check_pages(pages, format, num_kv_heads, k_dim, v_dim, page_size, group, latent);
   const int type = float_type("bounds", bounds), H = f.num_kv_heads, D = f.k_dim;
-  PK_CHECK(bounds.dim() == 4 && bounds.size(0) == pages.size(0) && bounds.size(1) == H && bounds.size(2) == 2 && bounds.size(3) == D,
-           "bounds must be [", pages.size(0), ", ", H, ", 2, ", D, "], got ", shape(bounds));
+  check_bounds(bounds, pages, f);
   const Indices slots("slot_mapping", slot_mapping), rows("tail_rows", tail_rows);
   const int64_t T = slots.count(), num_slots = pages.size(0) * page_size;
   const int tail_type = check_tail(f, tail, tail_rows);
@@ -90,22 +89,12 @@ void page_bounds(Tensor bounds, Tensor pages, Tensor slot_mapping, MaybeTensor t
 }
 
 Tensor page_score(Tensor q, Tensor bounds, Tensor block_table, Tensor seqlens, int64_t page_size, double scale) {
+  const ScoreSizes sizes = check_score(q, bounds, block_table, seqlens);
+  const int64_t N = block_table.size(0);
   Score s = {};
   s.q_type = float_type("q", q), s.bounds_type = float_type("bounds", bounds);
-  PK_CHECK(q.dim() == 3, "q must be [R, num_q_heads, head_dim], got ", shape(q));
-  PK_CHECK(bounds.dim() == 4 && bounds.size(2) == 2, "bounds must be [num_pages, num_kv_heads, 2, head_dim], got ", shape(bounds));
-  PK_CHECK(q.size(2) == bounds.size(3), "q has head_dim ", q.size(2), ", the bounds have ", bounds.size(3));
-  PK_CHECK(block_table.dim() == 3, "block_table must be [N, 1 or num_kv_heads, max_pages], got ", shape(block_table));
-  const int64_t N = block_table.size(0), R = q.size(0);
-  s.table_heads = (int)block_table.size(1), s.max_pages = (int)block_table.size(2), s.bound_heads = (int)bounds.size(1);
-  s.H = std::max(s.table_heads, s.bound_heads), s.D = (int)q.size(2), s.page_size = (int)page_size, s.scale = (float)scale;
-  PK_CHECK((s.table_heads == 1 || s.table_heads == s.H) && (s.bound_heads == 1 || s.bound_heads == s.H), "block_table has ", s.table_heads,
-           " heads, the bounds have ", s.bound_heads);
-  PK_CHECK(q.size(1) % s.H == 0, q.size(1), " query heads are not a multiple of ", s.H, " kv heads");
-  PK_CHECK(R > 0 && N % R == 0, "block_table has ", N, " rows, which is not a multiple of the ", R, " requests of q");
-  PK_CHECK(seqlens.dim() == 2 && seqlens.size(0) == N && (seqlens.size(1) == 1 || seqlens.size(1) == s.H), "seqlens must be [", N,
-           ", 1 or ", s.H, "], got ", shape(seqlens));
-  s.S = (int)(N / R), s.G = (int)q.size(1) / s.H, s.seqlen_heads = (int)seqlens.size(1);
+  s.S = sizes.S, s.H = sizes.H, s.G = sizes.G, s.D = sizes.D, s.page_size = (int)page_size, s.scale = (float)scale;
+  s.max_pages = sizes.max_pages, s.bound_heads = sizes.bound_heads, s.table_heads = sizes.table_heads, s.seqlen_heads = sizes.seqlen_heads;
   const Indices table("block_table", block_table), lens("seqlens", seqlens);
   check_table(table, lens, (int)N, s.table_heads, s.seqlen_heads, s.max_pages, bounds.size(0), s.page_size);
   Tensor scores = new_floats({N, s.H, s.max_pages});

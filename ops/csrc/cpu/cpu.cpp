@@ -9,6 +9,11 @@
 
 #include "checks.h"
 
+// PK_PORTABLE: what other processors get, also on x86-64, so that it can be tested.
+#if defined(__x86_64__) && !defined(PK_PORTABLE)
+#define PK_X86 1
+#endif
+
 namespace pikv {
 namespace {
 
@@ -16,7 +21,7 @@ const char* const kLevels[] = {"baseline", "avx2", "avx512", "vnni"};
 
 // PIKV_CPU=baseline|avx2|avx512|vnni caps the instruction set: for tests and for measuring what each brings.
 int level() {
-#if defined(__x86_64__)
+#if PK_X86
   static const int found = [] {
     int best = 0;
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) best = 1;
@@ -40,7 +45,7 @@ int level() {
 }  // namespace
 
 AttendUnit generic_attend() {
-#if defined(__x86_64__)
+#if PK_X86
   const int best = level();
   return best >= 2 ? attend_avx512 : best == 1 ? attend_avx2 : attend_baseline;
 #else
@@ -49,7 +54,7 @@ AttendUnit generic_attend() {
 }
 
 ScoreTable generic_score() {
-#if defined(__x86_64__)
+#if PK_X86
   const int best = level();
   return best >= 2 ? score_avx512 : best == 1 ? score_avx2 : score_baseline;
 #else
@@ -58,7 +63,7 @@ ScoreTable generic_score() {
 }
 
 AttendUnit hand_written_attend(const Attend& a) {
-#if defined(__x86_64__)
+#if PK_X86
   if (level() < 3) return nullptr;
   if (format_grouped(a.f.format)) return a.f.latent ? nullptr : attend_vnni_int;
   return a.f.format == kBf16 || a.f.format == kFp8 ? attend_vnni_half : attend_vnni_float;

@@ -65,8 +65,8 @@ class HostIndices {
     copy_ = torch::stable::to(*x, torch::stable::Device(torch::headeronly::DeviceType::CPU));
     indices_ = Indices(name, *copy_);
   }
+  const Indices& operator*() const { return indices_; }
   const Indices* operator->() const { return &indices_; }
-  int32_t operator[](int64_t i) const { return indices_[i]; }
 
  private:
   MaybeTensor copy_;

@@ -23,15 +23,7 @@ void check_values(const Attend& a, int64_t num_pages, int64_t tail_size, const T
   const HostIndices table("block_table", block_table), lens("seqlens", seqlens), list("page_list", page_list), rows("tail_rows", tail_rows);
   PK_CHECK(list->top() < a.max_pages, "page_list names column ", list->top(), " of a block table with ", a.max_pages);
   PK_CHECK(!a.tail || rows->top() < tail_size, "tail row ", rows->top(), " is beyond the ", tail_size, " rows of the tail");
-  for (int n = 0; n < a.R * a.S; ++n)
-    for (int h = 0; h < std::max(a.table_heads, a.seqlen_heads); ++h) {
-      const int len = lens[(int64_t)n * a.seqlen_heads + (a.seqlen_heads == 1 ? 0 : h)], used = (len + a.f.page_size - 1) / a.f.page_size;
-      PK_CHECK(used <= a.max_pages, "seqlens has ", len, ", the block table has room for ", (int64_t)a.max_pages * a.f.page_size, " entries");
-      for (int c = 0; c < used; ++c) {
-        const int id = table[((int64_t)n * a.table_heads + (a.table_heads == 1 ? 0 : h)) * a.max_pages + c];
-        PK_CHECK(id >= 0 && id < num_pages, "block_table names page ", id, ", the store has ", num_pages);
-      }
-    }
+  check_table(*table, *lens, a.R * a.S, a.table_heads, a.seqlen_heads, a.max_pages, num_pages, a.f.page_size);
 }
 
 // q is [R, Hq, Dk] or [R, T, Hq, Dk].

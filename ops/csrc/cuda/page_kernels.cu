@@ -5,8 +5,11 @@
 #include "../kernels/common.cuh"
 #include "../kernels/numbers.cuh"
 #include "../kernels/append.cuh"
+#include "../kernels/bounds.cuh"
 #include "../kernels/merge.cuh"
+#include "../kernels/pack.cuh"
 #include "../kernels/pages.cuh"
+#include "../kernels/slots.cuh"
 #include "kernels.h"
 
 namespace pikv {
@@ -26,6 +29,23 @@ const char* launch_append(const Append& a, Stream stream) {
 const char* launch_migrate(const Migrate& m, long long count, Stream stream) {
   const long long parts = (m.record_bytes / 16 + 4 * kBlock - 1) / (4 * kBlock);
   return launch(migrate_kernel, dim3((unsigned)count, (unsigned)(parts < 1 ? 1 : parts > 64 ? 64 : parts)), kBlock, 0, stream, m);
+}
+
+const char* launch_page_bounds(const PageBounds& b, Stream stream) {
+  return launch(page_bounds_kernel, dim3((unsigned)b.T, (unsigned)b.f.num_kv_heads), kBlock, (b.f.page_size + 1) * sizeof(int), stream, b);
+}
+
+const char* launch_page_score(const PageScore& s, int num_tables, Stream stream) {
+  const long long steps = (s.max_pages + kWarps - 1) / kWarps;
+  return launch(page_score_kernel, dim3((unsigned)(num_tables * (long long)s.H * steps)), kBlock, 0, stream, s);
+}
+
+const char* launch_pack(const Packed& p, int num_fields, int num_blocks, bool unpack, Stream stream) {
+  return launch(unpack ? unpack_kernel : pack_kernel, dim3((unsigned)num_blocks, (unsigned)num_fields), kBlock, 0, stream, p);
+}
+
+const char* launch_assign_slots(const AssignSlots& a, Stream stream) {
+  return launch(assign_slots_kernel, dim3(1), kBlock, 2 * kBlock * sizeof(int), stream, a);
 }
 
 const char* launch_checksum(const Checksum& c, int num_blocks, Stream stream) {

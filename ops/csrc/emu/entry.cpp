@@ -10,8 +10,11 @@
 #include "numbers.cuh"
 #include "attend.cuh"
 #include "append.cuh"
+#include "bounds.cuh"
 #include "merge.cuh"
+#include "pack.cuh"
 #include "pages.cuh"
+#include "slots.cuh"
 
 namespace {
 
@@ -53,6 +56,9 @@ extern "C" const char* pikv_emu_launch(const char* kernel, unsigned grid_x, unsi
   const char* fault = nullptr;
   const bool found = l.attends<64>(&fault) || l.attends<576>(&fault) || l.is("append_rows_kernel", append_rows_kernel, &fault) ||
                      l.is("append_groups_kernel", append_groups_kernel, &fault) || l.is("append_tail_kernel", append_tail_kernel, &fault) ||
+                     l.is("page_bounds_kernel", page_bounds_kernel, &fault) || l.is("page_score_kernel", page_score_kernel, &fault) ||
+                     l.is("pack_kernel", pack_kernel, &fault) || l.is("unpack_kernel", unpack_kernel, &fault) ||
+                     l.is("assign_slots_kernel", assign_slots_kernel, &fault) ||
                      l.is("merge_kernel", merge_kernel, &fault) || l.is("migrate_kernel", migrate_kernel, &fault) ||
                      l.is("checksum_kernel", checksum_kernel, &fault);
   return found ? fault : "no kernel of that name";
@@ -64,5 +70,9 @@ extern "C" size_t pikv_sizeof(const char* name) {
   if (!std::strcmp(name, "Merge")) return sizeof(Merge);
   if (!std::strcmp(name, "Append")) return sizeof(Append);
   if (!std::strcmp(name, "Migrate")) return sizeof(Migrate);
+  if (!std::strcmp(name, "PageBounds")) return sizeof(PageBounds);
+  if (!std::strcmp(name, "PageScore")) return sizeof(PageScore);
+  if (!std::strcmp(name, "Packed")) return sizeof(Packed);
+  if (!std::strcmp(name, "AssignSlots")) return sizeof(AssignSlots);
   return std::strcmp(name, "Checksum") ? 0 : sizeof(Checksum);
 }

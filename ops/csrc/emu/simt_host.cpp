@@ -209,3 +209,6 @@ const char* run(dim3 grid, dim3 block, size_t shared_bytes, void (*body)(void*),
 }
 
 }  // namespace simt
+
+// For tests, which see the library only through torch.
+extern "C" void pikv_emu_in_reverse(int reverse) { simt::set_reverse(reverse); }

@@ -57,6 +57,52 @@ struct Migrate {
   long long record_bytes;
 };
 
+struct PageBounds {
+  PageFormat f;
+  const unsigned char* pages;
+  void* bounds;            // [num_pages, H, 2, k_dim] of type: smallest, largest
+  const void* tail;        // as in Append
+  Index slots, tail_rows;  // [T]
+  int T, type, tail_type;
+};
+
+// N block tables = R requests x S shards.
+struct PageScore {
+  const void* q;       // [R, H * G, D] of q_type
+  const void* bounds;  // [num_pages, bound_heads, 2, D] of bounds_type
+  Index table;         // [N, table_heads, max_pages]
+  Index seqlens;       // [N, seqlen_heads]
+  float* scores;       // [N, H, max_pages]
+  int q_type, bounds_type, S, H, G, D, max_pages, page_size, bound_heads, table_heads, seqlen_heads;
+  float scale;
+};
+
+// Row r of a field lies at byte offset + r * stride of the buffer, for r < num_packed.
+struct PackedField {
+  unsigned char* data;  // [rows, row_bytes]
+  long long rows, row_bytes, offset, stride, num_packed;
+  unsigned long long padding;  // -1 in the dtype of the field, repeated
+};
+
+struct Packed {
+  unsigned char* buffer;
+  Index index;  // [num_packed] rows of the fields, -1 = none; null = row r
+  PackedField fields[16];
+};
+
+// N tokens; R rows x S shards have a block table each.
+struct AssignSlots {
+  int* counts;            // [R, S]
+  int* table;             // [R, S, max_pages]
+  const int* free_stack;  // the first *free_top are free pages
+  long long* free_top;
+  int* refcount;
+  const long long *rows, *shard;  // [N]; shard null = S is 1
+  const unsigned char* here;      // [N] or null = all are
+  int *slots, *tables;            // [N] results
+  int N, R, S, max_pages, page_size, may_open;
+};
+
 struct Checksum {
   const unsigned long long* words;
   long long count;

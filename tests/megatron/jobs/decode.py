@@ -63,6 +63,7 @@ def check_heads(report: Report, layout: str, sources: bool) -> None:
     check_decode(report, model, f"{layout} the same requests on all ranks", shared, [7, 5], shared_reference)
     if sources:
         check_sources(report, model, layout, own, own_pieces, own_reference, shared, shared_reference)
+        check_codec(report, model, layout, own, own_pieces, own_reference)
 
 
 def check_latent(report: Report, layout: str, own_requests: bool) -> None:
@@ -74,6 +75,7 @@ def check_latent(report: Report, layout: str, own_requests: bool) -> None:
     enable_pikv(model)
     if own_requests:
         check_decode(report, model, f"{layout} MLA, each rank its own requests", own, [9], references[0])
+        check_decode(report, model, f"{layout} MLA, ids true", own[:, :16], [9], references[0], expert_ids="true")
     check_decode(report, model, f"{layout} MLA, the same requests on all ranks", shared, [7, 5], references[1])
 
 
@@ -95,6 +97,18 @@ def check_sources(report, model, layout, own, own_pieces, own_reference, shared,
     name = f"{layout} ids lookahead, the same requests"
     check_decode(report, model, name, shared[:, :16], [7, 5], shared_reference, expert_ids="lookahead")
     check_decode(report, model, f"{layout} ids hash", short[:, :16], own_pieces, own_reference, expert_ids="hash")
+
+
+def check_codec(report: Report, model, layout: str, own, own_pieces, own_reference) -> None:
+    with report.check(f"{layout} int8 pages") as row:
+        context = PiKVInferenceContext(ROWS, LENGTH, model=model, config={"compression": {"method": "int8"}})
+        with dense_is_forbidden():
+            logits = decode(model, context, own, own_pieces)
+        # The median: a token whose experts change by it is far off.
+        row["error"] = ((logits - own_reference).norm(dim=-1) / own_reference.norm(dim=-1)).median().item()
+        row["stats"] = context.stats()
+        assert row["stats"]["attention_impl"] == "pikv cpu int8" and 0 < row["error"] < 0.02, row
+        assert_conserved(context, len(model.decoder.layers) * own.numel())
 
 
 def main() -> None:

@@ -10,8 +10,9 @@ from megatron.core.inference.contexts.dynamic_context import DynamicInferenceCon
 from pikv_ds.errors import UnsupportedError
 from pikv_ds.megatron_patch import PiKVDynamicInferenceContext, cpu_compat, disable_pikv, enable_pikv
 from tests.dist.jobs.report import Report
+from tests.megatron import documented
 from tests.megatron.models import latent_config, start, tiny_config, tiny_model, tokens
-from tests.megatron.runs import full_forward
+from tests.megatron.runs import assert_conserved, full_forward, refused
 from tests.megatron.serving import Log, Request, random_requests, reference_flash_decode, serve
 
 LONGEST, BLOCK = 300, 16
@@ -86,11 +87,7 @@ def check_requests(report: Report, layout: str, model) -> None:
         assert context.memory_buffer.numel() == 0
         assert log == dense_log, f"requests were paused or evicted at other steps: {log} and {dense_log}"
         assert [r.generated for r in own] == [r.generated for r in expected]
-        stats = torch.tensor([row["stats"][f"entries_{what}"] for what in ("appended", "forked", "live", "cropped", "evicted", "expired")])
-        if context.core.exchange.group is not None:
-            dist.all_reduce(stats, group=context.core.exchange.group)
-        appended, forked, *gone = stats.tolist()
-        assert appended + forked == sum(gone), stats.tolist()
+        assert_conserved(context)
         sums = torch.tensor([most, dense.memory_buffer.nbytes])
         dist.all_reduce(sums)
         assert sums[0] <= 1.25 * sums[1], f"{sums[0]} bytes were allocated, the blocks of all ranks have {sums[1]}"
@@ -129,15 +126,6 @@ def check_variants(report: Report, layout: str) -> None:
         dist.barrier()
 
 
-def refused(match: str, call) -> None:
-    try:
-        call()
-    except UnsupportedError as error:
-        assert match in str(error), f"{match!r} not in {error}"
-    else:
-        raise AssertionError(f"nothing was raised where {match!r} was expected")
-
-
 def check_limits(report: Report, layout: str, model) -> None:
     given = options(model.config, 20, 6)
     with report.check(f"{layout} a forward without a context is the host's own unless serving"):
@@ -146,32 +134,44 @@ def check_limits(report: Report, layout: str, model) -> None:
         enable_pikv(model)
         PiKVDynamicInferenceContext(model=model, **given)
         assert torch.equal(full_forward(model, ids), before)
+    with report.check(f"{layout} the documented lines"):
+        own, group = own_requests(3, 9, seed=5), parallel_state.get_expert_model_parallel_group()
+        documented.run(
+            "context.serving()", model=model, arguments=given, run_engine=lambda context: serve(model, context, own, group=group)
+        )
+        assert all(len(request.generated) == request.num_tokens for request in own)
     with report.check(f"{layout} refusals"):
         for name, value in dict(num_cuda_graphs=1, use_flashinfer_fused_rope=True, unified_memory_level=1, cache_mla_latent=True).items():
-            refused(name, lambda name=name, value=value: PiKVDynamicInferenceContext(model=model, **given, **{name: value}))
+            refused(
+                UnsupportedError, name, lambda name=name, value=value: PiKVDynamicInferenceContext(model=model, **given, **{name: value})
+            )
         latent = tiny_model(latent_config())
         enable_pikv(latent)
-        refused("MLA with dynamic batching", lambda: PiKVDynamicInferenceContext(model=latent, **given))
+        refused(UnsupportedError, "MLA with dynamic batching", lambda: PiKVDynamicInferenceContext(model=latent, **given))
         with reference_flash_decode():
-            refused("DynamicInferenceContext", lambda: serve(model, DynamicInferenceContext(**given), own_requests(2, 9, seed=1)))
+            refused(
+                UnsupportedError,
+                "DynamicInferenceContext",
+                lambda: serve(model, DynamicInferenceContext(**given), own_requests(2, 9, seed=1)),
+            )
         suspended = PiKVDynamicInferenceContext(model=model, **given)
         suspended.deallocate_all_tensors()
         suspended.allocate_all_tensors(is_init=False)
         assert suspended.memory_buffer.numel() == 0
         disable_pikv(model)
-        refused("call enable_pikv(model) first", lambda: PiKVDynamicInferenceContext(model=model, **given))
+        refused(UnsupportedError, "call enable_pikv(model) first", lambda: PiKVDynamicInferenceContext(model=model, **given))
         enable_pikv(model)
         context = PiKVDynamicInferenceContext(model=model, **given)
         disable_pikv(model)
-        refused("layer 1 appends to the block buffer", lambda: serve(model, context, own_requests(2, 9, seed=1)))
+        refused(UnsupportedError, "layer 1 appends to the block buffer", lambda: serve(model, context, own_requests(2, 9, seed=1)))
     with report.check(f"{layout} tokens that were never run"):
         enable_pikv(model)
         context = PiKVDynamicInferenceContext(model=model, **given)
         context.add_request(Request(number=0, arrival=0, prompt=tokens(1, 20, seed=1)[0].tolist(), num_tokens=2).as_megatron())
         context.request_kv_length_offsets[0] = 5
         context.initialize_attention_state()
-        refused("continues at token 5, but 0 of its tokens are stored", lambda: forward(model, context))
-        refused("the context has laid out", lambda: forward(model, context, cut=3))
+        refused(UnsupportedError, "continues at token 5, but 0 of its tokens are stored", lambda: forward(model, context))
+        refused(UnsupportedError, "the context has laid out", lambda: forward(model, context, cut=3))
     disable_pikv(model)
     dist.barrier()
 

@@ -1,6 +1,5 @@
 """The user's script and StaticInferenceEngine, before and after the lines of docs/MEGATRON.md. Arguments: a folder for modules, layouts."""
 
-import re
 import sys
 from pathlib import Path
 
@@ -11,20 +10,12 @@ from megatron.core import parallel_state
 from pikv_ds.errors import UnsupportedError
 from pikv_ds.megatron_patch import PiKVInferenceContext, cpu_compat
 from tests.dist.jobs.report import Report
+from tests.megatron import documented
 from tests.megatron.models import start
-from tests.megatron.runs import assert_conserved, dense_is_forbidden
+from tests.megatron.runs import assert_conserved, dense_is_forbidden, refused
 
 ROOT = Path(__file__).resolve().parents[3]
 STEPS = 12
-
-
-def documented() -> tuple[list[str], str]:
-    """The diffs of docs/MEGATRON.md, and the module it shows for --spec."""
-    text = (ROOT / "docs" / "MEGATRON.md").read_text()
-    diffs = re.findall(r"```diff\n(.*?)```", text, re.S)
-    specs = [code for code in re.findall(r"```python\n(.*?)```", text, re.S) if "\nspec = " in code]
-    assert len(diffs) == 2 and len(specs) == 1, "docs/MEGATRON.md no longer shows two diffs and one specification"
-    return diffs, specs[0]
 
 
 def patched(script: str, diffs: list[str]) -> str:
@@ -54,7 +45,7 @@ def run(script: str, *arguments: str):
 def check_layout(report: Report, layout: str, folder: Path) -> None:
     start(*map(int, layout.split(",")))
     script = (ROOT / "tests" / "megatron" / "static_script.py").read_text()
-    diffs, spec = documented()
+    diffs, spec = documented.diffs(), documented.code("\nspec = ")
     expected, expected_log_probs, _ = run(script)
     assert [len(tokens) for tokens in expected] == [STEPS] * 3
     for name, arguments in (("in place", ()), ("--spec", ("--spec", "my_spec", "spec"))):
@@ -78,13 +69,9 @@ def check_layout(report: Report, layout: str, folder: Path) -> None:
         module = {"__name__": "static_script"}
         exec(compile(script, "static_script.py", "exec"), module)
         module["get_model"] = lambda args: model
-        try:
-            with cpu_compat.cuda_literals_on_cpu():
-                module["main"](["--use-legacy-static-engine", "--prompts", "hello"])
-        except UnsupportedError as error:
-            assert "StaticInferenceContext" in str(error), error
-        else:
-            raise AssertionError("an enabled model ran with a StaticInferenceContext")
+        with cpu_compat.cuda_literals_on_cpu():
+            arguments = ["--use-legacy-static-engine", "--prompts", "hello"]
+            refused(UnsupportedError, "StaticInferenceContext", lambda: module["main"](arguments))
     dist.barrier()
     parallel_state.destroy_model_parallel()
 

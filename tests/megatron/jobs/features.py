@@ -19,9 +19,10 @@ from pikv_ds.megatron_patch import PiKVInferenceContext, cpu_compat, disable_pik
 from pikv_ds.megatron_patch.groups import expert_group
 from pikv_ds.megatron_patch.layers import find_layers
 from tests.dist.jobs.report import Report
-from tests.megatron.models import causal_mask, local_spec, positions, start, tiny_config, tiny_model, tokens
+from tests.megatron.masks import check_masks
+from tests.megatron.models import local_spec, start, tiny_config, tiny_model, tokens
 from tests.megatron.penalty import check_penalty
-from tests.megatron.runs import assert_conserved, decode, dense_is_forbidden, step
+from tests.megatron.runs import assert_conserved, decode, dense_is_forbidden, refused, step
 
 ROWS, LENGTH = 3, 24
 SETTINGS = {
@@ -93,15 +94,6 @@ def check_homes(report: Report, ids: torch.Tensor) -> None:
                 assert torch.equal(own.long(), at), f"layer {i}"
 
 
-def refused(kind: type[Exception], match: str, call) -> None:
-    try:
-        call()
-    except kind as error:
-        assert match in str(error), f"{match!r} not in {error}"
-    else:
-        raise AssertionError(f"nothing was raised where {match!r} was expected")
-
-
 @contextlib.contextmanager
 def setting(config, **changes):
     with contextlib.ExitStack() as stack:
@@ -157,11 +149,6 @@ def check_refusals(report: Report, ids: torch.Tensor) -> None:
             refused(ConfigError, "num_shards = 3", lambda: PiKVInferenceContext(1, 8, model=model, config={"storage": {"num_shards": 3}}))
     with report.check("calls refused"), torch.no_grad():
         context = PiKVInferenceContext(ROWS, LENGTH, model=model)
-        padded = causal_mask(9).clone()
-        padded[..., :2] = True
-        call = dict(inference_context=context, runtime_gather_output=True)
-        refused(UnsupportedError, "hides other tokens", lambda: model(ids[:, :9], positions(ids[:, :9]), padded, **call))
-        refused(UnsupportedError, "attention_mask is", lambda: model(ids[:, :9], positions(ids[:, :9]), causal_mask(8), **call))
         refused(ValueError, "max_batch_size", lambda: step(model, PiKVInferenceContext(2, LENGTH, model=model), ids[:, :9]))
         refused(ValueError, "max_sequence_length", lambda: step(model, PiKVInferenceContext(ROWS, 8, model=model), ids[:, :9]))
         context.sequence_len_offset = 5
@@ -181,6 +168,7 @@ def main() -> None:
     check_settings(report, ids)
     check_homes(report, ids)
     check_refusals(report, ids)
+    check_masks(report, ids)
     check_penalty(report, ids)
     dist.barrier()
     dist.destroy_process_group()

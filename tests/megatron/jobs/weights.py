@@ -1,6 +1,7 @@
 """Hugging Face models in Megatron-Core and back, sliced: same logits, same weights; the bundled model over PiKV. Arguments: layouts."""
 
 import sys
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -13,8 +14,9 @@ from pikv_ds.megatron_patch.hf_config import build_gpt
 from pikv_ds.megatron_patch.hf_weights import gather_hf_weights, load_hf_weights
 from tests import tiny_models
 from tests.dist.jobs.report import Report
+from tests.megatron import documented
 from tests.megatron.models import start
-from tests.megatron.runs import decode, full_forward
+from tests.megatron.runs import decode, full_forward, refused, step
 
 
 def check_model(report: Report, name: str, hf, length: int, max_sequence_length: int = 512):
@@ -44,6 +46,9 @@ def check_layout(report: Report, layout: str) -> None:
         check_model(report, f"{layout} {name}", tiny_models.tiny_model(family, **changes), 20)
     hf, tokenizer = pikv_ds.bundled.load()
     model, _ = check_model(report, f"{layout} bundled", hf, 64)
+    with report.check(f"{layout} the documented lines"):
+        made = documented.run("gather_hf_weights", hf=hf, options=cpu_compat.cpu_config_options())
+        assert all(torch.equal(made["weights"][name], tensor) for name, tensor in hf.state_dict().items())
     with report.check(f"{layout} bundled finds a pass key over PiKV"):
         prompt, key = pikv_ds.bundled.passkey_prompt(tokenizer, 160, seed=2)
         ids = torch.tensor([prompt])
@@ -56,9 +61,7 @@ def check_layout(report: Report, layout: str) -> None:
             token = logits.argmax(-1, keepdim=True)
             text.append(int(token))
             with torch.no_grad():
-                at = torch.full((1, 1), context.sequence_len_offset)
-                logits = model(token, at, None, inference_context=context, runtime_gather_output=True)[:, -1]
-            context.increment_sequence_len_offset(1)
+                logits = step(model, context, token)
         assert tokenizer.decode(text).strip().startswith(key), (tokenizer.decode(text), key)
         disable_pikv(model)
     with report.check(f"{layout} refusals"):
@@ -66,20 +69,10 @@ def check_layout(report: Report, layout: str) -> None:
             match = next(iter(change)) if "attention_bias" in change else next(iter(change.values()))
             config = type(hf.config)(**{**hf.config.to_dict(), **{k: v for k, v in change.items() if k != "model_type"}})
             config.model_type = change.get("model_type", config.model_type)
-            try:
-                build_gpt(config, max_sequence_length=64, **cpu_compat.cpu_config_options())
-            except UnsupportedError as error:
-                assert match in str(error), error
-            else:
-                raise AssertionError(f"{change} was not refused")
+            refused(UnsupportedError, match, partial(build_gpt, config, max_sequence_length=64, **cpu_compat.cpu_config_options()))
         weights = dict(hf.state_dict())
         weights.pop("model.norm.weight")
-        try:
-            load_hf_weights(model, hf.config, weights)
-        except UnsupportedError as error:
-            assert "model.norm.weight" in str(error), error
-        else:
-            raise AssertionError("missing weights were not noticed")
+        refused(UnsupportedError, "model.norm.weight", lambda: load_hf_weights(model, hf.config, weights))
     dist.barrier()
     parallel_state.destroy_model_parallel()
 

@@ -1,0 +1,119 @@
+// Smallest and largest key of each page, and the largest logit a query can have inside them. Bounds are rounded away from the keys, so that a
+// 16-bit bound still is one.
+
+namespace pikv {
+
+// The next 16-bit float towards -inf; both types count up with their magnitude.
+__device__ __forceinline__ unsigned next_below(unsigned h) { return (h & 0x7fffu) == 0 ? 0x8001u : h & 0x8000u ? h + 1 : h - 1; }
+
+// The largest 16-bit float that is not above x.
+__device__ __forceinline__ unsigned not_above(float x, int type) {
+  const unsigned h = type == kBf16 ? float_to_bf16(x) : float_to_half(x);
+  return (type == kBf16 ? bf16_to_float(h) : half_to_float(h)) > x ? next_below(h) : h;
+}
+
+__device__ __forceinline__ void store_edge(void* bounds, int type, long long i, float x, bool upper) {
+  if (type == kFp32) static_cast<float*>(bounds)[i] = x;
+  else static_cast<unsigned short*>(bounds)[i] = (unsigned short)(upper ? not_above(-x, type) ^ 0x8000u : not_above(x, type));
+}
+
+// A bound that this kernel also writes, so not through the read-only cache.
+__device__ __forceinline__ float load_edge(const void* bounds, int type, long long i) {
+  if (type == kFp32) return static_cast<const float*>(bounds)[i];
+  const unsigned h = static_cast<const unsigned short*>(bounds)[i];
+  return type == kBf16 ? bf16_to_float(h) : half_to_float(h);
+}
+
+// Column d of the key in slot t, from its code: the bits of ops/ref_formats.py.
+__device__ __forceinline__ float stored_key(const PageFormat& f, const unsigned char* head, int t, int d) {
+  const unsigned char* row = head + f.k + (long long)t * f.k_row_bytes;
+  if (f.format <= kFp16) return load_float(row, f.format, d);
+  const unsigned short* scale = reinterpret_cast<const unsigned short*>(head + f.k_scale);
+  if (f.format == kFp8) return __fmul_rn(fp8_to_float(row[d]), half_to_float(scale[t]));
+  const long long grid = (long long)(t / f.group) * f.k_dim + d;
+  const unsigned code = f.format == kInt8 ? row[d] : row[d / 2] >> 4 * (d % 2) & 15u;
+  return __fadd_rn(__fmul_rn((float)code, half_to_float(scale[grid])), half_to_float(reinterpret_cast<const unsigned short*>(head + f.k_zero)[grid]));
+}
+
+// Grid: x = token, y = head. The first token of a page answers for all tokens of that page; every other block ends at once.
+__global__ void __launch_bounds__(kBlock) page_bounds_kernel(const PageBounds b) {
+  PK_SHARED(shared);
+  int* newest = reinterpret_cast<int*>(shared);  // the last token of this call in the same table
+  int* present = newest + 1;                     // [page_size] 1 = a token of this call is in the slot
+  const int token = blockIdx.x, h = blockIdx.y, H = b.f.num_kv_heads, D = b.f.k_dim, P = b.f.page_size, group = b.f.group;
+  const bool grouped = format_grouped(b.f.format);
+  const int slot = at(b.slots, token), page = slot / P;
+  if (slot < 0) return;
+  for (int first = 0; first < token; first += kBlock) {
+    const int j = first + threadIdx.x, other = j < token ? at(b.slots, j) : -1;
+    if (__syncthreads_or(other >= 0 && other / P == page)) return;
+  }
+  for (int t = threadIdx.x; t < P; t += kBlock) present[t] = 0;
+  if (threadIdx.x == 0) *newest = -1;
+  __syncthreads();
+  const int row = grouped ? at(b.tail_rows, token) : 0;
+  for (int j = threadIdx.x; j < b.T; j += kBlock) {
+    const int other = at(b.slots, j);
+    if (other < 0) continue;
+    if (other / P == page) present[other % P] = 1;
+    if (grouped && at(b.tail_rows, j) == row) atomicMax(newest, j);
+  }
+  __syncthreads();
+  const int last_slot = at(b.slots, *newest < 0 ? token : *newest);
+  const int open = last_slot % group == group - 1 ? -1 : last_slot / group;  // its keys are in the tail
+  const bool anew = present[0];
+  const unsigned char* head = b.pages + page * b.f.record_bytes + h * b.f.head_bytes;
+  const long long edges = ((long long)page * H + h) * 2 * D, tail = ((long long)row * H + h) * group;
+  for (int d = threadIdx.x; d < D; d += kBlock) {
+    const float old_low = anew ? -minus_infinity() : load_edge(b.bounds, b.type, edges + d);
+    const float old_high = anew ? minus_infinity() : load_edge(b.bounds, b.type, edges + D + d);
+    float low = old_low, high = old_high;
+    const auto take = [&](float x) { low = x < low ? x : low, high = x > high ? x : high; };
+    for (int t = 0; t < P; ++t) {
+      if (!present[t]) continue;
+      if (!grouped) {
+        take(stored_key(b.f, head, t, d));
+      } else if (t % group == group - 1) {  // brings the codes of the whole group
+        for (int other = t - group + 1; other <= t; ++other) take(stored_key(b.f, head, other, d));
+      } else if ((page * P + t) / group == open) {
+        take(load_float(b.tail, b.tail_type, (tail + t % group) * D + d));
+      }
+    }
+    if (anew || low < old_low) store_edge(b.bounds, b.type, edges + d, low, false);
+    if (anew || high > old_high) store_edge(b.bounds, b.type, edges + D + d, high, true);
+  }
+}
+
+constexpr float kLargest = 3.402823466e38f;
+
+// An fp16 bound may be infinite, and 0 * inf would be NaN.
+__device__ __forceinline__ float finite(float x) { return fminf(fmaxf(x, -kLargest), kLargest); }
+
+// Grid: (table, kv head, 4 columns), columns fastest; a warp per column.
+__global__ void __launch_bounds__(kBlock) page_score_kernel(const PageScore s) {
+  const int steps = (s.max_pages + kWarps - 1) / kWarps, lane = threadIdx.x % 32;
+  const int c = (int)(blockIdx.x % steps) * kWarps + threadIdx.x / 32, h = (int)(blockIdx.x / steps % s.H), n = (int)(blockIdx.x / steps / s.H);
+  if (c >= s.max_pages) return;
+  float* score = s.scores + ((long long)n * s.H + h) * s.max_pages + c;
+  const int len = at(s.seqlens, (long long)n * s.seqlen_heads + (s.seqlen_heads == 1 ? 0 : h));
+  if (c >= (len + s.page_size - 1) / s.page_size) {
+    if (lane == 0) *score = minus_infinity();
+    return;
+  }
+  const long long page = at(s.table, ((long long)n * s.table_heads + (s.table_heads == 1 ? 0 : h)) * s.max_pages + c);
+  const long long edges = (page * s.bound_heads + (s.bound_heads == 1 ? 0 : h)) * 2 * s.D;
+  const long long queries = ((long long)(n / s.S) * s.H + h) * s.G * s.D;
+  float top = -kLargest;
+  for (int g = 0; g < s.G; ++g) {
+    float sum = 0;
+    for (int d = lane; d < s.D; d += 32) {
+      const float x = load_float(s.q, s.q_type, queries + (long long)g * s.D + d) * s.scale;
+      const float low = finite(load_float(s.bounds, s.bounds_type, edges + d)), high = finite(load_float(s.bounds, s.bounds_type, edges + s.D + d));
+      sum += fminf(x, 0.0f) * low + fmaxf(x, 0.0f) * high;
+    }
+    top = fmaxf(top, lane_sum<1, 16>(sum));
+  }
+  if (lane == 0) *score = top;
+}
+
+}  // namespace pikv

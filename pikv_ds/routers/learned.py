@@ -1,0 +1,58 @@
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pikv_ds.errors import ConfigError
+from pikv_ds.routers import ROUTERS
+from pikv_ds.routers.base import PageQuery
+from pikv_ds.routers.shard_router import ShardRouter
+from pikv_ds.store import LayerStore
+
+
+@ROUTERS.register("learned")
+class LearnedGate(ShardRouter):
+    """Shards by a gate that was fitted elsewhere (the paper's R_A; inference only).
+
+    g = W_layer q, q all query heads in a row. `path`: safetensors file with "gate" [num_layers, num_shards, num_q_heads * head_dim]. Its
+    shards are those of the cache: a gate fits one placement and one num_shards.
+    Source: PiKV, arXiv 2508.06526, table 1.
+    """
+
+    def __init__(self, *, path: str, top_k: int = 1) -> None:
+        super().__init__(top_k=top_k)
+        self.path, self.gate = path, _read(path)
+
+    def open(self, layer: int, store: LayerStore, num_shards: int) -> None:
+        super().open(layer, store, num_shards)
+        if layer >= self.gate.shape[0] or num_shards != self.gate.shape[1]:
+            raise ConfigError(
+                f"pikv.routing.path = {self.path!r} holds a gate of {self.gate.shape[0]} layers and {self.gate.shape[1]} shards; this "
+                f"cache has layer {layer} and {num_shards} shards (pikv.storage.num_shards): use a gate fitted for them"
+            )
+        self.gate = self.gate.to(store.device)
+
+    def logits(self, asked: PageQuery) -> Tensor:
+        q, gate = asked.q.float().flatten(1), self.gate[asked.layer]
+        if q.shape[1] != gate.shape[1]:
+            raise ConfigError(
+                f"pikv.routing.path = {self.path!r} holds a gate of width {gate.shape[1]}; the queries of layer {asked.layer} have "
+                f"{q.shape[1]} numbers (query heads x head_dim, of this tensor-parallel rank)"
+            )
+        empty = self.counts[asked.layer][asked.row_of_query()] == 0
+        return (q @ gate.T).masked_fill(empty, -torch.inf)
+
+
+def _read(path: str) -> Tensor:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        tensors = load_file(Path(path))
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"path = a readable safetensors file, got {path!r}: {error}") from error
+    gate = tensors.get("gate")
+    if gate is None or gate.dim() != 3 or not bool(torch.isfinite(gate).all()):
+        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        raise ValueError(f"path = a file with a finite 'gate' [num_layers, num_shards, num_q_heads * head_dim]; {path!r} holds {found}")
+    return gate.float()

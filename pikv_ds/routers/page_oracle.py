@@ -1,0 +1,25 @@
+import torch
+from torch import Tensor
+
+from pikv_ds import ops
+from pikv_ds.routers import ROUTERS
+from pikv_ds.routers.base import PageQuery, Router
+
+
+@ROUTERS.register("page_oracle")
+class PageOracle(Router):
+    """Control: the pages that hold the most attention, known by reading them all. The most that a choice of pages can hold.
+
+    score = sum over the query heads of a kv head of exp(lse of the page - lse of all pages). No saving: every page is read to be scored,
+    which the entries read do not count.
+    """
+
+    def score(self, asked: PageQuery) -> Tensor:
+        store, num_heads = asked.store, asked.store.fmt.num_kv_heads
+        _, lse, page_lse = ops.decode(
+            asked.q, store.pages, store.fmt, asked.block_table, asked.seqlens, scale=asked.scale, q_positions=asked.positions,
+            window=asked.window, tail=asked.tail, tail_rows=asked.tail_rows, with_page_lse=True,
+        )  # fmt: skip
+        total = asked.gather(lse).logsumexp(0).repeat_interleave(page_lse.shape[0] // lse.shape[0], 0).unsqueeze(-1)
+        mass = torch.exp(page_lse - total.clamp_min(torch.finfo(torch.float32).min))  # [N, Hq, C]
+        return mass.unflatten(1, (num_heads, -1)).sum(2)

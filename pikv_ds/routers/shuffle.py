@@ -1,0 +1,32 @@
+from typing import Literal
+
+from torch import Tensor
+
+from pikv_ds.routers import ROUTERS
+from pikv_ds.routers.base import PageQuery
+from pikv_ds.routers.bounds import PageBounds
+from pikv_ds.routers.earlier import EarlierQueries
+from pikv_ds.store import LayerStore
+
+
+@ROUTERS.register("shuffle")
+class Shuffle(PageBounds):
+    """Control: page bounds asked with the query of another position of the request, so that pages keep their popularity.
+
+    score as in `bounds`, for a query drawn from the latest 128 of its row (same layer and heads). What `bounds` holds more of the attention
+    than this, it owes to the query. Bytes: those of bounds.
+    """
+
+    def __init__(self, *, metadata: Literal["fp32", "bf16", "fp16"] = "bf16") -> None:
+        super().__init__(metadata=metadata)
+        self.earlier = EarlierQueries()
+
+    def open(self, layer: int, store: LayerStore, num_shards: int) -> None:
+        super().open(layer, store, num_shards)
+        self.earlier.open(layer)
+
+    def remap(self, layer: int, parent: Tensor) -> None:
+        self.earlier.remap(layer, parent)
+
+    def score(self, asked: PageQuery) -> Tensor:
+        return self.score_with(self.earlier.swap(asked), asked)

@@ -1,0 +1,216 @@
+"""What a query reads of the store: pinned pages and those that a router chooses, per kv head, over the shards of all ranks.
+
+R rows, T queries per row, Q = R * T, S local shards, N = Q * S tables, C table columns, H kv heads, K listed pages.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import ceil
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pikv_ds import ops
+
+from .config import RoutingConfig
+from .exchange import Exchange
+from .plan import StepPlan
+from .reader import Stored
+from .routers.base import NewEntries, PageQuery, Router
+from .spec import LayerSpec
+from .step import Query
+from .tables import Tables
+from .top_pages import best_pages, listed_pages, page_keys
+from .writer import Written
+
+QUERIES_AT_ONCE = 32  # per row: scores take Q * S * C * H numbers
+
+
+class Budget(NamedTuple):
+    """Pages to read in one forward. pages: [R] int64 per row, pinned ones included; width: host bound of what a query can get."""
+
+    pages: Tensor
+    width: int
+
+
+class Selection:
+    """Owns a router and the counters of entries read; borrows stores and exchange.
+
+    measures_mass: also attend to everything, to learn how much of the attention the choice holds (for evaluation; slow).
+    """
+
+    def __init__(
+        self, config: RoutingConfig, router: Router, layers: list[LayerSpec], tables: Tables, exchange: Exchange, stages: bool
+    ) -> None:
+        """stages: entries are stored after the queries of their layer."""
+        self.config, self.router, self.layers, self.tables, self.exchange, self.stages = config, router, layers, tables, exchange, stages
+        self.page_size, self.num_shards, self.device = tables.page_size, tables.num_shards, tables.device
+        self.entries = torch.zeros(2, dtype=torch.float64, device=self.device)  # read (mean over kv heads), visible: sums over queries
+        self.mass = torch.zeros(2, dtype=torch.float64, device=self.device)  # share of attention read, queries
+        self.measures_mass = False
+        self._waiting: list[tuple[int, NewEntries]] = []
+        self._plan: StepPlan | None = None
+        self._budgets: dict[int | None, Budget] = {}
+        self.open()
+
+    def open(self) -> None:
+        """The stores are new and empty. Host phase."""
+        self._waiting.clear()
+        self.entries.zero_()
+        self.mass.zero_()
+        for layer, store in enumerate(self.tables.stores):
+            self.router.open(layer, store, self.num_shards)
+
+    # ---- after an append -----------------------------------------------------------------------------------------------------
+
+    def wrote(self, layer: int, plan: StepPlan, k: Tensor, written: Written) -> None:
+        """Entries of a layer were stored: those that queries of their own forward must not see wait until these have been answered."""
+        self.settle()
+        shard, table = written.shard, plan.rows
+        if shard is not None:
+            table = torch.where(written.here, table * self.tables.num_local + shard - self.tables.shard_begin, 0)
+        new = NewEntries(
+            k=k, rows=plan.rows, positions=plan.positions, shard=torch.zeros_like(plan.rows) if shard is None else shard,
+            valid=written.valid, slot_mapping=written.slot_mapping, table=table.to(torch.int32),
+        )  # fmt: skip
+        if plan.decode or self.stages:  # staged entries are stored after the queries of their layer
+            self._report(layer, new)
+        elif any(source.num_columns == 1 and source.num_rows for source in plan.sources):
+            now = plan.one_column[plan.rows]
+            self._report(layer, _those(new, now))
+            self._waiting.append((layer, _those(new, ~now)))
+        else:
+            self._waiting.append((layer, new))
+
+    def settle(self) -> None:
+        """Report the entries that the queries of their own forward must not see. Call it before pages move."""
+        for layer, new in self._waiting:
+            self._report(layer, new)
+        self._waiting.clear()
+
+    def _report(self, layer: int, new: NewEntries) -> None:
+        self.router.wrote(layer, self.tables.stores[layer], new)
+
+    def remap(self, parent: list[int]) -> None:
+        """Row i continues row parent[i], -1 = a fresh row. Host phase."""
+        rows = torch.tensor(parent, dtype=torch.int64).to(self.device)
+        for layer in range(len(self.layers)):
+            self.router.remap(layer, rows)
+
+    # ---- reading -------------------------------------------------------------------------------------------------------------
+
+    def read(self, query: Query, q: Tensor, row0: int, positions: Tensor, stored: Stored, plan: StepPlan) -> tuple[Tensor, Tensor]:
+        """Attention to the chosen pages.
+
+        Args: q [R, T, Hq, Dk] at positions [R, T] int32, of the rows row0 ...; stored: their tables.
+
+        Returns: out [R, T, Hq, Dv] f32, lse [R, T, Hq] f32. Sync: none. Collectives with several ranks, per QUERIES_AT_ONCE queries of a
+        row: one for a budget, and those of the router; all ranks must call it alike.
+        """
+        num_rows, parts = q.shape[0], []
+        rows = slice(row0, row0 + num_rows)
+        for begin in range(0, q.shape[1], QUERIES_AT_ONCE):
+            block = slice(begin, begin + QUERIES_AT_ONCE)
+            asked = self._asked(query, q[:, block], rows, stored, positions[:, block])
+            page_list = self.choose(asked, plan)
+            self._count(asked, page_list)
+            out, lse, page_lse = self._attend(asked, page_list, self.router.wants_page_lse)
+            if self.measures_mass:
+                share = torch.exp(lse - asked.gather(self._attend(asked, None)[1]).logsumexp(0)).mean(1, dtype=torch.float64)
+                self.mass += torch.stack([share.nan_to_num(0.0) @ real_queries(asked), real_queries(asked).sum() / self.exchange.size])
+            if self.router.wants_page_lse:
+                self.router.answered(asked, page_list, page_lse)
+            parts.append((out.view(num_rows, -1, *out.shape[1:]), lse.view(num_rows, -1, lse.shape[1])))
+        return parts[0] if len(parts) == 1 else (torch.cat([out for out, _ in parts], 1), torch.cat([lse for _, lse in parts], 1))
+
+    def choose(self, asked: PageQuery, plan: StepPlan) -> Tensor:
+        """Columns to read, [N, 1 or H, K] int32, -1 = none."""
+        num_queries, num_local, columns = asked.visible.shape
+        score = self.router.score(asked).view(num_queries, num_local, -1, columns)
+        keys = page_keys(score, asked.visible, asked.pinned, asked.shards, self.num_shards)
+        if not self.router.budgeted:
+            return listed_pages(keys, num_local)
+        budget = self._budget(asked.layer, plan)
+        pages = budget.pages[asked.rows].unsqueeze(1)
+        pages = pages.expand(-1, num_queries // pages.shape[0]).flatten()
+        what = f"choosing the pages of layer {asked.layer} over all ranks"
+        return best_pages(keys, pages, budget.width, num_local, self.exchange, what)
+
+    def _attend(self, asked: PageQuery, page_list: Tensor | None, with_page_lse: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
+        return ops.decode(
+            asked.q, asked.store.pages, asked.store.fmt, asked.block_table, asked.seqlens, scale=asked.scale, page_list=page_list,
+            q_positions=asked.positions, window=asked.window, tail=asked.tail, tail_rows=asked.tail_rows, with_page_lse=with_page_lse,
+        )  # fmt: skip
+
+    def _asked(self, query: Query, q: Tensor, rows: slice, stored: Stored, positions: Tensor) -> PageQuery:
+        """The tables of R rows, once per query."""
+        store, window, config = self.tables.stores[query.layer], self.layers[query.layer].window, self.config
+        num_rows, num_queries, num_q_heads, dim = q.shape
+        num_local, page_size = self.tables.num_local, self.page_size
+        per_query = lambda x: x.view(num_rows, 1, num_local, *x.shape[1:]).expand(-1, num_queries, *[-1] * x.dim()).flatten(0, 2)  # noqa: E731
+        table, lens = per_query(stored.block_table), per_query(stored.seqlens)
+        at = positions.reshape(-1, 1, 1)
+        begin = torch.arange(table.shape[-1], device=q.device, dtype=torch.int32) * page_size
+        entries = (lens.view(-1, num_local, 1) - begin).clamp(0, page_size)  # [Q, S, C]
+        visible = entries > 0
+        page = torch.where(visible, table.view(entries.shape), 0)
+        held = store.positions if store.num_pages else torch.zeros(1, page_size, dtype=torch.int32, device=q.device)
+        first, last = held[page, 0], held[page, (entries - 1).clamp_min(0)]
+        if window is not None:
+            visible = visible & (last > at - window)
+        return PageQuery(
+            layer=query.layer, rows=rows, q=q.reshape(-1, num_q_heads, dim).contiguous(), positions=positions.flatten().contiguous(),
+            store=store, block_table=table, seqlens=lens, tail=stored.tail,
+            tail_rows=None if stored.tail is None else per_query(stored.tail_rows),
+            visible=visible, first=first, last=last, entries=torch.where(visible, entries, 0),
+            pinned=(first < config.sink_tokens) | (last > at - config.recent_tokens), shards=self.tables.local, window=window,
+            homes=None if self.num_shards == 1 else self.tables.directory.shard_at[query.layer][rows],
+            scale=query.scale, gather=self._gather,
+        )  # fmt: skip
+
+    def _gather(self, x: Tensor) -> Tensor:
+        if self.exchange.size == 1:
+            return x.unsqueeze(0)
+        return self.exchange.all_gather(x.contiguous(), f"gathering for pikv.routing.method = {self.config.method!r}")
+
+    def _budget(self, layer: int, plan: StepPlan) -> Budget:
+        """Once per forward and window, from sizes that every rank knows on the host."""
+        if plan is not self._plan:
+            self._plan, self._budgets = plan, {}
+        spec = self.layers[layer]
+        if spec.window not in self._budgets:
+            config, page, num_shards = self.config, self.page_size, self.num_shards
+            seen = [spec.tokens_kept(n) for n in self._lens_seen(plan)]
+            pages = [config.budget_pages or ceil(config.budget_ratio * n / page) for n in seen]
+            # Sinks and recent tokens may lie in all shards, and end inside a page in each.
+            pinned = min(config.sink_tokens, config.sink_tokens // page + num_shards)
+            pinned += min(config.recent_tokens, config.recent_tokens // page + 2 * num_shards)
+            width = min(max(*pages, pinned), max(seen) // page + 2 * num_shards)
+            self._budgets[spec.window] = Budget(torch.tensor(pages).to(self.device), width)
+        return self._budgets[spec.window]
+
+    def _lens_seen(self, plan: StepPlan) -> list[int]:
+        """Stored tokens that the queries of each row see: with one column and no staging their own too."""
+        seen = list(plan.lens_before_host)
+        for source in plan.sources:
+            if source.num_columns == 1 and not self.stages:
+                rows = slice(source.row0, source.row0 + source.num_rows)
+                seen[rows] = plan.lens_after_host[rows]
+        return seen
+
+    def _count(self, asked: PageQuery, page_list: Tensor) -> None:
+        page = asked.entries.flatten(0, 1).unsqueeze(1).expand(-1, page_list.shape[1], -1)  # [N, H, C]
+        read = torch.where(page_list >= 0, page.gather(-1, page_list.clamp_min(0).to(torch.int64)), 0)
+        read = read.sum(-1, dtype=torch.float64).mean(1).view(len(asked.positions), -1).sum(1)
+        self.entries += torch.stack([read, asked.entries.sum((1, 2), dtype=torch.float64)]) @ real_queries(asked)
+
+
+def real_queries(asked: PageQuery) -> Tensor:
+    """[Q] f64, 1 for a query and 0 for padding."""
+    return (asked.positions >= 0).to(torch.float64)
+
+
+def _those(new: NewEntries, mask: Tensor) -> NewEntries:
+    return replace(new, valid=new.valid & mask, slot_mapping=torch.where(mask, new.slot_mapping, -1))

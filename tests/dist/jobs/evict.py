@@ -1,0 +1,64 @@
+"""Eviction over process groups: what is kept, on 1, 2 and 4 ranks with four shards. args: methods."""
+
+import sys
+
+import torch.distributed as dist
+
+import pikv_ds
+from pikv_ds.adapters.hf_cache import HFCache
+from tests.dist.jobs.exact import assert_conserved, generate, generate_sharded
+from tests.dist.jobs.report import Report
+from tests.tiny_models import prompt, tiny_model
+from tests.unit.invariants import slots_of
+
+STORAGE = {"num_shards": 4, "requests": "replicated"}
+SCHEDULING = {"budget_tokens": 40, "sink_tokens": 2, "recent_tokens": 6}
+
+
+def kept(cache: HFCache) -> list[list[list[list[int]]]]:
+    """[layer][row][shard] positions held, of this rank's shards."""
+    tables = cache.core.tables
+    return [
+        [
+            [store.positions.flatten()[slots_of(store, row, shard).long()].tolist() for shard in range(tables.num_local)]
+            for row in range(tables.counts.shape[1])
+        ]
+        for store in tables.stores
+    ]
+
+
+def held(model, ids, group, method: str, *, waiting: int = 0, **options) -> dict:
+    """A run's tokens, the entries it kept in every shard, its collectives. waiting: entries that a crop may still take back."""
+    with pikv_ds.attach(model, {"page_size": 2, "storage": STORAGE, "scheduling": {"method": method, **SCHEDULING}}, group) as cache:
+        run = generate(model, ids, new_tokens=24, **options)
+        stats, own, load = cache.stats(), kept(cache), cache.core.tables.directory.load.tolist()
+    assert_conserved(stats, group)
+    ranks = [None] * dist.get_world_size(group)
+    dist.all_gather_object(ranks, own, group=group)
+    whole = [[sum((rank[layer][row] for rank in ranks), []) for row in range(len(own[0]))] for layer in range(len(own))]
+    for layer, rows in enumerate(whole):
+        assert load[layer] == [sum(len(row[shard]) for row in rows) for shard in range(4)], "the directory lost count"
+        assert all(sum(map(len, row)) <= 40 + waiting for row in rows), "over the budget"
+    return {"tokens": run.tokens.tolist(), "kept": whole, "collectives": stats["exchange_collectives"]}
+
+
+def main() -> None:
+    report = Report()
+    dist.init_process_group("gloo")
+    group = dist.new_group()
+    model = tiny_model("qwen2_moe")  # no norm on its keys: after one, all keys are about equally long and "knorm" a matter of rounding
+    ids = prompt(70, seed=3, batch=2)
+    exact = generate_sharded(model, ids, new_tokens=24, group=group, config={"page_size": 2, "storage": STORAGE})
+    for method in sys.argv[1:]:
+        with report.check(method) as row:
+            row |= held(model, ids, group, method)
+            row["collectives"] -= exact.stats["exchange_collectives"]
+    with report.check("beams") as row:
+        row |= held(model, prompt(50, seed=4, batch=1), group, "streaming_llm", num_beams=3)
+    with report.check("assisted") as row:
+        row |= held(model, prompt(25, seed=5).repeat(1, 2), group, "streaming_llm", prompt_lookup_num_tokens=4, waiting=5)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

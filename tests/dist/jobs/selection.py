@@ -1,0 +1,169 @@
+"""Pages chosen over several ranks, beside one rank with the same shards: the same sets, the same answers, bytes as the formula says.
+
+Argument: names of routers. Queries, keys and values are made up, so that both sides get the same bits.
+"""
+
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from pikv_ds.cache import PiKVCache
+from pikv_ds.config import PiKVConfig
+from pikv_ds.ops import load
+from pikv_ds.plan import LocalStep
+from pikv_ds.spec import LayerSpec
+from pikv_ds.stats import choice_bytes, partial_bytes
+from tests.dist.jobs.report import Report
+from tests.routing_blocks import routing
+
+FOLDER = tempfile.TemporaryDirectory(prefix="pikv_gate_")  # goes with the process
+SHARDS, HEADS, KV_HEADS, DIM, EXPERTS = 4, 4, 2, 16, 8
+LAYERS = [
+    LayerSpec(layer_idx=0, num_kv_heads=KV_HEADS, k_dim=DIM, v_dim=DIM),
+    LayerSpec(layer_idx=1, num_kv_heads=KV_HEADS, k_dim=DIM, v_dim=DIM, window=20),
+]
+
+
+class Side:
+    """A cache fed with the requests `rows` of all: row r of forward f has tokens that only r, f and the layer decide."""
+
+    def __init__(self, name: str, requests: str, rows: list[int], group) -> None:
+        method = routing(name, Path(FOLDER.name), layers=len(LAYERS), shards=SHARDS, query_width=HEADS * DIM)
+        block = {"page_size": 4, "routing": method, "storage": {"num_shards": SHARDS, "requests": requests}}
+        self.cache = PiKVCache(
+            LAYERS, PiKVConfig(**block), num_experts=EXPERTS, dtype=torch.float32, device=torch.device("cpu"), group=group
+        )
+        self.rows, self.lens, self.forwards, self.chosen = rows, [0] * len(rows), 0, {}
+        choose = self.cache.selection.choose
+
+        def recording(asked, plan):
+            page_list = choose(asked, plan)
+            listed = page_list.view(*asked.visible.shape[:2], *page_list.shape[1:])  # [Q, S, H, K]
+            first_row, per_row = asked.rows.start, len(asked.positions) // (asked.rows.stop - asked.rows.start)
+            for query, shard, head, k in (listed >= 0).nonzero().tolist():
+                key = (self.forwards, asked.layer, first_row + query // per_row, int(asked.positions[query]), head)
+                place = (shard + asked.shards.start, int(asked.first[query, shard, listed[query, shard, head, k]]))
+                if asked.positions[query] >= 0:
+                    self.chosen.setdefault(key, set()).add(place)
+            return page_list
+
+        self.cache.selection.choose = recording
+
+    def forward(self, columns: int, num_new: list[int]) -> list[torch.Tensor]:
+        """Outputs over stored entries, per layer [B, T, HEADS, DIM]."""
+        fresh, count = self.forwards == 0, len(self.rows)
+        index = torch.arange(columns) - columns
+        positions = torch.stack([torch.where(index >= -n, length + index + n, -1) for length, n in zip(self.lens, num_new, strict=True)])
+        self.cache.begin_step(
+            LocalStep(
+                num_rows=count, num_columns=columns, num_new=num_new, parent=[-1] * count if fresh else list(range(count)),
+                keep=list(self.lens), positions=positions.to(torch.int32), digest=self.forwards, identity=not fresh, fresh=fresh,
+            )
+        )  # fmt: skip
+        outs = []
+        for layer in range(len(LAYERS)):
+            made = []
+            for row in self.rows:
+                generator = torch.Generator().manual_seed(1000 * row + 10 * self.forwards + layer)
+                made.append([torch.randn(columns, heads, DIM, generator=generator) for heads in (HEADS, KV_HEADS, KV_HEADS)])
+                made[-1].append(torch.randint(EXPERTS, (columns,), generator=generator))
+            q, k, v, ids = (torch.stack(side) for side in zip(*made, strict=True))
+            partial = self.cache.attend(layer, q, k, v, scale=0.25, v_dim=DIM, expert_ids=ids.flatten())
+            outs.append(partial.out.masked_fill((positions < 0)[..., None, None], 0))
+        self.cache.end_step()
+        self.lens = [length + n for length, n in zip(self.lens, num_new, strict=True)]
+        self.forwards += 1
+        return outs
+
+
+def drive(side: Side, own: slice, idle: bool) -> list[torch.Tensor]:
+    """Prefill, two chunks, decoding; the requests of rank 1 pause for a step when `idle`. own: rows of this side among all."""
+    outs = []
+    steps = [(30, [30, 17, 9, 22]), (7, [7, 7, 4, 7]), (1, None), (5, [2, 5, 5, 1]), *[(1, None)] * 5]
+    for step, (columns, num_new) in enumerate(steps):
+        num_new = num_new or [1] * 4
+        if idle and step == 6:
+            num_new = [1, 0, 1, 1]
+        outs += side.forward(columns, num_new[own])
+    return outs
+
+
+def check_same_pages(report: Report, name: str, requests: str, group) -> None:
+    rank, size = dist.get_rank(), dist.get_world_size()
+    with report.check(f"{name} {requests}") as row:
+        replicated = requests == "replicated"
+        per_rank = 4 // size
+        own = slice(0, 4) if replicated else slice(rank * per_rank, (rank + 1) * per_rank)
+        idle = not replicated and size == 4  # one request per rank
+        alone, several = Side(name, "auto", list(range(4)), None), Side(name, requests, list(range(4))[own], group)
+        expected, found = drive(alone, slice(0, 4), idle), drive(several, own, idle)
+        local = several.cache.tables.local
+        for key, places in alone.chosen.items():
+            here = {place for place in places if local.start <= place[0] < local.stop}
+            assert several.chosen.get(key, set()) == here, (key, several.chosen.get(key), here)
+        extra = {key for key in several.chosen if key not in alone.chosen}
+        assert not extra, sorted(extra)[:3]
+        for want, got in zip(expected, found, strict=True):
+            assert (want[own] - got).abs().max() < 2e-6
+        read, visible = several.cache.selection.entries.tolist()
+        counts = torch.tensor([read, visible], dtype=torch.float64)
+        dist.all_reduce(counts, group=group)
+        assert torch.allclose(counts, alone.cache.selection.entries), (counts, alone.cache.selection.entries)
+        row |= {"chosen": len(several.chosen), "read": read, "visible": visible, "requests": several.cache.agreement.mode}
+        assert several.cache.agreement.mode == requests and len(alone.chosen) > 100
+
+
+def check_bytes(report: Report, requests: str, group) -> None:
+    """A decode step of 4 requests: what choosing adds to the collectives."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    with report.check(f"bytes {requests}") as row:
+        rows = list(range(4)) if requests == "replicated" else list(range(4))[rank * 4 // size : (rank + 1) * 4 // size]
+        side = Side("bounds", requests, rows, group)
+        side.forward(40, [40] * len(rows))
+        side.forward(1, [1] * len(rows))
+        exchange = side.cache.exchange
+        sent, made = exchange.bytes_sent, exchange.collectives
+        side.forward(1, [1] * len(rows))
+        budgets = side.cache.selection._budgets
+        chosen = sum((size - 1) * choice_bytes(4, KV_HEADS, budgets[spec.window].width) for spec in LAYERS)
+        row |= {"bytes": exchange.bytes_sent - sent, "choosing": chosen, "collectives": exchange.collectives - made}
+        if requests == "replicated":
+            block = 32 + partial_bytes(4, HEADS, DIM)
+            assert row["bytes"] == chosen + (size - 1) * (32 + len(LAYERS) * block), row
+        assert row["collectives"] == (1 + 2 * len(LAYERS) if requests == "replicated" else 3 * len(LAYERS)), row
+
+
+def check_diverged(report: Report, group) -> None:
+    """One replicated rank decodes while the others bring a chunk: all of them say so."""
+    with report.check("diverged"):
+        side = Side("bounds", "replicated", list(range(4)), group)
+        side.forward(20, [20] * 4)
+        try:
+            if dist.get_rank() == 0:
+                side.forward(1, [1] * 4)
+            else:
+                side.forward(3, [3] * 4)
+        except RuntimeError as error:
+            assert "differs between them" in str(error), error
+        else:
+            raise AssertionError("no error")
+
+
+def main() -> None:
+    report = Report()
+    load.ensure("cpu")
+    dist.init_process_group("gloo")
+    group = dist.new_group()
+    for requests in ("replicated", "distinct"):
+        for name in sys.argv[1:]:
+            check_same_pages(report, name, requests, group)
+        check_bytes(report, requests, group)
+    check_diverged(report, group)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,31 @@
+"""Eviction over process groups: one launch per world runs all methods; kept sets do not depend on the number of ranks."""
+
+import pytest
+
+from pikv_ds.policies import POLICIES
+from tests.dist.launcher import JobResult, run_gloo
+
+pytestmark = [pytest.mark.dist, pytest.mark.timeout(300)]
+METHODS = [name for name, policy in POLICIES.items() if not (policy.keeps_all or policy.sums_layers or policy.needs_one_shard)]
+_jobs: dict[int, JobResult] = {}
+
+
+def job(world: int) -> JobResult:
+    if world not in _jobs:
+        _jobs[world] = run_gloo("evict.py", METHODS, ranks=world, timeout_s=280)
+    return _jobs[world]
+
+
+@pytest.mark.parametrize("world", [1, 2, 4], ids="world{}".format)
+@pytest.mark.parametrize("check", [*METHODS, "beams", "assisted"])
+def test_kept_sets_depend_on_shards_not_on_ranks(check: str, world: int):
+    rows, alone = job(world).check(check), job(1).check(check)[0]
+    for row in rows:
+        assert row["kept"] == alone["kept"] and row["tokens"] == alone["tokens"]
+
+
+@pytest.mark.parametrize("world", [1, 2, 4], ids="world{}".format)
+def test_one_more_collective_per_eviction(world: int):
+    """The prompt of 70 tokens and 23 decode steps: every second token fills a page of one of the shards, sometimes later."""
+    row = job(world).check("streaming_llm")[0]
+    assert row["collectives"] == 0 if world == 1 else 8 <= row["collectives"] <= 24

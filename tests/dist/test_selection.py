@@ -1,0 +1,37 @@
+"""Page selection over process groups: which pages are read depends on the shards, never on the ranks."""
+
+import pytest
+
+from pikv_ds.routers import ROUTERS
+from tests.dist.launcher import JobResult, run_gloo
+
+pytestmark = [pytest.mark.dist, pytest.mark.timeout(240)]
+NAMES = [name for name, router in ROUTERS.items() if not router.reads_all]
+WORLDS = pytest.mark.parametrize("world", [2, 4], ids="world{}".format, scope="module")
+REQUESTS = pytest.mark.parametrize("requests", ["replicated", "distinct"])
+_jobs: dict[int, JobResult] = {}
+
+
+def job(world: int) -> JobResult:
+    if world not in _jobs:
+        _jobs[world] = run_gloo("selection.py", NAMES, ranks=world, timeout_s=200)
+    return _jobs[world]
+
+
+@WORLDS
+@REQUESTS
+@pytest.mark.parametrize("name", NAMES)
+def test_the_same_pages_as_on_one_rank(name: str, requests: str, world: int):
+    job(world).check(f"{name} {requests}")
+
+
+@WORLDS
+@REQUESTS
+def test_bytes_of_a_step_are_those_of_the_formula(requests: str, world: int):
+    rows = job(world).check(f"bytes {requests}")
+    print([(row["bytes"], row["choosing"], row["collectives"]) for row in rows])
+
+
+@WORLDS
+def test_ranks_that_diverge_stop_together(world: int):
+    job(world).check("diverged")

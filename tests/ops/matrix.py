@@ -1,0 +1,169 @@
+"""The matrix that every implementation of the ops is held to: CPU per instruction set, CUDA kernels on the host and on a device.
+
+A point is one check of one op; `points(long)` lists them. Attention is compared with f64 on the same stored codes, everything that copies
+or encodes with the bytes of the reference. Lengths include 0, 1, a page and a page + 1; unused slots, tails, table columns and pages that
+are not listed hold NaN or ids that do not exist; positions are dealt at random, so that a table holds no run of them.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import NamedTuple
+
+import torch
+
+from pikv_ds.ops import library
+from pikv_ds.ops.formats import FORMATS, PageFormat
+from tests.ops.byte_checks import (
+    check_append,
+    check_bounds,
+    check_checksum,
+    check_merge,
+    check_migrate,
+    check_pack,
+    check_score,
+    check_slots,
+)
+from tests.ops.cases import answer, compare, compare_lse, make_case
+
+GROUPS = (1, 4, 8, 16)
+MODES = ("dense", "list", "window")
+OUT, LSE = 1e-4, 1e-3  # the hi + lo split of q costs int8 about 3e-5 on CPU; plain paths are below 1e-6
+DTYPES = (torch.bfloat16, torch.float32, torch.float16)
+
+
+class Point(NamedTuple):
+    op: str
+    id: str
+    check: Callable[[Callable, str], float]  # (ops, device) -> the error found; raises AssertionError where it is too large
+
+
+@dataclass(frozen=True)
+class Attention:
+    name: str
+    group: int = 4
+    mode: str = "dense"
+    k_dim: int = 64
+    v_dim: int = 64
+    latent: bool = False
+    page_size: int = 0  # 0 = 16, or 64 where tokens are grouped
+    shards: int = 1
+    queries: int = 0  # of each request, through prefill_cached; 0 = decode
+    dtype: torch.dtype = torch.bfloat16
+    num_splits: int = 0
+
+    @property
+    def id(self) -> str:
+        width = f"latent{self.k_dim}" if self.latent else f"D{self.k_dim}" + (f"-{self.v_dim}" if self.v_dim != self.k_dim else "")
+        queries = f"-T{self.queries}" if self.queries else ""
+        return f"{self.name}-{width}-G{self.group}-P{self.page_size}-S{self.shards}-{self.mode}{queries}-{str(self.dtype)[6:]}"
+
+
+def points(long: bool = False) -> Iterator[Point]:
+    for a in _attention(long):
+        yield Point("prefill_cached" if a.queries else "decode", a.id, partial(check_attention, a))
+    for name, latent, dtype in itertools.product(FORMATS, (False, True), DTYPES if long else DTYPES[:1]):
+        label = f"{name}-{'latent' if latent else 'D40'}-{str(dtype)[6:]}"
+        yield Point("append", label, partial(check_append, name, latent, dtype))
+    for sets, dim in itertools.product((1, 2, 5, 64) if long else (1, 5), (8, 40, 512)):
+        yield Point("merge", f"S{sets}-D{dim}", partial(check_merge, sets, dim))
+    for name, dtype in itertools.product(FORMATS, DTYPES):
+        yield Point("page_bounds", f"{name}-{str(dtype)[6:]}", partial(check_bounds, name, dtype))
+    for (heads, tables), dtype in itertools.product(((3, 1), (1, 3)), DTYPES):
+        yield Point("page_score", f"H{heads}-tables{tables}-{str(dtype)[6:]}", partial(check_score, heads, tables, dtype))
+    for rows, indexed in itertools.product((0, 1, 7, 300), (False, True)):
+        yield Point("pack", f"{rows}{'-indexed' if indexed else ''}", partial(check_pack, rows, indexed))
+    for rows, shards, tokens in ((1, 1, 1), (4, 1, 4), (3, 2, 40), (2, 3, 300), (70, 2, 300)):
+        yield Point("assign_slots", f"R{rows}-S{shards}-N{tokens}", partial(check_slots, rows, shards, tokens))
+    for record in (64, 100, 4096, 70000):
+        yield Point("migrate", f"{record}B", partial(check_migrate, record))
+    for words in (0, 1, 127, 4096, 100001):
+        yield Point("checksum", f"{words}W", partial(check_checksum, words))
+
+
+def _attention(long: bool) -> Iterator[Attention]:
+    for name in FORMATS:
+        small = 64 if PageFormat(name, 1, 64, 64, 64).grouped else 16
+        for group, mode in itertools.product(GROUPS, MODES):
+            yield Attention(name, group, mode, page_size=small)
+        for mode in MODES:
+            yield Attention(name, 5, mode, 576, 512, True, small)
+        for mode, causal_group in (("dense", 2), ("window", 4)):
+            yield Attention(name, causal_group, mode, page_size=small, shards=2, queries=3)
+        if long:
+            yield from _long(name, small)
+
+
+def _long(name: str, small: int) -> Iterator[Attention]:
+    widths = ((32, 32, False), (96, 96, False), (128, 128, False), (96, 64, False), (40, 128, False), (192, 128, True), (576, 512, True))
+    pages = (small, 2 * small, 256) if small == 64 else (1, 5, 16, 256)
+    dtypes, modes = itertools.cycle(DTYPES), itertools.cycle(MODES)
+    for width, group, page_size in itertools.product(widths, GROUPS, pages):
+        base = Attention(name, group, next(modes), *width, page_size, shards=3, dtype=next(dtypes))
+        yield base
+        yield replace(base, mode=next(modes), shards=1, num_splits=3)
+        yield replace(base, mode="window" if group % 8 else "dense", queries=5)
+
+
+def make_attention(a: Attention):
+    """The case, the options of decode, and what prefill_cached asks for."""
+    P = a.page_size
+    lens = (0, 1, P, P + 1, 2 * P + 3, 6 * P)
+    case = make_case(
+        a.name, lens=lens, shards=a.shards, heads=1 if a.latent else 2, group=a.group, k_dim=a.k_dim, v_dim=a.v_dim, page_size=P,
+        latent=a.latent, dtype=a.dtype, seed=a.group + P, stretch=2,
+    )  # fmt: skip
+    options = {"window": P + 1} if a.mode == "window" else {}
+    if a.mode == "list":
+        options["page_list"] = _list_half(case)
+    return case, options
+
+
+def _list_half(case) -> torch.Tensor:
+    """Every second used column of each table, in any order, among -1; the pages that are not listed become NaN."""
+    generator = torch.Generator().manual_seed(7)
+    N, _, columns = case.block_table.shape
+    listed = torch.full((N, 1, columns), -1, dtype=torch.int32)
+    for n in range(N):
+        used = -(-int(case.seqlens[n, 0]) // case.fmt.page_size)
+        order = torch.randperm(used, generator=generator)
+        kept = order[: -(-used // 2)]
+        listed[n, 0, torch.randperm(columns, generator=generator)[: len(kept)]] = kept.int()
+        case.pages[case.block_table[n, 0, order[len(kept) :]].long()] = 0xFF
+    return listed
+
+
+def check_attention(a: Attention, op: Callable, device: str, tolerance: tuple[float, float] = (OUT, LSE)) -> float:
+    case, options = make_attention(a)
+    there = lambda x: None if x is None else x.to(device)  # noqa: E731
+    cache = [there(x) for x in (case.pages, case.block_table, case.seqlens)]
+    tail = [there(case.extra.get(name)) for name in ("tail", "tail_rows")]
+    layout, scale, window = library.layout(case.fmt), case.fmt.k_dim**-0.5, options.get("window", 0)
+    if a.queries:
+        return _check_queries(a, case, op("prefill_cached"), there, cache, tail, (*layout, scale, window, True, a.num_splits), tolerance)
+    out, lse, page_lse = op("decode")(
+        there(case.q), *cache, there(case.q_positions), there(options.get("page_list")), *tail, *layout, scale, window, True, a.num_splits
+    )
+    expected = answer(case, with_page_lse=True, **options)
+    compare_lse(lse.cpu(), expected[1], tolerance[1], "lse")
+    compare_lse(page_lse.cpu(), expected[2], tolerance[1], "page lse")
+    return compare(out.cpu(), expected[0], tolerance[0], "out")
+
+
+def _check_queries(a, case, op, there, cache, tail, rest, tolerance) -> float:
+    """Causal, from positions inside what is stored."""
+    generator = torch.Generator().manual_seed(1)
+    R, T = case.q.shape[0], a.queries
+    q = torch.randn(R, T, *case.q.shape[1:], generator=generator).to(a.dtype)
+    asked = ((case.q_positions * 3 // 4).unsqueeze(1) + torch.arange(T)).int()
+    out, lse = op(there(q), *cache, there(asked), *tail, *rest)
+    worst = 0.0
+    for t in range(T):
+        single = replace(case, q=q[:, t], q_positions=asked[:, t])
+        expected = answer(single, window=rest[-3], causal=True)
+        compare_lse(lse[:, t].cpu(), expected[1], tolerance[1], f"lse of query {t}")
+        worst = max(worst, compare(out[:, t].cpu(), expected[0], tolerance[0], f"out of query {t}"))
+    return worst
