@@ -83,7 +83,8 @@ def _row(args: argparse.Namespace, codec: str, page_size: int) -> dict[str, Any]
     return {
         "router": args.router, "codec": codec, "page_size": page_size, "context_tokens": args.context, "threads": args.threads,
         "steps": args.steps, "budget_ratio": args.ratio, "entries_read": own_stats["entries_read"] / own_stats["entries_visible"],
-        "all_ms": median(times["all"]), "ms": median(times["some"]), "ratio": median(ratios), "ratio_p20": fifths[0], "ratio_p80": fifths[3],
+        "all_ms": median(times["all"]), "ms": median(times["some"]),
+        "ratio": median(ratios), "ratio_p20": fifths[0], "ratio_p80": fifths[3],
         "all_cpu_ms": median(cpu["all"]), "cpu_ms": median(cpu["some"]), "cpu_ratio": median(cpu["all"]) / median(cpu["some"]),
         "kv_bytes_ratio": own_stats["kv_bytes_allocated"] / full_stats["kv_bytes_allocated"], "attention_impl": own_stats["attention_impl"],
     }  # fmt: skip

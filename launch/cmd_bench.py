@@ -1,5 +1,7 @@
-"""`pikv bench`: comparisons in one process. `decode`: a step against the ordinary cache; `ops`: the ops; `errors`: their accuracy; `select`: page
-selection against reading everything."""
+"""`pikv bench`: comparisons in one process.
+
+`decode`: a step against the ordinary cache; `ops`: the ops; `errors`: their accuracy; `select`: page selection against reading everything.
+"""
 
 from __future__ import annotations
 

@@ -135,13 +135,13 @@ void attend(const Attend& a, const Unit& u) {
         const int t0 = i * kTile;
         Tile tile;
         tile.count = std::min(kTile, count - t0);
-        if (integers(F) && t0 % f.group == 0) start_group<F>(a, head, t0 / f.group, M, w);
+        if (integers(F) && t0 % f.group == 0) start_group<F, DC>(a, head, t0 / f.group, M, w);
         const uint16_t* k_scale = f.k_scale < 0 ? nullptr : reinterpret_cast<const uint16_t*>(head + f.k_scale) + t0;
         tile.k_scale = k_scale;
         tile.v_scale = f.v_scale < 0 ? k_scale : reinterpret_cast<const uint16_t*>(head + f.v_scale) + t0;
         tile.v_zero = f.v_zero < 0 ? nullptr : reinterpret_cast<const uint16_t*>(head + f.v_zero) + t0;
-        point_at<F>(f, head + f.k + (int64_t)t0 * f.k_row_bytes,
-                    head + (f.latent ? f.k + (int64_t)t0 * f.k_row_bytes : f.v + (int64_t)t0 * f.v_row_bytes), tile, w);
+        const uint8_t* keys = head + f.k + (int64_t)t0 * f.k_row_bytes;
+        point_at<F, DC>(f, keys, f.latent ? keys : head + f.v + (int64_t)t0 * f.v_row_bytes, tile, w);
         const int ahead = i + kAhead[f.format], later = c + ahead / tiles;
         const uint8_t* next = ahead < tiles ? head : later < u.c1 ? section_of(later) : nullptr;
         if (!next) next = head;

@@ -56,28 +56,30 @@ inline int column_of(int d) { return d / 32 * 32 + d % 2 * 16 + d % 32 / 2; }
 
 // (q * scale) of a group of tokens as hi + lo / 256 int8, and the share of the zeros. What hi and lo leave out of q meets a code: its middle
 // value goes into the bias, so that only the distance of the code from it is lost.
-template <int F>
+template <int F, int DC>
 void start_group(const Attend& a, const uint8_t* head, int group, int M, Work& w) {
-  const int D = a.f.k_dim;
+  // Sizes and pointers of its own: the compiler takes every store of bytes for one that may change `w`.
+  const int D = DC ? DC : a.f.k_dim, Dk = pad64(D);
+  float* product = w.product;
   const uint16_t* scale = reinterpret_cast<const uint16_t*>(head + a.f.k_scale) + (int64_t)group * D;
   const uint16_t* zero = reinterpret_cast<const uint16_t*>(head + a.f.k_zero) + (int64_t)group * D;
   for (int row = 0; row < M; ++row) {
-    const float* q = w.q + (size_t)row * w.Dk;
+    const float* q = w.q + (size_t)row * Dk;
     __m512 bias = _mm512_setzero_ps(), top = bias;
-    for (int d = 0; d < w.Dk; d += 16) {
+    for (int d = 0; d < Dk; d += 16) {
       const __mmask16 m = mask16(D - d);
       const __m512 x = _mm512_load_ps(q + d), y = _mm512_mul_ps(x, halves(m, scale + d));
       bias = _mm512_fmadd_ps(x, halves(m, zero + d), bias);
       top = _mm512_max_ps(top, _mm512_abs_ps(y));
-      _mm512_store_ps(w.product + d, y);
+      _mm512_store_ps(product + d, y);
     }
     const float largest = std::max(_mm512_reduce_max_ps(top), 1e-30f);
     w.q_scale[row] = largest / (127.0f * 256.0f);
     const __m512 inverse = _mm512_set1_ps(127.0f / largest), k256 = _mm512_set1_ps(256.0f);
     __m512 lost = _mm512_setzero_ps();
-    int8_t *hi = w.q_hi + (size_t)row * w.Dk, *lo = w.q_lo + (size_t)row * w.Dk;
-    for (int d = 0; d < w.Dk; d += 16) {
-      const __m512 y = _mm512_mul_ps(_mm512_load_ps(w.product + d), inverse), r = _mm512_roundscale_ps(y, 8);
+    int8_t *hi = w.q_hi + (size_t)row * Dk, *lo = w.q_lo + (size_t)row * Dk;
+    for (int d = 0; d < Dk; d += 16) {
+      const __m512 y = _mm512_mul_ps(_mm512_load_ps(product + d), inverse), r = _mm512_roundscale_ps(y, 8);
       const __m512 rest = _mm512_mul_ps(_mm512_sub_ps(y, r), k256);
       const __m512i low = _mm512_min_epi32(_mm512_cvtps_epi32(rest), _mm512_set1_epi32(127));
       lost = _mm512_add_ps(lost, _mm512_sub_ps(rest, _mm512_cvtepi32_ps(low)));
@@ -86,7 +88,7 @@ void start_group(const Attend& a, const uint8_t* head, int group, int M, Work& w
     }
     w.q_bias[row] = _mm512_reduce_add_ps(bias) + _mm512_reduce_add_ps(lost) * w.q_scale[row] * (F == kInt4 ? 7.5f : 127.5f);
     if (F == kInt4)
-      for (int d = 0; d < w.Dk; d += 64) {
+      for (int d = 0; d < Dk; d += 64) {
         _mm512_store_si512(hi + d, split_columns(_mm512_load_si512(hi + d)));
         _mm512_store_si512(lo + d, split_columns(_mm512_load_si512(lo + d)));
       }
@@ -294,21 +296,21 @@ void add_rows(const Attend& a, Work& w, const Tile& tile, const Chunk& chunk, __
 }
 
 // Points the tile at 16 rows; int4 codes become bytes, and bytes beyond the page, which may lie beyond the store, become zeros.
-template <int F>
+template <int F, int DC>
 void point_at(const PageFormat& f, const uint8_t* k, const uint8_t* v, Tile& tile, Work& w) {
   tile.k = k, tile.v = v, tile.k_stride = f.k_row_bytes, tile.v_stride = f.latent ? f.k_row_bytes : f.v_row_bytes;
   if (!integers(F) || (F == kInt8 && tile.count == kTile)) return;
-  for (int t = 0; t < tile.count; ++t)
-    if constexpr (F == kInt8) {
-      std::memcpy(w.k_bytes + (size_t)t * w.Dk, k + t * (int64_t)f.k_row_bytes, f.k_row_bytes);
-    } else {
-      for (int d = 0; d < f.k_dim; d += 64) {
-        const __m256i c = _mm256_maskz_loadu_epi8(mask32((f.k_dim - d) / 2), k + t * (int64_t)f.k_row_bytes + d / 2);
-        _mm512_store_si512(w.k_bytes + (size_t)t * w.Dk + d, split_nibbles(c));
-      }
-    }
-  std::memset(w.k_bytes + (size_t)tile.count * w.Dk, 0, (size_t)(kTile - tile.count) * w.Dk);
-  tile.k = w.k_bytes, tile.k_stride = w.Dk;
+  const int D = DC ? DC : f.k_dim, Dk = pad64(D), count = tile.count;
+  uint8_t* const bytes = w.k_bytes;
+  if constexpr (F == kInt8) {
+    for (int t = 0; t < count; ++t) std::memcpy(bytes + t * Dk, k + t * D, D);
+  } else {
+    for (int t = 0; t < count; ++t)
+      for (int d = 0; d < D; d += 64)
+        _mm512_store_si512(bytes + t * Dk + d, split_nibbles(_mm256_maskz_loadu_epi8(mask32((D - d) / 2), k + (t * D + d) / 2)));
+  }
+  std::memset(bytes + count * Dk, 0, (kTile - count) * Dk);
+  tile.k = bytes, tile.k_stride = Dk;
 }
 
 }  // namespace
