@@ -1,6 +1,6 @@
 """`pikv bench`: comparisons in one process.
 
-`decode`: a step against the ordinary cache; `ops`: the ops; `errors`: their accuracy; `select`: page selection against reading everything.
+`decode`: a step against the ordinary cache; `ops`: the ops; `errors`: their accuracy; `select`: reading some pages against reading all.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ class PiKVCache:
         router = config.routing.build()
         self.selection: Selection | None = None  # None: every query reads every page
         if not router.reads_all:
-            self.selection = Selection(config.routing, router, layers, self.tables, self.exchange, self.stages)
+            self.selection = Selection(config.routing, router, layers, self.tables, self.exchange, self.stages, policy.keeps_all)
         self.staged: Staged | None = None
         self.agreement = Agreement(self.exchange, storage.requests, device)
         self.replicated, self.distinct = ReplicatedStep(self), DistinctStep(self)

@@ -42,10 +42,18 @@ class Selection:
     """
 
     def __init__(
-        self, config: RoutingConfig, router: Router, layers: list[LayerSpec], tables: Tables, exchange: Exchange, stages: bool
+        self,
+        config: RoutingConfig,
+        router: Router,
+        layers: list[LayerSpec],
+        tables: Tables,
+        exchange: Exchange,
+        stages: bool,
+        keeps_all: bool,
     ) -> None:
-        """stages: entries are stored after the queries of their layer."""
+        """stages: entries are stored after the queries of their layer. keeps_all: nothing is ever evicted."""
         self.config, self.router, self.layers, self.tables, self.exchange, self.stages = config, router, layers, tables, exchange, stages
+        self.in_order = tables.num_shards == 1 and keeps_all  # without a window, entry i of a table is at position i
         self.page_size, self.num_shards, self.device = tables.page_size, tables.num_shards, tables.device
         self.entries = torch.zeros(2, dtype=torch.float64, device=self.device)  # read (mean over kv heads), visible: sums over queries
         self.mass = torch.zeros(2, dtype=torch.float64, device=self.device)  # share of attention read, queries
@@ -113,7 +121,7 @@ class Selection:
         rows = slice(row0, row0 + num_rows)
         for begin in range(0, q.shape[1], QUERIES_AT_ONCE):
             block = slice(begin, begin + QUERIES_AT_ONCE)
-            asked = self._asked(query, q[:, block], rows, stored, positions[:, block])
+            asked = self._asked(query, q[:, block], rows, stored, positions[:, block], plan)
             page_list = self.choose(asked, plan)
             self._count(asked, page_list)
             out, lse, page_lse = self._attend(asked, page_list, self.router.wants_page_lse)
@@ -129,7 +137,7 @@ class Selection:
         """Columns to read, [N, 1 or H, K] int32, -1 = none."""
         num_queries, num_local, columns = asked.visible.shape
         score = self.router.score(asked).view(num_queries, num_local, -1, columns)
-        keys = page_keys(score, asked.visible, asked.pinned, asked.shards, self.num_shards)
+        keys = page_keys(score, ~asked.visible, asked.pinned, asked.shards, self.num_shards)
         if not self.router.budgeted:
             return listed_pages(keys, num_local)
         budget = self._budget(asked.layer, plan)
@@ -144,27 +152,33 @@ class Selection:
             q_positions=asked.positions, window=asked.window, tail=asked.tail, tail_rows=asked.tail_rows, with_page_lse=with_page_lse,
         )  # fmt: skip
 
-    def _asked(self, query: Query, q: Tensor, rows: slice, stored: Stored, positions: Tensor) -> PageQuery:
+    def _asked(self, query: Query, q: Tensor, rows: slice, stored: Stored, positions: Tensor, plan: StepPlan) -> PageQuery:
         """The tables of R rows, once per query."""
         store, window, config = self.tables.stores[query.layer], self.layers[query.layer].window, self.config
         num_rows, num_queries, num_q_heads, dim = q.shape
         num_local, page_size = self.tables.num_local, self.page_size
-        per_query = lambda x: x.view(num_rows, 1, num_local, *x.shape[1:]).expand(-1, num_queries, *[-1] * x.dim()).flatten(0, 2)  # noqa: E731
-        table, lens = per_query(stored.block_table), per_query(stored.seqlens)
+        columns = min(max(plan.lens_after_host, default=0) // page_size + 1, stored.block_table.shape[-1])  # a table may have spare ones
+        per_query = lambda x: x if num_queries == 1 else _repeat(x, num_rows, num_queries)  # noqa: E731
+        table, lens = per_query(stored.block_table[..., :columns]).contiguous(), per_query(stored.seqlens)
         at = positions.reshape(-1, 1, 1)
-        begin = torch.arange(table.shape[-1], device=q.device, dtype=torch.int32) * page_size
-        entries = (lens.view(-1, num_local, 1) - begin).clamp(0, page_size)  # [Q, S, C]
+        begin = torch.arange(columns, device=q.device, dtype=torch.int32) * page_size
+        entries = (lens.view(-1, num_local, 1) - begin).clamp_(0, page_size)  # [Q, S, C]
         visible = entries > 0
-        page = torch.where(visible, table.view(entries.shape), 0)
-        held = store.positions if store.num_pages else torch.zeros(1, page_size, dtype=torch.int32, device=q.device)
-        first, last = held[page, 0], held[page, (entries - 1).clamp_min(0)]
+        if window is None and self.in_order:
+            first = begin.expand(entries.shape)
+            last = begin + (entries - 1)
+        else:
+            held = store.positions if store.num_pages else torch.zeros(1, page_size, dtype=torch.int32, device=q.device)
+            page = torch.where(visible, table.view(entries.shape), 0)
+            first, last = held[page, 0], held[page, (entries - 1).clamp_min(0)]
         if window is not None:
             visible = visible & (last > at - window)
+            entries = torch.where(visible, entries, 0)
         return PageQuery(
             layer=query.layer, rows=rows, q=q.reshape(-1, num_q_heads, dim).contiguous(), positions=positions.flatten().contiguous(),
             store=store, block_table=table, seqlens=lens, tail=stored.tail,
             tail_rows=None if stored.tail is None else per_query(stored.tail_rows),
-            visible=visible, first=first, last=last, entries=torch.where(visible, entries, 0),
+            visible=visible, first=first, last=last, entries=entries,
             pinned=(first < config.sink_tokens) | (last > at - config.recent_tokens), shards=self.tables.local, window=window,
             homes=None if self.num_shards == 1 else self.tables.directory.shard_at[query.layer][rows],
             scale=query.scale, gather=self._gather,
@@ -201,10 +215,17 @@ class Selection:
         return seen
 
     def _count(self, asked: PageQuery, page_list: Tensor) -> None:
-        page = asked.entries.flatten(0, 1).unsqueeze(1).expand(-1, page_list.shape[1], -1)  # [N, H, C]
-        read = torch.where(page_list >= 0, page.gather(-1, page_list.clamp_min(0).to(torch.int64)), 0)
-        read = read.sum(-1, dtype=torch.float64).mean(1).view(len(asked.positions), -1).sum(1)
-        self.entries += torch.stack([read, asked.entries.sum((1, 2), dtype=torch.float64)]) @ real_queries(asked)
+        num_queries, num_local, columns = asked.entries.shape
+        padded = torch.nn.functional.pad(asked.entries.to(torch.float64), (0, 1)).view(-1, 1, columns + 1)  # -1 in a list finds the 0
+        read = padded.expand(-1, page_list.shape[1], -1).gather(-1, page_list.remainder(columns + 1).to(torch.int64))
+        self.entries[0] += read.view(num_queries, -1).sum(1) @ real_queries(asked) / page_list.shape[1]
+        self.entries[1] += padded.view(num_queries, -1).sum(1) @ real_queries(asked)
+
+
+def _repeat(x: Tensor, num_rows: int, num_queries: int) -> Tensor:
+    """[R * S, ...] -> [R * T * S, ...]: the shards of a row once per query."""
+    by_row = x.unflatten(0, (num_rows, 1, -1))
+    return by_row.expand(-1, num_queries, *[-1] * x.dim()).flatten(0, 2)
 
 
 def real_queries(asked: PageQuery) -> Tensor:

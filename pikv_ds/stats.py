@@ -27,7 +27,7 @@ def stats(cache: PiKVCache, dense_rows: int, dense_columns: int) -> dict:
         "kv_bytes_allocated": sum(s.nbytes for s in tables.stores),
         "kv_bytes_live": sum(s.live_nbytes for s in tables.stores),
         "kv_bytes_dense": sum(dense_bytes(spec, dense_rows, dense_columns, cache.dtype.itemsize) for spec in cache.layers),
-        "metadata_bytes": tables.directory.nbytes + sum(s.metadata_nbytes for s in tables.stores),
+        "metadata_bytes": tables.directory.nbytes + sum(s.metadata_nbytes for s in tables.stores) + router_bytes(cache),
         "entries_live": int(tables.counts.sum()),
         "entries_appended": int(counters.by_expert.sum()) * tables.heads,
         "entries_expired": counters.expired + born_expired,
@@ -45,6 +45,10 @@ def stats(cache: PiKVCache, dense_rows: int, dense_columns: int) -> dict:
         "requests": cache.agreement.mode,
         "attention_impl": attention_impl(cache),
     }
+
+
+def router_bytes(cache: PiKVCache) -> int:
+    return 0 if cache.selection is None else cache.selection.router.nbytes
 
 
 def dense_bytes(spec: LayerSpec, rows: int, columns: int, itemsize: int) -> int:

@@ -5,29 +5,37 @@ Q queries, S local shards, C table columns, H kv heads (1 = the same pages for a
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
 from .exchange import Exchange
 
-PINNED = 0x7FFFFFFF  # in place of a score: above every float
-NOTHING = torch.iinfo(torch.int64).min  # key of a page that must not be read
+PINNED = 0x7F800000  # upper half of the key of a page that must be read: that of +inf
+HIDDEN = ~0x7F800000 << 32 | 0xFFFFFFFF  # highest key of a page that must not be read: that of -inf
 
 
-def page_keys(score: Tensor, readable: Tensor, pinned: Tensor, shards: slice, num_shards: int) -> Tensor:
+def page_keys(score: Tensor, hidden: Tensor, pinned: Tensor, shards: slice, num_shards: int) -> Tensor:
     """Order pages by (pinned, score, lower shard, lower column): total, and the same however the shards lie on ranks.
 
-    Args: score [Q, S, 1 or H, C] f32; readable [Q, S, C] bool; pinned [Q, S, C] bool; shards: the local ones among num_shards.
+    Args: score [Q, S, 1 or H, C] f32 below +inf; hidden, pinned [Q, S, C] bool; shards: the local ones among num_shards.
 
-    Returns: [Q, 1 or H, S * C] int64, the higher the sooner read; NOTHING where not readable, or not pinned with a score of -inf or NaN.
+    Returns: [Q, 1 or H, S * C] int64, the higher the sooner read; <= HIDDEN where hidden, or not pinned with a score of -inf.
     """
-    bits = (score + 0.0).view(torch.int32)  # one zero, not two
-    order = torch.where(pinned.unsqueeze(2), PINNED, bits ^ ((bits >> 31) & 0x7FFFFFFF))  # ascends with the float
-    shard = torch.arange(shards.start, shards.stop, device=score.device)
-    place = shard.unsqueeze(-1) * (2**31 // num_shards) + torch.arange(score.shape[-1], device=score.device)  # [S, C]
-    taken = (readable & pinned).unsqueeze(2) | (readable.unsqueeze(2) & (score > -torch.inf))
-    keys = torch.where(taken, (order.to(torch.int64) << 32) | (0x7FFFFFFF - place).unsqueeze(1), NOTHING)
-    return keys.transpose(1, 2).flatten(2)
+    score = score.masked_fill(pinned.unsqueeze(2), torch.inf).masked_fill_(hidden.unsqueeze(2), -torch.inf)
+    bits = score.view(torch.int32)
+    keys = bits.new_empty((*score.shape, 2))
+    torch.bitwise_xor(bits, (bits >> 31) & 0x7FFFFFFF, out=keys[..., 1])  # ascends with the float
+    keys[..., 0] = _turns(shards.start, shards.stop, num_shards, score.shape[-1], score.device)
+    return keys.view(torch.int64).squeeze(-1).transpose(1, 2).flatten(2)
+
+
+@lru_cache(maxsize=4)
+def _turns(start: int, stop: int, num_shards: int, columns: int, device: torch.device) -> Tensor:
+    """[S, 1, C] int32: the lower half of the keys, higher for lower shards and columns."""
+    shard = torch.arange(start, stop, dtype=torch.int32, device=device).view(-1, 1, 1)
+    return 0x7FFFFFFF - (shard * (2**31 // num_shards) + torch.arange(columns, dtype=torch.int32, device=device))
 
 
 def best_pages(keys: Tensor, budget: Tensor, width: int, num_local: int, exchange: Exchange, what: str) -> Tensor:
@@ -43,11 +51,11 @@ def best_pages(keys: Tensor, budget: Tensor, width: int, num_local: int, exchang
     local, index = keys.topk(min(width, keys.shape[-1]))
     best = local
     if exchange.size > 1:
-        own = torch.nn.functional.pad(local, (0, width - local.shape[-1]), value=NOTHING)
+        own = torch.nn.functional.pad(local, (0, width - local.shape[-1]), value=HIDDEN)
         best = exchange.all_gather(own.contiguous(), what).permute(1, 2, 0, 3).flatten(2).topk(width).values
     num_pinned = (best >> 32 == PINNED).sum(-1)
     wanted = torch.maximum(budget.unsqueeze(-1), num_pinned).clamp(1, best.shape[-1])
-    chosen = (local >= best.gather(-1, (wanted - 1).unsqueeze(-1))) & (local != NOTHING)
+    chosen = (local >= best.gather(-1, (wanted - 1).unsqueeze(-1))) & (local > HIDDEN)
     if num_local == 1:
         return torch.where(chosen, index, -1).to(torch.int32)
     columns = keys.shape[-1] // num_local
@@ -57,7 +65,7 @@ def best_pages(keys: Tensor, budget: Tensor, width: int, num_local: int, exchang
 
 
 def listed_pages(keys: Tensor, num_local: int) -> Tensor:
-    """Every page whose key is not NOTHING: [Q * S, H, C] int32 columns, -1 = none."""
+    """Every page whose key is above HIDDEN: [Q * S, H, C] int32 columns, -1 = none."""
     keys = keys.unflatten(2, (num_local, -1)).transpose(1, 2)  # [Q, S, H, C]
     columns = torch.arange(keys.shape[-1], dtype=torch.int32, device=keys.device)
-    return torch.where(keys != NOTHING, columns, -1).flatten(0, 1)
+    return torch.where(keys > HIDDEN, columns, -1).flatten(0, 1)

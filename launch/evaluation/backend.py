@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from pikv_ds.cache import PiKVCache
     from pikv_ds.spec import LayerSpec
 
 
@@ -15,6 +16,7 @@ class Memory(NamedTuple):
     """This rank's KV cache as it stands: bytes of its storages, bytes an ordinary cache would take, what reads it.
 
     read, visible: entries that queries read from the store so far, and those that they could have read; 0 when nothing is counted.
+    mass, queries: share of the attention to visible entries that lies on those read, summed over queries while watched, and how many.
     """
 
     allocated: int
@@ -22,9 +24,14 @@ class Memory(NamedTuple):
     attention_impl: str
     read: float = 0.0
     visible: float = 0.0
+    mass: float = 0.0
+    queries: float = 0.0
 
     def counted_from(self, before: Memory) -> Memory:
-        return self._replace(read=self.read - before.read, visible=self.visible - before.visible)
+        return self._replace(**{name: getattr(self, name) - getattr(before, name) for name in COUNTS})
+
+
+COUNTS = ("read", "visible", "mass", "queries")
 
 
 class Session(Protocol):
@@ -34,6 +41,9 @@ class Session(Protocol):
         """Append ids [B, T] int64 to the requests; logits [B, T, V] f32 of these tokens."""
 
     def memory(self) -> Memory: ...
+
+    def watch(self, on: bool) -> None:
+        """From now on (not) also measure which share of the attention the entries read hold: costs another read of everything."""
 
 
 class Backend(Protocol):
@@ -52,4 +62,14 @@ class Backend(Protocol):
 
 def first_of(memories: list[Memory]) -> Memory:
     """Sizes of the first, counts of all."""
-    return memories[0]._replace(read=sum(memory.read for memory in memories), visible=sum(memory.visible for memory in memories))
+    return memories[0]._replace(**{name: sum(getattr(memory, name) for memory in memories) for name in COUNTS})
+
+
+def counts_of(core: PiKVCache) -> tuple[float, ...]:
+    """COUNTS of a cache; zeros when it reads everything."""
+    return (0.0,) * len(COUNTS) if core.selection is None else (*core.selection.entries.tolist(), *core.selection.mass.tolist())
+
+
+def watch(core: PiKVCache, on: bool) -> None:
+    if core.selection is not None:
+        core.selection.measures_mass = on

@@ -16,7 +16,7 @@ from pikv_ds.adapters.hf import attach
 from pikv_ds.adapters.model_spec import read_model_spec
 from pikv_ds.stats import dense_bytes
 
-from .backend import Memory
+from .backend import Memory, counts_of, watch
 from .spec import EvalSpec
 
 
@@ -56,13 +56,18 @@ class _Sharded:
 
     def memory(self) -> Memory:
         stats = self.cache.stats()
-        counts = (stats["entries_read"] or 0.0, stats["entries_visible"] or 0.0)
-        return Memory(stats["kv_bytes_allocated"], stats["kv_bytes_dense"], stats["attention_impl"], *counts)
+        return Memory(stats["kv_bytes_allocated"], stats["kv_bytes_dense"], stats["attention_impl"], *counts_of(self.cache.core))
+
+    def watch(self, on: bool) -> None:
+        watch(self.cache.core, on)
 
 
 class _Dense(_Sharded):
     def __init__(self, model: Any) -> None:
         super().__init__(model, DynamicCache(config=model.config))
+
+    def watch(self, on: bool) -> None:
+        """Reads everything."""
 
     def memory(self) -> Memory:
         held = sum(tensor.untyped_storage().nbytes() for layer in self.cache.layers for tensor in (layer.keys, layer.values))

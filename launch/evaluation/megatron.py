@@ -20,7 +20,7 @@ from pikv_ds.megatron_patch.hf_config import build_gpt
 from pikv_ds.megatron_patch.hf_weights import load_hf_weights
 from pikv_ds.megatron_patch.layers import find_layers
 
-from .backend import Memory
+from .backend import Memory, counts_of, watch
 from .spec import EvalSpec
 
 
@@ -82,12 +82,17 @@ class _Dense:
         size = sum(tensor.untyped_storage().nbytes() for tensor in held)
         return Memory(size, size, f"StaticInferenceContext + {core_attention}")
 
+    def watch(self, on: bool) -> None:
+        """Reads everything."""
+
 
 class _Sharded(_Dense):
     def memory(self) -> Memory:
         stats = self.context.stats()
-        counts = (stats["entries_read"] or 0.0, stats["entries_visible"] or 0.0)
-        return Memory(stats["kv_bytes_allocated"], stats["kv_bytes_dense"], stats["attention_impl"], *counts)
+        return Memory(stats["kv_bytes_allocated"], stats["kv_bytes_dense"], stats["attention_impl"], *counts_of(self.context.core))
+
+    def watch(self, on: bool) -> None:
+        watch(self.context.core, on)
 
 
 def _load(spec: EvalSpec) -> tuple[Any, list]:

@@ -68,6 +68,7 @@ def _scored_log_probs(session: Session, ids: Tensor, spec: EvalSpec) -> tuple[Te
     for start in range(0, spec.context, spec.chunk):
         if start <= first < start + spec.chunk:
             before = session.memory()
+            session.watch(True)
         logits = session.feed(ids[:, start : start + spec.chunk])
         kept.append(logits[:, max(first - start, 0) : max(past - start, 0)].log_softmax(-1).cpu())
     return torch.cat(kept, 1), session.memory().counted_from(before)

@@ -75,9 +75,11 @@ def _generate(
     for start in range(0, ids.shape[1], chunk):
         if start + chunk >= ids.shape[1]:
             before = session.memory()
+            session.watch(True)
         logits = session.feed(ids[:, start : start + chunk])
     for column in alone.split(1, 1) if held_back else ():
         logits = session.feed(column)
+    session.watch(False)
     chosen = [logits[:, -1].argmax(-1, keepdim=True).cpu()]
     while len(chosen) < new_tokens:
         started = time.perf_counter()

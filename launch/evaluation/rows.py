@@ -54,6 +54,7 @@ def build_row(backend: Backend, spec: EvalSpec, unit: Unit, own: Measured) -> di
             "bytes_per_token": sum(allocated) / tokens,
             "compression": _two_byte_bytes(backend, spec, unit) / (sum(allocated) / tokens),
             "entries_read": _entries_read(config, [measured.memory for measured in ranks]),
+            "mass_recall": _mass_recall(config, [measured.memory for measured in ranks]),
             "kv_bytes_per_rank": allocated,
             "attention_impl": ranks[0].memory.attention_impl,
         }
@@ -80,10 +81,22 @@ def method_name(config: PiKVConfig | None) -> str:
 
 def _entries_read(config: PiKVConfig | None, memories: list[Memory]) -> float | None:
     """Share of the visible stored entries that a query reads, mean over kv heads; of the queries that are scored, or answer."""
-    if config is None or (config.routing.method == "all" and config.scheduling.method == "none"):
+    if _reads_all(config):
         return 1.0
     visible = sum(memory.visible for memory in memories)
     return sum(memory.read for memory in memories) / visible if visible else None
+
+
+def _mass_recall(config: PiKVConfig | None, memories: list[Memory]) -> float | None:
+    """Share of the attention to stored entries that lies on those read, mean over query heads, layers and queries; kept entries only."""
+    if _reads_all(config):
+        return 1.0
+    queries = sum(memory.queries for memory in memories)
+    return sum(memory.mass for memory in memories) / queries if queries and config.scheduling.method == "none" else None
+
+
+def _reads_all(config: PiKVConfig | None) -> bool:
+    return config is None or (config.routing.method == "all" and config.scheduling.method == "none")
 
 
 def _two_byte_bytes(backend: Backend, spec: EvalSpec, unit: Unit) -> float:

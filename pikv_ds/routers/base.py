@@ -112,6 +112,12 @@ class Router(ABC):
     def wrote(self, layer: int, store: LayerStore, new: NewEntries) -> None:  # noqa: B027
         """Entries were appended. Those of a forward of several tokens are reported after its queries, which must not see them."""
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what is kept per request and shard, in dictionaries by layer; summaries are the store's."""
+        kept = (value for value in vars(self).values() if isinstance(value, dict))
+        return sum(tensor.nbytes for by_layer in kept for tensor in by_layer.values())
+
     def answered(self, asked: PageQuery, page_list: Tensor, page_lse: Tensor) -> None:  # noqa: B027
         """Queries read page_list [N, 1 or H, K] int32 (-1 = none) of this rank; page_lse [N, Hq, K] f32. With wants_page_lse."""
 

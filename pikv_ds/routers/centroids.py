@@ -18,8 +18,8 @@ class KeyCentroids(Router):
     if every key were the centroid of its cluster; n_c = keys of the page in cluster c, Z_g the same sum over all entries.
     Clusters per row, layer and kv head by online k-means (MacQueen): seeded by equal stretches of the first forward, four rounds over it,
     then each forward moves the centroids once. A page keeps the counts of the clusters as they were when its keys came.
-    Bytes per page and layer: num_kv_heads * clusters * 2, and per request, layer and rank num_kv_heads * clusters * (k_dim + 1) * 4 (not
-    counted as KV bytes: they do not grow with the context).
+    Bytes per page and layer: num_kv_heads * clusters * 2; as metadata, which does not grow with the context, per request, layer and rank
+    num_kv_heads * clusters * (k_dim + 1) * 4.
     """
 
     def __init__(self, *, clusters: int = 16) -> None:

@@ -16,8 +16,8 @@ class Hierarchical(PageBounds):
     """First the shards whose keys could score highest, then the best pages inside these, both by min and max key.
 
     A shard's bounds cover all entries that a request ever stored in it. A rank is visited when it holds a chosen shard. With no more shards
-    than `top_shards` this is `bounds`. Chosen per kv head. Bytes: those of bounds, and 2 * num_kv_heads * k_dim f32 per request, layer and
-    shard, on every rank so that choosing shards needs no message (not counted as KV bytes: they do not grow with the context).
+    than `top_shards` this is `bounds`. Chosen per kv head. Bytes: those of bounds; as metadata, which does not grow with the context,
+    2 * num_kv_heads * k_dim f32 per request, layer and shard, on every rank so that choosing shards needs no message.
     """
 
     def __init__(self, *, top_shards: int = 2, metadata: Literal["fp32", "bf16", "fp16"] = "bf16") -> None:

@@ -8,6 +8,7 @@ import torch
 from pikv_ds.config import PiKVConfig
 from pikv_ds.routers import ROUTERS
 from pikv_ds.routers.base import Router
+from pikv_ds.stats import stats
 from tests.routing_blocks import placement, routing
 from tests.unit.driver import Driver, layer, ragged
 
@@ -61,6 +62,19 @@ def test_rows_that_grow_fork_and_start_anew(name, num_shards, tmp_path):
     for forward, again in zip(first, second, strict=True):
         for (out, lse), (out_again, lse_again) in zip(forward, again, strict=True):
             assert torch.equal(out, out_again) and torch.equal(lse, lse_again)
+
+
+def test_bytes_are_reported(name, tmp_path):
+    """Summaries are KV bytes, what is kept per request or shard is metadata."""
+    driver, plain = Recording(name, tmp_path, num_shards=4), Recording("all", tmp_path, num_shards=4)
+    for each in (driver, plain):
+        each.prefill([70])
+        each.decode()
+    own, dense = (stats(each.cache, 1, 71) for each in (driver, plain))
+    summaries = sum(x.nbytes for store in driver.cache.tables.stores for x in store.summaries.values())
+    assert own["kv_bytes_allocated"] == dense["kv_bytes_allocated"] + summaries
+    kept = 0 if driver.cache.selection is None else driver.cache.selection.router.nbytes
+    assert own["metadata_bytes"] >= dense["metadata_bytes"] + kept
 
 
 def test_pinned_pages_are_always_read(name, tmp_path):

@@ -158,6 +158,15 @@ def test_entries_that_wait_for_their_expert():
         driver.decode()
 
 
+def test_latent_layers():
+    driver = SelectingDriver([layer(0, dim=16, latent=True)], pages=4, num_shards=2)
+    driver.prefill([40, 22])
+    driver.forward(ragged([5, 5]))
+    for _ in range(4):
+        driver.decode()
+    assert driver.left_out > 0
+
+
 @pytest.mark.parametrize("codec", ["int8", "fp8_e4m3"])
 def test_compressed_pages(codec):
     """Keys are 0 or the largest: decoded without loss, and pages that tie are taken in their order."""
