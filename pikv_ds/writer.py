@@ -96,7 +96,7 @@ class Writer:
             all_valid=False,
         )
         self.tables.counters.count_appended(experts, valid)
-        return Written(slots, head, here)
+        return Written(slots, head, here, here)
 
     def _experts(self, expert_ids: Routed | Tensor | None, plan: StepPlan) -> Routed | Tensor:
         if expert_ids is None:
