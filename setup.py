@@ -1,7 +1,8 @@
-import importlib.util
+import importlib
 import os
 import re
 import sys
+import types
 from pathlib import Path
 
 from setuptools import Distribution, find_packages, setup
@@ -18,17 +19,33 @@ AHEAD = os.environ.get("DS_BUILD_PIKV") == "1"
 
 
 class BuildWithOps(build_py):
-    """DS_BUILD_PIKV=1 compiles the CPU ops at install (needs torch: pip install --no-build-isolation); else they are built on first use."""
+    """DS_BUILD_PIKV=1 compiles the ops at install (needs torch: pip install --no-build-isolation); else they are built on first use.
+
+    The CPU ops, and where torch is one for CUDA the CUDA ops, which need nvcc.
+    """
 
     def run(self) -> None:
         super().run()
         if AHEAD:
-            spec = importlib.util.spec_from_file_location("pikv_compile", Path(__file__).parent / "ops" / "compile.py")
-            compile_ops = importlib.util.module_from_spec(spec)
-            sys.modules[spec.name] = compile_ops  # its dataclasses look their module up
-            spec.loader.exec_module(compile_ops)
-            folder = compile_ops.PREBUILT if self.editable_mode else Path(self.build_lib).absolute() / "pikv_ds" / "ops" / "prebuilt"
-            compile_ops.build_ahead(compile_ops.cpu_library(), folder)
+            building = _module("compile")
+            folder = building.PREBUILT if self.editable_mode else Path(self.build_lib).absolute() / "pikv_ds" / "ops" / "prebuilt"
+            building.build_ahead(building.cpu_library(), folder)
+            if torch_has_cuda():
+                building.build_ahead(_module("cuda_build").cuda_library(), folder)
+
+
+def torch_has_cuda():
+    import torch
+
+    return torch.version.cuda is not None
+
+
+def _module(name):
+    """ops/<name>.py without the package around it, which imports more than a build has."""
+    if "pikv_build" not in sys.modules:
+        sys.modules["pikv_build"] = package = types.ModuleType("pikv_build")
+        package.__path__ = [str(Path(__file__).parent / "ops")]
+    return importlib.import_module(f"pikv_build.{name}")
 
 
 class WithOps(Distribution):

@@ -122,6 +122,7 @@ def _shown(row: dict[str, Any], name: str) -> dict[str, Any]:
         "change %": number["ppl_change_pct"],
         "KL": number["kl"],
         "recall": number["recall"],
+        "asked after eviction": _asked_after(row),
         "bytes/token": number["bytes_per_token"],
         "x smaller than 2-byte": number["compression"],
         "fullest rank KiB": round(max(row["kv_bytes_per_rank"]) / 1024),
@@ -130,6 +131,11 @@ def _shown(row: dict[str, Any], name: str) -> dict[str, Any]:
         "step ms": number["step_ms"],
         "attention": row["attention_impl"],
     }
+
+
+def _asked_after(row: dict[str, Any]) -> str | None:
+    found = row["detail"].get("found_question_after_eviction")
+    return None if found is None else f"{found[0] / found[1]:.3f}"
 
 
 def _of_dense(row: dict[str, Any]) -> float:

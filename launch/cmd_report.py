@@ -93,8 +93,8 @@ def implementation_rows() -> list[dict[str, Any]]:
     for device, is_present in (("cpu", True), ("cuda", torch.cuda.is_available())):
         is_served = not is_present
         for name in load.candidates(device):
-            installed = name == "torch" or (name == "cpu" and builder.prebuilt())
-            compatible = is_present and (installed or name != "cpu" or builder.compiler() is not None)
+            installed = name == "torch" or builder.prebuilt(name)
+            compatible = is_present and builder.available(name)
             rows.append({
                 "device": device if is_present else f"{device} (none here)",
                 "implementation": "torch reference" if name == "torch" else name,

@@ -60,26 +60,43 @@ def unregister() -> None:
     git_version_info.installed_ops.pop(NAME, None)
 
 
-def prebuilt() -> bool:
-    """Compiled at install (DS_BUILD_PIKV=1) from these sources for this torch."""
-    from . import compile as building
-
-    return building.prebuilt(building.cpu_library()).is_file()
-
-
-def compiler() -> str | None:
-    """The C++ compiler that would be used, or None."""
+def prebuilt(implementation: str = "cpu") -> bool:
+    """Compiled at install (DS_BUILD_PIKV=1) from these sources for this torch. Only cpu and cuda are."""
     from .compile import cpu_library
+    from .compile import prebuilt as place
+    from .cuda_build import cuda_library
 
-    command = cpu_library().compiler
-    return command if shutil.which(command.split()[0]) else None
+    library = {"cpu": cpu_library, "cuda": cuda_library}.get(implementation)
+    return library is not None and place(library()).is_file()
 
 
-def load() -> ModuleType:
-    """Build if needed, load, and return the module of the ops. Raises BuildError where DeepSpeed expects an error."""
+def available(implementation: str) -> bool:
+    """One of load.CHOICES is installed, or what builds it is here. Builds nothing; says nothing about a device."""
+    from . import nvrtc
+    from .compile import ToolMissing, cpu_library
+    from .cuda_build import emu_library
+    from .cuda_build import nvcc as cuda_compiler
+
+    if implementation == "torch" or prebuilt(implementation):
+        return True
+    if implementation == "nvrtc":
+        try:
+            nvrtc.compiler()
+        except ToolMissing:
+            return False
+        return True
+    command = {"cpu": lambda: cpu_library().compiler, "emu": lambda: emu_library().compiler, "cuda": cuda_compiler}[implementation]()
+    return shutil.which(command.split()[0]) is not None
+
+
+def load(device: str = "cpu") -> ModuleType:
+    """Build if needed and load what serves tensors of `device`. Returns the module of the ops; raises where DeepSpeed expects an error."""
     from . import load as loading
 
-    loading.ensure("cpu")
-    if loading.loaded()["cpu"] == "torch" and compiler() is None:
-        raise RuntimeError("Unable to JIT load the pikv op: no C++ compiler; the plain torch version runs without this builder")
+    candidates = [name for name in loading.candidates(device) if name != "torch"]
+    if loading.ensured(device) == "torch" and candidates and not any(available(name) for name in candidates):
+        raise RuntimeError(
+            f"Unable to JIT load the pikv op: nothing is here to build {' or '.join(candidates)} with; "
+            f"the plain torch version runs without this builder"
+        )
     return importlib.import_module(__package__)

@@ -73,7 +73,7 @@ def cpu_library(extra_flags: Sequence[str] = ()) -> Library:
         wide = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mavx2", "-mf16c", "-mprefer-vector-width=512")
         sets += _per_instruction_set("avx2", "-mavx2", "-mfma", "-mf16c") + _per_instruction_set("avx512", *wide)
         for kind in ("float", "half", "int"):
-            sets.append(Source(f"cpu/attend_vnni_{kind}.cpp", (*wide, "-mavx512bf16", "-mavx512vnni")))
+            sets.append(Source(f"cpu/attend_vnni_{kind}.cpp", (*wide, "-mavx512vnni")))
     # 0x020b...: the stable ABI as of torch 2.11, so one library serves every later torch.
     flags = ("-O3", "-std=c++17", "-fPIC", "-fopenmp-simd", "-fno-math-errno", "-Wall", "-Werror=return-type",
              "-DTORCH_TARGET_VERSION=0x020b000000000000", f"-I{root / 'include'}", *extra_flags)  # fmt: skip

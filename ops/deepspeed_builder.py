@@ -1,12 +1,13 @@
-"""PiKVOpBuilder: DeepSpeed's view of the CPU library. Import only where DeepSpeed is there (builder.py does)."""
+"""PiKVOpBuilder: DeepSpeed's view of the compiled ops. Import only where DeepSpeed is there (builder.py does)."""
 
 from __future__ import annotations
 
-from deepspeed.ops.op_builder.builder import OpBuilder
+from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.op_builder.cpu.builder import CPUOpBuilder
 
 from . import builder
-from .compile import CSRC, build, cpu_library
+from .compile import CSRC, cpu_library
+from .cuda_build import cuda_library
 
 
 class PiKVOpBuilder(CPUOpBuilder):
@@ -24,8 +25,14 @@ class PiKVOpBuilder(CPUOpBuilder):
     def absolute_name(self) -> str:
         return __package__
 
+    @property
+    def device(self) -> str:
+        """The tensors of DeepSpeed's accelerator."""
+        return get_accelerator().device_name()
+
     def sources(self) -> list[str]:
-        return sorted({str(CSRC / source.path) for source in cpu_library().sources})
+        libraries = [cpu_library(), *([cuda_library()] if self.device == "cuda" else [])]
+        return sorted({str(CSRC / source.path) for library in libraries for source in library.sources})
 
     def include_paths(self) -> list[str]:
         return [str(CSRC / "include")]
@@ -33,18 +40,21 @@ class PiKVOpBuilder(CPUOpBuilder):
     def cxx_args(self) -> list[str]:
         return list(cpu_library().flags)
 
+    def nvcc_args(self) -> list[str]:
+        return list(cuda_library().flags)
+
     def is_compatible(self, verbose: bool = False) -> bool:
-        possible = builder.prebuilt() or builder.compiler() is not None
+        needed = "nvcc, or CuPy with NVRTC" if self.device == "cuda" else "a C++ compiler (g++ or CXX)"
+        possible = any(builder.available(name) for name in (("cuda", "nvrtc") if self.device == "cuda" else ("cpu",)))
         if not possible and verbose:
-            self.warning("PiKV ops need a C++ compiler (g++ or CXX); without one they run in plain torch")
+            self.warning(f"PiKV ops need {needed}; without one they run in plain torch")
         return possible
 
     def load(self, verbose: bool = False):
-        """The module pikv_ds.ops with its compiled kernels loaded."""
-        if self.name not in OpBuilder._loaded_ops:
-            OpBuilder._loaded_ops[self.name] = builder.load()
-        return OpBuilder._loaded_ops[self.name]
+        """The module pikv_ds.ops with the compiled kernels of the accelerator's tensors loaded."""
+        if self.name not in self._loaded_ops:
+            self._loaded_ops[self.name] = builder.load(self.device)
+        return self._loaded_ops[self.name]
 
     def jit_load(self, verbose: bool = True):
-        build(cpu_library())
         return self.load(verbose)

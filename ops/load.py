@@ -145,7 +145,7 @@ def candidates(device: str) -> list[str]:
 
 
 def cpu_instruction_set() -> str:
-    """baseline, avx2, avx512 (bf16 dot products and integer ones left out) or vnni (with both), as PIKV_CPU caps it. Builds the library."""
+    """baseline, avx2, avx512 (without integer dot products) or vnni, as PIKV_CPU caps it. Builds the library."""
     function = ctypes.CDLL(str(build(cpu_library()))).pikv_cpu_instruction_set
     function.restype = ctypes.c_char_p
     return function().decode()

@@ -167,8 +167,7 @@ def _move_rows(kernel: str, buffer: Tensor, fields: list[Tensor], rows_of: Tenso
     most = len(kp.Packed().fields)
     for first in range(0, len(described), most):
         part = described[first : first + most]
-        largest = max(field.num_packed * field.row_bytes for field in part)
-        blocks = min(-(-largest // 4096), 8 * num_processors(buffer.device))
+        blocks = min(max(field.num_packed for field in part), 8 * num_processors(buffer.device))
         if blocks:
             p = kp.Packed(buffer=buffer.data_ptr(), index=index(rows_of))
             p.fields[: len(part)] = part

@@ -21,6 +21,7 @@ from .placement import Placement, Routed
 from .plan import LocalStep, Source, StepPlan
 from .reader import Before, read_pages, stored_entries
 from .replicated import ReplicatedStep
+from .retention_checks import check_retention
 from .selection import Selection
 from .spec import LayerSpec
 from .step import Partial, Query, Staged
@@ -44,6 +45,7 @@ class PiKVCache:
         self.num_shards = config.storage.num_shards or self.exchange.size
         codec = config.compression.build()
         policy = config.scheduling.build()
+        check_retention(config, policy, layers, self.num_shards, self.exchange.size)
         self.page_size = codec.page_size(config.page_size)
         self.tables = Tables(
             layers, config, codec, self.page_size, self.num_shards, self.exchange.rank, self.exchange.size, num_experts, dtype, device
@@ -192,7 +194,7 @@ class PiKVCache:
             none = self.nothing(q, query.v_dim)
             return none.out, none.lse
         own_visible = None if before is None else self.plan.one_column[rows] & (not self.stages)
-        if self.retention is not None and self.retention.watches(query.layer):
+        if self.retention is not None and (self.tables.heads > 1 or self.retention.watches(query.layer)):
             return self.retention.mass.read(query.layer, q, stored_entries(store, rows, before, own_visible), query.scale)
         needs_positions = selects or window is not None or q.shape[1] > 1
         positions = self.plan.query_positions(row0, num_rows) if needs_positions else None

@@ -42,6 +42,13 @@ def choose(pages: Candidates, num_pages: Tensor, threshold: Tensor | None = None
     return (gone & (score < torch.inf)).view_as(pages.score)
 
 
+def protect(score: Tensor, present: Tensor, num_pages: Tensor) -> Tensor:
+    """+inf for the `num_pages` [R] best pages of every head, so that no head loses all. score, present (a page is there) [R, H, C]."""
+    order = torch.where(present, score, -torch.inf).argsort(dim=-1, descending=True, stable=True)
+    rank = torch.empty_like(order).scatter_(-1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order).contiguous())
+    return torch.where(rank < num_pages[:, None, None], torch.inf, score)
+
+
 def fit(x: Tensor, columns: int, fill: float) -> Tensor:
     """Cut or pad the last dimension; columns beyond the entries of a row hold no page."""
     return torch.nn.functional.pad(x[..., :columns], (0, columns - min(x.shape[-1], columns)), value=fill)

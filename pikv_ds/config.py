@@ -115,6 +115,11 @@ class SchedulingConfig(_Block):
     layer_budget: Literal["uniform", "pyramid"] = Field(
         "uniform", description="The same budget for every layer, or more for the first and less for the last (PyramidKV)."
     )
+    head_budget: Literal["shared", "uniform", "adaptive"] = Field(
+        "shared",
+        description="One choice for all KV heads; the same number of entries of each head; or more for heads that need more (Ada-KV).",
+    )
+    head_floor: float = Field(0.2, ge=0, le=1, description="Share of its uniform budget that an adaptive head has at least.")
     interval: int = Field(1, ge=1, description="Decode steps between two evictions; a prefill chunk is always followed by one.")
     prefill: Literal["evict", "keep"] = Field(
         "evict", description="Evict after every prefill chunk, or keep the whole prompt until the first decode step."

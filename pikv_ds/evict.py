@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from .budgets import Budgets
-from .choice import Candidates, choose, fit
+from .choice import Candidates, choose, fit, protect
 from .config import PiKVConfig
-from .errors import ConfigError
 from .exchange import Exchange
 from .mass import Mass
 from .plan import StepPlan
 from .policies.base import Pages, RetentionPolicy
 from .recycle import drop
+from .retention_checks import distinct_refused
 from .tables import Tables
 
 
@@ -26,14 +26,8 @@ class Retention:
 
     def __init__(self, config: PiKVConfig, policy: RetentionPolicy, tables: Tables, exchange: Exchange) -> None:
         self.policy, self.tables, self.exchange = policy, tables, exchange
-        self._refuse(config)
         self.config = config = config.scheduling
         self.layers = [i for i, spec in enumerate(tables.layers) if spec.window is None]
-        if not self.layers:
-            raise ConfigError(
-                f"pikv.scheduling.method = {config.method!r} on a model whose layers all have a sliding window: nothing would be evicted, "
-                f"windows bound the cache already; use 'none'"
-            )
         tables.page_values = policy.page_values
         entry_bytes = sum(
             tables.formats[i].record_bytes + sum(dtype.itemsize for dtype in policy.page_values.values()) for i in self.layers
@@ -55,54 +49,13 @@ class Retention:
         self.threshold = {}
         self.mass.reset()
         if mode == "distinct" and self.policy.watches:
-            raise ConfigError(self._distinct_refused())
+            raise distinct_refused(self.policy)
 
     def remap(self, parent: list[int]) -> None:
         """Row i continues row parent[i], -1 = a new row."""
         index = torch.tensor(parent, dtype=torch.int64).to(self.tables.device)
         self.mass.remap(index)
         self.threshold = {layer: torch.where(index >= 0, x[index.clamp_min(0)], 0) for layer, x in self.threshold.items()}
-
-    def _refuse(self, config: PiKVConfig) -> None:
-        scheduling, policy, one_shard = config.scheduling, self.policy, self.tables.num_shards == 1
-        if policy.needs_one_shard and not one_shard:
-            raise ConfigError(
-                f"pikv.scheduling.method = {policy.name!r} with {self.tables.num_shards} shards (pikv.storage.num_shards, one per rank by "
-                f"default): a score depends on all entries of a request; use one shard on one rank, or another method"
-            )
-        if policy.sums_layers and not (one_shard or config.storage.placement == "position"):
-            raise ConfigError(
-                f"pikv.scheduling.method = {policy.name!r} with pikv.storage.placement = {config.storage.placement!r} and "
-                f"{self.tables.num_shards} shards: pages hold other entries in each layer, so scores can't be summed over layers; use "
-                f"placement 'position', or one shard"
-            )
-        if policy.sums_layers and scheduling.layer_budget != "uniform":
-            raise ConfigError(
-                f"pikv.scheduling.layer_budget = {scheduling.layer_budget!r} with method {policy.name!r}, which keeps the same entries in "
-                f"every layer: legal is 'uniform'"
-            )
-        if not policy.watches:
-            return
-        if config.routing.method != "all":
-            raise ConfigError(
-                f"pikv.routing.method = {config.routing.method!r} with pikv.scheduling.method = {policy.name!r}: attention to pages that "
-                f"a query does not read can't be measured; use 'all', or a method that looks at positions or keys"
-            )
-        if config.storage.requests == "distinct" and self.exchange.size > 1:
-            raise ConfigError(self._distinct_refused())
-        if config.storage.expert_ids == "true":
-            raise ConfigError(
-                f"pikv.storage.expert_ids = 'true' with pikv.scheduling.method = {self.policy.name!r}: entries are stored after the "
-                f"queries of their forward have read, so the attention they get is not known; use 'previous_layer', or a method that "
-                f"looks at positions or keys"
-            )
-
-    def _distinct_refused(self) -> str:
-        return (
-            f"pikv.scheduling.method = {self.policy.name!r} with distinct requests (pikv.storage.requests): ranks do not learn the merged "
-            f"lse of another rank's queries, so the attention that pages get can't be measured; use replicated requests, or a method "
-            f"that looks at positions or keys, such as 'streaming_llm'"
-        )
 
     def before_forward(self, plan: StepPlan) -> None:
         """Evict what could not go after the last forward. A prompt that is kept whole waits for the first decode step."""
@@ -129,33 +82,42 @@ class Retention:
         over = [i for i, rows in enumerate(excess) if any(n > 0 for n in rows)]
         if not over:
             return False
-        device, page_size = self.tables.device, self.tables.page_size
-        num_pages = torch.tensor([[-(-max(n, 0) // page_size) for n in excess[i]] for i in over]).to(device)
+        page_size, heads, local = self.tables.page_size, self.tables.heads, self.tables.local
+        num_pages = torch.tensor([[-(-max(n, 0) // page_size) for n in excess[i]] for i in over]).to(self.tables.device)
+        if self.config.head_budget == "uniform":
+            num_pages = num_pages.repeat_interleave(heads, 1)
         pages = self._gather([self._candidates(self.layers[i], lens) for i in over], lens)
         gone = choose(pages, num_pages, self._thresholds(over, pages, num_pages), sum_layers=self.policy.sums_layers)
-        local = self.tables.local
         for i, choice in zip(over, gone, strict=True):
             layer = self.layers[i]
             store = self.tables.stores[layer]
-            self.tables.counters.evicted += drop(store, fit(choice[:, local], store.block_table.shape[-1], False))
-            self.tables.directory.evict(layer, choice.sum(-1) * page_size)
+            own = choice[:, local] if heads == 1 else choice.view(len(lens), heads, -1)
+            self.tables.counters.evicted += drop(store, fit(own, store.block_table.shape[-1], False))
+            entries = choice.sum(-1) if heads == 1 else own.sum((1, 2)).unsqueeze(-1)
+            self.tables.directory.evict(layer, entries * page_size)
         self.tables.note_eviction(lens)
         self.last_eviction = self.mass.time
         return True
 
     def _excess(self, lens: list[int]) -> list[list[int]]:
-        """[L][R] entries above the budget, known on the host without looking at the device."""
-        budgets = [self.budgets.of(n) for n in lens]
-        evicted = self.tables.evicted
-        return [[n - evicted[layer][row] - budgets[row][i] for row, n in enumerate(lens)] for i, layer in enumerate(self.layers)]
+        """[L][R] entries above the budget (of all heads together when these share it), known on the host without the device."""
+        budgets, evicted, heads = [self.budgets.of(n) for n in lens], self.tables.evicted, self.tables.heads
+        joint = heads if self.config.head_budget == "adaptive" else 1
+        return [
+            [(n - budgets[row][i]) * joint - evicted[layer][row] * joint // heads for row, n in enumerate(lens)]
+            for i, layer in enumerate(self.layers)
+        ]
 
     def pages(self, layer: int, lens: list[int]) -> Pages:
         """A layer as its policy sees it. lens: tokens of every row."""
-        store = self.tables.stores[layer]
+        store, heads = self.tables.stores[layer], self.tables.heads
+        lens = torch.tensor(lens, dtype=torch.int64).to(store.device).repeat_interleave(heads)
         return Pages(
             store=store,
-            lens=torch.tensor(lens, dtype=torch.int64).to(store.device),
-            rows=self.mass.rows.get(layer, {}),
+            table=store.block_table.view(len(lens), -1, store.block_table.shape[-1]),
+            counts=store.counts.view(len(lens), -1),
+            lens=lens,
+            rows=self.mass.rows_by_head(layer, heads),
             time=self.mass.time,
             last_eviction=self.last_eviction,
         )
@@ -167,7 +129,15 @@ class Retention:
         free = (pages.entries == self.tables.page_size) & (first >= self.config.sink_tokens) & (pages.last_position < recent)
         adapts = self.policy.target_hit_rate is not None
         hit = self.policy.hits(pages) if adapts else torch.zeros_like(free)
-        return Candidates(torch.where(free, self.policy.score(pages), torch.inf), pages.last_position, hit & free)
+        score = torch.where(free, self.policy.score(pages), torch.inf)
+        if self.config.head_budget != "adaptive":
+            return Candidates(score, pages.last_position, hit & free)
+        score, last, hit, present = (
+            x.view(len(lens), self.tables.heads, -1) for x in (score, pages.last_position, hit & free, pages.entries > 0)
+        )
+        floor = [self.config.head_floor * self.budgets.of(n)[self.layers.index(layer)] for n in lens]
+        safe = [max(1, int(entries) // self.tables.page_size) if entries else 0 for entries in floor]
+        return Candidates(protect(score, present, torch.tensor(safe, device=score.device)), last, hit)
 
     def _gather(self, own: list[Candidates], lens: list[int]) -> Candidates:
         """The candidates of all shards in shard order: the same tensors on every rank, whatever their number."""

@@ -1,7 +1,7 @@
 """Where attention goes: the share of every query's attention that each page got, from the lse of pages and the merged lse.
 
-R request rows, S local shards, T queries per row, Hq query heads, P pages of a layer's store, C columns of a block table. Nothing here
-reads the device back. Layers with a sliding window are not watched.
+R request rows, S local shards, T queries per row, Hq query heads, P pages of a layer's store, C columns of a block table, H head tables:
+the kv heads when a page holds the entries of one head, else 1. Nothing here reads the device back. Window layers are not watched.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Mass:
 
     def __init__(self, policy: RetentionPolicy, tables: Tables) -> None:
         self.policy, self.tables = policy, tables
-        self.page_lse: Tensor | None = None  # [R, T, S, Hq, C], -inf where no entry is
+        self.page_lse: Tensor | None = None  # [R, T, S, Hq, C], -inf where no entry is; H > 1: of the pages of each head's own table
         self.time = 0  # query columns since the generation began
         self.rows: dict[int, dict[str, Tensor]] = {}  # layer -> what the policy keeps per row, [R, ...]
 
@@ -39,6 +39,16 @@ class Mass:
             for name, x in values.items():
                 old = x.index_select(0, parent.clamp_min(0))
                 values[name] = torch.where((parent >= 0).view(-1, *[1] * (x.dim() - 1)), old, 0)
+
+    def rows_by_head(self, layer: int, num_tables: int) -> dict[str, Tensor]:
+        """The layer's row values; with H head tables as [R * H, ...], the query heads of each among them."""
+        rows = self.rows.get(layer, {})
+        if num_tables == 1:
+            return rows
+        return {
+            name: x.unflatten(1, (num_tables, -1)).flatten(0, 1) if x.dim() > 1 else x.repeat_interleave(num_tables)
+            for name, x in rows.items()
+        }
 
     def read(self, layer: int, q: Tensor, stored: Stored, scale: float) -> tuple[Tensor, Tensor]:
         """Attention of q [R, T, Hq, Dk] to the stored entries of its rows: out [R, T, Hq, Dv] f32, lse [R, T, Hq] f32.
@@ -61,7 +71,7 @@ class Mass:
     def observe(self, query: Query, plan: StepPlan, slots: Tensor, lse: Tensor | None) -> None:
         """Account for the queries of one layer, after their partials have been merged over the ranks.
 
-        Args: slots [R * T] int32, where the new entries lie on this rank, -1 elsewhere; lse [R, T, Hq] over all stored entries, None if
+        Args: slots [R * T * H] int32, where the new entries lie on this rank, -1 elsewhere; lse [R, T, Hq] over all stored entries, None if
             there were none. In a forward of one column they include the query's own entry.
         """
         policy, page_lse, self.page_lse = self.policy, self.page_lse, None
@@ -72,18 +82,18 @@ class Mass:
             columns = valid.to(torch.int8).argsort(dim=-1, stable=True)  # padding first, then the queries of a row in their order
         columns = columns[:, -(policy.window or valid.shape[1]) :]
         rows, positions = self._rows(query), torch.where(valid, plan.positions.view(valid.shape), -1)
-        facts = _Facts(store, plan, valid, self.tables.directory.evicted[query.layer].sum(-1))
+        facts = _Facts(store, plan, self.tables.directory.evicted[query.layer].sum(-1))
         step = max(1, BLOCK_ELEMENTS // (valid.numel() * query.q.shape[2]))
         time = self.time + valid.shape[1] - columns.shape[1]
         for begin in range(0, columns.shape[1], 1 if includes_self else step):
             block = columns[:, begin : begin + step]
             share, total = torch.zeros(store.num_pages + 1, block.shape[1], device=valid.device), _take(lse, block)
             if not includes_self:
-                own, total = _inside(query, positions, valid, block, total)
+                own, total = _inside(query, positions, valid, block, total, store.heads)
                 page = torch.where(slots >= 0, slots // store.page_size, store.num_pages)
-                share.index_add_(0, page, own.transpose(1, 2).flatten(0, 1))
+                share.index_add_(0, page, own.flatten(0, 2))
             if page_lse is not None:
-                share.index_add_(0, facts.table, _of_pages(_take(page_lse, block), total, valid.gather(1, block)))
+                share.index_add_(0, facts.table, _of_pages(_take(page_lse, block), total, valid.gather(1, block), store.heads))
             if policy.page_values:
                 policy.observe(store.summaries, facts.seen(share[:-1], valid.gather(1, block), time + begin))
             if policy.observes_queries:
@@ -98,43 +108,46 @@ class Mass:
 
 
 class _Facts:
-    """What a Seen says about rows, the same for all its blocks of queries."""
+    """What a Seen says about rows, the same for all its blocks of queries. With a page per head, the tables of a row count as rows."""
 
-    def __init__(self, store: LayerStore, plan: StepPlan, valid: Tensor, evicted: Tensor) -> None:
-        table = store.block_table
+    def __init__(self, store: LayerStore, plan: StepPlan, evicted: Tensor) -> None:
+        table, heads = store.block_table, store.heads
         self.table = torch.where(table >= 0, table, store.num_pages).view(-1).to(torch.int64)  # [R * S * C]
-        rows = torch.arange(table.shape[0], device=table.device).view(-1, 1, 1).expand_as(table).reshape(-1)
+        table = table.view(table.shape[0] * heads, -1)  # a row has one shard when it has several head tables
+        rows = torch.arange(table.shape[0], device=table.device).view(-1, 1).expand_as(table).reshape(-1)
         nobody = torch.full((store.num_pages + 1,), -1, device=table.device)
         row = nobody.scatter_reduce_(0, self.table, rows, "amax")[:-1]
         self.row = torch.where(row >= 0, row, table.shape[0])
-        self.entries, self.page_size = plan.lens_after - evicted, store.page_size
+        self.entries = plan.lens_after - evicted if heads == 1 else store.counts.view(-1)
+        self.page_size, self.heads = store.page_size, heads
 
     def seen(self, share: Tensor, real: Tensor, time: int) -> Seen:
+        real = real.repeat_interleave(self.heads, 0)
         return Seen(share=share, row=self.row, real=real, entries=self.entries, page_size=self.page_size, time=time)
 
 
-def _inside(query: Query, positions: Tensor, valid: Tensor, block: Tensor, lse: Tensor | None) -> tuple[Tensor, Tensor]:
+def _inside(query: Query, positions: Tensor, valid: Tensor, block: Tensor, lse: Tensor | None, num_tables: int) -> tuple[Tensor, Tensor]:
     """Attention of a block of a chunk's queries to the chunk's own entries, which dense attention does not report.
 
-    Args: positions, valid [R, T]; block [R, b] columns of the queries; lse [R, b, Hq] over stored entries, or None.
-    Returns: shares [R, b, T] f32, mean over heads, and lse [R, b, Hq] over stored and own entries.
+    Args: positions, valid [R, T]; block [R, b] columns of the queries; lse [R, b, Hq] over stored entries, or None; num_tables: H.
+    Returns: shares [R, T, H, b] f32, mean over the query heads of a table, and lse [R, b, Hq] over stored and own entries.
     """
     q, k = _take(query.q, block), query.k.view(*valid.shape, *query.k.shape[1:])
-    heads = k.shape[2]
-    score = query.scale * torch.einsum("rbhgd,rthd->rbhgt", q.float().unflatten(2, (heads, -1)), k.float()).flatten(2, 3)
+    score = query.scale * torch.einsum("rbhgd,rthd->rbhgt", q.float().unflatten(2, (k.shape[2], -1)), k.float()).flatten(2, 3)
     visible = valid.unsqueeze(1) & (positions.unsqueeze(1) <= positions.gather(1, block).unsqueeze(2))
     score = torch.where(visible.unsqueeze(2), score, -torch.inf)
     total = score.logsumexp(-1)
     total = total if lse is None else torch.logaddexp(total, lse)
-    share = torch.where(visible.unsqueeze(2), torch.exp(score - total.unsqueeze(-1)), 0).mean(2)
-    return torch.where(valid.gather(1, block).unsqueeze(-1), share, 0), total
+    share = torch.where(visible.unsqueeze(2), torch.exp(score - total.unsqueeze(-1)), 0).unflatten(2, (num_tables, -1)).mean(3)
+    return torch.where(valid.gather(1, block)[..., None, None], share, 0).permute(0, 3, 2, 1), total
 
 
-def _of_pages(page_lse: Tensor, total: Tensor, real: Tensor) -> Tensor:
-    """[R, b, S, Hq, C] lse of pages and [R, b, Hq] of everything -> shares [R * S * C, b], mean over heads; real [R, b]."""
+def _of_pages(page_lse: Tensor, total: Tensor, real: Tensor, num_tables: int) -> Tensor:
+    """[R, b, S, Hq, C] lse of pages and [R, b, Hq] of everything -> shares [R * S * H * C, b], mean over heads; real [R, b]."""
     share = torch.exp(page_lse - total[:, :, None, :, None])
-    share = torch.where(torch.isneginf(page_lse) | ~real[:, :, None, None, None], 0, share).mean(3)  # [R, b, S, C]
-    return share.permute(0, 2, 3, 1).flatten(0, 2)
+    share = torch.where(torch.isneginf(page_lse) | ~real[:, :, None, None, None], 0, share)
+    share = share.unflatten(3, (num_tables, -1)).mean(4)  # [R, b, S, H, C]
+    return share.permute(0, 2, 3, 4, 1).flatten(0, 3)
 
 
 def _take(x: Tensor | None, block: Tensor) -> Tensor | None:

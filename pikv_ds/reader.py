@@ -24,7 +24,10 @@ class Before(NamedTuple):
 
 
 class Stored(NamedTuple):
-    """Tables of R rows as a reader sees them: block_table [R * S, 1, C], seqlens [R * S, 1]; raw tails and their rows, or None."""
+    """Tables of R rows as a reader sees them: block_table [R * S, 1, C], seqlens [R * S, 1]; raw tails and their rows, or None.
+
+    With a page per kv head: [R * S, Hkv, C] and [R * S, Hkv], S shards.
+    """
 
     block_table: Tensor
     seqlens: Tensor
@@ -48,8 +51,9 @@ def stored_entries(store: LayerStore, rows: slice, before: Before | None, own_vi
             own = own_visible.repeat_interleave(num_shards)[:, None, None, None]
             tail = torch.where(own, tail, before.tail[tables])
     if num_shards > 1:
-        seqlens, block_table = seqlens.reshape(-1, 1), block_table.view(-1, 1, block_table.shape[-1])
-    tail_rows = None if tail is None else torch.arange(block_table.shape[0], dtype=torch.int32, device=tail.device)
+        seqlens, block_table = seqlens.reshape(-1, store.heads), block_table.view(-1, store.heads, block_table.shape[-1])
+    tail_rows = None if tail is None else torch.arange(seqlens.numel(), dtype=torch.int32, device=tail.device)
+    tail_rows = tail_rows if tail is None or store.heads == 1 else tail_rows.view_as(seqlens)
     return Stored(block_table, seqlens, tail, tail_rows)
 
 

@@ -11,10 +11,10 @@ from .wire import ALIGN, HEADER
 
 
 def stats(cache: PiKVCache, dense_rows: int, dense_columns: int) -> dict:
-    """Plain numbers of this rank, bytes from storage sizes.
+    """Plain numbers of this rank, bytes from storage sizes. With budgets per head an entry is the K and V of one kv head.
 
     Args: dense_rows, dense_columns: the batch and the token columns (padding included) that the ordinary cache would hold on this rank.
-    Sync: reads the device.
+    entries_read and entries_visible are None where every query reads everything. Sync: reads the device.
     """
     tables, exchange = cache.tables, cache.exchange
     counters = tables.counters
@@ -29,7 +29,7 @@ def stats(cache: PiKVCache, dense_rows: int, dense_columns: int) -> dict:
         "kv_bytes_dense": sum(dense_bytes(spec, dense_rows, dense_columns, cache.dtype.itemsize) for spec in cache.layers),
         "metadata_bytes": tables.directory.nbytes + sum(s.metadata_nbytes for s in tables.stores) + router_bytes(cache),
         "entries_live": int(tables.counts.sum()),
-        "entries_appended": int(counters.by_expert.sum()),
+        "entries_appended": int(counters.by_expert.sum()) * tables.heads,
         "entries_expired": counters.expired + born_expired,
         "entries_evicted": counters.evicted,
         "entries_cropped": counters.cropped,

@@ -19,8 +19,9 @@ GROWTH = 8  # pages are added in slabs of at least P // GROWTH, and given back o
 class LayerStore:
     """Owns the KV memory of one layer on this rank. `counts` and `free_top` are views into tensors that the cache reads once per step."""
 
-    def __init__(self, fmt: PageFormat, dtype: torch.dtype, device: torch.device, counts: Tensor, free_top: Tensor) -> None:
+    def __init__(self, fmt: PageFormat, dtype: torch.dtype, device: torch.device, counts: Tensor, free_top: Tensor, heads: int = 1) -> None:
         self.fmt = fmt
+        self.heads = heads  # S counts (shard, kv head) pairs when a page holds one head: its tables are shard * heads + head
         self.page_size = fmt.page_size
         self.dtype, self.device = dtype, device  # dtype of the raw tail
         self.counts = counts  # [R, S] int32, entries per row and local shard, expired pages not included

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -39,7 +41,9 @@ class Tables:
         device: torch.device,
     ) -> None:
         self.layers, self.storage, self.page_size = layers, config.storage, page_size
-        self.formats = [_page_format(codec, spec, page_size, dtype) for spec in layers]
+        per_head = config.scheduling.head_budget != "shared"
+        self.heads = layers[0].num_kv_heads if per_head else 1  # tables of a row and shard: a page holds the entries of one of them
+        self.formats = [_page_format(codec, spec, page_size, dtype, self.heads) for spec in layers]
         self.dtype, self.device, self.num_shards = dtype, device, num_shards
         shards = local_shards(rank, num_shards, num_ranks)
         self.shard_begin, self.num_local = shards.start, len(shards)
@@ -50,9 +54,11 @@ class Tables:
 
     def allocate(self, num_rows: int) -> None:
         """Start with empty tables of `num_rows` requests and zeroed entry counters; earlier pages are given back."""
-        self.counts = torch.zeros(len(self.layers), num_rows, self.num_local, dtype=torch.int32, device=self.device)
+        self.counts = torch.zeros(len(self.layers), num_rows, self.num_local * self.heads, dtype=torch.int32, device=self.device)
         self.free_top = torch.zeros(len(self.layers), dtype=torch.int64, device=self.device)
-        self.stores = [LayerStore(fmt, self.dtype, self.device, self.counts[i], self.free_top[i]) for i, fmt in enumerate(self.formats)]
+        self.stores = [
+            LayerStore(fmt, self.dtype, self.device, self.counts[i], self.free_top[i], self.heads) for i, fmt in enumerate(self.formats)
+        ]
         for spec, store in zip(self.layers, self.stores, strict=True):
             for name, dtype in self.page_values.items() if spec.window is None else ():
                 store.add_summary(name, (), dtype, cleared=True)
@@ -82,14 +88,14 @@ class Tables:
         parent = torch.tensor(agreed.parent, dtype=torch.int64).to(self.device)
         keep = torch.tensor(agreed.keep, dtype=torch.int64).to(self.device)
         removed = self.directory.remap(parent, keep, torch.tensor(lens, dtype=torch.int64).to(self.device))
-        old, self.counts = self.counts, self.counts.new_zeros(len(self.layers), parent.numel(), self.num_local)
+        old, self.counts = self.counts, self.counts.new_zeros(len(self.layers), parent.numel(), self.num_local * self.heads)
         self.evicted = self.directory.evicted.sum(-1).tolist()
         childless = torch.ones(old.shape[1], dtype=torch.bool, device=self.device)
         childless[parent[parent >= 0]] = False
         some_end = bool((parent < 0).any())  # rows of another generation leave; among forks, dropped rows count as forked away
         for i, store in enumerate(self.stores):
             kept = torch.where(parent.unsqueeze(-1) >= 0, old[i][parent.clamp_min(0)], 0)
-            cut = removed[i][:, self.local] if self.num_shards > 1 else removed[i]
+            cut = removed[i][:, self.local] if self.num_shards > 1 else removed[i].expand_as(kept)
             self.counts[i] = kept - cut
             remap(store, parent, self.counts[i])
             cropped = int(cut.sum()) + (int(old[i][childless].sum()) if some_end else 0)
@@ -140,11 +146,12 @@ class Tables:
         opens = [0] * len(self.layers)
         if plan.decode:
             # A row opens a page only when one of its open pages is full; the token may go to any shard, so any of them counts.
-            opens = ((counts % page == 0).any(-1) & (num_new > 0)).sum(-1).tolist()
+            full = counts % page == 0
+            opens = ((full if self.heads > 1 else full.any(-1, keepdims=True)) & (num_new[:, None] > 0)).sum((1, 2)).tolist()
         if self.num_shards == 1 and self.storage.capacity_tokens is None:
             # What every open page has left after this step. With several shards spilling is decided anew in each step.
             self.quiet = int((page - 1 - counts % page).min(initial=page - 1)) if plan.decode else 0
-        kinds = [(spec.window, sum(evicted)) for spec, evicted in zip(self.layers, self.evicted, strict=True)]
+        kinds = [(spec.window, sum(evicted) // self.heads) for spec, evicted in zip(self.layers, self.evicted, strict=True)]
         capacity = {
             kind: shard_capacity(self.layers, kind[0], plan.lens_after_host, self.num_shards, page, self.storage.capacity_tokens, kind[1])
             for kind in set(kinds)
@@ -164,7 +171,10 @@ class Tables:
         window = self.layers[layer].window
         stored = num_new if window is None or hold else num_new.clamp_max(window - 1)
         room = capacity - self.load_host[layer][self.local] if self.num_shards > 1 and window is None else None
-        return pages_to_open(self.counts_host[layer], stored, room, self.page_size)
+        counts = self.counts_host[layer]
+        if self.heads > 1:  # every table of a row takes all of its tokens
+            counts, stored = counts.view(-1, 1), stored.repeat_interleave(self.heads)
+        return pages_to_open(counts, stored, room, self.page_size)
 
     def expire(self, lens: list[int], margin: int) -> int:
         """Free pages that have left their layer's window; `margin` tokens may still be cropped back. Returns entries expired."""
@@ -185,7 +195,8 @@ class Tables:
             self.free_host[i] = store.shrink(free)
 
 
-def _page_format(codec: Codec, spec: LayerSpec, page_size: int, dtype: torch.dtype) -> PageFormat:
+def _page_format(codec: Codec, spec: LayerSpec, page_size: int, dtype: torch.dtype, heads: int) -> PageFormat:
+    spec = replace(spec, num_kv_heads=1) if heads > 1 else spec
     try:
         return codec.page_format(spec, page_size, dtype)
     except ValueError as error:

@@ -43,6 +43,8 @@ class Writer:
             tables.counters.expire_at_birth(unseen_here, experts)
             valid = born
         store, all_valid = tables.stores[layer], plan.all_valid and valid is plan.valid
+        if tables.heads > 1:
+            return self._append_heads(layer, plan, experts, positions, valid, k, v)
         if tables.num_shards == 1:
             slots = store.append(
                 plan.rows,
@@ -74,6 +76,27 @@ class Writer:
         )
         tables.counters.count_appended(experts, here)
         return Written(slots, shard, valid, here)
+
+    def _append_heads(
+        self, layer: int, plan: StepPlan, experts: Routed | Tensor, positions: Tensor, valid: Tensor, k: Tensor, v: Tensor
+    ) -> Written:
+        """One shard whose pages hold one kv head: every token goes into a table per head. The slots are [N * Hkv]."""
+        heads = self.tables.heads
+        head = torch.arange(heads, device=k.device).repeat(k.shape[0])
+        rows, here, positions = (x.repeat_interleave(heads) for x in (plan.rows, valid, positions))
+        slots = self.tables.stores[layer].append(
+            rows,
+            head,
+            here,
+            positions,
+            k.flatten(0, 1).unsqueeze(1),
+            v.flatten(0, 1).unsqueeze(1),
+            one_per_row=False,
+            may_open=plan.may_open[layer],
+            all_valid=False,
+        )
+        self.tables.counters.count_appended(experts, valid)
+        return Written(slots, head, here, here)
 
     def _experts(self, expert_ids: Routed | Tensor | None, plan: StepPlan) -> Routed | Tensor:
         if expert_ids is None:

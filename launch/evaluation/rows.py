@@ -119,6 +119,8 @@ def _recall_quality(results: Sequence[tuple[list[Answer], list[float]]]) -> tupl
         "found_by_kind": {kind: share([a for a in answers if a.kind == kind]) for kind in sorted({a.kind for a in answers})},
         "found_by_depth": [share([a for a in answers if depth_bin(a) == idx]) for idx in range(DEPTH_BINS)],
     }
+    if answers[0].found_after is not None:
+        detail["found_question_after_eviction"] = [sum(bool(answer.found_after) for answer in answers), len(answers)]
     found, asked = share(answers)
     return {"recall": found / asked, "step_ms": median(results[0][1])}, detail
 

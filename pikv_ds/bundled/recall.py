@@ -17,11 +17,12 @@ _CODAS = ("", "", "n", "r", "l", "x", "m", "k", "s", "t", "nd", "rn")
 
 class RecallPrompt(NamedTuple):
     """ids: exactly as many tokens as asked for, a beginning-of-text token included; answer: how the decoded continuation, stripped,
-    starts; depth: where the asked fact begins, as a fraction of the prompt."""
+    starts; depth: where the asked fact begins, as a fraction of the prompt; question_tokens: of ids, at the end."""
 
     ids: list[int]
     answer: str
     depth: float
+    question_tokens: int
 
 
 class Prose:
@@ -69,7 +70,7 @@ def recall_prompt(prose: Prose, length: int, *, kind: str, depth: float, seed: i
             asked_from = len(ids)
         ids += facts[idx]
     ids += prose.ids[start + done : start + room] + question
-    return RecallPrompt(ids, answer, asked_from / length)
+    return RecallPrompt(ids, answer, asked_from / length, len(question))
 
 
 def _facts(rng: random.Random, kind: str, length: int) -> tuple[list[str], str, str]:

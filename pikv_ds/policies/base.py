@@ -1,6 +1,7 @@
 """Retention policy (the paper's "scheduling"): which pages stay when a budget is full.
 
-Legend: P pages of the layer's store, R request rows, S local shards, C columns of a block table, T queries per row.
+Legend: P pages of the layer's store, R request rows, S local shards, C columns of a block table, T queries per row. With budgets per head
+a page holds one kv head, and every head of a request is a row of its own.
 """
 
 from __future__ import annotations
@@ -49,10 +50,14 @@ class Pages:
     """The pages of one layer on this rank, as the block tables name them."""
 
     store: LayerStore
+    table: Tensor
+    """[R, S, C] int32 page ids, -1 = no page."""
+    counts: Tensor
+    """[R, S] int32 entries of each table."""
     lens: Tensor
     """[R] int64, tokens of every row so far, evicted ones included."""
     rows: dict[str, Tensor] = field(default_factory=dict)
-    """What the policy keeps per row, [R, ...]."""
+    """What the policy keeps per row, [R, ...]; with budgets per head, the query heads of this kv head only."""
     time: int = 0
     """Query columns since the generation began."""
     last_eviction: int = 0
@@ -61,13 +66,13 @@ class Pages:
     @cached_property
     def entries(self) -> Tensor:
         """[R, S, C] int64, entries in each page; 0 where a table has no page."""
-        begin = torch.arange(self.store.block_table.shape[-1], device=self.lens.device) * self.store.page_size
-        return (self.store.counts.to(torch.int64).unsqueeze(-1) - begin).clamp(0, self.store.page_size)
+        begin = torch.arange(self.table.shape[-1], device=self.lens.device) * self.store.page_size
+        return (self.counts.to(torch.int64).unsqueeze(-1) - begin).clamp(0, self.store.page_size)
 
     @cached_property
     def slot_positions(self) -> Tensor:
         """[R, S, C, page_size] int32, the stored positions; anything in slots without an entry."""
-        return self.store.positions[self.store.block_table.clamp_min(0)]
+        return self.store.positions[self.table.clamp_min(0)]
 
     @cached_property
     def last_position(self) -> Tensor:
@@ -82,11 +87,11 @@ class Pages:
 
     def value(self, name: str) -> Tensor:
         """The policy's number of each page, [R, S, C]; 0 where there is no page."""
-        return torch.where(self.entries > 0, self.store.summaries[name][self.store.block_table.clamp_min(0)], 0)
+        return torch.where(self.entries > 0, self.store.summaries[name][self.table.clamp_min(0)], 0)
 
     @cached_property
     def _decoded(self) -> tuple[Tensor, Tensor]:
-        fmt, table = self.store.fmt, self.store.block_table.clamp_min(0)
+        fmt, table = self.store.fmt, self.table.clamp_min(0)
         k, v = ops.decode_pages(self.store.pages.index_select(0, table.view(-1)), fmt)
         v = k[..., : fmt.v_dim] if fmt.latent else v
         filled = self.filled[:, :, :, None, :, None]
@@ -136,7 +141,7 @@ class RetentionPolicy(ABC):
         assert not self.page_values, f"{type(self).__name__} has page_values and no observe()"
 
     def row_values(self, num_q_heads: int, k_dim: int) -> dict[str, tuple[int, ...]]:
-        """Shapes of what is kept per row and layer, in f32, 0 for a new row."""
+        """Shapes of what is kept per row and layer, in f32, 0 for a new row; the first dimension, if there is one, is the query head."""
         return {}
 
     def observe_queries(self, rows: dict[str, Tensor], q: Tensor, lse: Tensor, positions: Tensor) -> None:

@@ -20,7 +20,7 @@ def some_pages(lens: list[int]) -> Pages:
     store = make_store(len(lens), 2, 4)
     if any(lens):
         fill(store, {(row, shard): list(range(shard, n, 2)) for row, n in enumerate(lens) for shard in range(2)})
-    return Pages(store=store, lens=torch.tensor(lens))
+    return Pages(store=store, table=store.block_table, counts=store.counts, lens=torch.tensor(lens))
 
 
 @pytest.mark.parametrize("name", POLICIES.names())

@@ -71,6 +71,7 @@ def test_targets_that_are_met():
     one, two = judge(_rows(1)), judge(_rows(2))
     assert len(one) == 9 and all(row["met"] for row in one), one
     assert {row["target"]: row["measured"] for row in one}["bf16 at least 3 x sdpa_grouped, B=1 L=32k, 1 thread"] == 4.0
+    assert one[0]["at_stream"] == pytest.approx(4.0) and one[5]["at_stream"] is None  # 2^27 bytes in 10 ms, as the stream reads 2^29 in 40
     assert [row["target"] for row in two] == [f"{name} not slower than bf16, B=1 L=32k, 2 threads" for name in ("int8", "int4")]
     assert all(row["met"] for row in two)
 

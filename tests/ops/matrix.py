@@ -100,13 +100,12 @@ def _attention(long: bool) -> Iterator[Attention]:
 def _long(name: str, small: int) -> Iterator[Attention]:
     widths = ((32, 32, False), (96, 96, False), (128, 128, False), (96, 64, False), (40, 128, False), (192, 128, True), (576, 512, True))
     pages = (small, 2 * small, 256) if small == 64 else (1, 5, 16, 256)
-    dtypes = itertools.cycle(DTYPES)
-    for width, group, mode, page_size in itertools.product(widths, GROUPS, MODES, pages):
-        base = Attention(name, group, mode, *width, page_size, shards=3, dtype=next(dtypes))
+    dtypes, modes = itertools.cycle(DTYPES), itertools.cycle(MODES)
+    for width, group, page_size in itertools.product(widths, GROUPS, pages):
+        base = Attention(name, group, next(modes), *width, page_size, shards=3, dtype=next(dtypes))
         yield base
-        yield replace(base, shards=1, num_splits=3)
-        if mode != "list":
-            yield replace(base, queries=5)
+        yield replace(base, mode=next(modes), shards=1, num_splits=3)
+        yield replace(base, mode="window" if group % 8 else "dense", queries=5)
 
 
 def make_attention(a: Attention):

@@ -11,6 +11,7 @@ import pytest
 
 from pikv_ds import ops
 from pikv_ds.ops import compile as building
+from pikv_ds.ops import load
 
 
 def test_register_and_unregister():
@@ -33,6 +34,23 @@ def test_register_and_unregister():
         ops.unregister()
     ops.unregister()
     assert vars(accelerator) == before and list(ALL_OPS) == names and "pikv" not in installed_ops
+
+
+def test_under_a_cuda_accelerator_it_is_the_cuda_library(monkeypatch):
+    pytest.importorskip("deepspeed")
+    from pikv_ds.ops.deepspeed_builder import PiKVOpBuilder
+
+    builder = PiKVOpBuilder()
+    assert not [path for path in builder.sources() if path.endswith(".cu")]
+    monkeypatch.setattr(PiKVOpBuilder, "device", "cuda")
+    assert [path for path in builder.sources() if path.endswith("attend_kernels.cu")] and "-DUSE_CUDA" in builder.nvcc_args()
+    monkeypatch.setattr(PiKVOpBuilder, "_loaded_ops", {})
+    monkeypatch.setattr(load, "_loaded", {})
+    monkeypatch.setenv("CUDA_HOME", "/nonexistent")
+    monkeypatch.setattr("pikv_ds.ops.nvrtc.compiler", lambda: (_ for _ in ()).throw(building.ToolMissing("no cupy")))
+    assert not builder.is_compatible()
+    with pytest.raises(RuntimeError, match="nothing is here to build cuda or nvrtc with"), pytest.warns(UserWarning, match="plain torch"):
+        builder.load()
 
 
 def test_ds_report_lists_it():
@@ -87,6 +105,17 @@ def test_an_installed_library_needs_no_compiler(tmp_path, monkeypatch):
     path = building.build_ahead(library, tmp_path / "prebuilt")
     monkeypatch.setattr(building, "compiler_version", None)
     assert building.prebuilt(library, tmp_path / "prebuilt") == path
+
+
+def test_an_install_finds_the_libraries_without_the_package():
+    """setup.py builds before anything of the package can be imported."""
+    code = (
+        "import setuptools, sys; setuptools.setup = lambda **options: None; sys.argv = ['setup.py'];"
+        "import runpy; made = runpy.run_path('setup.py'); names = [made['_module']('compile').cpu_library().name,"
+        "made['_module']('cuda_build').cuda_library().name]; assert not [m for m in sys.modules if m.startswith('pikv_ds')]; print(names)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "['pikv_cpu', 'pikv_cuda']", done.stderr
 
 
 def test_a_failed_build_shows_the_error_and_leaves_nothing(tmp_path, monkeypatch):

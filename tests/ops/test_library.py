@@ -1,5 +1,6 @@
 """Schemas, fakes, torch.compile, and the choice of implementation."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -61,19 +62,20 @@ def test_opcheck_of_checksum():
 
 def test_every_op_is_checked():
     """A new op needs an opcheck of its own."""
-    text = Path(__file__).read_text()
-    missing = [name for name in library.SCHEMAS if f'_opcheck("{name}"' not in text]
-    assert not missing
+    text = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
+    checked = set(re.findall(r'opcheck\((?:"|torch\.ops\.pikv\.)(\w+)', text))
+    assert set(library.SCHEMAS) <= checked, set(library.SCHEMAS) - checked
 
 
 @pytest.mark.parametrize("name", list(library.SCHEMAS))
 def test_what_a_schema_says_it_changes_is_what_changes(name):
-    """Mutating ops return nothing and name their outputs as (a!); the others return fresh tensors."""
+    """Ops that change their arguments name them as (a!); what an op returns is never one of its arguments."""
     schema = getattr(torch.ops.pikv, name).default._schema
     written = [x.name for x in schema.arguments if x.alias_info is not None and x.alias_info.is_write]
-    changed = {"append": ["pages", "tail"], "migrate": ["target"], "page_bounds": ["bounds"], "pack": ["buffer"], "unpack": ["fields"]}
+    changed = {"append": ["pages", "tail"], "migrate": ["target"], "page_bounds": ["bounds"], "pack": ["buffer"], "unpack": ["fields"],
+               "assign_slots": ["counts", "block_table", "free_top", "refcount"]}  # fmt: skip
     assert written == changed.get(name, [])
-    assert bool(schema.returns) == (not written) and all(x.alias_info is None for x in schema.returns)
+    assert (schema.returns or written) and all(x.alias_info is None for x in schema.returns)
 
 
 def test_torch_compile_fullgraph():

@@ -28,6 +28,8 @@ DEFAULTS = {
         "budget_ratio": None,
         "budget_bytes": None,
         "layer_budget": "uniform",
+        "head_budget": "shared",
+        "head_floor": 0.2,
         "interval": 1,
         "prefill": "evict",
         "sink_tokens": 4,

@@ -1,10 +1,12 @@
-// Attention of one unit with AVX512, bf16 dot products and VNNI: tiles of 16 tokens, up to 8 rows at a time.
+// Attention of one unit with AVX512 and VNNI: tiles of 16 tokens, up to 8 rows at a time.
 //
 // What made it fast, in the order of what it brought (docs/results holds the runs):
 //   - the next tiles are prefetched line by line inside the arithmetic, not in a burst: one core then keeps the memory busy;
-//   - rows of a kv head are computed together, so a key or value is loaded once for all of them;
+//   - rows of a kv head are computed together, so a key or value is loaded and widened once for all of them;
 //   - int8, int4: (q * scale) is split into two int8 parts, hi + lo / 256, so u8 x s8 dot products keep 16 bits of the query.
-// No sum or maximum across lanes is taken between tiles. Value sums stay in f32. The sums of formats that unpack in pairs are kept as even and odd columns and put in order at the end.
+// No sum or maximum across lanes is taken between tiles. Value sums stay in f32; those of formats that unpack in pairs are kept as even and
+// odd columns and put in order at the end. What the zeros of int8 and int4 values add is taken in page by page: codes are all positive, and
+// the rounding of a sum of thousands of them would be large beside the result.
 #pragma once
 #include <cstdlib>
 #include <memory>
@@ -51,25 +53,22 @@ __mmask16 visible_tokens(const Attend& a, const Unit& u, int t, const int32_t* p
   return seen;
 }
 
+template <int F>
 void prepare(const Attend& a, const Unit& u, Work& w, std::vector<Chunk>& chunks) {
   static thread_local Arena arena;
   const int M = a.rows();
   w.Dk = pad64(a.f.k_dim), w.Dv = pad64(a.f.v_dim);
-  const size_t D = w.Dk + w.Dv;
-  arena.start((size_t)M * (16 * D + 12 + 3 * 64) + kTile * 8 * D + 64 * 16);
+  arena.start((size_t)M * (6 * w.Dk + 4 * w.Dv + 3 * 64 + 12) + (size_t)(4 + kTile) * w.Dk + 16 * 64);
   w.q = arena.take<float>((size_t)M * w.Dk), w.acc = arena.take<float>((size_t)M * w.Dv);
   w.l = arena.take<float>((size_t)M * 16), w.page_l = arena.take<float>((size_t)M * 16), w.zeros = arena.take<float>((size_t)M * 16);
   w.m = arena.take<float>(M), w.q_scale = arena.take<float>(M), w.q_bias = arena.take<float>(M);
-  w.qb = arena.take<uint16_t>((size_t)M * w.Dk);
-  w.k_tile = arena.take<uint16_t>((size_t)kTile * 2 * w.Dk), w.v_tile = arena.take<uint16_t>((size_t)kTile * 2 * w.Dv);  // or f32
-  w.k_bytes = arena.take<uint8_t>((size_t)kTile * 4 * w.Dk);
+  w.product = arena.take<float>(w.Dk), w.k_bytes = arena.take<uint8_t>((size_t)kTile * w.Dk);
   w.q_hi = arena.take<int8_t>((size_t)M * w.Dk), w.q_lo = arena.take<int8_t>((size_t)M * w.Dk);
   for (int row = 0; row < M; ++row) {
     const int64_t at = a.q_row(u.n, u.h, row) * a.f.k_dim;
     for (int d = 0; d < w.Dk; ++d) {
       const float x = d < a.f.k_dim ? load_float(a.q, a.q_type, at + d) : 0.0f;
-      w.q[(size_t)row * w.Dk + d] = x * (a.scale * kLog2e);
-      w.qb[(size_t)row * w.Dk + d] = float_to_bf16(x);
+      w.q[(size_t)row * w.Dk + (F == kBf16 ? column_of(d) : d)] = x * (a.scale * kLog2e);
     }
     w.m[row] = -kInf;
   }
@@ -86,15 +85,23 @@ void prepare(const Attend& a, const Unit& u, Work& w, std::vector<Chunk>& chunks
 
 inline float lanes(const float* sums, int row) { return _mm512_reduce_add_ps(_mm512_load_ps(sums + row * 16)); }
 
+inline void take_in_zeros(Work& w, int M) {
+  for (int row = 0; row < M; ++row) {
+    const __m512 zeros = _mm512_set1_ps(lanes(w.zeros, row));
+    float* acc = w.acc + (size_t)row * w.Dv;
+    for (int d = 0; d < w.Dv; d += 16) _mm512_store_ps(acc + d, _mm512_add_ps(_mm512_load_ps(acc + d), zeros));
+  }
+  std::memset(w.zeros, 0, (size_t)M * 16 * sizeof(float));
+}
+
 template <int F>
 void finish(const Attend& a, const Unit& u, const Work& w) {
   for (int row = 0; row < a.rows(); ++row) {
-    const float l = lanes(w.l, row), inverse = l > 0 ? 1 / l : 0.0f, zeros = lanes(w.zeros, row);
+    const float l = lanes(w.l, row), inverse = l > 0 ? 1 / l : 0.0f;
     const float* acc = w.acc + (size_t)row * w.Dv;
     float* out = u.out + (int64_t)row * a.f.v_dim;
     for (int d = 0; d < a.f.v_dim; ++d) {
-      const int at = in_pairs(F) ? d / 32 * 32 + d % 2 * 16 + d % 32 / 2 : d;
-      out[d] = (acc[at] + zeros) * inverse;
+      out[d] = acc[in_pairs(F) ? column_of(d) : d] * inverse;
     }
     u.lse[row] = l > 0 ? (w.m[row] + std::log2(l)) * kLn2 : -kInf;
   }
@@ -104,7 +111,7 @@ template <int F, int DC>
 void attend(const Attend& a, const Unit& u) {
   static thread_local Work w;
   static thread_local std::vector<Chunk> chunks;
-  prepare(a, u, w, chunks);
+  prepare<F>(a, u, w, chunks);
   const PageFormat& f = a.f;
   const int32_t* table = a.table_of(u.n, u.h);
   const int32_t* list = a.list_of(u.n, u.h);
@@ -128,13 +135,13 @@ void attend(const Attend& a, const Unit& u) {
         const int t0 = i * kTile;
         Tile tile;
         tile.count = std::min(kTile, count - t0);
-        if (format_grouped(F) && t0 % f.group == 0) start_group<F>(a, head, t0 / f.group, M, w);
+        if (integers(F) && t0 % f.group == 0) start_group<F, DC>(a, head, t0 / f.group, M, w);
         const uint16_t* k_scale = f.k_scale < 0 ? nullptr : reinterpret_cast<const uint16_t*>(head + f.k_scale) + t0;
         tile.k_scale = k_scale;
         tile.v_scale = f.v_scale < 0 ? k_scale : reinterpret_cast<const uint16_t*>(head + f.v_scale) + t0;
         tile.v_zero = f.v_zero < 0 ? nullptr : reinterpret_cast<const uint16_t*>(head + f.v_zero) + t0;
-        unpack<F>(f, head + f.k + (int64_t)t0 * f.k_row_bytes,
-                  head + (f.latent ? f.k + (int64_t)t0 * f.k_row_bytes : f.v + (int64_t)t0 * f.v_row_bytes), tile, w);
+        const uint8_t* keys = head + f.k + (int64_t)t0 * f.k_row_bytes;
+        point_at<F, DC>(f, keys, f.latent ? keys : head + f.v + (int64_t)t0 * f.v_row_bytes, tile, w);
         const int ahead = i + kAhead[f.format], later = c + ahead / tiles;
         const uint8_t* next = ahead < tiles ? head : later < u.c1 ? section_of(later) : nullptr;
         if (!next) next = head;
@@ -145,6 +152,7 @@ void attend(const Attend& a, const Unit& u) {
           if (visible) add_rows<F, DC>(a, w, tile, chunks[j], visible, j + 1 == chunks.size());
         }
       }
+      if constexpr (integers(F)) take_in_zeros(w, M);
     }
     if (!a.page_lse) continue;
     for (int row = 0; row < M; ++row) {

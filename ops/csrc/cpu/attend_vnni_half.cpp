@@ -1,4 +1,4 @@
-// Attention of bf16 and fp8 pages with a bf16 query. A file of its own so that the three compile side by side.
+// Attention of bf16 and fp8 pages. A file of its own so that the three compile side by side.
 #include "attend_vnni.h"
 
 namespace pikv {

@@ -50,15 +50,9 @@ inline __m512 odd_bf16(__m512i w) { return _mm512_castsi512_ps(_mm512_and_si512(
 inline __m512 halves(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
 inline __m512 halves(__mmask16 m, const uint16_t* p) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(m, p)); }
 
-// 32 e4m3 codes -> 32 bf16, exact: e4m3 to fp16 by a shift (that is value * 2^-8, subnormals included), to f32, to bf16.
-inline __m512i fp8_to_bf16(__m256i c) {
-  const __m512i w = _mm512_cvtepu8_epi16(c);
-  const __m512i h = _mm512_or_si512(_mm512_slli_epi16(_mm512_and_si512(w, _mm512_set1_epi16(0x7f)), 7),
-                                    _mm512_slli_epi16(_mm512_and_si512(w, _mm512_set1_epi16(0x80)), 8));
-  const __m512 k = _mm512_set1_ps(256.0f);
-  const __m512 lo = _mm512_mul_ps(_mm512_cvtph_ps(_mm512_castsi512_si256(h)), k);
-  const __m512 hi = _mm512_mul_ps(_mm512_cvtph_ps(_mm512_extracti64x4_epi64(h, 1)), k);
-  return (__m512i)_mm512_cvtne2ps_pbh(hi, lo);
+// 32 e4m3 codes -> 32 fp16 of value / 256, exact, subnormals included: sign-extended and shifted, only the copied sign bit is too many.
+inline __m512i fp8_to_half(__m256i c) {
+  return _mm512_and_si512(_mm512_slli_epi16(_mm512_cvtepi8_epi16(c), 7), _mm512_set1_epi16((int16_t)0xbf80));
 }
 
 // 32 bytes of nibble pairs -> 32 even columns, then 32 odd columns.

@@ -28,7 +28,7 @@ int level() {
     const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl");
     if (best == 1 && wide) best = 2;
-    if (best == 2 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni")) best = 3;
+    if (best == 2 && __builtin_cpu_supports("avx512vnni")) best = 3;
     return best;
   }();
   const char* cap = std::getenv("PIKV_CPU");
@@ -66,7 +66,7 @@ AttendUnit hand_written_attend(const Attend& a) {
 #if PK_X86
   if (level() < 3) return nullptr;
   if (format_grouped(a.f.format)) return a.f.latent ? nullptr : attend_vnni_int;
-  return (a.f.format == kBf16 || a.f.format == kFp8) && a.q_type == kBf16 ? attend_vnni_half : attend_vnni_float;
+  return a.f.format == kBf16 || a.f.format == kFp8 ? attend_vnni_half : attend_vnni_float;
 #else
   return nullptr;
 #endif

@@ -24,13 +24,13 @@ void move_rows(const Tensor& buffer, const std::vector<Field>& fields, const May
   const Device device(buffer);
   for (size_t first = 0; first < fields.size(); first += most) {
     const int count = (int)std::min<size_t>(most, fields.size() - first);
-    int64_t largest = 0;
+    int64_t most_rows = 0;
     for (int i = 0; i < count; ++i) {
       const Field& f = fields[first + i];
       p.fields[i] = {f.data, f.rows, f.row_bytes, f.offset, f.stride, f.num_packed, f.padding};
-      largest = std::max(largest, f.num_packed * f.row_bytes);
+      most_rows = std::max(most_rows, f.num_packed);
     }
-    const int64_t blocks = std::min<int64_t>((largest + 4095) / 4096, 8LL * device.num_processors());
+    const int64_t blocks = std::min<int64_t>(most_rows, 8LL * device.num_processors());
     if (blocks) check_launch(launch_pack(p, count, (int)blocks, unpack, device.stream()));
   }
 }
