@@ -24,6 +24,12 @@ def test_kept_sets_depend_on_shards_not_on_ranks(check: str, world: int):
         assert row["kept"] == alone["kept"] and row["tokens"] == alone["tokens"]
 
 
+@pytest.mark.parametrize("world", [2, 4], ids="world{}".format)
+@pytest.mark.parametrize("check", ["distinct", "distinct, by attention"])
+def test_requests_that_differ_between_ranks(check: str, world: int):
+    job(world).check(check)
+
+
 @pytest.mark.parametrize("world", [1, 2, 4], ids="world{}".format)
 def test_one_more_collective_per_eviction(world: int):
     """The prompt of 70 tokens and 23 decode steps: every second token fills a page of one of the shards, sometimes later."""

@@ -6,6 +6,7 @@ import torch.distributed as dist
 
 import pikv_ds
 from pikv_ds.adapters.hf_cache import HFCache
+from pikv_ds.errors import ConfigError
 from tests.dist.jobs.exact import assert_conserved, generate, generate_sharded
 from tests.dist.jobs.report import Report
 from tests.tiny_models import prompt, tiny_model
@@ -27,9 +28,10 @@ def kept(cache: HFCache) -> list[list[list[list[int]]]]:
     ]
 
 
-def held(model, ids, group, method: str, *, waiting: int = 0, **options) -> dict:
+def held(model, ids, group, method: str, *, waiting: int = 0, requests: str = "replicated", **options) -> dict:
     """A run's tokens, the entries it kept in every shard, its collectives. waiting: entries that a crop may still take back."""
-    with pikv_ds.attach(model, {"page_size": 2, "storage": STORAGE, "scheduling": {"method": method, **SCHEDULING}}, group) as cache:
+    block = {"page_size": 2, "storage": {**STORAGE, "requests": requests}, "scheduling": {"method": method, **SCHEDULING}}
+    with pikv_ds.attach(model, block, group) as cache:
         run = generate(model, ids, new_tokens=24, **options)
         stats, own, load = cache.stats(), kept(cache), cache.core.tables.directory.load.tolist()
     assert_conserved(stats, group)
@@ -57,6 +59,17 @@ def main() -> None:
         row |= held(model, prompt(50, seed=4, batch=1), group, "streaming_llm", num_beams=3)
     with report.check("assisted") as row:
         row |= held(model, prompt(25, seed=5).repeat(1, 2), group, "streaming_llm", prompt_lookup_num_tokens=4, waiting=5)
+    with report.check("distinct"):
+        own = prompt(40 + 10 * report.rank, seed=6 + report.rank, batch=1)
+        held(model, own, group, "streaming_llm", requests="distinct")
+    with report.check("distinct, by attention"):
+        if dist.get_world_size() > 1:
+            try:
+                held(model, own, group, "h2o", requests="distinct")
+            except ConfigError as error:
+                assert "'h2o' with distinct requests" in str(error), error
+            else:
+                raise AssertionError("h2o measured attention of requests that it does not see")
     dist.destroy_process_group()
 
 
