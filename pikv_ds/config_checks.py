@@ -87,6 +87,14 @@ def check_method(key: str, block: BaseModel, registry: Registry) -> None:
         raise problem(key, {"method": block.method, **given}, str(error)) from None
 
 
+def check_ready(key: str, block: BaseModel) -> None:
+    """The files that a codec reads are there and hold what it needs; block: a CodecConfig."""
+    try:
+        block.own().ready()
+    except ValueError as error:
+        raise problem(key, {"method": block.method, **(block.model_extra or {})}, str(error)) from None
+
+
 def check_experts(routing: BaseModel, storage: BaseModel) -> None:
     """A router that follows the model's experts finds entries where their experts are."""
     if not routing.build().needs_experts:
