@@ -6,7 +6,11 @@ from pikv_ds.policies import POLICIES
 from tests.dist.launcher import JobResult, run_gloo
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(300)]
-METHODS = [name for name, policy in POLICIES.items() if not (policy.keeps_all or policy.sums_layers or policy.needs_one_shard)]
+METHODS = [
+    name
+    for name, policy in POLICIES.items()
+    if not (policy.keeps_all or policy.sums_layers or policy.needs_one_shard or policy.needs_head_budget)
+]
 _jobs: dict[int, JobResult] = {}
 
 

@@ -1,6 +1,8 @@
 """Eviction over process groups: what is kept, on 1, 2 and 4 ranks with four shards. args: methods."""
 
 import sys
+import tempfile
+from pathlib import Path
 
 import torch.distributed as dist
 
@@ -9,11 +11,19 @@ from pikv_ds.adapters.hf_cache import HFCache
 from pikv_ds.errors import ConfigError
 from tests.dist.jobs.exact import assert_conserved, generate, generate_sharded
 from tests.dist.jobs.report import Report
+from tests.retention_blocks import needed
 from tests.tiny_models import prompt, tiny_model
 from tests.unit.invariants import slots_of
 
 STORAGE = {"num_shards": 4, "requests": "replicated"}
+FOLDER = tempfile.TemporaryDirectory()
 SCHEDULING = {"budget_tokens": 40, "sink_tokens": 2, "recent_tokens": 6}
+
+
+def geometry(model) -> dict:
+    config = model.config
+    width = 2 * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    return {"layers": config.num_hidden_layers, "heads": config.num_key_value_heads, "width": width}
 
 
 def kept(cache: HFCache) -> list[list[list[list[int]]]]:
@@ -31,6 +41,7 @@ def kept(cache: HFCache) -> list[list[list[list[int]]]]:
 def held(model, ids, group, method: str, *, waiting: int = 0, requests: str = "replicated", **options) -> dict:
     """A run's tokens, the entries it kept in every shard, its collectives. waiting: entries that a crop may still take back."""
     block = {"page_size": 2, "storage": {**STORAGE, "requests": requests}, "scheduling": {"method": method, **SCHEDULING}}
+    block["scheduling"] |= needed(method, Path(FOLDER.name), **geometry(model))
     with pikv_ds.attach(model, block, group) as cache:
         run = generate(model, ids, new_tokens=24, **options)
         stats, own, load = cache.stats(), kept(cache), cache.core.tables.directory.load.tolist()
