@@ -37,8 +37,8 @@ class LearnedScore(TokenPolicy):
             if spec.layer_idx >= num_layers or (spec.num_kv_heads, spec.k_dim + spec.v_dim) != (num_heads, width):
                 raise ConfigError(
                     f"pikv.scheduling.path = {self.path!r} holds a network for {num_layers} layers of {num_heads} KV heads with k_dim + "
-                    f"v_dim = {width}; layer {spec.layer_idx} of this model has {spec.num_kv_heads} KV heads with {spec.k_dim + spec.v_dim}: use "
-                    f"weights fitted for it"
+                    f"v_dim = {width}; layer {spec.layer_idx} of this model has {spec.num_kv_heads} KV heads with "
+                    f"{spec.k_dim + spec.v_dim}: use weights fitted for it"
                 )
 
     def entry_scores(self, pages: Pages) -> Tensor:

@@ -20,7 +20,7 @@ class TwoQueues(LeastRecentlyUsed):
 
     recent_tokens of the "scheduling" block is the first queue (A1in), which every entry passes; what left is gone, so there is no third
     one of names (A1out), and probation lasts until the budget needs the place.
-    Source: Johnson and Shasha, 2Q, VLDB 1994, section 3. The two-queue scheduler of PiKV's repository admits by norms and compares nothing.
+    Source: Johnson and Shasha, 2Q, VLDB 1994. The two-queue scheduler of PiKV's repository admits by norms and compares nothing.
     """
 
     page_values: ClassVar[dict[str, torch.dtype]] = {"used": torch.int32, "stored": torch.int32}
