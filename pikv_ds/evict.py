@@ -116,6 +116,7 @@ class Retention:
             rows=self.mass.rows_by_head(layer, heads),
             time=self.mass.time,
             last_eviction=self.last_eviction,
+            layer=layer,
         )
 
     def _candidates(self, layer: int, lens: list[int]) -> Candidates:
