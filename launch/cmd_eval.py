@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
         partial = Partial(Path(f"{args.json}.partial" if args.json else f"{folder}/rows.json"))
         todo = partial.unfinished(spec, units)
         if todo:
-            status = _run_units(spec, todo, partial, Path(folder))
+            status = run_units(spec, todo, partial, Path(folder))
             if status:
                 return status
         finish(args, command_line(args, "pikv eval"), spec, Partial(partial.path).rows_of(spec, units))
@@ -84,7 +84,8 @@ def command_line(args: argparse.Namespace, program: str, given: tuple[str, ...] 
     return " ".join([program, *map(shlex.quote, words)])
 
 
-def _run_units(spec: Any, todo: list, partial: Any, folder: Path) -> int:
+def run_units(spec: Any, todo: list, partial: Any, folder: Path) -> int:
+    """Measure units of one spec, in this process or on ranks of their own; rows go to the file of `partial`. Returns an exit status."""
     from pikv_ds.errors import UnsupportedError
     from pikv_ds.launch.evaluation.job import evaluate
     from pikv_ds.launch.ranks import RanksFailed, run_ranks
