@@ -16,6 +16,7 @@ from .exchange import Exchange
 from .mass import Mass
 from .plan import StepPlan
 from .policies.base import Pages, RetentionPolicy
+from .pools import JoinedPages
 from .recycle import drop
 from .retention_checks import distinct_refused
 from .tables import Tables
@@ -87,12 +88,16 @@ class Retention:
         if self.config.head_budget == "uniform":
             num_pages = num_pages.repeat_interleave(heads, 1)
         pages = self._gather([self._candidates(self.layers[i], lens) for i in over], lens)
-        gone = choose(pages, num_pages, self._thresholds(over, pages, num_pages), sum_layers=self.policy.sums_layers)
-        for i, choice in zip(over, gone, strict=True):
+        chosen = choose(pages, num_pages, self._thresholds(over, pages, num_pages), sum_layers=self.policy.sums_layers)
+        for i, choice in zip(over, chosen, strict=True):
             layer = self.layers[i]
             store = self.tables.stores[layer]
             own = choice[:, local] if heads == 1 else choice.view(len(lens), heads, -1)
-            self.tables.counters.evicted += drop(store, fit(own, store.block_table.shape[-1], False))
+            if self.tables.far[layer] is None:
+                self.tables.counters.evicted += drop(store, fit(own, store.block_table.shape[-1], False))
+            else:
+                for pool, gone in self.pages(layer, lens).by_pool(own):
+                    self.tables.counters.evicted += drop(pool, gone)
             entries = choice.sum(-1) if heads == 1 else own.sum((1, 2)).unsqueeze(-1)
             self.tables.directory.evict(layer, entries * page_size)
         self.tables.note_eviction(lens)
@@ -110,17 +115,21 @@ class Retention:
 
     def pages(self, layer: int, lens: list[int]) -> Pages:
         """A layer as its policy sees it. lens: tokens of every row."""
-        store, heads = self.tables.stores[layer], self.tables.heads
-        lens = torch.tensor(lens, dtype=torch.int64).to(store.device).repeat_interleave(heads)
-        return Pages(
-            store=store,
-            table=store.block_table.view(len(lens), -1, store.block_table.shape[-1]),
-            counts=store.counts.view(len(lens), -1),
-            lens=lens,
-            rows=self.mass.rows_by_head(layer, heads),
-            time=self.mass.time,
-            last_eviction=self.last_eviction,
-        )
+        heads = self.tables.heads
+        lens = torch.tensor(lens, dtype=torch.int64).to(self.tables.device).repeat_interleave(heads)
+        pools = [
+            Pages(
+                store=store,
+                table=store.block_table.view(len(lens), -1, store.block_table.shape[-1]),
+                counts=store.counts.view(len(lens), -1),
+                lens=lens,
+                rows=self.mass.rows_by_head(layer, heads),
+                time=self.mass.time,
+                last_eviction=self.last_eviction,
+            )
+            for store in self.tables.pools(layer)
+        ]
+        return pools[0] if self.tables.far[layer] is None else JoinedPages.of(pools)
 
     def _candidates(self, layer: int, lens: list[int]) -> Candidates:
         pages = self.pages(layer, lens)
