@@ -33,7 +33,7 @@ class JoinedPages(Pages):
         return cls(
             store=near.store, table=torch.cat([part.table for part in parts], -1).gather(-1, order),
             counts=sum(part.counts for part in parts), lens=near.lens, rows=near.rows, time=near.time, last_eviction=near.last_eviction,
-            parts=tuple(parts), order=order,
+            layer=near.layer, parts=tuple(parts), order=order,
         )  # fmt: skip
 
     def by_pool(self, chosen: Tensor) -> list[tuple[LayerStore, Tensor]]:
