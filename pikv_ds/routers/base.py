@@ -106,6 +106,8 @@ class Router(ABC):
     """True: `answered` is called after every read."""
     needs_experts: ClassVar[bool] = False
     """True: it follows the model's experts, and a dense model is refused."""
+    reads_model_queries: ClassVar[bool] = False
+    """True: it needs queries as the model computes them, not what codecs that fold maps into them pass on."""
 
     def open(self, layer: int, store: LayerStore, num_shards: int) -> None:  # noqa: B027
         """A new, empty store of a layer, of store.counts.shape[0] rows: add summaries, forget rows. num_shards: on all ranks."""
