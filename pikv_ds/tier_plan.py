@@ -61,8 +61,8 @@ def plan_tiers(kv_bytes: float, num_layers: int, tiers: Sequence[Tier], *, compu
             share = (room - in_flight * rest) / (1 - in_flight)
         if share is None or (tier is tiers[-1] and share < rest):
             raise ValueError(
-                f"the tiers do not hold {kv_bytes:.4g} bytes of KV: {rest:.1%} of it is left when it comes to {tier.name!r}, which has room "
-                f"for {room:.1%} and needs {in_flight:.1%} of whatever lies below it for the layers on their way; give it more, or add a tier"
+                f"the tiers do not hold {kv_bytes:.4g} bytes of KV: {rest:.1%} of it is left for {tier.name!r} and below; it has room for "
+                f"{room:.1%} and needs {in_flight:.1%} of what lies below it for layers on their way; give it more, or add a tier"
             )
         shares.append(share)
         rest -= share
