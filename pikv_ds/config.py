@@ -19,6 +19,7 @@ from pikv_ds.config_checks import (
 )
 from pikv_ds.config_errors import describe, problem
 from pikv_ds.errors import ConfigError
+from pikv_ds.presets import PRESETS, expand
 
 if TYPE_CHECKING:
     from pikv_ds.codecs.base import Codec
@@ -185,6 +186,11 @@ class MonitorConfig(_Block):
 class PiKVConfig(_Block):
     """The "pikv" block of a DeepSpeed configuration."""
 
+    preset: str | None = Field(
+        None,
+        description="Name of a configuration; replaced by its keys when the block is read, the keys given beside it override them.",
+        json_schema_extra={"enum": [*PRESETS, None]},
+    )
     enabled: bool = Field(True, description="false: nothing is patched and the host runs as without the block.")
     page_size: int | None = Field(None, ge=1, le=256, description="Tokens per page; null = the codec's preference.")
     timeout_s: float = Field(300, gt=0, allow_inf_nan=False, description="Longest wait for another rank, in seconds.")
@@ -200,6 +206,11 @@ class PiKVConfig(_Block):
             super().__init__(**block)
         except ValidationError as error:
             raise ConfigError(describe(error, type(self))) from None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand_preset(cls, block: Any) -> Any:
+        return expand(block) if isinstance(block, dict) else block
 
     @model_validator(mode="after")
     def _check_methods(self) -> Self:
