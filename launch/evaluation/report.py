@@ -46,7 +46,7 @@ def write_report(folder: str | Path, documents: Sequence[dict[str, Any]]) -> Pat
 def labels(rows: Sequence[dict[str, Any]]) -> list[str]:
     """A name per row that tells configurations apart: what a sweep calls it; or backend and ranks where they differ, the method, and what
     else the block sets."""
-    if all("label" in row["detail"] for row in rows):
+    if all("label" in row.get("detail", ()) for row in rows):
         return [": ".join(filter(None, (row["detail"]["family"], row["detail"]["label"]))) for row in rows]
     several = len({(row["backend"], row["ranks"]) for row in rows}) > 1
     return [(f"{row['backend']} x{row['ranks']} " if several else "") + row["method"] + _options(row["config"] or {}) for row in rows]
