@@ -82,7 +82,7 @@ class Mass:
             columns = valid.to(torch.int8).argsort(dim=-1, stable=True)  # padding first, then the queries of a row in their order
         columns = columns[:, -(policy.window or valid.shape[1]) :]
         rows, positions = self._rows(query), torch.where(valid, plan.positions.view(valid.shape), -1)
-        facts = _Facts(store, plan, self.tables.directory.evicted[query.layer].sum(-1))
+        facts = _Facts(store, plan, self.tables.directory.evicted[query.layer].unflatten(-1, (-1, store.heads)).sum(1))
         step = max(1, BLOCK_ELEMENTS // (valid.numel() * query.q.shape[2]))
         time = self.time + valid.shape[1] - columns.shape[1]
         for begin in range(0, columns.shape[1], 1 if includes_self else step):
@@ -108,17 +108,19 @@ class Mass:
 
 
 class _Facts:
-    """What a Seen says about rows, the same for all its blocks of queries. With a page per head, the tables of a row count as rows."""
+    """What a Seen says about rows, the same for all its blocks of queries. With a page per head, the heads of a row count as rows."""
 
     def __init__(self, store: LayerStore, plan: StepPlan, evicted: Tensor) -> None:
+        """evicted: [R, H] int64."""
         table, heads = store.block_table, store.heads
-        self.table = torch.where(table >= 0, table, store.num_pages).view(-1).to(torch.int64)  # [R * S * C]
-        table = table.view(table.shape[0] * heads, -1)  # a row has one shard when it has several head tables
-        rows = torch.arange(table.shape[0], device=table.device).view(-1, 1).expand_as(table).reshape(-1)
+        self.table = torch.where(table >= 0, table, store.num_pages).view(-1).to(torch.int64)  # [R * S * H * C]
+        num_rows = table.shape[0] * heads
+        table = table.view(table.shape[0], -1, heads, table.shape[-1])
+        rows = torch.arange(num_rows, device=table.device).view(-1, 1, heads, 1).expand_as(table).reshape(-1)
         nobody = torch.full((store.num_pages + 1,), -1, device=table.device)
         row = nobody.scatter_reduce_(0, self.table, rows, "amax")[:-1]
-        self.row = torch.where(row >= 0, row, table.shape[0])
-        self.entries = plan.lens_after - evicted if heads == 1 else store.counts.view(-1)
+        self.row = torch.where(row >= 0, row, num_rows)
+        self.entries = (plan.lens_after.unsqueeze(1) - evicted).flatten()
         self.page_size, self.heads = store.page_size, heads
 
     def seen(self, share: Tensor, real: Tensor, time: int) -> Seen:

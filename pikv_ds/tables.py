@@ -47,7 +47,7 @@ class Tables:
         self.dtype, self.device, self.num_shards = dtype, device, num_shards
         shards = local_shards(rank, num_shards, num_ranks)
         self.shard_begin, self.num_local = shards.start, len(shards)
-        self.directory = Directory(layers, num_shards, device)
+        self.directory = Directory(layers, num_shards, device, self.heads)
         self.counters = Counters(num_experts, device)
         self.page_values: dict[str, torch.dtype] = {}  # one number per page each, for the retention policy
         self.allocate(0)
@@ -66,7 +66,7 @@ class Tables:
         self.quiet = 0  # decode steps that surely open no page: nothing to reserve, mirror or give back
         self.settled = [0] * num_rows  # window layers dropped what a query after this many tokens of a row can't see
         self.directory.reset(num_rows)
-        self.evicted = self.directory.evicted.sum(-1).tolist()  # [L][R]
+        self.evicted = self.directory.evicted_by_head()  # [L][R][H]
         self.counters.clear()
         self.mirror()
 
@@ -80,6 +80,11 @@ class Tables:
         """This rank's shards among all."""
         return slice(self.shard_begin, self.shard_begin + self.num_local)
 
+    @property
+    def local_tables(self) -> slice:
+        """This rank's tables of a row among those of all shards, shard * heads + head."""
+        return slice(self.shard_begin * self.heads, (self.shard_begin + self.num_local) * self.heads)
+
     def remap(self, agreed: Agreed, lens: list[int]) -> None:
         """Fork, crop and drop rows as agreed. lens: tokens of every row before."""
         self._refuse_crops_behind_the_window(agreed, lens)
@@ -89,13 +94,13 @@ class Tables:
         keep = torch.tensor(agreed.keep, dtype=torch.int64).to(self.device)
         removed = self.directory.remap(parent, keep, torch.tensor(lens, dtype=torch.int64).to(self.device))
         old, self.counts = self.counts, self.counts.new_zeros(len(self.layers), parent.numel(), self.num_local * self.heads)
-        self.evicted = self.directory.evicted.sum(-1).tolist()
+        self.evicted = self.directory.evicted_by_head()
         childless = torch.ones(old.shape[1], dtype=torch.bool, device=self.device)
         childless[parent[parent >= 0]] = False
         some_end = bool((parent < 0).any())  # rows of another generation leave; among forks, dropped rows count as forked away
         for i, store in enumerate(self.stores):
             kept = torch.where(parent.unsqueeze(-1) >= 0, old[i][parent.clamp_min(0)], 0)
-            cut = removed[i][:, self.local] if self.num_shards > 1 else removed[i].expand_as(kept)
+            cut = removed[i][:, self.local].repeat_interleave(self.heads, 1)
             self.counts[i] = kept - cut
             remap(store, parent, self.counts[i])
             cropped = int(cut.sum()) + (int(old[i][childless].sum()) if some_end else 0)
@@ -126,7 +131,7 @@ class Tables:
 
     def note_eviction(self, lens: list[int]) -> None:
         """Rows of these lengths have just lost entries to their budget."""
-        evicted = self.directory.evicted.sum(-1).tolist()
+        evicted = self.directory.evicted_by_head()
         lost = [any(old[row] != new[row] for old, new in zip(self.evicted, evicted, strict=True)) for row in range(len(lens))]
         self.evicted = evicted
         self.evicted_at = [n if gone else at for gone, n, at in zip(lost, lens, self.evicted_at, strict=True)]
@@ -145,19 +150,19 @@ class Tables:
         fullest = counts.max((1, 2), initial=0).tolist()
         opens = [0] * len(self.layers)
         if plan.decode:
-            # A row opens a page only when one of its open pages is full; the token may go to any shard, so any of them counts.
-            full = counts % page == 0
-            opens = ((full if self.heads > 1 else full.any(-1, keepdims=True)) & (num_new[:, None] > 0)).sum((1, 2)).tolist()
+            # A row opens a page only when an open page is full; its token may go to any shard, and there to the tables of all heads.
+            full = (counts % page == 0).reshape(*counts.shape[:2], self.num_local, self.heads).sum(-1).max(-1, initial=0)
+            opens = (full * (num_new > 0)).sum(1).tolist()
         if self.num_shards == 1 and self.storage.capacity_tokens is None:
             # What every open page has left after this step. With several shards spilling is decided anew in each step.
             self.quiet = int((page - 1 - counts % page).min(initial=page - 1)) if plan.decode else 0
-        kinds = [(spec.window, sum(evicted) // self.heads) for spec, evicted in zip(self.layers, self.evicted, strict=True)]
+        kinds = [(spec.window, sum(map(sum, evicted)) // self.heads) for spec, evicted in zip(self.layers, self.evicted, strict=True)]
         capacity = {
             kind: shard_capacity(self.layers, kind[0], plan.lens_after_host, self.num_shards, page, self.storage.capacity_tokens, kind[1])
             for kind in set(kinds)
         }
         free = self.free_host.tolist()
-        fullest_shard = self.load_host.amax(1).tolist() if self.num_shards > 1 else [0] * len(self.layers)
+        fullest_shard = self._tokens(self.load_host).amax(1).tolist() if self.num_shards > 1 else [0] * len(self.layers)
         for i, store in enumerate(self.stores):
             plan.capacity.append(capacity[kinds[i]])
             plan.may_spill.append(self.num_shards > 1 and fullest_shard[i] + total_new > plan.capacity[i])
@@ -170,11 +175,16 @@ class Tables:
     def _pages_for_chunk(self, layer: int, num_new: Tensor, capacity: int, hold: bool) -> int:
         window = self.layers[layer].window
         stored = num_new if window is None or hold else num_new.clamp_max(window - 1)
-        room = capacity - self.load_host[layer][self.local] if self.num_shards > 1 and window is None else None
-        counts = self.counts_host[layer]
-        if self.heads > 1:  # every table of a row takes all of its tokens
-            counts, stored = counts.view(-1, 1), stored.repeat_interleave(self.heads)
-        return pages_to_open(counts, stored, room, self.page_size)
+        room = capacity - self._tokens(self.load_host[layer][self.local]) if self.num_shards > 1 and window is None else None
+        counts = self.counts_host[layer].view(-1, self.num_local, self.heads)
+        if self.heads == 1:
+            return pages_to_open(counts.squeeze(-1), stored, room, self.page_size)
+        room = None if room is None else room + 1  # loads of heads are rounded up to tokens: a shard may end one above its capacity
+        return sum(pages_to_open(counts[..., head], stored, room, self.page_size) for head in range(self.heads))
+
+    def _tokens(self, load: Tensor) -> Tensor:
+        """Entries of tables per head as tokens, rounded up."""
+        return -(-load // self.heads)
 
     def expire(self, lens: list[int], margin: int) -> int:
         """Free pages that have left their layer's window; `margin` tokens may still be cropped back. Returns entries expired."""
