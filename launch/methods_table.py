@@ -159,6 +159,8 @@ def _verdicts(results: Results, family: str) -> list[str]:
     lines = []
     for name in registries()[family].names():
         known = results.of_method(family, name)
+        if not known["measured as"] and not known["worth using"]:
+            continue
         lines.append({"method": f"`{name}`", "worth using": known["worth using"] or "not judged", "because": known["because"] or "-"})
     return markdown(lines)
 

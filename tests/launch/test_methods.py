@@ -9,7 +9,7 @@ from pikv_ds.launch import cmd_methods
 from pikv_ds.launch.cli import main
 from pikv_ds.launch.evaluation.spec import COLUMNS
 from pikv_ds.launch.evaluation.sweep_figures import write_figures
-from pikv_ds.launch.evaluation.sweep_table import records_of
+from pikv_ds.launch.evaluation.sweep_table import records_of, shown
 from pikv_ds.launch.methods_table import Results, attend_path, method_rows, registries, written
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,6 +54,13 @@ def test_the_rows_of_a_configuration_become_one_record(folder):
     assert (raw["ppl_change_long_pct"], raw["recall"], raw["recall_after"], raw["bytes_context"]) == (None, None, None, 1024)
 
 
+def test_bytes_of_the_fullest_rank_are_compared_with_a_dense_rank():
+    """Two ranks, the same 100 tokens on both, 1,024 bytes per token when dense; 40 bytes per token over both, unevenly."""
+    sizes = {"kv_bytes_per_rank": [3000, 1000], "bytes_per_token": 40.0, "compression": 25.6, "detail": {"tokens_in_cache": 100}}
+    (record,) = records_of([row("stack", "x", "bytes", 4096, ranks=2, **sizes)], "stack").values()
+    assert record["rank_ratio"] == pytest.approx(100 * 1024 / 3000) and shown(record)["2-byte dense rank / fullest rank"] == "34.1"
+
+
 def test_a_method_has_the_figures_of_its_first_configuration_its_control_and_its_verdict(folder):
     rows = {row["name"]: row for row in method_rows(Results(folder)) if row["key"] == "compression.method"}
     int4 = rows["int4"]
@@ -69,7 +76,7 @@ def test_tables_are_made_between_markers(folder):
     made = written(text, Results(folder))
     assert "old" not in made and made.startswith("a\n<!-- table") and "\nb\n" in made and written(made, Results(folder)) == made
     assert "| 4 bits | 384 | 2.67 | 3.40 | +0.00 | +3.50 | 1.0e-01 | 0.75 | pikv cpu int4 | raw (ppl +0.00 %) |" in made
-    assert "| `int4` | yes | small |" in made and "| `int8` | not judged | - |" in made
+    assert "| `int4` | yes | small |" in made and "`int8`" not in made
 
 
 def test_the_terminal_shows_results_or_says_that_there_are_none(folder, tmp_path, capsys, monkeypatch):
