@@ -97,12 +97,23 @@ class CompressionConfig(_Block):
 
     model_config = ConfigDict(frozen=True, extra="allow", strict=True, validate_default=True)
     method: str = Field("none", description="Codec, see `pikv methods`.")
+    raw_sink_tokens: int | None = Field(None, ge=0, description="First tokens of a request that stay as computed; null = none.")
+    raw_recent_tokens: int | None = Field(None, ge=0, description="Latest tokens of a request that stay as computed; null = none.")
 
     def build(self) -> Codec:
         """The codec with its options."""
         from pikv_ds.codecs import CODECS
 
         return CODECS.build(self.method, **self.model_extra)
+
+    def build_near(self) -> Codec | None:
+        """The codec of the entries that are not encoded by `build()`'s yet, or never: raw, or the light one. None = there are none."""
+        from pikv_ds.codecs import CODECS
+
+        codec = self.build()
+        if codec.light is None and not (self.raw_sink_tokens or self.raw_recent_tokens):
+            return None
+        return codec.light or CODECS.build("none")
 
 
 class SchedulingConfig(_Block):

@@ -22,7 +22,7 @@ DEFAULTS = {
         "overflow": "spill",
     },
     "routing": {"method": "all", "budget_ratio": None, "budget_pages": None, "sink_tokens": 4, "recent_tokens": 64},
-    "compression": {"method": "none"},
+    "compression": {"method": "none", "raw_sink_tokens": None, "raw_recent_tokens": None},
     "scheduling": {
         "method": "none",
         "budget_tokens": None,
