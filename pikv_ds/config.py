@@ -9,13 +9,24 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from pikv_ds.config_checks import check_budget, check_companion, check_experts, check_method, check_ready, check_retention, check_table
+from pikv_ds.config_checks import (
+    check_budget,
+    check_companion,
+    check_experts,
+    check_host_penalty,
+    check_method,
+    check_pools,
+    check_ready,
+    check_retention,
+    check_table,
+)
 from pikv_ds.config_errors import describe, problem
 from pikv_ds.errors import ConfigError
 from pikv_ds.presets import PRESETS, expand
 
 if TYPE_CHECKING:
     from pikv_ds.codecs.base import Codec
+    from pikv_ds.host_penalty import RouterPenalty
     from pikv_ds.policies.base import RetentionPolicy
     from pikv_ds.routers.base import Router
 
@@ -76,6 +87,22 @@ class StorageConfig(_Block):
         return self
 
 
+class HostPenaltyConfig(_Block):
+    """What the model's own expert routers take off their logits, from the state of the cache; 0 and 0: nothing is installed."""
+
+    load: float = Field(0, ge=0, allow_inf_nan=False, description="Strength: shard of the expert fuller than the mean of the shards.")
+    miss: float = Field(0, ge=0, allow_inf_nan=False, description="Strength: log(1 + misses of the expert).")
+    applies_to: Literal["selection", "selection_and_weights"] = Field(
+        "selection", description="Choose experts by lowered logits and weigh them by the model's own, or lower both."
+    )
+
+    def build(self) -> RouterPenalty | None:
+        """The penalty, or None when both strengths are 0."""
+        from pikv_ds.host_penalty import RouterPenalty
+
+        return RouterPenalty(load=self.load, miss=self.miss, applies_to=self.applies_to) if self.load or self.miss else None
+
+
 class RoutingConfig(_Block):
     """Which pages a query reads. Other keys are the options of the router, see `pikv methods`."""
 
@@ -85,6 +112,7 @@ class RoutingConfig(_Block):
     budget_pages: int | None = Field(None, ge=1, description="Pages a query reads per kv head and layer; in place of budget_ratio.")
     sink_tokens: int = Field(4, ge=0, description="First tokens of a request that every query reads, inside the budget.")
     recent_tokens: int = Field(64, ge=0, description="Latest tokens before a query that it always reads, inside the budget.")
+    host_penalty: HostPenaltyConfig = Field(HostPenaltyConfig(), description=HostPenaltyConfig.__doc__)
 
     def build(self) -> Router:
         """The router with its options."""
@@ -136,6 +164,8 @@ class LayerCompressionConfig(CodecConfig):
 class CompressionConfig(LayerCompressionConfig):
     """In which format entries are stored. Other keys are the options of the codec, see `pikv methods`."""
 
+    raw_sink_tokens: int | None = Field(None, ge=0, description="First tokens of a request that stay as computed; null = none.")
+    raw_recent_tokens: int | None = Field(None, ge=0, description="Latest tokens of a request that stay as computed; null = none.")
     layers: dict[Annotated[str, Field(pattern=r"^(0|[1-9][0-9]*)$")], LayerCompressionConfig] | None = Field(
         None, description="Layer index -> a block of this kind that holds for that layer in place of this one."
     )
@@ -151,6 +181,15 @@ class CompressionConfig(LayerCompressionConfig):
         yield from super().parts(key)
         for idx, block in (self.layers or {}).items():
             yield from block.parts(f"{key}.layers.{idx}")
+
+    def build_near(self) -> Codec | None:
+        """The codec of the entries that are not encoded by `build()`'s yet, or never: raw, or the light one. None = there are none."""
+        from pikv_ds.codecs import CODECS
+
+        codec = self.build()
+        if codec.light is None and not (self.raw_sink_tokens or self.raw_recent_tokens):
+            return None
+        return codec.light or CODECS.build("none")
 
 
 class SchedulingConfig(_Block):
@@ -247,6 +286,7 @@ class PiKVConfig(_Block):
             check_method(key, block, CODECS)
         for key, block in self.compression.parts("compression"):
             check_ready(key, block)
+            check_pools(key, block)
         check_retention(self.scheduling)
         try:
             page_size = self.resolve_page_size()
@@ -254,6 +294,7 @@ class PiKVConfig(_Block):
             raise problem("page_size", self.page_size, str(error)) from None
         check_budget(self.routing, page_size)
         check_experts(self.routing, self.storage)
+        check_host_penalty(self.routing, self.storage)
         return self
 
     @classmethod

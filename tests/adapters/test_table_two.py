@@ -1,7 +1,7 @@
 """The error expressions of the PiKV paper's table 2, on keys and values that the bundled model computes: equalities and upper bounds.
 
-Each codec is fitted to a text and its squared error measured on the same keys, entry by entry; the table's expression is computed apart from
-the codec, from the keys themselves in f64.
+Each codec is fitted to a text and its squared error measured on the same keys, entry by entry; the table's expression is computed apart
+from the codec, from the keys themselves in f64.
 """
 
 import pytest
