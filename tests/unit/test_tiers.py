@@ -309,6 +309,27 @@ def test_adaptive_pages_can_be_evicted_and_selected():
     assert read < visible
 
 
+@pytest.mark.parametrize("method", ["h2o", "snapkv", "quest"])
+def test_adaptive_beside_a_policy_that_looks_at_attention(method):
+    """Both are shown the same attention: what is kept does not change, and h2o counts exactly what importance does."""
+
+    def run(codec, compression):
+        scheduling = {"method": method, "budget_tokens": 64, "sink_tokens": 2, "recent_tokens": 3}
+        driver, kept = Driver([layer(0)], codec=codec, compression=compression, page_size=4, scheduling=scheduling), []
+        driver._compare = lambda *_: None
+        driver.prefill([100, 30])
+        for mask in (*[ragged([1, 1])] * 3, ragged([9, 20]), *[ragged([1, 1])] * 3):
+            driver.forward(mask)
+            pools = driver.cache.tables.pools(0)
+            kept.append([sorted(p for store in pools for p in positions_of(store, row, 0)) for row in range(2)])
+            for store in pools if method == "h2o" and codec == "adaptive" else ():
+                assert torch.equal(store.summaries["mass"], store.summaries["importance"])
+        return kept
+
+    adaptive = {"light": "none", "heavy": "none", "light_ratio": 0.2, "raw_recent_tokens": 6}
+    assert run("adaptive", adaptive) == run("none", {})
+
+
 REFUSED = [
     (
         {"raw_recent_tokens": 8},
@@ -321,7 +342,6 @@ REFUSED = [
         {"routing": {"method": "bounds", "budget_pages": 3, "sink_tokens": 0, "recent_tokens": 0}},
         "budget_pages = 3",
     ),
-    ({"method": "adaptive"}, {"scheduling": {"method": "h2o", "budget_tokens": 999}}, "'h2o': both measure attention"),
     ({"method": "adaptive"}, {"storage": {"expert_ids": "true"}}, "expert_ids = 'true'"),
     ({"method": "adaptive", "light": "zip"}, {}, "light = one of "),
     ({"method": "adaptive", "light_ratio": 1.5}, {}, "light_ratio from 0 to 1"),
