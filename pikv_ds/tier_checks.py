@@ -5,6 +5,7 @@ from __future__ import annotations
 from .codecs.base import Codec
 from .config import PiKVConfig
 from .errors import ConfigError
+from .routers.base import Router
 from .spec import LayerSpec
 
 
@@ -48,6 +49,15 @@ def _check_importance(config: PiKVConfig, num_ranks: int, given: str) -> None:
         raise ConfigError(
             f"{given} with pikv.storage.expert_ids = 'true': entries are stored after the queries of their forward have read, so the "
             f"attention they get is not known; use 'previous_layer'"
+        )
+
+
+def check_router(router: Router, *, summarises: bool) -> None:
+    """summarises: it keeps something per page. Raises: ConfigError when it can't do so for pages that are demoted."""
+    if summarises and type(router).moved is Router.moved:
+        raise ConfigError(
+            f"pikv.routing.method = {router.name!r} keeps summaries of pages and can't make them for pages that were encoded again "
+            f"(Router.moved); use another router, or pikv.compression without raw_sink_tokens and raw_recent_tokens"
         )
 
 

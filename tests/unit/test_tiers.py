@@ -7,7 +7,10 @@ from pikv_ds import ops
 from pikv_ds.cache import PiKVCache
 from pikv_ds.config import PiKVConfig
 from pikv_ds.errors import ConfigError
+from pikv_ds.estimate import pikv_bytes
+from pikv_ds.routers.random import RandomPages
 from pikv_ds.stats import stats
+from pikv_ds.tier_checks import check_router
 from tests.unit.driver import Driver, dense_over, layer, ragged, rel_error
 from tests.unit.tiered import KINDS, TieredDriver, attention_shares, pages_of, poison, positions_of, run_mix
 
@@ -287,6 +290,17 @@ def test_adaptive_formats_and_bytes():
     near, far = driver.cache.tables.pools(0)
     assert (near.fmt.name, far.fmt.name) == ("int8", "int4")
     assert int(near.counts) == 64 + 256 + 64 and int(far.counts) == 1024 - 384  # sinks, a quarter, the window
+    plain = TieredDriver(
+        [layer(0, dim=32)], codec="adaptive", compression={"light": "int8", "heavy": "int4"}, page_size=64, sinks=0, recent=0
+    )
+    plain._compare = lambda *_: None
+    plain.prefill([1024 + 9])
+    codec, pools = plain.cache.config.compression.build(), plain.cache.tables.pools(0)
+    planned = pikv_bytes(plain.layers, [1033], ranks=1, codec=codec, page_size=64, dtype=torch.float32)
+    used = [int((store.refcount > 0).sum()) for store in pools]
+    assert used == [4 + 1, 12]
+    tail = pools[0].tail.nbytes
+    assert planned.balanced == sum(n * store.fmt.record_bytes for n, store in zip(used, pools, strict=True)) + tail < planned.worst
     run_mix(TieredDriver([layer(0), layer(1, latent=True)], codec="adaptive", compression={"light": "none", "heavy": "none"}, page_size=4))
 
 
@@ -360,3 +374,9 @@ def test_refusals(compression, blocks, said):
 def test_a_model_of_windows_only_is_refused():
     with pytest.raises(ConfigError, match="all have a sliding window"):
         TieredDriver([layer(0, window=9)])
+
+
+def test_a_router_that_cannot_follow_its_pages_is_refused():
+    check_router(RandomPages(), summarises=False)
+    with pytest.raises(ConfigError, match=r"'random' keeps summaries of pages and can't make them"):
+        check_router(RandomPages(), summarises=True)
