@@ -283,6 +283,18 @@ def test_the_least_attended_pages_go(ratio, num_shards):
     assert int(driver.cache.tables.far_counts.sum()) > 0
 
 
+@pytest.mark.parametrize("codec", ["none", "adaptive"])
+def test_rotated_entries(codec):
+    """Both pools hold what is turned, so queries are turned once for both."""
+    light = {"light": "none", "heavy": "none"} if codec == "adaptive" else {}
+    driver = TieredDriver(
+        [layer(0, dim=16), layer(1, dim=16, latent=True)], codec=codec, compression={"rotate": "hadamard"} | light, page_size=4
+    )
+    driver.tolerance = 1e-5
+    run_mix(driver)
+    assert (driver.cache.tiers.light_ratio is not None) == (codec == "adaptive")
+
+
 def test_adaptive_formats_and_bytes():
     driver = TieredDriver([layer(0, dim=32)], codec="adaptive", compression={"light": "int8", "heavy": "int4"}, page_size=64, recent=64)
     driver._compare = lambda *_: None
