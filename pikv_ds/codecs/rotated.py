@@ -22,6 +22,7 @@ class Rotated(Codec):
     def __init__(self, inner: Codec, seed: int) -> None:
         self.inner, self.seed = inner, seed
         self.name, self.calibrated, self.group = inner.name, inner.calibrated, inner.group
+        self.light, self.light_ratio = inner.light, inner.light_ratio  # light pages hold what is turned as well
         self.light, self.light_ratio = inner.light, inner.light_ratio
 
     @property
