@@ -17,6 +17,7 @@ from .digest import digest
 from .distinct import DistinctStep
 from .evict import Retention
 from .exchange import Exchange
+from .mass import Waiting
 from .placement import Placement, Routed
 from .plan import LocalStep, Source, StepPlan
 from .reader import Before, read_pages, stored_entries
@@ -86,6 +87,7 @@ class PiKVCache:
         """Finish a forward: staged entries go home, windows expire, slabs are returned, late errors are raised (on all ranks alike)."""
         if self.staged is not None:
             (self.distinct if self.agreement.mode == "distinct" else self.replicated).flush_staged()
+        self.distinct.flush_watched()
         if self.selection is not None:
             self.selection.settle()
         expired = 0
@@ -106,7 +108,7 @@ class PiKVCache:
         if agreed.restart:
             self._allocate(len(before))
             if self.retention is not None:
-                self.retention.reset(self.agreement.mode)
+                self.retention.reset()
         elif not agreed.identity:
             self.tables.remap(agreed, old_lens)
             if self.retention is not None:
@@ -160,10 +162,16 @@ class PiKVCache:
             self.selection.wrote(layer, self.plan, k, written)
         return written
 
+    def watches(self, layer: int) -> bool:
+        """Whether a policy asks for what the queries of this layer attend to."""
+        return self.retention is not None and self.retention.watches(layer)
+
     def watch(self, query: Query, written: Written | None, lse: Tensor | None) -> None:
         """Show a policy that asks for it what a layer's queries attended to; lse [B, T, Hq] merged over ranks, None = nothing stored."""
-        if self.retention is not None and self.retention.watches(query.layer):
-            self.retention.mass.observe(query, self.plan, written.slot_mapping, lse)
+        if self.watches(query.layer):
+            q, k = query.q.flatten(0, 1).unsqueeze(0), query.k.unsqueeze(0)
+            asked = Waiting(query.layer, query.scale, q, k, written.slot_mapping, None)
+            self.retention.mass.observe(asked, self.plan, None if lse is None else lse.flatten(0, 1).unsqueeze(0))
 
     def name_experts(self, layer: int, expert_ids: Tensor) -> None:
         """Router `layer` has run: the staged entries of that layer know their expert now. expert_ids [B * T] int64."""
@@ -193,11 +201,15 @@ class PiKVCache:
         if num_rows == 0 or (not selects and (store.num_pages == 0 or store.counts.numel() == 0)):
             none = self.nothing(q, query.v_dim)
             return none.out, none.lse
-        own_visible = None if before is None else self.plan.one_column[rows] & (not self.stages)
-        if self.retention is not None and (self.tables.heads > 1 or self.retention.watches(query.layer)):
-            return self.retention.mass.read(query.layer, q, stored_entries(store, rows, before, own_visible), query.scale)
+        own_visible, watched = None if before is None else self.plan.one_column[rows] & (not self.stages), self.watches(query.layer)
+        if not selects and (self.tables.heads > 1 or watched):
+            return self.retention.mass.read(query.layer, q, row0, stored_entries(store, rows, before, own_visible), query.scale)
         needs_positions = selects or window is not None or q.shape[1] > 1
         positions = self.plan.query_positions(row0, num_rows) if needs_positions else None
         if selects:
-            return self.selection.read(query, q, row0, positions, stored_entries(store, rows, before, own_visible), self.plan)
+            stored = stored_entries(store, rows, before, own_visible)
+            out, lse, page_lse = self.selection.read(query, q, row0, positions, stored, self.plan, with_page_lse=watched)
+            if watched:
+                self.retention.mass.keep(row0, page_lse)
+            return out, lse
         return read_pages(store, q, rows, before, own_visible, scale=query.scale, window=window, q_positions=positions)

@@ -23,7 +23,7 @@ from .spec import LayerSpec
 from .step import Query
 from .store import LayerStore
 from .tables import Tables
-from .top_pages import best_pages, listed_pages, page_keys
+from .top_pages import best_pages, by_column, listed_pages, page_keys
 from .writer import Written
 
 QUERIES_AT_ONCE = 32  # per row: scores take Q * S * C * H numbers
@@ -116,13 +116,16 @@ class Selection:
 
     # ---- reading -------------------------------------------------------------------------------------------------------------
 
-    def read(self, query: Query, q: Tensor, row0: int, positions: Tensor, stored: Stored, plan: StepPlan) -> tuple[Tensor, Tensor]:
+    def read(
+        self, query: Query, q: Tensor, row0: int, positions: Tensor, stored: Stored, plan: StepPlan, *, with_page_lse: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Attention to the chosen pages.
 
         Args: q [R, T, Hq, Dk] at positions [R, T] int32, of the rows row0 ...; stored: their tables.
 
-        Returns: out [R, T, Hq, Dv] f32, lse [R, T, Hq] f32. Sync: none. Collectives with several ranks, per QUERIES_AT_ONCE queries of a
-        row: one for a budget, and those of the router; all ranks must call it alike.
+        Returns: out [R, T, Hq, Dv] f32, lse [R, T, Hq] f32; with_page_lse: page lse [R, T, S, Hq, C] f32, -inf for pages that were not
+        read, C columns of stored.block_table. Sync: none. Collectives with several ranks, per QUERIES_AT_ONCE queries of a row: one for a
+        budget, and those of the router; all ranks must call it alike.
         """
         num_rows, parts = q.shape[0], []
         rows = slice(row0, row0 + num_rows)
@@ -133,14 +136,20 @@ class Selection:
             asked = self._asked(query, q[:, block], rows, stored, positions, begin, plan)
             page_list = self.choose(asked, plan)
             self._count(asked, page_list)
-            out, lse, page_lse = self._attend(asked, page_list, self.router.wants_page_lse)
+            out, lse, page_lse = self._attend(asked, page_list, self.router.wants_page_lse or with_page_lse)
             if self.measures_mass:
                 share = torch.exp(lse - asked.gather(self._attend(asked, None)[1]).logsumexp(0)).mean(1, dtype=torch.float64)
                 self.mass += torch.stack([share.nan_to_num(0.0) @ real_queries(asked), real_queries(asked).sum() / self.exchange.size])
             if self.router.wants_page_lse:
                 self.router.answered(asked, page_list, page_lse)
-            parts.append((out.view(num_rows, -1, *out.shape[1:]), lse.view(num_rows, -1, lse.shape[1])))
-        return parts[0] if len(parts) == 1 else (torch.cat([out for out, _ in parts], 1), torch.cat([lse for _, lse in parts], 1))
+            part = [out.view(num_rows, -1, *out.shape[1:]), lse.view(num_rows, -1, lse.shape[1])]
+            if with_page_lse:
+                part.append(
+                    by_column(page_lse, page_list, stored.block_table.shape[-1]).unflatten(0, (num_rows, -1, self.tables.num_local))
+                )
+            parts.append(part)
+        whole = parts[0] if len(parts) == 1 else [torch.cat(pieces, 1) for pieces in zip(*parts, strict=True)]
+        return whole[0], whole[1], whole[2] if with_page_lse else None
 
     def choose(self, asked: PageQuery, plan: StepPlan) -> Tensor:
         """Columns to read, [N, 1 or H, K] int32, -1 = none."""
