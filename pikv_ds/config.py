@@ -11,6 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pikv_ds.config_checks import check_budget, check_companion, check_experts, check_method, check_retention, check_table
 from pikv_ds.config_errors import describe, problem
 from pikv_ds.errors import ConfigError
+from pikv_ds.presets import PRESETS, expand
 
 if TYPE_CHECKING:
     from pikv_ds.codecs.base import Codec
@@ -96,12 +97,23 @@ class CompressionConfig(_Block):
 
     model_config = ConfigDict(frozen=True, extra="allow", strict=True, validate_default=True)
     method: str = Field("none", description="Codec, see `pikv methods`.")
+    raw_sink_tokens: int | None = Field(None, ge=0, description="First tokens of a request that stay as computed; null = none.")
+    raw_recent_tokens: int | None = Field(None, ge=0, description="Latest tokens of a request that stay as computed; null = none.")
 
     def build(self) -> Codec:
         """The codec with its options."""
         from pikv_ds.codecs import CODECS
 
         return CODECS.build(self.method, **self.model_extra)
+
+    def build_near(self) -> Codec | None:
+        """The codec of the entries that are not encoded by `build()`'s yet, or never: raw, or the light one. None = there are none."""
+        from pikv_ds.codecs import CODECS
+
+        codec = self.build()
+        if codec.light is None and not (self.raw_sink_tokens or self.raw_recent_tokens):
+            return None
+        return codec.light or CODECS.build("none")
 
 
 class SchedulingConfig(_Block):
@@ -159,6 +171,11 @@ class MonitorConfig(_Block):
 class PiKVConfig(_Block):
     """The "pikv" block of a DeepSpeed configuration."""
 
+    preset: str | None = Field(
+        None,
+        description="Name of a configuration; replaced by its keys when the block is read, the keys given beside it override them.",
+        json_schema_extra={"enum": [*PRESETS, None]},
+    )
     enabled: bool = Field(True, description="false: nothing is patched and the host runs as without the block.")
     page_size: int | None = Field(None, ge=1, le=256, description="Tokens per page; null = the codec's preference.")
     timeout_s: float = Field(300, gt=0, allow_inf_nan=False, description="Longest wait for another rank, in seconds.")
@@ -174,6 +191,11 @@ class PiKVConfig(_Block):
             super().__init__(**block)
         except ValidationError as error:
             raise ConfigError(describe(error, type(self))) from None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand_preset(cls, block: Any) -> Any:
+        return expand(block) if isinstance(block, dict) else block
 
     @model_validator(mode="after")
     def _check_methods(self) -> Self:

@@ -32,7 +32,7 @@ class DistinctStep:
             return cache.replicated.attend(query)
         plan = cache.plan
         wanted = any(cache.reads(source) for source in plan.sources)
-        watched = cache.watches(query.layer)
+        watched = cache.watcher(query.layer) is not None
         if fields is None:
             buffers, layout = self._share(query, plan.num_tokens, with_query=wanted or watched, send=True)
             fields = layout.unpack(buffers)
@@ -45,21 +45,21 @@ class DistinctStep:
         partial = self._answer(query, fields["q"], before) if wanted else cache.nothing(query.q, query.v_dim)
         if watched:
             asked = Waiting(query.layer, query.scale, fields["q"], fields["k"], written.slot_mapping, partial.lse.flatten(0, 1))
-            cache.retention.mass.waiting = asked
+            cache.waiting = asked
             if not wanted:
                 self._observe(None)  # nothing is stored for anybody, which every rank knows
         return partial
 
     def _observe(self, lse: Tensor | None) -> None:
         """Show the policy the layer that waits. lse [G, N, Hq] of all ranks' queries."""
-        mass = self.cache.retention.mass
-        asked, mass.waiting = mass.waiting, None
-        mass.observe(asked, self.cache.plan, lse)
+        cache = self.cache
+        asked, cache.waiting = cache.waiting, None
+        cache.watcher(asked.layer).observe(asked, cache.plan, lse)
 
     def flush_watched(self) -> None:
         """The lse of the last layer that a policy watches, if no later record has carried it: one collective of its own."""
         cache = self.cache
-        asked = None if cache.retention is None else cache.retention.mass.waiting
+        asked = cache.waiting
         if asked is None:
             return
         layout = Layout([("lse", (cache.plan.num_tokens, asked.lse.shape[1]), torch.float32)])
@@ -99,10 +99,9 @@ class DistinctStep:
         if with_query:
             fields.append(("q", (num_tokens, *query.q.shape[2:]), query.q.dtype))
             values["q"] = query.q.flatten(0, 1)
-        asked = None if cache.retention is None else cache.retention.mass.waiting
-        if asked is not None:
-            fields.append(("lse", (num_tokens, asked.lse.shape[1]), torch.float32))
-            values["lse"] = asked.lse
+        if cache.waiting is not None:
+            fields.append(("lse", (num_tokens, cache.waiting.lse.shape[1]), torch.float32))
+            values["lse"] = cache.waiting.lse
         entries = cache.staged if cache.stages else query
         if entries is not None:
             ids = entries.expert_ids if entries.expert_ids is not None else torch.full_like(positions, -1)

@@ -42,14 +42,14 @@ class Mass:
 
     def __init__(self, policy: RetentionPolicy, tables: Tables) -> None:
         self.policy, self.tables = policy, tables
-        self.page_lse: dict[int, Tensor] = {}  # first row -> [R, T, S, Hq, C], -inf where nothing was read; H > 1: each head's own table
-        self.waiting: Waiting | None = None  # distinct requests: the lse rides in the next record
+        # By pool of pages and first row: [R, T, S, Hq, C], -inf where nothing was read; H > 1: of the pages of each head's own table.
+        self.page_lse: dict[tuple[LayerStore, int], Tensor] = {}
         self.times: list[int] = []  # per source
         self.num_rows: list[int] = []  # per source
         self.rows: dict[int, dict[str, Tensor]] = {}  # layer -> what the policy keeps per row, [R, ...]
 
     def reset(self) -> None:
-        self.times, self.rows, self.waiting, self.page_lse = [], {}, None, {}
+        self.times, self.rows, self.page_lse = [], {}, {}
 
     def remap(self, parent: Tensor) -> None:
         """Row i continues row parent[i] [R'], -1 = a new row."""
@@ -83,16 +83,15 @@ class Mass:
             for name, x in rows.items()
         }
 
-    def keep(self, row0: int, page_lse: Tensor) -> None:
-        """Page lse [R, T, S, Hq, C] of the queries of rows row0 ..., for observe()."""
-        self.page_lse[row0] = page_lse
+    def keep(self, store: LayerStore, row0: int, page_lse: Tensor) -> None:
+        """Page lse [R, T, S, Hq, C] of the queries of rows row0 ... in one store, for observe()."""
+        self.page_lse[store, row0] = page_lse
 
-    def read(self, layer: int, q: Tensor, row0: int, stored: Stored, scale: float) -> tuple[Tensor, Tensor]:
-        """Attention of q [R, T, Hq, Dk] to the stored entries of its rows: out [R, T, Hq, Dv] f32, lse [R, T, Hq] f32.
+    def read(self, store: LayerStore, q: Tensor, row0: int, stored: Stored, scale: float) -> tuple[Tensor, Tensor]:
+        """Attention of q [R, T, Hq, Dk] to the entries of its rows in one store: out [R, T, Hq, Dv] f32, lse [R, T, Hq] f32.
 
         Each query reads its pages by itself, which gives the lse of every page with it; only reading a long chunk costs more that way.
         """
-        store = self.tables.stores[layer]
         num_rows, num_queries = q.shape[:2]
         table, seqlens, tail_rows = stored.block_table, stored.seqlens, stored.tail_rows
         if num_queries > 1:
@@ -102,7 +101,7 @@ class Mass:
             q.flatten(0, 1).contiguous(), store.pages, store.fmt, table, seqlens,
             scale=scale, with_page_lse=True, tail=stored.tail, tail_rows=tail_rows,
         )  # fmt: skip
-        self.keep(row0, page_lse.view(num_rows, num_queries, -1, *page_lse.shape[1:]))
+        self.keep(store, row0, page_lse.view(num_rows, num_queries, -1, *page_lse.shape[1:]))
         return out.unflatten(0, (num_rows, num_queries)), lse.unflatten(0, (num_rows, num_queries))
 
     def observe(self, asked: Waiting, plan: StepPlan, lse: Tensor | None) -> None:
@@ -111,56 +110,53 @@ class Mass:
         Args: lse [G, N, Hq] over all stored entries that were read, None if there were none. In a forward of one column they include the
             query's own entry.
         """
-        store, num_sources = self.tables.stores[asked.layer], len(plan.sources)
-        facts = _Facts(store, plan, self.tables.directory.evicted[asked.layer].sum(-1))
-        positions, slots = plan.positions.view(num_sources, -1), asked.slots.view(num_sources, -1, store.heads)
+        pools, num_sources = self.tables.pools(asked.layer), len(plan.sources)
+        evicted = self.tables.directory.evicted[asked.layer].unflatten(-1, (-1, pools[0].heads)).sum(1)
+        facts = [_Facts(store, plan, evicted) for store in pools]
+        positions, slots = plan.positions.view(num_sources, -1), asked.slots.view(num_sources, -1, pools[0].heads)
+        times = self.times or [0] * num_sources
         for sources in plan.same_shape_runs():
-            page_lse = self.page_lse.get(sources[0].row0)
             first = plan.sources.index(sources[0])
             # Rows that began at another time are shown by themselves: a policy is told one time.
-            alike = len(set(self.times[first : first + len(sources)])) == 1
-            for run in [sources] if alike else [[source] for source in sources]:
-                num_rows, at = sum(source.num_rows for source in run), plan.sources.index(run[0])
-                if not num_rows:
-                    continue
-                skipped = run[0].row0 - sources[0].row0
-                own = _Run(run[0].row0, num_rows, run[0].num_columns, slice(at, at + len(run)), self.times[at])
-                of_rows = None if page_lse is None else page_lse[skipped : skipped + num_rows]
-                self._observe(asked, plan, facts, own, own.of(positions), own.of(slots), of_rows, own.of(lse))
+            alike = len(set(times[first : first + len(sources)])) == 1
+            for part in [sources] if alike else [[source] for source in sources]:
+                num_rows, at = sum(source.num_rows for source in part), plan.sources.index(part[0])
+                run = _Run(part[0].row0, num_rows, part[0].num_columns, slice(at, at + len(part)), times[at])
+                skipped = slice(run.row0 - sources[0].row0, run.row0 - sources[0].row0 + num_rows)
+                page_lse = [self.page_lse.get((store, sources[0].row0)) for store in pools]
+                page_lse = [None if x is None else x[skipped] for x in page_lse]
+                if num_rows:
+                    self._observe(asked, plan, facts, run, run.of(positions), run.of(slots), page_lse, run.of(lse))
         self.page_lse = {}
 
     def _observe(
-        self,
-        asked: Waiting,
-        plan: StepPlan,
-        facts: _Facts,
-        run: _Run,
-        positions: Tensor,
-        slots: Tensor,
-        page_lse: Tensor | None,
-        lse: Tensor | None,
-    ) -> None:
-        policy, store, includes_self = self.policy, self.tables.stores[asked.layer], run.num_columns == 1
+        self, asked: Waiting, plan: StepPlan, facts: list[_Facts], run: _Run, positions: Tensor, slots: Tensor,
+        page_lse: list[Tensor | None], lse: Tensor | None,
+    ) -> None:  # fmt: skip
+        """The queries of one run; facts and page_lse by pool."""
+        policy, pools, includes_self = self.policy, self.tables.pools(asked.layer), run.num_columns == 1
         q, k, valid = run.of(asked.q), run.of(asked.k), positions >= 0
         columns = torch.arange(run.num_columns, device=valid.device).expand_as(valid)
         if not plan.all_valid and run.num_columns > 1:
             columns = valid.to(torch.int8).argsort(dim=-1, stable=True)  # padding first, then the queries of a row in their order
         columns = columns[:, -(policy.window or run.num_columns) :]
         step = max(1, BLOCK_ELEMENTS // (valid.numel() * q.shape[2]))
-        time, table = run.time + run.num_columns - columns.shape[1], facts.tables_of(run)
-        rows = {name: x[run.row0 : run.row0 + run.num_rows] for name, x in self._rows(asked.layer, q, facts.num_rows).items()}
+        time, tables = run.time + run.num_columns - columns.shape[1], [fact.tables_of(run) for fact in facts]
+        rows = {name: x[run.row0 : run.row0 + run.num_rows] for name, x in self._rows(asked.layer, q, facts[0].num_rows).items()}
         for begin in range(0, columns.shape[1], 1 if includes_self else step):
             block = columns[:, begin : begin + step]
-            share, total = torch.zeros(store.num_pages + 1, block.shape[1], device=valid.device), _take(lse, block)
-            real = valid.gather(1, block)
+            own, total, real = None, _take(lse, block), valid.gather(1, block)
             if not includes_self:
-                own, total = _inside(q, k, asked.scale, positions, valid, block, total, store.heads)
-                page = torch.where(slots >= 0, slots // store.page_size, store.num_pages).flatten()
-                share.index_add_(0, page, own.flatten(0, 2))
-            if page_lse is not None:
-                share.index_add_(0, table, _of_pages(_take(page_lse, block), total, real, store.heads))
-            if policy.page_values:
-                policy.observe(store.summaries, facts.seen(share[:-1], run, real, time + begin))
+                own, total = _inside(q, k, asked.scale, positions, valid, block, total, pools[0].heads)
+            for store, fact, table, of_pages in zip(pools, facts, tables, page_lse, strict=True):
+                share = torch.zeros(store.num_pages + 1, block.shape[1], device=valid.device)
+                if own is not None and store is pools[0]:  # new entries lie in the first pool
+                    page = torch.where(slots >= 0, slots // store.page_size, store.num_pages).flatten()
+                    share.index_add_(0, page, own.flatten(0, 2))
+                if of_pages is not None:
+                    share.index_add_(0, table, _of_pages(_take(of_pages, block), total, real, store.heads))
+                if policy.page_values and store.num_pages:
+                    policy.observe(store.summaries, fact.seen(share[:-1], run, real, time + begin))
             if policy.observes_queries:
                 policy.observe_queries(rows, asked.scale * _take(q, block).float(), total, positions.gather(1, block))
 
@@ -189,21 +185,23 @@ class _Run(NamedTuple):
 
 
 class _Facts:
-    """What a Seen says about rows, the same for all its blocks of queries. With a page per head, the tables of a row count as rows."""
+    """What a Seen says about rows, the same for all its blocks of queries. With a page per head, the heads of a row count as rows."""
 
     def __init__(self, store: LayerStore, plan: StepPlan, evicted: Tensor) -> None:
+        """evicted: [R, H] int64."""
         table, heads = store.block_table, store.heads
-        self.table = torch.where(table >= 0, table, store.num_pages).view(-1).to(torch.int64)  # [R * S * C]
-        table = table.view(table.shape[0] * heads, -1)  # a row has one shard when it has several head tables
-        rows = torch.arange(table.shape[0], device=table.device).view(-1, 1).expand_as(table).reshape(-1)
+        self.table = torch.where(table >= 0, table, store.num_pages).view(-1).to(torch.int64)  # [R * S * H * C]
+        num_rows = table.shape[0] * heads
+        table = table.view(table.shape[0], -1, heads, table.shape[-1])
+        rows = torch.arange(num_rows, device=table.device).view(-1, 1, heads, 1).expand_as(table).reshape(-1)
         nobody = torch.full((store.num_pages + 1,), -1, device=table.device)
         row = nobody.scatter_reduce_(0, self.table, rows, "amax")[:-1]
-        self.row = torch.where(row >= 0, row, table.shape[0])
-        self.entries = plan.lens_after - evicted if heads == 1 else store.counts.view(-1)
-        self.page_size, self.heads, self.num_rows = store.page_size, heads, store.counts.shape[0]
+        self.row = torch.where(row >= 0, row, num_rows)
+        self.entries = (plan.lens_after.unsqueeze(1) - evicted).flatten()
+        self.page_size, self.heads, self.num_rows = store.page_size, heads, plan.lens_after.shape[0]
 
     def tables_of(self, run: _Run) -> Tensor:
-        """[R * S * C] of the rows of a run."""
+        """[R * S * H * C] of the rows of a run."""
         return self.table.view(self.num_rows, -1)[run.row0 : run.row0 + run.num_rows].flatten()
 
     def seen(self, share: Tensor, run: _Run, real: Tensor, time: int) -> Seen:

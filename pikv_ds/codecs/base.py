@@ -22,6 +22,10 @@ class Codec(ABC):
     lossless: ClassVar[bool] = False
     group: int = 0
     """Tokens that share a scale of K, so that a page must hold whole groups and a row keeps a raw tail; 0 = none do."""
+    light: Codec | None = None
+    """The codec of new and of important entries, when the codec keeps two kinds of pages (tiers.py)."""
+    light_ratio: float = 0.0
+    """Share of a request's entries that may stay in the light codec."""
 
     @property
     @abstractmethod

@@ -9,13 +9,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
 from pikv_ds import ops
+from pikv_ds.spec import LayerSpec
 from pikv_ds.store import LayerStore
+
+if TYPE_CHECKING:
+    from pikv_ds.config import SchedulingConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +66,8 @@ class Pages:
     """Query columns since the generation began, [R, 1, 1] int64: rows of different ranks may be at different times."""
     last_eviction: Tensor | int = 0
     """`time` when entries of the row's rank were last evicted, [R, 1, 1] int64."""
+    layer: int = 0
+    """Index of the attention layer."""
 
     @cached_property
     def entries(self) -> Tensor:
@@ -123,6 +129,8 @@ class RetentionPolicy(ABC):
     """True: row_values are kept, and observe_queries() is shown the queries themselves."""
     needs_one_shard: ClassVar[bool] = False
     """True: a page's score depends on all entries of its request, so that one shard must hold them."""
+    needs_head_budget: ClassVar[str | None] = None
+    """The value of scheduling.head_budget that the policy needs; None = any."""
     sums_layers: ClassVar[bool] = False
     """Scores are summed over the layers, which then keep the same entries: needs pages that hold the same entries in every layer."""
     target_hit_rate: float | None = None
@@ -130,6 +138,9 @@ class RetentionPolicy(ABC):
     threshold_rate: float = 0.0
     window: int | None = None
     """Only so many last queries of a forward matter; None = all of them."""
+
+    def check(self, scheduling: SchedulingConfig, layers: list[LayerSpec]) -> None:  # noqa: B027
+        """Refuse a block or a model that the policy cannot serve. layers: of full attention. Raises: ConfigError."""
 
     @property
     def watches(self) -> bool:

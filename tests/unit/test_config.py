@@ -6,6 +6,7 @@ from pikv_ds.config import PiKVConfig
 from pikv_ds.errors import ConfigError
 
 DEFAULTS = {
+    "preset": None,
     "enabled": True,
     "page_size": None,
     "timeout_s": 300,
@@ -21,7 +22,7 @@ DEFAULTS = {
         "overflow": "spill",
     },
     "routing": {"method": "all", "budget_ratio": None, "budget_pages": None, "sink_tokens": 4, "recent_tokens": 64},
-    "compression": {"method": "none"},
+    "compression": {"method": "none", "raw_sink_tokens": None, "raw_recent_tokens": None},
     "scheduling": {
         "method": "none",
         "budget_tokens": None,
@@ -54,7 +55,7 @@ def test_page_size_null_is_the_codecs_choice():
 BAD = {
     "unknown key": (
         {"page_sise": 16},
-        ["unknown key pikv.page_sise = 16", "legal keys of pikv are enabled", "mean 'page_size'?"],
+        ["unknown key pikv.page_sise = 16", "legal keys of pikv are preset, enabled", "mean 'page_size'?"],
     ),
     "unknown nested key": ({"storage": {"shards": 2}}, ["unknown key pikv.storage.shards = 2", "num_shards"]),
     "page_size 0": ({"page_size": 0}, ["pikv.page_size = 0", ">= 1 and <= 256", "null"]),
