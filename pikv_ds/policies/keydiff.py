@@ -1,4 +1,3 @@
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -11,8 +10,8 @@ class KeyDifference(TokenPolicy):
     """Keep entries whose keys point elsewhere than the others: they hold what nothing else does, whatever will be asked.
 
     score(entry) = -cos(k, anchor), anchor = mean of k / ||k|| over the request's entries, mean over kv heads; a page has the mean of its
-    entries. Keys are after RoPE. With several shards each has its own anchor, so that no message is needed. Looks at no query: what is asked
-    after eviction is found as well as what was asked before. Reads the keys back at each eviction, costs no memory.
+    entries. Keys are after RoPE. With several shards each has its own anchor, so that no message is needed. Looks at no query: what is
+    asked after eviction is found as well as what was asked before. Reads the keys back at each eviction, costs no memory.
     Source: Park et al., KeyDiff, arXiv 2504.15364, section 3; kvpress KeyDiffPress.
     """
 
