@@ -10,7 +10,6 @@ from safetensors.torch import load_file
 
 import pikv_ds
 from pikv_ds import bundled
-from pikv_ds.routers import ROUTERS
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
@@ -19,7 +18,6 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 def run(monkeypatch, capsys):
     def example(name: str, *options: str) -> str:
         monkeypatch.setattr(sys, "argv", [name, *options])
-        monkeypatch.setattr(ROUTERS, "_classes", dict(ROUTERS._classes))  # an example may register a router of its own
         runpy.run_path(str(EXAMPLES / name), run_name="__main__")
         return capsys.readouterr().out
 
@@ -58,11 +56,3 @@ def test_duo_heads(run, tmp_path):
     heads = {"method": "duo_heads", "path": path, "head_budget": "adaptive", "head_floor": 0.0}
     stats = generated({"page_size": 4, "scheduling": {**heads, "budget_ratio": 0.5, **SMALL}})
     assert stats["entries_evicted"] > 0
-
-
-def test_router_gate(run, tmp_path):
-    path = str(tmp_path / "gate.safetensors")
-    text = run("fit_router_gate.py", path, "--windows", "4", "--context", "128")
-    assert load_file(path)["gate"].shape == (4, 4, 256), text
-    stats = generated({"page_size": 4, "storage": {"num_shards": 4}, "routing": {"method": "learned", "path": path, **SMALL}})
-    assert 0 < stats["entries_read"] < 0.6 * stats["entries_visible"]
