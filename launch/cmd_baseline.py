@@ -50,6 +50,7 @@ def _rows(spec: Any, kind: Any, tasks: list[str]) -> list[dict[str, Any]]:
     from pikv_ds.launch.evaluation.recall import measure_recall
     from pikv_ds.launch.evaluation.rows import Measured, build_row
     from pikv_ds.launch.evaluation.spec import Unit
+    from pikv_ds.launch.output import package_version
 
     title = "dense" if kind is None else kind.name
     if kind is not None:
@@ -66,5 +67,6 @@ def _rows(spec: Any, kind: Any, tasks: list[str]) -> list[dict[str, Any]]:
         with progress_bar(f"{task}, {title}", spec.samples, sys.stdout) as advance, torch.no_grad():
             result, memory, tokens = measure(backend, spec, Prose(backend.tokenizer, text), None if kind is None else {}, advance)
         row = build_row(backend, spec, Unit(task=task, block=None), Measured(backend.data_rank, result, memory, tokens))
-        rows.append(row if kind is None else row | {"method": title, "config": {"transformers_cache": title}})
+        package = None if kind is None or kind.package is None else f"{kind.package} {package_version(kind.package)}"
+        rows.append(row if kind is None else row | {"method": title, "config": {"cache": title, "package": package}})
     return rows

@@ -18,6 +18,7 @@ from .backend import Memory
 from .hf import HFBackend, _Dense
 from .spec import EvalSpec
 
+PACKAGES = {"quanto": "optimum-quanto", "hqq": "hqq", "fp8": None}
 BITS = {"quanto": (4, 2), "hqq": (8, 4, 3, 2, 1), "fp8": (None,)}
 
 
@@ -37,6 +38,10 @@ class HFCacheKind:
             legal = [name if count is None else f"{name}:{count}" for name, counts in BITS.items() for count in counts]
             raise ConfigError(f"--caches {text!r}: legal are {', '.join(legal)}")
         return cls(backend, nbits)
+
+    @property
+    def package(self) -> str | None:
+        return PACKAGES[self.backend]
 
     @property
     def name(self) -> str:
