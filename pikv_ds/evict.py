@@ -16,8 +16,10 @@ from .exchange import Exchange
 from .mass import Mass
 from .plan import StepPlan
 from .policies.base import Pages, RetentionPolicy
+from .pools import JoinedPages
 from .recycle import drop
 from .retention_checks import distinct_refused
+from .store import LayerStore
 from .tables import Tables
 
 
@@ -87,9 +89,8 @@ class Retention:
         pages = self._gather([self._candidates(self.layers[i], lens) for i in over], lens)
         for i, gone in zip(over, self._choose(over, pages, num_pages, lens), strict=True):
             layer = self.layers[i]
-            store = self.tables.stores[layer]
-            own = fit(gone[:, self.tables.local_tables], store.block_table.shape[-1], False)
-            self.tables.counters.evicted += drop(store, own)
+            for pool, own in self._by_pool(layer, lens, gone[:, self.tables.local_tables]):
+                self.tables.counters.evicted += drop(pool, own)
             self.tables.directory.evict(layer, gone.sum(-1) * page_size)
         self.tables.note_eviction(lens)
         self.last_eviction = self.mass.time
@@ -106,18 +107,29 @@ class Retention:
 
     def pages(self, layer: int, lens: list[int]) -> Pages:
         """A layer as its policy sees it. lens: tokens of every row."""
-        store, heads = self.tables.stores[layer], self.tables.heads
-        lens = torch.tensor(lens, dtype=torch.int64).to(store.device).repeat_interleave(heads)
-        return Pages(
-            store=store,
-            table=_by_head(store.block_table, heads).contiguous(),
-            counts=_by_head(store.counts, heads),
-            lens=lens,
-            rows=self.mass.rows_by_head(layer, heads),
-            time=self.mass.time,
-            last_eviction=self.last_eviction,
-            layer=layer,
-        )
+        heads = self.tables.heads
+        lens = torch.tensor(lens, dtype=torch.int64).to(self.tables.device).repeat_interleave(heads)
+        pools = [
+            Pages(
+                store=store,
+                table=_by_head(store.block_table, heads).contiguous(),
+                counts=_by_head(store.counts, heads),
+                lens=lens,
+                rows=self.mass.rows_by_head(layer, heads),
+                time=self.mass.time,
+                last_eviction=self.last_eviction,
+                layer=layer,
+            )
+            for store in self.tables.pools(layer)
+        ]
+        return pools[0] if self.tables.far[layer] is None else JoinedPages.of(pools)
+
+    def _by_pool(self, layer: int, lens: list[int], gone: Tensor) -> list[tuple[LayerStore, Tensor]]:
+        """gone [R, S * H, C] bool of the pages that `pages` shows -> the layer's stores, and which pages of each."""
+        store = self.tables.stores[layer]
+        if self.tables.far[layer] is None:
+            return [(store, fit(gone, store.block_table.shape[-1], False))]
+        return self.pages(layer, lens).by_pool(gone)
 
     def _candidates(self, layer: int, lens: list[int]) -> Candidates:
         """Of this rank's tables, [R, S * H, C] each."""

@@ -22,11 +22,15 @@ BLOCK_ELEMENTS = 1 << 22  # of the scores inside a chunk that are held at a time
 
 
 class Mass:
-    """Shows a policy what the queries of each layer attend to. Between read() and observe() it keeps that layer's page lse."""
+    """Shows policies what the queries of each layer attend to. Between read() and observe() it keeps that layer's page lse.
+
+    policies: the first may keep values per row; append others that keep values per page only.
+    """
 
     def __init__(self, policy: RetentionPolicy, tables: Tables) -> None:
-        self.policy, self.tables = policy, tables
-        self.page_lse: Tensor | None = None  # [R, T, S, Hq, C], -inf where no entry is; H > 1: of the pages of each head's own table
+        self.policies, self.tables = [policy], tables
+        # By pool of pages: [R, T, S, Hq, C], -inf where no entry is; H > 1: of the pages of each head's own table.
+        self.page_lse: dict[LayerStore, Tensor] = {}
         self.time = 0  # query columns since the generation began
         self.rows: dict[int, dict[str, Tensor]] = {}  # layer -> what the policy keeps per row, [R, ...]
 
@@ -50,12 +54,11 @@ class Mass:
             for name, x in rows.items()
         }
 
-    def read(self, layer: int, q: Tensor, stored: Stored, scale: float) -> tuple[Tensor, Tensor]:
-        """Attention of q [R, T, Hq, Dk] to the stored entries of its rows: out [R, T, Hq, Dv] f32, lse [R, T, Hq] f32.
+    def read(self, store: LayerStore, q: Tensor, stored: Stored, scale: float) -> tuple[Tensor, Tensor]:
+        """Attention of q [R, T, Hq, Dk] to the entries of its rows in one store: out [R, T, Hq, Dv] f32, lse [R, T, Hq] f32.
 
         Each query reads its pages by itself, which gives the lse of every page with it; only reading a long chunk costs more that way.
         """
-        store = self.tables.stores[layer]
         num_rows, num_queries = q.shape[:2]
         table, seqlens, tail_rows = stored.block_table, stored.seqlens, stored.tail_rows
         if num_queries > 1:
@@ -65,7 +68,7 @@ class Mass:
             q.flatten(0, 1).contiguous(), store.pages, store.fmt, table, seqlens,
             scale=scale, with_page_lse=True, tail=stored.tail, tail_rows=tail_rows,
         )  # fmt: skip
-        self.page_lse = page_lse.view(num_rows, num_queries, -1, *page_lse.shape[1:])
+        self.page_lse[store] = page_lse.view(num_rows, num_queries, -1, *page_lse.shape[1:])
         return out.unflatten(0, (num_rows, num_queries)), lse.unflatten(0, (num_rows, num_queries))
 
     def observe(self, query: Query, plan: StepPlan, slots: Tensor, lse: Tensor | None) -> None:
@@ -74,35 +77,51 @@ class Mass:
         Args: slots [R * T * H] int32, where the new entries lie on this rank, -1 elsewhere; lse [R, T, Hq] over all stored entries, None if
             there were none. In a forward of one column they include the query's own entry.
         """
-        policy, page_lse, self.page_lse = self.policy, self.page_lse, None
+        page_lse, self.page_lse = self.page_lse, {}
+        for policy in self.policies:
+            self._observe(policy, page_lse, query, plan, slots, lse)
+
+    def _observe(
+        self,
+        policy: RetentionPolicy,
+        page_lse: dict[LayerStore, Tensor],
+        query: Query,
+        plan: StepPlan,
+        slots: Tensor,
+        lse: Tensor | None,
+    ) -> None:
         includes_self = plan.decode
-        store, valid = self.tables.stores[query.layer], plan.valid.view(query.q.shape[:2])
+        pools, valid = self.tables.pools(query.layer), plan.valid.view(query.q.shape[:2])
         columns = torch.arange(valid.shape[1], device=valid.device).expand_as(valid)
         if not plan.all_valid and valid.shape[1] > 1:
             columns = valid.to(torch.int8).argsort(dim=-1, stable=True)  # padding first, then the queries of a row in their order
         columns = columns[:, -(policy.window or valid.shape[1]) :]
-        rows, positions = self._rows(query), torch.where(valid, plan.positions.view(valid.shape), -1)
-        facts = _Facts(store, plan, self.tables.directory.evicted[query.layer].unflatten(-1, (-1, store.heads)).sum(1))
+        positions = torch.where(valid, plan.positions.view(valid.shape), -1)
+        evicted = self.tables.directory.evicted[query.layer].unflatten(-1, (-1, pools[0].heads)).sum(1)
+        facts = [_Facts(store, plan, evicted) for store in pools]
         step = max(1, BLOCK_ELEMENTS // (valid.numel() * query.q.shape[2]))
         time = self.time + valid.shape[1] - columns.shape[1]
         for begin in range(0, columns.shape[1], 1 if includes_self else step):
             block = columns[:, begin : begin + step]
-            share, total = torch.zeros(store.num_pages + 1, block.shape[1], device=valid.device), _take(lse, block)
+            own, total = None, _take(lse, block)
             if not includes_self:
-                own, total = _inside(query, positions, valid, block, total, store.heads)
-                page = torch.where(slots >= 0, slots // store.page_size, store.num_pages)
-                share.index_add_(0, page, own.flatten(0, 2))
-            if page_lse is not None:
-                share.index_add_(0, facts.table, _of_pages(_take(page_lse, block), total, valid.gather(1, block), store.heads))
-            if policy.page_values:
-                policy.observe(store.summaries, facts.seen(share[:-1], valid.gather(1, block), time + begin))
+                own, total = _inside(query, positions, valid, block, total, pools[0].heads)
+            for store, fact in zip(pools, facts, strict=True):
+                share = torch.zeros(store.num_pages + 1, block.shape[1], device=valid.device)
+                if own is not None and store is pools[0]:  # new entries lie in the first pool
+                    page = torch.where(slots >= 0, slots // store.page_size, store.num_pages)
+                    share.index_add_(0, page, own.flatten(0, 2))
+                if store in page_lse:
+                    share.index_add_(0, fact.table, _of_pages(_take(page_lse[store], block), total, valid.gather(1, block), store.heads))
+                if policy.page_values and store.num_pages:
+                    policy.observe(store.summaries, fact.seen(share[:-1], valid.gather(1, block), time + begin))
             if policy.observes_queries:
-                policy.observe_queries(rows, query.scale * _take(query.q, block).float(), total, positions.gather(1, block))
+                policy.observe_queries(self._rows(query), query.scale * _take(query.q, block).float(), total, positions.gather(1, block))
 
     def _rows(self, query: Query) -> dict[str, Tensor]:
         num_rows, _, heads, dim = query.q.shape
         if query.layer not in self.rows:
-            shapes = self.policy.row_values(heads, dim)
+            shapes = self.policies[0].row_values(heads, dim)
             self.rows[query.layer] = {name: torch.zeros(num_rows, *shape, device=query.q.device) for name, shape in shapes.items()}
         return self.rows[query.layer]
 

@@ -29,7 +29,16 @@ DEFAULTS = {
         "recent_tokens": 64,
         "host_penalty": {"load": 0, "miss": 0, "applies_to": "selection"},
     },
-    "compression": {"method": "none"},
+    "compression": {
+        "method": "none",
+        "rotate": "none",
+        "rotate_seed": 0,
+        "k": None,
+        "v": None,
+        "raw_sink_tokens": None,
+        "raw_recent_tokens": None,
+        "layers": None,
+    },  # fmt: skip
     "scheduling": {
         "method": "none",
         "budget_tokens": None,
@@ -237,3 +246,13 @@ def test_every_key_is_described_in_the_schema():
         for key, field in block["properties"].items():
             assert field.get("description") or "$ref" in field, f"{block['title']}.{key}"
     assert set(schema["properties"]) == set(DEFAULTS)
+
+
+@pytest.mark.parametrize("block", [
+    {"method": "int8", "k": {"method": "adaptive"}},
+    {"method": "int8", "layers": {"0": {"method": "adaptive"}}},
+    {"method": "adaptive", "v": {"method": "int8"}},
+], ids=["k", "layer", "beside v"])  # fmt: skip
+def test_two_pools_serve_keys_and_values_of_all_layers(block):
+    with pytest.raises(ConfigError, match="a codec with one kind of pages in pikv.compression"):
+        PiKVConfig.parse({"compression": block})

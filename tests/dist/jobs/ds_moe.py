@@ -1,6 +1,5 @@
 """Decoders whose MLPs are DeepSpeed's own MoE layers, and the penalty on TopKGate and on AutoEP's router. One process, or two ranks."""
 
-
 import torch
 import torch.distributed as dist
 
@@ -41,7 +40,9 @@ with report.check("init_inference"):
 rank = dist.get_rank()
 for ep_size in (1, 2):
     for k in (1, 2, 3):
-        engine = ready(pikv_ds.initialize, model=moe_model(k, ep_size, rank if ep_size > 1 else 0), config={**MICRO, "pikv": {"page_size": 4}})
+        engine = ready(
+            pikv_ds.initialize, model=moe_model(k, ep_size, rank if ep_size > 1 else 0), config={**MICRO, "pikv": {"page_size": 4}}
+        )
         for requests in ("replicated", "distinct"):
             with report.check(f"ep {ep_size} top-{k} {requests}") as row:
                 compare(row, engine.module, rank_prompt(requests), k)
@@ -72,7 +73,10 @@ for name, model, config in (
 ):
     for applies_to in ("selection", "selection_and_weights"):
         with report.check(f"penalty {name} {applies_to}") as row:
-            block = {"storage": {"expert_ids": "true", "num_shards": 4}, "routing": {"host_penalty": {"load": 2.0, "applies_to": applies_to}}}
+            block = {
+                "storage": {"expert_ids": "true", "num_shards": 4},
+                "routing": {"host_penalty": {"load": 2.0, "applies_to": applies_to}},
+            }
             engine = ready(pikv_ds.initialize, model=model(), config={**config, "pikv": block})
             mlps = [layer.mlp for layer in engine.module.model.layers]
             calls = watch([mlp.moe.deepspeed_moe.gate if name == "TopKGate" else mlp.router for mlp in mlps], engine.pikv)
