@@ -21,8 +21,24 @@ DEFAULTS = {
         "capacity_tokens": None,
         "overflow": "spill",
     },
-    "routing": {"method": "all", "budget_ratio": None, "budget_pages": None, "sink_tokens": 4, "recent_tokens": 64},
-    "compression": {"method": "none", "raw_sink_tokens": None, "raw_recent_tokens": None},
+    "routing": {
+        "method": "all",
+        "budget_ratio": None,
+        "budget_pages": None,
+        "sink_tokens": 4,
+        "recent_tokens": 64,
+        "host_penalty": {"load": 0, "miss": 0, "applies_to": "selection"},
+    },
+    "compression": {
+        "method": "none",
+        "rotate": "none",
+        "rotate_seed": 0,
+        "k": None,
+        "v": None,
+        "raw_sink_tokens": None,
+        "raw_recent_tokens": None,
+        "layers": None,
+    },  # fmt: skip
     "scheduling": {
         "method": "none",
         "budget_tokens": None,
@@ -117,6 +133,16 @@ BAD = {
     "experts by position": (
         {"routing": {"method": "experts"}, "storage": {"placement": "position"}},
         ["pikv.routing.method = 'experts'", "placement = 'position'", "previous_layer"],
+    ),
+    "penalty below 0": ({"routing": {"host_penalty": {"load": -1}}}, ["pikv.routing.host_penalty.load = -1", ">= 0"]),
+    "penalty infinite": ({"routing": {"host_penalty": {"miss": float("inf")}}}, ["pikv.routing.host_penalty.miss = inf", "finite"]),
+    "penalty mode": (
+        {"routing": {"host_penalty": {"load": 1, "applies_to": "weights"}}},
+        ["pikv.routing.host_penalty.applies_to = 'weights'", "'selection', 'selection_and_weights'"],
+    ),
+    "penalty on what names nothing": (
+        {"routing": {"host_penalty": {"load": 1}}, "storage": {"expert_ids": "hash"}},
+        ["pikv.routing.host_penalty", "expert_ids = 'hash'", "load 0 and miss 0"],
     ),
     "experts known too late": ({"routing": {"method": "experts"}, "storage": {"expert_ids": "true"}}, ["'experts'", "expert_ids = 'true'"]),
     "no budget": ({"routing": {"method": "bounds"}}, ["'bounds'", "one of budget_ratio and budget_pages"]),
@@ -220,3 +246,13 @@ def test_every_key_is_described_in_the_schema():
         for key, field in block["properties"].items():
             assert field.get("description") or "$ref" in field, f"{block['title']}.{key}"
     assert set(schema["properties"]) == set(DEFAULTS)
+
+
+@pytest.mark.parametrize("block", [
+    {"method": "int8", "k": {"method": "adaptive"}},
+    {"method": "int8", "layers": {"0": {"method": "adaptive"}}},
+    {"method": "adaptive", "v": {"method": "int8"}},
+], ids=["k", "layer", "beside v"])  # fmt: skip
+def test_two_pools_serve_keys_and_values_of_all_layers(block):
+    with pytest.raises(ConfigError, match="a codec with one kind of pages in pikv.compression"):
+        PiKVConfig.parse({"compression": block})
