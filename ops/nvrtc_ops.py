@@ -80,7 +80,7 @@ def _attend(q, pages, block_table, seqlens, q_positions, page_list, tail, tail_r
     if a.S * a.splits > 1:
         partial, partial_lse = q.new_empty((a.S * a.splits, *out.shape), dtype=torch.float32), lse.new_empty((a.S * a.splits, *lse.shape))
     a.out, a.lse = partial.data_ptr(), partial_lse.data_ptr()
-    launch(library._NAMES[fmt.code], f"attend_kernel<{fmt.code}, {width}>", (blocks, a.splits), 4 * shared_floats(width), a, q.device)
+    launch(fmt.name, f"attend_kernel<{fmt.code}, {width}>", (blocks, a.splits), 4 * shared_floats(width), a, q.device)
     if partial is not out:
         _merge_into(partial, partial_lse, out, lse)
     return out, lse

@@ -5,17 +5,15 @@ from __future__ import annotations
 import torch
 
 from pikv_ds.codecs.base import Codec
-from pikv_ds.ops.formats import FORMATS, MIN_GROUP
+from pikv_ds.ops.formats import FORMATS, GROUP, MIN_GROUP
 
 
 class GroupedIntegers(Codec):
     """Unsigned codes with a scale and a zero: value = code * scale + zero."""
 
-    def __init__(self, *, group: int = MIN_GROUP) -> None:
+    def __init__(self, *, group: int = GROUP) -> None:
         if group < MIN_GROUP or group > 256 or group % 8:
-            raise ValueError(
-                f"a multiple of 8 from {MIN_GROUP} to 256: below {MIN_GROUP} tokens the K scales cost more than the codes save"
-            )
+            raise ValueError(f"a multiple of 8 from {MIN_GROUP} to 256: at {MIN_GROUP} tokens the K scales cost 1 bit per element")
         self.group = group
 
     @property

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pikv_ds.ops import library, load, ref_append, ref_attend, ref_formats
-from pikv_ds.ops.formats import PageFormat
+from pikv_ds.ops.formats import FORMATS, PageFormat
 
 # The reference, the CPU version capped at an instruction set, the CUDA kernels under the host emulation.
 IMPLEMENTATIONS = ("torch", "baseline", "avx2", "avx512", "vnni", "emu")
@@ -37,7 +37,7 @@ def make_case(
     unused: every byte that no entry has been written to; 0xFF is NaN in every float format.
     """
     generator = torch.Generator().manual_seed(seed)
-    page_size = page_size or (64 if name in ("int8", "int4") else 16)
+    page_size = page_size or (64 if FORMATS[name].levels else 16)
     fmt = PageFormat(name, heads, k_dim, v_dim or k_dim, page_size, latent)
     R, N = len(lens), len(lens) * shards
     owner = [torch.randint(shards, (length,), generator=generator) for length in lens]
