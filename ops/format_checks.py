@@ -29,8 +29,8 @@ def check(f: PageFormat) -> None:
             f"{start}: rope_raw keeps the last k_dim - v_dim columns of a compressed latent key in fp16; "
             f"got latent {f.latent}, k_dim {f.k_dim}, v_dim {f.v_dim}"
         )
-    if f.grouped and (f.group < MIN_GROUP or f.group % 8):
-        raise ValueError(f"{start}: K scale group must be a multiple of 8 and at least {MIN_GROUP} tokens, got {f.group}")
+    if f.grouped and (f.group < MIN_GROUP or f.group % 16):
+        raise ValueError(f"{start}: K scale group must be a multiple of 16 and at least {MIN_GROUP} tokens, got {f.group}")
     if f.grouped and f.page_size % f.group:
         raise ValueError(
             f"{start} shares K scales over groups of {f.group} tokens, and page_size {f.page_size} "

@@ -5,7 +5,8 @@ A layer's pages are one uint8 tensor [num_pages, record_bytes], each record star
     for each kv head:   K codes [page_size, k_coded]   V codes [page_size, v_dim]   scales and zeros of this head
     after all heads:    positions [page_size] int32
 
-Every block starts on a 16-byte boundary. The blocks of a head, in this order (absent ones take no bytes); K and V may have different formats:
+Every block starts on a 16-byte boundary. K and V may have different formats.
+The blocks of a head, in this order (absent ones take no bytes):
 
     k        codes, one row per token                    all formats
     v        codes, one row per token                    unless latent: then the values are the first v_dim columns of k
@@ -20,8 +21,8 @@ Meaning of a code:
         K shares scale and zero per channel over `group` consecutive slots, V per token over its row.
         int4 packs two neighbours into a byte, int2 four: the first column in the lowest bits.
     fp8: value = code * scale, scale a power of two, so that only the code rounds.
-    fp4: value = e2m1 code * (block scale * 2^(exponent - 127)), two neighbours to a byte, the first in the low nibble. 16 columns of a token
-        share an e4m3 block scale, as NVFP4 has it. e4m3 spans 2^-9 to 448 only, which keys and values exceed in both directions, so a row
+    fp4: value = e2m1 code * (block scale * 2^(exponent - 127)), two neighbours to a byte, the first in the low nibble. 16 columns of
+        a token share an e4m3 block scale, as NVFP4 has it. e4m3 spans 2^-9 to 448 only, which keys and values exceed in both directions, so a row
         has an exponent of its own (k_zero, v_zero), the smallest that keeps its block scales within 448. NVFP4's second scale is one fp32
         per tensor, which a cache that grows token by token does not know; a power of two in one byte rounds nothing.
 

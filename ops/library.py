@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import checks, ref_append, ref_attend, ref_bounds, ref_pack, ref_pages, ref_slots
 from .formats import PageFormat
+from .kernel_formats import MIXED
 from .merge_partials import merge_partials
 
 _LAYOUT = "int format, int num_kv_heads, int k_dim, int v_dim, int page_size, int group, bool latent"
@@ -153,8 +154,8 @@ def _reference_on_device(name: str):
         if fmt not in _without_kernel:
             _without_kernel.add(fmt)
             warnings.warn(
-                f"pikv: there is no CUDA kernel for k_dim {fmt.k_dim}, v_dim {fmt.v_dim} (only up to 128, and latent up to 576 and 512): "
-                f"{name} runs in plain torch, slower",
+                f"pikv: there is no CUDA kernel for {fmt.label} pages with k_dim {fmt.k_dim}, v_dim {fmt.v_dim} (widths up to 128, latent up "
+                f"to 576 and 512 without raw rope columns, mixed: {', '.join(MIXED)}): {name} runs in plain torch, slower",
                 stacklevel=2,
             )
         return REFERENCE[name](*args)

@@ -65,7 +65,7 @@ def encode_fp4(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     code = (size > 0.25).to(torch.uint8)  # to nearest; a tie goes to the even code
     for step in (size >= 0.75, size > 1.25, size >= 1.75, size > 2.5, size >= 3.5, size > 5.0):
         code += step
-    code |= (x < 0).to(torch.uint8) << 3
+    code |= ((x < 0) & (code > 0)).to(torch.uint8) << 3  # one zero only: the bounds of pages would otherwise depend on the order
     return code.flatten(-2)[..., :D], scale.view(torch.uint8), (exponent + 127).to(torch.uint8)
 
 

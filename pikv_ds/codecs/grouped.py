@@ -12,8 +12,8 @@ class GroupedIntegers(Codec):
     """Unsigned codes with a scale and a zero: value = code * scale + zero."""
 
     def __init__(self, *, group: int = GROUP) -> None:
-        if group < MIN_GROUP or group > 256 or group % 8:
-            raise ValueError(f"a multiple of 8 from {MIN_GROUP} to 256: at {MIN_GROUP} tokens the K scales cost 1 bit per element")
+        if group < MIN_GROUP or group > 256 or group % 16:
+            raise ValueError(f"a multiple of 16 from {MIN_GROUP} to 256: at {MIN_GROUP} tokens the K scales cost 1 bit per element")
         self.group = group
 
     @property

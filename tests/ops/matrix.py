@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from pikv_ds.ops import library
-from pikv_ds.ops.formats import PageFormat
+from pikv_ds.ops.formats import FORMATS
 from tests.ops.byte_checks import (
     check_append,
     check_bounds,
@@ -27,9 +27,9 @@ from tests.ops.byte_checks import (
     check_score,
     check_slots,
 )
-from tests.ops.cases import answer, compare, compare_lse, make_case
+from tests.ops.cases import answer, compare, compare_lse, make_case, small_page
 
-NAMES = ("fp32", "bf16", "fp16", "int8", "int4", "fp8_e4m3")  # that have compiled ops
+NAMES = (*FORMATS, "int8/int4", "int4/int2", "fp8_e4m3/int4", "int4/fp8_e4m3", "bf16/fp4_e2m1", "int4+rope", "fp4_e2m1+rope")
 GROUPS = (1, 4, 8, 16)
 MODES = ("dense", "list", "window")
 OUT, LSE = 1e-4, 1e-3  # the hi + lo split of q costs int8 about 3e-5 on CPU; plain paths are below 1e-6
@@ -87,10 +87,13 @@ def points(long: bool = False) -> Iterator[Point]:
 
 def _attention(long: bool) -> Iterator[Attention]:
     for name in NAMES:
-        small = 64 if PageFormat(name, 1, 64, 64, 64).grouped else 16
+        small = small_page(name)
+        if name.endswith("+rope"):
+            yield Attention(name, 5, "window", 576, 512, True, small)
+            continue
         for group, mode in itertools.product(GROUPS, MODES):
             yield Attention(name, group, mode, page_size=small)
-        for mode in MODES:
+        for mode in () if "/" in name else MODES:
             yield Attention(name, 5, mode, 576, 512, True, small)
         for mode, causal_group in (("dense", 2), ("window", 4)):
             yield Attention(name, causal_group, mode, page_size=small, shards=2, queries=3)
