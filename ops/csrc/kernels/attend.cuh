@@ -21,6 +21,7 @@ struct Tile {
   static constexpr int value_width = latent ? 512 : WIDTH;
   // Tokens of a lane that are in flight together: as many as 168 registers allow.
   static constexpr bool wide = keys == kFp32 || grouped || (latent && keys == kFp4);
+  static constexpr bool reads_twice = latent && keys == kInt2;  // codes are not kept from scores to values: a register would be spilled
   static constexpr int steps = STEPS ? STEPS : latent ? (wide ? 1 : 2) : wide ? 2 : 4;
   static constexpr int tokens = steps * (32 / lanes);
   // Floats of shared memory: out, maximum and sum of every warp and row; in front, for page_lse, maximum and sum of every thread and row.
@@ -61,18 +62,20 @@ struct Keys {
   unsigned word[T::steps][T::key_chunks][words];
   unsigned scale[T::steps][scales];  // fp8: of the token; fp4: of the columns
 
+  __device__ __forceinline__ void load_chunk(const Attend& a, const Place& place, int t, int step, int c, int column, bool valid) {
+    const unsigned char* row = place.head + a.f.k + (long long)t * a.f.k_row_bytes;
+    const int d = column + 256 * c;
+#pragma unroll
+    for (int i = 0; i < words; ++i) word[step][c][i] = 0;
+    if (valid && d < a.f.k_dim) load_eight<F>(row + d / 8 * Eight<F>::bytes, word[step][c]);
+    if constexpr (F == kFp4)
+      scale[step][c] = valid && d < a.f.k_dim ? load_fp4_scale(place.head + a.f.k_scale, place.head + a.f.k_zero, t, a.f.k_dim, d) : 0;
+  }
+
   __device__ __forceinline__ void load(const Attend& a, const Place& place, int t, int step, int column, bool valid) {
     scale[step][0] = 0;
-    const unsigned char* row = place.head + a.f.k + (long long)t * a.f.k_row_bytes;
 #pragma unroll
-    for (int c = 0; c < T::key_chunks; ++c) {
-      const int d = column + 256 * c;
-#pragma unroll
-      for (int i = 0; i < words; ++i) word[step][c][i] = 0;
-      if (valid && d < a.f.k_dim) load_eight<F>(row + d / 8 * Eight<F>::bytes, word[step][c]);
-      if constexpr (F == kFp4)
-        scale[step][c] = valid && d < a.f.k_dim ? load_fp4_scale(place.head + a.f.k_scale, place.head + a.f.k_zero, t, a.f.k_dim, d) : 0;
-    }
+    for (int c = 0; c < T::key_chunks; ++c) load_chunk(a, place, t, step, c, column, valid);
     if (F == kFp8 && valid) scale[step][0] = __ldg(reinterpret_cast<const unsigned short*>(place.head + a.f.k_scale) + t);
   }
 
@@ -162,12 +165,16 @@ __device__ __forceinline__ void add_span(const Attend& a, const Place& place, in
     const auto key_floats = [&](int step, int c) {
       Grid used = kept;  // a latent lane has too many columns to keep theirs in registers: read again, from L1
       if constexpr (T::grouped && T::latent) used.load(a, place, grid, column + 256 * c);
+      if constexpr (T::reads_twice) {
+        const int t = t0 + step * (32 / T::lanes) + sub;
+        keys.load_chunk(a, place, t, step, c, column, t < stop);
+      }
       keys.floats(step, c, used, x);
     };
 #pragma unroll
     for (int step = 0; step < T::steps; ++step) {
       const int t = t0 + step * (32 / T::lanes) + sub;
-      if constexpr (!TAIL) keys.load(a, place, t, step, column, t < stop);
+      if constexpr (!TAIL && !T::reads_twice) keys.load(a, place, t, step, column, t < stop);
       if constexpr (!T::latent) values.load(a, place, t, step, column, t < stop);
     }
 #pragma unroll
