@@ -22,9 +22,9 @@ Meaning of a code:
         int4 packs two neighbours into a byte, int2 four: the first column in the lowest bits.
     fp8: value = code * scale, scale a power of two, so that only the code rounds.
     fp4: value = e2m1 code * (block scale * 2^(exponent - 127)), two neighbours to a byte, the first in the low nibble. 16 columns of
-        a token share an e4m3 block scale, as NVFP4 has it. e4m3 spans 2^-9 to 448 only, which keys and values exceed in both directions, so a row
-        has an exponent of its own (k_zero, v_zero), the smallest that keeps its block scales within 448. NVFP4's second scale is one fp32
-        per tensor, which a cache that grows token by token does not know; a power of two in one byte rounds nothing.
+        a token share an e4m3 block scale, as NVFP4 has it. e4m3 spans 2^-9 to 448 only, which keys and values exceed on both sides, so a
+        row has an exponent of its own (k_zero, v_zero), the smallest that keeps its block scales within 448. NVFP4's second scale is one
+        fp32 per tensor, which a cache that grows token by token does not know; a power of two in one byte rounds nothing.
 
 Scales are fp16, not bf16: never worse, and better where a channel's mean is large against its spread, as keys have it (measured in
 tests/ops/test_formats.py: at a mean of 100 spreads bf16 has 2.5 x the error, at 20 spreads 1.1 x). fp32's range is not needed: values

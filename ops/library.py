@@ -154,8 +154,8 @@ def _reference_on_device(name: str):
         if fmt not in _without_kernel:
             _without_kernel.add(fmt)
             warnings.warn(
-                f"pikv: there is no CUDA kernel for {fmt.label} pages with k_dim {fmt.k_dim}, v_dim {fmt.v_dim} (widths up to 128, latent up "
-                f"to 576 and 512 without raw rope columns, mixed: {', '.join(MIXED)}): {name} runs in plain torch, slower",
+                f"pikv: there is no CUDA kernel for {fmt.label} pages with k_dim {fmt.k_dim}, v_dim {fmt.v_dim} (widths up to 128, latent "
+                f"up to 576 and 512 without raw rope columns, mixed: {', '.join(MIXED)}): {name} runs in plain torch, slower",
                 stacklevel=2,
             )
         return REFERENCE[name](*args)

@@ -1,11 +1,12 @@
-"""What int8 and int4 share: K scales per channel over a group of tokens."""
+"""What int8, int4 and int2 share: K scales per channel over a group of tokens."""
 
 from __future__ import annotations
 
 import torch
 
 from pikv_ds.codecs.base import Codec
-from pikv_ds.ops.formats import FORMATS, GROUP, MIN_GROUP
+from pikv_ds.ops.format_checks import MIN_GROUP
+from pikv_ds.ops.formats import FORMATS, GROUP
 
 
 class GroupedIntegers(Codec):

@@ -111,8 +111,13 @@ __global__ void __launch_bounds__(kBlock) append_rows_kernel(const Append a) {
   unsigned char* head = record + h * a.f.head_bytes;
   if (h == 0 && threadIdx.x % 32 == 0) reinterpret_cast<int*>(record + a.f.positions)[t] = at(a.positions, token);
   const PageFormat& f = a.f;
-  if (!f.latent) store_token(f.v_format, a.v, a.type, i * f.v_dim, f.v_dim, head + f.v + (long long)t * f.v_row_bytes, head + f.v_scale, head + f.v_zero, t);
-  if (!format_grouped(f.format)) store_token(f.format, a.k, a.type, i * f.k_dim, f.k_coded, head + f.k + (long long)t * f.k_row_bytes, head + f.k_scale, head + f.k_zero, t);
+#pragma unroll 1  // two copies of it would spill registers
+  for (int part = 0; part < 2; ++part) {
+    if (part ? f.latent : format_grouped(f.format)) continue;
+    unsigned char* row = part ? head + f.v + (long long)t * f.v_row_bytes : head + f.k + (long long)t * f.k_row_bytes;
+    store_token(part ? f.v_format : f.format, part ? a.v : a.k, a.type, i * (part ? f.v_dim : f.k_dim), part ? f.v_dim : f.k_coded, row,
+                head + (part ? f.v_scale : f.k_scale), head + (part ? f.v_zero : f.k_zero), t);
+  }
   if (f.rope >= 0)
     for (int d = f.k_coded + threadIdx.x % 32; d < f.k_dim; d += 32)
       store_float(head + f.rope, kFp16, (long long)t * (f.k_dim - f.k_coded) + d - f.k_coded, saturate_half(load_float(a.k, a.type, i * f.k_dim + d)));
