@@ -42,11 +42,13 @@ def choose(pages: Candidates, num_pages: Tensor, threshold: Tensor | None = None
     return (gone & (score < torch.inf)).view_as(pages.score)
 
 
-def protect(score: Tensor, present: Tensor, num_pages: Tensor) -> Tensor:
-    """+inf for the `num_pages` [R] best pages of every head, so that no head loses all. score, present (a page is there) [R, H, C]."""
-    order = torch.where(present, score, -torch.inf).argsort(dim=-1, descending=True, stable=True)
+def protect(score: Tensor, last_position: Tensor, num_pages: Tensor) -> Tensor:
+    """+inf for the `num_pages` [R] best pages of every row, over all shards; among equal ones the latest. Both [R, S, C]; -1 = no page."""
+    value, last = torch.where(last_position >= 0, score, -torch.inf).flatten(1), last_position.flatten(1)
+    by_age = last.argsort(dim=-1, descending=True, stable=True)
+    order = by_age.gather(-1, value.gather(-1, by_age).argsort(dim=-1, descending=True, stable=True))
     rank = torch.empty_like(order).scatter_(-1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order).contiguous())
-    return torch.where(rank < num_pages[:, None, None], torch.inf, score)
+    return torch.where((rank < num_pages.to(rank.device).unsqueeze(-1)).view_as(score), torch.inf, score)
 
 
 def fit(x: Tensor, columns: int, fill: float) -> Tensor:

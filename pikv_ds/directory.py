@@ -1,4 +1,5 @@
-"""What every rank knows about the homes of all entries, derived from the gathered expert ids alone. L layers, R rows, S shards."""
+"""What every rank knows about the homes of all entries, derived from the gathered expert ids alone. L layers, R rows, S shards, H tables
+of a row and shard (one, or one per KV head)."""
 
 from __future__ import annotations
 
@@ -15,12 +16,13 @@ class Directory:
     reported as metadata, not as KV bytes. With one shard it stores nothing.
     """
 
-    def __init__(self, layers: list[LayerSpec], num_shards: int, device: torch.device) -> None:
-        self.layers = layers
+    def __init__(self, layers: list[LayerSpec], num_shards: int, device: torch.device, heads: int = 1) -> None:
+        """heads: tables of a row and shard. A token is then as many entries, which a budget takes out one by one."""
+        self.layers, self.heads = layers, heads
         self.num_shards = num_shards
         self.device = device
         self.load = torch.zeros(len(layers), num_shards, dtype=torch.int64, device=device)  # entries inside the window
-        self.evicted = torch.zeros(len(layers), 0, num_shards, dtype=torch.int64, device=device)  # [L, R, S] taken by a budget
+        self.evicted = torch.zeros(len(layers), 0, num_shards * heads, dtype=torch.int64, device=device)  # [L, R, S * H] taken by a budget
         self.shard_at: list[Tensor] = []
         self.reset(0)
 
@@ -30,7 +32,7 @@ class Directory:
 
     def reset(self, num_rows: int) -> None:
         self.load.zero_()
-        self.evicted = self.evicted.new_zeros(len(self.layers), num_rows, self.num_shards)
+        self.evicted = self.evicted.new_zeros(len(self.layers), num_rows, self.num_shards * self.heads)
         self.shard_at = [torch.zeros(num_rows, 0, dtype=torch.int16, device=self.device) for _ in self.layers]
 
     def reserve(self, length: int) -> None:
@@ -67,21 +69,28 @@ class Directory:
         cell = rows * capacity + torch.where(valid, positions.to(torch.int64), capacity - 1)
         homes.view(-1).index_put_((cell,), torch.where(valid, shard, 0).to(torch.int16))
         seen = valid if window is None else valid & (positions > (lens - window)[rows])
-        self.load[layer].index_add_(0, shard.clamp_min(0), seen.to(torch.int64))
+        self.load[layer].index_add_(0, shard.clamp_min(0), seen.to(torch.int64) * self.heads)
 
     def evict(self, layer: int, entries: Tensor) -> None:
         """Take evicted entries out of the load; `shard_at` still names the last home of their positions. Host phase.
 
-        Args: entries [R, S] int64, entries that left each row and shard.
+        Args: entries [R, S * H] int64, entries that left each table: shard * H + head, H = 1 when heads share tables.
         """
-        self.load[layer] -= entries.sum(0)
+        self.load[layer] -= self._by_shard(entries.sum(0))
         self.evicted[layer] += entries
+
+    def evicted_by_head(self) -> list[list[list[int]]]:
+        """[L][R][H] entries of each row that a budget has taken, in all shards. Host phase."""
+        return self.evicted.unflatten(-1, (self.num_shards, self.heads)).sum(2).tolist()
+
+    def _by_shard(self, tables: Tensor) -> Tensor:
+        return tables.view(self.num_shards, self.heads).sum(-1)
 
     def _count(self, homes: Tensor, start: Tensor, stop: Tensor) -> Tensor:
         return self.per_row(homes, start, stop).sum(0)
 
     def per_row(self, homes: Tensor, start: Tensor, stop: Tensor) -> Tensor:
-        """Entries of each row with start <= position < stop, per shard: [R, S] int64."""
+        """Tokens of each row with start <= position < stop, per shard: [R, S] int64."""
         position = torch.arange(homes.shape[1], device=homes.device)
         inside = (position >= start.unsqueeze(-1)) & (position < stop.unsqueeze(-1))
         counts = torch.zeros(homes.shape[0], self.num_shards, dtype=torch.int64, device=homes.device)
@@ -91,13 +100,13 @@ class Directory:
         """Fork rows: new row i continues row parent[i] up to position keep[i]. Host phase.
 
         Args: parent [R'] int64, -1 = fresh (keep 0); keep [R'] int64; lens [R] int64 before.
-        Returns: per layer, [R', S] int64: entries of each parent's shard at positions >= keep (what a crop removes).
+        Returns: per layer, [R', S] int64: tokens of each parent's shard at positions >= keep (what a crop removes).
         """
         source = parent.clamp_min(0)
         if self.evicted.shape[1]:
             self.evicted = torch.where((parent >= 0)[:, None], self.evicted[:, source], 0)
         else:
-            self.evicted = self.evicted.new_zeros(len(self.layers), parent.numel(), self.num_shards)
+            self.evicted = self.evicted.new_zeros(len(self.layers), parent.numel(), self.num_shards * self.heads)
         stop = torch.where(parent >= 0, lens[source], 0) if lens.numel() else torch.zeros_like(parent)
         if self.num_shards == 1:
             return [(stop - keep).unsqueeze(-1) for _ in self.layers]
@@ -108,5 +117,5 @@ class Directory:
             removed.append(self.per_row(homes, keep, stop))
             self.shard_at[i] = homes
             start = torch.zeros_like(keep) if spec.window is None else keep - (spec.window - 1)
-            self.load[i] = self._count(homes, start, keep) - self.evicted[i].sum(0)
+            self.load[i] = self._count(homes, start, keep) * self.heads - self._by_shard(self.evicted[i].sum(0))
         return removed

@@ -1,7 +1,7 @@
 """Eviction: pages leave until every request is within its budget. Host phase, between forwards; the same decisions on every rank.
 
-L full-attention layers, R request rows, S local and G * S global shards, C columns of a block table. Layers with a sliding window are not
-evicted from: they keep what their window shows.
+L full-attention layers, R request rows, S local and G * S global shards, C columns of a block table, H tables of a row and shard: the KV
+heads with budgets per head, else 1. Layers with a sliding window are not evicted from: they keep what their window shows.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from .exchange import Exchange
 from .mass import Mass
 from .plan import StepPlan
 from .policies.base import Pages, RetentionPolicy
+from .pools import JoinedPages
 from .recycle import drop
 from .retention_checks import distinct_refused
+from .store import LayerStore
 from .tables import Tables
 
 
@@ -29,7 +31,7 @@ class Retention:
         self.config = config = config.scheduling
         self.layers = [i for i, spec in enumerate(tables.layers) if spec.window is None]
         tables.page_values = policy.page_values
-        entry_bytes = sum(
+        entry_bytes = tables.heads * sum(
             tables.formats[i].record_bytes + sum(dtype.itemsize for dtype in policy.page_values.values()) for i in self.layers
         )
         self.budgets = Budgets(config, len(self.layers), tables.page_size, tables.num_shards, entry_bytes / tables.page_size)
@@ -82,47 +84,55 @@ class Retention:
         over = [i for i, rows in enumerate(excess) if any(n > 0 for n in rows)]
         if not over:
             return False
-        page_size, heads, local = self.tables.page_size, self.tables.heads, self.tables.local
+        page_size = self.tables.page_size
         num_pages = torch.tensor([[-(-max(n, 0) // page_size) for n in excess[i]] for i in over]).to(self.tables.device)
-        if self.config.head_budget == "uniform":
-            num_pages = num_pages.repeat_interleave(heads, 1)
         pages = self._gather([self._candidates(self.layers[i], lens) for i in over], lens)
-        gone = choose(pages, num_pages, self._thresholds(over, pages, num_pages), sum_layers=self.policy.sums_layers)
-        for i, choice in zip(over, gone, strict=True):
+        for i, gone in zip(over, self._choose(over, pages, num_pages, lens), strict=True):
             layer = self.layers[i]
-            store = self.tables.stores[layer]
-            own = choice[:, local] if heads == 1 else choice.view(len(lens), heads, -1)
-            self.tables.counters.evicted += drop(store, fit(own, store.block_table.shape[-1], False))
-            entries = choice.sum(-1) if heads == 1 else own.sum((1, 2)).unsqueeze(-1)
-            self.tables.directory.evict(layer, entries * page_size)
+            for pool, own in self._by_pool(layer, lens, gone[:, self.tables.local_tables]):
+                self.tables.counters.evicted += drop(pool, own)
+            self.tables.directory.evict(layer, gone.sum(-1) * page_size)
         self.tables.note_eviction(lens)
         self.last_eviction = self.mass.time
         return True
 
     def _excess(self, lens: list[int]) -> list[list[int]]:
-        """[L][R] entries above the budget (of all heads together when these share it), known on the host without the device."""
-        budgets, evicted, heads = [self.budgets.of(n) for n in lens], self.tables.evicted, self.tables.heads
-        joint = heads if self.config.head_budget == "adaptive" else 1
-        return [
-            [(n - budgets[row][i]) * joint - evicted[layer][row] * joint // heads for row, n in enumerate(lens)]
-            for i, layer in enumerate(self.layers)
-        ]
+        """[L][R] entries above the budget, known on the host without the device; with "uniform" heads [L][R * H], each of its own."""
+        budgets, joint = [self.budgets.of(n) for n in lens], self.config.head_budget == "adaptive"
+        excess = []
+        for i, layer in enumerate(self.layers):
+            over = [[n - budgets[row][i] - gone for gone in self.tables.evicted[layer][row]] for row, n in enumerate(lens)]
+            excess.append([sum(heads) for heads in over] if joint else [n for heads in over for n in heads])
+        return excess
 
     def pages(self, layer: int, lens: list[int]) -> Pages:
         """A layer as its policy sees it. lens: tokens of every row."""
-        store, heads = self.tables.stores[layer], self.tables.heads
-        lens = torch.tensor(lens, dtype=torch.int64).to(store.device).repeat_interleave(heads)
-        return Pages(
-            store=store,
-            table=store.block_table.view(len(lens), -1, store.block_table.shape[-1]),
-            counts=store.counts.view(len(lens), -1),
-            lens=lens,
-            rows=self.mass.rows_by_head(layer, heads),
-            time=self.mass.time,
-            last_eviction=self.last_eviction,
-        )
+        heads = self.tables.heads
+        lens = torch.tensor(lens, dtype=torch.int64).to(self.tables.device).repeat_interleave(heads)
+        pools = [
+            Pages(
+                store=store,
+                table=_by_head(store.block_table, heads).contiguous(),
+                counts=_by_head(store.counts, heads),
+                lens=lens,
+                rows=self.mass.rows_by_head(layer, heads),
+                time=self.mass.time,
+                last_eviction=self.last_eviction,
+                layer=layer,
+            )
+            for store in self.tables.pools(layer)
+        ]
+        return pools[0] if self.tables.far[layer] is None else JoinedPages.of(pools)
+
+    def _by_pool(self, layer: int, lens: list[int], gone: Tensor) -> list[tuple[LayerStore, Tensor]]:
+        """gone [R, S * H, C] bool of the pages that `pages` shows -> the layer's stores, and which pages of each."""
+        store = self.tables.stores[layer]
+        if self.tables.far[layer] is None:
+            return [(store, fit(gone, store.block_table.shape[-1], False))]
+        return self.pages(layer, lens).by_pool(gone)
 
     def _candidates(self, layer: int, lens: list[int]) -> Candidates:
+        """Of this rank's tables, [R, S * H, C] each."""
         pages = self.pages(layer, lens)
         recent = (pages.lens - self.config.recent_tokens)[:, None, None]
         first = pages.slot_positions[..., 0]
@@ -130,18 +140,12 @@ class Retention:
         adapts = self.policy.target_hit_rate is not None
         hit = self.policy.hits(pages) if adapts else torch.zeros_like(free)
         score = torch.where(free, self.policy.score(pages), torch.inf)
-        if self.config.head_budget != "adaptive":
-            return Candidates(score, pages.last_position, hit & free)
-        score, last, hit, present = (
-            x.view(len(lens), self.tables.heads, -1) for x in (score, pages.last_position, hit & free, pages.entries > 0)
-        )
-        floor = [self.config.head_floor * self.budgets.of(n)[self.layers.index(layer)] for n in lens]
-        safe = [max(1, int(entries) // self.tables.page_size) if entries else 0 for entries in floor]
-        return Candidates(protect(score, present, torch.tensor(safe, device=score.device)), last, hit)
+        heads = self.tables.heads
+        return Candidates(*(_by_table(x, heads) for x in (score, pages.last_position, hit & free)))
 
     def _gather(self, own: list[Candidates], lens: list[int]) -> Candidates:
-        """The candidates of all shards in shard order: the same tensors on every rank, whatever their number."""
-        most = max(n - min(self.tables.evicted[layer][row] for layer in self.layers) for row, n in enumerate(lens))
+        """The candidates of all shards in shard order, [L, R, S * H, C]: the same tensors on every rank, whatever their number."""
+        most = max(n - min(min(self.tables.evicted[layer][row]) for layer in self.layers) for row, n in enumerate(lens))
         columns = -(-most // self.tables.page_size) if self.exchange.size > 1 else max(c.score.shape[-1] for c in own)
         score = torch.stack([fit(c.score, columns, torch.inf) for c in own])
         last = torch.stack([fit(c.last_position, columns, -1) for c in own])
@@ -152,6 +156,20 @@ class Retention:
         gathered = self.exchange.all_gather(block, "gathering the scores of pages")  # [G, 3, L, R, S, C]
         score, last, hit = gathered.permute(1, 2, 3, 0, 4, 5).flatten(3, 4)
         return Candidates(score.contiguous().view(torch.float32), last, hit > 0)
+
+    def _choose(self, over: list[int], pages: Candidates, num_pages: Tensor, lens: list[int]) -> Tensor:
+        """[L, R, S * H, C] bool: what leaves of the layers `over`. num_pages as in _excess."""
+        heads, sum_layers = self.tables.heads, self.policy.sums_layers
+        if self.config.head_budget == "uniform":  # every head of a request is a row of its own
+            by_head = Candidates(*(_by_head(x.flatten(0, 1), heads).unflatten(0, (len(over), -1)) for x in pages))
+            gone = choose(by_head, num_pages, sum_layers=sum_layers)
+            return _by_table(gone.flatten(0, 1), heads).view_as(pages.score)
+        if self.config.head_budget == "adaptive":
+            floor = [int(self.config.head_floor * self.budgets.of(n)[i]) for i in over for n in lens]
+            safe = [max(1, entries // self.tables.page_size) if entries else 0 for entries in floor]
+            best = protect(*(_by_head(x.flatten(0, 1), heads) for x in pages[:2]), torch.tensor(safe).repeat_interleave(heads))
+            pages = pages._replace(score=_by_table(best, heads).view_as(pages.score))
+        return choose(pages, num_pages, self._thresholds(over, pages, num_pages), sum_layers=sum_layers)
 
     def _thresholds(self, over: list[int], pages: Candidates, num_pages: Tensor) -> Tensor | None:
         """theta [L, R] of an adaptive policy for rows that are over their budget, -inf for the others; None = the policy has none."""
@@ -165,3 +183,13 @@ class Retention:
             self.threshold[self.layers[i]] = torch.where(due, old + change, old)
         theta = torch.stack([self.threshold[self.layers[i]] for i in over])
         return torch.where(num_pages > 0, theta, -torch.inf)
+
+
+def _by_head(x: Tensor, heads: int) -> Tensor:
+    """[R, S * H, ...] of tables -> [R * H, S, ...]: every head of a row as a row."""
+    return x if heads == 1 else x.unflatten(1, (-1, heads)).transpose(1, 2).flatten(0, 1)
+
+
+def _by_table(x: Tensor, heads: int) -> Tensor:
+    """[R * H, S, ...] -> [R, S * H, ...]."""
+    return x if heads == 1 else x.unflatten(0, (-1, heads)).transpose(1, 2).flatten(1, 2)

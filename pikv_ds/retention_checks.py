@@ -18,8 +18,13 @@ def check_retention(config: PiKVConfig, policy: RetentionPolicy, layers: list[La
             f"{method} on a model whose layers all have a sliding window: nothing would be evicted, windows bound the cache; use 'none'"
         )
     _check_shards(config, policy, num_shards, method)
+    if policy.needs_head_budget not in (None, config.scheduling.head_budget):
+        raise ConfigError(
+            f"pikv.scheduling.head_budget = {config.scheduling.head_budget!r} with {method}: legal is {policy.needs_head_budget!r}"
+        )
     if config.scheduling.head_budget != "shared":
-        _check_heads(config, policy, layers, num_shards)
+        _check_heads(config, policy, layers)
+    policy.check(config.scheduling, [spec for spec in layers if spec.window is None])
     if not policy.watches:
         return
     if config.storage.requests == "distinct" and num_ranks > 1:
@@ -62,7 +67,7 @@ def _check_shards(config: PiKVConfig, policy: RetentionPolicy, num_shards: int, 
         )
 
 
-def _check_heads(config: PiKVConfig, policy: RetentionPolicy, layers: list[LayerSpec], num_shards: int) -> None:
+def _check_heads(config: PiKVConfig, policy: RetentionPolicy, layers: list[LayerSpec]) -> None:
     given = f"pikv.scheduling.head_budget = {config.scheduling.head_budget!r}"
     for spec in layers:
         if spec.latent:
@@ -74,9 +79,10 @@ def _check_heads(config: PiKVConfig, policy: RetentionPolicy, layers: list[Layer
                 f"{given}, but layer {spec.layer_idx} has {spec.num_kv_heads} KV heads and layer {layers[0].layer_idx} "
                 f"{layers[0].num_kv_heads}: legal is 'shared'"
             )
-    if num_shards > 1:
-        raise ConfigError(f"{given} with {num_shards} shards (pikv.storage.num_shards): this version keeps them in one shard on one rank")
     if config.routing.method != "all":
-        raise ConfigError(f"{given} with pikv.routing.method = {config.routing.method!r}: legal is 'all'")
+        raise ConfigError(
+            f"{given} with pikv.routing.method = {config.routing.method!r}: legal is 'all'; a router scores a page for the heads in it and "
+            f"counts its budget in pages that all heads share"
+        )
     if policy.target_hit_rate is not None:
         raise ConfigError(f"{given} with the adaptive threshold of method {policy.name!r}: set its rate to 0, or 'shared'")

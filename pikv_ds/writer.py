@@ -43,8 +43,8 @@ class Writer:
             tables.counters.expire_at_birth(unseen_here, experts)
             valid = born
         store, all_valid = tables.stores[layer], plan.all_valid and valid is plan.valid
-        if tables.heads > 1:
-            return self._append_heads(layer, plan, experts, positions, valid, k, v)
+        if tables.num_shards == 1 and tables.heads > 1:
+            return self._append_heads(layer, plan, experts, positions, None, valid, valid, k, v)
         if tables.num_shards == 1:
             slots = store.append(
                 plan.rows,
@@ -63,6 +63,8 @@ class Writer:
         shard = self._shards(layer, plan, experts, positions, valid)
         tables.directory.record(layer, plan.rows, positions, valid, shard, plan.lens_after)
         here = valid & self._is_local(shard)
+        if tables.heads > 1:
+            return self._append_heads(layer, plan, experts, positions, shard, valid, here, k, v)
         slots = store.append(
             plan.rows,
             shard - tables.shard_begin,
@@ -78,16 +80,27 @@ class Writer:
         return Written(slots, shard, valid, here)
 
     def _append_heads(
-        self, layer: int, plan: StepPlan, experts: Routed | Tensor, positions: Tensor, valid: Tensor, k: Tensor, v: Tensor
+        self,
+        layer: int,
+        plan: StepPlan,
+        experts: Routed | Tensor,
+        positions: Tensor,
+        shard: Tensor | None,
+        valid: Tensor,
+        here: Tensor,
+        k: Tensor,
+        v: Tensor,
     ) -> Written:
-        """One shard whose pages hold one kv head: every token goes into a table per head. The slots are [N * Hkv]."""
+        """Pages hold one kv head: a token goes into a table per head of its shard, shard * heads + head. The slots are [N * Hkv]."""
         heads = self.tables.heads
-        head = torch.arange(heads, device=k.device).repeat(k.shape[0])
-        rows, here, positions = (x.repeat_interleave(heads) for x in (plan.rows, valid, positions))
+        table = torch.arange(heads, device=k.device).repeat(k.shape[0])
+        if shard is not None:
+            table = table + (shard - self.tables.shard_begin).repeat_interleave(heads) * heads
+        rows, stored, positions = (x.repeat_interleave(heads) for x in (plan.rows, here, positions))
         slots = self.tables.stores[layer].append(
             rows,
-            head,
-            here,
+            table,
+            stored,
             positions,
             k.flatten(0, 1).unsqueeze(1),
             v.flatten(0, 1).unsqueeze(1),
@@ -95,8 +108,8 @@ class Writer:
             may_open=plan.may_open[layer],
             all_valid=False,
         )
-        self.tables.counters.count_appended(experts, valid)
-        return Written(slots, head, here, here)
+        self.tables.counters.count_appended(experts, here)
+        return Written(slots, shard, valid, here)
 
     def _experts(self, expert_ids: Routed | Tensor | None, plan: StepPlan) -> Routed | Tensor:
         if expert_ids is None:
@@ -116,6 +129,7 @@ class Writer:
         wanted = self._wanted(layer, experts, positions)
         if not plan.may_spill[layer]:
             return wanted
-        shard, spilled = spill(wanted, valid, self.tables.directory.load[layer], plan.capacity[layer])
+        load = -(-self.tables.directory.load[layer] // self.tables.heads)  # in tokens
+        shard, spilled = spill(wanted, valid, load, plan.capacity[layer])
         self.tables.counters.count_spilled(spilled, spilled & self._is_local(shard))
         return shard

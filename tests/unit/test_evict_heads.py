@@ -1,9 +1,12 @@
 """Budgets per KV head: every head keeps its own entries, attention is that of each head over what it kept, memory follows."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
+from pikv_ds.cache import PiKVCache
 from pikv_ds.errors import ConfigError
 from pikv_ds.stats import stats
 from tests.unit.driver import Driver, dense_over, layer, ragged, rel_error
@@ -12,15 +15,17 @@ from tests.unit.stores import stored
 
 pytestmark = pytest.mark.usefixtures("nan_filled_empty")
 SMALL = {"sink_tokens": 2, "recent_tokens": 3}
-HEADS = 2
+HEADS, BUDGET = 2, 22
 
 
 class HeadDriver(Driver):
     """Compares with attention of each head over the entries that its tables held before the forward, and the forward's own."""
 
     def held(self, i: int, row: int, head: int) -> list[int]:
+        """Positions that this head has in any shard."""
         store = self.cache.tables.stores[i]
-        return stored(store, slots_of(store, row, head))[2].tolist()
+        tables = range(head, store.counts.shape[1], HEADS)
+        return [p for table in tables for p in stored(store, slots_of(store, row, table))[2].tolist()]
 
     def forward(self, mask: Tensor) -> list:
         if self.fresh:
@@ -49,12 +54,18 @@ class HeadDriver(Driver):
         for i, store in enumerate(self.cache.tables.stores):
             check_pages(store)
             check_unshared(store)
-            for row in range(len(self.lens)):
-                for head in range(HEADS):
-                    k, v, positions = stored(store, slots_of(store, row, head))
-                    entries = [self.history[i][row][p] for p in positions.tolist()]
-                    assert torch.equal(k[:, 0], torch.stack([e[0][head] for e in entries]))
-                    assert torch.equal(v[:, 0], torch.stack([e[1][head] for e in entries]))
+            for row, length in enumerate(self.lens):
+                for table in range(store.counts.shape[1]):
+                    k, v, positions = stored(store, slots_of(store, row, table))
+                    assert positions.tolist() == sorted(set(positions.tolist()))
+                    entries, head = [self.history[i][row][p] for p in positions.tolist()], table % HEADS
+                    if entries:
+                        assert torch.equal(k[:, 0], torch.stack([e[0][head] for e in entries]))
+                        assert torch.equal(v[:, 0], torch.stack([e[1][head] for e in entries]))
+                for head, evicted in enumerate(self.cache.tables.directory.evicted_by_head()[i][row]):
+                    assert len(self.held(i, row, head)) + evicted == length, f"layer {i}, row {row}, head {head}: not live + evicted"
+            if self.cache.num_shards > 1:
+                assert self.cache.tables.directory.load[i].tolist() == store.counts.sum(0).view(-1, HEADS).sum(1).tolist()
         numbers = stats(self.cache, 1, 1)
         live, evicted, cropped, appended, forked = (
             numbers[f"entries_{name}"] for name in ("live", "evicted", "cropped", "appended", "forked")
@@ -65,38 +76,83 @@ class HeadDriver(Driver):
         )
 
 
-def driver(head_budget: str, method: str = "h2o", page_size: int = 2, **scheduling) -> HeadDriver:
-    scheduling = {"method": method, "budget_tokens": 20, "head_budget": head_budget, **SMALL, **scheduling}
-    return HeadDriver([layer(0), layer(1)], page_size=page_size, scheduling=scheduling)
+def driver(head_budget: str, method: str = "h2o", page_size: int = 2, num_shards: int = 1, **scheduling) -> HeadDriver:
+    scheduling = {"method": method, "budget_tokens": BUDGET, "head_budget": head_budget, **SMALL, **scheduling}
+    return HeadDriver([layer(0), layer(1)], page_size=page_size, num_shards=num_shards, scheduling=scheduling)
 
 
 @pytest.mark.parametrize("method", ["h2o", "knorm", "quest"])
 @pytest.mark.parametrize("page_size", [1, 3], ids="page{}".format)
 @pytest.mark.parametrize("head_budget", ["uniform", "adaptive"])
-def test_each_head_attends_to_what_it_kept(head_budget, page_size, method):
-    d = driver(head_budget, method, page_size)
+@pytest.mark.parametrize("num_shards", [1, 4], ids="S{}".format)
+def test_each_head_attends_to_what_it_kept(num_shards, head_budget, page_size, method):
+    d = driver(head_budget, method, page_size, num_shards)
     d.prefill([40, 1, 25])
     for mask in [*[ragged([1, 1, 1])] * 5, ragged([4, 0, 9]), ragged([1, 0, 1]), ragged([11, 30, 2], left=False), *[ragged([1, 1, 1])] * 5]:
         poison(d)
         d.forward(mask)
         for i in range(2):
-            counts = d.cache.tables.stores[i].counts
-            assert (counts.sum(1) <= 2 * 20).all() and (head_budget == "adaptive" or counts.max() <= 20)
+            counts = d.cache.tables.stores[i].counts.unflatten(1, (-1, HEADS)).sum(1)
+            assert (counts.sum(1) <= HEADS * BUDGET).all() and (head_budget == "adaptive" or counts.max() <= BUDGET)
             floor = torch.tensor([min(n, 4) for n in d.lens]).unsqueeze(1)
             assert (counts >= floor - page_size).all()
     sets = {tuple(d.held(0, 0, head)) for head in range(HEADS)}
     assert len(sets) == HEADS, "both heads kept the same entries"
 
 
-def test_adaptive_budgets_differ_between_heads():
-    d = driver("adaptive", "knorm", 1, head_floor=0.3)
-    d.prefill([60])
-    counts = torch.stack([store.counts for store in d.cache.tables.stores])
-    assert (counts[..., 0] != counts[..., 1]).any() and (counts.sum(-1) == 40).all() and counts.min() >= 6
+@pytest.mark.parametrize("num_shards", [1, 2], ids="S{}".format)
+def test_adaptive_budgets_differ_between_heads_down_to_a_floor(num_shards):
+    for floor in (0.1, 1.0):
+        d = driver("adaptive", "knorm", 1, num_shards, head_floor=floor)
+        d.prefill([60, 50])
+        counts = torch.stack([store.counts.unflatten(1, (-1, HEADS)).sum(1) for store in d.cache.tables.stores])
+        assert (counts.sum(-1) == HEADS * BUDGET).all() and bool((counts != BUDGET).any()) == (floor < 1)
 
 
-def test_forks_of_heads():
-    d = driver("adaptive", page_size=3)
+class TwinDriver(HeadDriver):
+    """Beside it one cache per head, with that head's queries, keys and values alone: with uniform budgets each must keep the same."""
+
+    def __init__(self, layers, **options) -> None:
+        super().__init__(layers, **options)
+        singles = [replace(spec, num_kv_heads=1) for spec in layers]
+        config = self.cache.config.model_copy(
+            update={"scheduling": self.cache.config.scheduling.model_copy(update={"head_budget": "shared"})}
+        )
+        kind = {"num_experts": self.num_experts, "dtype": self.dtype, "device": torch.device("cpu")}
+        self.twins = [PiKVCache(singles, config, **kind) for _ in range(HEADS)]
+        for name in ("begin_step", "end_step"):
+            calls = [getattr(cache, name) for cache in (self.cache, *self.twins)]
+            setattr(self.cache, name, lambda *args, calls=calls: [call(*args) for call in calls])
+
+    def _attend(self, i: int, q: Tensor, k: Tensor, v: Tensor, ids: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        for head, (twin, queries) in enumerate(zip(self.twins, q.chunk(HEADS, 2), strict=True)):
+            own = slice(head, head + 1)
+            twin.attend(i, queries, k[:, :, own], v[:, :, own], scale=self._scale(q), v_dim=v.shape[-1], expert_ids=ids)
+        return super()._attend(i, q, k, v, ids, positions)
+
+    def check(self) -> None:
+        super().check()
+        for i, store in enumerate(self.cache.tables.stores):
+            for row in range(len(self.lens)):
+                for table in range(store.counts.shape[1]):
+                    twin, shard = self.twins[table % HEADS].tables.stores[i], table // HEADS
+                    want = stored(twin, slots_of(twin, row, shard))[2].tolist()
+                    assert stored(store, slots_of(store, row, table))[2].tolist() == want, f"layer {i}, row {row}, table {table}"
+
+
+@pytest.mark.parametrize("method", ["h2o", "tova", "quest", "snapkv"])
+@pytest.mark.parametrize("num_shards", [1, 4], ids="S{}".format)
+def test_a_head_keeps_what_a_cache_of_its_own_would(num_shards, method):
+    scheduling = {"method": method, "budget_tokens": 30, "head_budget": "uniform", **SMALL}
+    d = TwinDriver([layer(0), layer(1)], page_size=3, num_shards=num_shards, capacity_tokens=400, scheduling=scheduling)
+    d.prefill([60, 17])
+    for mask in [*[ragged([1, 1])] * 4, ragged([5, 11]), ragged([9, 0]), *[ragged([1, 1])] * 6]:
+        d.forward(mask)
+
+
+@pytest.mark.parametrize("num_shards", [1, 4], ids="S{}".format)
+def test_forks_of_heads(num_shards):
+    d = driver("adaptive", page_size=3, num_shards=num_shards)
     d.prefill([40, 17])
     for parents in ([0, 1], [1, 0, 0], [2, 1]):
         d.select(parents)
@@ -105,21 +161,45 @@ def test_forks_of_heads():
         d.decode()
 
 
-def test_memory_of_heads_follows_the_budget():
-    d = driver("uniform", "knorm", 4, prefill="keep")
+@pytest.mark.parametrize("num_shards", [1, 2], ids="S{}".format)
+def test_announced_crops_of_heads(num_shards):
+    d = driver("uniform", "knorm", 3, num_shards)
+    d.prefill([40, 17])
+    d.announce_crops()
+    d._compare = lambda *_: None  # what waits with its eviction goes at the beginning of the next forward
+    for taken_back in (3, 0, 4):
+        d.forward(ragged([5, 5]))
+        poison(d)
+        d.crop([n - taken_back for n in d.lens])
+    d.cache.hold_margin = None
+    d.decode()
+    assert d.cache.tables.counters.cropped == 2 * 2 * HEADS * 7
+
+
+@pytest.mark.parametrize("num_shards", [1, 2], ids="S{}".format)
+def test_memory_of_heads_follows_the_budget(num_shards):
+    d = driver("uniform", "knorm", 4, num_shards, prefill="keep")
     d._compare = lambda *_: None  # what is evicted before a forward is not what it held after the last one
     d.prefill([200])
     record = d.cache.tables.stores[0].fmt.record_bytes
-    assert d.cache.tables.stores[0].nbytes == 2 * 50 * record
+    assert d.cache.tables.stores[0].nbytes >= HEADS * 50 * record
     d.decode()
-    assert d.cache.tables.stores[0].nbytes <= 1.25 * 2 * 5 * record + record
+    assert d.cache.tables.stores[0].nbytes <= 1.25 * HEADS * (BUDGET // 4 + num_shards) * record + record
+
+
+def test_a_budget_in_bytes_is_that_of_all_heads():
+    d = driver("uniform", "knorm", 1)
+    record = d.cache.tables.stores[0].fmt.record_bytes
+    d = driver("uniform", "knorm", 1, budget_tokens=None, budget_bytes=2 * HEADS * 30 * record)  # two layers
+    d.prefill([60])
+    assert [store.counts.tolist() for store in d.cache.tables.stores] == [[[30, 30]]] * 2
 
 
 REFUSED = {
     "MLA": (layer(1, latent=True), {}, "latent"),
     "window": (layer(1, window=5), {}, "sliding window of 5"),
     "heads": (layer(1, num_kv_heads=4), {}, "4 KV heads"),
-    "shards": (layer(1), {"num_shards": 2}, "2 shards"),
+    "router": (layer(1), {"routing": {"method": "bounds", "budget_ratio": 0.5}}, "routing.method = 'bounds'"),
 }
 
 
