@@ -13,7 +13,7 @@ from torch import Tensor
 from pikv_ds import ops
 
 from .recycle import drop
-from .store import LayerStore
+from .store import LayerStore, tail_dtype
 
 PAGES_AT_ONCE = 64  # decoded to f32 at a time: bounds what demoting a long prompt takes
 
@@ -69,7 +69,7 @@ def _encode(near: LayerStore, far: LayerStore, source: Tensor, target: Tensor) -
         options = {}
         if far.fmt.grouped:  # a page is whole groups: its tail is filled and used up within the call
             shape = (ids.numel(), far.fmt.num_kv_heads, far.fmt.group, far.fmt.k_dim)
-            options["tail"] = torch.zeros(shape, dtype=torch.float32, device=near.device)
+            options["tail"] = torch.zeros(shape, dtype=tail_dtype(far.dtype), device=near.device)
             options["tail_rows"] = torch.arange(ids.numel(), dtype=torch.int32, device=near.device).repeat_interleave(far.page_size)
         positions = near.positions.index_select(0, ids).flatten()
         ops.append(far.pages, far.fmt, k, v, positions, slots, **options)
