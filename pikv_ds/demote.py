@@ -13,7 +13,7 @@ from torch import Tensor
 from pikv_ds import ops
 
 from .recycle import drop
-from .store import LayerStore
+from .store import LayerStore, tail_dtype
 
 PAGES_AT_ONCE = 64  # decoded to f32 at a time: bounds what demoting a long prompt takes
 

@@ -18,6 +18,11 @@ GROWTH = 32
 entries per table once in n / GROWTH steps or more, each of which reads every entry, so 2 * GROWTH / n of what attention moves at most."""
 
 
+def tail_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of the raw keys of an open group, in a model of `dtype`. fp16 for fp32: finer than the codes that follow; saturates as they do."""
+    return torch.float16 if dtype == torch.float32 else dtype
+
+
 class LayerStore:
     """Owns the KV memory of one layer on this rank. `counts` and `free_top` are views into tensors that the cache reads once per step."""
 
@@ -51,11 +56,11 @@ class LayerStore:
         self.block_table = torch.full((*counts.shape, 0), -1, dtype=torch.int32, device=device)  # [R, S, max_pages]
 
     def new_tail(self, rows: int) -> Tensor | None:
-        """Raw keys of the open group of `rows` tables, or None for a format without groups. fp16 for an fp32 model: codes are coarser."""
+        """Raw keys of the open group of `rows` tables, or None for a format without groups."""
         if not self.fmt.grouped:
             return None
         shape = (rows, self.fmt.num_kv_heads, self.fmt.group, self.fmt.k_dim)
-        return torch.empty(shape, dtype=torch.float16 if self.dtype == torch.float32 else self.dtype, device=self.device)
+        return torch.empty(shape, dtype=tail_dtype(self.dtype), device=self.device)
 
     def add_summary(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, *, cleared: bool = False) -> None:
         """Keep `shape` values of `dtype` per page under `name`, in summaries[name] [P, *shape]; 0 in pages that are new.
