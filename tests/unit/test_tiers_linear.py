@@ -59,17 +59,24 @@ def test_choices_are_those_of_raw_pages(calibration, blocks):
     """With all directions kept: attention of far pages is measured with what the maps leave out of the lse, and keys are the model's."""
 
     def run(driver):
-        driver._compare, seen = lambda *_: None, []
+        driver._compare, seen, selection = lambda *_: None, [], driver.cache.selection
+        if selection is not None:
+            selection.measures_mass = True
         driver.prefill([70, 31])
         for mask in (*[ragged([1, 1])] * 5, ragged([9, 20]), *[ragged([1, 1])] * 5):
             driver.forward(mask)
             pools = driver.cache.tables.pools(0)
             seen.append([sorted(p for store in pools for p in positions_of(store, row, 0)) for row in range(2)])
-        entries = None if driver.cache.selection is None else driver.cache.selection.entries.tolist()
-        return seen, entries, driver.forward(ragged([1, 1]))
+        mass = {}  # what h2o counted, by the first position of a page of row 0
+        for store in pools if "mass" in pools[0].summaries else ():
+            ids = store.block_table[0, 0, : int(store.counts[0, 0]) // 4].long()
+            mass |= dict(zip(store.positions[ids, 0].tolist(), store.summaries["mass"][ids].tolist(), strict=True))
+        entries = None if selection is None else [*selection.entries.tolist(), *(selection.mass * 1e3).round().tolist()]
+        return seen, entries, mass, driver.forward(ragged([1, 1]))
 
     raw = TieredDriver(LAYERS[:1], page_size=4, **blocks)
-    (kept, read, outputs), (also_kept, also_read, also_outputs) = run(raw), run(tiered(calibration, LAYERS[:1], **blocks))
-    assert kept == also_kept
+    kept, read, mass, outputs = run(raw)
+    also_kept, also_read, also_mass, also_outputs = run(tiered(calibration, LAYERS[:1], **blocks))
+    assert kept == also_kept and also_mass == pytest.approx(mass, rel=1e-3) and bool(mass) == ("h2o" in str(blocks))
     if blocks.get("routing", {}).get("method") != "hierarchical":  # bounds of coefficients are other boxes than those of keys
         assert read == also_read and rel_error(also_outputs[0][0], outputs[0][0]) < 1e-4
