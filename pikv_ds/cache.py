@@ -58,6 +58,9 @@ class PiKVCache:
         self.tables = Tables(
             layers, config, codec, self.page_size, self.num_shards, self.exchange.rank, self.exchange.size, num_experts, dtype, device
         )
+        if codec.light is None:  # near pages are as computed then: the maps are for far pages only
+            self.tables.far_maps = [None if far is None else maps for far, maps in zip(self.tables.far, self.transforms, strict=True)]
+            self.transforms = [maps if far is None else None for far, maps in zip(self.tables.far, self.transforms, strict=True)]
         self.retention = None if policy.keeps_all else Retention(config, policy, self.tables, self.exchange)
         self.tiers: Tiers | None = None  # None: one pool of pages per layer
         if self.tables.two_pools:
@@ -239,13 +242,19 @@ class PiKVCache:
             return self._nothing(query, q)
         # The far pool does not change within a forward. It is asked also when it is empty if choosing pages is a collective.
         near = self._read_pool(query, store, q, rows, before, own_visible, False) if store.num_pages else self._nothing(query, q)
-        if selects:
-            held = stored_entries(store, rows, before, own_visible)
-            beside = self._read_pool(query, far, q, rows, None, None, True, (held, near[1]))
-        elif far.num_pages:
-            beside = self._read_pool(query, far, q, rows, None, None, False)
-        else:
+        if not selects and not far.num_pages:
             return near
+        maps, shift = self.tables.far_maps[query.layer], None
+        if maps is not None:
+            q, shift = maps.fold(q, query.scale)
+        held = None
+        if selects:
+            held = stored_entries(store, rows, before, own_visible), near[1] if shift is None else near[1] - shift
+        beside = self._read_pool(query, far, q, rows, None, None, selects, held)
+        if maps is not None:
+            beside = maps.leave(Partial(*beside, False), shift)[:2]
+        if shift is not None and self.retention is not None and self.retention.watches(query.layer):
+            self.retention.mass.page_lse[far, row0] += shift[:, :, None, :, None]
         return merge_partials(torch.stack([near[0], beside[0]]), torch.stack([near[1], beside[1]]))
 
     def _nothing(self, query: Query, q: Tensor) -> tuple[Tensor, Tensor]:

@@ -101,6 +101,8 @@ class Selection:
         """Entries of a layer were stored: those that queries of their own forward must not see wait until these have been answered."""
         self.settle()
         shard, table = written.shard, plan.rows
+        if self.tables.far_maps[layer] is not None:
+            k = self.tables.far_maps[layer].k.apply(k)
         if shard is not None:
             table = torch.where(written.here, table * self.tables.num_local + shard - self.tables.shard_begin, 0)
         new = NewEntries(

@@ -22,6 +22,7 @@ from .recycle import expire, remap
 from .sizing import pages_to_open, shard_capacity
 from .spec import LayerSpec
 from .store import LayerStore, tail_dtype
+from .transform import Transform
 
 
 class Tables:
@@ -52,6 +53,7 @@ class Tables:
             _page_format(codec, spec, page_size, dtype, self.heads) if two else None for spec, two in zip(layers, far, strict=True)
         ]
         self.two_pools = any(far)
+        self.far_maps: list[Transform | None] = [None] * len(layers)  # from near entries to what far pages hold; None: the same
         self.dtype, self.device, self.num_shards = dtype, device, num_shards
         shards = local_shards(rank, num_shards, num_ranks)
         self.shard_begin, self.num_local = shards.start, len(shards)

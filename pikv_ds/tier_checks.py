@@ -21,12 +21,6 @@ def check_tiers(config: PiKVConfig, codec: Codec, layers: list[LayerSpec], page_
         raise ConfigError(
             f"{given} on a model whose layers all have a sliding window: these keep one pool of pages, in the codec's format; leave it out"
         )
-    for spec in layers:
-        if codec.stored(spec) != spec:
-            raise ConfigError(
-                f"{given} with pikv.compression.method = {codec.name!r}: pages of layer {spec.layer_idx} hold coefficients of the keys, so "
-                f"none can stay as computed; use a record format ('int8', 'int4'), with or without `rotate`"
-            )
     if config.scheduling.head_budget != "shared":
         raise ConfigError(
             f"{given} with pikv.scheduling.head_budget = {config.scheduling.head_budget!r}: a page that holds one KV head has no second "
