@@ -8,10 +8,12 @@ import pytest
 import torch
 
 from pikv_ds import bundled
-from pikv_ds.adapters.calibrate import calibrate, heads_shown
+from pikv_ds.adapters.calibrate import calibrate, heads_of, heads_shown
 from pikv_ds.adapters.hf import find_attentions
 from pikv_ds.adapters.model_spec import read_model_spec
 from pikv_ds.codecs import CODECS
+from pikv_ds.codecs.distill import attention_kl
+from pikv_ds.transform import Linear
 
 RANK, TOKENS = 16, 512
 
@@ -104,6 +106,21 @@ def test_prune(bundled_heads):
         pruned = encode.sum(-1) == 0
         assert int(pruned.sum()) == 32 - RANK
         check_equal(found, x[:, pruned].square().sum() / len(x))
+
+
+def test_distill(bundled_heads):
+    """C_Dis: KL(teacher || student) of attention, which training lowers on a window that it has not seen."""
+    model, tokenizer = bundled.load()
+    ids = tokenizer(bundled.calibration_text()[40_000:52_000], add_special_tokens=False, verbose=False)["input_ids"][: 4 * TOKENS]
+    *seen, unseen = heads_of(model, torch.tensor(ids).view(4, TOKENS))[1]
+    _, specs, calibration = bundled_heads
+    learnt = CODECS.get("distill").learn(seen, calibration.keys(specs[1]), RANK, 32**-0.5, steps=60)
+    start = CODECS.get("lora_plus").on(calibration, rank=RANK, fit="attention").transform(specs[1]).k
+    trained = Linear(learnt["distill_encode"], learnt["distill_decode"], start.mean)
+    places = torch.arange(TOKENS // 2, TOKENS, 4)
+    before, after = (float(attention_kl(unseen, places, maps, 32**-0.5)) for maps in (start, trained))
+    print(f"KL {before:.3f} -> {after:.3f}")
+    assert 0 < after < 0.95 * before
 
 
 def test_what_attention_loses_is_less_when_that_is_fitted(bundled_heads):
