@@ -14,8 +14,7 @@ from torch import Tensor
 from pikv_ds import ops
 
 from .config import RoutingConfig
-from .demote import Moved, entries_of, page_slots
-from .errors import ConfigError
+from .demote import Moved
 from .exchange import Exchange
 from .plan import StepPlan
 from .read_budget import Budget, lens_seen, page_budget
@@ -25,8 +24,10 @@ from .spec import LayerSpec
 from .step import Query
 from .store import LayerStore
 from .tables import Tables
+from .tier_checks import check_router
+from .tier_routing import entries_by_page, entries_moved
 from .tiers import Tiers
-from .top_pages import best_pages, listed_pages, page_keys
+from .top_pages import best_pages, by_column, listed_pages, page_keys
 from .writer import Written
 
 QUERIES_AT_ONCE = 32  # per row: scores take Q * S * C * H numbers
@@ -87,12 +88,8 @@ class Selection:
             store = self._store(layer)
             others = len(store.summaries)
             self.router.open(layer, store, self.num_shards)
-            summarises, moves = len(store.summaries) > others, type(self.router).moved is not Router.moved
-            if self.tables.far[layer] is not None and summarises and not moves:
-                raise ConfigError(
-                    f"pikv.routing.method = {self.config.method!r} keeps summaries of pages and can't take over pages that were encoded "
-                    f"again (Router.moved); use another router, or pikv.compression without raw_sink_tokens and raw_recent_tokens"
-                )
+            if self.tables.far[layer] is not None:
+                check_router(self.router, summarises=len(store.summaries) > others)
 
     def _store(self, layer: int) -> LayerStore:
         """The pages that a router chooses from."""
@@ -134,14 +131,7 @@ class Selection:
         """Pages have come into the far pools of layers. Host phase."""
         for layer, pages in moved:
             store = self._store(layer)
-            slots = page_slots(pages.target, self.page_size)
-            rows, shards = (x.repeat_interleave(self.page_size) for x in (pages.rows, pages.shards))
-            entries = NewEntries(
-                k=entries_of(store, pages.target)[0], rows=rows, positions=store.positions[pages.target].flatten(),
-                shard=shards + self.tables.shard_begin, valid=torch.ones_like(slots, dtype=torch.bool), slot_mapping=slots,
-                table=torch.zeros_like(slots),
-            )  # fmt: skip
-            self.router.moved(layer, store, entries)
+            self.router.moved(layer, store, entries_moved(store, pages, self.tables.shard_begin))
 
     def remap(self, parent: list[int]) -> None:
         """Row i continues row parent[i], -1 = a fresh row. Host phase."""
@@ -160,15 +150,18 @@ class Selection:
         stored: Stored,
         plan: StepPlan,
         near: tuple[Stored, Tensor] | None = None,
-    ) -> tuple[Tensor, Tensor]:
+        *,
+        with_page_lse: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Attention to the chosen pages.
 
         Args:
             q [R, T, Hq, Dk] at positions [R, T] int32, of the rows row0 ...; stored: their tables.
             near: what the queries read besides, and its lse [R, T, Hq]: it takes its share of the budget and counts as read.
 
-        Returns: out [R, T, Hq, Dv] f32, lse [R, T, Hq] f32. Sync: none. Collectives with several ranks, per QUERIES_AT_ONCE queries of a
-        row: one for a budget, and those of the router; all ranks must call it alike.
+        Returns: out [R, T, Hq, Dv] f32, lse [R, T, Hq] f32; with_page_lse: page lse [R, T, S, Hq, C] f32, -inf for pages that were not
+        read, C columns of stored.block_table. Sync: none. Collectives with several ranks, per QUERIES_AT_ONCE queries of a row: one for a
+        budget, and those of the router; all ranks must call it alike.
         """
         num_rows, parts = q.shape[0], []
         rows = slice(row0, row0 + num_rows)
@@ -177,13 +170,13 @@ class Selection:
         for begin in range(0, q.shape[1], QUERIES_AT_ONCE):
             block = slice(begin, begin + QUERIES_AT_ONCE)
             asked = self._asked(query, q[:, block], rows, stored, positions, begin, plan)
-            held = None if near is None else self._held(near[0], asked)
+            held = None if near is None else entries_by_page(near[0], asked, self.page_size)
             if near is not None:
                 asked = replace(asked, near_lse=near[1][:, begin : begin + QUERIES_AT_ONCE].flatten(0, 1))
                 self.entries += held.flatten(1).sum(1, dtype=torch.float64) @ real_queries(asked)
             page_list = self.choose(asked, plan) if near is None else self.choose(asked, plan, held)
             self._count(asked, page_list)
-            out, lse, page_lse = self._attend(asked, page_list, self.router.wants_page_lse)
+            out, lse, page_lse = self._attend(asked, page_list, self.router.wants_page_lse or with_page_lse)
             if self.measures_mass:
                 read, whole = lse, self._attend(asked, None)[1]
                 if near is not None:
@@ -192,15 +185,14 @@ class Selection:
                 self.mass += torch.stack([share.nan_to_num(0.0) @ real_queries(asked), real_queries(asked).sum() / self.exchange.size])
             if self.router.wants_page_lse:
                 self.router.answered(asked, page_list, page_lse)
-            parts.append((out.view(num_rows, -1, *out.shape[1:]), lse.view(num_rows, -1, lse.shape[1])))
-        return parts[0] if len(parts) == 1 else (torch.cat([out for out, _ in parts], 1), torch.cat([lse for _, lse in parts], 1))
-
-    def _held(self, near: Stored, asked: PageQuery) -> Tensor:
-        """[Q, S, C'] entries of each near page of the queries' rows."""
-        num_rows = asked.rows.stop - asked.rows.start
-        first = torch.arange(near.block_table.shape[-1], device=self.device, dtype=torch.int32) * self.page_size
-        entries = (near.seqlens.view(num_rows, 1, -1, 1) - first).clamp(0, self.page_size)
-        return entries.expand(-1, asked.positions.numel() // num_rows, -1, -1).flatten(0, 1)
+            part = [out.view(num_rows, -1, *out.shape[1:]), lse.view(num_rows, -1, lse.shape[1])]
+            if with_page_lse:
+                part.append(
+                    by_column(page_lse, page_list, stored.block_table.shape[-1]).unflatten(0, (num_rows, -1, self.tables.num_local))
+                )
+            parts.append(part)
+        whole = parts[0] if len(parts) == 1 else [torch.cat(pieces, 1) for pieces in zip(*parts, strict=True)]
+        return whole[0], whole[1], whole[2] if with_page_lse else None
 
     def choose(self, asked: PageQuery, plan: StepPlan, near: Tensor | None = None) -> Tensor:
         """Columns to read, [N, 1 or H, K] int32, -1 = none. near: entries of the near pages [Q, S, C'], read besides."""
@@ -298,7 +290,7 @@ class Selection:
 def _repeat(x: Tensor, num_rows: int, num_queries: int) -> Tensor:
     """[R * S, ...] -> [R * T * S, ...]: the shards of a row once per query."""
     by_row = x.unflatten(0, (num_rows, 1, -1))
-    return by_row.expand(-1, num_queries, *[-1] * x.dim()).flatten(0, 2)
+    return by_row.expand(-1, num_queries, *[-1] * x.dim()).flatten(0, 2).contiguous()  # of one row and shard that is a view
 
 
 def real_queries(asked: PageQuery) -> Tensor:

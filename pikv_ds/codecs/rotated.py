@@ -22,7 +22,8 @@ class Rotated(Codec):
     def __init__(self, inner: Codec, seed: int) -> None:
         self.inner, self.seed = inner, seed
         self.name, self.calibrated, self.group = inner.name, inner.calibrated, inner.group
-        self.light, self.light_ratio, self.per_request = inner.light, inner.light_ratio, inner.per_request
+        self.light, self.light_ratio = inner.light, inner.light_ratio  # light pages hold what is turned as well
+        self.per_request = inner.per_request
 
     @property
     def preferred_page_size(self) -> int:
