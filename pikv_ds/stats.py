@@ -24,7 +24,7 @@ def stats(cache: PiKVCache, dense_rows: int, dense_columns: int) -> dict:
     for shard, entries in enumerate(by_shard):
         load_per_rank[shard_rank(shard, cache.num_shards, exchange.size)] += entries
     return {
-        "kv_bytes_allocated": sum(s.nbytes for s in tables.all_stores),
+        "kv_bytes_allocated": sum(s.nbytes for s in tables.all_stores) + (0 if cache.bases is None else cache.bases.nbytes),
         "kv_bytes_live": sum(s.live_nbytes for s in tables.all_stores),
         "kv_bytes_dense": sum(dense_bytes(spec, dense_rows, dense_columns, cache.dtype.itemsize) for spec in cache.layers),
         "metadata_bytes": metadata_bytes(cache),

@@ -21,6 +21,11 @@ def check_tiers(config: PiKVConfig, codec: Codec, layers: list[LayerSpec], page_
         raise ConfigError(
             f"{given} on a model whose layers all have a sliding window: these keep one pool of pages, in the codec's format; leave it out"
         )
+    if codec.per_request:
+        raise ConfigError(
+            f"{given} with pikv.compression.method = {codec.name!r}: its bases turn with every chunk of a prompt, and pages of two pools "
+            f"would have to turn apart; use a calibrated codec ('lora', 'crop'), or leave the raw window out"
+        )
     if config.scheduling.head_budget != "shared":
         raise ConfigError(
             f"{given} with pikv.scheduling.head_budget = {config.scheduling.head_budget!r}: a page that holds one KV head has no second "

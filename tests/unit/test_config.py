@@ -254,5 +254,5 @@ def test_every_key_is_described_in_the_schema():
     {"method": "adaptive", "v": {"method": "int8"}},
 ], ids=["k", "layer", "beside v"])  # fmt: skip
 def test_two_pools_serve_keys_and_values_of_all_layers(block):
-    with pytest.raises(ConfigError, match="a codec with one kind of pages in pikv.compression"):
+    with pytest.raises(ConfigError, match="another codec in pikv.compression"):
         PiKVConfig.parse({"compression": block})
