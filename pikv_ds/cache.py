@@ -12,6 +12,7 @@ from torch import Tensor
 from pikv_ds.ops import load, merge_partials
 
 from .agreement import Agreed, Agreement
+from .compression_checks import fit_transforms
 from .config import PiKVConfig
 from .digest import digest
 from .distinct import DistinctStep
@@ -47,11 +48,13 @@ class PiKVCache:
         self.exchange = Exchange(group, config.timeout_s)
         load.ensure(device.type)  # built here if at all, not in the first forward
         self.num_shards = config.storage.num_shards or self.exchange.size
-        codec = config.compression.build()
+        self.codec = codec = config.compression.build()
         policy = config.scheduling.build()
         check_retention(config, policy, layers, self.num_shards)
         self.page_size = codec.page_size(config.page_size)
         check_tiers(config, codec, policy, layers, self.page_size)
+        transforms = fit_transforms(codec, config, policy, layers)
+        self.transforms = [None if transform is None else transform.to(device) for transform in transforms]
         self.tables = Tables(
             layers, config, codec, self.page_size, self.num_shards, self.exchange.rank, self.exchange.size, num_experts, dtype, device
         )
@@ -159,10 +162,19 @@ class PiKVCache:
             expert_ids: what a router chose, or [B * T] int64 primary experts, or None: position mod num_experts. Ignored for staged
                 ("true") ids.
 
-        Sync: none but the header of the first record of the forward. Collectives: 2, or 1 for replicated requests.
+        Sync: none but the header of the first record of the forward; with routing.exchange "needed" the sizes of what comes back.
+        Collectives: 2, or 1 for replicated requests; those of a router besides.
         """
         if isinstance(expert_ids, Routed) and (self.num_shards > 1 or self.exchange.size > 1):
             expert_ids = expert_ids.primary()
+        transform = self.transforms[layer]
+        if transform is None:
+            return self._attend(layer, q, k, v, scale, v_dim, expert_ids)
+        q, k, v, shift = transform.enter(q, k, v, scale)
+        return transform.leave(self._attend(layer, q, k, v, scale, transform.v.rank, expert_ids), shift)
+
+    def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, v_dim: int, expert_ids: Routed | Tensor | None) -> Partial:
+        """From here down keys, values and outputs are as wide as the pages hold them."""
         query = Query(layer, q, k.flatten(0, 1), v.flatten(0, 1), scale, v_dim, expert_ids)
         if self.exchange.size > 1 and self.agreement.mode is None:
             headers = self.exchange.gather_ints(self.agreement.header(self.local, self.hold), self.device, "opening the first forward")

@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from pikv_ds.config_checks import check_budget, check_companion, check_experts, check_method, check_retention, check_table
+from pikv_ds.config_checks import (
+    check_budget,
+    check_companion,
+    check_exchange,
+    check_experts,
+    check_host_penalty,
+    check_method,
+    check_pools,
+    check_ready,
+    check_retention,
+    check_table,
+)
 from pikv_ds.config_errors import describe, problem
 from pikv_ds.errors import ConfigError
 from pikv_ds.presets import PRESETS, expand
 
 if TYPE_CHECKING:
     from pikv_ds.codecs.base import Codec
+    from pikv_ds.host_penalty import RouterPenalty
     from pikv_ds.policies.base import RetentionPolicy
     from pikv_ds.routers.base import Router
 
@@ -75,6 +88,22 @@ class StorageConfig(_Block):
         return self
 
 
+class HostPenaltyConfig(_Block):
+    """What the model's own expert routers take off their logits, from the state of the cache; 0 and 0: nothing is installed."""
+
+    load: float = Field(0, ge=0, allow_inf_nan=False, description="Strength: shard of the expert fuller than the mean of the shards.")
+    miss: float = Field(0, ge=0, allow_inf_nan=False, description="Strength: log(1 + misses of the expert).")
+    applies_to: Literal["selection", "selection_and_weights"] = Field(
+        "selection", description="Choose experts by lowered logits and weigh them by the model's own, or lower both."
+    )
+
+    def build(self) -> RouterPenalty | None:
+        """The penalty, or None when both strengths are 0."""
+        from pikv_ds.host_penalty import RouterPenalty
+
+        return RouterPenalty(load=self.load, miss=self.miss, applies_to=self.applies_to) if self.load or self.miss else None
+
+
 class RoutingConfig(_Block):
     """Which pages a query reads. Other keys are the options of the router, see `pikv methods`."""
 
@@ -84,6 +113,10 @@ class RoutingConfig(_Block):
     budget_pages: int | None = Field(None, ge=1, description="Pages a query reads per kv head and layer; in place of budget_ratio.")
     sink_tokens: int = Field(4, ge=0, description="First tokens of a request that every query reads, inside the budget.")
     recent_tokens: int = Field(64, ge=0, description="Latest tokens before a query that it always reads, inside the budget.")
+    exchange: Literal["all", "needed"] = Field(
+        "all", description="Distinct requests: the ranks that send back partial attention, all or those that read something (fewer bytes)."
+    )
+    host_penalty: HostPenaltyConfig = Field(HostPenaltyConfig(), description=HostPenaltyConfig.__doc__)
 
     def build(self) -> Router:
         """The router with its options."""
@@ -92,19 +125,66 @@ class RoutingConfig(_Block):
         return ROUTERS.build(self.method, **self.model_extra)
 
 
-class CompressionConfig(_Block):
-    """In which format entries are stored. Other keys are the options of the codec, see `pikv methods`."""
+class CodecConfig(_Block):
+    """A codec: its method, a rotation before it, and as other keys the options of the method, see `pikv methods`."""
 
     model_config = ConfigDict(frozen=True, extra="allow", strict=True, validate_default=True)
     method: str = Field("none", description="Codec, see `pikv methods`.")
-    raw_sink_tokens: int | None = Field(None, ge=0, description="First tokens of a request that stay as computed; null = none.")
-    raw_recent_tokens: int | None = Field(None, ge=0, description="Latest tokens of a request that stay as computed; null = none.")
+    rotate: Literal["none", "hadamard"] = Field("none", description="Rotation of what is stored, before it is rounded to few bits.")
+    rotate_seed: int = Field(0, ge=0, lt=1 << 31, description="Chooses the random signs of the rotation.")
+
+    def own(self) -> Codec:
+        """The codec with its options, without what other blocks put in its place."""
+        from pikv_ds.codecs import CODECS
+        from pikv_ds.codecs.rotated import Rotated
+
+        codec = CODECS.build(self.method, **self.model_extra)
+        return codec if self.rotate == "none" else Rotated(codec, self.rotate_seed)
+
+
+class LayerCompressionConfig(CodecConfig):
+    """In which format entries of a layer are stored. Other keys are the options of the codec, see `pikv methods`."""
+
+    k: CodecConfig | None = Field(None, description="Another codec for the keys; null = the same.")
+    v: CodecConfig | None = Field(None, description="Another codec for the values; null = the same.")
 
     def build(self) -> Codec:
-        """The codec with its options."""
-        from pikv_ds.codecs import CODECS
+        """The codec of keys and values."""
+        from pikv_ds.codecs.split import KVSplit
 
-        return CODECS.build(self.method, **self.model_extra)
+        own = self.own()
+        if self.k is None and self.v is None:
+            return own
+        return KVSplit(self.k.own() if self.k else own, self.v.own() if self.v else own)
+
+    def parts(self, key: str) -> Iterator[tuple[str, CodecConfig]]:
+        """Every codec of the block and its key."""
+        yield key, self
+        for name in ("k", "v"):
+            if getattr(self, name) is not None:
+                yield f"{key}.{name}", getattr(self, name)
+
+
+class CompressionConfig(LayerCompressionConfig):
+    """In which format entries are stored. Other keys are the options of the codec, see `pikv methods`."""
+
+    raw_sink_tokens: int | None = Field(None, ge=0, description="First tokens of a request that stay as computed; null = none.")
+    raw_recent_tokens: int | None = Field(None, ge=0, description="Latest tokens of a request that stay as computed; null = none.")
+    layers: dict[Annotated[str, Field(pattern=r"^(0|[1-9][0-9]*)$")], LayerCompressionConfig] | None = Field(
+        None, description="Layer index -> a block of this kind that holds for that layer in place of this one."
+    )
+
+    def build(self) -> Codec:
+        """The codec of all layers."""
+        from pikv_ds.codecs.split import PerLayer
+
+        own = super().build()
+        return PerLayer(own, {int(idx): block.build() for idx, block in self.layers.items()}) if self.layers else own
+
+    def parts(self, key: str) -> Iterator[tuple[str, CodecConfig]]:
+        yield from super().parts(key)
+        for idx, block in (self.layers or {}).items():
+            yield from block.parts(f"{key}.layers.{idx}")
 
     def build_near(self) -> Codec | None:
         """The codec of the entries that are not encoded by `build()`'s yet, or never: raw, or the light one. None = there are none."""
@@ -204,15 +284,22 @@ class PiKVConfig(_Block):
         from pikv_ds.policies import POLICIES
         from pikv_ds.routers import ROUTERS
 
-        for key, registry in (("routing", ROUTERS), ("compression", CODECS), ("scheduling", POLICIES)):
+        for key, registry in (("routing", ROUTERS), ("scheduling", POLICIES)):
             check_method(key, getattr(self, key), registry)
+        for key, block in self.compression.parts("compression"):
+            check_method(key, block, CODECS)
+        for key, block in self.compression.parts("compression"):
+            check_ready(key, block)
+            check_pools(key, block)
         check_retention(self.scheduling)
         try:
             page_size = self.resolve_page_size()
         except ValueError as error:
             raise problem("page_size", self.page_size, str(error)) from None
         check_budget(self.routing, page_size)
+        check_exchange(self.routing, self.storage)
         check_experts(self.routing, self.storage)
+        check_host_penalty(self.routing, self.storage)
         return self
 
     @classmethod

@@ -87,6 +87,26 @@ def check_method(key: str, block: BaseModel, registry: Registry) -> None:
         raise problem(key, {"method": block.method, **given}, str(error)) from None
 
 
+def check_ready(key: str, block: BaseModel) -> None:
+    """The files that a codec reads are there and hold what it needs; block: a CodecConfig."""
+    try:
+        block.own().ready()
+    except ValueError as error:
+        raise problem(key, {"method": block.method, **(block.model_extra or {})}, str(error)) from None
+
+
+def check_pools(key: str, block: BaseModel) -> None:
+    """Only the codec of all layers, keys and values can keep two pools of pages; block: a CodecConfig."""
+    if block.own().light is None:
+        return
+    others = [name for name in ("k", "v", "layers") if getattr(block, name, None)]
+    if key != "compression" or others:
+        where = f"pikv.{key}" if key != "compression" else f"pikv.compression.{others[0]}"
+        raise problem(
+            f"{key}.method", block.method, f"a codec with one kind of pages in {where}: this one serves keys and values of all layers"
+        )
+
+
 def check_experts(routing: BaseModel, storage: BaseModel) -> None:
     """A router that follows the model's experts finds entries where their experts are."""
     if not routing.build().needs_experts:
@@ -97,6 +117,18 @@ def check_experts(routing: BaseModel, storage: BaseModel) -> None:
             f"a router that needs no experts with pikv.storage.placement = {storage.placement!r} and expert_ids = {storage.expert_ids!r}: "
             f"it reads the shard of the query's expert, so that must be known before attention (previous_layer, lookahead, gate) and say "
             f"where entries lie",
+        )  # fmt: skip
+
+
+def check_host_penalty(routing: BaseModel, storage: BaseModel) -> None:
+    """A penalty on the model's routers acts on routers that name the entries' homes."""
+    if routing.host_penalty.build() is None:
+        return
+    if storage.placement == "position" or storage.expert_ids in ("hash", "gate"):
+        raise problem(
+            "routing.host_penalty", routing.host_penalty.model_dump(),
+            f"load 0 and miss 0 with pikv.storage.placement = {storage.placement!r} and expert_ids = {storage.expert_ids!r}: the model's "
+            f"routers do not say where entries lie, so a penalty on them would cost quality and move nothing",
         )  # fmt: skip
 
 
@@ -129,3 +161,17 @@ def check_budget(routing: BaseModel, page_size: int) -> None:
             f"at least {-(-pinned // page_size)}: {budget} pages of {page_size} tokens are fewer than sink_tokens {routing.sink_tokens} + "
             f"recent_tokens {routing.recent_tokens}, which every query reads; raise it or lower those",
         )  # fmt: skip
+
+
+def check_exchange(routing: BaseModel, storage: BaseModel) -> None:
+    """Partials that need not come back exist where queries read a part, for requests of their own."""
+    if routing.exchange == "all":
+        return
+    if routing.build().reads_all:
+        raise problem(
+            "routing.exchange", routing.exchange, f"'all' with pikv.routing.method = {routing.method!r}, which reads on every rank"
+        )
+    if storage.requests == "replicated":
+        raise problem(
+            "routing.exchange", routing.exchange, "'all' with pikv.storage.requests = 'replicated': every rank needs all partials"
+        )

@@ -127,6 +127,8 @@ class RetentionPolicy(ABC):
     """One number per page each, kept in the store; a policy that has any is shown what queries attend to."""
     observes_queries: ClassVar[bool] = False
     """True: row_values are kept, and observe_queries() is shown the queries themselves."""
+    reads_model_queries: ClassVar[bool] = False
+    """True: it needs queries and keys as the model computes them, not what codecs that fold maps into them pass on and store."""
     needs_one_shard: ClassVar[bool] = False
     """True: a page's score depends on all entries of its request, so that one shard must hold them."""
     needs_head_budget: ClassVar[str | None] = None

@@ -102,10 +102,15 @@ class Router(ABC):
     budgeted: ClassVar[bool] = True
     """False: the router itself says how much is read, every page of a score above -inf."""
 
+    chosen: Tensor | None = None
+    """Of a router that is not budgeted: the shards of all ranks that the latest score() names, [Q, shards] bool, the same on all ranks."""
+
     wants_page_lse: ClassVar[bool] = False
     """True: `answered` is called after every read."""
     needs_experts: ClassVar[bool] = False
     """True: it follows the model's experts, and a dense model is refused."""
+    reads_model_queries: ClassVar[bool] = False
+    """True: it needs queries as the model computes them, not what codecs that fold maps into them pass on."""
 
     def open(self, layer: int, store: LayerStore, num_shards: int) -> None:  # noqa: B027
         """A new, empty store of a layer, of store.counts.shape[0] rows: add summaries, forget rows. num_shards: on all ranks."""
@@ -128,6 +133,10 @@ class Router(ABC):
         """Bytes of what is kept per request and shard, in dictionaries by layer; summaries are the store's."""
         kept = (value for value in vars(self).values() if isinstance(value, dict))
         return sum(tensor.nbytes for by_layer in kept for tensor in by_layer.values())
+
+    def missed(self, layer: int) -> Tensor | None:
+        """[shards of all ranks] f32: reads of each shard that were in vain; None = not counted."""
+        return None
 
     def answered(self, asked: PageQuery, page_list: Tensor, page_lse: Tensor) -> None:  # noqa: B027
         """Queries read page_list [N, 1 or H, K] int32 (-1 = none) of this rank; page_lse [N, Hq, K] f32. With wants_page_lse."""

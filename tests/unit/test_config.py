@@ -21,8 +21,25 @@ DEFAULTS = {
         "capacity_tokens": None,
         "overflow": "spill",
     },
-    "routing": {"method": "all", "budget_ratio": None, "budget_pages": None, "sink_tokens": 4, "recent_tokens": 64},
-    "compression": {"method": "none", "raw_sink_tokens": None, "raw_recent_tokens": None},
+    "routing": {
+        "method": "all",
+        "budget_ratio": None,
+        "budget_pages": None,
+        "sink_tokens": 4,
+        "recent_tokens": 64,
+        "exchange": "all",
+        "host_penalty": {"load": 0, "miss": 0, "applies_to": "selection"},
+    },
+    "compression": {
+        "method": "none",
+        "rotate": "none",
+        "rotate_seed": 0,
+        "k": None,
+        "v": None,
+        "raw_sink_tokens": None,
+        "raw_recent_tokens": None,
+        "layers": None,
+    },  # fmt: skip
     "scheduling": {
         "method": "none",
         "budget_tokens": None,
@@ -105,6 +122,15 @@ BAD = {
         {"routing": {"method": "bounds", "budget_ratio": 0.1, "metadat": "bf16"}},
         ["pikv.routing.metadat = 'bf16'", "metadata"],
     ),
+    "exchange without a router": (
+        {"routing": {"exchange": "needed"}},
+        ["pikv.routing.exchange = 'needed'", "'all'", "reads on every rank"],
+    ),
+    "exchange of replicated requests": (
+        {"routing": {"method": "topk", "exchange": "needed"}, "storage": {"requests": "replicated"}},
+        ["pikv.routing.exchange = 'needed'", "every rank needs all partials"],
+    ),
+    "spread": ({"routing": {"method": "bounds", "budget_ratio": 0.1, "spread": 1.5}}, ["pikv.routing", "spread from 0 to 1, got 1.5"]),
     "router metadata": ({"routing": {"method": "bounds", "budget_ratio": 0.1, "metadata": "int3"}}, ["pikv.routing.metadata = 'int3'"]),
     "budget of all": ({"routing": {"budget_ratio": 0.1}}, ["pikv.routing.budget_ratio = 0.1", "null", "'all'"]),
     "budget of a shard router": (
@@ -117,6 +143,16 @@ BAD = {
     "experts by position": (
         {"routing": {"method": "experts"}, "storage": {"placement": "position"}},
         ["pikv.routing.method = 'experts'", "placement = 'position'", "previous_layer"],
+    ),
+    "penalty below 0": ({"routing": {"host_penalty": {"load": -1}}}, ["pikv.routing.host_penalty.load = -1", ">= 0"]),
+    "penalty infinite": ({"routing": {"host_penalty": {"miss": float("inf")}}}, ["pikv.routing.host_penalty.miss = inf", "finite"]),
+    "penalty mode": (
+        {"routing": {"host_penalty": {"load": 1, "applies_to": "weights"}}},
+        ["pikv.routing.host_penalty.applies_to = 'weights'", "'selection', 'selection_and_weights'"],
+    ),
+    "penalty on what names nothing": (
+        {"routing": {"host_penalty": {"load": 1}}, "storage": {"expert_ids": "hash"}},
+        ["pikv.routing.host_penalty", "expert_ids = 'hash'", "load 0 and miss 0"],
     ),
     "experts known too late": ({"routing": {"method": "experts"}, "storage": {"expert_ids": "true"}}, ["'experts'", "expert_ids = 'true'"]),
     "no budget": ({"routing": {"method": "bounds"}}, ["'bounds'", "one of budget_ratio and budget_pages"]),
@@ -220,3 +256,13 @@ def test_every_key_is_described_in_the_schema():
         for key, field in block["properties"].items():
             assert field.get("description") or "$ref" in field, f"{block['title']}.{key}"
     assert set(schema["properties"]) == set(DEFAULTS)
+
+
+@pytest.mark.parametrize("block", [
+    {"method": "int8", "k": {"method": "adaptive"}},
+    {"method": "int8", "layers": {"0": {"method": "adaptive"}}},
+    {"method": "adaptive", "v": {"method": "int8"}},
+], ids=["k", "layer", "beside v"])  # fmt: skip
+def test_two_pools_serve_keys_and_values_of_all_layers(block):
+    with pytest.raises(ConfigError, match="a codec with one kind of pages in pikv.compression"):
+        PiKVConfig.parse({"compression": block})
