@@ -92,8 +92,7 @@ def method_rows(results: Results) -> list[dict[str, Any]]:
         for name, method in registry.items():
             parameters = inspect.signature(method.__init__).parameters.values()
             options = [p.name if p.default is p.empty else f"{p.name}={p.default}" for p in parameters if p.kind is p.KEYWORD_ONLY]
-            required = any(p.kind is p.KEYWORD_ONLY and p.default is p.empty for p in parameters)
-            size = _codec_columns(method()) if family == "compression" and not required else dict.fromkeys(_CODEC_COLUMNS)
+            size = _codec_columns(method) if family == "compression" else dict.fromkeys(_CODEC_COLUMNS)
             rows.append(
                 {
                     "key": f"{family}.method",
@@ -107,16 +106,19 @@ def method_rows(results: Results) -> list[dict[str, Any]]:
     return rows
 
 
-def _codec_columns(codec: Codec) -> dict[str, Any]:
-    """For bf16 keys and values of 8 heads x 128, a page without its raw tail."""
+def _codec_columns(method: type[Codec]) -> dict[str, Any]:
+    """For bf16 keys and values of 8 heads x 128, a page without its raw tail. Calibrated codecs: at half the width, or the least that they
+    need for random numbers; their errors depend on the model, `pikv calibrate` says them."""
     import torch
 
+    from pikv_ds.codecs.base import Heads
     from pikv_ds.spec import LayerSpec
 
-    page_size = codec.page_size(None)
-    fmt = codec.page_format(LayerSpec(layer_idx=0, num_kv_heads=8, k_dim=128, v_dim=128), page_size, torch.bfloat16)
-    lossless = codec.lossless
-    errors = [0.0 if lossless else round(error, 4) for error in (fmt.k_rel_error, fmt.v_rel_error)]
+    draw = lambda heads: torch.randn(256, heads, 128, generator=torch.Generator().manual_seed(heads))  # noqa: E731
+    codec = method.example([Heads(draw(32), draw(8), draw(8))])
+    page_size, spec = codec.page_size(None), LayerSpec(layer_idx=0, num_kv_heads=8, k_dim=128, v_dim=128)
+    fmt = codec.page_format(spec, page_size, torch.bfloat16)
+    errors = [None if codec.calibrated else round(error, 4) for error in codec.declared_errors(spec, page_size, torch.bfloat16)]
     return dict(zip(_CODEC_COLUMNS, (page_size, fmt.bytes_per_token, *errors), strict=True))
 
 

@@ -35,13 +35,14 @@ class Waiting(NamedTuple):
 
 
 class Mass:
-    """Shows a policy what the queries of each layer attend to. Between keep() and observe() it holds that layer's page lse.
+    """Shows policies what the queries of each layer attend to. Between keep() and observe() it holds that layer's page lse.
 
+    policies: the first may keep values per row; append others that keep values per page only.
     Time counts the query columns of a source since the generation began; forwards in which a source stores nothing do not count.
     """
 
     def __init__(self, policy: RetentionPolicy, tables: Tables) -> None:
-        self.policy, self.tables = policy, tables
+        self.policies, self.tables = [policy], tables
         # By pool of pages and first row: [R, T, S, Hq, C], -inf where nothing was read; H > 1: of the pages of each head's own table.
         self.page_lse: dict[tuple[LayerStore, int], Tensor] = {}
         self.times: list[int] = []  # per source
@@ -125,16 +126,16 @@ class Mass:
                 skipped = slice(run.row0 - sources[0].row0, run.row0 - sources[0].row0 + num_rows)
                 page_lse = [self.page_lse.get((store, sources[0].row0)) for store in pools]
                 page_lse = [None if x is None else x[skipped] for x in page_lse]
-                if num_rows:
-                    self._observe(asked, plan, facts, run, run.of(positions), run.of(slots), page_lse, run.of(lse))
+                for policy in self.policies if num_rows else ():
+                    self._observe(policy, asked, plan, facts, run, run.of(positions), run.of(slots), page_lse, run.of(lse))
         self.page_lse = {}
 
     def _observe(
-        self, asked: Waiting, plan: StepPlan, facts: list[_Facts], run: _Run, positions: Tensor, slots: Tensor,
+        self, policy: RetentionPolicy, asked: Waiting, plan: StepPlan, facts: list[_Facts], run: _Run, positions: Tensor, slots: Tensor,
         page_lse: list[Tensor | None], lse: Tensor | None,
     ) -> None:  # fmt: skip
         """The queries of one run; facts and page_lse by pool."""
-        policy, pools, includes_self = self.policy, self.tables.pools(asked.layer), run.num_columns == 1
+        pools, includes_self = self.tables.pools(asked.layer), run.num_columns == 1
         q, k, valid = run.of(asked.q), run.of(asked.k), positions >= 0
         columns = torch.arange(run.num_columns, device=valid.device).expand_as(valid)
         if not plan.all_valid and run.num_columns > 1:
@@ -142,7 +143,8 @@ class Mass:
         columns = columns[:, -(policy.window or run.num_columns) :]
         step = max(1, BLOCK_ELEMENTS // (valid.numel() * q.shape[2]))
         time, tables = run.time + run.num_columns - columns.shape[1], [fact.tables_of(run) for fact in facts]
-        rows = {name: x[run.row0 : run.row0 + run.num_rows] for name, x in self._rows(asked.layer, q, facts[0].num_rows).items()}
+        rows = self._rows(asked.layer, q, facts[0].num_rows) if policy.observes_queries else {}
+        rows = {name: x[run.row0 : run.row0 + run.num_rows] for name, x in rows.items()}
         for begin in range(0, columns.shape[1], 1 if includes_self else step):
             block = columns[:, begin : begin + step]
             own, total, real = None, _take(lse, block), valid.gather(1, block)
@@ -162,7 +164,7 @@ class Mass:
 
     def _rows(self, layer: int, q: Tensor, num_rows: int) -> dict[str, Tensor]:
         if layer not in self.rows:
-            shapes = self.policy.row_values(*q.shape[2:])
+            shapes = self.policies[0].row_values(*q.shape[2:])
             self.rows[layer] = {name: torch.zeros(num_rows, *shape, device=q.device) for name, shape in shapes.items()}
         return self.rows[layer]
 

@@ -14,8 +14,7 @@ from torch import Tensor
 from pikv_ds import ops
 
 from .config import RoutingConfig
-from .demote import Moved, entries_of, page_slots
-from .errors import ConfigError
+from .demote import Moved
 from .exchange import Exchange
 from .plan import StepPlan
 from .read_budget import Budget, lens_seen, page_budget
@@ -26,6 +25,8 @@ from .spec import LayerSpec
 from .step import Query
 from .store import LayerStore
 from .tables import Tables
+from .tier_checks import check_router
+from .tier_routing import entries_by_page, entries_moved
 from .tiers import Tiers
 from .top_pages import best_pages, by_column, listed_pages, page_keys
 from .writer import Written
@@ -89,12 +90,8 @@ class Selection:
             store = self._store(layer)
             others = len(store.summaries)
             self.router.open(layer, store, self.num_shards)
-            summarises, moves = len(store.summaries) > others, type(self.router).moved is not Router.moved
-            if self.tables.far[layer] is not None and summarises and not moves:
-                raise ConfigError(
-                    f"pikv.routing.method = {self.config.method!r} keeps summaries of pages and can't take over pages that were encoded "
-                    f"again (Router.moved); use another router, or pikv.compression without raw_sink_tokens and raw_recent_tokens"
-                )
+            if self.tables.far[layer] is not None:
+                check_router(self.router, summarises=len(store.summaries) > others)
 
     def _store(self, layer: int) -> LayerStore:
         """The pages that a router chooses from."""
@@ -136,14 +133,7 @@ class Selection:
         """Pages have come into the far pools of layers. Host phase."""
         for layer, pages in moved:
             store = self._store(layer)
-            slots = page_slots(pages.target, self.page_size)
-            rows, shards = (x.repeat_interleave(self.page_size) for x in (pages.rows, pages.shards))
-            entries = NewEntries(
-                k=entries_of(store, pages.target)[0], rows=rows, positions=store.positions[pages.target].flatten(),
-                shard=shards + self.tables.shard_begin, valid=torch.ones_like(slots, dtype=torch.bool), slot_mapping=slots,
-                table=torch.zeros_like(slots),
-            )  # fmt: skip
-            self.router.moved(layer, store, entries)
+            self.router.moved(layer, store, entries_moved(store, pages, self.tables.shard_begin))
 
     def remap(self, parent: list[int]) -> None:
         """Row i continues row parent[i], -1 = a fresh row. Host phase."""
@@ -182,7 +172,7 @@ class Selection:
         for begin in range(0, q.shape[1], QUERIES_AT_ONCE):
             block = slice(begin, begin + QUERIES_AT_ONCE)
             asked = self._asked(query, q[:, block], rows, stored, positions, begin, plan)
-            held = None if near is None else self._held(near[0], asked)
+            held = None if near is None else entries_by_page(near[0], asked, self.page_size)
             if near is not None:
                 asked = replace(asked, near_lse=near[1][:, begin : begin + QUERIES_AT_ONCE].flatten(0, 1))
                 self.entries += held.flatten(1).sum(1, dtype=torch.float64) @ real_queries(asked)
@@ -208,13 +198,6 @@ class Selection:
         self.readers = torch.cat(readers, 2).flatten(1, 2) if readers else None
         whole = parts[0] if len(parts) == 1 else [torch.cat(pieces, 1) for pieces in zip(*parts, strict=True)]
         return whole[0], whole[1], whole[2] if with_page_lse else None
-
-    def _held(self, near: Stored, asked: PageQuery) -> Tensor:
-        """[Q, S, C'] entries of each near page of the queries' rows."""
-        num_rows = asked.rows.stop - asked.rows.start
-        first = torch.arange(near.block_table.shape[-1], device=self.device, dtype=torch.int32) * self.page_size
-        entries = (near.seqlens.view(num_rows, 1, -1, 1) - first).clamp(0, self.page_size)
-        return entries.expand(-1, asked.positions.numel() // num_rows, -1, -1).flatten(0, 1)
 
     def choose(self, asked: PageQuery, plan: StepPlan, near: Tensor | None = None) -> Tensor:
         """Columns to read, [N, 1 or H, K] int32, -1 = none. near: entries of the near pages [Q, S, C'], read besides."""
