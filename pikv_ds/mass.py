@@ -250,4 +250,4 @@ def _take(x: Tensor | None, block: Tensor) -> Tensor | None:
 def _per_query(x: Tensor, num_rows: int, num_queries: int) -> Tensor:
     """[R * S, ...] of tables -> [R * T * S, ...]."""
     x = x.view(num_rows, 1, -1, *x.shape[1:]).expand(-1, num_queries, *[-1] * x.dim())
-    return x.reshape(-1, *x.shape[3:])
+    return x.reshape(-1, *x.shape[3:]).contiguous()  # of one row and shard a reshape is a view

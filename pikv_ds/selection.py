@@ -304,7 +304,7 @@ class Selection:
 def _repeat(x: Tensor, num_rows: int, num_queries: int) -> Tensor:
     """[R * S, ...] -> [R * T * S, ...]: the shards of a row once per query."""
     by_row = x.unflatten(0, (num_rows, 1, -1))
-    return by_row.expand(-1, num_queries, *[-1] * x.dim()).flatten(0, 2)
+    return by_row.expand(-1, num_queries, *[-1] * x.dim()).flatten(0, 2).contiguous()  # of one row and shard that is a view
 
 
 def real_queries(asked: PageQuery) -> Tensor:
