@@ -180,7 +180,8 @@ class PiKVCache:
             expert_ids: what a router chose, or [B * T] int64 primary experts, or None: position mod num_experts. Ignored for staged
                 ("true") ids.
 
-        Sync: none but the header of the first record of the forward. Collectives: 2, or 1 for replicated requests.
+        Sync: none but the header of the first record of the forward; with routing.exchange "needed" the sizes of what comes back.
+        Collectives: 2, or 1 for replicated requests; those of a router besides.
         """
         if isinstance(expert_ids, Routed) and (self.num_shards > 1 or self.exchange.size > 1):
             expert_ids = expert_ids.primary()

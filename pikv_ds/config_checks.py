@@ -160,3 +160,17 @@ def check_budget(routing: BaseModel, page_size: int) -> None:
             f"at least {-(-pinned // page_size)}: {budget} pages of {page_size} tokens are fewer than sink_tokens {routing.sink_tokens} + "
             f"recent_tokens {routing.recent_tokens}, which every query reads; raise it or lower those",
         )  # fmt: skip
+
+
+def check_exchange(routing: BaseModel, storage: BaseModel) -> None:
+    """Partials that need not come back exist where queries read a part, for requests of their own."""
+    if routing.exchange == "all":
+        return
+    if routing.build().reads_all:
+        raise problem(
+            "routing.exchange", routing.exchange, f"'all' with pikv.routing.method = {routing.method!r}, which reads on every rank"
+        )
+    if storage.requests == "replicated":
+        raise problem(
+            "routing.exchange", routing.exchange, "'all' with pikv.storage.requests = 'replicated': every rank needs all partials"
+        )

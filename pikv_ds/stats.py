@@ -83,6 +83,12 @@ def partial_bytes(num_tokens: int, num_q_heads: int, v_dim: int) -> int:
     return num_tokens * num_q_heads * (v_dim + 1) * 4
 
 
+def needed_bytes(num_blocks: int, num_q_heads: int, num_kv_heads: int, v_dim: int) -> int:
+    """Bytes of the second collective with routing.exchange "needed": num_blocks = pairs of another rank's query and a kv head of which this
+    rank has read something (with a router of shards, of whose shards it has one)."""
+    return num_blocks * partial_bytes(1, num_q_heads // num_kv_heads, v_dim)
+
+
 def choice_bytes(num_queries: int, num_kv_heads: int, width: int) -> int:
     """Bytes of one rank's best page keys: the collective that chooses pages over all ranks; width: most pages that a query can get."""
     return num_queries * num_kv_heads * width * 8

@@ -43,6 +43,11 @@ def check_tiers(config: PiKVConfig, codec: Codec, layers: list[LayerSpec], page_
             f"pikv.routing.budget_pages = {budget}: {budget} pages of {page_size} tokens are fewer than raw_sink_tokens + "
             f"raw_recent_tokens = {least} of pikv.compression, which every query reads; raise it or lower those"
         )
+    if config.routing.exchange == "needed" and not config.routing.build().budgeted:
+        raise ConfigError(
+            f"{given} with pikv.routing.exchange = 'needed' and method {config.routing.method!r}: every query reads the raw pages, and a "
+            f"router of shards does not say where these are; use exchange 'all', or a router with a budget"
+        )
     if codec.light is not None:
         _check_importance(config, given)
 
