@@ -103,7 +103,7 @@ def _row(name: str, case: Case, dtype: torch.dtype) -> dict[str, Any]:
     k = (draw(case.context, case.heads, case.k_dim) + draw(1, case.heads, case.k_dim)).to(dtype)  # keys have channels of large mean
     v = k[..., : case.v_dim] if case.latent else draw(case.context, case.heads, case.v_dim).to(dtype)
     q, scale = draw(1, case.heads * case.group, case.k_dim).to(dtype), case.k_dim**-0.5
-    pages, table, seqlens, tail = _store(fmt, k, v)
+    pages, table, seqlens, tail = store_pages(fmt, k, v)
     out, lse, _ = ops.decode(q, pages, fmt, table, seqlens, scale=scale, **tail)
     stored, stored_lse, _ = ref_attend.attend(q.double().unsqueeze(1), pages, fmt, table, seqlens, scale=scale, **tail)
     exact, exact_lse = _exact(q, k, v, scale)
@@ -128,7 +128,7 @@ def _implementation() -> str:
     return f"cpu, {load.cpu_instruction_set()}" if served == "cpu" else served
 
 
-def _store(fmt: Any, k: torch.Tensor, v: torch.Tensor) -> tuple:
+def store_pages(fmt: Any, k: torch.Tensor, v: torch.Tensor) -> tuple:
     """k and v [L, H, D] appended to pages in shuffled order: pages, block_table, seqlens, and the tail as `decode` takes it."""
     import torch
 
