@@ -18,7 +18,6 @@ from .plan import StepPlan
 from .policies.base import Pages, RetentionPolicy
 from .pools import JoinedPages
 from .recycle import drop
-from .retention_checks import distinct_refused
 from .store import LayerStore
 from .tables import Tables
 
@@ -37,7 +36,7 @@ class Retention:
         self.budgets = Budgets(config, len(self.layers), tables.page_size, tables.num_shards, entry_bytes / tables.page_size)
         self.mass = Mass(policy, tables)
         self.threshold: dict[int, Tensor] = {}  # layer -> theta [R] f32 of an adaptive policy
-        self.last_eviction = 0  # query columns before it
+        self.last_eviction: list[int] = []  # per source: query columns before it
         self.steps = 0  # decode steps since an eviction was due
         self.due = False  # an eviction waits for the next forward: a crop is announced, or the prompt is kept whole
 
@@ -45,13 +44,11 @@ class Retention:
         """Whether the policy wants to see what the queries of this layer attend to."""
         return self.policy.watches and self.tables.layers[layer].window is None
 
-    def reset(self, mode: str) -> None:
-        """A new generation begins; mode: how the ranks' requests relate (agreement.py)."""
-        self.steps, self.due, self.last_eviction = 0, False, 0
+    def reset(self) -> None:
+        """A new generation begins."""
+        self.steps, self.due, self.last_eviction = 0, False, []
         self.threshold = {}
         self.mass.reset()
-        if mode == "distinct" and self.policy.watches:
-            raise distinct_refused(self.policy)
 
     def remap(self, parent: list[int]) -> None:
         """Row i continues row parent[i], -1 = a new row."""
@@ -61,6 +58,8 @@ class Retention:
 
     def before_forward(self, plan: StepPlan) -> None:
         """Evict what could not go after the last forward. A prompt that is kept whole waits for the first decode step."""
+        self.mass.follow(plan)
+        self.last_eviction = self.last_eviction or [0] * len(plan.sources)
         if self.due and (plan.decode or self.config.prefill == "evict"):
             if self.evict(plan.lens_before_host):
                 self.tables.shrink()
@@ -68,7 +67,7 @@ class Retention:
     def after_forward(self, plan: StepPlan, lens: list[int], hold: bool) -> bool:
         """Evict what this forward made too much. hold: a crop may still take back its tokens. Returns whether pages left."""
         self.steps = self.steps + 1 if plan.decode else 0
-        self.mass.time += plan.sources[plan.own].num_columns
+        self.mass.advance(plan)
         if plan.decode and self.steps % self.config.interval:
             return False
         self.due = True
@@ -93,8 +92,17 @@ class Retention:
                 self.tables.counters.evicted += drop(pool, own)
             self.tables.directory.evict(layer, gone.sum(-1) * page_size)
         self.tables.note_eviction(lens)
-        self.last_eviction = self.mass.time
+        self._note_time(over, excess)
         return True
+
+    def _note_time(self, over: list[int], excess: list[list[int]]) -> None:
+        """Sources that had a row over its budget have lost entries now."""
+        begin, each = 0, len(excess[0]) // sum(self.mass.num_rows)  # with "uniform" heads a number per head
+        for i, rows in enumerate(self.mass.num_rows):
+            end = begin + rows * each
+            if any(n > 0 for layer in over for n in excess[layer][begin:end]):
+                self.last_eviction[i] = self.mass.times[i]
+            begin = end
 
     def _excess(self, lens: list[int]) -> list[list[int]]:
         """[L][R] entries above the budget, known on the host without the device; with "uniform" heads [L][R * H], each of its own."""
@@ -116,8 +124,8 @@ class Retention:
                 counts=_by_head(store.counts, heads),
                 lens=lens,
                 rows=self.mass.rows_by_head(layer, heads),
-                time=self.mass.time,
-                last_eviction=self.last_eviction,
+                time=self.mass.by_row(self.mass.times),
+                last_eviction=self.mass.by_row(self.last_eviction),
                 layer=layer,
             )
             for store in self.tables.pools(layer)
