@@ -21,7 +21,7 @@ from .plan import StepPlan
 from .recycle import expire, remap
 from .sizing import pages_to_open, shard_capacity
 from .spec import LayerSpec
-from .store import LayerStore
+from .store import LayerStore, tail_dtype
 from .transform import Transform
 
 
@@ -94,7 +94,7 @@ class Tables:
         self.mirror()
 
     def _no_tail(self, fmt: PageFormat) -> Tensor:
-        return torch.zeros(1, fmt.num_kv_heads, fmt.group, fmt.k_dim, dtype=self.dtype, device=self.device)
+        return torch.zeros(1, fmt.num_kv_heads, fmt.group, fmt.k_dim, dtype=tail_dtype(self.dtype), device=self.device)
 
     def pools(self, layer: int) -> list[LayerStore]:
         """The stores of a layer: the one that entries are appended to, and that of its demoted pages if there are two."""

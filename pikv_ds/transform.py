@@ -70,6 +70,10 @@ class Transform:
     def __init__(self, k: Linear, v: Linear) -> None:
         self.k, self.v = k, v
 
+    @property
+    def v_rank(self) -> int:
+        return self.v.rank
+
     def to(self, device: torch.device) -> Transform:
         return Transform(self.k.to(device), self.v.to(device))
 

@@ -369,6 +369,7 @@ REFUSED = [
         "budget_pages = 3",
     ),
     ({"method": "adaptive"}, {"storage": {"expert_ids": "true"}}, "expert_ids = 'true'"),
+    ({"raw_recent_tokens": 8}, {"routing": {"method": "hash", "exchange": "needed"}}, "exchange = 'needed'"),
     ({"method": "adaptive", "light": "zip"}, {}, "light = one of "),
     ({"method": "adaptive", "light_ratio": 1.5}, {}, "light_ratio from 0 to 1"),
     ({"raw_recent_tokens": -1}, {}, "raw_recent_tokens"),
