@@ -2,15 +2,21 @@
 
 R request rows, S local shards, T queries per row, Hq query heads, P pages of a layer's store, C columns of a block table, H head tables:
 the kv heads when a page holds the entries of one head, else 1. Nothing here reads the device back. Window layers are not watched.
+
+What is counted is pages, or single entries when these leave one by one ("by entry"): P is then the slots of all pages and C those of a
+table, each as a page that holds one entry. The op returns no lse of entries, so the keys are read once more for it, in torch.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from pikv_ds import ops
 
+from .entries import EntryLse
 from .plan import StepPlan
 from .policies.base import RetentionPolicy, Seen
 from .reader import Stored
@@ -26,7 +32,9 @@ class Mass:
 
     def __init__(self, policy: RetentionPolicy, tables: Tables) -> None:
         self.policy, self.tables = policy, tables
-        self.page_lse: Tensor | None = None  # [R, T, S, Hq, C], -inf where no entry is; H > 1: of the pages of each head's own table
+        self.page_lse: PageLse | EntryLse | None = (
+            None  # [R, T, S, Hq, C], -inf where no entry is; H > 1: of the pages of each head's own table
+        )
         self.time = 0  # query columns since the generation began
         self.rows: dict[int, dict[str, Tensor]] = {}  # layer -> what the policy keeps per row, [R, ...]
 
@@ -61,11 +69,15 @@ class Mass:
         if num_queries > 1:
             table, seqlens = (_per_query(x, num_rows, num_queries) for x in (table, seqlens))
             tail_rows = None if tail_rows is None else _per_query(tail_rows, num_rows, num_queries)
+        by_entry = self.tables.by_entry
         out, lse, page_lse = ops.decode(
             q.flatten(0, 1).contiguous(), store.pages, store.fmt, table, seqlens,
-            scale=scale, with_page_lse=True, tail=stored.tail, tail_rows=tail_rows,
+            scale=scale, with_page_lse=not by_entry, tail=stored.tail, tail_rows=tail_rows,
         )  # fmt: skip
-        self.page_lse = page_lse.view(num_rows, num_queries, -1, *page_lse.shape[1:])
+        if by_entry:
+            self.page_lse = EntryLse(store, q, stored, scale) if self.policy.watches else None
+        else:
+            self.page_lse = PageLse(page_lse.view(num_rows, num_queries, -1, *page_lse.shape[1:]))
         return out.unflatten(0, (num_rows, num_queries)), lse.unflatten(0, (num_rows, num_queries))
 
     def observe(self, query: Query, plan: StepPlan, slots: Tensor, lse: Tensor | None) -> None:
@@ -82,20 +94,22 @@ class Mass:
             columns = valid.to(torch.int8).argsort(dim=-1, stable=True)  # padding first, then the queries of a row in their order
         columns = columns[:, -(policy.window or valid.shape[1]) :]
         rows, positions = self._rows(query), torch.where(valid, plan.positions.view(valid.shape), -1)
-        facts = _Facts(store, plan, self.tables.directory.evicted[query.layer].unflatten(-1, (-1, store.heads)).sum(1))
+        by_entry = self.tables.by_entry
+        facts = _Facts(store, by_entry, plan, self.tables.directory.evicted[query.layer].unflatten(-1, (-1, store.heads)).sum(1))
         step = max(1, BLOCK_ELEMENTS // (valid.numel() * query.q.shape[2]))
         time = self.time + valid.shape[1] - columns.shape[1]
         for begin in range(0, columns.shape[1], 1 if includes_self else step):
             block = columns[:, begin : begin + step]
-            share, total = torch.zeros(store.num_pages + 1, block.shape[1], device=valid.device), _take(lse, block)
+            share, total = torch.zeros(facts.nowhere + 1, block.shape[1], device=valid.device), _take(lse, block)
             if not includes_self:
                 own, total = _inside(query, positions, valid, block, total, store.heads)
-                page = torch.where(slots >= 0, slots // store.page_size, store.num_pages)
+                page = torch.where(slots >= 0, slots if by_entry else slots // store.page_size, facts.nowhere)
                 share.index_add_(0, page, own.flatten(0, 2))
             if page_lse is not None:
-                share.index_add_(0, facts.table, _of_pages(_take(page_lse, block), total, valid.gather(1, block), store.heads))
+                share.index_add_(0, facts.table, _of_pages(page_lse.of(block), total, valid.gather(1, block), store.heads))
             if policy.page_values:
-                policy.observe(store.summaries, facts.seen(share[:-1], valid.gather(1, block), time + begin))
+                values = {name: store.summaries[name].view(-1) for name in policy.page_values}
+                policy.observe(values, facts.seen(share[:-1], valid.gather(1, block), time + begin))
             if policy.observes_queries:
                 policy.observe_queries(rows, query.scale * _take(query.q, block).float(), total, positions.gather(1, block))
 
@@ -107,21 +121,35 @@ class Mass:
         return self.rows[query.layer]
 
 
+class PageLse(NamedTuple):
+    """The lse of pages as the op returns it."""
+
+    values: Tensor  # [R, T, S, Hq, C]
+
+    def of(self, columns: Tensor) -> Tensor:
+        """Of the queries in `columns` [R, b]."""
+        return _take(self.values, columns)
+
+
 class _Facts:
     """What a Seen says about rows, the same for all its blocks of queries. With a page per head, the heads of a row count as rows."""
 
-    def __init__(self, store: LayerStore, plan: StepPlan, evicted: Tensor) -> None:
+    def __init__(self, store: LayerStore, by_entry: bool, plan: StepPlan, evicted: Tensor) -> None:
         """evicted: [R, H] int64."""
-        table, heads = store.block_table, store.heads
-        self.table = torch.where(table >= 0, table, store.num_pages).view(-1).to(torch.int64)  # [R * S * H * C]
+        table, heads, self.nowhere = store.block_table, store.heads, store.num_pages
+        if by_entry:
+            slot = torch.arange(store.page_size, device=table.device)
+            table = torch.where(table.unsqueeze(-1) >= 0, table.unsqueeze(-1) * store.page_size + slot, -1).flatten(2)
+            self.nowhere = store.num_pages * store.page_size
+        self.table = torch.where(table >= 0, table, self.nowhere).view(-1).to(torch.int64)  # [R * S * H * C]
         num_rows = table.shape[0] * heads
         table = table.view(table.shape[0], -1, heads, table.shape[-1])
         rows = torch.arange(num_rows, device=table.device).view(-1, 1, heads, 1).expand_as(table).reshape(-1)
-        nobody = torch.full((store.num_pages + 1,), -1, device=table.device)
+        nobody = torch.full((self.nowhere + 1,), -1, device=table.device)
         row = nobody.scatter_reduce_(0, self.table, rows, "amax")[:-1]
         self.row = torch.where(row >= 0, row, num_rows)
         self.entries = (plan.lens_after.unsqueeze(1) - evicted).flatten()
-        self.page_size, self.heads = store.page_size, heads
+        self.page_size, self.heads = 1 if by_entry else store.page_size, heads
 
     def seen(self, share: Tensor, real: Tensor, time: int) -> Seen:
         real = real.repeat_interleave(self.heads, 0)
@@ -162,4 +190,4 @@ def _take(x: Tensor | None, block: Tensor) -> Tensor | None:
 def _per_query(x: Tensor, num_rows: int, num_queries: int) -> Tensor:
     """[R * S, ...] of tables -> [R * T * S, ...]."""
     x = x.view(num_rows, 1, -1, *x.shape[1:]).expand(-1, num_queries, *[-1] * x.dim())
-    return x.reshape(-1, *x.shape[3:])
+    return x.reshape(-1, *x.shape[3:]).contiguous()  # of one row, reshape returns a view without strides
