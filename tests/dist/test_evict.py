@@ -3,12 +3,13 @@
 import pytest
 
 from pikv_ds.policies import POLICIES
-from tests.dist.jobs.evict import HEAD_METHODS
+from tests.dist.jobs.evict import HEAD_METHODS, TOKEN_METHODS
 from tests.dist.launcher import JobResult, run_gloo
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(300)]
 METHODS = [name for name, policy in POLICIES.items() if not (policy.keeps_all or policy.sums_layers or policy.needs_one_shard)]
 HEADS = [f"{method} {head_budget} heads" for method in HEAD_METHODS for head_budget in ("uniform", "adaptive")]
+ENTRIES = [*(f"{method} entries" for method in TOKEN_METHODS), "entries of heads", "entries of beams"]
 _jobs: dict[int, JobResult] = {}
 
 
@@ -19,7 +20,7 @@ def job(world: int) -> JobResult:
 
 
 @pytest.mark.parametrize("world", [1, 2, 4], ids="world{}".format)
-@pytest.mark.parametrize("check", [*METHODS, *HEADS, "beams", "assisted", "beams of heads"])
+@pytest.mark.parametrize("check", [*METHODS, *HEADS, *ENTRIES, "beams", "assisted", "beams of heads"])
 def test_kept_sets_depend_on_shards_not_on_ranks(check: str, world: int):
     rows, alone = job(world).check(check), job(1).check(check)[0]
     for row in rows:
@@ -27,7 +28,7 @@ def test_kept_sets_depend_on_shards_not_on_ranks(check: str, world: int):
 
 
 @pytest.mark.parametrize("world", [2, 4], ids="world{}".format)
-@pytest.mark.parametrize("check", ["distinct", "distinct, by attention", "distinct, by head"])
+@pytest.mark.parametrize("check", ["distinct", "distinct, by attention", "distinct, by head", "distinct, entries"])
 def test_requests_that_differ_between_ranks(check: str, world: int):
     job(world).check(check)
 
