@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from pikv_ds.launch.evaluation.spec import BACKENDS, TASKS
+from pikv_ds.launch.evaluation.spec import BACKENDS, DEFAULT_TASKS, TASKS
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -24,7 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--config", metavar="FILE|JSON", help='the "pikv" block, or a configuration that holds it (default: the defaults)')
     what.add_argument("--sweep", metavar="FILE", help="JSON list of such configurations, measured one after the other")
-    parser.add_argument("--tasks", default=",".join(TASKS), metavar="LIST", help=f"comma-separated, of: {', '.join(TASKS)} (default: all)")
+    tasks = f"comma-separated, of: {', '.join(TASKS)} (default: {', '.join(DEFAULT_TASKS)})"
+    parser.add_argument("--tasks", default=",".join(DEFAULT_TASKS), metavar="LIST", help=tasks)
     parser.add_argument("--model", metavar="DIR", help="transformers model folder (default: the bundled model)")
     parser.add_argument("--load", metavar="DIR", help="Megatron dist checkpoint of that model's weights (backend megatron)")
     parser.add_argument("--text", metavar="FILE", help="text to measure on (default: the bundled one)")
@@ -56,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
         partial = Partial(Path(f"{args.json}.partial" if args.json else f"{folder}/rows.json"))
         todo = partial.unfinished(spec, units)
         if todo:
-            status = _run_units(spec, todo, partial, Path(folder))
+            status = run_units(spec, todo, partial, Path(folder))
             if status:
                 return status
         finish(args, command_line(args, "pikv eval"), spec, Partial(partial.path).rows_of(spec, units))
@@ -83,7 +84,8 @@ def command_line(args: argparse.Namespace, program: str, given: tuple[str, ...] 
     return " ".join([program, *map(shlex.quote, words)])
 
 
-def _run_units(spec: Any, todo: list, partial: Any, folder: Path) -> int:
+def run_units(spec: Any, todo: list, partial: Any, folder: Path) -> int:
+    """Measure units of one spec, in this process or on ranks of their own; rows go to the file of `partial`. Returns an exit status."""
     from pikv_ds.errors import UnsupportedError
     from pikv_ds.launch.evaluation.job import evaluate
     from pikv_ds.launch.ranks import RanksFailed, run_ranks

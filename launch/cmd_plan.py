@@ -7,6 +7,7 @@ from itertools import groupby
 from typing import Any
 
 from pikv_ds.errors import ConfigError
+from pikv_ds.launch import plan_tiers
 from pikv_ds.launch.output import human_bytes, print_table, write_json
 
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -46,6 +47,12 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         metavar="K",
         help="K of the paper's formulas: pages of a request that the scheduler keeps (default: all of them)",
     )
+    parser.add_argument(
+        "--tiers",
+        type=plan_tiers.tiers,
+        metavar="NAME=GIB@GB_PER_S,...",
+        help="memory for KV per rank, fastest first, with its bandwidth: also print FlexGen's placement of the balanced bytes",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -67,6 +74,10 @@ def run(args: argparse.Namespace) -> int:
         "2d numbers per token, rho the codec's factor, K pages kept by the scheduler (--kept-pages; all by default).\n"
         "The model is of fixed circular buffers (section 3.1); this store does not allocate by it."
     )
+    if args.tiers is not None:
+        tiers = plan_tiers.tier_rows(total["pikv_balanced_bytes"], total["layers"], args.tiers)
+        plan_tiers.show(tiers)
+        rows += tiers
     write_json(args.json, "plan", rows)
     return 0
 

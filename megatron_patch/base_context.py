@@ -22,7 +22,7 @@ from .chunk import finish_attention
 from .expert_ids import ExpertIds
 from .groups import expert_group, fit_requests
 from .heads import stored_heads
-from .layers import check_routers, connect, find_layers, layer_spec_of, softmax_offset
+from .layers import check_calibration, check_routers, connect, find_layers, layer_spec_of, softmax_offset
 from .penalty import RouterPenalty
 from .refusals import refuse_config, refuse_dtype, refuse_model
 from .subclass import is_pikv
@@ -67,6 +67,7 @@ class PiKVContext(ABC):
         num_experts = attention.config.num_moe_experts or num_shards
         specs = [layer_spec_of(layer, i, self.shared is not None) for i, layer in enumerate(self.layers)]
         self.core = PiKVCache(specs, config, num_experts=num_experts, dtype=weight.dtype, device=weight.device, group=group)
+        check_calibration(self.core, self.layers)
         self.heads = [stored_heads(layer.attention, self.core, i, self.shared) for i, layer in enumerate(self.layers)]
         self.expert_ids = ExpertIds(config.storage.expert_ids, self.core, num_experts)
         self.links = connect(self.layers)

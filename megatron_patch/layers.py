@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from megatron.core.transformer.attention import SelfAttention
@@ -14,6 +14,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor, nn
 
+from pikv_ds.cache import PiKVCache
 from pikv_ds.errors import UnsupportedError
 from pikv_ds.spec import LayerSpec
 
@@ -126,7 +127,36 @@ def layer_spec_of(layer: Layer, layer_idx: int, shared: bool = False) -> LayerSp
         k_dim=attention.key_hidden_size,
         v_dim=attention.val_hidden_size,
         window=window,
+        first_head=0 if shared else first_head(attention),
     )
+
+
+def first_head(attention: nn.Module) -> int:
+    """Index, among the KV heads of the whole model, of the first that this tensor-parallel rank computes."""
+    tp = attention.pg_collection.tp
+    return tp.rank() * attention.config.num_query_groups // tp.size()
+
+
+def key_norms(attention: nn.Module) -> Tensor:
+    """[H, D] f64: norms of the rows of the key projection, of this rank's heads. A calibration knows its model by them."""
+    if attention.config.num_query_groups < attention.pg_collection.tp.size():
+        raise UnsupportedError(
+            f"layer {attention.layer_number} cuts {attention.config.num_query_groups} KV heads over {attention.pg_collection.tp.size()} "
+            f"tensor-parallel ranks, so no rank can check a calibration; use fewer ranks, or a codec without a calibration"
+        )
+    width, per_group = attention.key_hidden_size, attention.num_attention_heads_per_partition // attention.num_query_groups_per_partition
+    if attention.val_hidden_size != width:
+        raise UnsupportedError(f"layer {attention.layer_number}: keys and values differ in width; a calibration can't be checked")
+    qkv = attention.linear_qkv.weight.detach().double()  # rows per KV head: its query heads, k, v
+    return qkv.view(attention.num_query_groups_per_partition, per_group + 2, width, -1)[:, per_group].norm(dim=-1)
+
+
+def check_calibration(core: PiKVCache, layers: list[Layer]) -> None:
+    """Raises: ConfigError when the codec's calibration was made with other weights; each rank looks at the heads that it computes."""
+    if core.codec.calibrated:
+        for spec, layer in zip(core.layers, layers, strict=True):
+            own = replace(spec, first_head=first_head(layer.attention), num_kv_heads=layer.attention.num_query_groups_per_partition)
+            core.codec.check_model(own, key_norms(layer.attention))
 
 
 def softmax_offset(attention: nn.Module) -> Tensor | None:

@@ -9,23 +9,28 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pikv_ds.ops import load
+from pikv_ds.ops import load, merge_partials
 
 from .agreement import Agreed, Agreement
+from .compression_checks import fit_transforms
 from .config import PiKVConfig
 from .digest import digest
 from .distinct import DistinctStep
 from .evict import Retention
 from .exchange import Exchange
+from .mass import Mass
 from .placement import Placement, Routed
 from .plan import LocalStep, Source, StepPlan
-from .reader import Before, read_pages, stored_entries
+from .reader import Before, Stored, read_pages, stored_entries
 from .replicated import ReplicatedStep
 from .retention_checks import check_retention
 from .selection import Selection
 from .spec import LayerSpec
 from .step import Partial, Query, Staged
+from .store import LayerStore
 from .tables import Tables
+from .tier_checks import check_tiers
+from .tiers import Tiers
 from .writer import Writer, Written
 
 
@@ -43,14 +48,18 @@ class PiKVCache:
         self.exchange = Exchange(group, config.timeout_s)
         load.ensure(device.type)  # built here if at all, not in the first forward
         self.num_shards = config.storage.num_shards or self.exchange.size
-        codec = config.compression.build()
+        self.codec = codec = config.compression.build()
         policy = config.scheduling.build()
         check_retention(config, policy, layers, self.num_shards, self.exchange.size)
         self.page_size = codec.page_size(config.page_size)
+        check_tiers(config, codec, policy, layers, self.page_size, self.exchange.size)
+        transforms = fit_transforms(codec, config, policy, layers)
+        self.transforms = [None if transform is None else transform.to(device) for transform in transforms]
         self.tables = Tables(
             layers, config, codec, self.page_size, self.num_shards, self.exchange.rank, self.exchange.size, num_experts, dtype, device
         )
         self.retention = None if policy.keeps_all else Retention(config, policy, self.tables, self.exchange)
+        self.tiers = Tiers(config, self.tables, self.exchange) if self.tables.two_pools else None  # None: one pool of pages per layer
         storage = config.storage
         placement = Placement(storage.placement, num_experts, self.num_shards, n_tok=storage.n_tok, table=storage.table)
         self.writer = Writer(self.tables, placement.to(device))
@@ -58,7 +67,9 @@ class PiKVCache:
         router = config.routing.build()
         self.selection: Selection | None = None  # None: every query reads every page
         if not router.reads_all:
-            self.selection = Selection(config.routing, router, layers, self.tables, self.exchange, self.stages, policy.keeps_all)
+            self.selection = Selection(
+                config.routing, router, layers, self.tables, self.exchange, self.stages, policy.keeps_all, self.tiers
+            )
         self.staged: Staged | None = None
         self.agreement = Agreement(self.exchange, storage.requests, device)
         self.replicated, self.distinct = ReplicatedStep(self), DistinctStep(self)
@@ -93,7 +104,10 @@ class PiKVCache:
             # How far another rank may crop is not known here: while it may, window layers of distinct requests keep everything.
             expired = self.tables.expire(self.agreement.lens, self.hold_margin or 0)
         evicted = self.retention is not None and self.retention.after_forward(self.plan, self.agreement.lens, self.hold)
-        if expired or evicted or not self.plan.quiet:
+        demoted = [] if self.tiers is None else self.tiers.after_forward(self.plan, self.agreement.lens, self.hold)
+        if self.selection is not None:
+            self.selection.demoted(demoted)
+        if expired or evicted or demoted or not self.plan.quiet:
             self.tables.shrink()
         if self.config.storage.overflow == "error":
             self.tables.counters.raise_if_overflowed(self.plan.capacity)
@@ -107,7 +121,11 @@ class PiKVCache:
             self._allocate(len(before))
             if self.retention is not None:
                 self.retention.reset(self.agreement.mode)
+            if self.tiers is not None:
+                self.tiers.reset(len(before), self.agreement.mode)
         elif not agreed.identity:
+            if self.tiers is not None:
+                self.tiers.remap(agreed, old_lens)
             self.tables.remap(agreed, old_lens)
             if self.retention is not None:
                 self.retention.remap(agreed.parent)
@@ -146,6 +164,14 @@ class PiKVCache:
         """
         if isinstance(expert_ids, Routed) and (self.num_shards > 1 or self.exchange.size > 1):
             expert_ids = expert_ids.primary()
+        transform = self.transforms[layer]
+        if transform is None:
+            return self._attend(layer, q, k, v, scale, v_dim, expert_ids)
+        q, k, v, shift = transform.enter(q, k, v, scale)
+        return transform.leave(self._attend(layer, q, k, v, scale, transform.v.rank, expert_ids), shift)
+
+    def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, v_dim: int, expert_ids: Routed | Tensor | None) -> Partial:
+        """From here down keys, values and outputs are as wide as the pages hold them."""
         query = Query(layer, q, k.flatten(0, 1), v.flatten(0, 1), scale, v_dim, expert_ids)
         if self.exchange.size > 1 and self.agreement.mode is None:
             headers = self.exchange.gather_ints(self.agreement.header(self.local, self.hold), self.device, "opening the first forward")
@@ -162,8 +188,15 @@ class PiKVCache:
 
     def watch(self, query: Query, written: Written | None, lse: Tensor | None) -> None:
         """Show a policy that asks for it what a layer's queries attended to; lse [B, T, Hq] merged over ranks, None = nothing stored."""
-        if self.retention is not None and self.retention.watches(query.layer):
-            self.retention.mass.observe(query, self.plan, written.slot_mapping, lse)
+        mass = self.watcher(query.layer)
+        if mass is not None:
+            mass.observe(query, self.plan, written.slot_mapping, lse)
+
+    def watcher(self, layer: int) -> Mass | None:
+        """Who is shown what the queries of a layer attend to; never two at once (tier_checks.py)."""
+        if self.retention is not None and self.retention.watches(layer):
+            return self.retention.mass
+        return self.tiers.mass if self.tiers is not None and self.tables.far[layer] is not None else None
 
     def name_experts(self, layer: int, expert_ids: Tensor) -> None:
         """Router `layer` has run: the staged entries of that layer know their expert now. expert_ids [B * T] int64."""
@@ -188,16 +221,51 @@ class PiKVCache:
 
     def read(self, query: Query, q: Tensor, row0: int, num_rows: int, before: Before | None) -> tuple[Tensor, Tensor]:
         """Attention of q [num_rows, T, Hq, Dk] to the entries of rows row0 ... held on this rank: out f32, lse f32."""
-        store, window, rows = self.tables.stores[query.layer], self.layers[query.layer].window, slice(row0, row0 + num_rows)
+        store, far, rows = self.tables.stores[query.layer], self.tables.far[query.layer], slice(row0, row0 + num_rows)
         selects = self.selection is not None and num_rows > 0
-        if num_rows == 0 or (not selects and (store.num_pages == 0 or store.counts.numel() == 0)):
-            none = self.nothing(q, query.v_dim)
-            return none.out, none.lse
         own_visible = None if before is None else self.plan.one_column[rows] & (not self.stages)
-        if self.retention is not None and (self.tables.heads > 1 or self.retention.watches(query.layer)):
-            return self.retention.mass.read(query.layer, q, stored_entries(store, rows, before, own_visible), query.scale)
-        needs_positions = selects or window is not None or q.shape[1] > 1
-        positions = self.plan.query_positions(row0, num_rows) if needs_positions else None
+        if far is None:
+            if num_rows == 0 or (not selects and (store.num_pages == 0 or store.counts.numel() == 0)):
+                return self._nothing(query, q)
+            return self._read_pool(query, store, q, rows, before, own_visible, selects)
+        if num_rows == 0:
+            return self._nothing(query, q)
+        # The far pool does not change within a forward. It is asked also when it is empty if choosing pages is a collective.
+        near = self._read_pool(query, store, q, rows, before, own_visible, False) if store.num_pages else self._nothing(query, q)
         if selects:
-            return self.selection.read(query, q, row0, positions, stored_entries(store, rows, before, own_visible), self.plan)
+            held = stored_entries(store, rows, before, own_visible)
+            beside = self._read_pool(query, far, q, rows, None, None, True, (held, near[1]))
+        elif far.num_pages:
+            beside = self._read_pool(query, far, q, rows, None, None, False)
+        else:
+            return near
+        return merge_partials(torch.stack([near[0], beside[0]]), torch.stack([near[1], beside[1]]))
+
+    def _nothing(self, query: Query, q: Tensor) -> tuple[Tensor, Tensor]:
+        none = self.nothing(q, query.v_dim)
+        return none.out, none.lse
+
+    def _read_pool(
+        self,
+        query: Query,
+        store: LayerStore,
+        q: Tensor,
+        rows: slice,
+        before: Before | None,
+        own_visible: Tensor | None,
+        selects: bool,
+        near: tuple[Stored, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """near: what a router is told of the entries that are read besides, and their lse."""
+        window, mass = self.layers[query.layer].window, self.watcher(query.layer)
+        if self.tiers is not None and mass is self.tiers.mass and store is self.tables.far[query.layer]:
+            mass = None  # what is far never comes back, however important
+        if not selects and (self.tables.heads > 1 or mass is not None):
+            mass = self.retention.mass if mass is None else mass
+            return mass.read(store, q, stored_entries(store, rows, before, own_visible), query.scale)
+        needs_positions = selects or window is not None or q.shape[1] > 1
+        positions = self.plan.query_positions(rows.start, q.shape[0]) if needs_positions else None
+        if selects:
+            stored = stored_entries(store, rows, before, own_visible)
+            return self.selection.read(query, q, rows.start, positions, stored, self.plan, near)
         return read_pages(store, q, rows, before, own_visible, scale=query.scale, window=window, q_positions=positions)

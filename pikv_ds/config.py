@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from pikv_ds.config_checks import check_budget, check_companion, check_experts, check_method, check_retention, check_table
+from pikv_ds.config_checks import (
+    check_budget,
+    check_companion,
+    check_experts,
+    check_method,
+    check_pools,
+    check_ready,
+    check_retention,
+    check_table,
+)
 from pikv_ds.config_errors import describe, problem
 from pikv_ds.errors import ConfigError
+from pikv_ds.presets import PRESETS, expand
 
 if TYPE_CHECKING:
     from pikv_ds.codecs.base import Codec
@@ -91,17 +102,75 @@ class RoutingConfig(_Block):
         return ROUTERS.build(self.method, **self.model_extra)
 
 
-class CompressionConfig(_Block):
-    """In which format entries are stored. Other keys are the options of the codec, see `pikv methods`."""
+class CodecConfig(_Block):
+    """A codec: its method, a rotation before it, and as other keys the options of the method, see `pikv methods`."""
 
     model_config = ConfigDict(frozen=True, extra="allow", strict=True, validate_default=True)
     method: str = Field("none", description="Codec, see `pikv methods`.")
+    rotate: Literal["none", "hadamard"] = Field("none", description="Rotation of what is stored, before it is rounded to few bits.")
+    rotate_seed: int = Field(0, ge=0, lt=1 << 31, description="Chooses the random signs of the rotation.")
+
+    def own(self) -> Codec:
+        """The codec with its options, without what other blocks put in its place."""
+        from pikv_ds.codecs import CODECS
+        from pikv_ds.codecs.rotated import Rotated
+
+        codec = CODECS.build(self.method, **self.model_extra)
+        return codec if self.rotate == "none" else Rotated(codec, self.rotate_seed)
+
+
+class LayerCompressionConfig(CodecConfig):
+    """In which format entries of a layer are stored. Other keys are the options of the codec, see `pikv methods`."""
+
+    k: CodecConfig | None = Field(None, description="Another codec for the keys; null = the same.")
+    v: CodecConfig | None = Field(None, description="Another codec for the values; null = the same.")
 
     def build(self) -> Codec:
-        """The codec with its options."""
+        """The codec of keys and values."""
+        from pikv_ds.codecs.split import KVSplit
+
+        own = self.own()
+        if self.k is None and self.v is None:
+            return own
+        return KVSplit(self.k.own() if self.k else own, self.v.own() if self.v else own)
+
+    def parts(self, key: str) -> Iterator[tuple[str, CodecConfig]]:
+        """Every codec of the block and its key."""
+        yield key, self
+        for name in ("k", "v"):
+            if getattr(self, name) is not None:
+                yield f"{key}.{name}", getattr(self, name)
+
+
+class CompressionConfig(LayerCompressionConfig):
+    """In which format entries are stored. Other keys are the options of the codec, see `pikv methods`."""
+
+    raw_sink_tokens: int | None = Field(None, ge=0, description="First tokens of a request that stay as computed; null = none.")
+    raw_recent_tokens: int | None = Field(None, ge=0, description="Latest tokens of a request that stay as computed; null = none.")
+    layers: dict[Annotated[str, Field(pattern=r"^(0|[1-9][0-9]*)$")], LayerCompressionConfig] | None = Field(
+        None, description="Layer index -> a block of this kind that holds for that layer in place of this one."
+    )
+
+    def build(self) -> Codec:
+        """The codec of all layers."""
+        from pikv_ds.codecs.split import PerLayer
+
+        own = super().build()
+        return PerLayer(own, {int(idx): block.build() for idx, block in self.layers.items()}) if self.layers else own
+
+    def parts(self, key: str) -> Iterator[tuple[str, CodecConfig]]:
+        yield from super().parts(key)
+        for idx, block in (self.layers or {}).items():
+            yield from block.parts(f"{key}.layers.{idx}")
+
+    def build_near(self) -> Codec | None:
+        """The codec of the entries that are not encoded by `build()`'s yet, or never: raw, or the light one. None = there are none."""
         from pikv_ds.codecs import CODECS
 
-        return CODECS.build(self.method, **self.model_extra)
+        codec = self.build()
+        if codec.light is None and not (self.raw_sink_tokens or self.raw_recent_tokens):
+            return None
+        return codec.light or CODECS.build("none")
 
 
 class SchedulingConfig(_Block):
@@ -162,6 +231,11 @@ class MonitorConfig(_Block):
 class PiKVConfig(_Block):
     """The "pikv" block of a DeepSpeed configuration."""
 
+    preset: str | None = Field(
+        None,
+        description="Name of a configuration; replaced by its keys when the block is read, the keys given beside it override them.",
+        json_schema_extra={"enum": [*PRESETS, None]},
+    )
     enabled: bool = Field(True, description="false: nothing is patched and the host runs as without the block.")
     page_size: int | None = Field(None, ge=1, le=256, description="Tokens per page; null = the codec's preference.")
     timeout_s: float = Field(300, gt=0, allow_inf_nan=False, description="Longest wait for another rank, in seconds.")
@@ -178,6 +252,11 @@ class PiKVConfig(_Block):
         except ValidationError as error:
             raise ConfigError(describe(error, type(self))) from None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _expand_preset(cls, block: Any) -> Any:
+        return expand(block) if isinstance(block, dict) else block
+
     @model_validator(mode="after")
     def _check_methods(self) -> Self:
         # Imported here: the registries bring torch, which reading this file must not need.
@@ -185,8 +264,13 @@ class PiKVConfig(_Block):
         from pikv_ds.policies import POLICIES
         from pikv_ds.routers import ROUTERS
 
-        for key, registry in (("routing", ROUTERS), ("compression", CODECS), ("scheduling", POLICIES)):
+        for key, registry in (("routing", ROUTERS), ("scheduling", POLICIES)):
             check_method(key, getattr(self, key), registry)
+        for key, block in self.compression.parts("compression"):
+            check_method(key, block, CODECS)
+        for key, block in self.compression.parts("compression"):
+            check_ready(key, block)
+            check_pools(key, block)
         check_retention(self.scheduling)
         try:
             page_size = self.resolve_page_size()

@@ -87,6 +87,26 @@ def check_method(key: str, block: BaseModel, registry: Registry) -> None:
         raise problem(key, {"method": block.method, **given}, str(error)) from None
 
 
+def check_ready(key: str, block: BaseModel) -> None:
+    """The files that a codec reads are there and hold what it needs; block: a CodecConfig."""
+    try:
+        block.own().ready()
+    except ValueError as error:
+        raise problem(key, {"method": block.method, **(block.model_extra or {})}, str(error)) from None
+
+
+def check_pools(key: str, block: BaseModel) -> None:
+    """Only the codec of all layers, keys and values can keep two pools of pages; block: a CodecConfig."""
+    if block.own().light is None:
+        return
+    others = [name for name in ("k", "v", "layers") if getattr(block, name, None)]
+    if key != "compression" or others:
+        where = f"pikv.{key}" if key != "compression" else f"pikv.compression.{others[0]}"
+        raise problem(
+            f"{key}.method", block.method, f"a codec with one kind of pages in {where}: this one serves keys and values of all layers"
+        )
+
+
 def check_experts(routing: BaseModel, storage: BaseModel) -> None:
     """A router that follows the model's experts finds entries where their experts are."""
     if not routing.build().needs_experts:

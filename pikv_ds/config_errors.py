@@ -84,6 +84,10 @@ def _members(annotation: Any) -> tuple:
 
 
 def _words(kind: Any) -> list[str]:
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        return [f"an object with the keys {', '.join(kind.model_fields)}"]
+    if get_origin(kind) is dict:
+        return ["an object whose keys are layer indices, '0' and up"]
     if get_origin(kind) is Literal:
         return ["one of " + ", ".join(repr(value) for value in get_args(kind))]
     return [_TYPE_WORDS.get(kind, "a list [num_layers or 1][num_experts][max_replicas] of integers")]

@@ -17,8 +17,10 @@ from .exchange import Exchange
 from .mass import Mass
 from .plan import StepPlan
 from .policies.base import Entries, Pages, RetentionPolicy
+from .pools import JoinedPages
 from .recycle import drop
 from .retention_checks import distinct_refused
+from .store import LayerStore
 from .tables import Tables
 
 
@@ -86,16 +88,16 @@ class Retention:
         num_pages = torch.tensor([[-(-max(n, 0) // self.unit) for n in excess[i]] for i in over]).to(self.tables.device)
         pages = self._gather([self._candidates(self.layers[i], lens) for i in over], lens)
         for i, gone in zip(over, self._choose(over, pages, num_pages, lens), strict=True):
-            self._free(self.layers[i], gone[:, self.tables.local_tables])
-            self.tables.directory.evict(self.layers[i], gone.sum(-1) * self.unit)
+            layer = self.layers[i]
+            for pool, own in self._by_pool(layer, lens, gone[:, self.tables.local_tables]):
+                self._free(pool, own)
+            self.tables.directory.evict(layer, gone.sum(-1) * self.unit)
         self.tables.note_eviction(lens)
         self.last_eviction = self.mass.time
         return True
 
-    def _free(self, layer: int, gone: Tensor) -> None:
-        """Take pages or entries out of this rank's tables. gone [R, S * H, C] bool."""
-        store = self.tables.stores[layer]
-        gone = fit(gone, store.block_table.shape[-1] * (self.tables.page_size // self.unit), False)
+    def _free(self, store: LayerStore, gone: Tensor) -> None:
+        """Take pages or entries, [R, S * H, C] bool, out of the tables of a pool."""
         if not self.tables.by_entry:
             self.tables.counters.evicted += drop(store, gone)
             return
@@ -114,18 +116,32 @@ class Retention:
 
     def pages(self, layer: int, lens: list[int]) -> Pages:
         """The pages of a layer, or its entries, as the policy sees them. lens: tokens of every row."""
-        store, heads = self.tables.stores[layer], self.tables.heads
-        lens = torch.tensor(lens, dtype=torch.int64).to(store.device).repeat_interleave(heads)
-        return (Entries if self.tables.by_entry else Pages)(
-            store=store,
-            table=_by_head(store.block_table, heads).contiguous(),
-            counts=_by_head(store.counts, heads),
-            lens=lens,
-            rows=self.mass.rows_by_head(layer, heads),
-            time=self.mass.time,
-            last_eviction=self.last_eviction,
-            tail_rows=_by_head(torch.arange(store.counts.numel(), device=store.device).view_as(store.counts), heads),
-        )
+        heads = self.tables.heads
+        lens = torch.tensor(lens, dtype=torch.int64).to(self.tables.device).repeat_interleave(heads)
+        pools = [
+            (Entries if self.tables.by_entry else Pages)(
+                store=store,
+                table=_by_head(store.block_table, heads).contiguous(),
+                counts=_by_head(store.counts, heads),
+                lens=lens,
+                rows=self.mass.rows_by_head(layer, heads),
+                time=self.mass.time,
+                last_eviction=self.last_eviction,
+                layer=layer,
+                tail_rows=None
+                if store.full_pages
+                else _by_head(torch.arange(store.counts.numel(), device=store.device).view_as(store.counts), heads),
+            )
+            for store in self.tables.pools(layer)
+        ]
+        return pools[0] if self.tables.far[layer] is None else JoinedPages.of(pools)
+
+    def _by_pool(self, layer: int, lens: list[int], gone: Tensor) -> list[tuple[LayerStore, Tensor]]:
+        """gone [R, S * H, C] bool of the pages or entries that `pages` shows -> the layer's stores, and which of each."""
+        store = self.tables.stores[layer]
+        if self.tables.far[layer] is None:
+            return [(store, fit(gone, store.block_table.shape[-1] * (self.tables.page_size // self.unit), False))]
+        return self.pages(layer, lens).by_pool(gone)
 
     def _candidates(self, layer: int, lens: list[int]) -> Candidates:
         """Of this rank's tables, [R, S * H, C] each."""

@@ -32,9 +32,8 @@ class Mass:
 
     def __init__(self, policy: RetentionPolicy, tables: Tables) -> None:
         self.policy, self.tables = policy, tables
-        self.page_lse: PageLse | EntryLse | None = (
-            None  # [R, T, S, Hq, C], -inf where no entry is; H > 1: of the pages of each head's own table
-        )
+        # By pool of pages: what queries saw of it; H > 1: of the pages of each head's own table.
+        self.page_lse: dict[LayerStore, PageLse | EntryLse] = {}
         self.time = 0  # query columns since the generation began
         self.rows: dict[int, dict[str, Tensor]] = {}  # layer -> what the policy keeps per row, [R, ...]
 
@@ -58,12 +57,11 @@ class Mass:
             for name, x in rows.items()
         }
 
-    def read(self, layer: int, q: Tensor, stored: Stored, scale: float) -> tuple[Tensor, Tensor]:
-        """Attention of q [R, T, Hq, Dk] to the stored entries of its rows: out [R, T, Hq, Dv] f32, lse [R, T, Hq] f32.
+    def read(self, store: LayerStore, q: Tensor, stored: Stored, scale: float) -> tuple[Tensor, Tensor]:
+        """Attention of q [R, T, Hq, Dk] to the entries of its rows in one store: out [R, T, Hq, Dv] f32, lse [R, T, Hq] f32.
 
         Each query reads its pages by itself, which gives the lse of every page with it; only reading a long chunk costs more that way.
         """
-        store = self.tables.stores[layer]
         num_rows, num_queries = q.shape[:2]
         table, seqlens, tail_rows = stored.block_table, stored.seqlens, stored.tail_rows
         if num_queries > 1:
@@ -74,10 +72,10 @@ class Mass:
             q.flatten(0, 1).contiguous(), store.pages, store.fmt, table, seqlens,
             scale=scale, with_page_lse=not by_entry, tail=stored.tail, tail_rows=tail_rows,
         )  # fmt: skip
-        if by_entry:
-            self.page_lse = EntryLse(store, q, stored, scale) if self.policy.watches else None
-        else:
-            self.page_lse = PageLse(page_lse.view(num_rows, num_queries, -1, *page_lse.shape[1:]))
+        if not by_entry:
+            self.page_lse[store] = PageLse(page_lse.view(num_rows, num_queries, -1, *page_lse.shape[1:]))
+        elif self.policy.watches:
+            self.page_lse[store] = EntryLse(store, q, stored, scale)
         return out.unflatten(0, (num_rows, num_queries)), lse.unflatten(0, (num_rows, num_queries))
 
     def observe(self, query: Query, plan: StepPlan, slots: Tensor, lse: Tensor | None) -> None:
@@ -86,30 +84,33 @@ class Mass:
         Args: slots [R * T * H] int32, where the new entries lie on this rank, -1 elsewhere; lse [R, T, Hq] over all stored entries, None if
             there were none. In a forward of one column they include the query's own entry.
         """
-        policy, page_lse, self.page_lse = self.policy, self.page_lse, None
+        policy, page_lse, self.page_lse = self.policy, self.page_lse, {}
         includes_self = plan.decode
-        store, valid = self.tables.stores[query.layer], plan.valid.view(query.q.shape[:2])
+        pools, valid = self.tables.pools(query.layer), plan.valid.view(query.q.shape[:2])
         columns = torch.arange(valid.shape[1], device=valid.device).expand_as(valid)
         if not plan.all_valid and valid.shape[1] > 1:
             columns = valid.to(torch.int8).argsort(dim=-1, stable=True)  # padding first, then the queries of a row in their order
         columns = columns[:, -(policy.window or valid.shape[1]) :]
         rows, positions = self._rows(query), torch.where(valid, plan.positions.view(valid.shape), -1)
-        by_entry = self.tables.by_entry
-        facts = _Facts(store, by_entry, plan, self.tables.directory.evicted[query.layer].unflatten(-1, (-1, store.heads)).sum(1))
+        evicted, by_entry = self.tables.directory.evicted[query.layer].unflatten(-1, (-1, pools[0].heads)).sum(1), self.tables.by_entry
+        facts = [_Facts(store, by_entry, plan, evicted) for store in pools]
         step = max(1, BLOCK_ELEMENTS // (valid.numel() * query.q.shape[2]))
         time = self.time + valid.shape[1] - columns.shape[1]
         for begin in range(0, columns.shape[1], 1 if includes_self else step):
             block = columns[:, begin : begin + step]
-            share, total = torch.zeros(facts.nowhere + 1, block.shape[1], device=valid.device), _take(lse, block)
+            own, total = None, _take(lse, block)
             if not includes_self:
-                own, total = _inside(query, positions, valid, block, total, store.heads)
-                page = torch.where(slots >= 0, slots if by_entry else slots // store.page_size, facts.nowhere)
-                share.index_add_(0, page, own.flatten(0, 2))
-            if page_lse is not None:
-                share.index_add_(0, facts.table, _of_pages(page_lse.of(block), total, valid.gather(1, block), store.heads))
-            if policy.page_values:
-                values = {name: store.summaries[name].view(-1) for name in policy.page_values}
-                policy.observe(values, facts.seen(share[:-1], valid.gather(1, block), time + begin))
+                own, total = _inside(query, positions, valid, block, total, pools[0].heads)
+            for store, fact in zip(pools, facts, strict=True):
+                share = torch.zeros(fact.nowhere + 1, block.shape[1], device=valid.device)
+                if own is not None and store is pools[0]:  # new entries lie in the first pool
+                    page = torch.where(slots >= 0, slots if by_entry else slots // store.page_size, fact.nowhere)
+                    share.index_add_(0, page, own.flatten(0, 2))
+                if store in page_lse:
+                    share.index_add_(0, fact.table, _of_pages(page_lse[store].of(block), total, valid.gather(1, block), store.heads))
+                if policy.page_values and store.num_pages:
+                    values = {name: store.summaries[name].view(-1) for name in policy.page_values}
+                    policy.observe(values, fact.seen(share[:-1], valid.gather(1, block), time + begin))
             if policy.observes_queries:
                 policy.observe_queries(rows, query.scale * _take(query.q, block).float(), total, positions.gather(1, block))
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .config import RoutingConfig
 from .plan import StepPlan
+from .tiers import Tiers
 
 
 class Budget(NamedTuple):
@@ -20,12 +21,16 @@ class Budget(NamedTuple):
     width: int
 
 
-def page_budget(config: RoutingConfig, seen: list[int], page_size: int, num_shards: int, device: torch.device) -> Budget:
-    """seen: stored tokens that the queries of each row see in this layer."""
+def page_budget(
+    config: RoutingConfig, seen: list[int], page_size: int, num_shards: int, device: torch.device, near: Tiers | None = None
+) -> Budget:
+    """seen: stored tokens that the queries of each row see in this layer. near: some of its pages are near pages, pinned as well."""
     pages = [config.budget_pages or ceil(config.budget_ratio * n / page_size) for n in seen]
     # Sinks and recent tokens may lie in all shards, and end inside a page in each.
     pinned = min(config.sink_tokens, config.sink_tokens // page_size + num_shards)
     pinned += min(config.recent_tokens, config.recent_tokens // page_size + 2 * num_shards)
+    if near is not None:
+        pinned += min(near.sinks, near.sinks // page_size + num_shards) + near.near_span(seen) // page_size + 2 * num_shards
     width = min(max(*pages, pinned), max(seen) // page_size + 2 * num_shards)
     alike = min(pages) == max(pages) >= pinned
     return Budget(None if alike else torch.tensor(pages).to(device), width)

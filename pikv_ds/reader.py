@@ -44,7 +44,7 @@ def stored_entries(store: LayerStore, rows: slice, before: Before | None, own_vi
     tables = slice(rows.start * num_shards, rows.stop * num_shards)
     whole = rows.stop - rows.start == store.counts.shape[0]  # spares the views: each costs a microsecond per layer and step
     seqlens, block_table = (store.counts, store.block_table) if whole else (store.counts[rows], store.block_table[rows])
-    tail = store.tail if whole or store.tail is None else store.tail[tables]
+    tail = store.tail if whole or store.tail is None or store.full_pages else store.tail[tables]
     if before is not None:
         seqlens = torch.where(own_visible.unsqueeze(-1), seqlens, before.counts[rows])
         if before.tail is not None:
@@ -52,7 +52,8 @@ def stored_entries(store: LayerStore, rows: slice, before: Before | None, own_vi
             tail = torch.where(own, tail, before.tail[tables])
     if num_shards > 1:
         seqlens, block_table = seqlens.reshape(-1, store.heads), block_table.view(-1, store.heads, block_table.shape[-1])
-    tail_rows = None if tail is None else torch.arange(seqlens.numel(), dtype=torch.int32, device=tail.device)
+    numbered = torch.zeros if store.full_pages else torch.arange
+    tail_rows = None if tail is None else numbered(seqlens.numel(), dtype=torch.int32, device=tail.device)
     tail_rows = tail_rows if tail is None or store.heads == 1 else tail_rows.view_as(seqlens)
     return Stored(block_table, seqlens, tail, tail_rows)
 

@@ -62,7 +62,7 @@ def remap(store: LayerStore, parent: Tensor, counts: Tensor) -> None:
     num_kept = (counts + page_size - 1) // page_size
     table = store.block_table[parent.clamp_min(0)]
     table = torch.where(torch.arange(width, device=table.device) < num_kept.unsqueeze(-1), table, -1)
-    if store.tail is not None:
+    if store.tail is not None and not store.full_pages:
         _remap_tail(store, parent, counts, table)
     store.block_table, store.counts = table.contiguous(), counts
     store.refcount = torch.bincount(table[table >= 0], minlength=store.num_pages + 1).to(torch.int32)

@@ -18,8 +18,13 @@ def check_retention(config: PiKVConfig, policy: RetentionPolicy, layers: list[La
             f"{method} on a model whose layers all have a sliding window: nothing would be evicted, windows bound the cache; use 'none'"
         )
     _check_shards(config, policy, num_shards, method)
+    if policy.needs_head_budget not in (None, config.scheduling.head_budget):
+        raise ConfigError(
+            f"pikv.scheduling.head_budget = {config.scheduling.head_budget!r} with {method}: legal is {policy.needs_head_budget!r}"
+        )
     if config.scheduling.head_budget != "shared":
         _check_heads(config, policy, layers)
+    policy.check(config.scheduling, [spec for spec in layers if spec.window is None])
     if not policy.watches:
         return
     if config.storage.requests == "distinct" and num_ranks > 1:

@@ -14,6 +14,8 @@ from torch import Tensor
 from pikv_ds import ops
 
 from .config import RoutingConfig
+from .demote import Moved, entries_of, page_slots
+from .errors import ConfigError
 from .exchange import Exchange
 from .plan import StepPlan
 from .read_budget import Budget, lens_seen, page_budget
@@ -23,6 +25,7 @@ from .spec import LayerSpec
 from .step import Query
 from .store import LayerStore
 from .tables import Tables
+from .tiers import Tiers
 from .top_pages import best_pages, listed_pages, page_keys
 from .writer import Written
 
@@ -55,10 +58,15 @@ class Selection:
         exchange: Exchange,
         stages: bool,
         keeps_all: bool,
+        tiers: Tiers | None,
     ) -> None:
-        """stages: entries are stored after the queries of their layer. keeps_all: nothing is ever evicted."""
+        """stages: entries are stored after the queries of their layer. keeps_all: nothing is ever evicted.
+
+        tiers: layers have two pools of pages. Then the router chooses among far pages, and near pages are read by every query.
+        """
+        self.tiers = tiers
         self.config, self.router, self.layers, self.tables, self.exchange, self.stages = config, router, layers, tables, exchange, stages
-        self.in_order = tables.num_shards == 1 and keeps_all  # without a window, entry i of a table is at position i
+        self.in_order = tables.num_shards == 1 and keeps_all and tiers is None  # without a window, entry i of a table is at position i
         self.page_size, self.num_shards, self.device = tables.page_size, tables.num_shards, tables.device
         self.entries = torch.zeros(2, dtype=torch.float64, device=self.device)  # read (mean over kv heads), visible: sums over queries
         self.mass = torch.zeros(2, dtype=torch.float64, device=self.device)  # share of attention read, queries
@@ -75,8 +83,20 @@ class Selection:
         self._waiting.clear()
         self.entries.zero_()
         self.mass.zero_()
-        for layer, store in enumerate(self.tables.stores):
+        for layer in range(len(self.layers)):
+            store = self._store(layer)
+            others = len(store.summaries)
             self.router.open(layer, store, self.num_shards)
+            summarises, moves = len(store.summaries) > others, type(self.router).moved is not Router.moved
+            if self.tables.far[layer] is not None and summarises and not moves:
+                raise ConfigError(
+                    f"pikv.routing.method = {self.config.method!r} keeps summaries of pages and can't take over pages that were encoded "
+                    f"again (Router.moved); use another router, or pikv.compression without raw_sink_tokens and raw_recent_tokens"
+                )
+
+    def _store(self, layer: int) -> LayerStore:
+        """The pages that a router chooses from."""
+        return self.tables.pools(layer)[-1]
 
     # ---- after an append -----------------------------------------------------------------------------------------------------
 
@@ -90,6 +110,8 @@ class Selection:
             k=k, rows=plan.rows, positions=plan.positions, shard=torch.zeros_like(plan.rows) if shard is None else shard,
             valid=written.valid, slot_mapping=written.slot_mapping, table=table.to(torch.int32),
         )  # fmt: skip
+        if self.tables.far[layer] is not None:  # in no page that the router chooses from yet
+            new = replace(new, slot_mapping=torch.full_like(new.slot_mapping, -1), table=torch.zeros_like(new.table))
         if plan.decode or self.stages:  # staged entries are stored after the queries of their layer
             self._report(layer, new)
         elif any(source.num_columns == 1 and source.num_rows for source in plan.sources):
@@ -106,7 +128,20 @@ class Selection:
         self._waiting.clear()
 
     def _report(self, layer: int, new: NewEntries) -> None:
-        self.router.wrote(layer, self.tables.stores[layer], new)
+        self.router.wrote(layer, self._store(layer), new)
+
+    def demoted(self, moved: list[tuple[int, Moved]]) -> None:
+        """Pages have come into the far pools of layers. Host phase."""
+        for layer, pages in moved:
+            store = self._store(layer)
+            slots = page_slots(pages.target, self.page_size)
+            rows, shards = (x.repeat_interleave(self.page_size) for x in (pages.rows, pages.shards))
+            entries = NewEntries(
+                k=entries_of(store, pages.target)[0], rows=rows, positions=store.positions[pages.target].flatten(),
+                shard=shards + self.tables.shard_begin, valid=torch.ones_like(slots, dtype=torch.bool), slot_mapping=slots,
+                table=torch.zeros_like(slots),
+            )  # fmt: skip
+            self.router.moved(layer, store, entries)
 
     def remap(self, parent: list[int]) -> None:
         """Row i continues row parent[i], -1 = a fresh row. Host phase."""
@@ -116,10 +151,21 @@ class Selection:
 
     # ---- reading -------------------------------------------------------------------------------------------------------------
 
-    def read(self, query: Query, q: Tensor, row0: int, positions: Tensor, stored: Stored, plan: StepPlan) -> tuple[Tensor, Tensor]:
+    def read(
+        self,
+        query: Query,
+        q: Tensor,
+        row0: int,
+        positions: Tensor,
+        stored: Stored,
+        plan: StepPlan,
+        near: tuple[Stored, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """Attention to the chosen pages.
 
-        Args: q [R, T, Hq, Dk] at positions [R, T] int32, of the rows row0 ...; stored: their tables.
+        Args:
+            q [R, T, Hq, Dk] at positions [R, T] int32, of the rows row0 ...; stored: their tables.
+            near: what the queries read besides, and its lse [R, T, Hq]: it takes its share of the budget and counts as read.
 
         Returns: out [R, T, Hq, Dv] f32, lse [R, T, Hq] f32. Sync: none. Collectives with several ranks, per QUERIES_AT_ONCE queries of a
         row: one for a budget, and those of the router; all ranks must call it alike.
@@ -131,22 +177,44 @@ class Selection:
         for begin in range(0, q.shape[1], QUERIES_AT_ONCE):
             block = slice(begin, begin + QUERIES_AT_ONCE)
             asked = self._asked(query, q[:, block], rows, stored, positions, begin, plan)
-            page_list = self.choose(asked, plan)
+            held = None if near is None else self._held(near[0], asked)
+            if near is not None:
+                asked = replace(asked, near_lse=near[1][:, begin : begin + QUERIES_AT_ONCE].flatten(0, 1))
+                self.entries += held.flatten(1).sum(1, dtype=torch.float64) @ real_queries(asked)
+            page_list = self.choose(asked, plan) if near is None else self.choose(asked, plan, held)
             self._count(asked, page_list)
             out, lse, page_lse = self._attend(asked, page_list, self.router.wants_page_lse)
             if self.measures_mass:
-                share = torch.exp(lse - asked.gather(self._attend(asked, None)[1]).logsumexp(0)).mean(1, dtype=torch.float64)
+                read, whole = lse, self._attend(asked, None)[1]
+                if near is not None:
+                    read, whole = torch.logaddexp(read, asked.near_lse), torch.logaddexp(whole, asked.near_lse)
+                share = torch.exp(read - asked.gather(whole).logsumexp(0)).mean(1, dtype=torch.float64)
                 self.mass += torch.stack([share.nan_to_num(0.0) @ real_queries(asked), real_queries(asked).sum() / self.exchange.size])
             if self.router.wants_page_lse:
                 self.router.answered(asked, page_list, page_lse)
             parts.append((out.view(num_rows, -1, *out.shape[1:]), lse.view(num_rows, -1, lse.shape[1])))
         return parts[0] if len(parts) == 1 else (torch.cat([out for out, _ in parts], 1), torch.cat([lse for _, lse in parts], 1))
 
-    def choose(self, asked: PageQuery, plan: StepPlan) -> Tensor:
-        """Columns to read, [N, 1 or H, K] int32, -1 = none."""
+    def _held(self, near: Stored, asked: PageQuery) -> Tensor:
+        """[Q, S, C'] entries of each near page of the queries' rows."""
+        num_rows = asked.rows.stop - asked.rows.start
+        first = torch.arange(near.block_table.shape[-1], device=self.device, dtype=torch.int32) * self.page_size
+        entries = (near.seqlens.view(num_rows, 1, -1, 1) - first).clamp(0, self.page_size)
+        return entries.expand(-1, asked.positions.numel() // num_rows, -1, -1).flatten(0, 1)
+
+    def choose(self, asked: PageQuery, plan: StepPlan, near: Tensor | None = None) -> Tensor:
+        """Columns to read, [N, 1 or H, K] int32, -1 = none. near: entries of the near pages [Q, S, C'], read besides."""
         num_queries, num_local, columns = asked.visible.shape
         score = self.router.score(asked).view(num_queries, num_local, -1, columns)
-        keys = page_keys(score, asked.hidden, asked.pinned, asked.shards, self.num_shards)
+        hidden, pinned = asked.hidden, asked.pinned
+        if near is not None:  # near pages take part as pinned ones, so that the budget is one over both pools and all ranks
+            score = torch.nn.functional.pad(score, (0, near.shape[-1]))
+            hidden, pinned = torch.cat([hidden, near == 0], -1), torch.cat([pinned, near > 0], -1)
+        page_list = self._listed(asked, plan, page_keys(score, hidden, pinned, asked.shards, self.num_shards), num_local)
+        return page_list if near is None else torch.where(page_list < columns, page_list, -1)
+
+    def _listed(self, asked: PageQuery, plan: StepPlan, keys: Tensor, num_local: int) -> Tensor:
+        num_queries = asked.positions.numel()
         if not self.router.budgeted:
             return listed_pages(keys, num_local)
         budget = self._budget(asked.layer, plan)
@@ -166,7 +234,7 @@ class Selection:
 
     def _asked(self, query: Query, q: Tensor, rows: slice, stored: Stored, positions: Tensor, begin: int, plan: StepPlan) -> PageQuery:
         """The tables of R rows, once per query. q [R, T, Hq, D] are the queries from column `begin` of positions [R, all T] on."""
-        store, window = self.tables.stores[query.layer], self.layers[query.layer].window
+        store, window = self._store(query.layer), self.layers[query.layer].window
         num_rows, num_queries, num_q_heads, dim = q.shape
         columns = min(max(plan.lens_after_host) // self.page_size + 1, stored.block_table.shape[-1])  # a table may have spare ones
         per_query = lambda x: x if num_queries == 1 else _repeat(x, num_rows, num_queries)  # noqa: E731
@@ -212,7 +280,8 @@ class Selection:
         spec = self.layers[layer]
         if spec.window not in self._budgets:
             seen = [spec.tokens_kept(n) for n in lens_seen(plan, self.stages)]
-            self._budgets[spec.window] = page_budget(self.config, seen, self.page_size, self.num_shards, self.device)
+            near = self.tiers if self.tables.far[layer] is not None else None
+            self._budgets[spec.window] = page_budget(self.config, seen, self.page_size, self.num_shards, self.device, near)
         return self._budgets[spec.window]
 
     def _count(self, asked: PageQuery, page_list: Tensor) -> None:

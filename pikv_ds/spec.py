@@ -10,6 +10,7 @@ class LayerSpec:
     """KV geometry of one attention layer of the whole model (before any tensor-parallel split).
 
     `window` is the sliding window W in tokens, the query's own token included, or None for full attention.
+    `first_head` is the index of the first of these heads among those of the whole model: not 0 on tensor-parallel ranks that split them.
     `latent` marks MLA: one "head" whose key is [c_kv | k_rot] and whose value is the first v_dim columns of that key.
     """
 
@@ -19,6 +20,7 @@ class LayerSpec:
     v_dim: int
     window: int | None = None
     latent: bool = False
+    first_head: int = 0
 
     @property
     def stored_v_dim(self) -> int:

@@ -19,16 +19,16 @@ def stats(cache: PiKVCache, dense_rows: int, dense_columns: int) -> dict:
     tables, exchange = cache.tables, cache.exchange
     counters = tables.counters
     born_expired, spilled_here, spilled = counters.device_counts.tolist()
-    by_shard = tables.directory.load.sum(0).tolist() if cache.num_shards > 1 else [int(tables.counts.sum())]
+    by_shard = tables.directory.load.sum(0).tolist() if cache.num_shards > 1 else [int(tables.entries_live)]
     load_per_rank = [0] * exchange.size
     for shard, entries in enumerate(by_shard):
         load_per_rank[shard_rank(shard, cache.num_shards, exchange.size)] += entries
     return {
-        "kv_bytes_allocated": sum(s.nbytes for s in tables.stores),
-        "kv_bytes_live": sum(s.live_nbytes for s in tables.stores),
+        "kv_bytes_allocated": sum(s.nbytes for s in tables.all_stores),
+        "kv_bytes_live": sum(s.live_nbytes for s in tables.all_stores),
         "kv_bytes_dense": sum(dense_bytes(spec, dense_rows, dense_columns, cache.dtype.itemsize) for spec in cache.layers),
-        "metadata_bytes": tables.directory.nbytes + sum(s.metadata_nbytes for s in tables.stores) + router_bytes(cache),
-        "entries_live": int(tables.counts.sum()),
+        "metadata_bytes": metadata_bytes(cache),
+        "entries_live": int(tables.entries_live),
         "entries_appended": int(counters.by_expert.sum()) * tables.heads,
         "entries_expired": counters.expired + born_expired,
         "entries_evicted": counters.evicted,
@@ -47,6 +47,12 @@ def stats(cache: PiKVCache, dense_rows: int, dense_columns: int) -> dict:
     }
 
 
+def metadata_bytes(cache: PiKVCache) -> int:
+    tables = cache.tables
+    own = tables.directory.nbytes + tables.no_tail_nbytes + sum(s.metadata_nbytes for s in tables.all_stores)
+    return own + router_bytes(cache)
+
+
 def router_bytes(cache: PiKVCache) -> int:
     return 0 if cache.selection is None else cache.selection.router.nbytes
 
@@ -57,8 +63,9 @@ def dense_bytes(spec: LayerSpec, rows: int, columns: int, itemsize: int) -> int:
 
 
 def attention_impl(cache: PiKVCache) -> str:
-    """Which code reads the pages, and their format: "pikv cpu int8", "pikv torch fp32"."""
-    return f"pikv {load.ensured(cache.device.type)} {cache.tables.formats[0].name}"
+    """Which code reads the pages, and their format: "pikv cpu int8", "pikv torch fp32"; "pikv cpu fp32+int4" with two pools."""
+    formats = [fmt.name for fmt in (cache.tables.formats[0], cache.tables.far_formats[0]) if fmt is not None]
+    return f"pikv {load.ensured(cache.device.type)} {'+'.join(formats)}"
 
 
 def share_bytes(num_tokens: int, num_q_heads: int, spec: LayerSpec, q_dim: int, itemsize: int) -> int:

@@ -1,7 +1,7 @@
 """The paged store of one layer on one rank: slabs of page records, the block table of its shards, device-side slot allocation.
 
 R request rows, S local shards, P pages. A page is one record of ops/formats.py: codes, scales and positions of page_size entries. Formats
-that encode keys by groups of tokens keep the newest group of every (row, shard) raw in `tail`.
+that encode keys by groups of tokens keep the newest group of every (row, shard) raw in `tail`; a store of full pages has none.
 """
 
 from __future__ import annotations
@@ -19,15 +19,28 @@ GROWTH = 8  # pages are added in slabs of at least P // GROWTH, and given back o
 class LayerStore:
     """Owns the KV memory of one layer on this rank. `counts` and `free_top` are views into tensors that the cache reads once per step."""
 
-    def __init__(self, fmt: PageFormat, dtype: torch.dtype, device: torch.device, counts: Tensor, free_top: Tensor, heads: int = 1) -> None:
+    def __init__(
+        self,
+        fmt: PageFormat,
+        dtype: torch.dtype,
+        device: torch.device,
+        counts: Tensor,
+        free_top: Tensor,
+        heads: int = 1,
+        *,
+        no_tail: Tensor | None = None,
+    ) -> None:
+        """no_tail: entries come in full pages only, so there is no open group; [1, Hkv, group, Dk], what the ops are given all the same."""
         self.fmt = fmt
+        self.full_pages = no_tail is not None
         self.heads = heads  # S counts (shard, kv head) pairs when a page holds one head: its tables are shard * heads + head
         self.page_size = fmt.page_size
         self.dtype, self.device = dtype, device  # dtype of the raw tail
         self.counts = counts  # [R, S] int32, entries per row and local shard, expired pages not included
         self.free_top = free_top  # 0-d int64, pages on the free stack
         self.pages = aligned_bytes(0, device).view(0, fmt.record_bytes)  # [P, record_bytes] uint8
-        self.tail = self.new_tail(counts.numel())  # [R * S, Hkv, group, Dk], or None
+        # [R * S, Hkv, group, Dk], or None; of full pages one row for all tables, which is not read
+        self.tail = (no_tail if fmt.grouped else None) if self.full_pages else self.new_tail(counts.numel())
         self.summaries: dict[str, Tensor] = {}  # name -> [P, ...]: what selection or retention keeps per page; travels with the page
         self.cleared: list[str] = []  # names of summaries that a freed page loses
         self.by_entry: list[str] = []  # names of those with a value per slot
@@ -64,7 +77,8 @@ class LayerStore:
     @property
     def nbytes(self) -> int:
         """Allocated KV bytes: page records (codes, scales, positions, padding), raw tails, page summaries."""
-        return self.pages.nbytes + (0 if self.tail is None else self.tail.nbytes) + sum(x.nbytes for x in self.summaries.values())
+        tail = 0 if self.tail is None or self.full_pages else self.tail.nbytes
+        return self.pages.nbytes + tail + sum(x.nbytes for x in self.summaries.values())
 
     @property
     def metadata_nbytes(self) -> int:

@@ -43,7 +43,15 @@ class Tables:
         self.layers, self.storage, self.page_size = layers, config.storage, page_size
         per_head = config.scheduling.head_budget != "shared"
         self.heads = layers[0].num_kv_heads if per_head else 1  # tables of a row and shard: a page holds the entries of one of them
-        self.formats = [_page_format(codec, spec, page_size, dtype, self.heads) for spec in layers]
+        near = config.compression.build_near()  # layers without a window then have two pools of pages (tiers.py)
+        far = [near is not None and spec.window is None for spec in layers]
+        self.formats = [
+            _page_format(near if two else codec, spec, page_size, dtype, self.heads) for spec, two in zip(layers, far, strict=True)
+        ]
+        self.far_formats = [
+            _page_format(codec, spec, page_size, dtype, self.heads) if two else None for spec, two in zip(layers, far, strict=True)
+        ]
+        self.two_pools = any(far)
         self.dtype, self.device, self.num_shards = dtype, device, num_shards
         shards = local_shards(rank, num_shards, num_ranks)
         self.shard_begin, self.num_local = shards.start, len(shards)
@@ -60,9 +68,23 @@ class Tables:
         self.stores = [
             LayerStore(fmt, self.dtype, self.device, self.counts[i], self.free_top[i], self.heads) for i, fmt in enumerate(self.formats)
         ]
-        for spec, store in zip(self.layers, self.stores, strict=True):
+        self.far_counts, self.far_free_top = torch.zeros_like(self.counts), torch.zeros_like(self.free_top)
+        no_tails = {fmt: self._no_tail(fmt) for fmt in self.far_formats if fmt is not None}
+        self.no_tail_nbytes = sum(tail.nbytes for fmt, tail in no_tails.items() if fmt.grouped)
+        self.far = [
+            None
+            if fmt is None
+            else LayerStore(fmt, self.dtype, self.device, self.far_counts[i], self.far_free_top[i], no_tail=no_tails[fmt])
+            for i, fmt in enumerate(self.far_formats)
+        ]
+        for store in self.far:
+            if store is not None:
+                store.reserve(0, 0, 0)  # a table that is read while it is empty has its spare column
+        for i, spec in enumerate(self.layers):
             for name, dtype in self.page_values.items() if spec.window is None else ():
-                store.add_summary(name, (self.page_size,) if self.by_entry else (), dtype, cleared=True, by_entry=self.by_entry)
+                for store in self.pools(i):
+                    shape = (self.page_size,) if self.by_entry else ()
+                    store.add_summary(name, shape, dtype, cleared=True, by_entry=self.by_entry)
         self.evicted_at = [0] * num_rows  # tokens of a row when a budget last took entries of it
         self.quiet = 0  # decode steps that surely open no page: nothing to reserve, mirror or give back
         self.settled = [0] * num_rows  # window layers dropped what a query after this many tokens of a row can't see
@@ -70,6 +92,23 @@ class Tables:
         self.evicted = self.directory.evicted_by_head()  # [L][R][H]
         self.counters.clear()
         self.mirror()
+
+    def _no_tail(self, fmt: PageFormat) -> Tensor:
+        return torch.zeros(1, fmt.num_kv_heads, fmt.group, fmt.k_dim, dtype=self.dtype, device=self.device)
+
+    def pools(self, layer: int) -> list[LayerStore]:
+        """The stores of a layer: the one that entries are appended to, and that of its demoted pages if there are two."""
+        near, far = self.stores[layer], self.far[layer]
+        return [near] if far is None else [near, far]
+
+    @property
+    def all_stores(self) -> list[LayerStore]:
+        return [store for layer in range(len(self.layers)) for store in self.pools(layer)]
+
+    @property
+    def entries_live(self) -> Tensor:
+        """0-d int64, entries in all tables of this rank. Sync: none."""
+        return self.counts.sum() + self.far_counts.sum()
 
     def mirror(self) -> None:
         """Host copies of the sizes that plan the next forward. Sync: one read in forwards that are not quiet; free on CPU."""
@@ -95,6 +134,7 @@ class Tables:
         keep = torch.tensor(agreed.keep, dtype=torch.int64).to(self.device)
         removed = self.directory.remap(parent, keep, torch.tensor(lens, dtype=torch.int64).to(self.device))
         old, self.counts = self.counts, self.counts.new_zeros(len(self.layers), parent.numel(), self.num_local * self.heads)
+        old_far, self.far_counts = self.far_counts, torch.zeros_like(self.counts)
         self.evicted = self.directory.evicted_by_head()
         childless = torch.ones(old.shape[1], dtype=torch.bool, device=self.device)
         childless[parent[parent >= 0]] = False
@@ -107,6 +147,12 @@ class Tables:
             cropped = int(cut.sum()) + (int(old[i][childless].sum()) if some_end else 0)
             self.counters.cropped += cropped
             self.counters.forked += int(self.counts[i].sum()) + cropped - int(old[i].sum())
+            if self.far[i] is not None:  # a crop never reaches what was demoted (tiers.py)
+                self.far_counts[i] = torch.where(parent.unsqueeze(-1) >= 0, old_far[i][parent.clamp_min(0)], 0)
+                remap(self.far[i], parent, self.far_counts[i])
+                dropped = int(old_far[i][childless].sum()) if some_end else 0
+                self.counters.cropped += dropped
+                self.counters.forked += int(self.far_counts[i].sum()) + dropped - int(old_far[i].sum())
         self.mirror()
 
     def _refuse_crops_behind_the_window(self, agreed: Agreed, lens: list[int]) -> None:
@@ -204,6 +250,10 @@ class Tables:
         self.mirror()
         for i, (store, free) in enumerate(zip(self.stores, self.free_host.tolist(), strict=True)):
             self.free_host[i] = store.shrink(free)
+        if self.two_pools:
+            for store, free in zip(self.far, self.far_free_top.tolist(), strict=True):
+                if store is not None:
+                    store.shrink(free)
 
 
 def _page_format(codec: Codec, spec: LayerSpec, page_size: int, dtype: torch.dtype, heads: int) -> PageFormat:

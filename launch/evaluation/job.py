@@ -18,23 +18,36 @@ def evaluate(spec: EvalSpec, units: list[Unit], partial: Partial | None, stdout:
     """Measure every unit. On the rank that has them, rows go to `partial` as they come and progress goes to `stdout`."""
     import torch
 
-    from pikv_ds.bundled import evaluation_text
-    from pikv_ds.bundled.recall import Prose
-    from pikv_ds.launch.evaluation.ppl import measure_ppl
-    from pikv_ds.launch.evaluation.recall import measure_recall
-    from pikv_ds.launch.evaluation.rows import Measured, build_row, method_name
+    from pikv_ds.launch.evaluation.rows import method_name
 
-    measure = {"ppl": measure_ppl, "recall": measure_recall}
-    with _open_backend(spec, units) as backend, torch.no_grad():
-        text = Path(spec.text).read_text(encoding="utf-8") if spec.text else evaluation_text()
-        prose = Prose(backend.tokenizer, text)
+    with open_backend(spec, units) as backend, torch.no_grad():
+        prose = prose_of(backend, spec)
         for unit in units:
             title = f"{unit.task}, {method_name(_config(unit))}"
             with progress_bar(title, _own_samples(spec), stdout) as advance:
-                result, memory, tokens = measure[unit.task](backend, spec, prose, unit.block, advance)
-            row = build_row(backend, spec, unit, Measured(backend.data_rank, result, memory, tokens))
+                row = measure_unit(backend, spec, prose, unit, advance)
             if partial is not None:
                 partial.add(key_of(spec, unit), row)
+
+
+def prose_of(backend: Any, spec: EvalSpec) -> Any:
+    """The text that the run measures on, in the backend's tokens."""
+    from pikv_ds.bundled import evaluation_text
+    from pikv_ds.bundled.recall import Prose
+
+    return Prose(backend.tokenizer, Path(spec.text).read_text(encoding="utf-8") if spec.text else evaluation_text())
+
+
+def measure_unit(backend: Any, spec: EvalSpec, prose: Any, unit: Unit, advance: Callable[[int], None]) -> dict[str, Any]:
+    """The row of one unit, the same on every rank. Collective over the job; call it under torch.no_grad()."""
+    from pikv_ds.launch.evaluation.ppl import measure_ppl
+    from pikv_ds.launch.evaluation.recall import measure_recall
+    from pikv_ds.launch.evaluation.rows import Measured, build_row
+    from pikv_ds.launch.evaluation.size import measure_bytes
+
+    measure = {"ppl": measure_ppl, "recall": measure_recall, "bytes": measure_bytes}[unit.task]
+    result, memory, tokens = measure(backend, spec, prose, unit.block, advance)
+    return build_row(backend, spec, unit, Measured(backend.data_rank, result, memory, tokens))
 
 
 def backend_class(name: str) -> type:
@@ -49,7 +62,7 @@ def backend_class(name: str) -> type:
 
 
 @contextlib.contextmanager
-def _open_backend(spec: EvalSpec, units: list[Unit]) -> Iterator[Any]:
+def open_backend(spec: EvalSpec, units: list[Unit]) -> Iterator[Any]:
     timeout_s = max((config.timeout_s for unit in units if (config := _config(unit))), default=300)
     backend = backend_class(spec.backend)(spec, timeout_s)
     try:

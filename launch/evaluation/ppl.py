@@ -29,7 +29,7 @@ def measure_ppl(
     backend: Backend, spec: EvalSpec, prose: Prose, block: dict[str, Any] | None, advance: Callable
 ) -> tuple[PplSums, Memory, int]:
     """Sums over this rank's windows; the cache after its first batch, and the tokens in it."""
-    windows = _windows(spec, prose, backend.data_rank)
+    windows = windows_of(spec, prose, backend.data_rank)
     sums, memories = [], []
     for start in range(0, len(windows), spec.batch):
         ids = windows[start : start + spec.batch]
@@ -47,7 +47,7 @@ def measure_ppl(
     return PplSums(*map(sum, zip(*sums, strict=True))), first_of(memories), min(spec.batch, len(windows)) * spec.context
 
 
-def _windows(spec: EvalSpec, prose: Prose, data_rank: int) -> Tensor:
+def windows_of(spec: EvalSpec, prose: Prose, data_rank: int) -> Tensor:
     """[N, context] int64: windows without overlap, drawn by the seed; with distinct requests, those of this data rank."""
     body = spec.context - len(prose.prefix)
     available = len(prose.ids) // body

@@ -101,7 +101,7 @@ def _reads_all(config: PiKVConfig | None) -> bool:
 
 def _two_byte_bytes(backend: Backend, spec: EvalSpec, unit: Unit) -> float:
     """Bytes per token of an ordinary cache of 2-byte elements with the same requests in it."""
-    tokens = spec.context if unit.task == "ppl" else spec.context - 1
+    tokens = spec.context - 1 if unit.task == "recall" else spec.context
     return sum(dense_bytes(layer, 1, tokens, 2) for layer in backend.layers) / tokens
 
 
@@ -125,4 +125,4 @@ def _recall_quality(results: Sequence[tuple[list[Answer], list[float]]]) -> tupl
     return {"recall": found / asked, "step_ms": median(results[0][1])}, detail
 
 
-_QUALITY = {"ppl": _ppl_quality, "recall": _recall_quality}
+_QUALITY = {"ppl": _ppl_quality, "recall": _recall_quality, "bytes": lambda results: ({}, {})}

@@ -10,7 +10,8 @@ from typing import Any
 from pikv_ds.errors import ConfigError
 from pikv_ds.spec import LayerSpec
 
-TASKS = ("ppl", "recall")
+TASKS = ("ppl", "recall", "bytes")
+DEFAULT_TASKS = ("ppl", "recall")
 BACKENDS = ("hf", "megatron")
 COLUMNS = (
     "backend", "config", "method", "task", "ranks", "tp", "ep", "context", "chunk", "seed", "dtype", "ppl", "ppl_change_pct", "kl",

@@ -16,6 +16,7 @@ from pikv_ds.errors import ConfigError, UnsupportedError
 
 from . import binding as bindings
 from .expert_ids import ExpertIds, count_experts, load_gate
+from .fingerprint import check_calibration
 from .forward_hooks import ForwardHooks
 from .generate_hooks import GenerateHooks
 from .hf_attention import pikv_attention, pikv_mask
@@ -63,6 +64,7 @@ def attach(model: PreTrainedModel, config=None, group: dist.ProcessGroup | None 
     if config.storage.expert_ids == "gate":
         gate = load_gate(config.storage.gate_path, len(specs), num_experts, specs[0].num_kv_heads * specs[0].k_dim).to(parameter.device)
     core = PiKVCache(specs, config, num_experts=num_experts, dtype=parameter.dtype, device=parameter.device, group=group)
+    check_calibration(core, attentions)
     cache = HFCache(core)
     expert_ids = ExpertIds(config.storage.expert_ids, layers, attentions, gate)
     expert_ids.on_routed = core.name_experts
@@ -82,6 +84,11 @@ def attach(model: PreTrainedModel, config=None, group: dist.ProcessGroup | None 
 
     cache._detach = undo
     return cache
+
+
+def find_attentions(model: nn.Module) -> list[nn.Module]:
+    """The attention modules of the decoder's layers, in order. Raises: UnsupportedError."""
+    return _anatomy(model)[2]
 
 
 def _anatomy(model: nn.Module) -> tuple[nn.Module, list[nn.Module], list[nn.Module]]:

@@ -6,9 +6,11 @@ from abc import ABC, abstractmethod
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from pikv_ds.ops.formats import PageFormat
 from pikv_ds.spec import LayerSpec
+from pikv_ds.transform import Transform
 
 
 class Codec(ABC):
@@ -20,8 +22,14 @@ class Codec(ABC):
 
     name: ClassVar[str]
     lossless: ClassVar[bool] = False
+    calibrated: ClassVar[bool] = False
+    """Whether it needs a file of statistics, its option `calibration` (pikv_ds/calibration.py)."""
     group: int = 0
     """Tokens that share a scale of K, so that a page must hold whole groups and a row keeps a raw tail; 0 = none do."""
+    light: Codec | None = None
+    """The codec of new and of important entries, when the codec keeps two kinds of pages (tiers.py)."""
+    light_ratio: float = 0.0
+    """Share of a request's entries that may stay in the light codec."""
 
     @property
     @abstractmethod
@@ -32,12 +40,32 @@ class Codec(ABC):
     def format_name(self, dtype: torch.dtype) -> str:
         """The record format (ops/formats.py) for a model whose keys have this dtype. Raises: ValueError for a dtype it cannot hold."""
 
+    def ready(self) -> None:  # noqa: B027
+        """Read what the codec needs from disk. Raises: ValueError when that is missing or of something else."""
+
+    def stored(self, spec: LayerSpec) -> LayerSpec:
+        """The geometry of what pages hold of a layer: narrower than the model's for codecs that store coefficients."""
+        return spec
+
+    def transform(self, spec: LayerSpec) -> Transform | None:
+        """The maps between the model's heads and what pages hold; None: they are the same. Raises: ValueError, ConfigError."""
+        return None
+
+    def check_model(self, spec: LayerSpec, norms: Tensor) -> None:  # noqa: B027
+        """Raises: ConfigError when a calibration is of other weights; norms [H, D]: of the rows of the layer's key projection."""
+
+    def declared_errors(self, spec: LayerSpec, page_size: int, dtype: torch.dtype) -> tuple[float, float]:
+        """Largest ||x - x_hat|| / ||x|| of the keys and of the values of a layer; of the calibration's own ones for calibrated codecs."""
+        fmt = self.page_format(spec, page_size, dtype)
+        return (0.0, 0.0) if self.lossless else (fmt.k_rel_error, fmt.v_rel_error)
+
     def page_format(self, spec: LayerSpec, page_size: int, dtype: torch.dtype) -> PageFormat:
-        """Layout of one page of this layer; its bytes, and its declared errors `k_rel_error` and `v_rel_error`.
+        """Layout of one page of this layer; its bytes, and the errors of its record, `k_rel_error` and `v_rel_error`.
 
         Raises: ValueError for a geometry without a record: a width that is not a multiple of 8, a page that is not whole groups.
         """
         options = {"group": self.group} if self.group else {}
+        spec = self.stored(spec)
         return PageFormat(self.format_name(dtype), spec.num_kv_heads, spec.k_dim, spec.v_dim, page_size, latent=spec.latent, **options)
 
     def page_size(self, wanted: int | None) -> int:

@@ -11,13 +11,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
 from pikv_ds.entries import decoded
+from pikv_ds.spec import LayerSpec
 from pikv_ds.store import LayerStore
+
+if TYPE_CHECKING:
+    from pikv_ds.config import SchedulingConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +68,8 @@ class Pages:
     """Query columns since the generation began."""
     last_eviction: int = 0
     """`time` when entries were last evicted."""
+    layer: int = 0
+    """Index of the attention layer."""
     tail_rows: Tensor | None = None
     """[R, S] int64, the row of each table in store.tail; None = the keys of open groups are not asked for."""
 
@@ -150,8 +156,12 @@ class RetentionPolicy(ABC):
     """One number per page (or entry) each, kept in the store; a policy that has any is shown what queries attend to."""
     observes_queries: ClassVar[bool] = False
     """True: row_values are kept, and observe_queries() is shown the queries themselves."""
+    reads_model_queries: ClassVar[bool] = False
+    """True: it needs queries and keys as the model computes them, not what codecs that fold maps into them pass on and store."""
     needs_one_shard: ClassVar[bool] = False
     """True: a page's score depends on all entries of its request, so that one shard must hold them."""
+    needs_head_budget: ClassVar[str | None] = None
+    """The value of scheduling.head_budget that the policy needs; None = any."""
     sums_layers: ClassVar[bool] = False
     """Scores are summed over the layers, which then keep the same entries: needs pages that hold the same entries in every layer."""
     target_hit_rate: float | None = None
@@ -159,6 +169,9 @@ class RetentionPolicy(ABC):
     threshold_rate: float = 0.0
     window: int | None = None
     """Only so many last queries of a forward matter; None = all of them."""
+
+    def check(self, scheduling: SchedulingConfig, layers: list[LayerSpec]) -> None:  # noqa: B027
+        """Refuse a block or a model that the policy cannot serve. layers: of full attention. Raises: ConfigError."""
 
     @property
     def watches(self) -> bool:

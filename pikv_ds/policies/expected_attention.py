@@ -20,6 +20,7 @@ class ExpectedAttention(TokenPolicy):
     """
 
     observes_queries = True
+    reads_model_queries = True  # to turn them back by their positions
     needs_one_shard = True  # the softmax runs over all entries of a request
 
     def __init__(self, *, rope_theta: float = 10_000.0, horizon: int = 512, skip: int = 4) -> None:

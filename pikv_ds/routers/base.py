@@ -75,6 +75,9 @@ class PageQuery:
     gather: Callable[[Tensor], Tensor]
     """[...] of the same shape on all ranks -> [ranks, ...]. A collective when there are several: call it on all or none."""
 
+    near_lse: Tensor | None = None
+    """[Q, Hq] f32 lse of the entries of this rank that every query reads besides these pages (tiers.py); None = there are none."""
+
     def over_shards(self, x: Tensor) -> Tensor:
         """[Q, S, ...] of the local shards -> [Q, shards, ...] of all, by `gather`."""
         return self.gather(x).transpose(0, 1).flatten(1, 2)
@@ -103,6 +106,8 @@ class Router(ABC):
     """True: `answered` is called after every read."""
     needs_experts: ClassVar[bool] = False
     """True: it follows the model's experts, and a dense model is refused."""
+    reads_model_queries: ClassVar[bool] = False
+    """True: it needs queries as the model computes them, not what codecs that fold maps into them pass on."""
 
     def open(self, layer: int, store: LayerStore, num_shards: int) -> None:  # noqa: B027
         """A new, empty store of a layer, of store.counts.shape[0] rows: add summaries, forget rows. num_shards: on all ranks."""
@@ -112,6 +117,13 @@ class Router(ABC):
 
     def wrote(self, layer: int, store: LayerStore, new: NewEntries) -> None:  # noqa: B027
         """Entries were appended. Those of a forward of several tokens are reported after its queries, which must not see them."""
+
+    def moved(self, layer: int, store: LayerStore, new: NewEntries) -> None:  # noqa: B027
+        """Pages came into the store that were reported by `wrote` with no slot when their entries were appended to another one (tiers.py).
+
+        What is kept per page must be made for them; what is kept per request or shard has them already. `new` has whole pages of this
+        rank, keys as they are read. Host phase.
+        """
 
     @property
     def nbytes(self) -> int:

@@ -28,6 +28,9 @@ class PageBounds(Router):
         store.add_summary(SUMMARY, (store.fmt.num_kv_heads, 2, store.fmt.k_dim), self.dtype)
 
     def wrote(self, layer: int, store: LayerStore, new: NewEntries) -> None:
+        self.moved(layer, store, new)
+
+    def moved(self, layer: int, store: LayerStore, new: NewEntries) -> None:
         options = {} if store.tail is None else {"tail": store.tail, "tail_rows": new.table}
         ops.page_bounds(store.summaries[SUMMARY], store.pages, store.fmt, new.slot_mapping, **options)
 

@@ -56,6 +56,10 @@ class KeyCentroids(Router):
         self.fresh.discard(layer)
         _count_in(store.summaries[SUMMARY], new.slot_mapping, own, store.page_size)
 
+    def moved(self, layer: int, store: LayerStore, new: NewEntries) -> None:
+        """Counted in the clusters as they are now."""
+        _count_in(store.summaries[SUMMARY], new.slot_mapping, self._nearest(layer, new.k, new.rows), store.page_size)
+
     def _seeds_or_nearest(self, layer: int, new: NewEntries) -> Tensor:
         """[N, H] int64 cluster of each key."""
         seeded, positions = self.seeded[layer], new.positions.to(torch.int64).clamp_min(0)

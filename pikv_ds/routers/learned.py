@@ -19,6 +19,8 @@ class LearnedGate(ShardRouter):
     Source: PiKV, arXiv 2508.06526, table 1.
     """
 
+    reads_model_queries = True
+
     def __init__(self, *, path: str, top_k: int = 1) -> None:
         super().__init__(top_k=top_k)
         self.path, self.gate = path, _read(path)

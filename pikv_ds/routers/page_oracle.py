@@ -20,6 +20,7 @@ class PageOracle(Router):
             asked.q, store.pages, store.fmt, asked.block_table, asked.seqlens, scale=asked.scale, q_positions=asked.positions,
             window=asked.window, tail=asked.tail, tail_rows=asked.tail_rows, with_page_lse=True,
         )  # fmt: skip
+        lse = lse if asked.near_lse is None else torch.logaddexp(lse, asked.near_lse)
         total = asked.gather(lse).logsumexp(0).repeat_interleave(page_lse.shape[0] // lse.shape[0], 0).unsqueeze(-1)
         mass = torch.exp(page_lse - total.clamp_min(torch.finfo(torch.float32).min))  # [N, Hq, C]
         return mass.unflatten(1, (num_heads, -1)).sum(2)

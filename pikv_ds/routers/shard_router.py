@@ -61,6 +61,11 @@ class ShardRouter(Router):
         return chosen & (logits > -torch.inf)
 
     def score(self, asked: PageQuery) -> Tensor:
-        local = self.chosen_shards(asked)[:, asked.shards]
-        score = torch.zeros_like(asked.visible, dtype=torch.float32).masked_fill(~local.unsqueeze(-1), -torch.inf)
-        return score.flatten(0, 1).unsqueeze(1)
+        return scores_of(self.chosen_shards(asked), asked)
+
+
+def scores_of(chosen: Tensor, asked: PageQuery) -> Tensor:
+    """chosen [Q, S of all ranks] bool -> page scores [N, 1, C]: 0 in the local shards among them, -inf elsewhere."""
+    local = chosen[:, asked.shards]
+    score = torch.zeros_like(asked.visible, dtype=torch.float32).masked_fill(~local.unsqueeze(-1), -torch.inf)
+    return score.flatten(0, 1).unsqueeze(1)

@@ -5,7 +5,7 @@ from torch import Tensor
 from pikv_ds.routers import ROUTERS
 from pikv_ds.routers.base import PageQuery
 from pikv_ds.routers.bounds import PageBounds
-from pikv_ds.routers.earlier import EarlierQueries
+from pikv_ds.routers.earlier import Earlier
 from pikv_ds.store import LayerStore
 
 
@@ -19,7 +19,7 @@ class Shuffle(PageBounds):
 
     def __init__(self, *, metadata: Literal["fp32", "bf16", "fp16"] = "bf16") -> None:
         super().__init__(metadata=metadata)
-        self.earlier = EarlierQueries()
+        self.earlier = Earlier()
 
     def open(self, layer: int, store: LayerStore, num_shards: int) -> None:
         super().open(layer, store, num_shards)
@@ -29,4 +29,4 @@ class Shuffle(PageBounds):
         self.earlier.remap(layer, parent)
 
     def score(self, asked: PageQuery) -> Tensor:
-        return self.score_with(self.earlier.swap(asked), asked)
+        return self.score_with(self.earlier.swap(asked, asked.q), asked)

@@ -1,30 +1,62 @@
+from __future__ import annotations
+
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from pikv_ds.routers import ROUTERS
-from pikv_ds.routers.base import PageQuery
-from pikv_ds.routers.earlier import EarlierQueries
-from pikv_ds.routers.shard_router import ShardRouter
+from pikv_ds.routers.base import NewEntries, PageQuery, Router
+from pikv_ds.routers.earlier import Earlier
+from pikv_ds.routers.scramble import scramble
+from pikv_ds.routers.shard_router import ShardRouter, scores_of
 from pikv_ds.store import LayerStore
 
 
 @ROUTERS.register("shuffle_shards")
-class ShuffleShards(ShardRouter):
-    """Control for shard routers: `topk` asked with the query of another position of the request, so that shards keep their popularity.
+class ShuffleShards(Router):
+    """Control for any shard router: read the shards that it chose for another query, so that each keeps its popularity.
 
-    g_s = scale q' mu_s, q' drawn from the latest 128 queries of the row. What `topk` holds more of the attention, it owes to the query.
+    The router `base`, with the options `base_options`, chooses for the query itself; what is read are the shards that it chose for one of
+    the latest 128 queries of the row, drawn by a hash of the position (before there is one: its own, moved on by a drawn number of shards).
+    As many shards as `base` reads, as often each; what `base` holds more of the attention, it owes to the query.
     """
 
-    def __init__(self, *, top_k: int = 1) -> None:
-        super().__init__(top_k=top_k)
-        self.earlier = EarlierQueries()
+    budgeted = False
+
+    def __init__(self, *, base: str = "topk", base_options: dict[str, Any] | None = None) -> None:
+        names = [name for name, router in ROUTERS.items() if issubclass(router, ShardRouter)]
+        if base not in names:
+            raise ValueError(f"base = one of {', '.join(map(repr, names))}, got {base!r}; for routers of pages the control is 'shuffle'")
+        try:
+            self.base = ROUTERS.build(base, **base_options or {})
+        except TypeError as error:
+            raise ValueError(f"base_options = options of the router {base!r}, got {base_options}: {error}") from None
+        self.earlier = Earlier()
+        self.needs_experts, self.wants_page_lse = self.base.needs_experts, self.base.wants_page_lse
 
     def open(self, layer: int, store: LayerStore, num_shards: int) -> None:
-        super().open(layer, store, num_shards)
+        self.base.open(layer, store, num_shards)
         self.earlier.open(layer)
 
     def remap(self, layer: int, parent: Tensor) -> None:
-        super().remap(layer, parent)
+        self.base.remap(layer, parent)
         self.earlier.remap(layer, parent)
 
-    def logits(self, asked: PageQuery) -> Tensor:
-        return self.mean_logits(self.earlier.swap(asked), asked)
+    def wrote(self, layer: int, store: LayerStore, new: NewEntries) -> None:
+        self.base.wrote(layer, store, new)
+
+    def answered(self, asked: PageQuery, page_list: Tensor, page_lse: Tensor) -> None:
+        """Misses are those of the shards that were read: the ones that `base` chose and nobody read are not known."""
+        self.base.answered(asked, page_list, page_lse)
+
+    @property
+    def nbytes(self) -> int:
+        return self.base.nbytes + sum(kept.nbytes for kept in self.earlier.kept.values())
+
+    def score(self, asked: PageQuery) -> Tensor:
+        own = self.base.chosen_shards(asked)
+        drawn, num_shards = self.earlier.swap(asked, own), own.shape[1]
+        step = 1 + scramble(asked.positions, 1) % max(num_shards - 1, 1)
+        shard = (torch.arange(num_shards, device=own.device) - step.unsqueeze(1)) % num_shards
+        return scores_of(torch.where(drawn.any(-1, keepdim=True), drawn, own.gather(1, shard)), asked)

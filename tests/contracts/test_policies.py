@@ -8,7 +8,8 @@ import torch
 from pikv_ds.errors import ConfigError
 from pikv_ds.policies import POLICIES
 from pikv_ds.policies.base import Pages, RetentionPolicy
-from tests.unit.driver import layer, ragged
+from tests.retention_blocks import needed
+from tests.unit.driver import Driver, layer, ragged
 from tests.unit.evicting import EvictingDriver
 from tests.unit.invariants import poison
 from tests.unit.stores import fill, make_store
@@ -37,13 +38,18 @@ def test_none_never_evicts():
 
 @pytest.mark.parametrize("num_shards", [1, 2], ids="S{}".format)
 @pytest.mark.parametrize("name", EVICTING)
-def test_budget_pins_and_attention(name, num_shards):
+def test_budget_pins_and_attention(name, num_shards, tmp_path):
     """Whatever a policy prefers: budgets hold, pins stay, attention is that over the kept entries, freed slots may hold NaN."""
-    scheduling = {"method": name, "budget_tokens": 30, "sink_tokens": 2, "recent_tokens": 5}
+    own = needed(name, tmp_path, layers=3, heads=2, width=16)
+    scheduling = {"method": name, "budget_tokens": 30, "sink_tokens": 2, "recent_tokens": 5} | own
     kinds, options = [layer(0), layer(1, window=7), layer(2)], {"page_size": 4, "num_shards": num_shards, "placement": "position"}
     if POLICIES.get(name).needs_one_shard and num_shards > 1:
         with pytest.raises(ConfigError, match="one shard on one rank"):
             EvictingDriver(kinds, None, scheduling, **options)
+        return
+    if POLICIES.get(name).needs_head_budget:  # its entries are those of a head: tests/unit/test_evict_heads.py holds it to the rest
+        with pytest.raises(ConfigError, match="head_budget = 'shared'"):
+            EvictingDriver(kinds, None, scheduling | {"head_budget": "shared"}, **options)
         return
     driver = EvictingDriver(kinds, None, scheduling, **options)
     driver.prefill([50, 3, 21])
@@ -54,12 +60,14 @@ def test_budget_pins_and_attention(name, num_shards):
 
 
 @pytest.mark.parametrize("name", EVICTING)
-def test_scores_are_comparable_numbers(name):
+def test_scores_are_comparable_numbers(name, tmp_path):
     """Through the cache, so that what a policy keeps per page and per row exists; absent pages must not be NaN either."""
-    driver = EvictingDriver([layer(0)], None, {"method": name, "budget_tokens": 40, "sink_tokens": 2, "recent_tokens": 5}, page_size=4)
+    own = needed(name, tmp_path, layers=1, heads=2, width=16)
+    scheduling = {"method": name, "budget_tokens": 40, "sink_tokens": 2, "recent_tokens": 5} | own
+    driver = Driver([layer(0)], scheduling=scheduling, page_size=4)
     driver.prefill([33, 2])
     retention = driver.cache.retention
     score = retention.policy.score(retention.pages(0, driver.lens))
-    table = driver.cache.tables.stores[0].block_table
+    table = retention.pages(0, driver.lens).table
     assert score.shape == table.shape and score.dtype == torch.float32
     assert score[table >= 0].isfinite().all() and not score.isnan().any()

@@ -19,9 +19,10 @@ LAYERS = [layer(0), layer(1, window=24)]
 class Recording(Driver):
     """Keeps the outputs and compares nothing: a router may read less than dense attention does."""
 
-    def __init__(self, name: str, folder, **options) -> None:
-        block = routing(name, folder, layers=len(LAYERS), shards=options.get("num_shards", 1), query_width=4 * 8)
-        super().__init__(LAYERS, routing=block, **placement(name), **options)
+    def __init__(self, name: str, folder, num_shards: int = 1, **own) -> None:
+        """own: options of the router."""
+        block = routing(name, folder, layers=len(LAYERS), shards=num_shards, query_width=4 * 8, **own)
+        super().__init__(LAYERS, routing=block, num_shards=num_shards, **placement(own.get("base", name)))
 
     def _compare(self, i, q, positions, out, lse) -> None:
         real = positions >= 0

@@ -7,7 +7,11 @@ from tests.dist.jobs.evict import HEAD_METHODS, TOKEN_METHODS
 from tests.dist.launcher import JobResult, run_gloo
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(300)]
-METHODS = [name for name, policy in POLICIES.items() if not (policy.keeps_all or policy.sums_layers or policy.needs_one_shard)]
+METHODS = [
+    name
+    for name, policy in POLICIES.items()
+    if not (policy.keeps_all or policy.sums_layers or policy.needs_one_shard or policy.needs_head_budget)
+]
 HEADS = [f"{method} {head_budget} heads" for method in HEAD_METHODS for head_budget in ("uniform", "adaptive")]
 ENTRIES = [*(f"{method} entries" for method in TOKEN_METHODS), "entries of heads", "entries of beams"]
 _jobs: dict[int, JobResult] = {}

@@ -107,9 +107,9 @@ def test_kl_is_from_one_dense_forward_to_the_measured_cache(tmp_path):
 
 def hf_windows(prose: Prose) -> torch.Tensor:
     """The windows of seed 0, found by what they must be: SAMPLES different pieces of the text, aligned to the context, in order."""
-    from pikv_ds.launch.evaluation.ppl import _windows
+    from pikv_ds.launch.evaluation.ppl import windows_of
 
-    windows = _windows(spec(), prose, data_rank=0)
+    windows = windows_of(spec(), prose, data_rank=0)
     starts = [next(s for s in range(0, len(prose.ids), CONTEXT) if prose.ids[s : s + CONTEXT] == row) for row in windows.tolist()]
     assert len(set(starts)) == SAMPLES and starts == sorted(starts)
     return windows

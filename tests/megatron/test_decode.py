@@ -23,6 +23,8 @@ CHECKS = ["static decoding equals the full forward", "each rank its own requests
 LATENT = ["MLA, each rank its own requests", "MLA, the same requests on all ranks"]
 SOURCES = [
     "int8 pages",
+    "linear codec, full rank",
+    "linear codec, other weights",
     "MLA, ids true",
     "ids true",
     "ids hash",

@@ -69,14 +69,20 @@ class Driver:
         codec: str = "none",
         routing: dict | None = None,
         scheduling: dict | None = None,
+        compression: dict | None = None,
+        group=None,
         **storage,
     ) -> None:
         self.layers, self.num_experts, self.num_q_heads, self.dtype = layers, num_experts, num_q_heads, dtype
         self.steps, self.tolerance = EXACT_STEPS.get(codec), TOLERANCE if codec == "none" else COMPRESSED_TOLERANCE
         config = PiKVConfig(
-            page_size=page_size, storage=storage, compression={"method": codec}, routing=routing or {}, scheduling=scheduling or {}
+            page_size=page_size,
+            storage=storage,
+            compression={"method": codec} | (compression or {}),
+            routing=routing or {},
+            scheduling=scheduling or {},
         )
-        self.cache = PiKVCache(layers, config, num_experts=num_experts, dtype=dtype, device=torch.device("cpu"))
+        self.cache = PiKVCache(layers, config, num_experts=num_experts, dtype=dtype, device=torch.device("cpu"), group=group)
         rule = {
             "num_experts": num_experts,
             "num_shards": self.cache.num_shards,

@@ -6,6 +6,7 @@ from pikv_ds.config import PiKVConfig
 from pikv_ds.errors import ConfigError
 
 DEFAULTS = {
+    "preset": None,
     "enabled": True,
     "page_size": None,
     "timeout_s": 300,
@@ -21,7 +22,16 @@ DEFAULTS = {
         "overflow": "spill",
     },
     "routing": {"method": "all", "budget_ratio": None, "budget_pages": None, "sink_tokens": 4, "recent_tokens": 64},
-    "compression": {"method": "none"},
+    "compression": {
+        "method": "none",
+        "rotate": "none",
+        "rotate_seed": 0,
+        "k": None,
+        "v": None,
+        "raw_sink_tokens": None,
+        "raw_recent_tokens": None,
+        "layers": None,
+    },  # fmt: skip
     "scheduling": {
         "method": "none",
         "budget_tokens": None,
@@ -54,7 +64,7 @@ def test_page_size_null_is_the_codecs_choice():
 BAD = {
     "unknown key": (
         {"page_sise": 16},
-        ["unknown key pikv.page_sise = 16", "legal keys of pikv are enabled", "mean 'page_size'?"],
+        ["unknown key pikv.page_sise = 16", "legal keys of pikv are preset, enabled", "mean 'page_size'?"],
     ),
     "unknown nested key": ({"storage": {"shards": 2}}, ["unknown key pikv.storage.shards = 2", "num_shards"]),
     "page_size 0": ({"page_size": 0}, ["pikv.page_size = 0", ">= 1 and <= 256", "null"]),
@@ -219,3 +229,13 @@ def test_every_key_is_described_in_the_schema():
         for key, field in block["properties"].items():
             assert field.get("description") or "$ref" in field, f"{block['title']}.{key}"
     assert set(schema["properties"]) == set(DEFAULTS)
+
+
+@pytest.mark.parametrize("block", [
+    {"method": "int8", "k": {"method": "adaptive"}},
+    {"method": "int8", "layers": {"0": {"method": "adaptive"}}},
+    {"method": "adaptive", "v": {"method": "int8"}},
+], ids=["k", "layer", "beside v"])  # fmt: skip
+def test_two_pools_serve_keys_and_values_of_all_layers(block):
+    with pytest.raises(ConfigError, match="a codec with one kind of pages in pikv.compression"):
+        PiKVConfig.parse({"compression": block})

@@ -1,6 +1,8 @@
 """Eviction over process groups: what is kept, on 1, 2 and 4 ranks with four shards. args: methods."""
 
 import sys
+import tempfile
+from pathlib import Path
 
 import torch.distributed as dist
 
@@ -9,12 +11,20 @@ from pikv_ds.adapters.hf_cache import HFCache
 from pikv_ds.errors import ConfigError
 from tests.dist.jobs.exact import assert_conserved, generate, generate_sharded
 from tests.dist.jobs.report import Report
+from tests.retention_blocks import needed
 from tests.tiny_models import prompt, tiny_model
 from tests.unit.invariants import slots_of
 
 STORAGE = {"num_shards": 4, "requests": "replicated"}
+FOLDER = tempfile.TemporaryDirectory()
 SCHEDULING = {"budget_tokens": 40, "sink_tokens": 2, "recent_tokens": 6}
 HEAD_METHODS, TOKEN_METHODS = ["knorm", "tova"], ["knorm", "snapkv", "h2o"]
+
+
+def geometry(model) -> dict:
+    config = model.config
+    width = 2 * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    return {"layers": config.num_hidden_layers, "heads": config.num_key_value_heads, "width": width}
 
 
 def kept(cache: HFCache) -> list[list[list[list[int]]]]:
@@ -43,6 +53,7 @@ def held(
 ) -> dict:
     """A run's tokens, the entries it kept in every table, its collectives. waiting: entries that may be there beyond the budget."""
     scheduling = {"method": method, **SCHEDULING, **(scheduling or {})}
+    scheduling |= needed(method, Path(FOLDER.name), **geometry(model))
     block = {"page_size": page_size, "storage": {**STORAGE, "requests": requests}, "scheduling": scheduling}
     with pikv_ds.attach(model, block, group) as cache:
         run = generate(model, ids, new_tokens=24, **options)

@@ -4,13 +4,19 @@ Arguments: tp,ep,etp of each layout. Batch of 3 with prompts of 12, 15 and 20 to
 """
 
 import sys
+import tempfile
+from dataclasses import replace
 
+import pytest
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.inference.contexts import StaticInferenceContext
 
+from pikv_ds.errors import ConfigError
 from pikv_ds.megatron_patch import PiKVInferenceContext, cpu_compat, enable_pikv
+from pikv_ds.megatron_patch.layers import find_layers, key_norms, layer_spec_of
+from tests.calibrations import random_calibration
 from tests.dist.jobs.report import Report
 from tests.megatron.models import latent_config, start, tiny_config, tiny_model, tokens
 from tests.megatron.runs import assert_conserved, decode, dense_is_forbidden, full_forward
@@ -64,6 +70,7 @@ def check_heads(report: Report, layout: str, sources: bool) -> None:
     if sources:
         check_sources(report, model, layout, own, own_pieces, own_reference, shared, shared_reference)
         check_codec(report, model, layout, own, own_pieces, own_reference)
+        check_linear(report, model, layout, own[:, :LONGEST_PROMPT], own_pieces, own_reference)
 
 
 def check_latent(report: Report, layout: str, own_requests: bool) -> None:
@@ -109,6 +116,34 @@ def check_codec(report: Report, model, layout: str, own, own_pieces, own_referen
         row["stats"] = context.stats()
         assert row["stats"]["attention_impl"] == "pikv cpu int8" and 0 < row["error"] < 0.02, row
         assert_conserved(context, len(model.decoder.layers) * own.numel())
+
+
+def check_linear(report: Report, model, layout: str, own, own_pieces, own_reference) -> None:
+    """A linear codec of full rank, its maps cut by heads over tensor-parallel ranks, and a calibration that knows the model."""
+    layers = find_layers(model)
+    specs = [layer_spec_of(layer, i) for i, layer in enumerate(layers)]
+    whole = [replace(spec, first_head=0, num_kv_heads=model.config.num_query_groups) for spec in specs]
+    norms = []
+    for spec, layer in zip(specs, layers, strict=True):
+        known = torch.full((model.config.num_query_groups, spec.k_dim), -1.0, dtype=torch.float64)  # of other ranks' heads: never looked at
+        known[spec.first_head : spec.first_head + spec.num_kv_heads] = key_norms(layer.attention)
+        norms.append(known)
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"{folder}/calibration.safetensors"
+        random_calibration(whole, norms).save(path)
+        compression = {"method": "lora_plus", "rank": 8, "calibration": path}
+        with report.check(f"{layout} linear codec, full rank") as row:
+            context = PiKVInferenceContext(ROWS, LENGTH, model=model, config={"page_size": 4, "compression": compression})
+            with dense_is_forbidden():
+                logits = decode(model, context, own, own_pieces)
+            row["difference"] = (logits - own_reference[: len(logits)]).abs().max().item()
+            row["first_head"] = specs[0].first_head
+            assert row["difference"] <= 2e-5, row["difference"]
+            context.free()
+        with report.check(f"{layout} linear codec, other weights"):
+            random_calibration(whole, [1.1 * x for x in norms]).save(path)
+            with pytest.raises(ConfigError, match="made with other weights"):
+                PiKVInferenceContext(ROWS, LENGTH, model=model, config={"compression": compression})
 
 
 def main() -> None:

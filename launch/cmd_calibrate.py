@@ -1,0 +1,124 @@
+"""`pikv calibrate`: the statistics of a model's keys and values that calibrated codecs need, in one pass over a text."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pikv_ds.codecs.linear import LinearCodec
+    from pikv_ds.spec import LayerSpec
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser("calibrate", help="statistics of a model's keys and values, for codecs that need them")
+    parser.add_argument("--model", metavar="DIR", help="transformers model folder (default: the bundled model)")
+    parser.add_argument("--text", metavar="FILE", required=True, help="UTF-8 text to run the model on; not the one to measure on")
+    parser.add_argument("--codec", metavar="NAME", required=True, help="calibrated codec, see `pikv methods`")
+    parser.add_argument("--out", metavar="FILE", required=True, help="safetensors file to write")
+    parser.add_argument(
+        "--rank", type=int, metavar="R", help="rank to report errors for, and that 'distill' is trained for (default: half)"
+    )
+    parser.add_argument(
+        "--context", type=int, default=1024, metavar="N", help="tokens per window, as long as later requests (default 1024)"
+    )
+    parser.add_argument("--samples", type=int, default=64, metavar="N", help="windows, evenly over the text (default 64, or all there are)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the weights (default float32)")
+
+
+def run(args: argparse.Namespace) -> int:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from pikv_ds.adapters.calibrate import calibrate
+    from pikv_ds.adapters.model_spec import load_model_config, read_model_spec
+    from pikv_ds.bundled import model_path
+    from pikv_ds.launch.evaluation.job import progress_bar
+    from pikv_ds.launch.output import print_table, write_json
+
+    codec = _codec(args.codec)
+    text, out = _text(args.text), _out(args.out)
+    folder = Path(args.model).expanduser().resolve() if args.model else model_path()
+    layers = read_model_spec(load_model_config(folder))
+    rank = _rank(args.rank, layers)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    windows = _windows(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], args.context, args.samples)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, args.dtype), local_files_only=True).eval()
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+    about = {"model": folder.name, "text": Path(args.text).name, "context": str(args.context)}
+    with progress_bar(f"calibrating {args.codec}", len(windows), sys.stdout) as advance:
+        found = calibrate(model, windows, advance, about)
+    found.save(out)
+    rows = [error_row(codec, found, spec, rank) for spec in layers]
+    print_table(f"{args.codec}, rank {rank}: share of the energy that is lost, {len(windows)} windows of {args.context} tokens", rows)
+    print(f"wrote {out}")
+    write_json(args.json, "calibrate", rows)
+    return 0
+
+
+def error_row(codec: type[LinearCodec], calibration: Any, spec: LayerSpec, rank: int) -> dict[str, Any]:
+    """E||x - x_hat||^2 / E||x||^2 of a layer's keys and values, before rounding, on the calibration text."""
+    from pikv_ds.codecs.linear import lost_share
+
+    built = codec.example(rank, calibration)
+    maps = built.transform(spec)
+    return {
+        "layer": spec.layer_idx,
+        "k_rank": maps.k.rank,
+        "v_rank": maps.v.rank,
+        "k_lost": round(lost_share(calibration.keys(spec), maps.k), 6),
+        "v_lost": round(lost_share(calibration.values(spec), maps.v), 6),
+    }
+
+
+def _codec(name: str) -> type[LinearCodec]:
+    from pikv_ds.codecs import CODECS
+    from pikv_ds.errors import ConfigError
+
+    calibrated = [known for known, codec in CODECS.items() if codec.calibrated]
+    if name not in calibrated:
+        raise ConfigError(f"--codec {name!r}: legal are {', '.join(calibrated)}; the other codecs need no calibration")
+    return CODECS.get(name)
+
+
+def _text(file: str) -> str:
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"no text file {file!r}; --text is a UTF-8 text")
+    return Path(file).read_text(encoding="utf-8")
+
+
+def _out(file: str) -> Path:
+    out = Path(file).expanduser()
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"no folder {str(out.parent)!r} to write --out {file} to")
+    return out
+
+
+def _rank(rank: int | None, layers: list[LayerSpec]) -> int:
+    from pikv_ds.errors import ConfigError
+
+    width = min(min(spec.k_dim, spec.v_dim) for spec in layers)
+    rank = max(8, width // 16 * 8) if rank is None else rank
+    if rank % 8 or not 8 <= rank <= width:
+        raise ConfigError(f"--rank {rank}: legal for this model is a multiple of 8 from 8 to {width}")
+    return rank
+
+
+def _windows(ids: list[int], context: int, samples: int) -> Tensor:
+    """[N, context] int64, without overlap, spread evenly over the text."""
+    import torch
+
+    from pikv_ds.errors import ConfigError
+
+    available = len(ids) // context if context > 0 else 0
+    if samples < 1 or available < 1:
+        raise ConfigError(
+            f"--context {context} and --samples {samples}: legal are 1 or more of each, and the text has {len(ids):,} tokens, so at most a "
+            f"context of that length"
+        )
+    chosen = [i * available // min(samples, available) for i in range(min(samples, available))]
+    return torch.tensor([ids[i * context : (i + 1) * context] for i in chosen])

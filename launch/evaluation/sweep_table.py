@@ -1,0 +1,66 @@
+"""The rows of a sweep, one record per configuration: what `pikv sweep`, `pikv methods` and docs/METHODS.md show of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+Row = dict[str, Any]
+
+QUALITY = ("ppl_change_pct", "kl", "mass_recall", "entries_read")
+
+
+def families_of(rows: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(row["detail"]["family"] for row in rows if row["detail"]["family"] is not None))
+
+
+def records_of(rows: Sequence[Row], family: str) -> dict[str, Row]:
+    """One record per label. Figures of text come from the shortest context it was measured at, bytes from the longest.
+
+    Keys: config, attention, ppl_change_pct, kl, mass_recall, entries_read, ppl_change_long_pct (and long_context), recall, recall_after,
+    bytes_per_token, compression, bytes_context, compression_other (of another model than the bundled one); None where not measured.
+    """
+    own: dict[str, list[Row]] = {}
+    for row in rows:
+        if row["detail"]["family"] == family:
+            own.setdefault(row["detail"]["label"], []).append(row)
+    return {label: _record(of_label) for label, of_label in own.items()}
+
+
+def _record(rows: Sequence[Row]) -> Row:
+    bundled = [row for row in rows if row["detail"]["model"] == "bundled"]
+    other = [row for row in rows if row["detail"]["model"] != "bundled"]
+    texts = sorted((row for row in bundled if row["task"] == "ppl"), key=lambda row: row["context"])
+    facts = [row for row in bundled if row["task"] == "recall"]
+    # Same context: the row of the task that only measures bytes comes last.
+    sized = sorted(bundled, key=lambda row: (row["context"], row["task"] == "bytes", row["task"] == "recall"))[-1]
+    record = {"config": sized["config"], "attention": sized["attention_impl"]}
+    record |= {name: texts[0][name] if texts else None for name in QUALITY}
+    longer = texts[-1] if len({row["context"] for row in texts}) > 1 else None
+    record |= {"ppl_change_long_pct": longer and longer["ppl_change_pct"], "long_context": longer and longer["context"]}
+    after = facts[0]["detail"].get("found_question_after_eviction") if facts else None
+    record |= {"recall": facts[0]["recall"] if facts else None, "recall_after": after and after[0] / after[1]}
+    record |= {"bytes_per_token": sized["bytes_per_token"], "compression": sized["compression"], "bytes_context": sized["context"]}
+    record |= {"fullest_rank_bytes": max(sized["kv_bytes_per_rank"]), "ranks": sized["ranks"], "backend": sized["backend"]}
+    return record | {"compression_other": other[0]["compression"] if other else None}
+
+
+def table_of(rows: Sequence[Row], family: str) -> list[dict[str, Any]]:
+    """For the terminal: formatted, without columns that no record has."""
+    records = records_of(rows, family)
+    table = [{"configuration": label} | shown(record) for label, record in records.items()]
+    empty = {name for name in table[0] if all(line[name] is None for line in table)}
+    return [{name: value for name, value in line.items() if name not in empty} for line in table]
+
+
+FORMS = {
+    "ppl_change_pct": ("ppl change %", "+.2f"), "ppl_change_long_pct": ("ppl change %, long", "+.2f"), "kl": ("KL", ".1e"),
+    "recall": ("recall", ".2f"), "recall_after": ("asked after eviction", ".2f"), "entries_read": ("entries read", ".3f"),
+    "mass_recall": ("mass", ".2f"), "bytes_per_token": ("bytes/token", ",.0f"), "compression": ("2-byte cache / it", ".2f"),
+    "compression_other": ("width 128", ".2f"), "attention": ("attention", ""),
+}  # fmt: skip
+
+
+def shown(record: Row) -> dict[str, str | None]:
+    cells = {title: None if record[name] is None else format(record[name], form) for name, (title, form) in FORMS.items()}
+    return {title: "+0.00" if cell == "-0.00" else cell for title, cell in cells.items()}

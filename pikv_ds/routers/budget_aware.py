@@ -1,0 +1,48 @@
+import torch
+from torch import Tensor
+
+from pikv_ds.routers import ROUTERS
+from pikv_ds.routers.base import PageQuery
+from pikv_ds.routers.shard_router import ShardRouter
+from pikv_ds.store import LayerStore
+
+
+@ROUTERS.register("budget_aware")
+class BudgetAware(ShardRouter):
+    """The best shards as long as their entries fit an allowance, which follows what was read so that a `share` is read on average.
+
+    In the order of g_s = scale q mu_s, a shard is read while the entries of those before it and its own are at most allowance * n of the
+    request's n; the first one always. After every forward allowance <- allowance + (share - mean share read) / window, from 0 to 1, per
+    layer. By Jensen's inequality n_s exp(g_s) is at most the shard's unnormalised attention, so g_s orders shards by what an entry is
+    worth: the greedy rule of the fractional knapsack. Pinned pages come on top.
+    Source: Dantzig's rule, Operations Research 5(2), 1957; PiKV's repository lists a budget-aware router without a formula.
+    """
+
+    def __init__(self, *, share: float = 0.25, window: int = 16) -> None:
+        if not 0 < share <= 1 or window < 1:
+            raise ValueError(f"0 < share <= 1 and window >= 1, got {share} and {window}")
+        super().__init__(top_k=1)
+        self.share, self.window = share, window
+        self.allowance: dict[int, Tensor] = {}  # layer -> [] f32
+
+    def open(self, layer: int, store: LayerStore, num_shards: int) -> None:
+        super().open(layer, store, num_shards)
+        self.allowance[layer] = torch.tensor(self.share, device=store.device)
+
+    def logits(self, asked: PageQuery) -> Tensor:
+        return self.mean_logits(asked.q, asked)
+
+    def chosen_shards(self, asked: PageQuery) -> Tensor:
+        logits, allowance = self.logits(asked), self.allowance[asked.layer]
+        held = self.counts[asked.layer][asked.row_of_query()]
+        held = held / held.sum(-1, keepdim=True).clamp_min(1)
+        order = logits.argsort(dim=-1, descending=True, stable=True)
+        spent = held.gather(-1, order).cumsum(-1)
+        fits = (spent <= allowance + 1e-6) & (logits.gather(-1, order) > -torch.inf)
+        fits[:, 0] = logits.gather(-1, order)[:, 0] > -torch.inf
+        chosen = torch.zeros_like(fits).scatter_(1, order, fits)
+        real = (asked.positions >= 0).float()
+        read = real @ (held * chosen).sum(-1) / real.sum().clamp_min(1)
+        change = torch.where(read > 0, (self.share - read) / self.window, 0.0)  # nothing read: nothing stored yet
+        allowance.copy_((allowance + change).clamp(0, 1))
+        return chosen

@@ -1,0 +1,40 @@
+import torch
+from torch import Tensor
+
+from pikv_ds.routers import ROUTERS
+from pikv_ds.routers.base import PageQuery
+from pikv_ds.routers.shard_router import ShardRouter
+from pikv_ds.store import LayerStore
+
+
+@ROUTERS.register("sinkhorn")
+class Sinkhorn(ShardRouter):
+    """Top-k shards after a balancing of the gate that gives every shard the same share of the queries (online Sinkhorn).
+
+    g_s = scale q mu_s / temperature + v_s; p = softmax(g), load_s = mean of p_s over the queries of a forward;
+    after them v_s <- v_s - log(S load_s) / window, per layer, for shards that have entries, less the mean of v; |v_s| <= 20.
+    With window 1 that is the column step of Sinkhorn's iteration; normalising the row of a query changes no order. A query is routed by
+    what earlier forwards left in v: whole-batch Sinkhorn would show it the queries after it.
+    Source: Sinkhorn routers, Clark et al., arXiv 2202.01169; PiKV's repository lists one without a formula.
+    """
+
+    def __init__(self, *, top_k: int = 1, temperature: float = 1.0, window: int = 4) -> None:
+        if temperature <= 0 or window < 1:
+            raise ValueError(f"temperature > 0 and window >= 1, got {temperature} and {window}")
+        super().__init__(top_k=top_k)
+        self.temperature, self.window = temperature, window
+        self.potential: dict[int, Tensor] = {}  # layer -> v [S] f32
+
+    def open(self, layer: int, store: LayerStore, num_shards: int) -> None:
+        super().open(layer, store, num_shards)
+        self.potential[layer] = torch.zeros(num_shards, device=store.device)
+
+    def logits(self, asked: PageQuery) -> Tensor:
+        potential = self.potential[asked.layer]
+        logits = self.mean_logits(asked.q, asked) / self.temperature + potential  # asked once per block of queries
+        real = (asked.positions >= 0).float()
+        load = real @ logits.softmax(-1).nan_to_num(0.0) / real.sum().clamp_min(1)
+        step = torch.log((len(potential) * load).clamp_min(1e-6)) / self.window
+        moved = torch.where(load > 0, potential - step, potential)
+        potential.copy_((moved - moved.mean()).clamp(-20, 20))
+        return logits

@@ -1,0 +1,70 @@
+"""What two pools of pages (tiers.py) cannot do with this model, these blocks or these ranks: refused at construction, with the way out."""
+
+from __future__ import annotations
+
+from .codecs.base import Codec
+from .config import PiKVConfig
+from .errors import ConfigError
+from .policies.base import RetentionPolicy
+from .spec import LayerSpec
+
+
+def check_tiers(config: PiKVConfig, codec: Codec, policy: RetentionPolicy, layers: list[LayerSpec], page_size: int, num_ranks: int) -> None:
+    """Raises: ConfigError."""
+    block = config.compression
+    if block.build_near() is None:
+        return
+    given = f"pikv.compression.method = {codec.name!r}"
+    if codec.light is None:
+        given = f"pikv.compression.raw_sink_tokens = {block.raw_sink_tokens}, raw_recent_tokens = {block.raw_recent_tokens}"
+    if all(spec.window is not None for spec in layers):
+        raise ConfigError(
+            f"{given} on a model whose layers all have a sliding window: these keep one pool of pages, in the codec's format; leave it out"
+        )
+    for spec in layers:
+        if codec.stored(spec) != spec:
+            raise ConfigError(
+                f"{given} with pikv.compression.method = {codec.name!r}: pages of layer {spec.layer_idx} hold coefficients of the keys, so "
+                f"none can stay as computed; use a record format ('int8', 'int4'), with or without `rotate`"
+            )
+    if config.scheduling.head_budget != "shared":
+        raise ConfigError(
+            f"{given} with pikv.scheduling.head_budget = {config.scheduling.head_budget!r}: a page that holds one KV head has no second "
+            f"pool in this version; legal is 'shared'"
+        )
+    if config.scheduling.budget_bytes is not None:
+        raise ConfigError(
+            f"{given} with pikv.scheduling.budget_bytes = {config.scheduling.budget_bytes}: entries have two sizes, so bytes do not say "
+            f"how many stay; use budget_tokens or budget_ratio"
+        )
+    least = (block.raw_sink_tokens or 0) + (block.raw_recent_tokens or 0)
+    budget = config.routing.budget_pages
+    if budget is not None and budget * page_size < least:
+        raise ConfigError(
+            f"pikv.routing.budget_pages = {budget}: {budget} pages of {page_size} tokens are fewer than raw_sink_tokens + "
+            f"raw_recent_tokens = {least} of pikv.compression, which every query reads; raise it or lower those"
+        )
+    if codec.light is not None:
+        _check_importance(config, policy, num_ranks, given)
+
+
+def _check_importance(config: PiKVConfig, policy: RetentionPolicy, num_ranks: int, given: str) -> None:
+    if config.storage.requests == "distinct" and num_ranks > 1:
+        raise distinct_refused()
+    if config.storage.expert_ids == "true":
+        raise ConfigError(
+            f"{given} with pikv.storage.expert_ids = 'true': entries are stored after the queries of their forward have read, so the "
+            f"attention they get is not known; use 'previous_layer'"
+        )
+    if policy.watches:
+        raise ConfigError(
+            f"{given} with pikv.scheduling.method = {policy.name!r}: both measure attention, and one measure per layer is kept in this "
+            f"version; use a policy that looks at positions or keys ('streaming_llm', 'knorm'), or another codec with raw_recent_tokens"
+        )
+
+
+def distinct_refused() -> ConfigError:
+    return ConfigError(
+        "pikv.compression.method = 'adaptive' with distinct requests (pikv.storage.requests): ranks do not learn the merged lse of another "
+        "rank's queries, so the importance of pages can't be measured; use replicated requests, or another codec with raw_recent_tokens"
+    )

@@ -1,0 +1,68 @@
+"""Folded codecs over process groups: at full rank the tokens of the ordinary cache, whoever stores the coefficients; bytes on the wire.
+
+args: folder for a calibration of each rank's own.
+"""
+
+import sys
+
+import torch
+import torch.distributed as dist
+
+import pikv_ds
+from pikv_ds.adapters.fingerprint import key_norms
+from pikv_ds.adapters.hf import find_attentions
+from pikv_ds.adapters.model_spec import read_model_spec
+from pikv_ds.stats import decode_bytes_sent
+from tests.calibrations import random_calibration
+from tests.dist.jobs.exact import assert_conserved, assert_same, generate, generate_sharded
+from tests.dist.jobs.report import Report
+from tests.tiny_models import prompt, tiny_model
+
+
+def check_exact(report: Report, model, group, name: str, requests: str, ids: torch.Tensor, block: dict, **options) -> None:
+    with report.check(f"{name} {requests}"):
+        config = {"page_size": 4, **block, "storage": {"requests": requests, "num_shards": 4, **block.get("storage", {})}}
+        run = generate_sharded(model, ids, new_tokens=16, group=group, config=config, **options)
+        assert_same(run, generate(model, ids, new_tokens=16, **options), 2e-5)
+        assert_conserved(run.stats, group)
+
+
+def check_wire(report: Report, model, group, requests: str, ids: torch.Tensor, compression: dict) -> None:
+    """A record carries coefficients: the formula with the stored geometry."""
+    with report.check(f"bytes {requests}") as row, torch.no_grad():
+        config = {"compression": {**compression, "rank": 8}, "storage": {"requests": requests}}
+        with pikv_ds.attach(model, config, group) as cache:
+            token = model(ids).logits[:, -1:].argmax(-1)
+            model(token, past_key_values=cache)  # sizes settle
+            before = cache.stats()["exchange_bytes_sent"]
+            model(token, past_key_values=cache)
+            sent = cache.stats()["exchange_bytes_sent"] - before
+            stored = [cache.core.codec.stored(spec) for spec in cache.core.layers]
+        rows = [len(ids)] * dist.get_world_size()
+        row["sent"] = sent
+        assert sent == decode_bytes_sent(requests, rows, dist.get_rank(), 4, stored, 4) and stored[0].k_dim == 8, sent
+
+
+def main() -> None:
+    report = Report()
+    dist.init_process_group("gloo")
+    group, rank = dist.new_group(), dist.get_rank()
+    same, own = prompt(19, seed=3, batch=2), prompt(11 + 6 * rank, seed=30 + rank, batch=2)
+    for family in ("qwen3_moe", "gpt_oss"):
+        model = tiny_model(family)
+        specs = read_model_spec(model.config)
+        path = f"{sys.argv[1]}/{family}.{rank}.safetensors"
+        random_calibration(specs, [key_norms(a, s.num_kv_heads) for a, s in zip(find_attentions(model), specs, strict=True)]).save(path)
+        compression = {"method": "lora_plus", "rank": 16, "calibration": path, "rotate": "hadamard"}
+        for requests, ids in (("replicated", same), ("distinct", own)):
+            check_exact(report, model, group, family, requests, ids, {"compression": compression})
+            if family == "qwen3_moe":
+                true = {"compression": compression, "storage": {"expert_ids": "true"}}
+                check_exact(report, model, group, f"{family} ids true", requests, ids, true)
+                check_exact(report, model, group, f"{family} beams", requests, ids, {"compression": compression}, num_beams=2)
+                check_wire(report, model, group, requests, ids[:, :11], compression | {"rotate": "none"})
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

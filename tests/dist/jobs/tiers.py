@@ -1,0 +1,110 @@
+"""Two pools of pages over process groups, four shards: the unit tests' drivers on every rank, beside the same run on one rank."""
+
+import torch
+import torch.distributed as dist
+
+from pikv_ds.errors import ConfigError
+from tests.dist.jobs.report import Report
+from tests.unit.driver import Driver, layer, ragged, rel_error
+from tests.unit.tiered import KINDS, TieredDriver, pages_of, run_mix
+
+STORAGE = {"num_shards": 4, "requests": "replicated"}
+LIGHT = {"light": "none", "heavy": "none", "light_ratio": 0.3}
+ROUTING = {"method": "bounds", "budget_pages": 8, "sink_tokens": 2, "recent_tokens": 7, "metadata": "fp32"}
+H2O = {"method": "h2o", "budget_tokens": 48, "sink_tokens": 2, "recent_tokens": 3}
+
+
+class Recording(TieredDriver):
+    """Keeps outputs and what lies in which pool after every forward, over all ranks."""
+
+    def __init__(self, *args, compares=True, **options) -> None:
+        super().__init__(*args, **options)
+        self.outputs, self.held, self.compares = [], [], compares
+
+    def _compare(self, *given) -> None:
+        if self.compares:
+            super()._compare(*given)
+
+    def forward(self, mask):
+        outputs = super().forward(mask)
+        tables, group = self.cache.tables, self.cache.exchange.group
+        own = [
+            [[sorted(page) for page in pages_of(store, row)] for row in range(len(mask))]
+            for i in range(len(self.layers))
+            for store in tables.pools(i)
+        ]
+        ranks = [own]
+        if self.cache.exchange.size > 1:
+            ranks = [None] * dist.get_world_size(group)
+            dist.all_gather_object(ranks, own, group=group)
+        self.held.append([[sum((rank[i][row] for rank in ranks), []) for row in range(len(mask))] for i in range(len(own))])
+        self.outputs += [torch.where((mask[..., None, None]), out, 0) for out, _ in outputs]
+        return outputs
+
+
+def decode_mix(driver: Driver) -> None:
+    driver.prefill([60, 33])
+    for mask in (*[ragged([1, 1])] * 5, ragged([9, 20]), *[ragged([1, 1])] * 9):
+        driver.forward(mask)
+
+
+def same_as_alone(run, group, layers, **options) -> Recording:
+    alone, driver = (Recording(layers, **STORAGE, group=g, **options) for g in (None, group))
+    run(alone)
+    run(driver)
+    assert driver.held == alone.held, "what is near and far depends on the number of ranks"
+    for one, other in zip(alone.outputs, driver.outputs, strict=True):
+        assert rel_error(other, one) < 1e-5
+    assert sum(map(len, driver.held[-1][1])) > 0, "nothing was demoted"
+    return driver
+
+
+def main() -> None:
+    report = Report()
+    dist.init_process_group("gloo")
+    group = dist.new_group()
+    both, pages = [layer(0), layer(1, latent=True)], {"page_size": 4}
+    with report.check("raw"):
+        for expert_ids in ("previous_layer", "true"):
+            driver = Recording(KINDS, group=group, expert_ids=expert_ids, **STORAGE, **pages)
+            run_mix(driver)
+        same_as_alone(decode_mix, group, both, **pages)
+    with report.check("int4"):
+        run_mix(Recording(KINDS, codec="int4", group=group, page_size=64, sinks=4, recent=20, **STORAGE))
+    with report.check("adaptive"):
+        same_as_alone(decode_mix, group, both, codec="adaptive", compression=LIGHT, **pages)
+    with report.check("routing") as row:
+        driver = same_as_alone(decode_mix, group, both, compares=False, routing=ROUTING, recent=6, placement="position", **pages)
+        entries = driver.cache.selection.entries.clone()
+        dist.all_reduce(entries, group=group)
+        row["entries"] = entries.tolist()
+    with report.check("eviction"):
+        same_as_alone(decode_mix, group, both, compares=False, scheduling=H2O, **pages)
+    with report.check("collectives"):
+        plain, tiered = Driver(both, group=group, **STORAGE, **pages), Recording(both, group=group, **STORAGE, **pages)
+        for driver in (plain, tiered):
+            driver.prefill([60, 33])
+            for _ in range(9):
+                driver.decode()
+        assert plain.cache.exchange.collectives == tiered.cache.exchange.collectives
+    with report.check("distinct"):
+        driver = Driver(
+            KINDS, group=group, num_shards=4, requests="distinct", seed=report.rank, compression={"raw_recent_tokens": 6}, **pages
+        )
+        driver.prefill([30 + 8 * report.rank] * (1 + report.rank))
+        for _ in range(9):
+            driver.decode()
+        assert int(driver.cache.tables.far_counts.sum()) > 0
+    with report.check("adaptive, distinct"):
+        driver = Driver(both, group=group, num_shards=4, codec="adaptive", compression=LIGHT, seed=report.rank, **pages)
+        try:
+            driver.prefill([20 + report.rank])
+        except ConfigError as error:
+            assert "'adaptive' with distinct requests" in str(error), error
+        else:
+            raise AssertionError("the importance of pages was measured for requests that a rank does not see")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,25 @@
+"""Options that retention policies need beyond a budget: weights and statistics in files, random and the same in every process."""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+
+def mlp_weights(*, layers: int, heads: int, width: int, hidden: int = 6) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(11)
+    shapes = {"w1": (layers, heads, hidden, width), "b1": (layers, heads, hidden), "w2": (layers, heads, hidden), "b2": (layers, heads)}
+    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+def needed(name: str, folder: Path, *, layers: int, heads: int, width: int) -> dict:
+    """width: k_dim + v_dim."""
+    if name == "quest_mlp":
+        path = folder / f"mlp_{layers}_{heads}_{width}.safetensors"
+        save_file(mlp_weights(layers=layers, heads=heads, width=width), path)
+        return {"path": str(path)}
+    if name == "duo_heads":
+        path = folder / f"heads_{layers}_{heads}.safetensors"
+        save_file({"heads": (torch.arange(layers * heads) % 2).float().view(layers, heads)}, path)
+        return {"path": str(path), "head_budget": "adaptive", "head_floor": 0.0}
+    return {"drop_lower_tiers": True} if name == "flexgen" else {}
