@@ -70,6 +70,8 @@ class PiKVCache:
             self.selection = Selection(
                 config.routing, router, layers, self.tables, self.exchange, self.stages, policy.keeps_all, self.tiers
             )
+            if self.retention is not None:
+                self.retention.on_compact = self.selection.compacted
         self.staged: Staged | None = None
         self.agreement = Agreement(self.exchange, storage.requests, device)
         self.replicated, self.distinct = ReplicatedStep(self), DistinctStep(self)

@@ -6,6 +6,7 @@ R request rows, S tables of a row (local shards; with budgets per head shard * h
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,23 +14,33 @@ from torch import Tensor
 from pikv_ds import ops
 from pikv_ds.ops import PageFormat
 
-from .entries import decoded
+from .entries import keys_at
 from .recycle import clear_unfilled
 from .store import LayerStore
 
 
-def compact(store: LayerStore, gone: Tensor) -> tuple[int, Tensor]:
+class Compacted(NamedTuple):
+    """What compact() did. The entries of all pages that changed, those that did not move included: n of them."""
+
+    dropped: int
+    """Entries that went, counted once per table."""
+    table: Tensor
+    """[n] int64, row * S + table, ascending."""
+    index: Tensor
+    """[n] int64, the place of the entry in its table."""
+
+
+def compact(store: LayerStore, gone: Tensor) -> Compacted:
     """Take entries out of their tables; the others close up in their order, in the same bytes.
 
     Pages before the first entry that goes stay as they are, shared or not. A page that changes and that another table names too is
     copied first. Formats that encode keys by groups of tokens encode those of changed groups anew, from what they decode to.
 
-    Args: gone [R, S, L] bool, entries to take out.
-    Returns: how many there were, counted once per table, and [n] int64 pages with other entries than before. Sync: reads sizes back.
+    Args: gone [R, S, L] bool, entries to take out. Sync: reads sizes back.
     """
     total = int(gone.sum())
     if total == 0:
-        return 0, torch.zeros(0, dtype=torch.int64, device=gone.device)
+        return Compacted(0, *torch.zeros(2, 0, dtype=torch.int64, device=gone.device))
     page_size, unit = store.page_size, store.fmt.group if store.fmt.grouped else 1
     table, counts, gone = store.block_table.flatten(0, 1), store.counts.reshape(-1), gone.flatten(0, 1)
     slot, column = (torch.arange(n, device=gone.device) for n in (gone.shape[-1], table.shape[-1]))
@@ -44,7 +55,7 @@ def compact(store: LayerStore, gone: Tensor) -> tuple[int, Tensor]:
     page, offset = source // page_size, source % page_size
     moved = [block[page, offset] for block in _blocks(store.pages, store.fmt, bits)]
     values = {name: x[page, offset] for name, x in store.summaries.items() if name in store.by_entry}
-    keys = _keys(store, cell, index) if store.fmt.grouped else None
+    keys = keys_at(store, cell, index) if store.fmt.grouped else None
 
     stay = -(-left.unsqueeze(-1) // page_size)  # pages of each table that stay
     written = touched.unsqueeze(-1) & (column >= start // page_size) & (column < stay)
@@ -62,7 +73,7 @@ def compact(store: LayerStore, gone: Tensor) -> tuple[int, Tensor]:
     for block, x in zip(_blocks(store.pages, store.fmt, bits), moved, strict=True):
         block[page, offset] = x
     clear_unfilled(store)
-    return total, table[written].to(torch.int64)
+    return Compacted(total, *torch.nonzero((slot >= start // page_size * page_size) & (slot < left.unsqueeze(-1)), as_tuple=True))
 
 
 def _replace_pages(store: LayerStore, table: Tensor, copied: Tensor, leaves: Tensor) -> None:
@@ -83,13 +94,6 @@ def _replace_pages(store: LayerStore, table: Tensor, copied: Tensor, leaves: Ten
         store.summaries[name][own.long()] = x
     store.refcount[own.long()] = 1
     table[copied] = own
-
-
-def _keys(store: LayerStore, cell: Tensor, index: Tensor) -> Tensor:
-    """[n, H, Dk] f32 of entries `index` of tables `cell`, as attention reads them."""
-    tables, of = torch.unique_consecutive(cell, return_inverse=True)
-    table, counts = store.block_table.flatten(0, 1)[tables], store.counts.reshape(-1)[tables]
-    return decoded(store, table, counts, store.tail[tables])[0][of, :, index]
 
 
 def _encode(store: LayerStore, cell: Tensor, target: Tensor, keys: Tensor) -> None:

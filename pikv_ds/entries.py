@@ -29,6 +29,14 @@ def decoded(store: LayerStore, table: Tensor, counts: Tensor, tail: Tensor | Non
     return k, k[..., : fmt.v_dim] if fmt.latent else v
 
 
+def keys_at(store: LayerStore, table: Tensor, index: Tensor) -> Tensor:
+    """[n, H, Dk] f32, keys of the entries `index` [n] of tables `table` [n] (row * tables of a row + table, ascending). Host phase."""
+    tables, of = torch.unique_consecutive(table, return_inverse=True)
+    tail = None if store.tail is None else store.tail[tables]
+    k, _ = decoded(store, store.block_table.flatten(0, 1)[tables], store.counts.reshape(-1)[tables], tail)
+    return k[of, :, index]
+
+
 class EntryLse:
     """The logits of queries against every stored entry, made for some of the queries at a time: all of a long chunk's take much room."""
 

@@ -6,12 +6,14 @@ heads with budgets per head, else 1. Layers with a sliding window are not evicte
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from .budgets import Budgets
 from .choice import Candidates, choose, fit, protect
-from .compact import compact
+from .compact import Compacted, compact
 from .config import PiKVConfig
 from .exchange import Exchange
 from .mass import Mass
@@ -40,6 +42,7 @@ class Retention:
         self.threshold: dict[int, Tensor] = {}  # layer -> theta [R] f32 of an adaptive policy
         self.last_eviction = 0  # query columns before it
         self.steps = 0  # decode steps since an eviction was due
+        self.on_compact: Callable[[int, Compacted], None] | None = None  # told, per layer, which pages changed
         self.due = False  # an eviction waits for the next forward: a crop is announced, or the prompt is kept whole
 
     def watches(self, layer: int) -> bool:
@@ -90,20 +93,22 @@ class Retention:
         for i, gone in zip(over, self._choose(over, pages, num_pages, lens), strict=True):
             layer = self.layers[i]
             for pool, own in self._by_pool(layer, lens, gone[:, self.tables.local_tables]):
-                self._free(pool, own)
+                self._free(layer, pool, own)
             self.tables.directory.evict(layer, gone.sum(-1) * self.unit)
         self.tables.note_eviction(lens)
         self.last_eviction = self.mass.time
         return True
 
-    def _free(self, store: LayerStore, gone: Tensor) -> None:
+    def _free(self, layer: int, store: LayerStore, gone: Tensor) -> None:
         """Take pages or entries, [R, S * H, C] bool, out of the tables of a pool."""
         if not self.tables.by_entry:
             self.tables.counters.evicted += drop(store, gone)
             return
-        dropped, _ = compact(store, gone)
-        self.tables.counters.evicted += dropped
+        compacted = compact(store, gone)
+        self.tables.counters.evicted += compacted.dropped
         self.tables.quiet = 0  # open pages have other entries now
+        if self.on_compact is not None and compacted.dropped:
+            self.on_compact(layer, compacted)
 
     def _excess(self, lens: list[int]) -> list[list[int]]:
         """[L][R] entries above the budget, known on the host without the device; with "uniform" heads [L][R * H], each of its own."""

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from pikv_ds import ops
 
+from .compact import Compacted
 from .config import RoutingConfig
 from .demote import Moved, entries_of, page_slots
+from .entries import keys_at
 from .errors import ConfigError
 from .exchange import Exchange
 from .plan import StepPlan
@@ -88,10 +90,11 @@ class Selection:
             others = len(store.summaries)
             self.router.open(layer, store, self.num_shards)
             summarises, moves = len(store.summaries) > others, type(self.router).moved is not Router.moved
-            if self.tables.far[layer] is not None and summarises and not moves:
+            if summarises and not moves and (self.tables.far[layer] is not None or self.tables.by_entry):
+                without = "pikv.scheduling.granularity 'page'" if self.tables.by_entry else "raw_sink_tokens and raw_recent_tokens unset"
                 raise ConfigError(
-                    f"pikv.routing.method = {self.config.method!r} keeps summaries of pages and can't take over pages that were encoded "
-                    f"again (Router.moved); use another router, or pikv.compression without raw_sink_tokens and raw_recent_tokens"
+                    f"pikv.routing.method = {self.config.method!r} keeps summaries of pages and can't take over pages whose entries came "
+                    f"from others (Router.moved); use another router, or {without}"
                 )
 
     def _store(self, layer: int) -> LayerStore:
@@ -142,6 +145,18 @@ class Selection:
                 table=torch.zeros_like(slots),
             )  # fmt: skip
             self.router.moved(layer, store, entries)
+
+    def compacted(self, layer: int, changed: Compacted) -> None:
+        """Pages of a layer have other entries than before. Host phase."""
+        store, table = self.tables.stores[layer], changed.table
+        page = store.block_table.flatten(0, 1)[table, changed.index // self.page_size].to(torch.int64)
+        offset, num_local = changed.index % self.page_size, self.tables.num_local
+        entries = NewEntries(
+            k=keys_at(store, table, changed.index), rows=table // num_local, positions=store.positions[page, offset],
+            shard=table % num_local + self.tables.shard_begin, valid=torch.ones_like(page, dtype=torch.bool),
+            slot_mapping=(page * self.page_size + offset).to(torch.int32), table=table.to(torch.int32),
+        )  # fmt: skip
+        self.router.moved(layer, store, entries)
 
     def remap(self, parent: list[int]) -> None:
         """Row i continues row parent[i], -1 = a fresh row. Host phase."""
