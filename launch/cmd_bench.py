@@ -1,6 +1,7 @@
 """`pikv bench`: comparisons in one process.
 
-`decode`: a step against the ordinary cache; `ops`: the ops; `errors`: their accuracy; `select`: reading some pages against reading all.
+`decode`: a step against the ordinary cache; `ops`: the ops; `errors`: their accuracy; `select`: reading some pages against reading all;
+`model`: the source paper's latency model, fitted.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import time
 from statistics import median, quantiles
 from typing import Any
 
-from pikv_ds.launch import bench_errors, bench_ops, bench_select
+from pikv_ds.launch import bench_errors, bench_model, bench_ops, bench_select
 from pikv_ds.launch.output import print_table, write_json
 
 
@@ -37,12 +38,16 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     select = kinds.add_parser("select", help="a step that reads some of the pages against one that reads all, choosing included")
     bench_select.add_arguments(select)
     select.add_argument("--json", metavar="FILE", help="write the rows to FILE")
+    model = kinds.add_parser("model", help="the source paper's latency model of a step, fitted to steps measured here")
+    bench_model.add_arguments(model)
+    model.add_argument("--json", metavar="FILE", help="write the rows and the fit to FILE")
     errors = kinds.add_parser("errors", help="errors of the page formats and of the op that reads them, against fp64")
     errors.add_argument("--json", metavar="FILE", help="write the rows to FILE")
 
 
 def run(args: argparse.Namespace) -> int:
-    return {"decode": _run_decode, "ops": bench_ops.run, "select": bench_select.run, "errors": bench_errors.run}[args.kind](args)
+    runs = {"decode": _run_decode, "ops": bench_ops.run, "select": bench_select.run, "model": bench_model.run, "errors": bench_errors.run}
+    return runs[args.kind](args)
 
 
 def _run_decode(args: argparse.Namespace) -> int:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser("calibrate", help="statistics of a model's keys and values, for codecs that need them")
     parser.add_argument("--model", metavar="DIR", help="transformers model folder (default: the bundled model)")
-    parser.add_argument("--text", metavar="FILE", required=True, help="UTF-8 text to run the model on; not the one to measure on")
+    parser.add_argument("--text", metavar="FILE", help="text to run the model on, another than is measured on (default: a bundled one)")
     parser.add_argument("--codec", metavar="NAME", required=True, help="calibrated codec, see `pikv methods`")
     parser.add_argument("--out", metavar="FILE", required=True, help="safetensors file to write")
     parser.add_argument(
@@ -26,7 +26,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--context", type=int, default=1024, metavar="N", help="tokens per window, as long as later requests (default 1024)"
     )
-    parser.add_argument("--samples", type=int, default=64, metavar="N", help="windows, evenly over the text (default 64, or all there are)")
+    parser.add_argument("--samples", type=int, default=32, metavar="N", help="windows, evenly over the text (default 32, or all there are)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the weights (default float32)")
 
 
@@ -36,12 +36,12 @@ def run(args: argparse.Namespace) -> int:
 
     from pikv_ds.adapters.calibrate import calibrate
     from pikv_ds.adapters.model_spec import load_model_config, read_model_spec
-    from pikv_ds.bundled import model_path
+    from pikv_ds.bundled import calibration_text, model_path
     from pikv_ds.launch.evaluation.job import progress_bar
     from pikv_ds.launch.output import print_table, write_json
 
     codec = _codec(args.codec)
-    text, out = _text(args.text), _out(args.out)
+    text, out = calibration_text() if args.text is None else _text(args.text), _out(args.out)
     folder = Path(args.model).expanduser().resolve() if args.model else model_path()
     layers = read_model_spec(load_model_config(folder))
     rank = _rank(args.rank, layers)
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     windows = _windows(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], args.context, args.samples)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, args.dtype), local_files_only=True).eval()
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
-    about = {"model": folder.name, "text": Path(args.text).name, "context": str(args.context)}
+    about = {"model": folder.name, "text": "bundled" if args.text is None else Path(args.text).name, "context": str(args.context)}
     with progress_bar(f"calibrating {args.codec}", len(windows), sys.stdout) as advance:
         found = calibrate(model, windows, advance, about)
     found.save(out)
@@ -64,7 +64,7 @@ def error_row(codec: type[LinearCodec], calibration: Any, spec: LayerSpec, rank:
     """E||x - x_hat||^2 / E||x||^2 of a layer's keys and values, before rounding, on the calibration text."""
     from pikv_ds.codecs.linear import lost_share
 
-    built = codec.example(rank, calibration)
+    built = codec.on(calibration, rank=rank)
     maps = built.transform(spec)
     return {
         "layer": spec.layer_idx,

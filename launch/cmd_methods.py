@@ -1,64 +1,44 @@
-"""`pikv methods`: every registered codec, router and retention policy, from the registries."""
+"""`pikv methods`: every registered codec, router and retention policy, with what the committed sweep measured of it."""
 
 from __future__ import annotations
 
 import argparse
-import inspect
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
 
+from pikv_ds.launch.cmd_sweep import RESULTS
 from pikv_ds.launch.output import print_table, write_json
 
-if TYPE_CHECKING:
-    from pikv_ds.codecs.base import Codec
-
-_CODEC_COLUMNS = ("page_size", "bytes_per_token", "k_error_bound", "v_error_bound")
+_FORMS = {"ppl_change_pct": "+.2f", "kl": ".1e", "recall": ".2f", "recall_after": ".2f", "entries_read": ".3f", "mass_recall": ".2f"}
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
-    subparsers.add_parser("methods", help="list codecs, routers and retention policies")
+    parser = subparsers.add_parser("methods", help="list codecs, routers and retention policies, and what was measured of them")
+    parser.add_argument("--doc", metavar="FILE", help="make the tables between the markers of docs/METHODS.md anew, and its figures")
 
 
 def run(args: argparse.Namespace) -> int:
-    rows = method_rows()
+    from pikv_ds.launch.evaluation.sweep_figures import write_figures
+    from pikv_ds.launch.methods_table import Results, method_rows, written
+
+    results = Results(RESULTS)
+    if args.doc:
+        file = Path(args.doc)
+        file.write_text(written(file.read_text(encoding="utf-8"), results), encoding="utf-8")
+        print(f"tables of {file} are those of {len(results.rows)} rows")
+        for figure in write_figures(RESULTS, results.rows):
+            print(f"wrote {figure.name}")
+        return 0
+    rows = method_rows(results)
     for key in dict.fromkeys(row["key"] for row in rows):
-        shown = [{name: value for name, value in row.items() if name != "key" and value is not None} for row in rows if row["key"] == key]
-        print_table(key, shown)
+        shown = [{name: _cell(name, value) for name, value in row.items() if name != "key"} for row in rows if row["key"] == key]
+        names = [name for name in shown[0] if any(line[name] is not None for line in shown)]
+        print_table(key, [{name: line[name] for name in names} for line in shown])
+    if not results.rows:
+        where = "docs/results/methods.json is not there: make it with `pikv sweep --json docs/results/methods.json`"
+        print("no results of a sweep: " + (where if results.installed else "they are part of the repository, not of the wheel"))
     write_json(args.json, "methods", rows)
     return 0
 
 
-def method_rows() -> list[dict[str, Any]]:
-    """One row per method: its key in the "pikv" block, its options, what it does; for codecs also bytes and declared errors."""
-    from pikv_ds.codecs import CODECS
-    from pikv_ds.policies import POLICIES
-    from pikv_ds.routers import ROUTERS
-
-    rows = []
-    for key, registry in (("compression", CODECS), ("routing", ROUTERS), ("scheduling", POLICIES)):
-        for name, method in registry.items():
-            parameters = inspect.signature(method.__init__).parameters.values()
-            options = [p.name if p.default is p.empty else f"{p.name}={p.default}" for p in parameters if p.kind is p.KEYWORD_ONLY]
-            size = _codec_columns(method()) if key == "compression" else dict.fromkeys(_CODEC_COLUMNS)
-            rows.append(
-                {
-                    "key": f"{key}.method",
-                    "name": name,
-                    "options": ", ".join(options),
-                    **size,
-                    "what": inspect.getdoc(method).splitlines()[0],
-                }
-            )
-    return rows
-
-
-def _codec_columns(codec: Codec) -> dict[str, Any]:
-    """For bf16 keys and values of 8 heads x 128, a page without its raw tail."""
-    import torch
-
-    from pikv_ds.spec import LayerSpec
-
-    page_size = codec.page_size(None)
-    fmt = codec.page_format(LayerSpec(layer_idx=0, num_kv_heads=8, k_dim=128, v_dim=128), page_size, torch.bfloat16)
-    lossless = codec.lossless
-    errors = [0.0 if lossless else round(error, 4) for error in (fmt.k_rel_error, fmt.v_rel_error)]
-    return dict(zip(_CODEC_COLUMNS, (page_size, fmt.bytes_per_token, *errors), strict=True))
+def _cell(name: str, value):
+    return format(value, _FORMS[name]) if value is not None and name in _FORMS else value

@@ -23,7 +23,7 @@ from .expert_ids import ExpertIds
 from .groups import expert_group, fit_requests
 from .heads import stored_heads
 from .layers import check_calibration, check_routers, connect, find_layers, layer_spec_of, softmax_offset
-from .penalty import RouterPenalty
+from .penalty import RouterPenalty, check_installed
 from .refusals import refuse_config, refuse_dtype, refuse_model
 from .subclass import is_pikv
 from .tokens import Tokens
@@ -63,6 +63,7 @@ class PiKVContext(ABC):
         weight = attention.linear_proj.weight
         refuse_dtype(weight.dtype)
         num_shards = config.storage.num_shards or (1 if group is None else group.size())
+        check_installed(config, attention.config, [layer.router for layer in self.layers])
         check_has_experts(config.routing, attention.config.num_moe_experts, type(model).__name__)
         num_experts = attention.config.num_moe_experts or num_shards
         specs = [layer_spec_of(layer, i, self.shared is not None) for i, layer in enumerate(self.layers)]
@@ -74,7 +75,7 @@ class PiKVContext(ABC):
         self._layer_of = {layer.attention.layer_number: i for i, layer in enumerate(self.layers)}
         self._next_layer: int | None = None  # while a forward runs: the layer whose attention comes next
         self._idle = False
-        self._misses = [torch.zeros(num_experts, device=weight.device) for _ in self.layers]
+        self._misses = torch.zeros(len(self.layers), num_experts, device=weight.device)
 
     # ---- the caller's controls -----------------------------------------------------------------------------------------------
 
@@ -114,7 +115,7 @@ class PiKVContext(ABC):
 
     def router_penalty(self, layer: int, penalty: RouterPenalty) -> Tensor:
         """[E] f32, what the router of a layer takes off its logits."""
-        return penalty.of(self.core, layer, self._misses[layer])
+        return penalty.of(self.core, layer, self._misses)
 
     def _stats(self, num_rows: int, context: int) -> dict:
         return stats(self.core, num_rows, context)

@@ -10,7 +10,7 @@ from pikv_ds.errors import UnsupportedError
 
 from .attention import core_attention_class, self_attention_class
 from .layers import check_routers, find_layers, layer_spec_of
-from .penalty import RouterPenalty
+from .penalty import RouterPenalty, check_penalty, check_router, chosen_penalty
 from .refusals import refuse_config, refuse_model
 from .router import router_class
 from .subclass import is_pikv, put_on, take_off
@@ -23,7 +23,7 @@ def enable_pikv(model: nn.Module, config=None, *, router_penalty: RouterPenalty 
     Args:
         model: a Megatron-Core model with TransformerLayers (GPTModel), wrapped or not.
         config: the "pikv" block: PiKVConfig, dict, JSON path, or None for the defaults.
-        router_penalty: None = the routers choose as the host's do.
+        router_penalty: the same as `routing.host_penalty` of the block; None = what the block says, off by default.
 
     Returns: the same model. Forwards without a context, training included, run the host's code.
 
@@ -37,8 +37,10 @@ def enable_pikv(model: nn.Module, config=None, *, router_penalty: RouterPenalty 
     layers = find_layers(model)
     refuse_model(model, layers[0].attention.config)
     check_routers(layers, config.storage.expert_ids)
-    if router_penalty is not None:
-        router_penalty.refuse(layers[0].attention.config)
+    router_penalty = chosen_penalty(config, router_penalty)
+    check_penalty(router_penalty, layers[0].attention.config)
+    for layer in layers:
+        check_router(router_penalty, layer.router)
     for i, layer in enumerate(layers):
         layer_spec_of(layer, i)  # refuses windows it can't express
     if any(is_pikv(layer.attention) for layer in layers):

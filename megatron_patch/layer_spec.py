@@ -18,7 +18,7 @@ from pikv_ds.config import PiKVConfig
 from pikv_ds.errors import UnsupportedError
 
 from .attention import self_attention_class
-from .penalty import RouterPenalty
+from .penalty import RouterPenalty, check_router, chosen_penalty
 from .refusals import refuse_config
 from .router import router_class
 from .subclass import is_pikv_class
@@ -33,7 +33,7 @@ def pikv_layer_spec(spec: Spec, config=None, *, router_penalty: RouterPenalty | 
     Args:
         spec: a layer's ModuleSpec (local or Transformer Engine), or the TransformerBlockSubmodules of a whole decoder.
         config: the "pikv" block: PiKVConfig, dict, JSON path, or None for the defaults.
-        router_penalty: None = the routers choose as the host's do.
+        router_penalty: the same as `routing.host_penalty` of the block; None = what the block says, off by default.
 
     Returns: a specification of the same kind; a model built from it has the same state_dict keys.
 
@@ -42,6 +42,7 @@ def pikv_layer_spec(spec: Spec, config=None, *, router_penalty: RouterPenalty | 
     check_version()
     config = PiKVConfig.parse(config)
     refuse_config(config)
+    router_penalty = chosen_penalty(config, router_penalty)
     if isinstance(spec, TransformerBlockSubmodules):
         spec = copy.copy(spec)
         spec.layer_specs = [_layer(layer, config, router_penalty) for layer in spec.layer_specs]
@@ -87,6 +88,7 @@ def _mlp(mlp, config: PiKVConfig, penalty: RouterPenalty | None):
     if not isinstance(getattr(mlp, "submodules", None), MoESubmodules):
         return mlp
     router = mlp.submodules.router
+    check_router(penalty, router)
     if not (isinstance(router, type) and issubclass(router, TopKRouter)):
         if config.storage.expert_ids == "hash":
             return mlp

@@ -1,67 +1,62 @@
-"""A penalty on router scores from the state of the cache: off unless asked for. E experts, S shards."""
+"""The penalty of pikv_ds.host_penalty on Megatron's TopKRouter: what it can't be combined with, and the weights of a chosen set."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
-
 import torch
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
-from pikv_ds.cache import PiKVCache
+from pikv_ds.config import PiKVConfig
 from pikv_ds.errors import ConfigError, UnsupportedError
+from pikv_ds.host_penalty import RouterPenalty
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RouterPenalty:
-    """What PiKVTopKRouter takes off an expert's logit while it serves a PiKV context; training and forwards without one are untouched.
+def chosen_penalty(config: PiKVConfig, given: RouterPenalty | None) -> RouterPenalty | None:
+    """The penalty of the argument or of `routing.host_penalty`; None = the routers choose as the host's do."""
+    named = config.routing.host_penalty.build()
+    if given is not None and named is not None and given != named:
+        raise ConfigError(f"router_penalty = {given} and pikv.routing.host_penalty = {named}: two different penalties; give one of them")
+    return named if given is None else given
 
-    penalty_e = load * (entries of e's shard / mean over the shards - 1) + miss * log(1 + misses of e)
 
-    load evens out how full the shards are, miss keeps tokens from experts whose entries had to be fetched (the paper's cache-aware
-    router, -lambda log(1 + miss_e); nothing misses in an exact cache without tiers, so count them with context.add_misses).
-    applies_to: "selection" chooses experts by the lowered scores and weighs them by the model's own; "selection_and_weights" lowers both.
-    It changes which experts compute, so it changes the model's output: measure quality before you use it.
-    """
+def check_penalty(penalty: RouterPenalty | None, config: TransformerConfig) -> None:
+    """Raises UnsupportedError for a dense model, and for routing in which the model's own weights of a chosen set can't be formed."""
+    if penalty is None:
+        return
+    if not config.num_moe_experts:
+        raise ConfigError(f"{penalty} on a dense model: it has no expert router that could heed it; leave the penalty out")
+    if penalty.applies_to != "selection":
+        return
+    reasons = {
+        "moe_expert_capacity_factor": config.moe_expert_capacity_factor is not None,
+        "moe_router_load_balancing_type": config.moe_router_load_balancing_type == "sinkhorn",
+    }
+    for name, set_ in reasons.items():
+        if set_:
+            raise UnsupportedError(
+                f"RouterPenalty(applies_to='selection') with TransformerConfig.{name} = {getattr(config, name)!r}: the weights of the "
+                f"chosen experts are not a function of their scores alone; use applies_to='selection_and_weights'"
+            )
 
-    load: float = 0.0
-    miss: float = 0.0
-    applies_to: Literal["selection", "selection_and_weights"] = "selection"
 
-    def __post_init__(self) -> None:
-        if self.load < 0 or self.miss < 0:
-            raise ConfigError(f"RouterPenalty(load={self.load}, miss={self.miss}): strengths are >= 0; 0 switches a term off")
-        if self.applies_to not in ("selection", "selection_and_weights"):
-            raise ConfigError(f"RouterPenalty(applies_to={self.applies_to!r}): legal: 'selection', 'selection_and_weights'")
+def check_router(penalty: RouterPenalty | None, router: object) -> None:
+    """router: a class, an instance or None (a dense layer). Raises UnsupportedError for one that PiKV does not subclass."""
+    kind = router if isinstance(router, type) else type(router)
+    if penalty is not None and router is not None and not issubclass(kind, TopKRouter):
+        raise UnsupportedError(f"{penalty} on a {kind.__name__}: PiKV lowers the logits of TopKRouter only; leave the penalty out")
 
-    def refuse(self, config: TransformerConfig) -> None:
-        """Raises UnsupportedError for routing in which the model's own weights of a chosen set can't be formed."""
-        if self.applies_to != "selection":
-            return
-        reasons = {
-            "moe_expert_capacity_factor": config.moe_expert_capacity_factor is not None,
-            "moe_router_load_balancing_type": config.moe_router_load_balancing_type == "sinkhorn",
-        }
-        for name, set_ in reasons.items():
-            if set_:
-                raise UnsupportedError(
-                    f"RouterPenalty(applies_to='selection') with TransformerConfig.{name} = {getattr(config, name)!r}: the weights of the "
-                    f"chosen experts are not a function of their scores alone; use applies_to='selection_and_weights'"
-                )
 
-    def of(self, core: PiKVCache, layer: int, misses: Tensor) -> Tensor:
-        """[E] f32 for one layer; equal on all ranks, as long as misses [E] are. Sync: none."""
-        penalty = torch.zeros(core.writer.num_experts, dtype=torch.float32, device=core.device)
-        if self.load and core.num_shards > 1:
-            load = core.tables.directory.load[layer].to(torch.float32)
-            experts = torch.arange(penalty.numel(), device=core.device)
-            shard = core.writer.placement.shard_of(layer, experts, torch.zeros_like(experts))
-            mean = load.mean().clamp_min(1)
-            penalty += self.load * (load[shard] / mean - 1) * (load.sum() > 0)
-        if self.miss:
-            penalty += self.miss * torch.log1p(misses)
-        return penalty
+def check_installed(config: PiKVConfig, model_config: TransformerConfig, routers: list) -> None:
+    """A context's block asks for no penalty, or for the one that the model's routers were enabled with."""
+    penalty = config.routing.host_penalty.build()
+    check_penalty(penalty, model_config)
+    for router in routers:
+        if penalty is not None and router is not None and getattr(router, "pikv_penalty", None) != penalty:
+            raise ConfigError(
+                f"the context's pikv.routing.host_penalty = {penalty}, the model's routers were enabled with "
+                f"{getattr(router, 'pikv_penalty', None)}; give the block to enable_pikv or pikv_layer_spec"
+            )
 
 
 def model_weights(logits: Tensor, routing_map: Tensor, config: TransformerConfig) -> Tensor:

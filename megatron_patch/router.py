@@ -8,7 +8,7 @@ from torch import Tensor
 from pikv_ds.placement import primary_expert
 
 from .layers import Link
-from .penalty import RouterPenalty, model_weights
+from .penalty import RouterPenalty, check_penalty, model_weights
 from .subclass import pikv_class
 
 
@@ -22,8 +22,7 @@ def router_class(host: type) -> type:
 
         def __init__(self, *args, pikv_penalty: RouterPenalty | None = None, **kwargs) -> None:
             super().__init__(*args, **kwargs)
-            if pikv_penalty is not None:
-                pikv_penalty.refuse(self.config)
+            check_penalty(pikv_penalty, self.config)
             self.pikv_penalty = pikv_penalty
 
         def routing(self, logits: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:

@@ -52,14 +52,17 @@ class PiKVCache:
         policy = config.scheduling.build()
         check_retention(config, policy, layers, self.num_shards, self.exchange.size)
         self.page_size = codec.page_size(config.page_size)
-        check_tiers(config, codec, policy, layers, self.page_size, self.exchange.size)
+        check_tiers(config, codec, layers, self.page_size, self.exchange.size)
         transforms = fit_transforms(codec, config, policy, layers)
         self.transforms = [None if transform is None else transform.to(device) for transform in transforms]
         self.tables = Tables(
             layers, config, codec, self.page_size, self.num_shards, self.exchange.rank, self.exchange.size, num_experts, dtype, device
         )
         self.retention = None if policy.keeps_all else Retention(config, policy, self.tables, self.exchange)
-        self.tiers = Tiers(config, self.tables, self.exchange) if self.tables.two_pools else None  # None: one pool of pages per layer
+        self.tiers: Tiers | None = None  # None: one pool of pages per layer
+        if self.tables.two_pools:
+            watching = self.retention.mass if self.retention is not None and policy.watches else None
+            self.tiers = Tiers(config, self.tables, self.exchange, watching)
         storage = config.storage
         placement = Placement(storage.placement, num_experts, self.num_shards, n_tok=storage.n_tok, table=storage.table)
         self.writer = Writer(self.tables, placement.to(device))

@@ -13,6 +13,7 @@ from pikv_ds.config_checks import (
     check_budget,
     check_companion,
     check_experts,
+    check_host_penalty,
     check_method,
     check_pools,
     check_ready,
@@ -25,6 +26,7 @@ from pikv_ds.presets import PRESETS, expand
 
 if TYPE_CHECKING:
     from pikv_ds.codecs.base import Codec
+    from pikv_ds.host_penalty import RouterPenalty
     from pikv_ds.policies.base import RetentionPolicy
     from pikv_ds.routers.base import Router
 
@@ -85,6 +87,22 @@ class StorageConfig(_Block):
         return self
 
 
+class HostPenaltyConfig(_Block):
+    """What the model's own expert routers take off their logits, from the state of the cache; 0 and 0: nothing is installed."""
+
+    load: float = Field(0, ge=0, allow_inf_nan=False, description="Strength: shard of the expert fuller than the mean of the shards.")
+    miss: float = Field(0, ge=0, allow_inf_nan=False, description="Strength: log(1 + misses of the expert).")
+    applies_to: Literal["selection", "selection_and_weights"] = Field(
+        "selection", description="Choose experts by lowered logits and weigh them by the model's own, or lower both."
+    )
+
+    def build(self) -> RouterPenalty | None:
+        """The penalty, or None when both strengths are 0."""
+        from pikv_ds.host_penalty import RouterPenalty
+
+        return RouterPenalty(load=self.load, miss=self.miss, applies_to=self.applies_to) if self.load or self.miss else None
+
+
 class RoutingConfig(_Block):
     """Which pages a query reads. Other keys are the options of the router, see `pikv methods`."""
 
@@ -94,6 +112,7 @@ class RoutingConfig(_Block):
     budget_pages: int | None = Field(None, ge=1, description="Pages a query reads per kv head and layer; in place of budget_ratio.")
     sink_tokens: int = Field(4, ge=0, description="First tokens of a request that every query reads, inside the budget.")
     recent_tokens: int = Field(64, ge=0, description="Latest tokens before a query that it always reads, inside the budget.")
+    host_penalty: HostPenaltyConfig = Field(HostPenaltyConfig(), description=HostPenaltyConfig.__doc__)
 
     def build(self) -> Router:
         """The router with its options."""
@@ -278,6 +297,7 @@ class PiKVConfig(_Block):
             raise problem("page_size", self.page_size, str(error)) from None
         check_budget(self.routing, page_size)
         check_experts(self.routing, self.storage)
+        check_host_penalty(self.routing, self.storage)
         return self
 
     @classmethod

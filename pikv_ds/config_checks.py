@@ -120,6 +120,18 @@ def check_experts(routing: BaseModel, storage: BaseModel) -> None:
         )  # fmt: skip
 
 
+def check_host_penalty(routing: BaseModel, storage: BaseModel) -> None:
+    """A penalty on the model's routers acts on routers that name the entries' homes."""
+    if routing.host_penalty.build() is None:
+        return
+    if storage.placement == "position" or storage.expert_ids in ("hash", "gate"):
+        raise problem(
+            "routing.host_penalty", routing.host_penalty.model_dump(),
+            f"load 0 and miss 0 with pikv.storage.placement = {storage.placement!r} and expert_ids = {storage.expert_ids!r}: the model's "
+            f"routers do not say where entries lie, so a penalty on them would cost quality and move nothing",
+        )  # fmt: skip
+
+
 def check_has_experts(routing: BaseModel, num_experts: int | None, model: str) -> None:
     """num_experts: of the model, None or 0 for a dense one. Raises: ConfigError when the router follows experts that do not exist."""
     if not num_experts and routing.build().needs_experts:

@@ -69,7 +69,7 @@ def _encode(near: LayerStore, far: LayerStore, source: Tensor, target: Tensor) -
         options = {}
         if far.fmt.grouped:  # a page is whole groups: its tail is filled and used up within the call
             shape = (ids.numel(), far.fmt.num_kv_heads, far.fmt.group, far.fmt.k_dim)
-            options["tail"] = torch.zeros(shape, dtype=torch.float32, device=near.device)
+            options["tail"] = torch.zeros(shape, dtype=far.tail.dtype, device=near.device)
             options["tail_rows"] = torch.arange(ids.numel(), dtype=torch.int32, device=near.device).repeat_interleave(far.page_size)
         positions = near.positions.index_select(0, ids).flatten()
         ops.append(far.pages, far.fmt, k, v, positions, slots, **options)

@@ -76,12 +76,16 @@ def pikv_bytes(
         contexts: lengths of all requests stored in the group, each once: the batch of one rank when requests are
             replicated, the batches of all ranks when they are distinct.
         dtype: of the model's keys. num_shards: None = `ranks`. The fullest rank holds ceil(num_shards / ranks) shards.
+
+    A codec with a light one beside it: light_ratio of a request's pages and the page being filled are light; in the worst case all are.
     """
     num_shards = num_shards or ranks
     shards_here = math.ceil(num_shards / ranks)
     balanced = worst = 0
     for layer in layers:
-        fmt = codec.page_format(layer, page_size, dtype)
+        far = codec.page_format(layer, page_size, dtype)
+        two_pools = codec.light is not None and layer.window is None
+        fmt = codec.light.page_format(layer, page_size, dtype) if two_pools else far
         tails = shards_here * len(contexts) * fmt.tail_elements * dtype.itemsize
         slides = [layer.tokens_kept(n) < n for n in contexts]
         kept = [layer.tokens_kept(n) for n in contexts]
@@ -89,7 +93,11 @@ def pikv_bytes(
         slots = capacity_slots(sum(kept), num_shards, page_size)
         full = max_pages(slots, page_size, requests=len(contexts), sliding=any(slides))
         # Rounding up per request can exceed the capacity when requests are shorter than the number of shards.
-        balanced += shards_here * min(pages, full) * fmt.record_bytes + tails
+        light = pages
+        if two_pools:
+            light = min(pages, sum(math.ceil(int(codec.light_ratio * n) // page_size / num_shards) + 1 for n in kept if n))
+        balanced += shards_here * min(pages, full) * far.record_bytes + tails
+        balanced += shards_here * min(light, full) * (fmt.record_bytes - far.record_bytes)
         worst += shards_here * full * fmt.record_bytes + tails
     return RankBytes(balanced=balanced, worst=worst)
 

@@ -28,10 +28,13 @@ BLOCK_ELEMENTS = 1 << 22  # of the scores inside a chunk that are held at a time
 
 
 class Mass:
-    """Shows a policy what the queries of each layer attend to. Between read() and observe() it keeps that layer's page lse."""
+    """Shows policies what the queries of each layer attend to. Between read() and observe() it keeps that layer's page lse.
+
+    policies: the first may keep values per row; append others that keep values per page only.
+    """
 
     def __init__(self, policy: RetentionPolicy, tables: Tables) -> None:
-        self.policy, self.tables = policy, tables
+        self.policies, self.tables = [policy], tables
         # By pool of pages: what queries saw of it; H > 1: of the pages of each head's own table.
         self.page_lse: dict[LayerStore, PageLse | EntryLse] = {}
         self.time = 0  # query columns since the generation began
@@ -74,7 +77,7 @@ class Mass:
         )  # fmt: skip
         if not by_entry:
             self.page_lse[store] = PageLse(page_lse.view(num_rows, num_queries, -1, *page_lse.shape[1:]))
-        elif self.policy.watches:
+        elif any(policy.watches for policy in self.policies):
             self.page_lse[store] = EntryLse(store, q, stored, scale)
         return out.unflatten(0, (num_rows, num_queries)), lse.unflatten(0, (num_rows, num_queries))
 
@@ -84,15 +87,27 @@ class Mass:
         Args: slots [R * T * H] int32, where the new entries lie on this rank, -1 elsewhere; lse [R, T, Hq] over all stored entries, None if
             there were none. In a forward of one column they include the query's own entry.
         """
-        policy, page_lse, self.page_lse = self.policy, self.page_lse, {}
+        page_lse, self.page_lse = self.page_lse, {}
+        for policy in self.policies:
+            self._observe(policy, page_lse, query, plan, slots, lse)
+
+    def _observe(
+        self,
+        policy: RetentionPolicy,
+        page_lse: dict[LayerStore, PageLse | EntryLse],
+        query: Query,
+        plan: StepPlan,
+        slots: Tensor,
+        lse: Tensor | None,
+    ) -> None:
         includes_self = plan.decode
         pools, valid = self.tables.pools(query.layer), plan.valid.view(query.q.shape[:2])
         columns = torch.arange(valid.shape[1], device=valid.device).expand_as(valid)
         if not plan.all_valid and valid.shape[1] > 1:
             columns = valid.to(torch.int8).argsort(dim=-1, stable=True)  # padding first, then the queries of a row in their order
         columns = columns[:, -(policy.window or valid.shape[1]) :]
-        rows, positions = self._rows(query), torch.where(valid, plan.positions.view(valid.shape), -1)
-        evicted, by_entry = self.tables.directory.evicted[query.layer].unflatten(-1, (-1, pools[0].heads)).sum(1), self.tables.by_entry
+        positions, by_entry = torch.where(valid, plan.positions.view(valid.shape), -1), self.tables.by_entry
+        evicted = self.tables.directory.evicted[query.layer].unflatten(-1, (-1, pools[0].heads)).sum(1)
         facts = [_Facts(store, by_entry, plan, evicted) for store in pools]
         step = max(1, BLOCK_ELEMENTS // (valid.numel() * query.q.shape[2]))
         time = self.time + valid.shape[1] - columns.shape[1]
@@ -112,12 +127,12 @@ class Mass:
                     values = {name: store.summaries[name].view(-1) for name in policy.page_values}
                     policy.observe(values, fact.seen(share[:-1], valid.gather(1, block), time + begin))
             if policy.observes_queries:
-                policy.observe_queries(rows, query.scale * _take(query.q, block).float(), total, positions.gather(1, block))
+                policy.observe_queries(self._rows(query), query.scale * _take(query.q, block).float(), total, positions.gather(1, block))
 
     def _rows(self, query: Query) -> dict[str, Tensor]:
         num_rows, _, heads, dim = query.q.shape
         if query.layer not in self.rows:
-            shapes = self.policy.row_values(heads, dim)
+            shapes = self.policies[0].row_values(heads, dim)
             self.rows[query.layer] = {name: torch.zeros(num_rows, *shape, device=query.q.device) for name, shape in shapes.items()}
         return self.rows[query.layer]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from .config import PiKVConfig
 from .errors import ConfigError
 from .policies.base import RetentionPolicy
+from .routers.base import Router
 from .spec import LayerSpec
 
 
@@ -80,6 +81,15 @@ def _check_entries(config: PiKVConfig, policy: RetentionPolicy, method: str) -> 
         raise ConfigError(
             f"{given} with {method} and pikv.routing.method = {config.routing.method!r}: attention to single entries is measured on all "
             f"that is stored; use 'page', routing 'all', or a method that looks at positions or keys"
+        )
+
+
+def check_entry_router(router: Router, *, summarises: bool) -> None:
+    """summarises: it keeps something per page. Raises: ConfigError when it can't do so for pages whose entries have closed up."""
+    if summarises and type(router).moved is Router.moved:
+        raise ConfigError(
+            f"pikv.scheduling.granularity = 'token' with pikv.routing.method = {router.name!r}, which keeps summaries of pages and can't "
+            f"make them anew when entries have left (Router.moved); use 'page', or another router"
         )
 
 

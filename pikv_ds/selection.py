@@ -15,18 +15,20 @@ from pikv_ds import ops
 
 from .compact import Compacted
 from .config import RoutingConfig
-from .demote import Moved, entries_of, page_slots
+from .demote import Moved
 from .entries import keys_at
-from .errors import ConfigError
 from .exchange import Exchange
 from .plan import StepPlan
 from .read_budget import Budget, lens_seen, page_budget
 from .reader import Stored
+from .retention_checks import check_entry_router
 from .routers.base import NewEntries, PageQuery, Router
 from .spec import LayerSpec
 from .step import Query
 from .store import LayerStore
 from .tables import Tables
+from .tier_checks import check_router
+from .tier_routing import entries_by_page, entries_moved
 from .tiers import Tiers
 from .top_pages import best_pages, listed_pages, page_keys
 from .writer import Written
@@ -89,13 +91,11 @@ class Selection:
             store = self._store(layer)
             others = len(store.summaries)
             self.router.open(layer, store, self.num_shards)
-            summarises, moves = len(store.summaries) > others, type(self.router).moved is not Router.moved
-            if summarises and not moves and (self.tables.far[layer] is not None or self.tables.by_entry):
-                without = "pikv.scheduling.granularity 'page'" if self.tables.by_entry else "raw_sink_tokens and raw_recent_tokens unset"
-                raise ConfigError(
-                    f"pikv.routing.method = {self.config.method!r} keeps summaries of pages and can't take over pages whose entries came "
-                    f"from others (Router.moved); use another router, or {without}"
-                )
+            summarises = len(store.summaries) > others
+            if self.tables.far[layer] is not None:
+                check_router(self.router, summarises=summarises)
+            if self.tables.by_entry:
+                check_entry_router(self.router, summarises=summarises)
 
     def _store(self, layer: int) -> LayerStore:
         """The pages that a router chooses from."""
@@ -137,14 +137,7 @@ class Selection:
         """Pages have come into the far pools of layers. Host phase."""
         for layer, pages in moved:
             store = self._store(layer)
-            slots = page_slots(pages.target, self.page_size)
-            rows, shards = (x.repeat_interleave(self.page_size) for x in (pages.rows, pages.shards))
-            entries = NewEntries(
-                k=entries_of(store, pages.target)[0], rows=rows, positions=store.positions[pages.target].flatten(),
-                shard=shards + self.tables.shard_begin, valid=torch.ones_like(slots, dtype=torch.bool), slot_mapping=slots,
-                table=torch.zeros_like(slots),
-            )  # fmt: skip
-            self.router.moved(layer, store, entries)
+            self.router.moved(layer, store, entries_moved(store, pages, self.tables.shard_begin))
 
     def compacted(self, layer: int, changed: Compacted) -> None:
         """Pages of a layer have other entries than before. Host phase."""
@@ -192,7 +185,7 @@ class Selection:
         for begin in range(0, q.shape[1], QUERIES_AT_ONCE):
             block = slice(begin, begin + QUERIES_AT_ONCE)
             asked = self._asked(query, q[:, block], rows, stored, positions, begin, plan)
-            held = None if near is None else self._held(near[0], asked)
+            held = None if near is None else entries_by_page(near[0], asked, self.page_size)
             if near is not None:
                 asked = replace(asked, near_lse=near[1][:, begin : begin + QUERIES_AT_ONCE].flatten(0, 1))
                 self.entries += held.flatten(1).sum(1, dtype=torch.float64) @ real_queries(asked)
@@ -209,13 +202,6 @@ class Selection:
                 self.router.answered(asked, page_list, page_lse)
             parts.append((out.view(num_rows, -1, *out.shape[1:]), lse.view(num_rows, -1, lse.shape[1])))
         return parts[0] if len(parts) == 1 else (torch.cat([out for out, _ in parts], 1), torch.cat([lse for _, lse in parts], 1))
-
-    def _held(self, near: Stored, asked: PageQuery) -> Tensor:
-        """[Q, S, C'] entries of each near page of the queries' rows."""
-        num_rows = asked.rows.stop - asked.rows.start
-        first = torch.arange(near.block_table.shape[-1], device=self.device, dtype=torch.int32) * self.page_size
-        entries = (near.seqlens.view(num_rows, 1, -1, 1) - first).clamp(0, self.page_size)
-        return entries.expand(-1, asked.positions.numel() // num_rows, -1, -1).flatten(0, 1)
 
     def choose(self, asked: PageQuery, plan: StepPlan, near: Tensor | None = None) -> Tensor:
         """Columns to read, [N, 1 or H, K] int32, -1 = none. near: entries of the near pages [Q, S, C'], read besides."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 from .codecs.base import Codec
 from .config import PiKVConfig
 from .errors import ConfigError
-from .policies.base import RetentionPolicy
+from .routers.base import Router
 from .spec import LayerSpec
 
 
-def check_tiers(config: PiKVConfig, codec: Codec, policy: RetentionPolicy, layers: list[LayerSpec], page_size: int, num_ranks: int) -> None:
+def check_tiers(config: PiKVConfig, codec: Codec, layers: list[LayerSpec], page_size: int, num_ranks: int) -> None:
     """Raises: ConfigError."""
     block = config.compression
     if block.build_near() is None:
@@ -45,10 +45,10 @@ def check_tiers(config: PiKVConfig, codec: Codec, policy: RetentionPolicy, layer
             f"raw_recent_tokens = {least} of pikv.compression, which every query reads; raise it or lower those"
         )
     if codec.light is not None:
-        _check_importance(config, policy, num_ranks, given)
+        _check_importance(config, num_ranks, given)
 
 
-def _check_importance(config: PiKVConfig, policy: RetentionPolicy, num_ranks: int, given: str) -> None:
+def _check_importance(config: PiKVConfig, num_ranks: int, given: str) -> None:
     if config.storage.requests == "distinct" and num_ranks > 1:
         raise distinct_refused()
     if config.storage.expert_ids == "true":
@@ -56,10 +56,14 @@ def _check_importance(config: PiKVConfig, policy: RetentionPolicy, num_ranks: in
             f"{given} with pikv.storage.expert_ids = 'true': entries are stored after the queries of their forward have read, so the "
             f"attention they get is not known; use 'previous_layer'"
         )
-    if policy.watches:
+
+
+def check_router(router: Router, *, summarises: bool) -> None:
+    """summarises: it keeps something per page. Raises: ConfigError when it can't do so for pages that are demoted."""
+    if summarises and type(router).moved is Router.moved:
         raise ConfigError(
-            f"{given} with pikv.scheduling.method = {policy.name!r}: both measure attention, and one measure per layer is kept in this "
-            f"version; use a policy that looks at positions or keys ('streaming_llm', 'knorm'), or another codec with raw_recent_tokens"
+            f"pikv.routing.method = {router.name!r} keeps summaries of pages and can't make them for pages that were encoded again "
+            f"(Router.moved); use another router, or pikv.compression without raw_sink_tokens and raw_recent_tokens"
         )
 
 

@@ -29,21 +29,25 @@ from .tier_checks import distinct_refused
 class Tiers:
     """Decides when and which pages are demoted. Owns what crops may still take back; borrows tables and exchange."""
 
-    def __init__(self, config: PiKVConfig, tables: Tables, exchange: Exchange) -> None:
+    def __init__(self, config: PiKVConfig, tables: Tables, exchange: Exchange, watching: Mass | None) -> None:
+        """watching: what a retention policy is shown already, for importance to be measured on."""
         self.tables, self.exchange = tables, exchange
         block, codec = config.compression, config.compression.build()
         self.sinks, self.recent = block.raw_sink_tokens or 0, block.raw_recent_tokens or 0
         self.light_ratio = None if codec.light is None else codec.light_ratio
         self.layers = [i for i, far in enumerate(tables.far_formats) if far is not None]
-        self.mass: Mass | None = None  # None: pages go by their age alone
+        self.mass: Mass | None = None  # None: pages go by their age alone, or importance is measured on `watching`
         if self.light_ratio is not None:
-            self.mass = Mass(Importance(), tables)
-            tables.page_values = tables.page_values | self.mass.policy.page_values
+            tables.page_values = tables.page_values | Importance.page_values
+            if watching is None:
+                self.mass = Mass(Importance(), tables)
+            else:
+                watching.policies.append(Importance())
         self.reset(0, "local")
 
     def reset(self, num_rows: int, mode: str) -> None:
         """A new generation begins; mode: how the ranks' requests relate (agreement.py)."""
-        if mode == "distinct" and self.mass is not None:
+        if mode == "distinct" and self.light_ratio is not None:
             raise distinct_refused()
         self.floor = [0] * num_rows  # positions of a row that may have been demoted lie below it; the same on every rank
         self.due = [0] * num_rows  # tokens of a row at which a page can become old enough; of this rank's shards

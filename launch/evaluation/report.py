@@ -44,7 +44,10 @@ def write_report(folder: str | Path, documents: Sequence[dict[str, Any]]) -> Pat
 
 
 def labels(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """A name per row that tells configurations apart: backend and ranks where they differ, the method, and what else the block sets."""
+    """A name per row that tells configurations apart: what a sweep calls it; or backend and ranks where they differ, the method, and what
+    else the block sets."""
+    if all("label" in row.get("detail", ()) for row in rows):
+        return [": ".join(filter(None, (row["detail"]["family"], row["detail"]["label"]))) for row in rows]
     several = len({(row["backend"], row["ranks"]) for row in rows}) > 1
     return [(f"{row['backend']} x{row['ranks']} " if several else "") + row["method"] + _options(row["config"] or {}) for row in rows]
 
@@ -66,14 +69,17 @@ def _options(block: dict[str, Any]) -> str:
     return "".join(f" {key}={json.dumps(value, separators=(',', ':'))}" for key, value in left.items())
 
 
-def _scatter(cost: str, cost_title: str) -> Callable:
+def scatter(cost: str, cost_title: str) -> Callable:
+    """A function of rows and their names that draws each quality against a cost, with the Pareto front; None when no row has both."""
+
     def draw(rows: list[dict], names: list[str]) -> Any:
         from matplotlib.figure import Figure
 
         panels = [(key, title) for key, title in QUALITIES if any(row[key] is not None and row[cost] is not None for row in rows)]
         if not panels:
             return None
-        figure = Figure(figsize=(4.5 * len(panels), 4), layout="constrained")
+        height = max(4, 0.13 * len(set(names)))  # of the legend
+        figure = Figure(figsize=(4.5 * len(panels), height), layout="constrained")
         colours = {name: f"C{idx % 10}" for idx, name in enumerate(dict.fromkeys(names))}
         drawn = {}
         for axis, (key, title) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
@@ -134,9 +140,9 @@ _FIGURES = (
     (
         "quality_bytes.png",
         "Quality against bytes per token; the line is the Pareto front",
-        _scatter("bytes_per_token", "KV bytes per token"),
+        scatter("bytes_per_token", "KV bytes per token"),
     ),
-    ("quality_entries.png", "Quality against the share of entries read", _scatter("entries_read", "share of entries read")),
+    ("quality_entries.png", "Quality against the share of entries read", scatter("entries_read", "share of entries read")),
     ("recall_depth.png", "Recall by depth", _by_depth),
     ("load_ranks.png", "Load per rank", _load),
 )

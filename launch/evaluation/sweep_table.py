@@ -18,7 +18,8 @@ def records_of(rows: Sequence[Row], family: str) -> dict[str, Row]:
     """One record per label. Figures of text come from the shortest context it was measured at, bytes from the longest.
 
     Keys: config, attention, ppl_change_pct, kl, mass_recall, entries_read, ppl_change_long_pct (and long_context), recall, recall_after,
-    bytes_per_token, compression, bytes_context, compression_other (of another model than the bundled one); None where not measured.
+    bytes_per_token, compression, bytes_context, compression_other (of another model than the bundled one), ranks, rank_ratio (2-byte
+    dense cache of a rank / the fullest rank's bytes); None where not measured.
     """
     own: dict[str, list[Row]] = {}
     for row in rows:
@@ -41,8 +42,14 @@ def _record(rows: Sequence[Row]) -> Row:
     after = facts[0]["detail"].get("found_question_after_eviction") if facts else None
     record |= {"recall": facts[0]["recall"] if facts else None, "recall_after": after and after[0] / after[1]}
     record |= {"bytes_per_token": sized["bytes_per_token"], "compression": sized["compression"], "bytes_context": sized["context"]}
-    record |= {"fullest_rank_bytes": max(sized["kv_bytes_per_rank"]), "ranks": sized["ranks"], "backend": sized["backend"]}
+    record |= {"ranks": sized["ranks"], "rank_ratio": _rank_ratio(sized) if sized["ranks"] > 1 else None}
     return record | {"compression_other": other[0]["compression"] if other else None}
+
+
+def _rank_ratio(row: Row) -> float:
+    """2-byte elements of an ordinary cache of the same requests on one rank / bytes of the fullest rank. Requests are replicated."""
+    ordinary = row["compression"] * row["bytes_per_token"] * row["detail"]["tokens_in_cache"]
+    return ordinary / max(row["kv_bytes_per_rank"])
 
 
 def table_of(rows: Sequence[Row], family: str) -> list[dict[str, Any]]:
@@ -57,7 +64,7 @@ FORMS = {
     "ppl_change_pct": ("ppl change %", "+.2f"), "ppl_change_long_pct": ("ppl change %, long", "+.2f"), "kl": ("KL", ".1e"),
     "recall": ("recall", ".2f"), "recall_after": ("asked after eviction", ".2f"), "entries_read": ("entries read", ".3f"),
     "mass_recall": ("mass", ".2f"), "bytes_per_token": ("bytes/token", ",.0f"), "compression": ("2-byte cache / it", ".2f"),
-    "compression_other": ("width 128", ".2f"), "attention": ("attention", ""),
+    "compression_other": ("width 128", ".2f"), "rank_ratio": ("2-byte dense rank / fullest rank", ".1f"), "attention": ("attention", ""),
 }  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from pikv_ds.adapters.autoep import check_expert_parallel, expert_group_members
 from pikv_ds.adapters.autoep_shim import registry_shim
 from pikv_ds.adapters.ds_config import inference_block, inference_config, initialize_config, pikv_config, without_block
 from pikv_ds.adapters.ds_install import host_function, replace, restore
+from pikv_ds.adapters.ds_moe import check_moe_layers, moe_group_members, open_groups
 from pikv_ds.adapters.ds_refusals import check_inference, check_initialize, check_model
 from pikv_ds.adapters.ds_register import register, unregister
 from pikv_ds.adapters.groups import all_ranks, own_group
@@ -31,8 +32,8 @@ from pikv_ds.config import PiKVConfig
 def initialize(*args: Any, **kwargs: Any) -> tuple:
     """deepspeed.initialize; with the block, the returned engine has the KV cache handle as `engine.pikv`.
 
-    The cache is sharded over AutoEP's expert-parallel group ("expert_parallel" block), or, with replicated
-    experts, over all data-parallel ranks. No optimizer is needed for inference.
+    The cache is sharded over AutoEP's expert-parallel group ("expert_parallel" block), over that of DeepSpeed's own MoE layers, or,
+    with replicated experts, over all data-parallel ranks. No optimizer is needed for inference.
 
     Args and returns: those of deepspeed.initialize.
 
@@ -50,12 +51,15 @@ def initialize(*args: Any, **kwargs: Any) -> tuple:
     check_model(model)
     check_initialize(ds_config, model, call.get("mpu"))
     autoep_size = check_expert_parallel(ds_config, model)
+    moe_size = check_moe_layers(model, _world_size())
     register()
     with registry_shim() if autoep_size else contextlib.nullcontext():
         returned = host(*args, **kwargs)
     engine = returned[0]
     if autoep_size:
         _add_cache(engine, config, expert_group_members(engine.module), f"ep_size_{autoep_size}")
+    elif moe_size:
+        _add_cache(engine, config, moe_group_members(engine.module), f"ep_size_{moe_size}")
     else:
         _add_cache(engine, config, all_ranks(), f"dp_size_{len(all_ranks())}")
     return returned
@@ -64,7 +68,8 @@ def initialize(*args: Any, **kwargs: Any) -> tuple:
 def init_inference(model: Any, config: str | dict | None = None, **kwargs: Any) -> deepspeed.InferenceEngine:
     """deepspeed.init_inference; with the block, the returned engine has the KV cache handle as `engine.pikv`.
 
-    Experts are replicated (DeepSpeed shards no Hugging Face experts here); the cache is sharded over all ranks.
+    Experts are replicated (DeepSpeed shards no Hugging Face experts here) and the cache is sharded over all ranks; with DeepSpeed's own
+    MoE layers of ep_size > 1 over their group, which they are given here.
     torch.distributed is initialised if the launcher started more than one rank and the script has not done it.
 
     Args and returns: those of deepspeed.init_inference, which does not get to see the block.
@@ -83,10 +88,15 @@ def init_inference(model: Any, config: str | dict | None = None, **kwargs: Any) 
         return host(model, ds_config, **kwargs)
     check_model(model)
     check_inference({**(ds_config or {}), **kwargs})
+    moe_size = check_moe_layers(model, _world_size())
     register()
     _init_distributed(pikv.timeout_s)
     engine = host(model, ds_config, **kwargs)
-    _add_cache(engine, pikv, all_ranks(), f"dp_size_{len(all_ranks())}")
+    if moe_size:
+        open_groups(engine.module)
+        _add_cache(engine, pikv, moe_group_members(engine.module), f"ep_size_{moe_size}")
+    else:
+        _add_cache(engine, pikv, all_ranks(), f"dp_size_{len(all_ranks())}")
     return engine
 
 
@@ -115,8 +125,12 @@ def _add_cache(engine: Any, config: PiKVConfig, members: Sequence[int], group_na
         engine.pikv.end_of_step_callbacks.append(writer)
 
 
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def _init_distributed(timeout_s: float) -> None:
-    if dist.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if dist.is_initialized() or _world_size() == 1:
         return
     get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", "0")))
     deepspeed.init_distributed(timeout=timedelta(seconds=timeout_s))

@@ -2,51 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from pikv_ds.errors import ConfigError, UnsupportedError
+from pikv_ds.errors import ConfigError
 from pikv_ds.placement import Routed
 
-_ROUTER = re.compile(r"top_?k_?router$", re.IGNORECASE)  # Qwen3MoeTopKRouter, DeepseekV3TopkRouter, AutoEP's TokenChoiceTopKRouter
-
-
-def find_router(layer: nn.Module) -> nn.Module | None:
-    """The expert router of one decoder layer, or None for a dense layer."""
-    routers = [m for m in layer.modules() if _ROUTER.search(type(m).__name__)]
-    if len(routers) > 1:
-        raise UnsupportedError(f"{type(layer).__name__} has {len(routers)} expert routers; PiKV expects at most one per decoder layer")
-    return routers[0] if routers else None
-
-
-class RouterOutput:
-    """Finds the (ids, weights) [T, K] in a router's output: (logits, weights, ids) in transformers, (weights, ids, counts) under AutoEP.
-
-    Where they are is looked up in the first output and kept: a router always returns the same kinds of tensors.
-    """
-
-    def __init__(self, router: nn.Module) -> None:
-        self.router, self.at = router, None
-
-    def routed(self, output: tuple) -> Routed:
-        if self.at is None:
-            self.at = self._find(output)
-        return Routed(output[self.at[0]], output[self.at[1]])
-
-    def _find(self, output: tuple) -> tuple[int, int]:
-        tensors = [(i, t) for i, t in enumerate(output) if isinstance(t, Tensor) and t.dim() == 2] if isinstance(output, tuple) else []
-        for i, ids in tensors:
-            if not ids.is_floating_point():
-                weights = [j for j, t in tensors if t.is_floating_point() and t.shape == ids.shape]
-                if weights:
-                    return i, weights[0]
-        raise UnsupportedError(
-            f"{type(self.router).__name__} returned no (weights, ids) pair of equal shape [tokens, top_k]; PiKV can't tell the experts of "
-            f"a token. Set pikv.storage.expert_ids = 'hash'"
-        )
+from .host_penalty import HostPenalty
+from .router_output import output_of
 
 
 class ExpertIds:
@@ -57,13 +22,19 @@ class ExpertIds:
     Where the source has no answer (no earlier router, dense layer) ids are None and the core hashes.
     """
 
-    def __init__(self, source: str, decoder_layers: list[nn.Module], attentions: list[nn.Module], gate: Tensor | None) -> None:
-        self.source = source
-        self.routers = [find_router(layer) for layer in decoder_layers]
+    def __init__(
+        self,
+        source: str,
+        routers: list[nn.Module | None],
+        attentions: list[nn.Module],
+        gate: Tensor | None,
+        penalty: HostPenalty | None = None,
+    ) -> None:
+        self.source, self.routers, self.penalty = source, routers, penalty
         self.gate = gate  # [layers, E, Hkv * Dk]
         self.on_routed: Callable[[int, Tensor], None] | None = None
-        self._latest: Routed | None = None
-        self._looked_ahead: dict[int, Routed] = {}
+        self._latest: Routed | Tensor | None = None
+        self._looked_ahead: dict[int, Routed | Tensor] = {}
         self._handles = []
         if source in ("previous_layer", "true"):
             for i, router in enumerate(self.routers):
@@ -76,11 +47,20 @@ class ExpertIds:
         self.active = False  # only while a forward runs through the cache
 
     def begin(self) -> None:
-        self._latest, self.active = None, True
+        self._latest = None
         self._looked_ahead.clear()
+        self._run(True)
 
     def end(self) -> None:
-        self.active = False
+        self._run(False)
+
+    def _run(self, active: bool) -> None:
+        self.active = active
+        if self.penalty is not None:
+            self.penalty.active = active
+
+    def _penalty(self, layer: int) -> Tensor | None:
+        return None if self.penalty is None else self.penalty.of(layer)
 
     def remove(self) -> None:
         for handle in self._handles:
@@ -99,28 +79,28 @@ class ExpertIds:
         return None
 
     def _router_hook(self, layer: int):
-        found = RouterOutput(self.routers[layer])
+        found = output_of(self.routers[layer])
 
         def hook(router: nn.Module, args: tuple, output: tuple) -> None:
             if not self.active:
                 return
-            choice = found.routed(output)
+            choice = found.entry_experts(args[0] if args else None, output, self._penalty(layer))
             if self.source == "true":
-                self.on_routed(layer, choice.primary())
+                self.on_routed(layer, choice.primary() if isinstance(choice, Routed) else choice)
             else:
                 self._latest = choice
 
         return hook
 
     def _lookahead_hook(self, layer: int, router: nn.Module):
-        found = RouterOutput(router)
+        found = output_of(router)
 
         def hook(attention: nn.Module, args: tuple, kwargs: dict) -> None:
             if not self.active:
                 return
             hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
             with torch.no_grad():
-                self._looked_ahead[layer] = found.routed(router(hidden.detach().flatten(0, 1)))
+                self._looked_ahead[layer] = found.look_ahead(hidden.detach().flatten(0, 1), self._penalty(layer))
 
         return hook
 

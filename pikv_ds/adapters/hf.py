@@ -21,7 +21,9 @@ from .forward_hooks import ForwardHooks
 from .generate_hooks import GenerateHooks
 from .hf_attention import pikv_attention, pikv_mask
 from .hf_cache import HFCache
+from .host_penalty import HostPenalty
 from .model_spec import read_model_spec
+from .router_output import check_gates, count_gate_experts, find_router
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -42,7 +44,8 @@ def attach(model: PreTrainedModel, config=None, group: dist.ProcessGroup | None 
         ConfigError: a key that does not fit this model or this group.
         UnsupportedError: a layer type, dtype or attention that PiKV cannot honour exactly.
 
-    Collectives: none at attach. The group must have been created; its own timeout bounds NCCL, pikv.timeout_s bounds gloo.
+    Collectives: none, but for a penalty on gates that need them (HostPenalty). The group must have been created; its own timeout bounds
+        NCCL, pikv.timeout_s bounds gloo.
     """
     config = PiKVConfig.parse(config)
     if not config.enabled:
@@ -57,7 +60,10 @@ def attach(model: PreTrainedModel, config=None, group: dist.ProcessGroup | None 
     _check(model, attentions, specs, parameter.dtype, config, group)
     num_ranks = 1 if group is None else dist.get_world_size(group)
     num_shards = config.storage.num_shards or num_ranks
-    num_experts = count_experts(model.config.get_text_config(decoder=True))
+    text = model.config.get_text_config(decoder=True)
+    routers = [find_router(layer) for layer in layers]
+    check_gates(routers, num_ranks, config.storage.requests)
+    num_experts = count_gate_experts(routers) or count_experts(text)
     check_has_experts(config.routing, num_experts, type(model).__name__)
     num_experts = num_experts or num_shards
     gate = None
@@ -66,7 +72,11 @@ def attach(model: PreTrainedModel, config=None, group: dist.ProcessGroup | None 
     core = PiKVCache(specs, config, num_experts=num_experts, dtype=parameter.dtype, device=parameter.device, group=group)
     check_calibration(core, attentions)
     cache = HFCache(core)
-    expert_ids = ExpertIds(config.storage.expert_ids, layers, attentions, gate)
+    penalty = config.routing.host_penalty.build()
+    if penalty is not None:  # its hooks come first: entry homes follow the routers' final choice
+        penalty = HostPenalty(penalty, core, routers, text.hidden_size, type(model).__name__)
+    cache.penalty = penalty
+    expert_ids = ExpertIds(config.storage.expert_ids, routers, attentions, gate, penalty)
     expert_ids.on_routed = core.name_experts
     AttentionInterface.register("pikv", pikv_attention)
     AttentionMaskInterface.register("pikv", pikv_mask)
@@ -79,6 +89,8 @@ def attach(model: PreTrainedModel, config=None, group: dist.ProcessGroup | None 
         generate.remove()
         forward.remove()
         expert_ids.remove()
+        if penalty is not None:
+            penalty.remove()
         for attention in attentions:
             bindings.unbind(attention)
 

@@ -9,7 +9,10 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from pikv_ds.cache import PiKVCache
+from pikv_ds.errors import ConfigError
 from pikv_ds.stats import stats
+
+from .host_penalty import HostPenalty
 
 
 class PiKVLayer(CacheLayerMixin):
@@ -64,6 +67,7 @@ class HFCache(Cache):
         self.core = core
         self.end_of_step_callbacks: list[Callable[[int], None]] = []
         self.steps = 0
+        self.penalty: HostPenalty | None = None
         self._detach: Callable[[], None] | None = None
         self.begin_generation()
 
@@ -90,6 +94,12 @@ class HFCache(Cache):
             undo, self._detach = self._detach, None
             undo()
             self.core.reset()
+
+    def add_misses(self, layer: int, misses: Tensor) -> None:
+        """Count entries of a layer that had to be fetched, per expert [E]; for routing.host_penalty. The same numbers on all ranks."""
+        if self.penalty is None:
+            raise ConfigError("add_misses without pikv.routing.host_penalty: nothing would read them")
+        self.penalty.misses[layer] += misses.to(self.penalty.misses)
 
     def lockstep(self, active: bool) -> bool:
         """True while any rank of the group is active. For own loops: every rank calls it once per iteration.

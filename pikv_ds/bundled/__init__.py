@@ -32,6 +32,11 @@ def evaluation_text() -> str:
     return (_HERE / "wikitext2_test.txt").read_text(encoding="utf-8")
 
 
+def calibration_text() -> str:
+    """160 kB of English prose that the model was not trained on, and of which nothing is in `evaluation_text`."""
+    return (_HERE / "wikitext2_valid.txt").read_text(encoding="utf-8")
+
+
 def load(dtype: torch.dtype | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model in eval mode on the CPU, and its tokenizer; dtype None means float32."""
     import torch

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from collections.abc import Sequence
+from typing import ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -11,6 +12,14 @@ from torch import Tensor
 from pikv_ds.ops.formats import PageFormat
 from pikv_ds.spec import LayerSpec
 from pikv_ds.transform import Transform
+
+
+class Heads(NamedTuple):
+    """What one layer computes for N tokens: q [N, Hq, Dk], k [N, H, Dk], v [N, H, Dv], after RoPE."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
 
 
 class Codec(ABC):
@@ -30,6 +39,11 @@ class Codec(ABC):
     """The codec of new and of important entries, when the codec keeps two kinds of pages (tiers.py)."""
     light_ratio: float = 0.0
     """Share of a request's entries that may stay in the light codec."""
+
+    @classmethod
+    def example(cls, samples: Sequence[Heads]) -> Self:
+        """An instance with default options, calibrated on the heads of layers 0, 1, ... if it must be: for tables and tests."""
+        return cls()
 
     @property
     @abstractmethod

@@ -6,6 +6,7 @@ D head_dim, r rank, H kv heads. A codec says only how its maps follow from the m
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Self
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from pikv_ds import calibration as calibrations
 from pikv_ds.calibration import Calibration, Moments
 from pikv_ds.codecs import CODECS
-from pikv_ds.codecs.base import Codec
+from pikv_ds.codecs.base import Codec, Heads
 from pikv_ds.spec import LayerSpec
 from pikv_ds.transform import Linear, Transform
 
@@ -40,11 +41,18 @@ class LinearCodec(Codec):
         """The maps of one layer's keys or values, f64 or f32."""
 
     @classmethod
-    def example(cls, rank: int, calibration: Calibration, **options) -> Self:
+    def on(cls, calibration: Calibration, **options) -> Self:
         """A codec on statistics in memory."""
-        codec = cls(rank=rank, calibration="(in memory)", **options)
-        codec.use(calibration)
+        codec = cls(calibration="(in memory)", **options)
+        codec._calibration = calibration
         return codec
+
+    @classmethod
+    def example(cls, samples: Sequence[Heads]) -> Self:
+        """At half the width."""
+        moments = [(Moments.of(heads.k, heads.q), Moments.of(heads.v)) for heads in samples]
+        width = min(min(heads.k.shape[-1], heads.v.shape[-1]) for heads in samples)
+        return cls.on(Calibration.of(moments), rank=max(8, width // 16 * 8))
 
     # ---- the record ----------------------------------------------------------------------------------------------------------
 
@@ -59,11 +67,7 @@ class LinearCodec(Codec):
 
     def ready(self) -> None:
         if self._calibration is None:
-            self.use(calibrations.load(self.path))
-
-    def use(self, calibration: Calibration) -> None:
-        """Take statistics from memory in place of the file."""
-        self._calibration = calibration
+            self._calibration = calibrations.load(self.path)
 
     @property
     def calibration(self) -> Calibration:
@@ -95,8 +99,11 @@ class LinearCodec(Codec):
 
     def declared_errors(self, spec: LayerSpec, page_size: int, dtype: torch.dtype) -> tuple[float, float]:
         """sqrt(E||x - x_hat||^2 / E||x||^2) over the calibration's keys (values) before rounding, plus what the record adds at most."""
-        maps, fmt = self.transform(spec), self.page_format(spec, page_size, dtype)
-        sides = ((self.calibration.keys(spec), maps.k, fmt.k_rel_error), (self.calibration.values(spec), maps.v, fmt.v_rel_error))
+        maps, fmt, rounding = self.transform(spec), self.page_format(spec, page_size, dtype), torch.finfo(dtype).eps
+        sides = (
+            (self.calibration.keys(spec), maps.k, fmt.k_rel_error + rounding),
+            (self.calibration.values(spec), maps.v, fmt.v_rel_error + rounding),
+        )
         return tuple(_declared(moments, linear, record) for moments, linear, record in sides)
 
 

@@ -1,10 +1,13 @@
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Self
 
 import torch
 from torch import Tensor
 
-from pikv_ds.calibration import Moments
+from pikv_ds.calibration import Calibration, Moments
 from pikv_ds.codecs import CODECS
+from pikv_ds.codecs.base import Heads
 from pikv_ds.codecs.linear import LinearCodec, squared_error, top_directions
 from pikv_ds.spec import LayerSpec
 from pikv_ds.transform import Linear, Transform
@@ -33,6 +36,11 @@ class Pyramid(LinearCodec):
             raise ValueError(f"levels = 1 to 6, got {levels}")
         self.levels = levels
 
+    @classmethod
+    def example(cls, samples: Sequence[Heads]) -> Self:
+        """At the smallest widths."""
+        return cls.on(Calibration.of([(Moments.of(heads.k, heads.q), Moments.of(heads.v)) for heads in samples]))
+
     def maps(self, spec: LayerSpec) -> Transform:
         for what, dim in (("k_dim", spec.k_dim), ("v_dim", spec.v_dim)):
             if dim % 2**self.levels:
@@ -47,7 +55,7 @@ class Pyramid(LinearCodec):
 
     def _side(self, layer_idx: int, name: str, moments: Moments) -> Linear:
         dim, bound = moments.mean.shape[1], self.bound(moments)
-        for rank in range(8, dim + 1, 8):
+        for rank in range(-(-(dim >> self.levels) // 8) * 8, dim + 1, 8):
             found = self.fit(moments, rank)
             if bool((squared_error(moments, found) <= bound * (1 + 1e-9) + 1e-12).all()):
                 break
@@ -69,8 +77,6 @@ class Pyramid(LinearCodec):
     def fit(self, moments: Moments, rank: int) -> Linear:
         dim = moments.mean.shape[1]
         top = averages(dim, self.levels)  # [D / 2^L, D], orthonormal rows
-        if rank < len(top):
-            raise ValueError(f"rank = {rank} holds not even the {len(top)} averages of level {self.levels}; use more levels")
         detail = torch.eye(dim, dtype=torch.float64) - top.mT @ top  # projects onto what the top level leaves
         encode, _ = top_directions(detail @ moments.second @ detail, rank - len(top))
         encode = torch.cat([top.mT.expand(len(encode), -1, -1), encode], -1)

@@ -22,6 +22,7 @@ class Rotated(Codec):
     def __init__(self, inner: Codec, seed: int) -> None:
         self.inner, self.seed = inner, seed
         self.name, self.calibrated, self.group = inner.name, inner.calibrated, inner.group
+        self.light, self.light_ratio = inner.light, inner.light_ratio  # light pages hold what is turned as well
         self.light, self.light_ratio = inner.light, inner.light_ratio
 
     @property
@@ -47,10 +48,8 @@ class Rotated(Codec):
         self.inner.check_model(spec, norms)
 
     def declared_errors(self, spec: LayerSpec, page_size: int, dtype: torch.dtype) -> tuple[float, float]:
-        fmt = self.page_format(spec, page_size, dtype)
-        if fmt.raw:  # the rotation itself rounds in f32, and its result to the record's dtype
-            return tuple(error + 2.0**-20 for error in self.inner.declared_errors(spec, page_size, dtype))
-        return self.inner.declared_errors(spec, page_size, dtype)
+        rounding = torch.finfo(dtype).eps + 2.0**-20  # of the rotated numbers to the model's dtype, of the maps
+        return tuple(error + rounding for error in self.inner.declared_errors(spec, page_size, dtype))
 
     def transform(self, spec: LayerSpec) -> Transform:
         stored = self.inner.stored(spec)

@@ -60,10 +60,13 @@ class KVSplit(Codec):
         return self.k.declared_errors(spec, page_size, dtype)[0], self.v.declared_errors(spec, page_size, dtype)[1]
 
     def page_format(self, spec: LayerSpec, page_size: int, dtype: torch.dtype) -> PageFormat:
-        k, v = self.k.format_name(dtype), self.v.format_name(dtype)
-        if k != v:
-            raise ValueError(f"pages of one record format, got {k!r} for keys and {v!r} for values; give k and v the same `store`")
-        return super().page_format(spec, page_size, dtype)
+        options, stored = {"group": self.group} if self.group else {}, self.stored(spec)
+        names = {"name": self.k.format_name(dtype)}
+        if self.v.format_name(dtype) != names["name"]:
+            if "v_name" not in PageFormat.__dataclass_fields__:
+                raise ValueError(f"one record format for keys and values, got {names['name']!r} and {self.v.format_name(dtype)!r}")
+            names["v_name"] = self.v.format_name(dtype)
+        return PageFormat(num_kv_heads=spec.num_kv_heads, k_dim=stored.k_dim, v_dim=stored.v_dim, page_size=page_size, **names, **options)
 
 
 class PerLayer(Codec):

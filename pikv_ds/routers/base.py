@@ -132,6 +132,10 @@ class Router(ABC):
         kept = (value for value in vars(self).values() if isinstance(value, dict))
         return sum(tensor.nbytes for by_layer in kept for tensor in by_layer.values())
 
+    def missed(self, layer: int) -> Tensor | None:
+        """[shards of all ranks] f32: reads of each shard that were in vain; None = not counted."""
+        return None
+
     def answered(self, asked: PageQuery, page_list: Tensor, page_lse: Tensor) -> None:  # noqa: B027
         """Queries read page_list [N, 1 or H, K] int32 (-1 = none) of this rank; page_lse [N, Hq, K] f32. With wants_page_lse."""
 

@@ -33,6 +33,9 @@ class CacheAware(ShardRouter):
     def logits(self, asked: PageQuery) -> Tensor:
         return self.mean_logits(asked.q, asked) - self.penalty * torch.log1p(self.misses[asked.layer])
 
+    def missed(self, layer: int) -> Tensor:
+        return self.misses[layer]
+
     def answered(self, asked: PageQuery, page_list: Tensor, page_lse: Tensor) -> None:
         entries = asked.entries.flatten(0, 1).unsqueeze(1)  # [N, 1, C]; one list for all heads
         read = torch.where(page_list >= 0, entries.gather(-1, page_list.clamp_min(0).long()), 0).sum(-1, dtype=torch.float32)  # [N, 1]

@@ -22,6 +22,7 @@ NEEDED = [
     "pikv_ds/bundled/PROVENANCE.md",
     "pikv_ds/bundled/haystack.txt",
     "pikv_ds/bundled/wikitext2_test.txt",
+    "pikv_ds/bundled/wikitext2_valid.txt",
     "pikv_ds/bundled/model/config.json",
     "pikv_ds/bundled/model/model.safetensors",
     "pikv_ds/bundled/model/tokenizer.json",

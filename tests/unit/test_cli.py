@@ -91,7 +91,7 @@ def test_plan_separates_kinds_of_layers(tmp_path):
 @pytest.mark.parametrize(
     "extra, said",
     [
-        (["--context", "8", "--codec", "zip"], "pikv.compression.method = 'zip': legal is one of 'fp8_e4m3', 'int4', 'int8', 'none'"),
+        (["--context", "8", "--codec", "zip"], "pikv.compression.method = 'zip': legal is one of 'adaptive', 'chunk_pca', 'crop'"),
         (["--context", "8", "--page-size", "512"], "pikv.page_size = 512: legal is an integer >= 1 and <= 256"),
         (["--context", "8,9"], "--context has 2 lengths; legal is one, or one per rank (2)"),
         (["--context", "8", "--model", "absent"], "no model folder or config.json at 'absent'"),

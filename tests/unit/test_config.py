@@ -21,7 +21,14 @@ DEFAULTS = {
         "capacity_tokens": None,
         "overflow": "spill",
     },
-    "routing": {"method": "all", "budget_ratio": None, "budget_pages": None, "sink_tokens": 4, "recent_tokens": 64},
+    "routing": {
+        "method": "all",
+        "budget_ratio": None,
+        "budget_pages": None,
+        "sink_tokens": 4,
+        "recent_tokens": 64,
+        "host_penalty": {"load": 0, "miss": 0, "applies_to": "selection"},
+    },
     "compression": {
         "method": "none",
         "rotate": "none",
@@ -126,6 +133,16 @@ BAD = {
     "experts by position": (
         {"routing": {"method": "experts"}, "storage": {"placement": "position"}},
         ["pikv.routing.method = 'experts'", "placement = 'position'", "previous_layer"],
+    ),
+    "penalty below 0": ({"routing": {"host_penalty": {"load": -1}}}, ["pikv.routing.host_penalty.load = -1", ">= 0"]),
+    "penalty infinite": ({"routing": {"host_penalty": {"miss": float("inf")}}}, ["pikv.routing.host_penalty.miss = inf", "finite"]),
+    "penalty mode": (
+        {"routing": {"host_penalty": {"load": 1, "applies_to": "weights"}}},
+        ["pikv.routing.host_penalty.applies_to = 'weights'", "'selection', 'selection_and_weights'"],
+    ),
+    "penalty on what names nothing": (
+        {"routing": {"host_penalty": {"load": 1}}, "storage": {"expert_ids": "hash"}},
+        ["pikv.routing.host_penalty", "expert_ids = 'hash'", "load 0 and miss 0"],
     ),
     "experts known too late": ({"routing": {"method": "experts"}, "storage": {"expert_ids": "true"}}, ["'experts'", "expert_ids = 'true'"]),
     "no budget": ({"routing": {"method": "bounds"}}, ["'bounds'", "one of budget_ratio and budget_pages"]),

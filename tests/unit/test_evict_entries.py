@@ -54,9 +54,21 @@ def test_crops_that_were_announced_wait_with_eviction(method):
         poison(driver)
         driver.crop([n - taken_back for n in driver.lens])
     driver.cache.hold_margin = None
-    for _ in range(8):  # until entries that took the place of cropped ones are no longer recent
-        driver.decode()
+    driver.decode()
     assert driver.evicted > 20
+
+
+def test_entries_that_take_the_place_of_cropped_ones_start_anew():
+    driver = EvictingDriver([layer(0)], ORACLES["h2o"][0], {"method": "h2o", "budget_tokens": 18, **TOKEN}, page_size=8)
+    driver.prefill([9, 11])
+    driver.announce_crops()
+    for taken_back in (5, 4):
+        driver.forward(ragged([6, 6]))
+        driver.crop([n - taken_back for n in driver.lens])
+    driver.cache.hold_margin = None
+    for _ in range(14):
+        driver.decode()
+    assert driver.evicted > 10
 
 
 @pytest.mark.parametrize("interval", [1, 5])

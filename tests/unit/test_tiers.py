@@ -7,7 +7,10 @@ from pikv_ds import ops
 from pikv_ds.cache import PiKVCache
 from pikv_ds.config import PiKVConfig
 from pikv_ds.errors import ConfigError
+from pikv_ds.estimate import pikv_bytes
+from pikv_ds.routers.random import RandomPages
 from pikv_ds.stats import stats
+from pikv_ds.tier_checks import check_router
 from tests.unit.driver import Driver, dense_over, layer, ragged, rel_error
 from tests.unit.tiered import KINDS, TieredDriver, attention_shares, pages_of, poison, positions_of, run_mix
 
@@ -280,6 +283,18 @@ def test_the_least_attended_pages_go(ratio, num_shards):
     assert int(driver.cache.tables.far_counts.sum()) > 0
 
 
+@pytest.mark.parametrize("codec", ["none", "adaptive"])
+def test_rotated_entries(codec):
+    """Both pools hold what is turned, so queries are turned once for both."""
+    light = {"light": "none", "heavy": "none"} if codec == "adaptive" else {}
+    driver = TieredDriver(
+        [layer(0, dim=16), layer(1, dim=16, latent=True)], codec=codec, compression={"rotate": "hadamard"} | light, page_size=4
+    )
+    driver.tolerance = 1e-5
+    run_mix(driver)
+    assert (driver.cache.tiers.light_ratio is not None) == (codec == "adaptive")
+
+
 def test_adaptive_formats_and_bytes():
     driver = TieredDriver([layer(0, dim=32)], codec="adaptive", compression={"light": "int8", "heavy": "int4"}, page_size=64, recent=64)
     driver._compare = lambda *_: None
@@ -287,6 +302,17 @@ def test_adaptive_formats_and_bytes():
     near, far = driver.cache.tables.pools(0)
     assert (near.fmt.name, far.fmt.name) == ("int8", "int4")
     assert int(near.counts) == 64 + 256 + 64 and int(far.counts) == 1024 - 384  # sinks, a quarter, the window
+    plain = TieredDriver(
+        [layer(0, dim=32)], codec="adaptive", compression={"light": "int8", "heavy": "int4"}, page_size=64, sinks=0, recent=0
+    )
+    plain._compare = lambda *_: None
+    plain.prefill([1024 + 9])
+    codec, pools = plain.cache.config.compression.build(), plain.cache.tables.pools(0)
+    planned = pikv_bytes(plain.layers, [1033], ranks=1, codec=codec, page_size=64, dtype=torch.float32)
+    used = [int((store.refcount > 0).sum()) for store in pools]
+    assert used == [4 + 1, 12]
+    tail = pools[0].tail.nbytes
+    assert planned.balanced == sum(n * store.fmt.record_bytes for n, store in zip(used, pools, strict=True)) + tail < planned.worst
     run_mix(TieredDriver([layer(0), layer(1, latent=True)], codec="adaptive", compression={"light": "none", "heavy": "none"}, page_size=4))
 
 
@@ -309,6 +335,27 @@ def test_adaptive_pages_can_be_evicted_and_selected():
     assert read < visible
 
 
+@pytest.mark.parametrize("method", ["h2o", "snapkv", "quest"])
+def test_adaptive_beside_a_policy_that_looks_at_attention(method):
+    """Both are shown the same attention: what is kept does not change, and h2o counts exactly what importance does."""
+
+    def run(codec, compression):
+        scheduling = {"method": method, "budget_tokens": 64, "sink_tokens": 2, "recent_tokens": 3}
+        driver, kept = Driver([layer(0)], codec=codec, compression=compression, page_size=4, scheduling=scheduling), []
+        driver._compare = lambda *_: None
+        driver.prefill([100, 30])
+        for mask in (*[ragged([1, 1])] * 3, ragged([9, 20]), *[ragged([1, 1])] * 3):
+            driver.forward(mask)
+            pools = driver.cache.tables.pools(0)
+            kept.append([sorted(p for store in pools for p in positions_of(store, row, 0)) for row in range(2)])
+            for store in pools if method == "h2o" and codec == "adaptive" else ():
+                assert torch.equal(store.summaries["mass"], store.summaries["importance"])
+        return kept
+
+    adaptive = {"light": "none", "heavy": "none", "light_ratio": 0.2, "raw_recent_tokens": 6}
+    assert run("adaptive", adaptive) == run("none", {})
+
+
 REFUSED = [
     (
         {"raw_recent_tokens": 8},
@@ -321,7 +368,6 @@ REFUSED = [
         {"routing": {"method": "bounds", "budget_pages": 3, "sink_tokens": 0, "recent_tokens": 0}},
         "budget_pages = 3",
     ),
-    ({"method": "adaptive"}, {"scheduling": {"method": "h2o", "budget_tokens": 999}}, "'h2o': both measure attention"),
     ({"method": "adaptive"}, {"storage": {"expert_ids": "true"}}, "expert_ids = 'true'"),
     ({"method": "adaptive", "light": "zip"}, {}, "light = one of "),
     ({"method": "adaptive", "light_ratio": 1.5}, {}, "light_ratio from 0 to 1"),
@@ -340,3 +386,9 @@ def test_refusals(compression, blocks, said):
 def test_a_model_of_windows_only_is_refused():
     with pytest.raises(ConfigError, match="all have a sliding window"):
         TieredDriver([layer(0, window=9)])
+
+
+def test_a_router_that_cannot_follow_its_pages_is_refused():
+    check_router(RandomPages(), summarises=False)
+    with pytest.raises(ConfigError, match=r"'random' keeps summaries of pages and can't make them"):
+        check_router(RandomPages(), summarises=True)

@@ -31,7 +31,7 @@ def attend(q, k, v):
 @pytest.mark.parametrize("fit", ["norm", "attention"])
 def test_folded_attention_is_attention_to_what_is_decoded(k_dim, v_dim, rank, group, fit):
     spec = LayerSpec(layer_idx=0, num_kv_heads=HEADS, k_dim=k_dim, v_dim=v_dim)
-    codec = LoRAPlus.example(min(rank, v_dim), random_calibration([spec]), fit=fit)
+    codec = LoRAPlus.on(random_calibration([spec]), rank=min(rank, v_dim), fit=fit)
     maps = Rotated(codec, seed=3).transform(spec)
     q, k, v = heads_of(spec, group)
     want, want_lse = attend(q, maps.k.invert(maps.k.apply(k)), maps.v.invert(maps.v.apply(v)))
@@ -44,7 +44,7 @@ def test_folded_attention_is_attention_to_what_is_decoded(k_dim, v_dim, rank, gr
 
 def test_full_rank_changes_nothing_but_rounding():
     spec = LayerSpec(layer_idx=0, num_kv_heads=HEADS, k_dim=32, v_dim=32)
-    maps = LoRAPlus.example(32, random_calibration([spec]), fit="attention").transform(spec)
+    maps = LoRAPlus.on(random_calibration([spec]), rank=32, fit="attention").transform(spec)
     _, k, v = heads_of(spec, 1)
     for side, x in ((maps.k, k), (maps.v, v)):
         assert (side.invert(side.apply(x)) - x).norm() <= 1e-5 * x.norm()
@@ -53,7 +53,7 @@ def test_full_rank_changes_nothing_but_rounding():
 def test_where_nothing_is_stored_out_stays_zero():
     """The mean of values must not appear for a query that saw none."""
     spec = LayerSpec(layer_idx=0, num_kv_heads=HEADS, k_dim=32, v_dim=32)
-    maps = LoRAPlus.example(8, random_calibration([spec])).transform(spec)
+    maps = LoRAPlus.on(random_calibration([spec]), rank=8).transform(spec)
     lse = torch.zeros(1, 2, HEADS)
     lse[0, 1] = -torch.inf
     left = maps.leave(Partial(torch.zeros(1, 2, HEADS, 8), lse, False), torch.ones(1, 2, HEADS))
@@ -100,7 +100,7 @@ def test_heads_of_a_tensor_parallel_rank_are_those_of_the_whole_model():
     whole = LayerSpec(layer_idx=1, num_kv_heads=4, k_dim=32, v_dim=32)
     own = LayerSpec(layer_idx=1, num_kv_heads=2, k_dim=32, v_dim=32, first_head=2)
     calibration = random_calibration([LayerSpec(layer_idx=0, num_kv_heads=4, k_dim=32, v_dim=32), whole])
-    codec = Rotated(LoRAPlus.example(16, calibration), seed=1)
+    codec = Rotated(LoRAPlus.on(calibration, rank=16), seed=1)
     for part, full in zip(vars(codec.transform(own)).values(), vars(codec.transform(whole)).values(), strict=True):
         assert all(torch.equal(a, b[2:]) for a, b in zip(part, full, strict=True))
 
