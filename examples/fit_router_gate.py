@@ -78,7 +78,7 @@ def main() -> None:
     args = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
-    text = torch.tensor(tokenizer(bundled.haystack(), add_special_tokens=False, verbose=False)["input_ids"])
+    text = torch.tensor(tokenizer(bundled.calibration_text(), add_special_tokens=False, verbose=False)["input_ids"])
     queries, targets = [], []
     for ids in text.split(args.context)[: args.windows]:
         at = homes(model, ids.unsqueeze(0), args.shards)

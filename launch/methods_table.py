@@ -33,12 +33,16 @@ def registries() -> dict[str, Any]:
 
 
 class Results:
-    """The committed sweep, its rows and the verdicts; empty where the repository's docs/results is not there (a wheel)."""
+    """The committed sweeps, their rows and the verdicts; empty where the repository's docs/results is not there (a wheel)."""
 
     def __init__(self, folder: Path) -> None:
         self.installed = (folder / "methods_sweep.json").is_file()
-        self.sweep = read_sweep(folder / "methods_sweep.json")["families"] if self.installed else {}
-        self.rows = _json(folder / "methods.json", {"rows": []})["rows"]
+        self.sweep: dict[str, Any] = {}
+        self.rows: list[dict[str, Any]] = []
+        for name in ("methods", "stacked"):
+            if (folder / f"{name}_sweep.json").is_file():
+                self.sweep |= read_sweep(folder / f"{name}_sweep.json")["families"]
+            self.rows += _json(folder / f"{name}.json", {"rows": []})["rows"]
         self.verdicts = _json(folder / "methods_verdicts.json", {})
         self.records = {family: records_of(self.rows, family) for family in self.sweep}
 
@@ -129,6 +133,9 @@ _TABLE_COLUMNS = {
     "routing": ("entries read", "mass", "ppl change %", "KL", "recall", "bytes/token"),
     "scheduling": ("ppl change %", "KL", "recall", "asked after eviction", "bytes/token"),
     "presets": ("ppl change %", "KL", "recall", "2-byte cache / it"),
+    "ranks": ("2-byte dense rank / fullest rank", "ppl change %", "KL", "recall", "asked after eviction", "bytes/token", "attention"),
+    "selected": ("2-byte dense rank / fullest rank", "entries read", "mass", "ppl change %", "KL", "recall", "attention"),
+    "megatron": ("ppl change %", "KL", "recall", "2-byte cache / it", "attention"),
 }
 _MARKED = re.compile(r"(<!-- (\w+)(?: (\w+))? -->\n).*?(<!-- end -->)", re.DOTALL)
 

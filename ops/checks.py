@@ -91,8 +91,12 @@ def page_bounds(bounds, pages, slot_mapping, tail, tail_rows, fmt: PageFormat, v
     _slots(pages, slot_mapping, tail, tail_rows, fmt, values)
 
 
-def page_score(q, bounds, block_table, seqlens, page_size: int, values: bool = True) -> None:
+def page_score(q, bounds, block_table, seqlens, width, page_size: int, values: bool = True) -> None:
     floats("q", q)
+    if width is not None:
+        floats("width", width)
+        require(width.dtype == q.dtype, "width must have the dtype of q")
+        require(width.shape == q.shape, f"width must have the shape of q, {list(q.shape)}, got {list(width.shape)}")
     floats("bounds", bounds)
     require(q.dim() == 3, f"q must be [R, num_q_heads, head_dim], got {list(q.shape)}")
     require(bounds.dim() == 4 and bounds.shape[2] == 2, f"bounds must be [num_pages, num_kv_heads, 2, head_dim], got {list(bounds.shape)}")

@@ -66,7 +66,7 @@ class PageBounds(ctypes.Structure):
 
 class PageScore(ctypes.Structure):
     _fields_ = [
-        *((name, c_void_p) for name in ("q", "bounds")),
+        *((name, c_void_p) for name in ("q", "width", "bounds")),
         *((name, Index) for name in ("table", "seqlens")),
         ("scores", c_void_p),
         *((name, c_int) for name in ("q_type", "bounds_type", "S", "H", "G", "D", "max_pages", "page_size")),

@@ -31,7 +31,7 @@ SCHEMAS = {
     "merge": "(Tensor out, Tensor lse) -> (Tensor out, Tensor lse)",
     "migrate": "(Tensor(a!) target, Tensor source, Tensor target_ids, Tensor source_ids) -> ()",
     "page_bounds": f"(Tensor(a!) bounds, Tensor pages, Tensor slot_mapping, {_TAIL}, {_LAYOUT}) -> ()",
-    "page_score": "(Tensor q, Tensor bounds, Tensor block_table, Tensor seqlens, int page_size, float scale) -> Tensor",
+    "page_score": "(Tensor q, Tensor bounds, Tensor block_table, Tensor seqlens, Tensor? width, int page_size, float scale) -> Tensor",
     "pack": "(Tensor(a!) buffer, Tensor[] fields, Tensor? index, int[] offsets, int[] strides, int[] rows) -> ()",
     "unpack": "(Tensor buffer, Tensor(a!)[] fields, Tensor? index, int[] offsets, int[] strides) -> ()",
     "assign_slots": "(Tensor(a!) counts, Tensor(b!) block_table, Tensor free_stack, Tensor(c!) free_top, Tensor(d!) refcount, Tensor rows, "
@@ -81,9 +81,9 @@ def _page_bounds(bounds, pages, slot_mapping, tail, tail_rows, *rest):
     ref_bounds.page_bounds(bounds, pages, fmt, slot_mapping, tail=tail, tail_rows=tail_rows)
 
 
-def _page_score(q, bounds, block_table, seqlens, page_size, scale):
-    checks.page_score(q, bounds, block_table, seqlens, page_size)
-    return ref_bounds.page_score(q, bounds, block_table, seqlens, page_size=page_size, scale=scale)
+def _page_score(q, bounds, block_table, seqlens, width, page_size, scale):
+    checks.page_score(q, bounds, block_table, seqlens, width, page_size)
+    return ref_bounds.page_score(q, bounds, block_table, seqlens, page_size=page_size, scale=scale, width=width)
 
 
 def _merge(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
@@ -103,7 +103,7 @@ def _fake_prefill_cached(q, *rest):
     return q.new_empty((*q.shape[:3], rest[9]), dtype=torch.float32), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-def _fake_page_score(q, bounds, block_table, seqlens, page_size, scale):
+def _fake_page_score(q, bounds, block_table, seqlens, width, page_size, scale):
     heads = max(block_table.shape[1], bounds.shape[1])
     return q.new_empty((block_table.shape[0], heads, block_table.shape[2]), dtype=torch.float32)
 

@@ -134,13 +134,13 @@ def page_bounds(bounds, pages, slot_mapping, tail, tail_rows, *rest):
         launch("pages", "page_bounds_kernel", (T, fmt.num_kv_heads), 4 * (fmt.page_size + 1), b, pages.device)
 
 
-def page_score(q, bounds, block_table, seqlens, page_size, scale):
-    checks.page_score(q, bounds, block_table, seqlens, page_size, values=_values_are_checked())
+def page_score(q, bounds, block_table, seqlens, width, page_size, scale):
+    checks.page_score(q, bounds, block_table, seqlens, width, page_size, values=_values_are_checked())
     N, table_heads, columns = block_table.shape
     H = max(table_heads, bounds.shape[1])
     scores = q.new_empty((N, H, columns), dtype=torch.float32)
     if scores.numel():
-        s = kp.PageScore(q=q.data_ptr(), bounds=bounds.data_ptr(), table=index(block_table), seqlens=index(seqlens),
+        s = kp.PageScore(q=q.data_ptr(), width=address(width), bounds=bounds.data_ptr(), table=index(block_table), seqlens=index(seqlens),
                          scores=scores.data_ptr(), q_type=FLOAT_TYPES[q.dtype], bounds_type=FLOAT_TYPES[bounds.dtype], S=N // q.shape[0],
                          H=H, G=q.shape[1] // H, D=q.shape[2], max_pages=columns, page_size=page_size, bound_heads=bounds.shape[1],
                          table_heads=table_heads, seqlen_heads=seqlens.shape[1], scale=scale)  # fmt: skip

@@ -38,7 +38,9 @@ def page_bounds(
     _widen(bounds, page[is_open], tail.transpose(1, 2)[rows[is_open], slot[is_open] % fmt.group].float())
 
 
-def page_score(q: Tensor, bounds: Tensor, block_table: Tensor, seqlens: Tensor, *, page_size: int, scale: float) -> Tensor:
+def page_score(
+    q: Tensor, bounds: Tensor, block_table: Tensor, seqlens: Tensor, *, page_size: int, scale: float, width: Tensor | None = None
+) -> Tensor:
     """The arguments are those of page_score.py. Sync: none."""
     N, _, columns = block_table.shape
     heads = max(block_table.shape[1], bounds.shape[1])
@@ -49,8 +51,9 @@ def page_score(q: Tensor, bounds: Tensor, block_table: Tensor, seqlens: Tensor, 
         return q.new_full((N, heads, columns), -torch.inf, dtype=torch.float32)
     # An fp16 bound may be infinite, and 0 * inf would be NaN.
     edges = bounds[torch.where(used, ids, 0).long(), head].float().clamp(-_MAX, _MAX)
-    q = (q.float() * scale).view(q.shape[0], heads, -1, q.shape[-1]).repeat_interleave(N // q.shape[0], 0)
-    split = torch.stack((q.clamp_max(0), q.clamp_min(0)), -2)  # max(q lo, q hi) = min(q, 0) lo + max(q, 0) hi
+    q = (q.float() * scale).view(q.shape[0], heads, -1, q.shape[-1])
+    w = q.abs() if width is None else (width.float() * scale).view_as(q)
+    split = torch.stack(((q - w) / 2, (q + w) / 2), -2).repeat_interleave(N // q.shape[0], 0)
     scores = torch.einsum("nhged,nhced->nhgc", split, edges).amax(2).clamp_min(-_MAX)
     return scores.masked_fill(~used, -torch.inf)
 

@@ -18,7 +18,7 @@ from .digest import digest
 from .distinct import DistinctStep
 from .evict import Retention
 from .exchange import Exchange
-from .mass import Mass
+from .mass import Mass, Waiting
 from .placement import Placement, Routed
 from .plan import LocalStep, Source, StepPlan
 from .reader import Before, Stored, read_pages, stored_entries
@@ -50,9 +50,9 @@ class PiKVCache:
         self.num_shards = config.storage.num_shards or self.exchange.size
         self.codec = codec = config.compression.build()
         policy = config.scheduling.build()
-        check_retention(config, policy, layers, self.num_shards, self.exchange.size)
+        check_retention(config, policy, layers, self.num_shards)
         self.page_size = codec.page_size(config.page_size)
-        check_tiers(config, codec, layers, self.page_size, self.exchange.size)
+        check_tiers(config, codec, layers, self.page_size)
         transforms = fit_transforms(codec, config, policy, layers)
         self.transforms = [None if transform is None else transform.to(device) for transform in transforms]
         self.tables = Tables(
@@ -76,6 +76,7 @@ class PiKVCache:
             if self.retention is not None:
                 self.retention.on_compact = self.selection.compacted
         self.staged: Staged | None = None
+        self.waiting: Waiting | None = None  # distinct requests: a layer whose merged lse rides in the next record
         self.agreement = Agreement(self.exchange, storage.requests, device)
         self.replicated, self.distinct = ReplicatedStep(self), DistinctStep(self)
         self.hold_margin: int | None = None  # assisted decoding: tokens a crop may still take back; None = no crop is announced
@@ -93,7 +94,7 @@ class PiKVCache:
 
     def begin_step(self, local: LocalStep) -> None:
         """Announce this rank's part of the next forward. No communication yet: it rides in the first layer's record."""
-        self.local, self.plan, self.staged = local, None, None
+        self.local, self.plan, self.staged, self.waiting = local, None, None, None
         self.hold = self.hold_margin is not None
         if self.hold:
             self.hold_margin += local.num_columns
@@ -102,6 +103,7 @@ class PiKVCache:
         """Finish a forward: staged entries go home, windows expire, slabs are returned, late errors are raised (on all ranks alike)."""
         if self.staged is not None:
             (self.distinct if self.agreement.mode == "distinct" else self.replicated).flush_staged()
+        self.distinct.flush_watched()
         if self.selection is not None:
             self.selection.settle()
         expired = 0
@@ -125,9 +127,9 @@ class PiKVCache:
         if agreed.restart:
             self._allocate(len(before))
             if self.retention is not None:
-                self.retention.reset(self.agreement.mode)
+                self.retention.reset()
             if self.tiers is not None:
-                self.tiers.reset(len(before), self.agreement.mode)
+                self.tiers.reset(len(before))
         elif not agreed.identity:
             if self.tiers is not None:
                 self.tiers.remap(agreed, old_lens)
@@ -195,7 +197,9 @@ class PiKVCache:
         """Show a policy that asks for it what a layer's queries attended to; lse [B, T, Hq] merged over ranks, None = nothing stored."""
         mass = self.watcher(query.layer)
         if mass is not None:
-            mass.observe(query, self.plan, written.slot_mapping, lse)
+            q, k = query.q.flatten(0, 1).unsqueeze(0), query.k.unsqueeze(0)
+            asked = Waiting(query.layer, query.scale, q, k, written.slot_mapping, None)
+            mass.observe(asked, self.plan, None if lse is None else lse.flatten(0, 1).unsqueeze(0))
 
     def watcher(self, layer: int) -> Mass | None:
         """Who is shown what the queries of a layer attend to; never two at once (tier_checks.py)."""
@@ -267,10 +271,15 @@ class PiKVCache:
             mass = None  # what is far never comes back, however important
         if not selects and (self.tables.heads > 1 or mass is not None):
             mass = self.retention.mass if mass is None else mass
-            return mass.read(store, q, stored_entries(store, rows, before, own_visible), query.scale)
+            return mass.read(store, q, rows.start, stored_entries(store, rows, before, own_visible), query.scale)
         needs_positions = selects or window is not None or q.shape[1] > 1
         positions = self.plan.query_positions(rows.start, q.shape[0]) if needs_positions else None
         if selects:
             stored = stored_entries(store, rows, before, own_visible)
-            return self.selection.read(query, q, rows.start, positions, stored, self.plan, near)
+            out, lse, page_lse = self.selection.read(
+                query, q, rows.start, positions, stored, self.plan, near, with_page_lse=mass is not None
+            )
+            if mass is not None:
+                mass.keep(store, rows.start, page_lse)
+            return out, lse
         return read_pages(store, q, rows, before, own_visible, scale=query.scale, window=window, q_positions=positions)

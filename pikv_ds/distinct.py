@@ -9,9 +9,11 @@ from torch import Tensor
 
 from pikv_ds.ops import merge_partials
 
+from .mass import Waiting
 from .reader import Before
 from .step import Partial, Query, Staged
-from .wire import Layout, headers_of
+from .wire import HEADER, Layout, headers_of
+from .writer import Written
 
 if TYPE_CHECKING:
     from .cache import PiKVCache
@@ -30,16 +32,40 @@ class DistinctStep:
             return cache.replicated.attend(query)
         plan = cache.plan
         wanted = any(cache.reads(source) for source in plan.sources)
+        watched = cache.watcher(query.layer) is not None
         if fields is None:
-            buffers, layout = self._share(query, plan.num_tokens, with_query=wanted, send=True)
+            buffers, layout = self._share(query, plan.num_tokens, with_query=wanted or watched, send=True)
             fields = layout.unpack(buffers)
         if plan.positions is None:
             plan.set_positions(fields["positions"].reshape(-1))
+        if "lse" in fields:
+            self._observe(fields["lse"])
         before = cache.before(query.layer)
-        self._store(query, fields)
-        if not wanted:
-            return cache.nothing(query.q, query.v_dim)
-        return self._answer(query, fields["q"], before)
+        written = self._store(query, fields)
+        partial = self._answer(query, fields["q"], before) if wanted else cache.nothing(query.q, query.v_dim)
+        if watched:
+            asked = Waiting(query.layer, query.scale, fields["q"], fields["k"], written.slot_mapping, partial.lse.flatten(0, 1))
+            cache.waiting = asked
+            if not wanted:
+                self._observe(None)  # nothing is stored for anybody, which every rank knows
+        return partial
+
+    def _observe(self, lse: Tensor | None) -> None:
+        """Show the policy the layer that waits. lse [G, N, Hq] of all ranks' queries."""
+        cache = self.cache
+        asked, cache.waiting = cache.waiting, None
+        cache.watcher(asked.layer).observe(asked, cache.plan, lse)
+
+    def flush_watched(self) -> None:
+        """The lse of the last layer that a policy watches, if no later record has carried it: one collective of its own."""
+        cache = self.cache
+        asked = cache.waiting
+        if asked is None:
+            return
+        layout = Layout([("lse", (cache.plan.num_tokens, asked.lse.shape[1]), torch.float32)])
+        header = torch.zeros(HEADER, dtype=torch.int32, device=cache.device)
+        block = layout.pack(header, {"lse": asked.lse}, cache.device)
+        self._observe(layout.unpack(cache.exchange.all_gather(block, "sharing the lse of the last layer"))["lse"])
 
     def flush_staged(self) -> None:
         """The last layer has no later record to ride in: one collective of its own."""
@@ -64,7 +90,8 @@ class DistinctStep:
     def _share(self, query: Query | None, num_tokens: int, *, with_query: bool, send: bool) -> tuple[Tensor, Layout]:
         """First collective of a layer: [q | k | v | expert ids | positions] of every rank to every rank.
 
-        With staged ids the entries are those of the layer before. send=False: the sizes that others expect, without content.
+        With a policy that watches attention also the merged lse of the layer before. With staged ids the entries are those of that layer.
+        send=False: the sizes that others expect, without content.
         """
         cache = self.cache
         positions = cache.local.positions.flatten()
@@ -72,6 +99,9 @@ class DistinctStep:
         if with_query:
             fields.append(("q", (num_tokens, *query.q.shape[2:]), query.q.dtype))
             values["q"] = query.q.flatten(0, 1)
+        if cache.waiting is not None:
+            fields.append(("lse", (num_tokens, cache.waiting.lse.shape[1]), torch.float32))
+            values["lse"] = cache.waiting.lse
         entries = cache.staged if cache.stages else query
         if entries is not None:
             ids = entries.expert_ids if entries.expert_ids is not None else torch.full_like(positions, -1)
@@ -83,14 +113,14 @@ class DistinctStep:
         what = "sending the last layer's entries home" if query is None else f"sharing layer {query.layer}"
         return cache.exchange.all_gather(layout.pack(header, values if send else {}, cache.device), what), layout
 
-    def _store(self, query: Query, fields: dict[str, Tensor]) -> None:
+    def _store(self, query: Query, fields: dict[str, Tensor]) -> Written | None:
         cache = self.cache
         if cache.stages:
             if cache.staged is not None:
                 self._append_staged(fields)
             cache.staged = Staged(query.layer, query.k, query.v)
-            return
-        cache.append(query.layer, *_entries(fields))
+            return None
+        return cache.append(query.layer, *_entries(fields))
 
     def _append_staged(self, fields: dict[str, Tensor]) -> None:
         self.cache.append(self.cache.staged.layer, *_entries(fields))

@@ -37,6 +37,23 @@ def keys_at(store: LayerStore, table: Tensor, index: Tensor) -> Tensor:
     return k[of, :, index]
 
 
+class PageLse:
+    """The lse of pages as the op returns it."""
+
+    def __init__(self, values: Tensor) -> None:
+        """values [R, T, S, Hq, C], -inf where nothing was read."""
+        self.values = values
+
+    def __getitem__(self, rows: slice) -> PageLse:
+        return PageLse(self.values[rows])
+
+    def of(self, columns: Tensor) -> Tensor:
+        """[R, b, S, Hq, C] of the queries in `columns` [R, b]."""
+        if self.values.shape[1] == 1:
+            return self.values
+        return self.values.gather(1, columns[:, :, None, None, None].expand(-1, -1, *self.values.shape[2:]))
+
+
 class EntryLse:
     """The logits of queries against every stored entry, made for some of the queries at a time: all of a long chunk's take much room."""
 
@@ -50,9 +67,9 @@ class EntryLse:
         held = torch.arange(k.shape[2], device=k.device) < stored.seqlens.unsqueeze(-1)  # [R * S, tables, L]
         self.held = held.view(num_rows, 1, -1, table.shape[1], 1, k.shape[2])
 
-    def rows(self, begin: int, end: int) -> EntryLse:
+    def __getitem__(self, rows: slice) -> EntryLse:
         part = object.__new__(EntryLse)
-        part.q, part.scale, part.k, part.held = self.q[begin:end], self.scale, self.k[begin:end], self.held[begin:end]
+        part.q, part.scale, part.k, part.held = self.q[rows], self.scale, self.k[rows], self.held[rows]
         return part
 
     def of(self, columns: Tensor) -> Tensor:

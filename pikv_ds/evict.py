@@ -21,7 +21,6 @@ from .plan import StepPlan
 from .policies.base import Entries, Pages, RetentionPolicy
 from .pools import JoinedPages
 from .recycle import drop
-from .retention_checks import distinct_refused
 from .store import LayerStore
 from .tables import Tables
 
@@ -40,7 +39,7 @@ class Retention:
         self.budgets = Budgets(config, len(self.layers), self.unit, tables.num_shards, entry_bytes)
         self.mass = Mass(policy, tables)
         self.threshold: dict[int, Tensor] = {}  # layer -> theta [R] f32 of an adaptive policy
-        self.last_eviction = 0  # query columns before it
+        self.last_eviction: list[int] = []  # per source: query columns before it
         self.steps = 0  # decode steps since an eviction was due
         self.on_compact: Callable[[int, Compacted], None] | None = None  # told, per layer, which pages changed
         self.due = False  # an eviction waits for the next forward: a crop is announced, or the prompt is kept whole
@@ -49,13 +48,11 @@ class Retention:
         """Whether the policy wants to see what the queries of this layer attend to."""
         return self.policy.watches and self.tables.layers[layer].window is None
 
-    def reset(self, mode: str) -> None:
-        """A new generation begins; mode: how the ranks' requests relate (agreement.py)."""
-        self.steps, self.due, self.last_eviction = 0, False, 0
+    def reset(self) -> None:
+        """A new generation begins."""
+        self.steps, self.due, self.last_eviction = 0, False, []
         self.threshold = {}
         self.mass.reset()
-        if mode == "distinct" and self.policy.watches:
-            raise distinct_refused(self.policy)
 
     def remap(self, parent: list[int]) -> None:
         """Row i continues row parent[i], -1 = a new row."""
@@ -65,6 +62,8 @@ class Retention:
 
     def before_forward(self, plan: StepPlan) -> None:
         """Evict what could not go after the last forward. A prompt that is kept whole waits for the first decode step."""
+        self.mass.follow(plan)
+        self.last_eviction = self.last_eviction or [0] * len(plan.sources)
         if self.due and (plan.decode or self.config.prefill == "evict"):
             if self.evict(plan.lens_before_host):
                 self.tables.shrink()
@@ -72,7 +71,7 @@ class Retention:
     def after_forward(self, plan: StepPlan, lens: list[int], hold: bool) -> bool:
         """Evict what this forward made too much. hold: a crop may still take back its tokens. Returns whether pages left."""
         self.steps = self.steps + 1 if plan.decode else 0
-        self.mass.time += plan.sources[plan.own].num_columns
+        self.mass.advance(plan)
         if plan.decode and self.steps % self.config.interval:
             return False
         self.due = True
@@ -96,7 +95,7 @@ class Retention:
                 self._free(layer, pool, own)
             self.tables.directory.evict(layer, gone.sum(-1) * self.unit)
         self.tables.note_eviction(lens)
-        self.last_eviction = self.mass.time
+        self._note_time(over, excess)
         return True
 
     def _free(self, layer: int, store: LayerStore, gone: Tensor) -> None:
@@ -109,6 +108,15 @@ class Retention:
         self.tables.quiet = 0  # open pages have other entries now
         if self.on_compact is not None and compacted.dropped:
             self.on_compact(layer, compacted)
+
+    def _note_time(self, over: list[int], excess: list[list[int]]) -> None:
+        """Sources that had a row over its budget have lost entries now."""
+        begin, each = 0, len(excess[0]) // sum(self.mass.num_rows)  # with "uniform" heads a number per head
+        for i, rows in enumerate(self.mass.num_rows):
+            end = begin + rows * each
+            if any(n > 0 for layer in over for n in excess[layer][begin:end]):
+                self.last_eviction[i] = self.mass.times[i]
+            begin = end
 
     def _excess(self, lens: list[int]) -> list[list[int]]:
         """[L][R] entries above the budget, known on the host without the device; with "uniform" heads [L][R * H], each of its own."""
@@ -130,8 +138,8 @@ class Retention:
                 counts=_by_head(store.counts, heads),
                 lens=lens,
                 rows=self.mass.rows_by_head(layer, heads),
-                time=self.mass.time,
-                last_eviction=self.last_eviction,
+                time=self.mass.by_row(self.mass.times),
+                last_eviction=self.mass.by_row(self.last_eviction),
                 layer=layer,
                 tail_rows=None
                 if store.full_pages

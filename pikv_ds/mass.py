@@ -16,32 +16,46 @@ from torch import Tensor
 
 from pikv_ds import ops
 
-from .entries import EntryLse
+from .entries import EntryLse, PageLse
 from .plan import StepPlan
 from .policies.base import RetentionPolicy, Seen
 from .reader import Stored
-from .step import Query
 from .store import LayerStore
 from .tables import Tables
 
 BLOCK_ELEMENTS = 1 << 22  # of the scores inside a chunk that are held at a time
 
 
+class Waiting(NamedTuple):
+    """A layer whose queries were answered and whose merged lse is still to come: q [G, N, Hq, Dk], k [G, N, Hkv, Dk] of every source,
+    slots [G * N * H] int32 of the entries on this rank (-1 elsewhere), lse [n, Hq] f32 of this rank's own n tokens."""
+
+    layer: int
+    scale: float
+    q: Tensor
+    k: Tensor
+    slots: Tensor
+    lse: Tensor
+
+
 class Mass:
-    """Shows policies what the queries of each layer attend to. Between read() and observe() it keeps that layer's page lse.
+    """Shows policies what the queries of each layer attend to. Between keep() and observe() it holds that layer's page lse.
 
     policies: the first may keep values per row; append others that keep values per page only.
+
+    Time counts the query columns of a source since the generation began; forwards in which a source stores nothing do not count.
     """
 
     def __init__(self, policy: RetentionPolicy, tables: Tables) -> None:
         self.policies, self.tables = [policy], tables
-        # By pool of pages: what queries saw of it; H > 1: of the pages of each head's own table.
-        self.page_lse: dict[LayerStore, PageLse | EntryLse] = {}
-        self.time = 0  # query columns since the generation began
+        # By pool of pages and first row: what its queries saw, -inf where nothing was read; H > 1: of each head's own table.
+        self.page_lse: dict[tuple[LayerStore, int], PageLse | EntryLse] = {}
+        self.times: list[int] = []  # per source
+        self.num_rows: list[int] = []  # per source
         self.rows: dict[int, dict[str, Tensor]] = {}  # layer -> what the policy keeps per row, [R, ...]
 
     def reset(self) -> None:
-        self.time, self.rows = 0, {}
+        self.times, self.rows, self.page_lse = [], {}, {}
 
     def remap(self, parent: Tensor) -> None:
         """Row i continues row parent[i] [R'], -1 = a new row."""
@@ -49,6 +63,21 @@ class Mass:
             for name, x in values.items():
                 old = x.index_select(0, parent.clamp_min(0))
                 values[name] = torch.where((parent >= 0).view(-1, *[1] * (x.dim() - 1)), old, 0)
+
+    def follow(self, plan: StepPlan) -> None:
+        """A forward begins."""
+        self.times = self.times or [0] * len(plan.sources)
+        self.num_rows = [source.num_rows for source in plan.sources]
+
+    def advance(self, plan: StepPlan) -> None:
+        """A forward ends."""
+        for i, source in enumerate(plan.sources):
+            self.times[i] += source.num_columns * any(plan.num_new[source.row0 : source.row0 + source.num_rows])
+
+    def by_row(self, times: list[int]) -> Tensor:
+        """A number per source -> [R * H, 1, 1] int64, H head tables."""
+        each = [n for n, rows in zip(times, self.num_rows, strict=True) for _ in range(rows * self.tables.heads)]
+        return torch.tensor(each, dtype=torch.int64).to(self.tables.device).view(-1, 1, 1)
 
     def rows_by_head(self, layer: int, num_tables: int) -> dict[str, Tensor]:
         """The layer's row values; with H head tables as [R * H, ...], the query heads of each among them."""
@@ -60,7 +89,11 @@ class Mass:
             for name, x in rows.items()
         }
 
-    def read(self, store: LayerStore, q: Tensor, stored: Stored, scale: float) -> tuple[Tensor, Tensor]:
+    def keep(self, store: LayerStore, row0: int, page_lse: Tensor) -> None:
+        """Page lse [R, T, S, Hq, C] of the queries of rows row0 ... in one store, for observe()."""
+        self.page_lse[store, row0] = PageLse(page_lse)
+
+    def read(self, store: LayerStore, q: Tensor, row0: int, stored: Stored, scale: float) -> tuple[Tensor, Tensor]:
         """Attention of q [R, T, Hq, Dk] to the entries of its rows in one store: out [R, T, Hq, Dv] f32, lse [R, T, Hq] f32.
 
         Each query reads its pages by itself, which gives the lse of every page with it; only reading a long chunk costs more that way.
@@ -76,75 +109,90 @@ class Mass:
             scale=scale, with_page_lse=not by_entry, tail=stored.tail, tail_rows=tail_rows,
         )  # fmt: skip
         if not by_entry:
-            self.page_lse[store] = PageLse(page_lse.view(num_rows, num_queries, -1, *page_lse.shape[1:]))
+            self.keep(store, row0, page_lse.view(num_rows, num_queries, -1, *page_lse.shape[1:]))
         elif any(policy.watches for policy in self.policies):
-            self.page_lse[store] = EntryLse(store, q, stored, scale)
+            self.page_lse[store, row0] = EntryLse(store, q, stored, scale)
         return out.unflatten(0, (num_rows, num_queries)), lse.unflatten(0, (num_rows, num_queries))
 
-    def observe(self, query: Query, plan: StepPlan, slots: Tensor, lse: Tensor | None) -> None:
-        """Account for the queries of one layer, after their partials have been merged over the ranks.
+    def observe(self, asked: Waiting, plan: StepPlan, lse: Tensor | None) -> None:
+        """Account for the queries of one layer, once their partials have been merged over the ranks.
 
-        Args: slots [R * T * H] int32, where the new entries lie on this rank, -1 elsewhere; lse [R, T, Hq] over all stored entries, None if
-            there were none. In a forward of one column they include the query's own entry.
+        Args: lse [G, N, Hq] over all stored entries that were read, None if there were none. In a forward of one column they include the
+            query's own entry.
         """
-        page_lse, self.page_lse = self.page_lse, {}
-        for policy in self.policies:
-            self._observe(policy, page_lse, query, plan, slots, lse)
+        pools, num_sources = self.tables.pools(asked.layer), len(plan.sources)
+        evicted = self.tables.directory.evicted[asked.layer].unflatten(-1, (-1, pools[0].heads)).sum(1)
+        facts = [_Facts(store, self.tables.by_entry, plan, evicted) for store in pools]
+        positions, slots = plan.positions.view(num_sources, -1), asked.slots.view(num_sources, -1, pools[0].heads)
+        times = self.times or [0] * num_sources
+        for sources in plan.same_shape_runs():
+            first = plan.sources.index(sources[0])
+            # Rows that began at another time are shown by themselves: a policy is told one time.
+            alike = len(set(times[first : first + len(sources)])) == 1
+            for part in [sources] if alike else [[source] for source in sources]:
+                num_rows, at = sum(source.num_rows for source in part), plan.sources.index(part[0])
+                run = _Run(part[0].row0, num_rows, part[0].num_columns, slice(at, at + len(part)), times[at])
+                skipped = slice(run.row0 - sources[0].row0, run.row0 - sources[0].row0 + num_rows)
+                page_lse = [self.page_lse.get((store, sources[0].row0)) for store in pools]
+                page_lse = [None if x is None else x[skipped] for x in page_lse]
+                for policy in self.policies if num_rows else ():
+                    self._observe(policy, asked, plan, facts, run, run.of(positions), run.of(slots), page_lse, run.of(lse))
+        self.page_lse = {}
 
     def _observe(
-        self,
-        policy: RetentionPolicy,
-        page_lse: dict[LayerStore, PageLse | EntryLse],
-        query: Query,
-        plan: StepPlan,
-        slots: Tensor,
-        lse: Tensor | None,
-    ) -> None:
-        includes_self = plan.decode
-        pools, valid = self.tables.pools(query.layer), plan.valid.view(query.q.shape[:2])
-        columns = torch.arange(valid.shape[1], device=valid.device).expand_as(valid)
-        if not plan.all_valid and valid.shape[1] > 1:
+        self, policy: RetentionPolicy, asked: Waiting, plan: StepPlan, facts: list[_Facts], run: _Run, positions: Tensor, slots: Tensor,
+        page_lse: list[PageLse | EntryLse | None], lse: Tensor | None,
+    ) -> None:  # fmt: skip
+        """The queries of one run; facts and page_lse by pool."""
+        pools, includes_self = self.tables.pools(asked.layer), run.num_columns == 1
+        q, k, valid = run.of(asked.q), run.of(asked.k), positions >= 0
+        columns = torch.arange(run.num_columns, device=valid.device).expand_as(valid)
+        if not plan.all_valid and run.num_columns > 1:
             columns = valid.to(torch.int8).argsort(dim=-1, stable=True)  # padding first, then the queries of a row in their order
-        columns = columns[:, -(policy.window or valid.shape[1]) :]
-        positions, by_entry = torch.where(valid, plan.positions.view(valid.shape), -1), self.tables.by_entry
-        evicted = self.tables.directory.evicted[query.layer].unflatten(-1, (-1, pools[0].heads)).sum(1)
-        facts = [_Facts(store, by_entry, plan, evicted) for store in pools]
-        step = max(1, BLOCK_ELEMENTS // (valid.numel() * query.q.shape[2]))
-        time = self.time + valid.shape[1] - columns.shape[1]
+        columns = columns[:, -(policy.window or run.num_columns) :]
+        step = max(1, BLOCK_ELEMENTS // (valid.numel() * q.shape[2]))
+        time, tables = run.time + run.num_columns - columns.shape[1], [fact.tables_of(run) for fact in facts]
+        rows = {name: x[run.row0 : run.row0 + run.num_rows] for name, x in self._rows(asked.layer, q, facts[0].num_rows).items()}
         for begin in range(0, columns.shape[1], 1 if includes_self else step):
             block = columns[:, begin : begin + step]
-            own, total = None, _take(lse, block)
+            own, total, real = None, _take(lse, block), valid.gather(1, block)
             if not includes_self:
-                own, total = _inside(query, positions, valid, block, total, pools[0].heads)
-            for store, fact in zip(pools, facts, strict=True):
+                own, total = _inside(q, k, asked.scale, positions, valid, block, total, pools[0].heads)
+            for store, fact, table, of_pages in zip(pools, facts, tables, page_lse, strict=True):
                 share = torch.zeros(fact.nowhere + 1, block.shape[1], device=valid.device)
                 if own is not None and store is pools[0]:  # new entries lie in the first pool
-                    page = torch.where(slots >= 0, slots if by_entry else slots // store.page_size, fact.nowhere)
-                    share.index_add_(0, page, own.flatten(0, 2))
-                if store in page_lse:
-                    share.index_add_(0, fact.table, _of_pages(page_lse[store].of(block), total, valid.gather(1, block), store.heads))
+                    page = torch.where(slots >= 0, slots if self.tables.by_entry else slots // store.page_size, fact.nowhere)
+                    share.index_add_(0, page.flatten(), own.flatten(0, 2))
+                if of_pages is not None:
+                    share.index_add_(0, table, _of_pages(of_pages.of(block), total, real, store.heads))
                 if policy.page_values and store.num_pages:
                     values = {name: store.summaries[name].view(-1) for name in policy.page_values}
-                    policy.observe(values, fact.seen(share[:-1], valid.gather(1, block), time + begin))
+                    policy.observe(values, fact.seen(share[:-1], run, real, time + begin))
             if policy.observes_queries:
-                policy.observe_queries(self._rows(query), query.scale * _take(query.q, block).float(), total, positions.gather(1, block))
+                policy.observe_queries(rows, asked.scale * _take(q, block).float(), total, positions.gather(1, block))
 
-    def _rows(self, query: Query) -> dict[str, Tensor]:
-        num_rows, _, heads, dim = query.q.shape
-        if query.layer not in self.rows:
-            shapes = self.policies[0].row_values(heads, dim)
-            self.rows[query.layer] = {name: torch.zeros(num_rows, *shape, device=query.q.device) for name, shape in shapes.items()}
-        return self.rows[query.layer]
+    def _rows(self, layer: int, q: Tensor, num_rows: int) -> dict[str, Tensor]:
+        if layer not in self.rows:
+            shapes = self.policies[0].row_values(*q.shape[2:])
+            self.rows[layer] = {name: torch.zeros(num_rows, *shape, device=q.device) for name, shape in shapes.items()}
+        return self.rows[layer]
 
 
-class PageLse(NamedTuple):
-    """The lse of pages as the op returns it."""
+class _Run(NamedTuple):
+    """Rows of neighbouring sources with as many columns, which are at the same time."""
 
-    values: Tensor  # [R, T, S, Hq, C]
+    row0: int
+    num_rows: int
+    num_columns: int
+    sources: slice
+    time: int
 
-    def of(self, columns: Tensor) -> Tensor:
-        """Of the queries in `columns` [R, b]."""
-        return _take(self.values, columns)
+    def of(self, x: Tensor | None) -> Tensor | None:
+        """[G, N, ...] -> [R, T, ...] of these rows."""
+        if x is None:
+            return None
+        tokens = self.num_rows * self.num_columns // (self.sources.stop - self.sources.start)
+        return x[self.sources, :tokens].reshape(self.num_rows, self.num_columns, *x.shape[2:])
 
 
 class _Facts:
@@ -165,21 +213,30 @@ class _Facts:
         row = nobody.scatter_reduce_(0, self.table, rows, "amax")[:-1]
         self.row = torch.where(row >= 0, row, num_rows)
         self.entries = (plan.lens_after.unsqueeze(1) - evicted).flatten()
-        self.page_size, self.heads = 1 if by_entry else store.page_size, heads
+        self.page_size, self.heads, self.num_rows = 1 if by_entry else store.page_size, heads, plan.lens_after.shape[0]
 
-    def seen(self, share: Tensor, real: Tensor, time: int) -> Seen:
+    def tables_of(self, run: _Run) -> Tensor:
+        """[R * S * H * C] of the rows of a run."""
+        return self.table.view(self.num_rows, -1)[run.row0 : run.row0 + run.num_rows].flatten()
+
+    def seen(self, share: Tensor, run: _Run, real: Tensor, time: int) -> Seen:
+        if run.num_rows < self.num_rows:
+            real = torch.nn.functional.pad(real, (0, 0, run.row0, self.num_rows - run.row0 - run.num_rows))
         real = real.repeat_interleave(self.heads, 0)
         return Seen(share=share, row=self.row, real=real, entries=self.entries, page_size=self.page_size, time=time)
 
 
-def _inside(query: Query, positions: Tensor, valid: Tensor, block: Tensor, lse: Tensor | None, num_tables: int) -> tuple[Tensor, Tensor]:
+def _inside(
+    q: Tensor, k: Tensor, scale: float, positions: Tensor, valid: Tensor, block: Tensor, lse: Tensor | None, num_tables: int
+) -> tuple[Tensor, Tensor]:
     """Attention of a block of a chunk's queries to the chunk's own entries, which dense attention does not report.
 
-    Args: positions, valid [R, T]; block [R, b] columns of the queries; lse [R, b, Hq] over stored entries, or None; num_tables: H.
+    Args: q [R, T, Hq, Dk], k [R, T, Hkv, Dk]; positions, valid [R, T]; block [R, b] columns of the queries; lse [R, b, Hq] over stored
+        entries, or None; num_tables: H.
     Returns: shares [R, T, H, b] f32, mean over the query heads of a table, and lse [R, b, Hq] over stored and own entries.
     """
-    q, k = _take(query.q, block), query.k.view(*valid.shape, *query.k.shape[1:])
-    score = query.scale * torch.einsum("rbhgd,rthd->rbhgt", q.float().unflatten(2, (k.shape[2], -1)), k.float()).flatten(2, 3)
+    q = _take(q, block)
+    score = scale * torch.einsum("rbhgd,rthd->rbhgt", q.float().unflatten(2, (k.shape[2], -1)), k.float()).flatten(2, 3)
     visible = valid.unsqueeze(1) & (positions.unsqueeze(1) <= positions.gather(1, block).unsqueeze(2))
     score = torch.where(visible.unsqueeze(2), score, -torch.inf)
     total = score.logsumexp(-1)
@@ -206,4 +263,4 @@ def _take(x: Tensor | None, block: Tensor) -> Tensor | None:
 def _per_query(x: Tensor, num_rows: int, num_queries: int) -> Tensor:
     """[R * S, ...] of tables -> [R * T * S, ...]."""
     x = x.view(num_rows, 1, -1, *x.shape[1:]).expand(-1, num_queries, *[-1] * x.dim())
-    return x.reshape(-1, *x.shape[3:]).contiguous()  # of one row, reshape returns a view without strides
+    return x.reshape(-1, *x.shape[3:]).contiguous()  # of one row and shard a reshape is a view

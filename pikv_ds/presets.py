@@ -16,10 +16,14 @@ from pikv_ds.config_errors import problem
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preset:
-    """block: keys of the "pikv" block. claimed_*: of the authors' configuration, lowest and highest figure; None = not theirs."""
+    """block: keys of the "pikv" block. needs: keys to give beside the preset, in which "..." stands for a file of `pikv calibrate`.
+
+    claimed_*: of the authors' configuration, lowest and highest figure; None = not theirs.
+    """
 
     what: str
     block: dict[str, Any]
+    needs: dict[str, Any] | None = None
     claimed_drop_pct: tuple[float, float] | None = None
     claimed_ratio: tuple[float, float] | None = None
 
@@ -44,11 +48,25 @@ PRESETS: dict[str, Preset] = {
         claimed_drop_pct=(0.8, 1.3),
         claimed_ratio=(2.2, 2.2),
     ),
+    "paper_c": Preset(
+        what="maximal compression: LoRA, rank 8 (for heads of 32), with the authors' distillation left out",
+        block={"compression": {"method": "lora", "rank": 8}},
+        needs={"compression": {"calibration": "..."}},
+        claimed_drop_pct=(9.5, 12.5),
+        claimed_ratio=(2.8, 4.8),
+    ),
     "paper_d": Preset(
         what="routing only: PiKV's cache-aware router",
         block={"storage": {"num_shards": 4}, "routing": {"method": "cache_aware", "top_k": 2}},
         claimed_drop_pct=(1.3, 1.5),
         claimed_ratio=(1.0, 1.0),
+    ),
+    "paper_e": Preset(
+        what="compression only: ChunkKV (block PCA) of keys, rank 8, SVD (fitted offline) of values, rank 16 (for heads of 32)",
+        block={"compression": {"method": "chunk_pca", "rank": 8, "v": {"method": "lora", "rank": 16}}},
+        needs={"compression": {"calibration": "...", "v": {"calibration": "..."}}},
+        claimed_drop_pct=(4.8, 5.5),
+        claimed_ratio=(2.6, 3.7),
     ),
     "paper_f": Preset(
         what="scheduling only: Duo",

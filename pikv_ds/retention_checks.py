@@ -9,7 +9,7 @@ from .routers.base import Router
 from .spec import LayerSpec
 
 
-def check_retention(config: PiKVConfig, policy: RetentionPolicy, layers: list[LayerSpec], num_shards: int, num_ranks: int) -> None:
+def check_retention(config: PiKVConfig, policy: RetentionPolicy, layers: list[LayerSpec], num_shards: int) -> None:
     """Raises: ConfigError."""
     if policy.keeps_all:
         return
@@ -30,26 +30,11 @@ def check_retention(config: PiKVConfig, policy: RetentionPolicy, layers: list[La
     policy.check(config.scheduling, [spec for spec in layers if spec.window is None])
     if not policy.watches:
         return
-    if config.storage.requests == "distinct" and num_ranks > 1:
-        raise distinct_refused(policy)
     if config.storage.expert_ids == "true":
         raise ConfigError(
             f"pikv.storage.expert_ids = 'true' with {method}: entries are stored after the queries of their forward have read, so the "
             f"attention they get is not known; use 'previous_layer', or a method that looks at positions or keys"
         )
-    if config.routing.method != "all":
-        raise ConfigError(
-            f"pikv.routing.method = {config.routing.method!r} with {method}: attention to pages that a query does not read can't be "
-            f"measured; use 'all', or a method that looks at positions or keys"
-        )
-
-
-def distinct_refused(policy: RetentionPolicy) -> ConfigError:
-    return ConfigError(
-        f"pikv.scheduling.method = {policy.name!r} with distinct requests (pikv.storage.requests): ranks do not learn the merged lse of "
-        f"another rank's queries, so the attention that pages get can't be measured; use replicated requests, or a method that looks at "
-        f"positions or keys, such as 'streaming_llm'"
-    )
 
 
 def _check_shards(config: PiKVConfig, policy: RetentionPolicy, num_shards: int, method: str) -> None:

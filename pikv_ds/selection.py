@@ -30,7 +30,7 @@ from .tables import Tables
 from .tier_checks import check_router
 from .tier_routing import entries_by_page, entries_moved
 from .tiers import Tiers
-from .top_pages import best_pages, listed_pages, page_keys
+from .top_pages import best_pages, by_column, listed_pages, page_keys
 from .writer import Written
 
 QUERIES_AT_ONCE = 32  # per row: scores take Q * S * C * H numbers
@@ -168,15 +168,18 @@ class Selection:
         stored: Stored,
         plan: StepPlan,
         near: tuple[Stored, Tensor] | None = None,
-    ) -> tuple[Tensor, Tensor]:
+        *,
+        with_page_lse: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Attention to the chosen pages.
 
         Args:
             q [R, T, Hq, Dk] at positions [R, T] int32, of the rows row0 ...; stored: their tables.
             near: what the queries read besides, and its lse [R, T, Hq]: it takes its share of the budget and counts as read.
 
-        Returns: out [R, T, Hq, Dv] f32, lse [R, T, Hq] f32. Sync: none. Collectives with several ranks, per QUERIES_AT_ONCE queries of a
-        row: one for a budget, and those of the router; all ranks must call it alike.
+        Returns: out [R, T, Hq, Dv] f32, lse [R, T, Hq] f32; with_page_lse: page lse [R, T, S, Hq, C] f32, -inf for pages that were not
+        read, C columns of stored.block_table. Sync: none. Collectives with several ranks, per QUERIES_AT_ONCE queries of a row: one for a
+        budget, and those of the router; all ranks must call it alike.
         """
         num_rows, parts = q.shape[0], []
         rows = slice(row0, row0 + num_rows)
@@ -191,7 +194,7 @@ class Selection:
                 self.entries += held.flatten(1).sum(1, dtype=torch.float64) @ real_queries(asked)
             page_list = self.choose(asked, plan) if near is None else self.choose(asked, plan, held)
             self._count(asked, page_list)
-            out, lse, page_lse = self._attend(asked, page_list, self.router.wants_page_lse)
+            out, lse, page_lse = self._attend(asked, page_list, self.router.wants_page_lse or with_page_lse)
             if self.measures_mass:
                 read, whole = lse, self._attend(asked, None)[1]
                 if near is not None:
@@ -200,8 +203,14 @@ class Selection:
                 self.mass += torch.stack([share.nan_to_num(0.0) @ real_queries(asked), real_queries(asked).sum() / self.exchange.size])
             if self.router.wants_page_lse:
                 self.router.answered(asked, page_list, page_lse)
-            parts.append((out.view(num_rows, -1, *out.shape[1:]), lse.view(num_rows, -1, lse.shape[1])))
-        return parts[0] if len(parts) == 1 else (torch.cat([out for out, _ in parts], 1), torch.cat([lse for _, lse in parts], 1))
+            part = [out.view(num_rows, -1, *out.shape[1:]), lse.view(num_rows, -1, lse.shape[1])]
+            if with_page_lse:
+                part.append(
+                    by_column(page_lse, page_list, stored.block_table.shape[-1]).unflatten(0, (num_rows, -1, self.tables.num_local))
+                )
+            parts.append(part)
+        whole = parts[0] if len(parts) == 1 else [torch.cat(pieces, 1) for pieces in zip(*parts, strict=True)]
+        return whole[0], whole[1], whole[2] if with_page_lse else None
 
     def choose(self, asked: PageQuery, plan: StepPlan, near: Tensor | None = None) -> Tensor:
         """Columns to read, [N, 1 or H, K] int32, -1 = none. near: entries of the near pages [Q, S, C'], read besides."""
@@ -299,7 +308,7 @@ class Selection:
 def _repeat(x: Tensor, num_rows: int, num_queries: int) -> Tensor:
     """[R * S, ...] -> [R * T * S, ...]: the shards of a row once per query."""
     by_row = x.unflatten(0, (num_rows, 1, -1))
-    return by_row.expand(-1, num_queries, *[-1] * x.dim()).flatten(0, 2)
+    return by_row.expand(-1, num_queries, *[-1] * x.dim()).flatten(0, 2).contiguous()  # of one row and shard that is a view
 
 
 def real_queries(asked: PageQuery) -> Tensor:

@@ -68,9 +68,12 @@ def attention_impl(cache: PiKVCache) -> str:
     return f"pikv {load.ensured(cache.device.type)} {'+'.join(formats)}"
 
 
-def share_bytes(num_tokens: int, num_q_heads: int, spec: LayerSpec, q_dim: int, itemsize: int) -> int:
-    """Bytes of one rank's record [q | k | v | expert ids | positions]: the first collective of a layer, distinct requests."""
-    values = [num_tokens * 4, num_tokens * num_q_heads * q_dim * itemsize]
+def share_bytes(num_tokens: int, num_q_heads: int, spec: LayerSpec, q_dim: int, itemsize: int, lse: int = 0) -> int:
+    """Bytes of one rank's record [q | k | v | expert ids | positions]: the first collective of a layer, distinct requests.
+
+    lse: bytes of the last layer's lse, which come along when a policy watches it.
+    """
+    values = [num_tokens * 4, num_tokens * num_q_heads * q_dim * itemsize, *[lse] * (lse > 0)]
     values += [num_tokens * spec.num_kv_heads * d * itemsize for d in (spec.k_dim, spec.stored_v_dim)]
     return _sections([*values, num_tokens * 4])
 
@@ -85,17 +88,27 @@ def choice_bytes(num_queries: int, num_kv_heads: int, width: int) -> int:
     return num_queries * num_kv_heads * width * 8
 
 
-def decode_bytes_sent(mode: str, rows: list[int], rank: int, num_q_heads: int, layers: list[LayerSpec], itemsize: int) -> int:
-    """Bytes one rank sends in a decode step of one token per row; `rows` per rank (replicated: the same batch everywhere)."""
+def decode_bytes_sent(
+    mode: str,
+    rows: list[int],
+    rank: int,
+    num_q_heads: int,
+    layers: list[LayerSpec],
+    itemsize: int,
+    watched: list[bool] | None = None,
+) -> int:
+    """Bytes one rank sends in a decode step of one token per row; `rows` per rank (replicated: the same batch everywhere).
+
+    watched: per layer, a policy looks at its attention; with distinct requests its lse rides in the next record, the last one's alone.
+    """
     others = len(rows) - 1
-    total = 0
-    for spec in layers:
-        if mode == "replicated":
-            total += others * _sections([partial_bytes(rows[rank], num_q_heads, spec.v_dim)])
-        else:
-            total += others * share_bytes(max(rows), num_q_heads, spec, spec.k_dim, itemsize)
-            total += partial_bytes(sum(rows) - rows[rank], num_q_heads, spec.v_dim)
-    return total
+    if mode == "replicated":
+        return sum(others * _sections([partial_bytes(rows[rank], num_q_heads, spec.v_dim)]) for spec in layers)
+    total, lse = 0, [max(rows) * num_q_heads * 4 * seen for seen in watched or [False] * len(layers)]
+    for spec, of_last_layer in zip(layers, [0, *lse], strict=False):
+        total += others * share_bytes(max(rows), num_q_heads, spec, spec.k_dim, itemsize, lse=of_last_layer)
+        total += partial_bytes(sum(rows) - rows[rank], num_q_heads, spec.v_dim)
+    return total + (others * _sections([lse[-1]]) if lse[-1] else 0)
 
 
 def _sections(sizes: list[int]) -> int:

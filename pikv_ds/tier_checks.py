@@ -9,7 +9,7 @@ from .routers.base import Router
 from .spec import LayerSpec
 
 
-def check_tiers(config: PiKVConfig, codec: Codec, layers: list[LayerSpec], page_size: int, num_ranks: int) -> None:
+def check_tiers(config: PiKVConfig, codec: Codec, layers: list[LayerSpec], page_size: int) -> None:
     """Raises: ConfigError."""
     block = config.compression
     if block.build_near() is None:
@@ -45,12 +45,10 @@ def check_tiers(config: PiKVConfig, codec: Codec, layers: list[LayerSpec], page_
             f"raw_recent_tokens = {least} of pikv.compression, which every query reads; raise it or lower those"
         )
     if codec.light is not None:
-        _check_importance(config, num_ranks, given)
+        _check_importance(config, given)
 
 
-def _check_importance(config: PiKVConfig, num_ranks: int, given: str) -> None:
-    if config.storage.requests == "distinct" and num_ranks > 1:
-        raise distinct_refused()
+def _check_importance(config: PiKVConfig, given: str) -> None:
     if config.storage.expert_ids == "true":
         raise ConfigError(
             f"{given} with pikv.storage.expert_ids = 'true': entries are stored after the queries of their forward have read, so the "
@@ -65,10 +63,3 @@ def check_router(router: Router, *, summarises: bool) -> None:
             f"pikv.routing.method = {router.name!r} keeps summaries of pages and can't make them for pages that were encoded again "
             f"(Router.moved); use another router, or pikv.compression without raw_sink_tokens and raw_recent_tokens"
         )
-
-
-def distinct_refused() -> ConfigError:
-    return ConfigError(
-        "pikv.compression.method = 'adaptive' with distinct requests (pikv.storage.requests): ranks do not learn the merged lse of another "
-        "rank's queries, so the importance of pages can't be measured; use replicated requests, or another codec with raw_recent_tokens"
-    )

@@ -23,7 +23,6 @@ from .plan import StepPlan
 from .policies.base import Pages
 from .store import LayerStore
 from .tables import Tables
-from .tier_checks import distinct_refused
 
 
 class Tiers:
@@ -43,12 +42,10 @@ class Tiers:
                 self.mass = Mass(Importance(), tables)
             else:
                 watching.policies.append(Importance())
-        self.reset(0, "local")
+        self.reset(0)
 
-    def reset(self, num_rows: int, mode: str) -> None:
-        """A new generation begins; mode: how the ranks' requests relate (agreement.py)."""
-        if mode == "distinct" and self.light_ratio is not None:
-            raise distinct_refused()
+    def reset(self, num_rows: int) -> None:
+        """A new generation begins."""
         self.floor = [0] * num_rows  # positions of a row that may have been demoted lie below it; the same on every rank
         self.due = [0] * num_rows  # tokens of a row at which a page can become old enough; of this rank's shards
         self.seen = [0] * num_rows  # tokens of a row when importance was last compared; the same on every rank

@@ -73,3 +73,10 @@ def listed_pages(keys: Tensor, num_local: int) -> Tensor:
     keys = keys.unflatten(2, (num_local, -1)).transpose(1, 2)  # [Q, S, H, C]
     columns = torch.arange(keys.shape[-1], dtype=torch.int32, device=keys.device)
     return torch.where(keys > HIDDEN, columns, -1).flatten(0, 1)
+
+
+def by_column(page_lse: Tensor, page_list: Tensor, columns: int) -> Tensor:
+    """page_lse [N, Hq, K] of the listed columns page_list [N, 1 or H, K] (-1 = none) -> [N, Hq, columns], -inf where none was listed."""
+    heads = page_lse.shape[1] // page_list.shape[1]
+    index = torch.where(page_list >= 0, page_list, columns).to(torch.int64).repeat_interleave(heads, 1)
+    return page_lse.new_full((*page_lse.shape[:2], columns + 1), -torch.inf).scatter_(2, index, page_lse)[..., :-1]

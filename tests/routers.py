@@ -35,7 +35,8 @@ def watch(routers: list[nn.Module], cache: HFCache) -> list[Calls]:
 
 
 def unhooked(router: nn.Module) -> nn.Module:
-    plain = copy.deepcopy(router)
+    # A process group can't be copied, and a gate without one agrees on no capacity: nothing is dropped either way.
+    plain = copy.deepcopy(router, {id(getattr(router, "ep_group", None)): None})
     for name in ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"):
         getattr(plain, name).clear()
     return plain

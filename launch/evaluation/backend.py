@@ -17,6 +17,8 @@ class Memory(NamedTuple):
 
     read, visible: entries that queries read from the store so far, and those that they could have read; 0 when nothing is counted.
     mass, queries: share of the attention to visible entries that lies on those read, summed over queries while watched, and how many.
+    fullest_shard: entries of a layer's fullest shard / mean over its shards, mean over layers; None with one shard.
+    misses: of the KV router, mean over layers and shards; None when it counts none.
     """
 
     allocated: int
@@ -26,6 +28,8 @@ class Memory(NamedTuple):
     visible: float = 0.0
     mass: float = 0.0
     queries: float = 0.0
+    fullest_shard: float | None = None
+    misses: float | None = None
 
     def counted_from(self, before: Memory) -> Memory:
         return self._replace(**{name: getattr(self, name) - getattr(before, name) for name in COUNTS})
@@ -65,9 +69,23 @@ def first_of(memories: list[Memory]) -> Memory:
     return memories[0]._replace(**{name: sum(getattr(memory, name) for memory in memories) for name in COUNTS})
 
 
-def counts_of(core: PiKVCache) -> tuple[float, ...]:
-    """COUNTS of a cache; zeros when it reads everything."""
-    return (0.0,) * len(COUNTS) if core.selection is None else (*core.selection.entries.tolist(), *core.selection.mass.tolist())
+def counts_of(core: PiKVCache) -> tuple[float | None, ...]:
+    """COUNTS of a cache, zeros when it reads everything; then fullest_shard and misses."""
+    counts = (0.0,) * len(COUNTS) if core.selection is None else (*core.selection.entries.tolist(), *core.selection.mass.tolist())
+    return *counts, _fullest_shard(core), _misses(core)
+
+
+def _fullest_shard(core: PiKVCache) -> float | None:
+    if core.num_shards == 1:
+        return None
+    load = core.tables.directory.load.float()
+    return float((load.amax(1) / load.mean(1).clamp_min(1)).mean())
+
+
+def _misses(core: PiKVCache) -> float | None:
+    missed = [] if core.selection is None else [core.selection.router.missed(layer) for layer in range(len(core.layers))]
+    missed = [float(shards.mean()) for shards in missed if shards is not None]
+    return sum(missed) / len(missed) if missed else None
 
 
 def watch(core: PiKVCache, on: bool) -> None:

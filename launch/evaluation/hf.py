@@ -85,10 +85,9 @@ def _shard_experts(model: Any, spec: EvalSpec) -> tuple[Any, tuple[int, ...]]:
     from pikv_ds.adapters.autoep_shim import registry_shim
 
     config = {"train_micro_batch_size_per_gpu": 1, "expert_parallel": {"enabled": True, "autoep_size": spec.ep}}
-    if spec.dtype != "float32":
-        config[{"bfloat16": "bf16", "float16": "fp16"}[spec.dtype]] = {"enabled": True}
     check_expert_parallel(config, model)
     with registry_shim():
-        engine = deepspeed.initialize(model=model, config=config)[0]
+        # Sharded in fp32 and converted after: DeepSpeed's "bf16" and "fp16" blocks bring optimizers, which want expert parameter groups.
+        engine = deepspeed.initialize(model=model.float(), config=config)[0]
     engine.eval()
-    return engine.module, expert_group_members(engine.module)
+    return engine.module.to(getattr(torch, spec.dtype)), expert_group_members(engine.module)

@@ -65,6 +65,8 @@ def build_row(backend: Backend, spec: EvalSpec, unit: Unit, own: Measured) -> di
         "requests": spec.requests,
         "tokens_in_cache": tokens,
         "kv_bytes_dense_per_rank": [measured.memory.dense for measured in ranks],
+        "fullest_shard_over_mean": ranks[0].memory.fullest_shard,
+        "misses_per_shard": ranks[0].memory.misses,
         "store_share": store_share(backend.layers, spec.context, spec.chunk),
     }
     assert set(row) == {*COLUMNS, "detail"}, sorted(row)
@@ -72,10 +74,14 @@ def build_row(backend: Backend, spec: EvalSpec, unit: Unit, own: Measured) -> di
 
 
 def method_name(config: PiKVConfig | None) -> str:
-    """The methods that are not the default, joined by +; `exact` when all are, `dense` for the host's own cache."""
+    """The methods that are not the default, joined by +; `exact` when all are, `dense` for the host's own cache.
+
+    "host_penalty" stands for a penalty on the host's routers.
+    """
     if config is None:
         return "dense"
     chosen = [config.routing.method, config.compression.method, config.scheduling.method]
+    chosen += ["host_penalty"] if config.routing.host_penalty.build() else []
     return "+".join(name for name in chosen if name not in ("all", "none")) or "exact"
 
 

@@ -64,10 +64,10 @@ class Pages:
     """[R] int64, tokens of every row so far, evicted ones included."""
     rows: dict[str, Tensor] = field(default_factory=dict)
     """What the policy keeps per row, [R, ...]; with budgets per head, the query heads of this kv head only."""
-    time: int = 0
-    """Query columns since the generation began."""
-    last_eviction: int = 0
-    """`time` when entries were last evicted."""
+    time: Tensor | int = 0
+    """Query columns since the generation began, [R, 1, 1] int64: rows of different ranks may be at different times."""
+    last_eviction: Tensor | int = 0
+    """`time` when entries of the row's rank were last evicted, [R, 1, 1] int64."""
     layer: int = 0
     """Index of the attention layer."""
     tail_rows: Tensor | None = None

@@ -14,15 +14,21 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @ROUTERS.register("bounds")
 class PageBounds(Router):
-    """Pages whose keys could score highest, by the smallest and largest key of each page and channel (Quest).
+    """Pages whose keys lie where the query looks, by the smallest and largest key of each page and channel (a box around the keys).
 
-    score = max over the query heads of a kv head of  sum_d max(scale q_d lo_d, scale q_d hi_d), an upper bound of every logit of the page.
-    Chosen per kv head. Bytes per page and layer: num_kv_heads * 2 * k_dim * 2 (4 with metadata fp32); a 16-bit bound is rounded outwards.
-    Source: arXiv 2406.10774.
+    score = mean or max (`heads`) over the query heads of a kv head of  scale sum_d q_d center_d + spread |q_d| half_range_d
+    spread 1 with "max" is Quest: no logit of the page exceeds its score. It prefers pages with spread keys; a smaller spread trusts that
+    keys lie near the middle of their box, and holds more of the attention. Chosen per kv head. Bytes per page and layer:
+    num_kv_heads * 2 * k_dim * 2 (4 with metadata fp32); a 16-bit bound is rounded outwards.
+    Source: Quest, arXiv 2406.10774, section 3.3; spread and mean are ours.
     """
 
-    def __init__(self, *, metadata: Literal["fp32", "bf16", "fp16"] = "bf16") -> None:
-        self.dtype = _DTYPES[metadata]
+    def __init__(
+        self, *, spread: float = 0.4, heads: Literal["mean", "max"] = "mean", metadata: Literal["fp32", "bf16", "fp16"] = "bf16"
+    ) -> None:
+        if not 0 <= spread <= 1:
+            raise ValueError(f"spread from 0 to 1, got {spread}")
+        self.spread, self.heads, self.dtype = spread, heads, _DTYPES[metadata]
 
     def open(self, layer: int, store: LayerStore, num_shards: int) -> None:
         store.add_summary(SUMMARY, (store.fmt.num_kv_heads, 2, store.fmt.k_dim), self.dtype)
@@ -38,5 +44,12 @@ class PageBounds(Router):
         return self.score_with(asked.q, asked)
 
     def score_with(self, q: Tensor, asked: PageQuery) -> Tensor:
-        store = asked.store
-        return ops.page_score(q, store.summaries[SUMMARY], store.fmt, asked.block_table, asked.seqlens, scale=asked.scale)
+        store, width = asked.store, None  # None: |q|
+        if self.heads == "mean":  # linear in center and half range, so the heads are one
+            q = q.float().unflatten(1, (store.fmt.num_kv_heads, -1))
+            q, width = q.mean(2), self.spread * q.abs().mean(2)
+        elif self.spread < 1:
+            q = q.float()
+            width = self.spread * q.abs()
+        bounds = store.summaries[SUMMARY]
+        return ops.page_score(q, bounds, store.fmt, asked.block_table, asked.seqlens, scale=asked.scale, width=width)

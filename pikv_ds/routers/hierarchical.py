@@ -15,15 +15,23 @@ _MAX = torch.finfo(torch.float32).max
 class Hierarchical(PageBounds):
     """First the shards whose keys could score highest, then the best pages inside these, both by min and max key.
 
+    Shards by the bound of `bounds` with spread 1 and "max", pages by its score with the options given here.
     A shard's bounds cover all entries that a request ever stored in it. A rank is visited when it holds a chosen shard. With no more shards
     than `top_shards` this is `bounds`. Chosen per kv head. Bytes: those of bounds; as metadata, which does not grow with the context,
     2 * num_kv_heads * k_dim f32 per request, layer and shard, on every rank so that choosing shards needs no message.
     """
 
-    def __init__(self, *, top_shards: int = 2, metadata: Literal["fp32", "bf16", "fp16"] = "bf16") -> None:
+    def __init__(
+        self,
+        *,
+        top_shards: int = 2,
+        spread: float = 0.4,
+        heads: Literal["mean", "max"] = "mean",
+        metadata: Literal["fp32", "bf16", "fp16"] = "bf16",
+    ) -> None:
         if top_shards < 1:
             raise ValueError(f"top_shards of at least 1, got {top_shards}")
-        super().__init__(metadata=metadata)
+        super().__init__(spread=spread, heads=heads, metadata=metadata)
         self.top_shards = top_shards
         self.shard_bounds: dict[int, Tensor] = {}  # layer -> [R, shards, H, 2, D] f32
 

@@ -17,8 +17,10 @@ class Shuffle(PageBounds):
     than this, it owes to the query. Bytes: those of bounds.
     """
 
-    def __init__(self, *, metadata: Literal["fp32", "bf16", "fp16"] = "bf16") -> None:
-        super().__init__(metadata=metadata)
+    def __init__(
+        self, *, spread: float = 0.4, heads: Literal["mean", "max"] = "mean", metadata: Literal["fp32", "bf16", "fp16"] = "bf16"
+    ) -> None:
+        super().__init__(spread=spread, heads=heads, metadata=metadata)
         self.earlier = Earlier()
 
     def open(self, layer: int, store: LayerStore, num_shards: int) -> None:

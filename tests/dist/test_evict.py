@@ -3,7 +3,7 @@
 import pytest
 
 from pikv_ds.policies import POLICIES
-from tests.dist.jobs.evict import HEAD_METHODS, TOKEN_METHODS
+from tests.dist.jobs.evict import DISTINCT, HEAD_METHODS, ROUTING, TOKEN_METHODS
 from tests.dist.launcher import JobResult, run_gloo
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(300)]
@@ -24,7 +24,7 @@ def job(world: int) -> JobResult:
 
 
 @pytest.mark.parametrize("world", [1, 2, 4], ids="world{}".format)
-@pytest.mark.parametrize("check", [*METHODS, *HEADS, *ENTRIES, "beams", "assisted", "beams of heads"])
+@pytest.mark.parametrize("check", [*METHODS, *HEADS, *ENTRIES, "beams", "assisted", "beams of heads", *(f"h2o with {router}" for router in ROUTING)])
 def test_kept_sets_depend_on_shards_not_on_ranks(check: str, world: int):
     rows, alone = job(world).check(check), job(1).check(check)[0]
     for row in rows:
@@ -32,9 +32,18 @@ def test_kept_sets_depend_on_shards_not_on_ranks(check: str, world: int):
 
 
 @pytest.mark.parametrize("world", [2, 4], ids="world{}".format)
-@pytest.mark.parametrize("check", ["distinct", "distinct, by attention", "distinct, by head", "distinct, entries"])
+@pytest.mark.parametrize(
+    "check", ["distinct", "distinct, by head", "distinct, entries", *(f"distinct, {method}, {router}" for method, router in DISTINCT)]
+)
 def test_requests_that_differ_between_ranks(check: str, world: int):
+    """Policies that look at attention keep of every request what they keep of it alone."""
     job(world).check(check)
+
+
+@pytest.mark.parametrize("world", [2, 4], ids="world{}".format)
+def test_attention_statistics_cost_one_collective_per_forward(world: int):
+    for row in job(world).check("collectives of a step, by attention"):
+        assert row["collectives"] == 2 * row["layers"] + 1
 
 
 @pytest.mark.parametrize("world", [1, 2, 4], ids="world{}".format)

@@ -17,6 +17,7 @@ from pikv_ds.launch.evaluation.workers import measure_all
 from pikv_ds.policies import POLICIES
 from pikv_ds.presets import PRESETS
 from pikv_ds.routers import ROUTERS
+from tests.launch.test_methods import row
 
 ROOT = Path(__file__).resolve().parents[2]
 METHODS = ROOT / "docs" / "results" / "methods_sweep.json"
@@ -79,24 +80,31 @@ def test_entries_are_measured_in_every_run_and_dense_once(tmp_path):
     assert [block["scheduling"]["recent_tokens"] for block in (ppl, recall)] == [32, 32], "the entry's own keys win"
 
 
-def test_a_sweep_runs_on_two_workers_and_goes_on_where_it_stopped(tmp_path, capsys):
-    file, out = small(tmp_path), tmp_path / "rows.json"
-    assert main(["sweep", str(file), "--workers", "2", "--json", str(out)]) == 0
+def test_the_committed_sweep_runs_quickly_on_two_workers(tmp_path, capsys):
+    out = tmp_path / "rows.json"
+    assert main(["sweep", "--quick", "--only", "compression", "--workers", "2", "--json", str(out)]) == 0
     document = json.loads(out.read_text())
-    rows = {row["detail"]["label"]: row for row in document["rows"]}
-    assert list(rows) == ["dense", "four bits", "raw"] and all(row["task"] == "bytes" and row["ppl"] is None for row in rows.values())
-    assert rows["dense"]["bytes_per_token"] == 2048 and rows["four bits"]["attention_impl"] == "pikv cpu int4"
-    assert rows["four bits"]["bytes_per_token"] < 0.4 * rows["raw"]["bytes_per_token"] and document["command"].startswith("pikv sweep ")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.json", "sweep.json"]
+    rows = {(row["detail"]["label"], row["task"], row["detail"]["model"]): row for row in document["rows"]}
+    tasks = [("ppl", "bundled"), ("recall", "bundled"), ("bytes", "bundled"), ("bytes", "random_128")]
+    assert set(rows) == {(label, *task) for label in ("dense", "none", "int8") for task in tasks}
+    int8, raw = rows["int8", "bytes", "bundled"], rows["none", "bytes", "bundled"]
+    assert rows["dense", "bytes", "bundled"]["bytes_per_token"] == 1024 and int8["bytes_per_token"] < 0.8 * raw["bytes_per_token"]
+    assert int8["ppl"] is None and int8["attention_impl"] == "pikv cpu int8" and rows["int8", "ppl", "bundled"]["kl"] > 1e-6
+    assert document["command"] == "pikv sweep --only compression --quick" and [path.name for path in tmp_path.iterdir()] == ["rows.json"]
     shown = capsys.readouterr().out
-    assert "3 units, 0 of them" in shown and "3/3, about" in shown and "four bits" in shown.partition("own")[2]
+    assert "12/12, about 0 min left" in shown and "int8" in shown.partition("12/12")[2]
+
+
+def test_a_sweep_goes_on_where_it_stopped(tmp_path, capsys):
+    file, out = small(tmp_path), tmp_path / "rows.json"
     items = items_of(read_sweep(file), None, False, parse, {})
     stored = Partial(tmp_path / "rows.json.partial")
-    for item, row in zip(items, document["rows"], strict=True):
-        stored.add(key_of(item.spec, item.unit), row | {"ppl": 1.0})
+    for item in items:
+        stored.add(key_of(item.spec, item.unit), row(None, item.label, item.unit.task, ppl=1.0))
     assert main(["sweep", str(file), "--json", str(out)]) == 0
-    assert [row["ppl"] for row in json.loads(out.read_text())["rows"]] == [1.0] * 3, "what was measured before is not measured again"
-    assert "3 units, 3 of them" in capsys.readouterr().out and not stored.path.exists()
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["detail"]["label"] for row in rows] == ["dense", "four bits", "raw"] and {row["ppl"] for row in rows} == {1.0}
+    assert "3 units, 3 of them" in capsys.readouterr().out and not stored.path.exists(), "no worker was needed"
 
 
 def test_workers_answer_refusals_and_their_end_is_told(tmp_path):

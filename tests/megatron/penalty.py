@@ -68,6 +68,28 @@ def check_penalty(report: Report, ids: torch.Tensor) -> None:
         documented.run("RouterPenalty(load", model=model)
         assert type(model.decoder.layers[0].mlp.router).__name__ == "PiKVTopKRouter"
         assert model.decoder.layers[0].mlp.router.pikv_penalty == RouterPenalty(load=0.5, miss=0.1, applies_to="selection")
+    with report.check("the penalty of the block"):
+        model, given = tiny_model(tiny_config()), RouterPenalty(load=2.0, applies_to="selection_and_weights")
+        asked = {**CONFIG, "routing": {"host_penalty": {"load": 2.0, "applies_to": "selection_and_weights"}}}
+        expected = run(model, ids, given)[0]
+        enable_pikv(model, asked)
+        assert all(layer.mlp.router.pikv_penalty == given for layer in model.decoder.layers)
+        assert torch.equal(decode(model, PiKVInferenceContext(len(ids), ids.shape[1], model=model), ids, [9]), expected)
+        disable_pikv(model)
+        built = pikv_layer_spec(local_spec(tiny_config()), asked)
+        assert built.submodules.mlp.submodules.router.keywords["pikv_penalty"] == given
+        enable_pikv(model, CONFIG)
+        assert all(layer.mlp.router.pikv_penalty is None for layer in model.decoder.layers)
+        other = lambda: PiKVInferenceContext(len(ids), ids.shape[1], model=model, config=asked)  # noqa: E731
+        refused(ConfigError, "the model's routers were enabled with None", other)
+        disable_pikv(model)
+        refused(ConfigError, "two different penalties", lambda: enable_pikv(model, asked, router_penalty=RouterPenalty(load=1.0)))
+    with report.check("dense models refused"):
+        flat = tiny_model(tiny_config(num_moe_experts=None, moe_ffn_hidden_size=None, expert_model_parallel_size=1))
+        refused(ConfigError, "on a dense model", lambda: enable_pikv(flat, asked))
+        enable_pikv(flat, {"routing": {"method": "experts"}})
+        refused(ConfigError, "is a dense model without experts", lambda: PiKVInferenceContext(len(ids), ids.shape[1], model=flat))
+        disable_pikv(flat)
     with report.check("penalty without a context, in a specification, refused"):
         config = tiny_config()
         built = tiny_model(config, pikv_layer_spec(local_spec(config), CONFIG, router_penalty=RouterPenalty(load=2.0)))

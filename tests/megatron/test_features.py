@@ -40,6 +40,8 @@ _jobs: list[JobResult] = []
         "miss penalty keeps tokens from an expert",
         *(f"weights of a chosen set are the model's own, {name}" for name in ("softmax", "softmax before the choice", "scaled", "sigmoid")),
         "the documented penalty",
+        "the penalty of the block",
+        "dense models refused",
         "penalty without a context, in a specification, refused",
         "settings refused by name",
         "versions refused",

@@ -86,7 +86,7 @@ def check_bounds(name: str, dtype: torch.dtype, op: Callable, device: str) -> fl
     return 0.0
 
 
-def check_score(heads: int, table_heads: int, dtype: torch.dtype, op: Callable, device: str) -> float:
+def check_score(heads: int, table_heads: int, dtype: torch.dtype, spread: float | None, op: Callable, device: str) -> float:
     """Columns beyond the length must not be read, an infinite bound must not become NaN."""
     generator = torch.Generator().manual_seed(1)
     q = torch.randn(2, 12, 72, generator=generator).to(dtype)
@@ -96,8 +96,10 @@ def check_score(heads: int, table_heads: int, dtype: torch.dtype, op: Callable, 
     seqlens = torch.tensor([0, 1, 16, 17], dtype=torch.int32).view(4, 1)
     table = torch.randint(9, (4, table_heads, 7), generator=generator).int()
     table[(torch.arange(7) >= (seqlens.unsqueeze(-1) + 15) // 16).expand_as(table)] = 1 << 30
-    expected = library.REFERENCE["page_score"](q, bounds, table, seqlens, 16, 0.3)
-    found = op("page_score")(*(x.to(device) for x in (q, bounds, table, seqlens)), 16, 0.3).cpu()
+    width = None if spread is None else spread * q.abs()
+    expected = library.REFERENCE["page_score"](q, bounds, table, seqlens, width, 16, 0.3)
+    on_device = (x if x is None else x.to(device) for x in (q, bounds, table, seqlens, width))
+    found = op("page_score")(*on_device, 16, 0.3).cpu()
     seen = expected != -torch.inf
     assert torch.equal(seen, found != -torch.inf), "-inf in different places"
     return compare(found[seen], expected[seen].double(), 1e-5, "scores")

@@ -72,8 +72,9 @@ def points(long: bool = False) -> Iterator[Point]:
         yield Point("merge", f"S{sets}-D{dim}", partial(check_merge, sets, dim))
     for name, dtype in itertools.product(FORMATS, DTYPES):
         yield Point("page_bounds", f"{name}-{str(dtype)[6:]}", partial(check_bounds, name, dtype))
-    for (heads, tables), dtype in itertools.product(((3, 1), (1, 3)), DTYPES):
-        yield Point("page_score", f"H{heads}-tables{tables}-{str(dtype)[6:]}", partial(check_score, heads, tables, dtype))
+    for (heads, tables, spread), dtype in itertools.product(((3, 1, None), (1, 3, None), (3, 1, 0.5)), DTYPES):
+        label = f"H{heads}-tables{tables}-{str(dtype)[6:]}" + ("" if spread is None else f"-width{spread}")
+        yield Point("page_score", label, partial(check_score, heads, tables, dtype, spread))
     for rows, indexed in itertools.product((0, 1, 7, 300), (False, True)):
         yield Point("pack", f"{rows}{'-indexed' if indexed else ''}", partial(check_pack, rows, indexed))
     for rows, shards, tokens in ((1, 1, 1), (4, 1, 4), (3, 2, 40), (2, 3, 300), (70, 2, 300)):

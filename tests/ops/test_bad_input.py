@@ -164,6 +164,8 @@ SCORE = {
     "seqlens": ({"seqlens": torch.full((2, 1), 65)}, "seqlens has 65, the block table has room for 64 entries"),
     "seqlens shape": ({"seqlens": torch.zeros(2, dtype=torch.int32)}, "seqlens must be [2, 1 or 2], got [2]"),
     "strides": ({"q": torch.zeros(2, 4, 64)[..., ::2]}, "q must be contiguous"),
+    "width": ({"width": torch.zeros(2, 2, 32)}, "width must have the shape of q, [2, 4, 32], got [2, 2, 32]"),
+    "width dtype": ({"width": torch.zeros(2, 4, 32, dtype=torch.bfloat16)}, "width must have the dtype of q"),
 }
 
 
@@ -172,7 +174,7 @@ SCORE = {
 def test_page_score(which, what):
     change, message = SCORE[what]
     given = {"q": torch.zeros(2, 4, 32), "bounds": torch.zeros(3, 2, 2, 32), "block_table": torch.zeros(2, 1, 4, dtype=torch.int32),
-             "seqlens": torch.ones(2, 1, dtype=torch.int32)} | change  # fmt: skip
+             "seqlens": torch.ones(2, 1, dtype=torch.int32), "width": None} | change  # fmt: skip
     _refused(which, "page_score", (*given.values(), 16, 1.0), message)
 
 

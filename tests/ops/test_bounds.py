@@ -62,7 +62,8 @@ def test_a_page_that_is_used_again_starts_anew():
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", list(DTYPES))
 @pytest.mark.parametrize("shape", ["heads", "shards", "head tables"])
-def test_scores_against_loops(shape, dtype, implementation, monkeypatch):
+@pytest.mark.parametrize("spread", [None, 0.25])
+def test_scores_against_loops(spread, shape, dtype, implementation, monkeypatch):
     generator = torch.Generator().manual_seed(1)
     draw = lambda *size: torch.randn(*size, generator=generator)  # noqa: E731
     bound_heads, table_heads, N = {"heads": (3, 1, 4), "shards": (3, 1, 8), "head tables": (1, 3, 4)}[shape]
@@ -72,7 +73,8 @@ def test_scores_against_loops(shape, dtype, implementation, monkeypatch):
     table = torch.randint(9, (N, table_heads, 4), generator=generator).int()
     unused = torch.arange(4) >= (seqlens.unsqueeze(-1) + 15) // 16
     table[unused] = 1 << 30  # must not be read
-    found = call("page_score", implementation, monkeypatch, q, bounds, table, seqlens, 16, 0.3)
+    width = None if spread is None else spread * q.abs()
+    found = call("page_score", implementation, monkeypatch, q, bounds, table, seqlens, width, 16, 0.3)
     for n in range(N):
         for h in range(3):
             for c in range(4):
@@ -82,6 +84,9 @@ def test_scores_against_loops(shape, dtype, implementation, monkeypatch):
                 low, high = bounds[table[n, h % table_heads, c], h % bound_heads].double()
                 own = 0.3 * q[n // (N // 4), 2 * h : 2 * h + 2].double()
                 expected = torch.maximum(own * low, own * high).sum(-1).max()
+                if spread is not None:
+                    around = (0.3 * width[n // (N // 4), 2 * h : 2 * h + 2].double()) * (high - low) / 2
+                    expected = (own * (low + high) / 2 + around).sum(-1).max()
                 assert abs(found[n, h, c] - expected) < 1e-4, f"table {n}, head {h}, column {c}"
 
 

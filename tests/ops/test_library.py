@@ -44,7 +44,7 @@ def test_opcheck(name):
     _opcheck("migrate", (torch.zeros(2, 64, dtype=torch.uint8), torch.ones(3, 64, dtype=torch.uint8), ids, ids.clone()))
     bounds = torch.zeros(args[1].shape[0], 2, 2, 32)
     _opcheck("page_bounds", (bounds, args[1], slots, args[6], rows, *library.layout(fmt)))
-    _opcheck("page_score", (args[0], bounds, args[2].clamp_max(2), args[3].clamp_max(64), fmt.page_size, 0.2))
+    _opcheck("page_score", (args[0], bounds, args[2].clamp_max(2), args[3].clamp_max(64), None, fmt.page_size, 0.2))
 
 
 def test_opcheck_of_pack():

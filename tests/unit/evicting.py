@@ -136,7 +136,7 @@ class EvictingDriver(Driver):
             for t in real:
                 query, at = q[row, t], int(positions[row, t])
                 visible = [p for p in entries if p <= at and (spec.window is None or p > at - spec.window)]
-                want_out, want_lse, share = dense_over(query, [self.history[i][row][p] for p in visible], scale)
+                want_out, want_lse, share = self._attention(i, row, t, query, visible, scale)
                 assert rel_error(out[row, t], want_out) <= self.tolerance, f"layer {i}, row {row}, position {at}: out"
                 assert rel_error(lse[row, t], want_lse) <= self.tolerance, f"layer {i}, row {row}, position {at}: lse"
                 if spec.window is None and not self.cache.stages:
@@ -148,6 +148,10 @@ class EvictingDriver(Driver):
                     for page in {id(page): page for page in page_of.values()}.values():
                         page.shares.append((column, got.get(id(page), 0.0), fair, self.forwards))
                 self.queries[i, row] = query, want_lse
+
+    def _attention(self, i: int, row: int, t: int, query: Tensor, visible: list[int], scale: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the query in column t to what it may see: out [Hq, Dv], lse [Hq], share [Hq, len(visible)]."""
+        return dense_over(query, [self.history[i][row][p] for p in visible], scale)
 
     def _append(self, i: int, row: int, new: list[int]) -> None:
         for p in new:

@@ -63,6 +63,15 @@ def test_kept_sets_and_attention(num_shards, page_size, method):
     assert driver.evicted > 100
 
 
+def test_one_request_alone_fed_in_chunks():
+    """Its only table is shown to every query of a chunk: the ops take no table that repeats by stride."""
+    driver = EvictingDriver([layer(0)], accumulated, {"method": "h2o", "budget_tokens": 12, **SMALL}, page_size=3)
+    driver.prefill([20])
+    for columns in (9, 1, 5):
+        driver.forward(ragged([columns]))
+    assert driver.evicted >= 15
+
+
 @pytest.mark.parametrize("expert_ids", ["true", "hash"])
 def test_positions_only_needs_no_experts_in_time(expert_ids):
     scheduling = {"method": "streaming_llm", "budget_tokens": 24, **SMALL}

@@ -40,7 +40,17 @@ def two_queues(page: Page, *_) -> float:
     return 1e9 + used if used - stored >= 5 else page.positions[-1]
 
 
+def away_from_the_others(page: Page, driver: EvictingDriver, i: int, row: int) -> float:
+    """By the anchor of the page's shard; a cosine is the same for a latent, whose key has one head."""
+    shard = next(pages for pages in driver.tables[i][row] if page in pages)
+    unit = {p: driver.history[i][row][p][0].double() for each in shard for p in each.positions}
+    unit = {p: k / k.norm(dim=-1, keepdim=True) for p, k in unit.items()}
+    anchor = sum(unit.values()) / len(unit)
+    return -sum(float(torch.cosine_similarity(unit[p], anchor, dim=-1).mean()) for p in page.positions) / len(page.positions)
+
+
 ORACLES = {
+    "keydiff": (away_from_the_others, {}),
     "belady": (predicted_wait, {}),
     "hazard_lru": (risk, {}),
     "two_queue": (two_queues, {"correlated": 5}),

@@ -4,17 +4,37 @@ import json
 
 import pytest
 
+from pikv_ds.adapters.model_spec import load_model_config, read_model_spec
+from pikv_ds.bundled import model_path
 from pikv_ds.config import PiKVConfig
 from pikv_ds.errors import ConfigError
 from pikv_ds.launch.cli import main
 from pikv_ds.presets import PRESETS, overlay
+from tests.calibrations import random_calibration
+
+
+@pytest.fixture(scope="module")
+def calibration(tmp_path_factory):
+    file = tmp_path_factory.mktemp("calibration") / "bundled.safetensors"
+    random_calibration(read_model_spec(load_model_config(model_path()))).save(file)
+    return str(file)
+
+
+def filled(needs, file):
+    return {key: filled(value, file) if isinstance(value, dict) else file for key, value in (needs or {}).items()}
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_a_preset_stands_for_its_keys(name):
-    config = PiKVConfig.parse({"preset": name})
-    assert config == PiKVConfig(**PRESETS[name].block) and config.preset is None
+def test_a_preset_stands_for_its_keys(name, calibration):
+    beside = filled(PRESETS[name].needs, calibration)
+    config = PiKVConfig.parse({"preset": name, **beside})
+    assert config == PiKVConfig(**overlay(PRESETS[name].block, beside)) and config.preset is None
     assert config == PiKVConfig.parse(config.model_dump(mode="json")) == PiKVConfig.parse(config.model_dump(exclude_defaults=True))
+
+
+def test_a_preset_that_needs_a_calibration_says_so():
+    with pytest.raises(ConfigError, match="pikv.compression.calibration = None: legal is a value: method 'lora' needs it"):
+        PiKVConfig.parse({"preset": "paper_c"})
 
 
 def test_recommended_presets_change_something_and_differ():

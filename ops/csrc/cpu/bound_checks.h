@@ -16,8 +16,12 @@ struct ScoreSizes {
   int S, H, G, D, max_pages, bound_heads, table_heads, seqlen_heads;
 };
 
-inline ScoreSizes check_score(const Tensor& q, const Tensor& bounds, const Tensor& block_table, const Tensor& seqlens) {
+inline ScoreSizes check_score(const Tensor& q, const Tensor& bounds, const Tensor& block_table, const Tensor& seqlens, const MaybeTensor& width) {
   float_type("q", q), float_type("bounds", bounds);
+  if (width) {
+    PK_CHECK(float_type("width", *width) == float_type("q", q), "width must have the dtype of q");
+    PK_CHECK(shape(*width) == shape(q), "width must have the shape of q, ", shape(q), ", got ", shape(*width));
+  }
   PK_CHECK(q.dim() == 3, "q must be [R, num_q_heads, head_dim], got ", shape(q));
   PK_CHECK(bounds.dim() == 4 && bounds.size(2) == 2, "bounds must be [num_pages, num_kv_heads, 2, head_dim], got ", shape(bounds));
   PK_CHECK(q.size(2) == bounds.size(3), "q has head_dim ", q.size(2), ", the bounds have ", bounds.size(3));

@@ -88,8 +88,8 @@ void page_bounds(Tensor bounds, Tensor pages, Tensor slot_mapping, MaybeTensor t
   });
 }
 
-Tensor page_score(Tensor q, Tensor bounds, Tensor block_table, Tensor seqlens, int64_t page_size, double scale) {
-  const ScoreSizes sizes = check_score(q, bounds, block_table, seqlens);
+Tensor page_score(Tensor q, Tensor bounds, Tensor block_table, Tensor seqlens, MaybeTensor width, int64_t page_size, double scale) {
+  const ScoreSizes sizes = check_score(q, bounds, block_table, seqlens, width);
   const int64_t N = block_table.size(0);
   Score s = {};
   s.q_type = float_type("q", q), s.bounds_type = float_type("bounds", bounds);
@@ -98,6 +98,7 @@ Tensor page_score(Tensor q, Tensor bounds, Tensor block_table, Tensor seqlens, i
   const Indices table("block_table", block_table), lens("seqlens", seqlens);
   check_table(table, lens, (int)N, s.table_heads, s.seqlen_heads, s.max_pages, bounds.size(0), s.page_size);
   Tensor scores = new_floats({N, s.H, s.max_pages});
+  s.width = width ? width->const_data_ptr() : nullptr;
   s.q = q.const_data_ptr(), s.bounds = bounds.const_data_ptr(), s.table = table.data(), s.seqlens = lens.data();
   s.scores = static_cast<float*>(scores.mutable_data_ptr());
   const ScoreTable one = generic_score();

@@ -1,4 +1,4 @@
-// Upper bounds of the logits of pages. No torch here: the files with -m flags see only plain data.
+// How large the logits of pages can be. No torch here: the files with -m flags see only plain data.
 #pragma once
 #include <cstdint>
 
@@ -7,6 +7,7 @@ namespace pikv {
 // N block tables = R requests x S shards; H kv heads; G query heads of a kv head.
 struct Score {
   const void* q;           // [R, H * G, D] of q_type
+  const void* width;       // the same shape and type, or null: |q|
   const void* bounds;      // [num_pages, bound_heads, 2, D] of bounds_type: smallest, largest
   const int32_t* table;    // [N, table_heads, max_pages]
   const int32_t* seqlens;  // [N, seqlen_heads]

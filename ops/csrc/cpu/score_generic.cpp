@@ -1,10 +1,11 @@
 // Page scores in plain C++, compiled once per instruction set with PK_SCORE as its name.
 //
-// max(q lo, q hi) = min(q, 0) lo + max(q, 0) hi, so with the query split into [min(q, 0) | max(q, 0)] a page costs one dot product with its
-// bounds [lo | hi] as they lie in memory.
+// q (hi + lo) / 2 + w (hi - lo) / 2 = (q - w) / 2 lo + (q + w) / 2 hi, so with the query split into [(q - w) / 2 | (q + w) / 2], which is
+// [min(q, 0) | max(q, 0)] for w = |q|, a page costs one dot product with its bounds [lo | hi] as they lie in memory.
 #include "score.h"
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 #include <vector>
 
@@ -73,7 +74,8 @@ void PK_SCORE(const Score& s, int n, int h) {
   for (int g = 0; g < s.G; ++g)
     for (int d = 0; d < D; ++d) {
       const float x = load_float(s.q, s.q_type, from + (int64_t)g * D + d) * s.scale;
-      split[(size_t)2 * D * g + d] = std::min(x, 0.0f), split[(size_t)2 * D * g + D + d] = std::max(x, 0.0f);
+      const float w = s.width ? load_float(s.width, s.q_type, from + (int64_t)g * D + d) * s.scale : std::abs(x);
+      split[(size_t)2 * D * g + d] = 0.5f * (x - w), split[(size_t)2 * D * g + D + d] = 0.5f * (x + w);
     }
   const int32_t* table = s.table + ((int64_t)n * s.table_heads + (s.table_heads == 1 ? 0 : h)) * s.max_pages;
   const int len = s.seqlens[n * s.seqlen_heads + (s.seqlen_heads == 1 ? 0 : h)];

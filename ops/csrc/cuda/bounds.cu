@@ -30,8 +30,8 @@ void page_bounds(Tensor bounds, Tensor pages, Tensor slot_mapping, MaybeTensor t
   if (T) check_launch(launch_page_bounds(b, device.stream()));
 }
 
-Tensor page_score(Tensor q, Tensor bounds, Tensor block_table, Tensor seqlens, int64_t page_size, double scale) {
-  const ScoreSizes sizes = check_score(q, bounds, block_table, seqlens);
+Tensor page_score(Tensor q, Tensor bounds, Tensor block_table, Tensor seqlens, MaybeTensor width, int64_t page_size, double scale) {
+  const ScoreSizes sizes = check_score(q, bounds, block_table, seqlens, width);
   const int64_t N = block_table.size(0);
   PageScore s = {};
   s.q_type = float_type("q", q), s.bounds_type = float_type("bounds", bounds);
@@ -44,6 +44,7 @@ Tensor page_score(Tensor q, Tensor bounds, Tensor block_table, Tensor seqlens, i
   }
   const Device device(q);
   Tensor scores = torch::stable::new_empty(q, {N, s.H, s.max_pages}, ScalarType::Float);
+  if (width) s.width = width->const_data_ptr();
   s.q = q.const_data_ptr(), s.bounds = bounds.const_data_ptr(), s.scores = static_cast<float*>(scores.mutable_data_ptr());
   if (scores.numel()) check_launch(launch_page_score(s, (int)N, device.stream()));
   return scores;

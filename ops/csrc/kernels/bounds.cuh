@@ -109,7 +109,8 @@ __global__ void __launch_bounds__(kBlock) page_score_kernel(const PageScore s) {
     for (int d = lane; d < s.D; d += 32) {
       const float x = load_float(s.q, s.q_type, queries + (long long)g * s.D + d) * s.scale;
       const float low = finite(load_float(s.bounds, s.bounds_type, edges + d)), high = finite(load_float(s.bounds, s.bounds_type, edges + s.D + d));
-      sum += fminf(x, 0.0f) * low + fmaxf(x, 0.0f) * high;
+      const float w = s.width ? load_float(s.width, s.q_type, queries + (long long)g * s.D + d) * s.scale : fabsf(x);
+      sum += 0.5f * (x - w) * low + 0.5f * (x + w) * high;
     }
     top = fmaxf(top, lane_sum<1, 16>(sum));
   }

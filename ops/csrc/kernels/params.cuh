@@ -69,6 +69,7 @@ struct PageBounds {
 // N block tables = R requests x S shards.
 struct PageScore {
   const void* q;       // [R, H * G, D] of q_type
+  const void* width;   // the same shape and type; null = |q|
   const void* bounds;  // [num_pages, bound_heads, 2, D] of bounds_type
   Index table;         // [N, table_heads, max_pages]
   Index seqlens;       // [N, seqlen_heads]

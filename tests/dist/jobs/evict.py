@@ -4,18 +4,25 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 import pikv_ds
 from pikv_ds.adapters.hf_cache import HFCache
-from pikv_ds.errors import ConfigError
-from tests.dist.jobs.exact import assert_conserved, generate, generate_sharded
+from pikv_ds.stats import decode_bytes_sent
+from tests.dist.jobs.exact import assert_conserved, counted_collectives, generate, generate_sharded
 from tests.dist.jobs.report import Report
 from tests.retention_blocks import needed
 from tests.tiny_models import prompt, tiny_model
 from tests.unit.invariants import slots_of
 
 STORAGE = {"num_shards": 4, "requests": "replicated"}
+DISTINCT = [("h2o", "all"), ("quest", "all"), ("snapkv", "all"), ("adakv", "all"), ("h2o", "bounds"), ("quest", "hash")]  # policy, router
+ROUTING = {
+    "bounds": {"budget_pages": 12, "sink_tokens": 2, "recent_tokens": 4},
+    "hash": {"top_k": 2, "sink_tokens": 2, "recent_tokens": 4},
+}
+ROOMY = {"capacity_tokens": 1000}  # no shard is ever full: where entries go does not depend on other requests
 FOLDER = tempfile.TemporaryDirectory()
 SCHEDULING = {"budget_tokens": 40, "sink_tokens": 2, "recent_tokens": 6}
 HEAD_METHODS, TOKEN_METHODS = ["knorm", "tova"], ["knorm", "snapkv", "h2o"]
@@ -40,29 +47,24 @@ def kept(cache: HFCache) -> list[list[list[list[int]]]]:
 
 
 def held(
-    model,
-    ids,
-    group,
-    method: str,
-    *,
-    waiting: int = 0,
-    requests: str = "replicated",
-    page_size: int = 2,
-    scheduling: dict | None = None,
-    **options,
-) -> dict:
+    model, ids, group, method: str, *, waiting: int = 0, requests: str = "replicated", scheduling: dict | None = None,
+    storage: dict | None = None, routing: dict | None = None, page_size: int = 2, **options,
+) -> dict:  # fmt: skip
     """A run's tokens, the entries it kept in every table, its collectives. waiting: entries that may be there beyond the budget."""
     scheduling = {"method": method, **SCHEDULING, **(scheduling or {})}
     scheduling |= needed(method, Path(FOLDER.name), **geometry(model))
-    block = {"page_size": page_size, "storage": {**STORAGE, "requests": requests}, "scheduling": scheduling}
+    block = {"page_size": page_size, "storage": {**STORAGE, "requests": requests, **(storage or {})}, "routing": routing or {}}
+    block["scheduling"] = scheduling
     with pikv_ds.attach(model, block, group) as cache:
         run = generate(model, ids, new_tokens=24, **options)
         stats, own, load, heads = cache.stats(), kept(cache), cache.core.tables.directory.load.tolist(), cache.core.tables.heads
         evicted, lens = cache.core.tables.directory.evicted_by_head(), cache.core.agreement.lens
         allocated = [store.num_pages for store in cache.core.tables.stores]
     assert_conserved(stats, group)
-    ranks = [None] * dist.get_world_size(group)
-    dist.all_gather_object(ranks, own, group=group)
+    ranks = [own]
+    if group is not None:
+        ranks = [None] * dist.get_world_size(group)
+        dist.all_gather_object(ranks, own, group=group)
     whole = [[sum((rank[layer][row] for rank in ranks), []) for row in range(len(own[0]))] for layer in range(len(own))]
     for layer, rows in enumerate(whole):
         assert load[layer] == [sum(len(table) for row in rows for table in row[s * heads : (s + 1) * heads]) for s in range(4)]
@@ -76,6 +78,24 @@ def held(
         pages = sum(-(-len(table) // page_size) for row in own[layer] for table in row)
         assert allocated[layer] <= 1.25 * pages + 1, f"layer {layer}: {allocated[layer]} pages for the {pages} that are in use"
     return {"tokens": run.tokens.tolist(), "kept": whole, "collectives": stats["exchange_collectives"]}
+
+
+def check_collectives(model, group, row: dict) -> None:
+    """Distinct requests: two collectives per layer and one that carries the last layer's lse; bytes as the formula says."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    block = {"page_size": 2, "storage": {**STORAGE, "requests": "distinct"}, "scheduling": {"method": "h2o", "budget_ratio": 1.0}}
+    with pikv_ds.attach(model, block, group) as cache, torch.no_grad():
+        token = model(prompt(30, seed=rank, batch=1 + rank), past_key_values=cache).logits[:, -1].argmax(-1, keepdim=True)
+        sent = cache.stats()["exchange_bytes_sent"]
+        with counted_collectives() as calls:
+            model(token, past_key_values=cache)
+        sent, layers = cache.stats()["exchange_bytes_sent"] - sent, cache.core.layers
+    rows = [1 + r for r in range(size)]
+    formula = decode_bytes_sent("distinct", rows, rank, model.config.num_attention_heads, layers, 4, watched=[True] * len(layers))
+    row |= {"collectives": len(calls), "bytes": sent, "layers": len(layers)}
+    if size > 1:
+        assert len(calls) == 2 * len(layers) + 1, calls
+        assert sent == formula == sum(num_bytes for _, num_bytes in calls), (sent, formula, calls)
 
 
 def main() -> None:
@@ -115,14 +135,20 @@ def main() -> None:
     with report.check("distinct"):
         own = prompt(40 + 10 * report.rank, seed=6 + report.rank, batch=1)
         held(model, own, group, "streaming_llm", requests="distinct")
-    with report.check("distinct, by attention"):
-        if dist.get_world_size() > 1:
-            try:
-                held(model, own, group, "h2o", requests="distinct")
-            except ConfigError as error:
-                assert "'h2o' with distinct requests" in str(error), error
-            else:
-                raise AssertionError("h2o measured attention of requests that it does not see")
+    rank = report.rank
+    for method, router in DISTINCT if dist.get_world_size() > 1 else ():
+        with report.check(f"distinct, {method}, {router}") as row:
+            options = {"storage": ROOMY, "routing": {"method": router} | ROUTING.get(router, {})}
+            several = held(model, own, group, method, requests="distinct", **options)
+            alone = held(model, own, None, method, requests="auto", **options)
+            assert several["tokens"] == alone["tokens"]
+            assert [rows[rank : rank + 1] for rows in several["kept"]] == alone["kept"], "another choice than alone"
+            row |= {"entries": sum(map(len, alone["kept"][0][0]))}
+    for router, options in ROUTING.items():
+        with report.check(f"h2o with {router}") as row:
+            row |= held(model, ids, group, "h2o", routing={"method": router, **options})
+    with report.check("collectives of a step, by attention") as row:
+        check_collectives(model, group, row)
     dist.destroy_process_group()
 
 

@@ -1,0 +1,88 @@
+"""Eviction by attention where a router leaves pages out: unread pages got nothing, read ones their part of what was read."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.unit.driver import dense_over, ragged
+from tests.unit.evicting import EvictingDriver, accumulated, bound, last_query, last_use, observed
+from tests.unit.invariants import poison, slots_of
+from tests.unit.test_evict import KINDS, SMALL
+
+pytestmark = pytest.mark.usefixtures("nan_filled_empty")
+
+ORACLES = {
+    "h2o": (accumulated, {}),
+    "tova": (last_query, {}),
+    "lru": (last_use, {}),
+    "snapkv": (observed, {"window": 3}),
+    "quest": (bound, {}),
+}
+
+
+class RoutedDriver(EvictingDriver):
+    """What was read is taken from the cache's choice, page by page; which pages it should be is test_selection.py's question."""
+
+    def __init__(self, *args, routing: dict, **options) -> None:
+        super().__init__(*args, routing=routing, **options)
+        self.read: list[list[list[set[int]]]] = []  # blocks of queries: [query][kv head] -> first positions of the pages read
+        self.left_out = 0
+        choose = self.cache.selection.choose
+
+        def recording(asked, plan):
+            page_list = choose(asked, plan)
+            columns = page_list.view(asked.first.shape[0], -1, *page_list.shape[1:])  # [Q, S, H, K]
+            block = [[set() for _ in range(columns.shape[2])] for _ in columns]
+            for query, shard, head, k in (columns >= 0).nonzero().tolist():
+                block[query][head].add(int(asked.first[query, shard, columns[query, shard, head, k]]))
+            self.read.append(block)
+            return page_list
+
+        self.cache.selection.choose = recording
+
+    def _compare(self, i: int, q: Tensor, positions: Tensor, out: Tensor, lse: Tensor) -> None:
+        num_rows, self.alone = len(positions), positions.shape[1] == 1
+        self.own = [{int(p) for p in row if p >= 0} for row in positions]
+        self.chosen = [[heads for block in self.read for heads in block[row * len(block) // num_rows :][: len(block) // num_rows]]
+                       for row in range(num_rows)]  # fmt: skip
+        self.read = []
+        super()._compare(i, q, positions, out, lse)
+
+    def _attention(self, i: int, row: int, t: int, query: Tensor, visible: list[int], scale: float) -> tuple[Tensor, Tensor, Tensor]:
+        spec = self.layers[i]
+        heads = self.chosen[row][t] if self.chosen[row] else [set()]  # nothing was stored for anybody
+        heads = heads if len(heads) > 1 else heads * spec.num_kv_heads
+        group, parts = query.shape[0] // spec.num_kv_heads, []
+        store = self.cache.tables.stores[i]
+        first: dict[int, int] = {}  # position -> first position of its page
+        for shard in range(self.cache.num_shards):
+            slots = slots_of(store, row, shard).long()
+            held = store.positions.flatten()[slots].tolist()
+            pages = (slots // self.cache.page_size).tolist()
+            first |= {p: held[pages.index(page)] for p, page in zip(held, pages, strict=True)}
+        for head, pages in enumerate(heads):
+            read = [p for p in visible if (p in self.own[row] and not self.alone) or first.get(p) in pages]
+            self.left_out += len(visible) - len(read)
+            entries = [tuple(side[head : head + 1] for side in self.history[i][row][p]) for p in read]
+            out, lse, weights = dense_over(query[head * group : (head + 1) * group], entries, scale)
+            share = torch.zeros(group, len(visible), dtype=weights.dtype)
+            share[:, [visible.index(p) for p in read]] = weights
+            parts.append((out, lse, share))
+        return tuple(torch.cat(x) for x in zip(*parts, strict=True))
+
+
+BOUNDS, HASH = {"method": "bounds", "budget_pages": 4}, {"method": "hash", "top_k": 1}
+CASES = [("h2o", 1, BOUNDS), ("h2o", 4, BOUNDS), ("tova", 4, BOUNDS), ("quest", 4, BOUNDS), ("lru", 4, HASH), ("snapkv", 4, HASH)]
+
+
+@pytest.mark.parametrize(("method", "num_shards", "router"), CASES, ids=lambda x: x["method"] if isinstance(x, dict) else str(x))
+def test_kept_sets_and_attention_with_a_router(method, num_shards, router):
+    score, options = ORACLES[method]
+    scheduling = {"method": method, "budget_tokens": 18, **SMALL, **options}
+    routing = {**router, "sink_tokens": 1, "recent_tokens": 2}
+    driver = RoutedDriver(KINDS, score, scheduling, routing=routing, page_size=3, num_shards=num_shards)
+    driver.prefill([25, 1, 14])
+    for mask in [*[ragged([1, 1, 1])] * 5, ragged([4, 0, 9]), ragged([1, 0, 1]), ragged([6, 14, 2], left=False), *[ragged([1, 1, 1])] * 5]:
+        poison(driver)
+        driver.forward(mask)
+    assert driver.evicted > 60 and driver.left_out > 400
