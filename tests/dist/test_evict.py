@@ -24,7 +24,9 @@ def job(world: int) -> JobResult:
 
 
 @pytest.mark.parametrize("world", [1, 2, 4], ids="world{}".format)
-@pytest.mark.parametrize("check", [*METHODS, *HEADS, *ENTRIES, "beams", "assisted", "beams of heads", *(f"h2o with {router}" for router in ROUTING)])
+@pytest.mark.parametrize(
+    "check", [*METHODS, *HEADS, *ENTRIES, "beams", "assisted", "beams of heads", *(f"h2o with {router}" for router in ROUTING)]
+)
 def test_kept_sets_depend_on_shards_not_on_ranks(check: str, world: int):
     rows, alone = job(world).check(check), job(1).check(check)[0]
     for row in rows:
