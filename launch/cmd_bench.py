@@ -1,7 +1,7 @@
 """`pikv bench`: comparisons in one process.
 
 `decode`: a step against the ordinary cache; `ops`: the ops; `errors`: their accuracy; `select`: reading some pages against reading all;
-`model`: the source paper's latency model, fitted.
+`model`: the source paper's latency model, fitted; `layouts`: the page formats beside KIVI's.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import time
 from statistics import median, quantiles
 from typing import Any
 
-from pikv_ds.launch import bench_errors, bench_model, bench_ops, bench_select
+from pikv_ds.launch import bench_errors, bench_layouts, bench_model, bench_ops, bench_select
 from pikv_ds.launch.output import print_table, write_json
 
 
@@ -41,13 +41,16 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     model = kinds.add_parser("model", help="the source paper's latency model of a step, fitted to steps measured here")
     bench_model.add_arguments(model)
     model.add_argument("--json", metavar="FILE", help="write the rows and the fit to FILE")
+    layouts = kinds.add_parser("layouts", help="bytes and error of the page formats beside KIVI's layout, on a model's keys and values")
+    bench_layouts.add_arguments(layouts)
+    layouts.add_argument("--json", metavar="FILE", help="write the rows to FILE")
     errors = kinds.add_parser("errors", help="errors of the page formats and of the op that reads them, against fp64")
     errors.add_argument("--json", metavar="FILE", help="write the rows to FILE")
 
 
 def run(args: argparse.Namespace) -> int:
-    runs = {"decode": _run_decode, "ops": bench_ops.run, "select": bench_select.run, "model": bench_model.run, "errors": bench_errors.run}
-    return runs[args.kind](args)
+    kinds = {"ops": bench_ops, "select": bench_select, "model": bench_model, "layouts": bench_layouts, "errors": bench_errors}
+    return _run_decode(args) if args.kind == "decode" else kinds[args.kind].run(args)
 
 
 def _run_decode(args: argparse.Namespace) -> int:

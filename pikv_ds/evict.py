@@ -147,7 +147,7 @@ class Retention:
             )
             for store in self.tables.pools(layer)
         ]
-        return pools[0] if self.tables.far[layer] is None else JoinedPages.of(pools)
+        return pools[0] if self.tables.far[layer] is None else JoinedPages.of(pools, self.tables.far_maps[layer])
 
     def _by_pool(self, layer: int, lens: list[int], gone: Tensor) -> list[tuple[LayerStore, Tensor]]:
         """gone [R, S * H, C] bool of the pages or entries that `pages` shows -> the layer's stores, and which of each."""

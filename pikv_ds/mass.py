@@ -42,7 +42,6 @@ class Mass:
     """Shows policies what the queries of each layer attend to. Between keep() and observe() it holds that layer's page lse.
 
     policies: the first may keep values per row; append others that keep values per page only.
-
     Time counts the query columns of a source since the generation began; forwards in which a source stores nothing do not count.
     """
 
@@ -152,7 +151,8 @@ class Mass:
         columns = columns[:, -(policy.window or run.num_columns) :]
         step = max(1, BLOCK_ELEMENTS // (valid.numel() * q.shape[2]))
         time, tables = run.time + run.num_columns - columns.shape[1], [fact.tables_of(run) for fact in facts]
-        rows = {name: x[run.row0 : run.row0 + run.num_rows] for name, x in self._rows(asked.layer, q, facts[0].num_rows).items()}
+        rows = self._rows(asked.layer, q, facts[0].num_rows) if policy.observes_queries else {}
+        rows = {name: x[run.row0 : run.row0 + run.num_rows] for name, x in rows.items()}
         for begin in range(0, columns.shape[1], 1 if includes_self else step):
             block = columns[:, begin : begin + step]
             own, total, real = None, _take(lse, block), valid.gather(1, block)

@@ -100,7 +100,7 @@ def _remap_tail(store: LayerStore, parent: Tensor, counts: Tensor, table: Tensor
         k, _ = ops.decode_pages(store.pages.index_select(0, page), fmt)  # [n, Hkv, page_size, Dk]
         slot = (first % fmt.page_size).unsqueeze(-1) + torch.arange(fmt.group, device=first.device)  # [n, group]
         index = slot[:, None, :, None].expand(-1, fmt.num_kv_heads, -1, fmt.k_dim)
-        tail[row * num_shards + shard] = k.gather(2, index).to(tail.dtype)
+        tail[row * num_shards + shard] = k.gather(2, index).clamp(-65504, 65504).to(tail.dtype)  # fp16 as the codes
 
 
 def _unshare_open_pages(store: LayerStore, num_kept: Tensor) -> None:

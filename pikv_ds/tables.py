@@ -21,7 +21,8 @@ from .plan import StepPlan
 from .recycle import expire, remap
 from .sizing import pages_to_open, shard_capacity
 from .spec import LayerSpec
-from .store import LayerStore
+from .store import LayerStore, tail_dtype
+from .transform import Transform
 
 
 class Tables:
@@ -52,6 +53,7 @@ class Tables:
             _page_format(codec, spec, page_size, dtype, self.heads) if two else None for spec, two in zip(layers, far, strict=True)
         ]
         self.two_pools = any(far)
+        self.far_maps: list[Transform | None] = [None] * len(layers)  # from near entries to what far pages hold; None: the same
         self.dtype, self.device, self.num_shards = dtype, device, num_shards
         shards = local_shards(rank, num_shards, num_ranks)
         self.shard_begin, self.num_local = shards.start, len(shards)
@@ -94,7 +96,7 @@ class Tables:
         self.mirror()
 
     def _no_tail(self, fmt: PageFormat) -> Tensor:
-        return torch.zeros(1, fmt.num_kv_heads, fmt.group, fmt.k_dim, dtype=self.dtype, device=self.device)
+        return torch.zeros(1, fmt.num_kv_heads, fmt.group, fmt.k_dim, dtype=tail_dtype(self.dtype), device=self.device)
 
     def pools(self, layer: int) -> list[LayerStore]:
         """The stores of a layer: the one that entries are appended to, and that of its demoted pages if there are two."""

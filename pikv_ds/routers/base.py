@@ -102,6 +102,9 @@ class Router(ABC):
     budgeted: ClassVar[bool] = True
     """False: the router itself says how much is read, every page of a score above -inf."""
 
+    chosen: Tensor | None = None
+    """Of a router that is not budgeted: the shards of all ranks that the latest score() names, [Q, shards] bool, the same on all ranks."""
+
     wants_page_lse: ClassVar[bool] = False
     """True: `answered` is called after every read."""
     needs_experts: ClassVar[bool] = False

@@ -59,4 +59,5 @@ class ShuffleShards(Router):
         drawn, num_shards = self.earlier.swap(asked, own), own.shape[1]
         step = 1 + scramble(asked.positions, 1) % max(num_shards - 1, 1)
         shard = (torch.arange(num_shards, device=own.device) - step.unsqueeze(1)) % num_shards
-        return scores_of(torch.where(drawn.any(-1, keepdim=True), drawn, own.gather(1, shard)), asked)
+        self.chosen = torch.where(drawn.any(-1, keepdim=True), drawn, own.gather(1, shard))
+        return scores_of(self.chosen, asked)
