@@ -1,7 +1,7 @@
 """`pikv bench errors`: what each page format and the op that reads it cost in accuracy, against attention in fp64.
 
-Keys and values go through `append` into pages and are read by `decode`, as in the cache; the newest tokens of int8 and int4 are in their
-raw tail. Columns:
+Keys and values go through `append` into pages and are read by `decode`, as in the cache; the newest tokens of the integer
+formats are in their raw tail. Columns:
     k_error, v_error     ||x - decode(encode(x))|| / ||x||, beside the bound that the format declares for any input
     op_rms, op_max       error of the op alone, against fp64 on what the pages hold: relative RMS; largest element / RMS of the output
     op_lse               the same for lse, absolute
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import torch
 
 MAX_LSE = 1e-3
-MAX_OP_RMS = 1e-4  # int8 and int4 read the query in 16 bits, about 3e-5; the others stay below 1e-6
+MAX_OP_RMS = 1e-4  # int8, int4 and int2 read the query in 16 bits, about 3e-5; the others stay below 1e-6
 MAX_OVER_SDPA = 1.1
 _RAW = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 _SHOWN = (
@@ -77,12 +77,17 @@ def breaches(row: dict[str, Any]) -> list[str]:
 
 
 def case_rows(case: Case) -> list[dict[str, Any]]:
-    """One row per format. A model of fp32 or fp16 has pages of its dtype; the other formats store a bf16 model's."""
+    """One row per format, and per pair of formats (K/V) or, of a latent layer, with raw rope columns.
+
+    A model of fp32 or fp16 has pages of its dtype; the other formats store a bf16 model's.
+    """
     import torch
 
     from pikv_ds.ops.formats import FORMATS
+    from pikv_ds.ops.kernel_formats import MIXED
 
-    return [_row(name, case, getattr(torch, _RAW.get(name, "bfloat16"))) for name in FORMATS]
+    labels = [*FORMATS, *([f"{name}+rope" for name in FORMATS if name not in _RAW] if case.latent else MIXED)]
+    return [_row(label, case, getattr(torch, _RAW.get(label, "bfloat16"))) for label in labels]
 
 
 def _row(name: str, case: Case, dtype: torch.dtype) -> dict[str, Any]:
@@ -93,7 +98,8 @@ def _row(name: str, case: Case, dtype: torch.dtype) -> dict[str, Any]:
 
     generator = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
-    fmt = ops.PageFormat(name, case.heads, case.k_dim, case.v_dim, 64, case.latent)
+    keys, _, values = name.removesuffix("+rope").partition("/")
+    fmt = ops.PageFormat(keys, case.heads, case.k_dim, case.v_dim, 64, case.latent, v_name=values or None, rope_raw=name.endswith("+rope"))
     k = (draw(case.context, case.heads, case.k_dim) + draw(1, case.heads, case.k_dim)).to(dtype)  # keys have channels of large mean
     v = k[..., : case.v_dim] if case.latent else draw(case.context, case.heads, case.v_dim).to(dtype)
     q, scale = draw(1, case.heads * case.group, case.k_dim).to(dtype), case.k_dim**-0.5

@@ -23,7 +23,7 @@ from pikv_ds.launch.output import print_table, write_json
 if TYPE_CHECKING:
     from pikv_ds.launch.bench_runs import Runs
 
-FORMATS = ("bf16", "int8", "int4", "fp8_e4m3")
+FORMATS = ("bf16", "int8", "int4", "int2", "fp8_e4m3", "fp4_e2m1", "int8/int4", "int4/int2")  # K/V where they differ
 SHAPES = ((1, 4096), (1, 32768), (8, 8192))  # batch, context
 QUICK_SHAPES = ((1, 2048),)
 MAX_CPU = 1.1  # CPU time beyond this share of threads x wall: more threads ran than the row says

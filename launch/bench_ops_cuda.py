@@ -86,7 +86,8 @@ def _rows(batch: int, context: int, repeats: int) -> list[dict[str, Any]]:
 def _paged(name: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[Callable[[], Tensor], int]:
     """decode over pages of the format in random order, and the bytes it reads."""
     batch, context = k.shape[0], k.shape[2]
-    fmt = ops.PageFormat(name, HEADS, DIM, DIM, PAGE)
+    keys, _, values = name.partition("/")
+    fmt = ops.PageFormat(keys, HEADS, DIM, DIM, PAGE, v_name=values or None)
     per_request = context // PAGE
     pages = ops.new_pages(fmt, batch * per_request, device=q.device)
     table = torch.randperm(batch * per_request, generator=torch.Generator().manual_seed(1)).view(batch, 1, per_request).int().to(q.device)

@@ -22,7 +22,8 @@ def paged_runs(name: str, q: Tensor, context: int, generator: torch.Generator) -
     q [B, HEADS * GROUP, DIM]. The baselines read keys and values in order, whatever the order of the pages: the harder comparison.
     """
     batch = q.shape[0]
-    fmt = ops.PageFormat(name, HEADS, DIM, DIM, PAGE_SIZE)
+    keys, _, values = name.partition("/")
+    fmt = ops.PageFormat(keys, HEADS, DIM, DIM, PAGE_SIZE, v_name=values or None)
     pages = _filled(fmt, batch * context // PAGE_SIZE, generator)
     ids = torch.arange(pages.shape[0])
     seqlens = torch.full((batch, 1), context, dtype=torch.int32)

@@ -14,6 +14,7 @@ from pikv_ds.ops import library, load, nvrtc, ptxas, ref_attend, ref_formats
 from pikv_ds.ops.compile import BuildError, Library, ToolMissing, build, compiler_name, cpu_library
 from pikv_ds.ops.cuda_build import ARCHITECTURES, cuda_library, emu_library
 from pikv_ds.ops.formats import FORMATS
+from pikv_ds.ops.kernel_formats import KERNEL_FORMATS
 from pikv_ds.ops.ptxas import KernelUse
 
 
@@ -23,10 +24,10 @@ def build_target(name: str) -> tuple[dict[str, Any], list[KernelUse]]:
 
 def kernel_table(uses: list[KernelUse]) -> list[dict[str, Any]]:
     """A row per kernel, a column per architecture."""
-    formats = {str(traits.code): name for name, traits in FORMATS.items()}
+    formats = {str(code): label for label, code in KERNEL_FORMATS.items()}
     rows: dict[str, dict[str, Any]] = {}
     for use in uses:
-        shown = re.sub(r"<(\d)", lambda match: f"<{formats[match[1]]}", use.kernel)
+        shown = re.sub(r"<(\d+)", lambda match: f"<{formats[match[1]]}", use.kernel)
         row = rows.setdefault(use.kernel, {"kernel": shown})
         row |= {use.arch: use.registers, f"{use.arch} spilled": use.spill_bytes}
     return list(rows.values())

@@ -10,8 +10,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from pikv_ds.calibration import Calibration
     from pikv_ds.codecs.linear import LinearCodec
     from pikv_ds.spec import LayerSpec
+
+TRAINING_WINDOWS = 4
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -26,6 +29,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--context", type=int, default=1024, metavar="N", help="tokens per window, as long as later requests (default 1024)"
     )
+    parser.add_argument("--steps", type=int, default=300, metavar="N", help="training steps per layer, of 'distill' (default 300)")
     parser.add_argument("--samples", type=int, default=32, metavar="N", help="windows, evenly over the text (default 32, or all there are)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the weights (default float32)")
 
@@ -52,12 +56,30 @@ def run(args: argparse.Namespace) -> int:
     about = {"model": folder.name, "text": "bundled" if args.text is None else Path(args.text).name, "context": str(args.context)}
     with progress_bar(f"calibrating {args.codec}", len(windows), sys.stdout) as advance:
         found = calibrate(model, windows, advance, about)
+    if codec.learns:
+        learn(codec, model, windows[:TRAINING_WINDOWS], found, layers, rank, args.steps)
     found.save(out)
     rows = [error_row(codec, found, spec, rank) for spec in layers]
     print_table(f"{args.codec}, rank {rank}: share of the energy that is lost, {len(windows)} windows of {args.context} tokens", rows)
     print(f"wrote {out}")
     write_json(args.json, "calibrate", rows)
     return 0
+
+
+def learn(
+    codec: type[LinearCodec], model: Any, windows: Tensor, found: Calibration, layers: list[LayerSpec], rank: int, steps: int
+) -> None:
+    """Train what the codec learns, layer by layer, on the heads of a few windows."""
+    from pikv_ds.adapters.calibrate import heads_of
+    from pikv_ds.adapters.hf import find_attentions
+    from pikv_ds.launch.evaluation.job import progress_bar
+
+    attentions, heads = find_attentions(model), heads_of(model, windows)
+    with progress_bar(f"training {codec.name}", len(layers), sys.stdout, "layers") as advance:
+        for spec, attention, own in zip(layers, attentions, heads, strict=True):
+            scale = getattr(attention, "scaling", None) or spec.k_dim**-0.5
+            found.add(spec.layer_idx, codec.learn(own, found.keys(spec), rank, scale, steps))
+            advance(1)
 
 
 def error_row(codec: type[LinearCodec], calibration: Any, spec: LayerSpec, rank: int) -> dict[str, Any]:

@@ -23,10 +23,10 @@ def run(args: argparse.Namespace) -> int:
     results = Results(RESULTS)
     if args.doc:
         file = Path(args.doc)
-        file.write_text(written(file.read_text(encoding="utf-8"), results), encoding="utf-8")
-        print(f"tables of {file} are those of {len(results.rows)} rows")
         for figure in write_figures(RESULTS, results.rows):
             print(f"wrote {figure.name}")
+        file.write_text(written(file.read_text(encoding="utf-8"), results), encoding="utf-8")
+        print(f"tables of {file} are those of {len(results.rows)} rows")
         return 0
     rows = method_rows(results)
     for key in dict.fromkeys(row["key"] for row in rows):

@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     print(
         "values: numbers per token of one layer; tokens: those kept of the longest request.\n"
         "balanced: shards equally full; worst: each filled to the default capacity, ceil(1.1 x share) + one page.\n"
-        "Both count whole pages and 4 bytes of position per slot; slabs may add up to a quarter."
+        "Both count whole pages and 4 bytes of position per slot; slabs may add up to 1 / 32."
     )
     print_table("The PiKV paper's memory model, for one request", [_shown(row, _PAPER_COLUMNS) for row in rows])
     print(

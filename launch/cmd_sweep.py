@@ -31,8 +31,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     from pikv_ds.launch.cli import build_parser
     from pikv_ds.launch.evaluation.partial import Partial, key_of
+    from pikv_ds.launch.evaluation.report import check_matplotlib
     from pikv_ds.launch.evaluation.sweep import files_needed, items_of, read_sweep, sweep_row
 
+    if args.report:
+        check_matplotlib()
     file = Path(args.file) if args.file else RESULTS / "methods_sweep.json"
     document, only = read_sweep(file), args.only.split(",") if args.only else None
     output = Path(args.json).resolve() if args.json else None

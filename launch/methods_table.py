@@ -36,6 +36,7 @@ class Results:
     """The committed sweeps, their rows and the verdicts; empty where the repository's docs/results is not there (a wheel)."""
 
     def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.installed = (folder / "methods_sweep.json").is_file()
         self.sweep: dict[str, Any] = {}
         self.rows: list[dict[str, Any]] = []
@@ -141,8 +142,9 @@ _MARKED = re.compile(r"(<!-- (\w+)(?: (\w+))? -->\n).*?(<!-- end -->)", re.DOTAL
 
 
 def written(text: str, results: Results) -> str:
-    """The text of docs/METHODS.md with what stands between its markers made anew: `<!-- table FAMILY -->` or `<!-- verdicts FAMILY -->`."""
-    makers = {"table": _configurations, "verdicts": _verdicts}
+    """The text of docs/METHODS.md with what stands between its markers made anew: `<!-- table FAMILY -->`, `<!-- verdicts FAMILY -->` or
+    `<!-- figure NAME -->`."""
+    makers = {"table": _configurations, "verdicts": _verdicts, "figure": _figure}
     return _MARKED.sub(lambda found: found[1] + "\n".join(makers[found[2]](results, found[3])) + "\n" + found[4], text)
 
 
@@ -162,6 +164,10 @@ def _claims(name: str) -> dict[str, str]:
     preset = PRESETS[name]
     spans = [span and ("-".join(f"{x:g}" for x in dict.fromkeys(span))) for span in (preset.claimed_drop_pct, preset.claimed_ratio)]
     return {"claimed drop %": spans[0] or "-", "claimed ratio": spans[1] or "-", "what": preset.what}
+
+
+def _figure(results: Results, name: str) -> list[str]:
+    return [f"![{name}](results/{name}.png)" if (results.folder / f"{name}.png").is_file() else "Not drawn yet."]
 
 
 def _verdicts(results: Results, family: str) -> list[str]:

@@ -148,7 +148,7 @@ def integers(name: str, x: Tensor) -> None:
 
 def _pages(pages: Tensor, fmt: PageFormat) -> None:
     require(pages.dtype == torch.uint8 and pages.dim() == 2 and pages.shape[1] == fmt.record_bytes,
-            f"pages must be uint8 [num_pages, {fmt.record_bytes}] for {fmt.name}, got {pages.dtype} {list(pages.shape)}")  # fmt: skip
+            f"pages must be uint8 [num_pages, {fmt.record_bytes}] for {fmt.label}, got {pages.dtype} {list(pages.shape)}")  # fmt: skip
     require(pages.is_contiguous(), "pages must be contiguous")
 
 
@@ -168,9 +168,9 @@ def _slots(
 
 def _tail(tail: Tensor | None, tail_rows: Tensor | None, fmt: PageFormat) -> None:
     if not fmt.grouped:
-        require(tail is None, f"{fmt.name} pages have no tail")
+        require(tail is None, f"{fmt.label} pages have no tail")
         return
-    require(tail is not None and tail_rows is not None, f"{fmt.name} pages need tail and tail_rows")
+    require(tail is not None and tail_rows is not None, f"{fmt.label} pages need tail and tail_rows")
     floats("tail", tail)
     shape = (fmt.num_kv_heads, fmt.group, fmt.k_dim)
     require(tuple(tail.shape[1:]) == shape, f"tail must be [rows, {', '.join(map(str, shape))}], got {list(tail.shape)}")

@@ -72,8 +72,10 @@ def cpu_library(extra_flags: Sequence[str] = ()) -> Library:
     if platform.machine() == "x86_64" and "-DPK_PORTABLE" not in extra_flags:
         wide = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mavx2", "-mf16c", "-mprefer-vector-width=512")
         sets += _per_instruction_set("avx2", "-mavx2", "-mfma", "-mf16c") + _per_instruction_set("avx512", *wide)
-        for kind in ("float", "half", "int"):
-            sets.append(Source(f"cpu/attend_vnni_{kind}.cpp", (*wide, "-mavx512vnni")))
+        sets.append(Source("cpu/attend_vnni.cpp", (*wide, "-mavx512vnni")))
+        for names in (("kFp32", "kFp16"), ("kBf16", "kFp8", "kFp4"), ("kInt8", "kInt4", "kInt2")):  # so that they compile side by side
+            formats = "-DPK_FORMATS=" + "".join(f"X({name})" for name in names)
+            sets += [Source(f"cpu/vnni_{part}.cpp", (*wide, "-mavx512vnni", formats)) for part in ("values", "keys")]
     # 0x020b...: the stable ABI as of torch 2.11, so one library serves every later torch.
     flags = ("-O3", "-std=c++17", "-fPIC", "-fopenmp-simd", "-fno-math-errno", "-Wall", "-Werror=return-type",
              "-DTORCH_TARGET_VERSION=0x020b000000000000", f"-I{root / 'include'}", *extra_flags)  # fmt: skip

@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 
 from .compile import Library, Source
-from .formats import FORMATS
+from .kernel_formats import KERNEL_FORMATS
 
 ARCHITECTURES = ("80", "90")
 HEADERS = ("include", "kernels", "cuda", "cpu")
@@ -45,7 +45,7 @@ def nvcc() -> str:
 
 
 def _sources() -> tuple[Source, ...]:
-    kernels = tuple(Source("cuda/attend_kernels.cu", (f"-DPK_FORMAT={traits.code}",)) for traits in FORMATS.values())
+    kernels = tuple(Source("cuda/attend_kernels.cu", (f"-DPK_FORMAT={code}",)) for code in KERNEL_FORMATS.values())
     launchers = (Source(f"cuda/{name}.cu") for name in ("pages", "bounds", "pack", "slots", "attend"))
     return (Source("cuda/page_kernels.cu"), *launchers, *kernels)
 

@@ -2,23 +2,29 @@
 
 A layer's pages are one uint8 tensor [num_pages, record_bytes], each record starting on a 64-byte boundary. Inside a record:
 
-    for each kv head:   K codes [page_size, k_dim]   V codes [page_size, v_dim]   scales and zeros of this head
+    for each kv head:   K codes [page_size, k_coded]   V codes [page_size, v_dim]   scales and zeros of this head
     after all heads:    positions [page_size] int32
 
-Every block starts on a 16-byte boundary. The blocks of a head, in this order (absent ones take no bytes):
+Every block starts on a 16-byte boundary. K and V may have different formats.
+The blocks of a head, in this order (absent ones take no bytes):
 
     k        codes, one row per token                    all formats
     v        codes, one row per token                    unless latent: then the values are the first v_dim columns of k
-    k_scale  fp16 [page_size / group, k_dim] int8, int4; [page_size] fp8
-    k_zero   fp16 [page_size / group, k_dim] int8, int4
-    v_scale  fp16 [page_size]                int8, int4, fp8, unless latent
-    v_zero   fp16 [page_size]                int8, int4, unless latent
+    k_scale  fp16 [page_size / group, k_coded] integers; fp16 [page_size] fp8; e4m3 [page_size, ceil(k_coded / 16)] fp4
+    k_zero   fp16 [page_size / group, k_coded] integers; uint8 [page_size] fp4
+    v_scale  fp16 [page_size] integers, fp8; e4m3 [page_size, ceil(v_dim / 16)] fp4; unless latent
+    v_zero   fp16 [page_size] integers; uint8 [page_size] fp4; unless latent
+    rope     fp16 [page_size, k_dim - v_dim]             rope_raw only: the last columns of a latent key; then k_coded is v_dim, else k_dim
 
 Meaning of a code:
-    int8, int4: value = code * scale + zero, code unsigned (0..255, 0..15), zero = the value of code 0 (not an integer code).
+    int8, int4, int2: value = code * scale + zero, code unsigned (0..255, 0..15, 0..3), zero = the value of code 0 (not an integer code).
         K shares scale and zero per channel over `group` consecutive slots, V per token over its row.
-        int4 packs two neighbours into a byte: the even column in the low nibble.
+        int4 packs two neighbours into a byte, int2 four: the first column in the lowest bits.
     fp8: value = code * scale, scale a power of two, so that only the code rounds.
+    fp4: value = e2m1 code * (block scale * 2^(exponent - 127)), two neighbours to a byte, the first in the low nibble. 16 columns of
+        a token share an e4m3 block scale, as NVFP4 has it. e4m3 spans 2^-9 to 448 only, which keys and values exceed on both sides, so a
+        row has an exponent of its own (k_zero, v_zero), the smallest that keeps its block scales within 448. NVFP4's second scale is one
+        fp32 per tensor, which a cache that grows token by token does not know; a power of two in one byte rounds nothing.
 
 Scales are fp16, not bf16: never worse, and better where a channel's mean is large against its spread, as keys have it (measured in
 tests/ops/test_formats.py: at a mean of 100 spreads bf16 has 2.5 x the error, at 20 spreads 1.1 x). fp32's range is not needed: values
@@ -34,15 +40,16 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
-MAX_PAGE_SIZE = 256
-MAX_HEAD_DIM = 576
-MIN_GROUP = 64  # K scales cost 4 * k_dim bytes per group: below 64 tokens they outweigh what int4 saves
+from .format_checks import check
+
+GROUP = 64
+FP4_BLOCK = 16  # columns that share an e4m3 scale
 BLOCK_ALIGN = 16
 RECORD_ALIGN = 64
 
 
 class Traits(NamedTuple):
-    code: int  # what the kernels switch on; never renumber
+    code: int  # what the kernels switch on, below 15; never renumber
     bits: int  # per stored element
     preferred_page_size: int
     levels: int  # largest code of an integer format, else 0
@@ -56,6 +63,10 @@ FORMATS = {
     "int8": Traits(3, 8, 64, 255, 0.0),
     "int4": Traits(4, 4, 64, 15, 0.0),
     "fp8_e4m3": Traits(5, 8, 32, 0, 2.0**-4),
+    "int2": Traits(6, 2, 64, 3, 0.0),
+    # Of a block whose largest element is a: none from 0.5 up is off by more than a fifth of itself, and what those below are off by is less
+    # than a's own error leaves of a fifth. 2^-9: blocks far below the row's largest, whose scales are e4m3 subnormals.
+    "fp4_e2m1": Traits(7, 4, 32, 0, 0.2 + 2.0**-9),
 }
 
 
@@ -68,7 +79,11 @@ class HeadOffsets(NamedTuple):
     k_zero: int
     v_scale: int
     v_zero: int
+    rope: int
     end: int
+
+
+NAMES = [name for name, _ in sorted(FORMATS.items(), key=lambda item: item[1].code)]  # by code
 
 
 @dataclass(frozen=True)
@@ -78,9 +93,10 @@ class PageFormat:
     Args:
         name: one of FORMATS. num_kv_heads: heads stored here (MLA: 1).
         k_dim: width of a key, a multiple of 8 up to 576. v_dim: width of a value; latent: the columns of the key that are the value.
-        page_size: tokens per page, 1 to 256; for int8 and int4 a multiple of `group`.
+        page_size: tokens per page, 1 to 256; for an integer K a multiple of `group`.
         latent: values are the first v_dim columns of the keys and are not stored again.
-        group: tokens that share a K scale (int8, int4), at least 64.
+        group: tokens that share a K scale (int8, int4, int2), at least 32.
+        v_name: format of the values, None = name. rope_raw: the last k_dim - v_dim columns of a latent key are fp16, the rest in `name`.
     """
 
     name: str
@@ -89,44 +105,55 @@ class PageFormat:
     v_dim: int
     page_size: int
     latent: bool = False
-    group: int = MIN_GROUP
+    group: int = GROUP
+    v_name: str | None = None
+    rope_raw: bool = False
     # The format as the ops take it (library.py). Made once: it is read per layer and step, and torch.compile traces no cached_property.
     layout: tuple[int, int, int, int, int, int, bool] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if self.name not in FORMATS:
-            raise ValueError(f"page format {self.name!r} is not known; one of: {', '.join(FORMATS)}")
-        if self.num_kv_heads < 1:
-            raise ValueError(f"page format {self.name!r}: num_kv_heads must be at least 1, got {self.num_kv_heads}")
-        if not 1 <= self.page_size <= MAX_PAGE_SIZE:
-            raise ValueError(f"page format {self.name!r}: page_size must be 1 to {MAX_PAGE_SIZE}, got {self.page_size}")
-        for what, dim in (("k_dim", self.k_dim), ("v_dim", self.v_dim)):
-            if self.name == "int4" and dim % 2:
-                raise ValueError(f"page format 'int4' packs two columns into a byte: {what} must be even, got {dim}; use 'int8'")
-            if dim % 8 or not 8 <= dim <= MAX_HEAD_DIM:
-                raise ValueError(f"page format {self.name!r}: {what} must be a multiple of 8 from 8 to {MAX_HEAD_DIM}, got {dim}")
-        if self.latent and (self.v_dim > self.k_dim or self.num_kv_heads != 1):
-            raise ValueError(
-                f"page format {self.name!r}: a latent layer has one head whose value is a part of its key, "
-                f"got {self.num_kv_heads} heads, v_dim {self.v_dim}, k_dim {self.k_dim}"
-            )
-        if self.grouped and self.group < MIN_GROUP:
-            raise ValueError(f"page format {self.name!r}: K scale group must be at least {MIN_GROUP} tokens, got {self.group}")
-        if self.grouped and self.page_size % self.group:
-            raise ValueError(
-                f"page format {self.name!r} shares K scales over groups of {self.group} tokens, and page_size {self.page_size} "
-                f"is not a multiple of {self.group}; use page_size {self.group * max(1, self.page_size // self.group)}"
-            )
-        layout = (self.code, self.num_kv_heads, self.k_dim, self.v_dim, self.page_size, self.group, self.latent)
+        for name in (self.name, self.v_name or self.name):
+            if name not in FORMATS:
+                raise ValueError(f"page format {name!r} is not known; one of: {', '.join(FORMATS)}")
+        object.__setattr__(self, "v_name", self.v_name or self.name)
+        check(self)
+        code = self.code | (self.v_traits.code + 1 << 4 if self.mixed else 0) | self.rope_raw << 8
+        layout = (code, self.num_kv_heads, self.k_dim, self.v_dim, self.page_size, self.group, self.latent)
         object.__setattr__(self, "layout", layout)
+
+    @classmethod
+    def from_layout(cls, layout: tuple[int, int, int, int, int, int, bool]) -> PageFormat:
+        code, heads, k_dim, v_dim, page_size, group, latent = layout
+        v_name = NAMES[(code >> 4 & 15) - 1] if code >> 4 & 15 else None
+        return cls(NAMES[code & 15], heads, k_dim, v_dim, page_size, latent, group, v_name, bool(code >> 8))
 
     @property
     def traits(self) -> Traits:
         return FORMATS[self.name]
 
     @property
+    def v_traits(self) -> Traits:
+        return FORMATS[self.v_name]
+
+    @property
+    def mixed(self) -> bool:
+        """K and V have different formats."""
+        return self.v_name != self.name
+
+    @property
+    def label(self) -> str:
+        """For messages and tables: int4, int8/int4 (K/V), int4+rope."""
+        return f"{self.name}/{self.v_name}" if self.mixed else self.name + "+rope" * self.rope_raw
+
+    @property
     def code(self) -> int:
+        """Of the keys."""
         return self.traits.code
+
+    @property
+    def k_coded(self) -> int:
+        """Columns of a key that are in the format; with rope_raw the others are fp16."""
+        return self.v_dim if self.rope_raw else self.k_dim
 
     @property
     def grouped(self) -> bool:
@@ -136,7 +163,7 @@ class PageFormat:
     @property
     def raw(self) -> bool:
         """Records hold plain torch elements: `views` works and attention may read them in place."""
-        return self.name in ("fp32", "bf16", "fp16")
+        return self.traits.bits >= 16 and self.v_traits.bits >= 16
 
     @property
     def preferred_page_size(self) -> int:
@@ -144,27 +171,21 @@ class PageFormat:
 
     @property
     def k_row_bytes(self) -> int:
-        return self.k_dim * self.traits.bits // 8
+        return self.k_coded * self.traits.bits // 8
 
     @property
     def v_row_bytes(self) -> int:
-        return 0 if self.latent else self.v_dim * self.traits.bits // 8
+        return 0 if self.latent else self.v_dim * self.v_traits.bits // 8
 
     @cached_property
     def head(self) -> HeadOffsets:
         """Where the blocks of head h start: h * head.end + head.<block>."""
-        k_scales = self.page_size // self.group * self.k_dim if self.grouped else self.page_size if self.name == "fp8_e4m3" else 0
-        v_scales = 0 if self.raw or self.latent else self.page_size
-        sizes = (
-            self.page_size * self.k_row_bytes,
-            self.page_size * self.v_row_bytes,
-            2 * k_scales,
-            2 * k_scales if self.grouped else 0,
-            2 * v_scales,
-            2 * v_scales if self.grouped else 0,
-        )
+        N = self.page_size
+        k_scale = (2 * (N // self.group) * self.k_coded,) * 2 if self.grouped else _row_scales(self.name, self.k_coded, N)
+        v_scale = (0, 0) if self.latent else _row_scales(self.v_name, self.v_dim, N)
+        rope = 2 * N * (self.k_dim - self.v_dim) if self.rope_raw else 0
         starts, at = [], 0
-        for size in sizes:
+        for size in (N * self.k_row_bytes, N * self.v_row_bytes, *k_scale, *v_scale, rope):
             starts.append(at if size else -1)
             at = _align(at + size, BLOCK_ALIGN)
         return HeadOffsets(*starts, at)
@@ -184,25 +205,40 @@ class PageFormat:
 
     @property
     def tail_elements(self) -> int:
-        """Raw key elements of the tail of one (request, shard); 0 for the formats without groups."""
+        """Raw key elements, of 2 bytes each, of the tail of one (request, shard); 0 for the formats without groups."""
         return self.num_kv_heads * self.group * self.k_dim if self.grouped else 0
 
     @property
     def k_rel_error(self) -> float:
         """Largest ||k - decode(encode(k))|| / ||k|| of any keys in fp16's range (worst case, not the usual one)."""
-        return self._rel_error(self.group)
+        return _rel_error(self.traits, self.group)
 
     @property
     def v_rel_error(self) -> float:
         """The same for values. A latent layer's values are columns of its keys."""
-        return self._rel_error(self.group if self.latent else self.v_dim)
+        return _rel_error(self.traits, self.group) if self.latent else _rel_error(self.v_traits, self.v_dim)
 
-    def _rel_error(self, sharing: int) -> float:
-        """`sharing` elements have one scale. A set with extremes a and b has norm >= (b - a) / sqrt(2); each element is off by at most
-        0.625 steps (half a step of the code, an eighth from rounding the scale), and by 2^-11 where the zero was rounded."""
-        if not self.grouped:
-            return self.traits.rounding
-        return 1.25 * (sharing / 2) ** 0.5 / self.traits.levels + 2.0**-11
+
+def _row_scales(name: str, dim: int, rows: int) -> tuple[int, int]:
+    """Bytes of the scale and zero blocks of rows that are encoded each by itself."""
+    if FORMATS[name].bits >= 16:
+        return 0, 0
+    if name == "fp4_e2m1":
+        return rows * fp4_blocks(dim), rows
+    return 2 * rows, 2 * rows if FORMATS[name].levels else 0
+
+
+def fp4_blocks(dim: int) -> int:
+    """Scales of a row; the last block may have 8 columns."""
+    return -(-dim // FP4_BLOCK)
+
+
+def _rel_error(traits: Traits, sharing: int) -> float:
+    """`sharing` elements have one scale. A set with extremes a and b has norm >= (b - a) / sqrt(2); each element is off by at most half a
+    step, and by levels * 2^-11 steps where the scale was rounded; 2^-11 of itself where the zero was, and where a raw tail was."""
+    if not traits.levels:
+        return traits.rounding
+    return (0.5 + (traits.levels + 1) * 2.0**-11) * (2 * sharing) ** 0.5 / traits.levels + 2.0**-10
 
 
 def _align(size: int, to: int) -> int:

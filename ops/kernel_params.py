@@ -15,9 +15,9 @@ FLOAT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 class PageRecord(ctypes.Structure):
     _fields_ = [
-        *((name, c_int) for name in ("format", "num_kv_heads", "k_dim", "v_dim", "page_size", "group", "latent")),
-        *((name, c_int) for name in ("k_row_bytes", "v_row_bytes")),
-        *((name, c_longlong) for name in ("k", "v", "k_scale", "k_zero", "v_scale", "v_zero")),
+        *((name, c_int) for name in ("format", "v_format", "num_kv_heads", "k_dim", "v_dim", "page_size", "group", "latent")),
+        *((name, c_int) for name in ("k_coded", "k_row_bytes", "v_row_bytes")),
+        *((name, c_longlong) for name in ("k", "v", "k_scale", "k_zero", "v_scale", "v_zero", "rope")),
         *((name, c_longlong) for name in ("head_bytes", "positions", "record_bytes")),
     ]
 
@@ -104,8 +104,9 @@ class Checksum(ctypes.Structure):
 def page_record(fmt: PageFormat) -> PageRecord:
     head = fmt.head
     return PageRecord(
-        fmt.code, fmt.num_kv_heads, fmt.k_dim, fmt.v_dim, fmt.page_size, fmt.group, fmt.latent, fmt.k_row_bytes, fmt.v_row_bytes,
-        head.k, head.v, head.k_scale, head.k_zero, head.v_scale, head.v_zero, head.end, fmt.positions_offset, fmt.record_bytes,
+        fmt.code, fmt.v_traits.code, fmt.num_kv_heads, fmt.k_dim, fmt.v_dim, fmt.page_size, fmt.group, fmt.latent,
+        fmt.k_coded, fmt.k_row_bytes, fmt.v_row_bytes,
+        head.k, head.v, head.k_scale, head.k_zero, head.v_scale, head.v_zero, head.rope, head.end, fmt.positions_offset, fmt.record_bytes,
     )  # fmt: skip
 
 

@@ -3,7 +3,8 @@
 The reference is registered below every compiled version. Its first call on a device tries to load the compiled one (load.py), so nothing is
 built or read from the environment at import; after that calls go to the compiled kernel without passing here.
 
-Every op takes its record layout as seven arguments, `layout(fmt)`: format code, num_kv_heads, k_dim, v_dim, page_size, group, latent.
+Every op takes its record layout as seven arguments, `layout(fmt)`: format, num_kv_heads, k_dim, v_dim, page_size, group, latent.
+`format` is the code of K; that of V plus one in bits 4 to 7 where it is another; bit 8: the columns of a latent key beyond v_dim are fp16.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import torch
 from torch import Tensor
 
 from . import checks, ref_append, ref_attend, ref_bounds, ref_pack, ref_pages, ref_slots
-from .formats import FORMATS, PageFormat
+from .formats import PageFormat
+from .kernel_formats import MIXED
 from .merge_partials import merge_partials
 
 _LAYOUT = "int format, int num_kv_heads, int k_dim, int v_dim, int page_size, int group, bool latent"
@@ -38,7 +40,6 @@ SCHEMAS = {
     "Tensor? shard, Tensor? here, int page_size, bool one_per_row, bool may_open) -> (Tensor slot_mapping, Tensor tables)",
     "checksum": "(Tensor data) -> Tensor",
 }
-_NAMES = [name for name, _ in sorted(((n, t.code) for n, t in FORMATS.items()), key=lambda item: item[1])]
 
 
 def layout(fmt: PageFormat) -> tuple[int, int, int, int, int, int, bool]:
@@ -46,7 +47,7 @@ def layout(fmt: PageFormat) -> tuple[int, int, int, int, int, int, bool]:
 
 
 def _format(args: tuple) -> PageFormat:
-    return PageFormat(_NAMES[args[0]], *args[1:5], latent=args[6], group=args[5])
+    return PageFormat.from_layout(args[:7])
 
 
 def _decode(q, pages, block_table, seqlens, q_positions, page_list, tail, tail_rows, *rest):
@@ -153,8 +154,8 @@ def _reference_on_device(name: str):
         if fmt not in _without_kernel:
             _without_kernel.add(fmt)
             warnings.warn(
-                f"pikv: there is no CUDA kernel for k_dim {fmt.k_dim}, v_dim {fmt.v_dim} (only up to 128, and latent up to 576 and 512): "
-                f"{name} runs in plain torch, slower",
+                f"pikv: there is no CUDA kernel for {fmt.label} pages with k_dim {fmt.k_dim}, v_dim {fmt.v_dim} (widths up to 128, latent "
+                f"up to 576 and 512 without raw rope columns, mixed: {', '.join(MIXED)}): {name} runs in plain torch, slower",
                 stacklevel=2,
             )
         return REFERENCE[name](*args)

@@ -15,9 +15,8 @@ from types import ModuleType
 
 from . import ptxas
 from .compile import CSRC, BuildError, ToolMissing, cache_dir
-from .formats import FORMATS
+from .kernel_formats import KERNEL_FORMATS, widths
 
-WIDTHS = (32, 64, 128, 576)  # csrc/kernels/attend.cuh
 _COMMON = ("include/page_format.h", "kernels/params.cuh", "kernels/common.cuh", "kernels/numbers.cuh")
 _PAGES = ("append_rows_kernel", "append_groups_kernel", "append_tail_kernel", "page_bounds_kernel", "page_score_kernel", "merge_kernel",
           "pack_kernel", "unpack_kernel", "migrate_kernel", "assign_slots_kernel", "checksum_kernel")  # fmt: skip
@@ -31,11 +30,11 @@ class Part:
     kernels: tuple[str, ...]
 
 
-def _attend(code: int) -> Part:
-    return Part(("kernels/attend.cuh",), tuple(f"attend_kernel<{code}, {width}>" for width in WIDTHS))
+def _attend(label: str) -> Part:
+    return Part(("kernels/attend.cuh",), tuple(f"attend_kernel<{KERNEL_FORMATS[label]}, {width}>" for width in widths(label)))
 
 
-PARTS = {name: _attend(traits.code) for name, traits in FORMATS.items()}
+PARTS = {label: _attend(label) for label in KERNEL_FORMATS}
 PARTS["pages"] = Part(tuple(f"kernels/{name}.cuh" for name in ("append", "bounds", "merge", "pack", "pages", "slots")), _PAGES)
 
 
@@ -98,7 +97,7 @@ def check(arch: str) -> list[ptxas.KernelUse]:
 def cached_part(part: str, arch: str) -> tuple[Path, dict[str, str]]:
     """The path of the machine code, compiled unless the cache has it, and the names of the kernels in it."""
     key = hashlib.sha256("\0".join((source(part), arch, version())).encode()).hexdigest()[:16]
-    target = cache_dir() / f"pikv_nvrtc_{part}_sm{arch}-{key}.cubin"
+    target = cache_dir() / f"pikv_nvrtc_{part.replace('/', '-')}_sm{arch}-{key}.cubin"
     names = target.with_suffix(".names")
     if not (target.is_file() and names.is_file()):
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -14,16 +14,9 @@ from torch import Tensor
 
 from . import checks, library
 from . import kernel_params as kp
-from .formats import PageFormat
+from .kernel_formats import KERNEL_FORMATS, kernel_width
 from .kernel_params import FLOAT_TYPES, address, index, page_record
 from .nvrtc_launch import BLOCK, WARPS, launch, num_processors
-
-
-def kernel_width(fmt: PageFormat) -> int:
-    """The kernels that serve this layout; 0 = none does."""
-    if fmt.latent:
-        return 576 if fmt.k_dim <= 576 and fmt.v_dim <= 512 else 0
-    return next((width for width in (32, 64, 128) if max(fmt.k_dim, fmt.v_dim) <= width), 0)
 
 
 def shared_floats(width: int) -> int:
@@ -80,7 +73,7 @@ def _attend(q, pages, block_table, seqlens, q_positions, page_list, tail, tail_r
     if a.S * a.splits > 1:
         partial, partial_lse = q.new_empty((a.S * a.splits, *out.shape), dtype=torch.float32), lse.new_empty((a.S * a.splits, *lse.shape))
     a.out, a.lse = partial.data_ptr(), partial_lse.data_ptr()
-    launch(library._NAMES[fmt.code], f"attend_kernel<{fmt.code}, {width}>", (blocks, a.splits), 4 * shared_floats(width), a, q.device)
+    launch(fmt.label, f"attend_kernel<{KERNEL_FORMATS[fmt.label]}, {width}>", (blocks, a.splits), 4 * shared_floats(width), a, q.device)
     if partial is not out:
         _merge_into(partial, partial_lse, out, lse)
     return out, lse

@@ -23,6 +23,7 @@ from .placement import Placement, Routed
 from .plan import LocalStep, Source, StepPlan
 from .reader import Before, Stored, read_pages, stored_entries
 from .replicated import ReplicatedStep
+from .request_basis import RequestBases
 from .retention_checks import check_retention
 from .selection import Selection
 from .spec import LayerSpec
@@ -58,6 +59,12 @@ class PiKVCache:
         self.tables = Tables(
             layers, config, codec, self.page_size, self.num_shards, self.exchange.rank, self.exchange.size, num_experts, dtype, device
         )
+        if codec.light is None:  # near pages are as computed then: the maps are for far pages only
+            self.tables.far_maps = [None if far is None else maps for far, maps in zip(self.tables.far, self.transforms, strict=True)]
+            self.transforms = [maps if far is None else None for far, maps in zip(self.tables.far, self.transforms, strict=True)]
+        self.bases: RequestBases | None = None  # None: the same maps for all requests, if there are any
+        if codec.per_request:
+            self.bases = RequestBases(layers, [codec.stored(spec) for spec in layers], codec.fit_tokens, self.exchange, device)
         self.retention = None if policy.keeps_all else Retention(config, policy, self.tables, self.exchange)
         self.tiers: Tiers | None = None  # None: one pool of pages per layer
         if self.tables.two_pools:
@@ -73,6 +80,8 @@ class PiKVCache:
             self.selection = Selection(
                 config.routing, router, layers, self.tables, self.exchange, self.stages, policy.keeps_all, self.tiers
             )
+            if self.retention is not None:
+                self.retention.on_compact = self.selection.compacted
         self.staged: Staged | None = None
         self.waiting: Waiting | None = None  # distinct requests: a layer whose merged lse rides in the next record
         self.agreement = Agreement(self.exchange, storage.requests, device)
@@ -89,10 +98,14 @@ class PiKVCache:
         self.staged = self.plan = None
         self._allocate(0)
         self.agreement.forget()
+        if self.bases is not None:
+            self.bases.reset()
 
     def begin_step(self, local: LocalStep) -> None:
         """Announce this rank's part of the next forward. No communication yet: it rides in the first layer's record."""
         self.local, self.plan, self.staged, self.waiting = local, None, None, None
+        if self.bases is not None:
+            self.bases.begin(local)
         self.hold = self.hold_margin is not None
         if self.hold:
             self.hold_margin += local.num_columns
@@ -116,12 +129,16 @@ class PiKVCache:
             self.tables.shrink()
         if self.config.storage.overflow == "error":
             self.tables.counters.raise_if_overflowed(self.plan.capacity)
+        if self.bases is not None:
+            self.bases.settle(self.plan, self.tables.stores)
         self.plan = None
 
     def adopt(self, agreed: Agreed) -> None:
         """Bring tables and sizes in line with what the ranks agreed on, before any entry of the forward is written."""
         old_lens = self.agreement.lens
         before, after = self.agreement.commit(agreed)
+        if self.bases is not None and not agreed.identity:
+            self.bases.remap(agreed)
         if agreed.restart:
             self._allocate(len(before))
             if self.retention is not None:
@@ -165,15 +182,16 @@ class PiKVCache:
             expert_ids: what a router chose, or [B * T] int64 primary experts, or None: position mod num_experts. Ignored for staged
                 ("true") ids.
 
-        Sync: none but the header of the first record of the forward. Collectives: 2, or 1 for replicated requests.
+        Sync: none but the header of the first record of the forward; with routing.exchange "needed" the sizes of what comes back.
+        Collectives: 2, or 1 for replicated requests; those of a router besides.
         """
         if isinstance(expert_ids, Routed) and (self.num_shards > 1 or self.exchange.size > 1):
             expert_ids = expert_ids.primary()
-        transform = self.transforms[layer]
+        transform = self.transforms[layer] if self.bases is None else self.bases.maps(layer, k, v)
         if transform is None:
             return self._attend(layer, q, k, v, scale, v_dim, expert_ids)
         q, k, v, shift = transform.enter(q, k, v, scale)
-        return transform.leave(self._attend(layer, q, k, v, scale, transform.v.rank, expert_ids), shift)
+        return transform.leave(self._attend(layer, q, k, v, scale, transform.v_rank, expert_ids), shift)
 
     def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, v_dim: int, expert_ids: Routed | Tensor | None) -> Partial:
         """From here down keys, values and outputs are as wide as the pages hold them."""
@@ -239,13 +257,19 @@ class PiKVCache:
             return self._nothing(query, q)
         # The far pool does not change within a forward. It is asked also when it is empty if choosing pages is a collective.
         near = self._read_pool(query, store, q, rows, before, own_visible, False) if store.num_pages else self._nothing(query, q)
-        if selects:
-            held = stored_entries(store, rows, before, own_visible)
-            beside = self._read_pool(query, far, q, rows, None, None, True, (held, near[1]))
-        elif far.num_pages:
-            beside = self._read_pool(query, far, q, rows, None, None, False)
-        else:
+        if not selects and not far.num_pages:
             return near
+        maps, shift = self.tables.far_maps[query.layer], None
+        if maps is not None:
+            q, shift = maps.fold(q, query.scale)
+        held = None
+        if selects:
+            held = stored_entries(store, rows, before, own_visible), near[1] if shift is None else near[1] - shift
+        beside = self._read_pool(query, far, q, rows, None, None, selects, held)
+        if maps is not None:
+            beside = maps.leave(Partial(*beside, False), shift)[:2]
+        if shift is not None and self.retention is not None and self.retention.watches(query.layer):
+            self.retention.mass.page_lse[far, row0] += shift[:, :, None, :, None]
         return merge_partials(torch.stack([near[0], beside[0]]), torch.stack([near[1], beside[1]]))
 
     def _nothing(self, query: Query, q: Tensor) -> tuple[Tensor, Tensor]:

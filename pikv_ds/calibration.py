@@ -1,9 +1,14 @@
 """Statistics of a model's keys, values and queries, in a safetensors file that `pikv calibrate` writes and calibrated codecs read.
 
-L layers, H kv heads, D head_dim. Per layer i: "i.k_mean", "i.v_mean" [H, D]; "i.k_second", "i.v_second" [H, D, D], E[x x^T];
-"i.q_second" [H, D, D], E[q q^T] over the query heads of a kv head; "i.o_second" [H, D, D], mean of W^T W over the blocks W of the output
-projection that its values meet; "i.fingerprint" [H, D], norms of the rows of its key projection. Keys and queries are post-RoPE. f32,
-summed in f64. What errors mean for attention: E[(q . e)^2] = e^T q_second e, and ||W e||^2 = e^T o_second e.
+L layers, H kv heads, D head_dim. Keys and queries are post-RoPE. f32, summed in f64. Per layer i:
+
+    i.k_mean, i.v_mean        [H, D]
+    i.k_second, i.v_second    [H, D, D]  E[x x^T]
+    i.q_second                [H, D, D]  E[q q^T] over the query heads of a kv head: E[(q . e)^2] = e^T q_second e
+    i.o_second                [H, D, D]  mean of W^T W over the blocks W of the output projection that its values meet: ||W e||^2
+    i.fingerprint             [H, D]     norms of the rows of its key projection
+
+Codecs that are trained add tensors of their own.
 
 Fingerprint: the geometry must be the same and the norms equal within FINGERPRINT_TOLERANCE. It is not a hash, because the same weights in
 bf16 and in fp32 are the same model, and because each tensor-parallel rank must be able to check its own heads alone.
@@ -77,6 +82,10 @@ class Calibration:
     @property
     def num_layers(self) -> int:
         return int(self.about["num_layers"])
+
+    def add(self, layer: int, tensors: dict[str, Tensor]) -> None:
+        """Keep tensors of a layer, [H, ...] each, besides its statistics."""
+        self.tensors |= {f"{layer}.{name}": x.detach().to(torch.float32).cpu().contiguous() for name, x in tensors.items()}
 
     def save(self, path: str | Path) -> None:
         from safetensors.torch import save_file

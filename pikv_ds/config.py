@@ -12,6 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pikv_ds.config_checks import (
     check_budget,
     check_companion,
+    check_exchange,
     check_experts,
     check_host_penalty,
     check_method,
@@ -112,6 +113,9 @@ class RoutingConfig(_Block):
     budget_pages: int | None = Field(None, ge=1, description="Pages a query reads per kv head and layer; in place of budget_ratio.")
     sink_tokens: int = Field(4, ge=0, description="First tokens of a request that every query reads, inside the budget.")
     recent_tokens: int = Field(64, ge=0, description="Latest tokens before a query that it always reads, inside the budget.")
+    exchange: Literal["all", "needed"] = Field(
+        "all", description="Distinct requests: the ranks that send back partial attention, all or those that read something (fewer bytes)."
+    )
     host_penalty: HostPenaltyConfig = Field(HostPenaltyConfig(), description=HostPenaltyConfig.__doc__)
 
     def build(self) -> Router:
@@ -208,6 +212,9 @@ class SchedulingConfig(_Block):
         description="One choice for all KV heads; the same number of entries of each head; or more for heads that need more (Ada-KV).",
     )
     head_floor: float = Field(0.2, ge=0, le=1, description="Share of its uniform budget that an adaptive head has at least.")
+    granularity: Literal["page", "token"] = Field(
+        "page", description="Whole pages leave, or single entries, and the others close up into fewer pages."
+    )
     interval: int = Field(1, ge=1, description="Decode steps between two evictions; a prefill chunk is always followed by one.")
     prefill: Literal["evict", "keep"] = Field(
         "evict", description="Evict after every prefill chunk, or keep the whole prompt until the first decode step."
@@ -293,6 +300,7 @@ class PiKVConfig(_Block):
         except ValueError as error:
             raise problem("page_size", self.page_size, str(error)) from None
         check_budget(self.routing, page_size)
+        check_exchange(self.routing, self.storage)
         check_experts(self.routing, self.storage)
         check_host_penalty(self.routing, self.storage)
         return self

@@ -96,15 +96,14 @@ def check_ready(key: str, block: BaseModel) -> None:
 
 
 def check_pools(key: str, block: BaseModel) -> None:
-    """Only the codec of all layers, keys and values can keep two pools of pages; block: a CodecConfig."""
-    if block.own().light is None:
+    """Only the codec of all layers, keys and values can keep two pools of pages, or fit requests; block: a CodecConfig."""
+    own = block.own()
+    if own.light is None and not own.per_request:
         return
     others = [name for name in ("k", "v", "layers") if getattr(block, name, None)]
     if key != "compression" or others:
         where = f"pikv.{key}" if key != "compression" else f"pikv.compression.{others[0]}"
-        raise problem(
-            f"{key}.method", block.method, f"a codec with one kind of pages in {where}: this one serves keys and values of all layers"
-        )
+        raise problem(f"{key}.method", block.method, f"another codec in {where}: this one serves keys and values of all layers")
 
 
 def check_experts(routing: BaseModel, storage: BaseModel) -> None:
@@ -161,3 +160,17 @@ def check_budget(routing: BaseModel, page_size: int) -> None:
             f"at least {-(-pinned // page_size)}: {budget} pages of {page_size} tokens are fewer than sink_tokens {routing.sink_tokens} + "
             f"recent_tokens {routing.recent_tokens}, which every query reads; raise it or lower those",
         )  # fmt: skip
+
+
+def check_exchange(routing: BaseModel, storage: BaseModel) -> None:
+    """Partials that need not come back exist where queries read a part, for requests of their own."""
+    if routing.exchange == "all":
+        return
+    if routing.build().reads_all:
+        raise problem(
+            "routing.exchange", routing.exchange, f"'all' with pikv.routing.method = {routing.method!r}, which reads on every rank"
+        )
+    if storage.requests == "replicated":
+        raise problem(
+            "routing.exchange", routing.exchange, "'all' with pikv.storage.requests = 'replicated': every rank needs all partials"
+        )

@@ -14,6 +14,7 @@ from pikv_ds import ops
 
 from .recycle import drop
 from .store import LayerStore
+from .transform import Transform
 
 PAGES_AT_ONCE = 64  # decoded to f32 at a time: bounds what demoting a long prompt takes
 
@@ -29,11 +30,11 @@ class Moved(NamedTuple):
     shards: Tensor
 
 
-def demote(near: LayerStore, far: LayerStore, gone: Tensor) -> Moved | None:
+def demote(near: LayerStore, far: LayerStore, gone: Tensor, maps: Transform | None = None) -> Moved | None:
     """Encode the pages `gone` names into pages of the far pool, at the ends of the same tables, and free them in the near pool.
 
     Args: gone [R, S, C] bool, full pages of near's block table. A page that beams share moves once; the tables outside `gone` that name it
-        keep it.
+        keep it. maps: what far pages hold are coefficients.
     Returns: None when nothing moved.
     """
     row, shard, column = torch.nonzero(gone, as_tuple=True)
@@ -50,7 +51,7 @@ def demote(near: LayerStore, far: LayerStore, gone: Tensor) -> Moved | None:
     at = begin[row, shard] + (gone.cumsum(-1) - 1)[row, shard, column]
     far.block_table[row, shard, at] = target[index]
     far.counts += moved.to(torch.int32) * page_size
-    _encode(near, far, source, target)
+    _encode(near, far, source, target, maps)
     for name, values in near.summaries.items():
         if name in far.summaries:
             far.summaries[name][target.long()] = values[source]
@@ -59,13 +60,15 @@ def demote(near: LayerStore, far: LayerStore, gone: Tensor) -> Moved | None:
     return Moved(source, target.long(), row[first], shard[first])
 
 
-def _encode(near: LayerStore, far: LayerStore, source: Tensor, target: Tensor) -> None:
-    if near.fmt == far.fmt:
+def _encode(near: LayerStore, far: LayerStore, source: Tensor, target: Tensor, maps: Transform | None) -> None:
+    if near.fmt == far.fmt and maps is None:
         ops.migrate(far.pages, near.pages, target, source.to(torch.int32))
         return
     for begin in range(0, source.numel(), PAGES_AT_ONCE):
         ids, slots = source[begin : begin + PAGES_AT_ONCE], page_slots(target[begin : begin + PAGES_AT_ONCE], far.page_size)
         k, v = entries_of(near, ids)
+        if maps is not None:
+            k, v = maps.k.apply(k).contiguous(), maps.v.apply(v).contiguous()
         options = {}
         if far.fmt.grouped:  # a page is whole groups: its tail is filled and used up within the call
             shape = (ids.numel(), far.fmt.num_kv_heads, far.fmt.group, far.fmt.k_dim)

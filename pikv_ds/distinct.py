@@ -11,6 +11,7 @@ from pikv_ds.ops import merge_partials
 
 from .mass import Waiting
 from .reader import Before
+from .returns import return_needed
 from .step import Partial, Query, Staged
 from .wire import HEADER, Layout, headers_of
 from .writer import Written
@@ -127,18 +128,24 @@ class DistinctStep:
 
     def _answer(self, query: Query, queries: Tensor, before: Before | None) -> Partial:
         """Attend for every rank's queries to the entries held here, send the partials back, merge those of this rank's own queries."""
-        cache, plan, partials = self.cache, self.cache.plan, []
+        cache, plan, partials, readers = self.cache, self.cache.plan, [], []
+        needed = cache.selection is not None and cache.selection.returns_needed(plan)
         for run in plan.same_shape_runs():
             first, num_rows, begin = run[0], sum(s.num_rows for s in run), plan.sources.index(run[0])
             q = queries[begin : begin + len(run), : first.num_tokens].reshape(num_rows, first.num_columns, *queries.shape[2:])
             out, lse = cache.read(query, q, first.row0, num_rows, before)
-            tokens = num_rows * first.num_columns
-            partials.append(torch.cat([out.reshape(tokens, -1), lse.reshape(tokens, -1)], 1))
+            partials.append(torch.cat([out, lse.unsqueeze(-1)], -1).flatten(0, 1))
+            if needed and num_rows:
+                readers.append(cache.selection.readers)
         sizes = [source.num_tokens for source in plan.sources]
-        mine = cache.exchange.all_to_all(torch.cat(partials), sizes, f"returning partial attention of layer {query.layer}")
-        B, T, Hq = query.q.shape[:3]
-        outs, lses = mine.split([Hq * query.v_dim, Hq], -1)
-        out, lse = merge_partials(outs.reshape(-1, B, T, Hq, query.v_dim), lses.reshape(-1, B, T, Hq))
+        what = f"returning partial attention of layer {query.layer}"
+        if needed:
+            mine = return_needed(torch.cat(partials), torch.cat(readers, 1), sizes, cache.exchange, what)
+        else:
+            mine = cache.exchange.all_to_all(torch.cat(partials), sizes, what)
+        outs, lses = mine.unflatten(1, query.q.shape[:2]).split([query.v_dim, 1], -1)
+        out, lse = merge_partials(outs.contiguous(), lses.squeeze(-1).contiguous())
+        T = query.q.shape[1]
         return Partial(out, lse, T == 1 and not cache.stages)
 
 

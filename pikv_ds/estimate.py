@@ -1,7 +1,7 @@
 """KV bytes from a model's geometry, without running it: what `pikv plan` prints.
 
 A rank's bytes are counted in whole pages and raw tails. The slabs by which a store grows are not counted: they may add up to
-a quarter, and one slab per layer.
+1 / 32, and one page per layer.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def pikv_bytes(
         far = codec.page_format(layer, page_size, dtype)
         two_pools = codec.light is not None and layer.window is None
         fmt = codec.light.page_format(layer, page_size, dtype) if two_pools else far
-        tails = shards_here * len(contexts) * fmt.tail_elements * dtype.itemsize
+        tails = shards_here * len(contexts) * fmt.tail_elements * 2
         slides = [layer.tokens_kept(n) < n for n in contexts]
         kept = [layer.tokens_kept(n) for n in contexts]
         pages = sum(max_pages(math.ceil(tokens / num_shards), page_size, sliding=moved) for tokens, moved in zip(kept, slides, strict=True))

@@ -43,15 +43,14 @@ class Exchange:
         Args: block [sum(send_rows), ...] contiguous. Returns: [G, send_rows[rank], ...], in rank order.
         """
         mine = send_rows[self.rank]
-        received = block.new_empty(self.size, mine, *block.shape[1:])
+        return self.all_to_all_rows(block, send_rows, [mine] * self.size, what).view(self.size, mine, *block.shape[1:])
+
+    def all_to_all_rows(self, block: Tensor, send_rows: list[int], receive_rows: list[int], what: str) -> Tensor:
+        """Send `send_rows[r]` rows of `block` to rank r and get `receive_rows[r]` from it: [sum(receive_rows), ...], in rank order."""
+        received = block.new_empty(sum(receive_rows), *block.shape[1:])
         row_bytes = block[0].nbytes if block.shape[0] else 0
-        self._count((sum(send_rows) - mine) * row_bytes)
-        self._run(
-            what,
-            lambda: dist.all_to_all_single(
-                received.view(self.size * mine, *block.shape[1:]), block, [mine] * self.size, send_rows, group=self.group, async_op=True
-            ),
-        )
+        self._count((sum(send_rows) - send_rows[self.rank]) * row_bytes)
+        self._run(what, lambda: dist.all_to_all_single(received, block, receive_rows, send_rows, group=self.group, async_op=True))
         return received
 
     def gather_ints(self, values: list[int], device: torch.device, what: str) -> list[list[int]]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from .choice import fit
 from .policies.base import Pages
 from .store import LayerStore
+from .transform import Transform
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,19 +22,22 @@ class JoinedPages(Pages):
     """
 
     parts: tuple[Pages, ...]
+    maps: Transform | None
+    """What far pages hold are coefficients; keys and values are what they stand for."""
     order: Tensor
     """[R, S, C] int64, for each column its place among the columns of all parts, one after the other."""
 
     @classmethod
-    def of(cls, parts: list[Pages]) -> JoinedPages:
+    def of(cls, parts: list[Pages], maps: Transform | None) -> JoinedPages:
+        """parts: near and far, in this order."""
+        near = parts[0]
         parts = [part for part in parts if part.store.num_pages] or parts[:1]
         first = [torch.where(part.entries > 0, part.slot_positions[..., 0], torch.iinfo(torch.int32).max) for part in parts]
         order = torch.cat(first, -1).argsort(dim=-1, stable=True)
-        near = parts[0]
         return cls(
             store=near.store, table=torch.cat([part.table for part in parts], -1).gather(-1, order),
             counts=sum(part.counts for part in parts), lens=near.lens, rows=near.rows, time=near.time, last_eviction=near.last_eviction,
-            layer=near.layer, parts=tuple(parts), order=order,
+            layer=near.layer, maps=maps, parts=tuple(parts), order=order,
         )  # fmt: skip
 
     def by_pool(self, chosen: Tensor) -> list[tuple[LayerStore, Tensor]]:
@@ -61,8 +65,15 @@ class JoinedPages(Pages):
 
     @property
     def keys(self) -> Tensor:
-        return self._joined([part.keys for part in self.parts])
+        return self._joined([self._model(part, part.keys, "k") for part in self.parts])
 
     @property
     def values(self) -> Tensor:
-        return self._joined([part.values for part in self.parts])
+        return self._joined([self._model(part, part.values, "v") for part in self.parts])
+
+    def _model(self, part: Pages, x: Tensor, side: str) -> Tensor:
+        """x [R, S, C, Hkv, page_size, D] of one pool as the model has it, 0 where no entry is."""
+        if self.maps is None or part.store is self.store:
+            return x
+        x = getattr(self.maps, side).invert(x.transpose(3, 4)).transpose(3, 4)
+        return torch.where(part.filled[:, :, :, None, :, None], x, 0)

@@ -29,7 +29,6 @@ class Preset:
 
 
 _DUO = {"method": "duo", "budget_ratio": 0.5}
-_KEYS = "a policy that watches attention cannot be combined with a router: streaming_llm in place of"
 
 PRESETS: dict[str, Preset] = {
     "accurate": Preset(what="8-bit entries: no measurable loss", block={"compression": {"method": "int8"}}),
@@ -39,14 +38,26 @@ PRESETS: dict[str, Preset] = {
         block={"compression": {"method": "int4"}, "scheduling": {"method": "quest", "budget_ratio": 0.5}},
     ),
     "paper_a": Preset(
-        what=f"accuracy-first: EPLB, no compression, Duo ({_KEYS} duo)",
+        what="accuracy-first: EPLB router, no compression, Duo (of each layer by itself, h2o: shards hold other entries in each layer)",
         block={
             "storage": {"num_shards": 4},
             "routing": {"method": "entropy", "top_k": 2},
-            "scheduling": {"method": "streaming_llm", "budget_ratio": 0.5},
+            "scheduling": {"method": "h2o", "budget_ratio": 0.5},
         },
         claimed_drop_pct=(0.8, 1.3),
         claimed_ratio=(2.2, 2.2),
+    ),
+    "paper_b": Preset(
+        what="balanced: top-k router, PyramidKV of keys and FastV (crop) of values, rank 16 (for heads of 32), AdaKV",
+        block={
+            "storage": {"num_shards": 4},
+            "routing": {"method": "topk", "top_k": 2},
+            "compression": {"method": "pyramid", "v": {"method": "crop", "rank": 16}},
+            "scheduling": {"method": "adakv", "budget_ratio": 0.6},
+        },
+        needs={"compression": {"calibration": "...", "v": {"calibration": "..."}}},
+        claimed_drop_pct=(1.4, 1.7),
+        claimed_ratio=(2.5, 3.5),
     ),
     "paper_c": Preset(
         what="maximal compression: LoRA, rank 8 (for heads of 32), with the authors' distillation left out",

@@ -68,6 +68,19 @@ def remap(store: LayerStore, parent: Tensor, counts: Tensor) -> None:
     store.refcount = torch.bincount(table[table >= 0], minlength=store.num_pages + 1).to(torch.int32)
     store.rebuild_free_stack()
     _unshare_open_pages(store, num_kept)
+    clear_unfilled(store)
+
+
+def clear_unfilled(store: LayerStore) -> None:
+    """Values per entry are 0 in the slots of open pages that hold no entry: what comes there starts anew."""
+    if not store.by_entry:
+        return
+    row, table = torch.nonzero(store.counts % store.page_size, as_tuple=True)
+    counts = store.counts[row, table].to(torch.int64)
+    page = store.block_table[row, table, counts // store.page_size].to(torch.int64)
+    empty = torch.arange(store.page_size, device=page.device) >= (counts % store.page_size).unsqueeze(-1)
+    for name in store.by_entry:
+        store.summaries[name][page] = store.summaries[name][page].masked_fill(empty, 0)
 
 
 def _remap_tail(store: LayerStore, parent: Tensor, counts: Tensor, table: Tensor) -> None:
@@ -87,7 +100,7 @@ def _remap_tail(store: LayerStore, parent: Tensor, counts: Tensor, table: Tensor
         k, _ = ops.decode_pages(store.pages.index_select(0, page), fmt)  # [n, Hkv, page_size, Dk]
         slot = (first % fmt.page_size).unsqueeze(-1) + torch.arange(fmt.group, device=first.device)  # [n, group]
         index = slot[:, None, :, None].expand(-1, fmt.num_kv_heads, -1, fmt.k_dim)
-        tail[row * num_shards + shard] = k.gather(2, index).to(tail.dtype)
+        tail[row * num_shards + shard] = k.gather(2, index).clamp(-65504, 65504).to(tail.dtype)  # fp16 as the codes
 
 
 def _unshare_open_pages(store: LayerStore, num_kept: Tensor) -> None:

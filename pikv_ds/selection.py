@@ -13,12 +13,16 @@ from torch import Tensor
 
 from pikv_ds import ops
 
+from .compact import Compacted
 from .config import RoutingConfig
 from .demote import Moved
+from .entries import keys_at
 from .exchange import Exchange
 from .plan import StepPlan
 from .read_budget import Budget, lens_seen, page_budget
 from .reader import Stored
+from .retention_checks import check_entry_router
+from .returns import readers_of_shards
 from .routers.base import NewEntries, PageQuery, Router
 from .spec import LayerSpec
 from .step import Query
@@ -72,6 +76,7 @@ class Selection:
         self.entries = torch.zeros(2, dtype=torch.float64, device=self.device)  # read (mean over kv heads), visible: sums over queries
         self.mass = torch.zeros(2, dtype=torch.float64, device=self.device)  # share of attention read, queries
         self.measures_mass = False
+        self.readers: Tensor | None = None  # of the latest read with returns_needed: [G, R * T, H] bool, ranks whose partials count
         self._waiting: list[tuple[int, NewEntries]] = []
         self._plan: StepPlan | None = None
         self._budgets: dict[int | None, Budget] = {}
@@ -88,8 +93,11 @@ class Selection:
             store = self._store(layer)
             others = len(store.summaries)
             self.router.open(layer, store, self.num_shards)
+            summarises = len(store.summaries) > others
             if self.tables.far[layer] is not None:
-                check_router(self.router, summarises=len(store.summaries) > others)
+                check_router(self.router, summarises=summarises)
+            if self.tables.by_entry:
+                check_entry_router(self.router, summarises=summarises)
 
     def _store(self, layer: int) -> LayerStore:
         """The pages that a router chooses from."""
@@ -101,6 +109,8 @@ class Selection:
         """Entries of a layer were stored: those that queries of their own forward must not see wait until these have been answered."""
         self.settle()
         shard, table = written.shard, plan.rows
+        if self.tables.far_maps[layer] is not None:
+            k = self.tables.far_maps[layer].k.apply(k)
         if shard is not None:
             table = torch.where(written.here, table * self.tables.num_local + shard - self.tables.shard_begin, 0)
         new = NewEntries(
@@ -133,6 +143,18 @@ class Selection:
             store = self._store(layer)
             self.router.moved(layer, store, entries_moved(store, pages, self.tables.shard_begin))
 
+    def compacted(self, layer: int, changed: Compacted) -> None:
+        """Pages of a layer have other entries than before. Host phase."""
+        store, table = self.tables.stores[layer], changed.table
+        page = store.block_table.flatten(0, 1)[table, changed.index // self.page_size].to(torch.int64)
+        offset, num_local = changed.index % self.page_size, self.tables.num_local
+        entries = NewEntries(
+            k=keys_at(store, table, changed.index), rows=table // num_local, positions=store.positions[page, offset],
+            shard=table % num_local + self.tables.shard_begin, valid=torch.ones_like(page, dtype=torch.bool),
+            slot_mapping=(page * self.page_size + offset).to(torch.int32), table=table.to(torch.int32),
+        )  # fmt: skip
+        self.router.moved(layer, store, entries)
+
     def remap(self, parent: list[int]) -> None:
         """Row i continues row parent[i], -1 = a fresh row. Host phase."""
         rows = torch.tensor(parent, dtype=torch.int64).to(self.device)
@@ -163,7 +185,7 @@ class Selection:
         read, C columns of stored.block_table. Sync: none. Collectives with several ranks, per QUERIES_AT_ONCE queries of a row: one for a
         budget, and those of the router; all ranks must call it alike.
         """
-        num_rows, parts = q.shape[0], []
+        num_rows, parts, readers = q.shape[0], [], []
         rows = slice(row0, row0 + num_rows)
         if plan is not self._plan:
             self._plan, self._budgets, self._extents = plan, {}, {}
@@ -176,6 +198,8 @@ class Selection:
                 self.entries += held.flatten(1).sum(1, dtype=torch.float64) @ real_queries(asked)
             page_list = self.choose(asked, plan) if near is None else self.choose(asked, plan, held)
             self._count(asked, page_list)
+            if self.readers is not None:
+                readers.append(self.readers.unflatten(1, (num_rows, -1)))
             out, lse, page_lse = self._attend(asked, page_list, self.router.wants_page_lse or with_page_lse)
             if self.measures_mass:
                 read, whole = lse, self._attend(asked, None)[1]
@@ -191,6 +215,7 @@ class Selection:
                     by_column(page_lse, page_list, stored.block_table.shape[-1]).unflatten(0, (num_rows, -1, self.tables.num_local))
                 )
             parts.append(part)
+        self.readers = torch.cat(readers, 2).flatten(1, 2) if readers else None
         whole = parts[0] if len(parts) == 1 else [torch.cat(pieces, 1) for pieces in zip(*parts, strict=True)]
         return whole[0], whole[1], whole[2] if with_page_lse else None
 
@@ -207,7 +232,10 @@ class Selection:
 
     def _listed(self, asked: PageQuery, plan: StepPlan, keys: Tensor, num_local: int) -> Tensor:
         num_queries = asked.positions.numel()
+        self.readers = None
         if not self.router.budgeted:
+            if self.returns_needed(plan):
+                self.readers = readers_of_shards(self.router.chosen, asked, self.config, self.exchange.size)
             return listed_pages(keys, num_local)
         budget = self._budget(asked.layer, plan)
         pages = (
@@ -216,7 +244,13 @@ class Selection:
             else budget.pages[asked.rows].repeat_interleave(num_queries // (asked.rows.stop - asked.rows.start), output_size=num_queries)
         )
         what = f"choosing the pages of layer {asked.layer} over all ranks"
-        return best_pages(keys, pages, budget.width, num_local, self.exchange, what)
+        page_list, readers = best_pages(keys, pages, budget.width, num_local, self.exchange, what)
+        self.readers = readers if self.returns_needed(plan) else None
+        return page_list
+
+    def returns_needed(self, plan: StepPlan) -> bool:
+        """Partials go back only from ranks that read something. Replicated requests have one source, and every rank needs all partials."""
+        return self.config.exchange == "needed" and len(plan.sources) > 1
 
     def _attend(self, asked: PageQuery, page_list: Tensor | None, with_page_lse: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
         return ops.decode(

@@ -24,7 +24,7 @@ def stats(cache: PiKVCache, dense_rows: int, dense_columns: int) -> dict:
     for shard, entries in enumerate(by_shard):
         load_per_rank[shard_rank(shard, cache.num_shards, exchange.size)] += entries
     return {
-        "kv_bytes_allocated": sum(s.nbytes for s in tables.all_stores),
+        "kv_bytes_allocated": sum(s.nbytes for s in tables.all_stores) + (0 if cache.bases is None else cache.bases.nbytes),
         "kv_bytes_live": sum(s.live_nbytes for s in tables.all_stores),
         "kv_bytes_dense": sum(dense_bytes(spec, dense_rows, dense_columns, cache.dtype.itemsize) for spec in cache.layers),
         "metadata_bytes": metadata_bytes(cache),
@@ -81,6 +81,12 @@ def share_bytes(num_tokens: int, num_q_heads: int, spec: LayerSpec, q_dim: int, 
 def partial_bytes(num_tokens: int, num_q_heads: int, v_dim: int) -> int:
     """Bytes of (out, lse) of `num_tokens` queries in f32: one block of the second collective."""
     return num_tokens * num_q_heads * (v_dim + 1) * 4
+
+
+def needed_bytes(num_blocks: int, num_q_heads: int, num_kv_heads: int, v_dim: int) -> int:
+    """Bytes of the second collective with routing.exchange "needed": num_blocks = pairs of another rank's query and a kv head of which this
+    rank has read something (with a router of shards, of whose shards it has one)."""
+    return num_blocks * partial_bytes(1, num_q_heads // num_kv_heads, v_dim)
 
 
 def choice_bytes(num_queries: int, num_kv_heads: int, width: int) -> int:

@@ -13,7 +13,14 @@ from pikv_ds import ops
 from pikv_ds.ops import PageFormat
 from pikv_ds.ops.memory import aligned_bytes
 
-GROWTH = 8  # pages are added in slabs of at least P // GROWTH, and given back once more than that share is free
+GROWTH = 32
+"""Pages are added in slabs of at least P // GROWTH, and given back once more than that share is free. Growing copies the layer: with n
+entries per table once in n / GROWTH steps or more, each of which reads every entry, so 2 * GROWTH / n of what attention moves at most."""
+
+
+def tail_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of the raw keys of an open group, in a model of `dtype`. fp16 for fp32: finer than the codes that follow; saturates as they do."""
+    return torch.float16 if dtype == torch.float32 else dtype
 
 
 class LayerStore:
@@ -35,7 +42,7 @@ class LayerStore:
         self.full_pages = no_tail is not None
         self.heads = heads  # S counts (shard, kv head) pairs when a page holds one head: its tables are shard * heads + head
         self.page_size = fmt.page_size
-        self.dtype, self.device = dtype, device  # dtype of the raw tail
+        self.dtype, self.device = dtype, device  # dtype of the model
         self.counts = counts  # [R, S] int32, entries per row and local shard, expired pages not included
         self.free_top = free_top  # 0-d int64, pages on the free stack
         self.pages = aligned_bytes(0, device).view(0, fmt.record_bytes)  # [P, record_bytes] uint8
@@ -43,6 +50,7 @@ class LayerStore:
         self.tail = (no_tail if fmt.grouped else None) if self.full_pages else self.new_tail(counts.numel())
         self.summaries: dict[str, Tensor] = {}  # name -> [P, ...]: what selection or retention keeps per page; travels with the page
         self.cleared: list[str] = []  # names of summaries that a freed page loses
+        self.by_entry: list[str] = []  # names of those with a value per slot
         # One spare element each, never read as a page: tokens that open no page index it.
         self.refcount = torch.zeros(1, dtype=torch.int32, device=device)  # [P + 1] tables that name a page; > 1 after a beam fork
         self.free_stack = torch.zeros(1, dtype=torch.int32, device=device)  # [P + 1] free page ids, free_top of them valid
@@ -53,16 +61,18 @@ class LayerStore:
         if not self.fmt.grouped:
             return None
         shape = (rows, self.fmt.num_kv_heads, self.fmt.group, self.fmt.k_dim)
-        return torch.empty(shape, dtype=self.dtype, device=self.device)
+        return torch.empty(shape, dtype=tail_dtype(self.dtype), device=self.device)
 
-    def add_summary(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, *, cleared: bool = False) -> None:
+    def add_summary(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, *, cleared: bool = False, by_entry: bool = False) -> None:
         """Keep `shape` values of `dtype` per page under `name`, in summaries[name] [P, *shape]; 0 in pages that are new.
 
-        cleared: also 0 in pages that are used again (one value per page only).
+        cleared: also 0 in pages that are used again. by_entry: shape is (page_size,), a value moves with its entry, and slots without
+        one have 0.
         """
         if name in self.summaries:
             raise ValueError(f"the store already keeps a summary {name!r}; use another name")
         self.cleared += [name] * cleared
+        self.by_entry += [name] * by_entry
         self.summaries[name] = torch.zeros((self.num_pages, *shape), dtype=dtype, device=self.device)
 
     # ---- host side: sizes ----------------------------------------------------------------------------------------------------
@@ -89,7 +99,7 @@ class LayerStore:
     def reserve(self, free_pages: int, needed: int, table_width: int) -> None:
         """Make sure that `needed` pages can be taken from the stack, of which `free_pages` are there, and widen the tables.
 
-        Host side, before the step's collectives; no sync. Growing copies the layer once; the slab is max(needed, P // 8) pages.
+        Host side, before the step's collectives; no sync. Growing copies the layer once; the slab is max(needed, P // GROWTH) pages.
         """
         if needed > free_pages:
             self._resize(self.num_pages + max(needed - free_pages, self.num_pages // GROWTH))
@@ -98,7 +108,7 @@ class LayerStore:
             self.block_table = torch.nn.functional.pad(self.block_table, (0, width - self.block_table.shape[-1]), value=-1)
 
     def shrink(self, free_pages: int) -> int:
-        """Give slabs back when more than an eighth of the pages is free: pages move down into the holes. Returns the free pages left."""
+        """Give slabs back when more than 1 / GROWTH of the pages is free: pages move down into the holes. Returns the free pages left."""
         used = self.num_pages - free_pages
         if free_pages <= 1 + used // GROWTH:
             return free_pages
@@ -130,7 +140,7 @@ class LayerStore:
         """Derive the free stack from the reference counts. Sync: none."""
         used = self.refcount[:-1] > 0
         for name in self.cleared:
-            self.summaries[name].masked_fill_(~used, 0)
+            self.summaries[name].masked_fill_(~used.view(-1, *[1] * (self.summaries[name].dim() - 1)), 0)
         self.free_stack = torch.nn.functional.pad(torch.argsort(used.to(torch.int8), stable=True).to(torch.int32), (0, 1))
         self.free_top.copy_(self.num_pages - used.sum())
 

@@ -21,7 +21,8 @@ from .plan import StepPlan
 from .recycle import expire, remap
 from .sizing import pages_to_open, shard_capacity
 from .spec import LayerSpec
-from .store import LayerStore
+from .store import LayerStore, tail_dtype
+from .transform import Transform
 
 
 class Tables:
@@ -52,12 +53,14 @@ class Tables:
             _page_format(codec, spec, page_size, dtype, self.heads) if two else None for spec, two in zip(layers, far, strict=True)
         ]
         self.two_pools = any(far)
+        self.far_maps: list[Transform | None] = [None] * len(layers)  # from near entries to what far pages hold; None: the same
         self.dtype, self.device, self.num_shards = dtype, device, num_shards
         shards = local_shards(rank, num_shards, num_ranks)
         self.shard_begin, self.num_local = shards.start, len(shards)
         self.directory = Directory(layers, num_shards, device, self.heads)
         self.counters = Counters(num_experts, device)
-        self.page_values: dict[str, torch.dtype] = {}  # one number per page each, for the retention policy
+        self.page_values: dict[str, torch.dtype] = {}  # one number per page each, or per entry, for the retention policy
+        self.by_entry = config.scheduling.granularity == "token"
         self.allocate(0)
 
     def allocate(self, num_rows: int) -> None:
@@ -82,7 +85,8 @@ class Tables:
         for i, spec in enumerate(self.layers):
             for name, dtype in self.page_values.items() if spec.window is None else ():
                 for store in self.pools(i):
-                    store.add_summary(name, (), dtype, cleared=True)
+                    shape = (self.page_size,) if self.by_entry else ()
+                    store.add_summary(name, shape, dtype, cleared=True, by_entry=self.by_entry)
         self.evicted_at = [0] * num_rows  # tokens of a row when a budget last took entries of it
         self.quiet = 0  # decode steps that surely open no page: nothing to reserve, mirror or give back
         self.settled = [0] * num_rows  # window layers dropped what a query after this many tokens of a row can't see
@@ -92,7 +96,7 @@ class Tables:
         self.mirror()
 
     def _no_tail(self, fmt: PageFormat) -> Tensor:
-        return torch.zeros(1, fmt.num_kv_heads, fmt.group, fmt.k_dim, dtype=self.dtype, device=self.device)
+        return torch.zeros(1, fmt.num_kv_heads, fmt.group, fmt.k_dim, dtype=tail_dtype(self.dtype), device=self.device)
 
     def pools(self, layer: int) -> list[LayerStore]:
         """The stores of a layer: the one that entries are appended to, and that of its demoted pages if there are two."""

@@ -21,12 +21,11 @@ def check_tiers(config: PiKVConfig, codec: Codec, layers: list[LayerSpec], page_
         raise ConfigError(
             f"{given} on a model whose layers all have a sliding window: these keep one pool of pages, in the codec's format; leave it out"
         )
-    for spec in layers:
-        if codec.stored(spec) != spec:
-            raise ConfigError(
-                f"{given} with pikv.compression.method = {codec.name!r}: pages of layer {spec.layer_idx} hold coefficients of the keys, so "
-                f"none can stay as computed; use a record format ('int8', 'int4'), with or without `rotate`"
-            )
+    if codec.per_request:
+        raise ConfigError(
+            f"{given} with pikv.compression.method = {codec.name!r}: its bases turn with every chunk of a prompt, and pages of two pools "
+            f"would have to turn apart; use a calibrated codec ('lora', 'crop'), or leave the raw window out"
+        )
     if config.scheduling.head_budget != "shared":
         raise ConfigError(
             f"{given} with pikv.scheduling.head_budget = {config.scheduling.head_budget!r}: a page that holds one KV head has no second "
@@ -43,6 +42,11 @@ def check_tiers(config: PiKVConfig, codec: Codec, layers: list[LayerSpec], page_
         raise ConfigError(
             f"pikv.routing.budget_pages = {budget}: {budget} pages of {page_size} tokens are fewer than raw_sink_tokens + "
             f"raw_recent_tokens = {least} of pikv.compression, which every query reads; raise it or lower those"
+        )
+    if config.routing.exchange == "needed" and not config.routing.build().budgeted:
+        raise ConfigError(
+            f"{given} with pikv.routing.exchange = 'needed' and method {config.routing.method!r}: every query reads the raw pages, and a "
+            f"router of shards does not say where these are; use exchange 'all', or a router with a budget"
         )
     if codec.light is not None:
         _check_importance(config, given)

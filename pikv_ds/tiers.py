@@ -86,7 +86,10 @@ class Tiers:
                 return []
             self.seen = list(lens)
             gone = self._least_important(lens)
-        moved = [(layer, demote(*self.tables.pools(layer), which)) for layer, which in zip(self.layers, gone, strict=True)]
+        moved = [
+            (layer, demote(*self.tables.pools(layer), which, self.tables.far_maps[layer]))
+            for layer, which in zip(self.layers, gone, strict=True)
+        ]
         if self.light_ratio is None:
             self.due = self._next_due(lens)
         return [(layer, pages) for layer, pages in moved if pages is not None]

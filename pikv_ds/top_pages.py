@@ -6,6 +6,7 @@ Q queries, S local shards, C table columns, H kv heads (1 = the same pages for a
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,34 +39,46 @@ def _turns(start: int, stop: int, num_shards: int, columns: int, device: torch.d
     return 0x7FFFFFFF - (shard * (2**31 // num_shards) + torch.arange(columns, dtype=torch.int32, device=device))
 
 
-def best_pages(keys: Tensor, budget: Tensor | None, width: int, num_local: int, exchange: Exchange, what: str) -> Tensor:
+class Chosen(NamedTuple):
+    """page_list: [Q * S, 1 or H, K] int32 columns of this rank's tables, -1 = none. readers: [G, Q, 1 or H] bool, the ranks that have a
+    page of it (more may be named that find nothing), the same on all of them; None where nobody asks or there is one rank."""
+
+    page_list: Tensor
+    readers: Tensor | None = None
+
+
+def best_pages(keys: Tensor, budget: Tensor | None, width: int, num_local: int, exchange: Exchange, what: str) -> Chosen:
     """The `budget` highest keys over all ranks, and every pinned page.
 
     Args:
         keys: [Q, H, S * C] of page_keys. budget: [Q] int64 pages, pinned ones included; None = width for all, which holds what is pinned.
         width: most pages that a query can get, the same on all ranks. num_local: S.
 
-    Returns: [Q * S, H, K] int32 columns of this rank's tables, -1 = none. Sync: none. With several ranks one all-gather of the best
-    `width` keys of each: 8 * Q * H * width bytes.
+    Sync: none. With several ranks one all-gather of the best `width` keys of each: 8 * Q * H * width bytes.
     """
     local, index = keys.topk(min(width, keys.shape[-1]))
-    best = local
+    best, last, top = local, None, None
     if exchange.size > 1:
         own = torch.nn.functional.pad(local, (0, width - local.shape[-1]), value=HIDDEN)
-        best = exchange.all_gather(own.contiguous(), what).permute(1, 2, 0, 3).flatten(2).topk(width).values
+        gathered = exchange.all_gather(own.contiguous(), what)
+        top = gathered[..., 0]  # [G, Q, H], the best key of each rank
+        best = gathered.permute(1, 2, 0, 3).flatten(2).topk(width).values
     chosen = local > HIDDEN
     if budget is not None:
         num_pinned = (best >> 32 == PINNED).sum(-1)
         wanted = torch.maximum(budget.unsqueeze(-1), num_pinned).clamp(1, best.shape[-1])
-        chosen &= local >= best.gather(-1, (wanted - 1).unsqueeze(-1))
+        last = best.gather(-1, (wanted - 1).unsqueeze(-1))
     elif exchange.size > 1:
-        chosen &= local >= best[..., -1:]
+        last = best[..., -1:]
+    if last is not None:
+        chosen &= local >= last
+    readers = None if top is None else (top > HIDDEN) & (top >= last.squeeze(-1))
     if num_local == 1:
-        return torch.where(chosen, index, -1).to(torch.int32)
+        return Chosen(torch.where(chosen, index, -1).to(torch.int32), readers)
     columns = keys.shape[-1] // num_local
     shard = torch.arange(num_local, device=index.device).view(1, -1, 1, 1)
     here = chosen.unsqueeze(1) & (index.div(max(columns, 1), rounding_mode="floor").unsqueeze(1) == shard)
-    return torch.where(here, index.unsqueeze(1) % max(columns, 1), -1).to(torch.int32).flatten(0, 1)
+    return Chosen(torch.where(here, index.unsqueeze(1) % max(columns, 1), -1).to(torch.int32).flatten(0, 1), readers)
 
 
 def listed_pages(keys: Tensor, num_local: int) -> Tensor:

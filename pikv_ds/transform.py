@@ -70,6 +70,10 @@ class Transform:
     def __init__(self, k: Linear, v: Linear) -> None:
         self.k, self.v = k, v
 
+    @property
+    def v_rank(self) -> int:
+        return self.v.rank
+
     def to(self, device: torch.device) -> Transform:
         return Transform(self.k.to(device), self.v.to(device))
 
@@ -78,10 +82,15 @@ class Transform:
 
         Returns: q', the coefficients of k and v, and scale * q . mean [B, T, H * G] f32, which is missing in the lse; None = 0.
         """
-        by_head = q.float().unflatten(2, (k.shape[2], -1))  # [B, T, H, G, D]
+        folded, shift = self.fold(q, scale)
+        return folded, self.k.apply(k), self.v.apply(v) if v.shape[-1] else v, shift
+
+    def fold(self, q: Tensor, scale: float) -> tuple[Tensor, Tensor | None]:
+        """q' and the shift of the lse, as in `enter`."""
+        by_head = q.float().unflatten(2, (self.k.decode.shape[0], -1))  # [B, T, H, G, D]
         folded = torch.einsum("bthgd,hrd->bthgr", by_head, self.k.decode).flatten(2, 3).to(q.dtype)
         shift = None if self.k.mean is None else scale * torch.einsum("bthgd,hd->bthg", by_head, self.k.mean).flatten(2, 3)
-        return folded, self.k.apply(k), self.v.apply(v) if v.shape[-1] else v, shift
+        return folded, shift
 
     def leave(self, partial: Partial, shift: Tensor | None) -> Partial:
         """Attention over coefficients, as attention over what they stand for; 0 and -inf stay where nothing is stored."""

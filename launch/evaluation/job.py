@@ -82,8 +82,8 @@ def _own_samples(spec: EvalSpec) -> int:
 
 
 @contextlib.contextmanager
-def progress_bar(title: str, total: int, stdout: TextIO | None) -> Iterator[Callable[[int], None]]:
-    """A function that counts samples: a bar on a terminal, one line elsewhere, nothing without a stream."""
+def progress_bar(title: str, total: int, stdout: TextIO | None, unit: str = "samples") -> Iterator[Callable[[int], None]]:
+    """A function that counts units: a bar on a terminal, one line elsewhere, nothing without a stream."""
     if stdout is None:
         yield lambda done: None
         return
@@ -91,7 +91,7 @@ def progress_bar(title: str, total: int, stdout: TextIO | None) -> Iterator[Call
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     if not stdout.isatty():
-        print(f"{title}: {total} samples", file=stdout, flush=True)
+        print(f"{title}: {total} {unit}", file=stdout, flush=True)
         yield lambda done: None
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

@@ -70,4 +70,6 @@ FORMS = {
 
 def shown(record: Row) -> dict[str, str | None]:
     cells = {title: None if record[name] is None else format(record[name], form) for name, (title, form) in FORMS.items()}
+    if record["kl"] is not None and abs(record["kl"]) < 1e-8:
+        cells["KL"] = "< 1e-8"
     return {title: "+0.00" if cell == "-0.00" else cell for title, cell in cells.items()}

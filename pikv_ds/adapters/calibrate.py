@@ -11,6 +11,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from pikv_ds.calibration import Calibration, Moments
+from pikv_ds.codecs.base import Heads
 from pikv_ds.errors import UnsupportedError
 
 from .fingerprint import key_norms
@@ -60,6 +61,18 @@ def calibrate(model: PreTrainedModel, windows: Tensor, advance: Callable[[int], 
     outputs = [output_metric(attention, spec.num_kv_heads) for attention, spec in zip(attentions, specs, strict=True)]
     moments = [x.moments(metric) for x, metric in zip(sums, outputs, strict=True)]
     return Calibration.of(moments, fingerprint=fingerprint, about=about | {"tokens": str(sums[0].tokens)})
+
+
+@torch.no_grad()
+def heads_of(model: PreTrainedModel, windows: Tensor) -> list[list[Heads]]:
+    """[layer][window]: what every layer computes for each window [N, context], on the CPU."""
+    attentions = find_attentions(model)
+    found: list[list[Heads]] = [[] for _ in attentions]
+    see = {a: lambda q, k, v, kept=kept: kept.append(Heads(q.cpu(), k.cpu(), v.cpu())) for a, kept in zip(attentions, found, strict=True)}
+    with heads_shown(model, see):
+        for window in windows:
+            model(window.unsqueeze(0).to(model.device), use_cache=False)
+    return found
 
 
 @contextlib.contextmanager

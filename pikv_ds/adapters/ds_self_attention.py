@@ -41,7 +41,7 @@ class PiKVSelfAttention(DSSelfAttentionBase):
     """Writes the new keys and values with `ops.append`, then attends with `ops.decode`, or `ops.prefill_cached` for several tokens.
 
     implementation_config: {"format": name, "page_size": tokens}. The default format is the raw one of the input dtype; "fp8_e4m3" halves
-    it. int8 and int4 are refused: they keep a raw tail per sequence, and a RaggedBatchWrapper does not say which sequence is which.
+    it. The integer formats are refused: they keep a raw tail per sequence, and a RaggedBatchWrapper does not say which sequence is which.
     """
 
     @staticmethod
@@ -63,7 +63,7 @@ class PiKVSelfAttention(DSSelfAttentionBase):
     def __init__(self, config: DSSelfAttentionConfig, implementation_config: dict[str, Any]) -> None:
         super().__init__(config, implementation_config)
         name = implementation_config.get("format", _RAW[DtypeEnum(config.input_dtype).value])
-        if name in ("int8", "int4"):
+        if name in FORMATS and FORMATS[name].levels:
             raise UnsupportedError(
                 f"PiKV pages of format {name!r} keep a raw tail per sequence, for which DeepSpeed's ragged batch has no place; "
                 "use 'fp8_e4m3', or the format of the input dtype"

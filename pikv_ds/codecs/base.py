@@ -33,6 +33,8 @@ class Codec(ABC):
     lossless: ClassVar[bool] = False
     calibrated: ClassVar[bool] = False
     """Whether it needs a file of statistics, its option `calibration` (pikv_ds/calibration.py)."""
+    per_request: ClassVar[bool] = False
+    """Whether its maps follow from each request's own keys and values (pikv_ds/request_basis.py); `transform` is None then."""
     group: int = 0
     """Tokens that share a scale of K, so that a page must hold whole groups and a row keeps a raw tail; 0 = none do."""
     light: Codec | None = None
@@ -64,6 +66,10 @@ class Codec(ABC):
     def transform(self, spec: LayerSpec) -> Transform | None:
         """The maps between the model's heads and what pages hold; None: they are the same. Raises: ValueError, ConfigError."""
         return None
+
+    def request_maps(self, spec: LayerSpec, heads: Heads) -> Transform | None:
+        """The maps for a request that computes just these heads: `transform`, but for codecs that fit each request."""
+        return self.transform(spec)
 
     def check_model(self, spec: LayerSpec, norms: Tensor) -> None:  # noqa: B027
         """Raises: ConfigError when a calibration is of other weights; norms [H, D]: of the rows of the layer's key projection."""

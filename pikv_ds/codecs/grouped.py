@@ -1,21 +1,20 @@
-"""What int8 and int4 share: K scales per channel over a group of tokens."""
+"""What int8, int4 and int2 share: K scales per channel over a group of tokens."""
 
 from __future__ import annotations
 
 import torch
 
 from pikv_ds.codecs.base import Codec
-from pikv_ds.ops.formats import FORMATS, MIN_GROUP
+from pikv_ds.ops.format_checks import MIN_GROUP
+from pikv_ds.ops.formats import FORMATS, GROUP
 
 
 class GroupedIntegers(Codec):
     """Unsigned codes with a scale and a zero: value = code * scale + zero."""
 
-    def __init__(self, *, group: int = MIN_GROUP) -> None:
-        if group < MIN_GROUP or group > 256 or group % 8:
-            raise ValueError(
-                f"a multiple of 8 from {MIN_GROUP} to 256: below {MIN_GROUP} tokens the K scales cost more than the codes save"
-            )
+    def __init__(self, *, group: int = GROUP) -> None:
+        if group < MIN_GROUP or group > 256 or group % 16:
+            raise ValueError(f"a multiple of 16 from {MIN_GROUP} to 256: at {MIN_GROUP} tokens the K scales cost 1 bit per element")
         self.group = group
 
     @property

@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -28,6 +28,8 @@ class LinearCodec(Codec):
     """
 
     calibrated = True
+    learns: ClassVar[bool] = False
+    """Whether the calibration also holds what `learn` trains."""
 
     def __init__(self, *, rank: int, calibration: str, store: str = "none", group: int | None = None) -> None:
         check_rank(rank)

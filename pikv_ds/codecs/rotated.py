@@ -23,7 +23,7 @@ class Rotated(Codec):
         self.inner, self.seed = inner, seed
         self.name, self.calibrated, self.group = inner.name, inner.calibrated, inner.group
         self.light, self.light_ratio = inner.light, inner.light_ratio  # light pages hold what is turned as well
-        self.light, self.light_ratio = inner.light, inner.light_ratio
+        self.per_request = inner.per_request
 
     @property
     def preferred_page_size(self) -> int:

@@ -61,7 +61,8 @@ class ShardRouter(Router):
         return chosen & (logits > -torch.inf)
 
     def score(self, asked: PageQuery) -> Tensor:
-        return scores_of(self.chosen_shards(asked), asked)
+        self.chosen = self.chosen_shards(asked)
+        return scores_of(self.chosen, asked)
 
 
 def scores_of(chosen: Tensor, asked: PageQuery) -> Tensor:

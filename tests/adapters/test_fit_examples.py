@@ -41,7 +41,7 @@ SMALL = {"sink_tokens": 2, "recent_tokens": 8}
 
 def test_quest_mlp(run, tmp_path):
     path = str(tmp_path / "mlp.safetensors")
-    text = run("fit_quest_mlp.py", path, "--windows", "4", "--context", "192", "--steps", "300", "--facts")
+    text = run("fit_quest_mlp.py", path, "--windows", "4", "--context", "192", "--steps", "120", "--facts")
     explained = [float(x) for x in text.rpartition("by layer: ")[2].split(",")]
     assert max(explained) > 0.15, text
     stats = generated({"page_size": 4, "scheduling": {"method": "quest_mlp", "path": path, "budget_ratio": 0.5, **SMALL}})

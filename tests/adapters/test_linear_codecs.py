@@ -94,6 +94,44 @@ def test_beams_and_windows_at_full_rank(models):
     assert_same(generate_sharded(model, ids, new_tokens=10, num_beams=3, config=block), want, 2e-5)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("columns", [[21], [5, 16], [7, 7, 7], [1] * 21], ids=str)
+def test_svd_of_full_rank_is_exact_through_its_turns(models, family, columns):
+    """A prompt in chunks changes its bases: what is stored is turned with them. Requests are fitted up to 14 tokens."""
+    model, ids, _, _ = models[family]
+    block = {"page_size": 4, "storage": {"num_shards": 3}, "compression": {"method": "svd", "rank": 16, "fit_tokens": 14}}
+    with torch.no_grad():
+        want = model(ids).logits
+        with pikv_ds.attach(model, block) as cache:
+            found = torch.cat([model(part, past_key_values=cache, use_cache=True).logits for part in ids.split(columns, 1)], 1)
+            pages = sum(store.nbytes for store in cache.core.tables.stores)
+            kept = 2 * 2 * 2 * 2 * 16 * 16 * 4  # layers, sides, rows, heads, head_dim, rank, bytes: the sums are gone
+            assert cache.stats()["kv_bytes_allocated"] == pages + cache.core.bases.nbytes == pages + kept
+    assert (found - want).abs().max() <= 2e-5
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 3}, {"num_return_sequences": 2, "num_beams": 2}], ids=str)
+def test_svd_follows_beams(models, options):
+    model, ids, _, _ = models["mixtral"]
+    block = {"page_size": 4, "compression": {"method": "svd", "rank": 16, "store": "none", "fit_tokens": 64}}
+    want = generate(model, ids, new_tokens=24, **options)
+    assert_same(generate_sharded(model, ids, new_tokens=24, config=block, **options), want, 2e-5)
+
+
+def test_what_svd_cannot_be_combined_with(models):
+    svd = {"method": "svd", "rank": 16}
+    for block, said in (
+        ({"compression": {"rank": 24, "method": "svd"}}, "rank = 24 is larger than k_dim = 16"),
+        ({"compression": {**svd, "rotate": "hadamard"}}, "pikv.compression.rotate"),
+        ({"compression": {"v": svd}}, "another codec in pikv.compression.v"),
+        ({"compression": {"layers": {"0": svd}}}, "another codec in pikv.compression.layers.0"),
+        ({"compression": svd, "page_size": 4, "routing": {"method": "bounds", "budget_ratio": 0.5}}, "pikv.routing.method = 'bounds'"),
+        ({"compression": svd, "scheduling": {"method": "quest", "budget_tokens": 128}}, "pikv.scheduling.method = 'quest'"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            pikv_ds.attach(models["qwen3_moe"][0], block)
+
+
 def test_keys_and_values_and_layers_by_codecs_of_their_own(models):
     model, ids, calibration, dense = models["qwen3_moe"]
     linear = {"method": "lora", "rank": 16, "calibration": calibration}
@@ -150,3 +188,13 @@ def test_weights_in_another_dtype_are_the_same_model(models):
     model = tiny_model("qwen3_moe").to(torch.bfloat16)
     with pikv_ds.attach(model, {"compression": {"method": "lora", "rank": 16, "calibration": models["qwen3_moe"][2]}}) as cache:
         assert cache.core.tables.formats[0].name == "bf16"
+
+
+def test_keys_and_values_in_record_formats_of_their_own(models):
+    model, ids, calibration, _ = models["qwen3_moe"]
+    low = {"method": "lora_plus", "rank": 8, "store": "int8", "calibration": calibration}
+    for compression, label in (({"method": "int8", "v": {"method": "fp8_e4m3"}}, "int8/fp8_e4m3"), ({"v": low}, "fp32/int8")):
+        with pikv_ds.attach(model, {"compression": compression}) as cache, torch.no_grad():
+            found = torch.cat([model(part, past_key_values=cache, use_cache=True).logits for part in ids.split(7, 1)], 1)
+            formats = cache.core.tables.formats
+        assert {fmt.label for fmt in formats} == {label} and bool(found.isfinite().all())

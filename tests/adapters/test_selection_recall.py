@@ -14,11 +14,13 @@ EIGHTH = {"budget_ratio": 0.125, "sink_tokens": 4, "recent_tokens": 16}
 
 
 class Found(NamedTuple):
-    """recall: share of answers found. read, mass: share of the visible entries that answering queries read, and of their attention."""
+    """recall: share of answers found. read, mass: share of the visible entries that answering queries read, and of their attention;
+    text: of the attention of the three chunks before the last, which are ordinary text for the most part."""
 
     recall: float
     read: float
     mass: float
+    text: float
 
 
 @pytest.fixture(scope="module")
@@ -37,21 +39,26 @@ def recall():
             return measured[method]
         routing = {"method": method} | ({} if method == "all" else EIGHTH)
         with torch.no_grad(), pikv_ds.attach(model, {"page_size": 4, "routing": routing}) as cache:
+            text = [0.0, 1.0]
             for start in range(0, length, CHUNK):
+                if cache.core.selection is not None:
+                    cache.core.selection.measures_mass = length - 4 * CHUNK <= start < length - CHUNK
                 token = model(ids[:, start : start + CHUNK], past_key_values=cache, logits_to_keep=1).logits.argmax(-1)
             before, answer, selection = cache.stats(), [token], cache.core.selection
             if selection is not None:
+                text = selection.mass.tolist()
                 selection.measures_mass = True
+                selection.mass.zero_()
             for _ in range(prose.answer_tokens() - 1):
                 answer.append(model(answer[-1], past_key_values=cache).logits.argmax(-1))
             after, mass = cache.stats(), None if selection is None else selection.mass.tolist()
         texts = [tokenizer.decode(row).strip() for row in torch.cat(answer, 1)]
         found = sum(text.startswith(prompt.answer) for text, prompt in zip(texts, prompts, strict=True)) / PROMPTS
         if selection is None:
-            measured[method] = Found(found, 1.0, 1.0)
+            measured[method] = Found(found, 1.0, 1.0, 1.0)
         else:
             read, visible = (after[key] - before[key] for key in ("entries_read", "entries_visible"))
-            measured[method] = Found(found, read / visible, mass[0] / mass[1])
+            measured[method] = Found(found, read / visible, mass[0] / mass[1], text[0] / text[1])
         print(method, measured[method])
         return measured[method]
 
@@ -59,12 +66,14 @@ def recall():
 
 
 def test_page_bounds_find_what_full_attention_finds(recall):
-    """An eighth of the entries, sinks and window included. Measured on 24 prompts: recall 1.00 of 1.00, mass .84 (oracle .90)."""
+    """An eighth of the entries, sinks and window included. Measured: mass .86 of the oracle's .90 at the answers, .68 of its .76 on text;
+    with Quest's bound (spread 1, max) .84 and .57, so that the last line fails."""
     full, bounds, oracle = recall("all"), recall("bounds"), recall("page_oracle")
     assert full.recall >= 0.95
     assert bounds.recall >= 0.95 * full.recall
     assert bounds.read <= 0.135
     assert bounds.mass >= 0.85 * oracle.mass
+    assert bounds.text >= 0.85 * oracle.text
 
 
 @pytest.mark.parametrize("control", ["sinks_recent", "shuffle"])

@@ -13,7 +13,7 @@ def job(tmp_path_factory) -> JobResult:
 
 
 @pytest.mark.parametrize("requests", ["replicated", "distinct"])
-@pytest.mark.parametrize("what", ["qwen3_moe", "qwen3_moe ids true", "qwen3_moe beams", "gpt_oss"])
+@pytest.mark.parametrize("what", ["qwen3_moe", "qwen3_moe ids true", "qwen3_moe beams", "qwen3_moe svd", "gpt_oss", "gpt_oss svd"])
 def test_full_rank_is_exact(job, what, requests):
     job.check(f"{what} {requests}")
 

@@ -33,5 +33,13 @@ def test_bytes_of_a_step_are_those_of_the_formula(requests: str, world: int):
 
 
 @WORLDS
+@pytest.mark.parametrize("by", ["pages", "shards"])
+def test_bytes_on_the_wire_fall_with_the_budget(by: str, world: int):
+    """Partials of 1, 3 and 40 pages per head, of 1, 2 and 4 of the 4 shards."""
+    rows = job(world).check(f"needed, {by}")
+    print([(row["returned"], row["whole"]) for row in rows])
+
+
+@WORLDS
 def test_ranks_that_diverge_stop_together(world: int):
     job(world).check("diverged")

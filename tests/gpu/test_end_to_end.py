@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from pikv_ds.launch.bench_ops import FORMATS
 from tests.gpu.marks import needs_gpu
 
 pytestmark = needs_gpu
@@ -33,4 +34,4 @@ def test_the_benchmark_runs(tmp_path):
     report = tmp_path / "bench.json"
     _run("pikv_ds.launch.cli", "bench", "ops", "--device", "cuda", "--quick", "--json", str(report))
     rows = json.loads(report.read_text())["rows"]
-    assert {row["format"] for row in rows} == {"bf16", "int8", "int4", "fp8_e4m3"} and all(0 < row["share"] < 2 for row in rows)
+    assert {row["format"] for row in rows} == set(FORMATS) and all(0 < row["share"] < 2 for row in rows)

@@ -14,7 +14,7 @@ from pikv_ds.adapters.hf import attach
 from pikv_ds.bundled.recall import Prose
 from pikv_ds.launch import megatron_eval
 from pikv_ds.launch.cli import main
-from pikv_ds.launch.evaluation import hf
+from pikv_ds.launch.evaluation import hf, ppl
 from pikv_ds.launch.evaluation.job import progress_bar
 from pikv_ds.launch.evaluation.partial import Partial, key_of
 from pikv_ds.launch.evaluation.ppl import measure_ppl
@@ -128,6 +128,35 @@ def test_facts_are_found_and_bytes_are_measured(document):
     assert exact["kv_bytes_per_rank"][0] == exact["bytes_per_token"] * 3 * CONTEXT
     assert 2048 + 16 <= exact["bytes_per_token"] < 1.25 * 2064 + 2 * 16 * 2064 / CONTEXT  # positions, slabs, open pages
     assert exact["compression"] == pytest.approx(1024 / exact["bytes_per_token"])
+
+
+def test_the_dense_cache_runs_once_for_all_configurations_of_a_run(monkeypatch):
+    opened = []
+
+    class Backend(hf.HFBackend):
+        def session(self, block, rows, length):
+            opened.append(block is None)
+            return super().session(block, rows, length)
+
+    first, other = spec(samples=2, batch=1), spec(samples=2, batch=1, seed=1)
+    backend = Backend(first, 60)
+    prose = Prose(backend.tokenizer, bundled.evaluation_text())
+
+    def run(run_spec, block):
+        opened.clear()
+        with torch.no_grad():
+            return measure_ppl(backend, run_spec, prose, block, lambda done: None)
+
+    dense = run(first, None)
+    assert opened == [True, True]
+    again = run(first, {"compression": {"method": "int8"}})
+    assert opened == [False, False] and again[0].dense_nll == dense[0].nll and again[0].kl > 0
+    assert run(first, None) == dense and opened == []
+    run(other, None)
+    assert opened == [True, True], "other windows"
+    monkeypatch.setattr(ppl, "MOST_KEPT", 0)
+    run(first, None), run(first, None)
+    assert opened == [True, True], "nothing is kept that is too large"
 
 
 def test_a_cache_that_forgets_is_seen():

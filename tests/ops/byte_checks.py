@@ -10,9 +10,8 @@ from collections.abc import Callable
 import torch
 
 from pikv_ds.ops import library, ref_formats
-from pikv_ds.ops.formats import PageFormat
 from pikv_ds.ops.pack import record_layout
-from tests.ops.cases import compare, compare_lse
+from tests.ops.cases import compare, compare_lse, format_of
 from tests.ops.grown import Grown
 
 
@@ -20,7 +19,7 @@ def check_append(name: str, latent: bool, dtype: torch.dtype, op: Callable, devi
     """Two tables whose tokens come interleaved, in steps of 1 to 150, some of them stored elsewhere (-1): the bytes of the reference."""
     generator = torch.Generator().manual_seed(3)
     heads, k_dim, v_dim = (1, 72, 64) if latent else (3, 40, 32)
-    fmt = PageFormat(name, heads, k_dim, v_dim, 64, latent)
+    fmt = format_of(name, heads, k_dim, v_dim, 64, latent)
     pages, tail = ref_formats.new_pages(fmt, 12), None
     if fmt.grouped:
         tail = torch.zeros(2, heads, fmt.group, k_dim, dtype=torch.bfloat16)

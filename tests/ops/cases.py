@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pikv_ds.ops import library, load, ref_append, ref_attend, ref_formats
-from pikv_ds.ops.formats import PageFormat
+from pikv_ds.ops.formats import FORMATS, GROUP, PageFormat
 
 # The reference, the CPU version capped at an instruction set, the CUDA kernels under the host emulation.
 IMPLEMENTATIONS = ("torch", "baseline", "avx2", "avx512", "vnni", "emu")
@@ -27,9 +27,23 @@ class Case:
     extra: dict = field(default_factory=dict)  # tail, tail_rows
 
 
+def format_of(
+    label: str, heads: int, k_dim: int, v_dim: int, page_size: int | None = None, latent: bool = False, group: int = GROUP
+) -> PageFormat:
+    """The format with this PageFormat.label: int4, int8/int4 (a latent layer: int8 alone), int4+rope (a layer that is not latent: int4)."""
+    name, _, v_name = label.removesuffix("+rope").partition("/")
+    page_size = page_size or small_page(label)
+    rope_raw = label.endswith("+rope") and latent and k_dim > v_dim
+    return PageFormat(name, heads, k_dim, v_dim, page_size, latent, group, v_name=None if latent else v_name or None, rope_raw=rope_raw)
+
+
+def small_page(label: str) -> int:
+    return 64 if FORMATS[label.removesuffix("+rope").partition("/")[0]].levels else 16
+
+
 def make_case(
     name="bf16", *, lens=(37,), shards=1, heads=2, group=4, k_dim=64, v_dim=None, page_size=None, latent=False, dtype=torch.bfloat16,
-    seed=0, stretch=1, unused=0xFF,
+    seed=0, stretch=1, unused=0xFF, scale_group=GROUP,
 ) -> Case:  # fmt: skip
     """`lens`: entries of each request, dealt to `shards` tables at random, so that no table holds a run of positions.
 
@@ -37,8 +51,8 @@ def make_case(
     unused: every byte that no entry has been written to; 0xFF is NaN in every float format.
     """
     generator = torch.Generator().manual_seed(seed)
-    page_size = page_size or (64 if name in ("int8", "int4") else 16)
-    fmt = PageFormat(name, heads, k_dim, v_dim or k_dim, page_size, latent)
+    fmt = format_of(name, heads, k_dim, v_dim or k_dim, page_size, latent, scale_group)
+    page_size = fmt.page_size
     R, N = len(lens), len(lens) * shards
     owner = [torch.randint(shards, (length,), generator=generator) for length in lens]
     draw = lambda length: torch.randperm(stretch * length, generator=generator)[:length].sort().values  # noqa: E731

@@ -3,7 +3,7 @@
 import torch
 
 from pikv_ds.ops import library, ref_append, ref_formats
-from pikv_ds.ops.formats import PageFormat
+from tests.ops.cases import format_of
 
 P = 64  # page size
 
@@ -11,9 +11,9 @@ P = 64  # page size
 class Grown:
     """A store of two tables that grows in steps, with its bounds; pages come in no order."""
 
-    def __init__(self, name, dtype, heads=2, dim=32, latent=False, seed=0, device="cpu"):
+    def __init__(self, name, dtype, heads=2, dim=32, latent=False, seed=0, device="cpu", v_dim=None):
         self.device = device
-        self.fmt = PageFormat(name, 1 if latent else heads, dim, dim, P, latent)
+        self.fmt = format_of(name, 1 if latent else heads, dim, v_dim or dim, P, latent)
         self.generator = torch.Generator().manual_seed(seed)
         self.pages = torch.full((12, self.fmt.record_bytes), 0xFF, dtype=torch.uint8)
         self.bounds = torch.full((12, self.fmt.num_kv_heads, 2, dim), torch.nan, dtype=dtype)
@@ -29,7 +29,9 @@ class Grown:
             if n < 2 and self.lens[n] < 6 * P:
                 slots[i] = int(self.table[n, self.lens[n] // P]) * P + self.lens[n] % P
                 self.lens[n] += 1
-        k, v = (torch.randn(count, self.fmt.num_kv_heads, self.fmt.k_dim, generator=self.generator) * scale for _ in "kv")
+        k, v = (
+            torch.randn(count, self.fmt.num_kv_heads, dim, generator=self.generator) * scale for dim in (self.fmt.k_dim, self.fmt.v_dim)
+        )
         rows = {"tail_rows": owner.clamp_max(1).int()} if self.extra else {}
         ref_append.append(self.pages, self.fmt, k, v, torch.arange(count, dtype=torch.int32), slots, **self.extra, **rows)
         bounds = self.bounds.to(self.device)

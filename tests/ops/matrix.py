@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from pikv_ds.ops import library
-from pikv_ds.ops.formats import FORMATS, PageFormat
+from pikv_ds.ops.formats import FORMATS
 from tests.ops.byte_checks import (
     check_append,
     check_bounds,
@@ -27,8 +27,9 @@ from tests.ops.byte_checks import (
     check_score,
     check_slots,
 )
-from tests.ops.cases import answer, compare, compare_lse, make_case
+from tests.ops.cases import answer, compare, compare_lse, make_case, small_page
 
+NAMES = (*FORMATS, "int8/int4", "int4/int2", "fp8_e4m3/int4", "int4/fp8_e4m3", "bf16/fp4_e2m1", "int4+rope", "fp4_e2m1+rope")
 GROUPS = (1, 4, 8, 16)
 MODES = ("dense", "list", "window")
 OUT, LSE = 1e-4, 1e-3  # the hi + lo split of q costs int8 about 3e-5 on CPU; plain paths are below 1e-6
@@ -65,12 +66,12 @@ class Attention:
 def points(long: bool = False) -> Iterator[Point]:
     for a in _attention(long):
         yield Point("prefill_cached" if a.queries else "decode", a.id, partial(check_attention, a))
-    for name, latent, dtype in itertools.product(FORMATS, (False, True), DTYPES if long else DTYPES[:1]):
+    for name, latent, dtype in itertools.product(NAMES, (False, True), DTYPES if long else DTYPES[:1]):
         label = f"{name}-{'latent' if latent else 'D40'}-{str(dtype)[6:]}"
         yield Point("append", label, partial(check_append, name, latent, dtype))
     for sets, dim in itertools.product((1, 2, 5, 64) if long else (1, 5), (8, 40, 512)):
         yield Point("merge", f"S{sets}-D{dim}", partial(check_merge, sets, dim))
-    for name, dtype in itertools.product(FORMATS, DTYPES):
+    for name, dtype in itertools.product(FORMATS, DTYPES):  # values have no bounds
         yield Point("page_bounds", f"{name}-{str(dtype)[6:]}", partial(check_bounds, name, dtype))
     for (heads, tables, spread), dtype in itertools.product(((3, 1, None), (1, 3, None), (3, 1, 0.5)), DTYPES):
         label = f"H{heads}-tables{tables}-{str(dtype)[6:]}" + ("" if spread is None else f"-width{spread}")
@@ -86,15 +87,18 @@ def points(long: bool = False) -> Iterator[Point]:
 
 
 def _attention(long: bool) -> Iterator[Attention]:
-    for name in FORMATS:
-        small = 64 if PageFormat(name, 1, 64, 64, 64).grouped else 16
-        for group, mode in itertools.product(GROUPS, MODES):
+    for name in NAMES:
+        small = small_page(name)
+        if name.endswith("+rope"):
+            yield Attention(name, 5, "window", 576, 512, True, small)
+            continue
+        for group, mode in ((1, "dense"), (4, "list"), (8, "window")) if "/" in name else itertools.product(GROUPS, MODES):
             yield Attention(name, group, mode, page_size=small)
-        for mode in MODES:
+        for mode in () if "/" in name else MODES:
             yield Attention(name, 5, mode, 576, 512, True, small)
         for mode, causal_group in (("dense", 2), ("window", 4)):
             yield Attention(name, causal_group, mode, page_size=small, shards=2, queries=3)
-        if long:
+        if long and "/" not in name:
             yield from _long(name, small)
 
 

@@ -1,5 +1,7 @@
 """append, migrate, merge: the CPU versions give the bytes of the reference; payloads name their source."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -34,8 +36,16 @@ def _append(which, pages, fmt, k, v, positions, slots, extra, rows):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", list(FORMATS))
-@pytest.mark.parametrize("latent", [False, True])
+@pytest.mark.parametrize(
+    ("name", "latent"),
+    [
+        *itertools.product(FORMATS, (False, True)),
+        ("int8/int4", False),
+        ("fp4_e2m1/int2", False),
+        ("int4+rope", True),
+        ("fp8_e4m3+rope", True),
+    ],
+)
 @COMPILED
 def test_same_bytes_as_the_reference(name, dtype, latent, compiled):
     check_append(name, latent, dtype, lambda op: _op(compiled, op), "cpu")
@@ -147,3 +157,40 @@ def test_checksum_of_the_reference_and_compiled_agree(num_bytes, compiled):
     if num_bytes:
         data[num_bytes // 2] ^= 4
         assert checksum(data) != expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@COMPILED
+def test_a_tail_of_16_bits_saturates(dtype, compiled):
+    """fp16 tails of fp32 models: what is beyond 65504 becomes that, as in the codes; NaN stays NaN, in its own token."""
+    fmt = PageFormat("int4", 1, 8, 8, 64)
+    k = torch.linspace(-1e5, 1e5, 24).view(3, 1, 8)
+    k[2, 0, 3] = torch.nan
+    found = {}
+    for which in ("torch", compiled):
+        pages, tail = ref_formats.new_pages(fmt, 1), torch.zeros(1, 1, 64, 8, dtype=dtype)
+        _append(which, pages, fmt, k, k, torch.arange(3), torch.arange(3), {"tail": tail}, torch.zeros(3, dtype=torch.int32))
+        found[which] = tail[0, 0, :3]
+    wanted = k[:, 0].clamp(-65504, 65504).to(dtype) if dtype == torch.float16 else k[:, 0].to(dtype)
+    for tail in found.values():
+        assert torch.equal(tail.isnan(), wanted.isnan()) and torch.equal(tail.nan_to_num(), wanted.nan_to_num())
+
+
+@pytest.mark.parametrize("name", list(FORMATS))
+@pytest.mark.parametrize("which", ["torch", "cpu", "emu"])
+def test_what_is_not_finite_stays_in_its_entry(name, which):
+    """Or, keys of the integer formats, in its group: every other entry has the bits it would have without it."""
+    fmt = PageFormat(name, 2, 32, 32, 64)
+    clean = torch.randn(128, 2, 32, generator=torch.Generator().manual_seed(0))
+    broken = clean.clone()
+    broken[70], broken[75, 1, ::3], broken[80, 0, 5] = torch.nan, torch.inf, -torch.inf
+    found = []
+    for x in (clean, broken):
+        pages, extra = _store(fmt, 2, 1)
+        slots = torch.arange(128, dtype=torch.int32)
+        _append(which, pages, fmt, x, x, slots, slots, extra, torch.zeros(128, dtype=torch.int32))
+        found.append([y.transpose(1, 2).flatten(0, 1) for y in ops.decode_pages(pages, fmt)])
+    kept = [slot for slot in range(128) if slot not in (70, 75, 80)]
+    k_kept = kept[:64] if fmt.grouped else kept
+    for part, slots in ((0, k_kept), (1, kept)):
+        assert torch.equal(found[0][part][slots], found[1][part][slots]) and found[0][part].isfinite().all()

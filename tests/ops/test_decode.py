@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from pikv_ds.ops import library
+from pikv_ds.ops.formats import FORMATS
 from tests.ops.cases import IMPLEMENTATIONS, answer, call, compare, compare_lse, make_case, run
 
-FORMATS = ("fp32", "bf16", "fp16", "int8", "int4", "fp8_e4m3")
+PAIRS = ("int8/int4", "int4/int2", "int8/int2", "int8/fp8_e4m3", "fp8_e4m3/int4", "bf16/int4", "fp4_e2m1/int8")
 OUT, LSE = 1e-4, 1e-3  # the hi + lo split of q costs int8 about 3e-5; plain paths are below 1e-6
 
 
@@ -22,7 +23,7 @@ def _check(case, implementation, monkeypatch, out_tolerance=OUT, **options):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", list(FORMATS))
 class TestDecode:
     @pytest.mark.parametrize("group", [1, 2, 3, 4, 8, 16])
     def test_groups_and_ragged_lengths(self, name, implementation, group, monkeypatch):
@@ -34,7 +35,7 @@ class TestDecode:
 
     @pytest.mark.parametrize("page_size", [1, 5, 16, 32, 64, 128, 256])
     def test_page_sizes(self, name, implementation, page_size, monkeypatch):
-        if name in ("int8", "int4") and page_size % 64:
+        if FORMATS[name].levels and page_size % 64:
             pytest.skip("groups of 64 tokens")
         _check(make_case(name, lens=(1, page_size, page_size + 1, 300), page_size=page_size), implementation, monkeypatch)
 
@@ -105,7 +106,33 @@ class TestDecode:
                 compare_lse(lse[:, t], expected[1], LSE, f"{implementation} query {t}")
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", PAIRS)
+class TestMixed:
+    """Keys of one format, values of another."""
+
+    @pytest.mark.parametrize(("dims", "group"), [((64, 64), 3), ((32, 32), 8), ((128, 128), 1), ((96, 40), 4)])
+    def test_widths(self, name, implementation, dims, group, monkeypatch):
+        case = make_case(name, lens=(0, 1, 64, 65, 129), k_dim=dims[0], v_dim=dims[1], group=group)
+        _check(case, implementation, monkeypatch, with_page_lse=True, window=100 if group == 3 else 0)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", ["int8+rope", "int4+rope", "int2+rope", "fp8_e4m3+rope", "fp4_e2m1+rope"])
+def test_raw_rope_columns(name, implementation, monkeypatch):
+    _check(make_case(name, lens=(100, 64, 1), heads=1, group=5, k_dim=576, v_dim=512, latent=True), implementation, monkeypatch)
+    _check(make_case(name, lens=(70,), heads=1, group=2, k_dim=48, v_dim=40, latent=True), implementation, monkeypatch, window=20)
+
+
+@pytest.mark.parametrize("group", [32, 48])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_smaller_groups(implementation, group, monkeypatch):
+    case = make_case("int4", lens=(100, 96, 3, 0), page_size=2 * group, scale_group=group)
+    assert case.fmt.group == group
+    _check(case, implementation, monkeypatch, with_page_lse=True)
+
+
+@pytest.mark.parametrize("name", list(FORMATS))
 def test_splits_and_page_order_change_nothing(name, monkeypatch):
     case = make_case(name, lens=(1000, 130), page_size=64)
     first = run(case, "vnni", monkeypatch, num_splits=1)
@@ -140,7 +167,10 @@ def test_error_table(monkeypatch):
         stored = answer(case)
         kernel = ((out.double() - stored[0]).norm() / stored[0].norm()).item()
         print(f"{name:>9} format + kernel {error:.1e}  kernel {kernel:.1e}  lse {(found_lse.double().view(2, 4) - lse).abs().max():.1e}")
-        assert error <= {"fp32": 1e-6, "bf16": 1e-5, "fp16": 1e-5, "int8": 0.02, "int4": 0.3, "fp8_e4m3": 0.06}[name]
+        assert (
+            error
+            <= {"fp32": 1e-6, "bf16": 1e-5, "fp16": 1e-5, "int8": 0.02, "int4": 0.3, "fp8_e4m3": 0.06, "int2": 1.2, "fp4_e2m1": 0.25}[name]
+        )
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

@@ -34,7 +34,16 @@ def test_matrix(emu, op):
 
 def test_the_matrix_is_whole():
     decodes = {point.id for point in POINTS if point.op == "decode"}
-    for name, page in (("bf16", 16), ("fp16", 16), ("fp32", 16), ("fp8_e4m3", 16), ("int8", 64), ("int4", 64)):
+    for name, page in (
+        ("bf16", 16),
+        ("fp16", 16),
+        ("fp32", 16),
+        ("fp8_e4m3", 16),
+        ("fp4_e2m1", 16),
+        ("int8", 64),
+        ("int4", 64),
+        ("int2", 64),
+    ):
         wanted = {f"{name}-D64-G{group}-P{page}-S1-{mode}-bfloat16" for group in (1, 4, 8, 16) for mode in ("dense", "list", "window")}
         wanted.add(f"{name}-latent576-G5-P{page}-S1-window-bfloat16")
         assert wanted <= decodes, wanted - decodes

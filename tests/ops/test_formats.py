@@ -9,11 +9,12 @@ from pikv_ds.ops import ref_formats
 from pikv_ds.ops.formats import FORMATS, PageFormat
 
 NAMES = list(FORMATS)
+LOSSY = ["int8", "int4", "int2", "fp8_e4m3", "fp4_e2m1"]
 
 
-def _format(name, k_dim=64, v_dim=None, page_size=None, heads=2, latent=False):
-    page_size = page_size or (64 if name in ("int8", "int4") else 16)
-    return PageFormat(name, heads, k_dim, v_dim or k_dim, page_size, latent)
+def _format(name, k_dim=64, v_dim=None, page_size=None, heads=2, latent=False, **options):
+    page_size = page_size or (64 if FORMATS[name].levels else 16)
+    return PageFormat(name, heads, k_dim, v_dim or k_dim, page_size, latent, **options)
 
 
 def _roundtrip(fmt, k, v):
@@ -58,7 +59,7 @@ def test_latent_has_no_values_of_its_own(name, k_dim, v_dim):
 @pytest.mark.parametrize("page_size", [1, 2, 7, 16, 32, 64, 128, 192, 256])
 @pytest.mark.parametrize(("k_dim", "v_dim", "latent"), [(32, 32, False), (96, 64, False), (576, 512, True)])
 def test_record_bytes_are_what_is_allocated(name, page_size, k_dim, v_dim, latent):
-    if name in ("int8", "int4") and page_size % 64:
+    if FORMATS[name].levels and page_size % 64:
         pytest.skip("refused: test_page_size_must_hold_whole_groups")
     heads = 1 if latent else 3
     fmt = _format(name, k_dim, v_dim, page_size, heads, latent)
@@ -69,6 +70,8 @@ def test_record_bytes_are_what_is_allocated(name, page_size, k_dim, v_dim, laten
     used = page_size * heads * (k_dim + (0 if latent else v_dim)) * bits // 8 + 4 * page_size
     if fmt.grouped:
         used += heads * (4 * k_dim * page_size // 64 + (0 if latent else 4 * page_size))
+    elif name == "fp4_e2m1":
+        used += heads * page_size * (k_dim // 16 + 1 + (0 if latent else v_dim // 16 + 1))
     elif not fmt.raw:
         used += heads * 2 * page_size * (1 if latent else 2)
     assert used <= fmt.record_bytes < used + 64 + 16 * 6 * heads
@@ -80,7 +83,8 @@ def test_record_bytes_are_what_is_allocated(name, page_size, k_dim, v_dim, laten
 def test_bytes_per_token_of_the_usual_shape():
     """Llama-3-8B's layer, 8 heads of 128: what a slot costs beside its 4-byte position."""
     found = {name: _format(name, 128, page_size=64, heads=8).bytes_per_token for name in NAMES}
-    assert found == {"fp32": 8192, "bf16": 4096, "fp16": 4096, "int8": 2048 + 64 + 32, "int4": 1024 + 64 + 32, "fp8_e4m3": 2048 + 32}
+    assert found == {"fp32": 8192, "bf16": 4096, "fp16": 4096, "int8": 2048 + 64 + 32, "int4": 1024 + 64 + 32, "fp8_e4m3": 2048 + 32,
+                     "int2": 512 + 64 + 32, "fp4_e2m1": 1024 + 128 + 16}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["fp32", "bf16", "fp16"])
@@ -98,7 +102,7 @@ def test_views_write_through(name):
 
 @settings(max_examples=60)
 @given(
-    st.sampled_from(["int8", "int4", "fp8_e4m3", "fp16", "bf16"]),
+    st.sampled_from([*LOSSY, "fp16", "bf16"]),
     st.integers(0, 2**32),
     st.floats(-4, 4),
     st.floats(-1, 3),
@@ -155,16 +159,21 @@ def test_error_table():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("int2", 1, 64, 64, 16), "'int2' is not known; one of: fp32"),
+        (("int3", 1, 64, 64, 16), "'int3' is not known; one of: fp32"),
         (("int4", 1, 64, 64, 16), "groups of 64 tokens, and page_size 16 is not a multiple of 64"),
         (("int8", 1, 64, 64, 96), "groups of 64 tokens, and page_size 96 is not a multiple of 64; use page_size 64"),
-        (("int4", 1, 63, 64, 64), "k_dim must be even, got 63; use 'int8'"),
+        (("int4", 1, 64, 63, 64), "v_dim must be a multiple of 8 from 8 to 576, got 63"),
         (("bf16", 1, 100, 64, 64), "k_dim must be a multiple of 8 from 8 to 576, got 100"),
         (("bf16", 1, 64, 640, 64), "v_dim must be a multiple of 8 from 8 to 576, got 640"),
         (("bf16", 1, 64, 64, 257), "page_size must be 1 to 256, got 257"),
         (("bf16", 0, 64, 64, 16), "num_kv_heads must be at least 1, got 0"),
         (("bf16", 2, 576, 512, 16, True), "one head whose value is a part of its key, got 2 heads"),
-        (("int8", 1, 64, 64, 32, False, 32), "group must be at least 64 tokens, got 32"),
+        (("int8", 1, 64, 64, 32, False, 24), "group must be a multiple of 16 and at least 32 tokens, got 24"),
+        (("int4", 1, 64, 64, 72, False, 72), "group must be a multiple of 16 and at least 32 tokens, got 72"),
+        (("int8", 1, 64, 64, 64, False, 64, "int5"), "'int5' is not known"),
+        (("int8", 1, 64, 32, 64, True, 64, "int4"), "v_name must be 'int8' too, got 'int4'"),
+        (("int8", 1, 64, 32, 64, False, 64, None, True), "compressed latent key in fp16; got latent False, k_dim 64, v_dim 32"),
+        (("bf16", 1, 64, 32, 64, True, 64, None, True), "compressed latent key in fp16; got latent True"),
     ],
 )
 def test_refusals(arguments, message):

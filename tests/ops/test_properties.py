@@ -51,7 +51,7 @@ def stores(draw):
 
 
 def page_sizes(name):
-    return st.sampled_from([64, 128, 192] if name in ("int8", "int4") else [1, 5, 16, 64])
+    return st.sampled_from([64, 128, 192] if FORMATS[name].levels else [1, 5, 16, 64])
 
 
 def read(case, implementation, **options):

@@ -27,6 +27,7 @@ DEFAULTS = {
         "budget_pages": None,
         "sink_tokens": 4,
         "recent_tokens": 64,
+        "exchange": "all",
         "host_penalty": {"load": 0, "miss": 0, "applies_to": "selection"},
     },
     "compression": {
@@ -121,6 +122,15 @@ BAD = {
         {"routing": {"method": "bounds", "budget_ratio": 0.1, "metadat": "bf16"}},
         ["pikv.routing.metadat = 'bf16'", "metadata"],
     ),
+    "exchange without a router": (
+        {"routing": {"exchange": "needed"}},
+        ["pikv.routing.exchange = 'needed'", "'all'", "reads on every rank"],
+    ),
+    "exchange of replicated requests": (
+        {"routing": {"method": "topk", "exchange": "needed"}, "storage": {"requests": "replicated"}},
+        ["pikv.routing.exchange = 'needed'", "every rank needs all partials"],
+    ),
+    "spread": ({"routing": {"method": "bounds", "budget_ratio": 0.1, "spread": 1.5}}, ["pikv.routing", "spread from 0 to 1, got 1.5"]),
     "router metadata": ({"routing": {"method": "bounds", "budget_ratio": 0.1, "metadata": "int3"}}, ["pikv.routing.metadata = 'int3'"]),
     "budget of all": ({"routing": {"budget_ratio": 0.1}}, ["pikv.routing.budget_ratio = 0.1", "null", "'all'"]),
     "budget of a shard router": (
@@ -254,5 +264,5 @@ def test_every_key_is_described_in_the_schema():
     {"method": "adaptive", "v": {"method": "int8"}},
 ], ids=["k", "layer", "beside v"])  # fmt: skip
 def test_two_pools_serve_keys_and_values_of_all_layers(block):
-    with pytest.raises(ConfigError, match="a codec with one kind of pages in pikv.compression"):
+    with pytest.raises(ConfigError, match="another codec in pikv.compression"):
         PiKVConfig.parse({"compression": block})

@@ -190,6 +190,21 @@ REFUSED = {
         ["legal is >= 23", "4 shards"],
     ),
     "bytes": ({"method": "lru", "budget_bytes": 1000}, {"page_size": 4}, ["pikv.scheduling.budget_bytes = 1000", "legal is >="]),
+    "pins, to the entry": (
+        {"method": "lru", "budget_tokens": 4, "sink_tokens": 2, "recent_tokens": 3, "granularity": "token"},
+        {"page_size": 4},
+        ["pikv.scheduling.budget_tokens = 4", ">= 5"],
+    ),
+    "entries of two pools": (
+        {"method": "knorm", "budget_tokens": 99, "granularity": "token"},
+        {"page_size": 64, "compression": {"method": "int8", "raw_recent_tokens": 64}},
+        ["granularity = 'token'", "raw_recent_tokens", "'page'"],
+    ),
+    "entries that a router may not read": (
+        {"method": "h2o", "budget_tokens": 99, "granularity": "token"},
+        {"page_size": 4, "routing": {"method": "bounds", "budget_ratio": 0.5}},
+        ["granularity = 'token'", "'h2o'", "routing.method = 'bounds'"],
+    ),
     "staged entries": (
         {"method": "h2o", "budget_tokens": 99},
         {"expert_ids": "true", "page_size": 4},

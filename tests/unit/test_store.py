@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from pikv_ds.recycle import remap
 from pikv_ds.spec import LayerSpec
+from pikv_ds.store import GROWTH
 from tests.unit.invariants import check_pages
 from tests.unit.stores import SPEC, append, contents, fill, make_store, stored
 
@@ -73,8 +74,8 @@ def test_what_is_not_stored_here_leaves_no_trace():
     check_pages(store, shrunk=False)
 
 
-@pytest.mark.parametrize(("needed", "slab"), [(1, 16), (40, 40), (0, 0)], ids=["eighth", "needed", "none"])
-def test_growth_is_by_slabs_of_an_eighth(needed, slab):
+@pytest.mark.parametrize(("needed", "slab"), [(1, 4), (40, 40), (0, 0)], ids=["share", "needed", "none"])
+def test_growth_is_by_slabs_of_a_thirty_second(needed, slab):
     store = make_store(1, 1, 2)
     store.reserve(0, 128, 130)
     store.free_top.zero_()
@@ -99,7 +100,7 @@ def test_shrink_moves_pages_into_the_holes(freed):
     before = contents(store)
     free = int(store.free_top)
     left = store.shrink(free)
-    assert left == int(store.free_top) == (free if free <= 1 + (store.num_pages - free) // 8 else 0)
+    assert left == int(store.free_top) == (free if free <= 1 + (store.num_pages - free) // GROWTH else 0)
     assert contents(store) == before
     check_pages(store)
     fill(store, {(row, 0): [4] for row in range(10)})
@@ -107,12 +108,12 @@ def test_shrink_moves_pages_into_the_holes(freed):
 
 
 def test_a_little_free_space_is_kept_for_the_next_step():
-    store = make_store(8, 1, 1)
-    fill(store, {(row, 0): [0, 1] for row in range(8)})
+    store = make_store(32, 1, 1)
+    fill(store, {(row, 0): [0, 1] for row in range(32)})
     store.reserve(0, 3, 4)
-    assert (store.shrink(3), store.num_pages) == (3, 19)  # 16 used: up to 1 + 16 // 8 pages may stay free
+    assert (store.shrink(3), store.num_pages) == (3, 67)  # 64 used: up to 1 + 64 // 32 pages may stay free
     store.reserve(3, 4, 4)
-    assert (store.shrink(int(store.free_top)), store.num_pages) == (0, 16)
+    assert (store.shrink(int(store.free_top)), store.num_pages) == (0, 64)
 
 
 @pytest.mark.parametrize("codec", ["none", "int4"])
@@ -121,7 +122,7 @@ def test_bytes_are_those_of_the_storages(latent, codec):
     spec = LayerSpec(layer_idx=0, num_kv_heads=1, k_dim=24, v_dim=16, latent=True) if latent else SPEC
     store = make_store(2, 2, 64, spec, codec)
     store.reserve(0, 5, 3)
-    tails = 0 if codec == "none" else 4 * 64 * spec.num_kv_heads * spec.k_dim * 4
+    tails = 0 if codec == "none" else 4 * 64 * spec.num_kv_heads * spec.k_dim * 2  # fp16
     assert store.nbytes == 5 * store.fmt.record_bytes + tails
     assert codec == "int4" or store.fmt.record_bytes == 64 * (4 + 4 * spec.values_per_token)
     assert store.nbytes == sum(t.untyped_storage().nbytes() for t in (store.pages, store.tail) if t is not None)

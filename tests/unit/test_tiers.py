@@ -17,20 +17,20 @@ from tests.unit.tiered import KINDS, TieredDriver, attention_shares, pages_of, p
 pytestmark = pytest.mark.usefixtures("nan_filled_empty")
 
 
-@pytest.mark.parametrize("expert_ids", ["previous_layer", "true"])
-@pytest.mark.parametrize("num_shards", [1, 3], ids="S{}".format)
 @pytest.mark.parametrize(("sinks", "recent"), [(0, 1), (2, 6), (5, 0), (0, 40)], ids=str)
-def test_raw_in_both_pools_is_exact(sinks, recent, num_shards, expert_ids):
-    run_mix_of = TieredDriver(page_size=4, num_shards=num_shards, expert_ids=expert_ids, sinks=sinks, recent=max(recent, 3))
-    run_mix(run_mix_of)
-    driver = TieredDriver([layer(0)], page_size=4, num_shards=num_shards, expert_ids=expert_ids, sinks=sinks, recent=recent)
+def test_raw_in_both_pools_is_exact(sinks, recent):
+    driver = TieredDriver([layer(0)], page_size=4, num_shards=3, sinks=sinks, recent=recent)
     driver.prefill([30, 9])
     for _ in range(9):
         driver.decode()
 
 
-@pytest.mark.parametrize("num_shards", [1, 2], ids="S{}".format)
-@pytest.mark.parametrize("codec", ["int8", "int4", "fp8_e4m3"])
+@pytest.mark.parametrize(("num_shards", "expert_ids"), [(1, "previous_layer"), (3, "previous_layer"), (3, "true")], ids=str)
+def test_forks_crops_and_chunks_are_exact(num_shards, expert_ids):
+    run_mix(TieredDriver(page_size=4, num_shards=num_shards, expert_ids=expert_ids))
+
+
+@pytest.mark.parametrize(("codec", "num_shards"), [("int4", 1), ("fp8_e4m3", 2), ("int2", 2)], ids=str)
 def test_encoded_far_pages(codec, num_shards):
     """Entries that the formats hold without loss: what differs from dense attention is an entry missing, doubled or from elsewhere."""
     driver = TieredDriver(codec=codec, page_size=64, num_shards=num_shards, sinks=4, recent=20)
@@ -369,6 +369,7 @@ REFUSED = [
         "budget_pages = 3",
     ),
     ({"method": "adaptive"}, {"storage": {"expert_ids": "true"}}, "expert_ids = 'true'"),
+    ({"raw_recent_tokens": 8}, {"routing": {"method": "hash", "exchange": "needed"}}, "exchange = 'needed'"),
     ({"method": "adaptive", "light": "zip"}, {}, "light = one of "),
     ({"method": "adaptive", "light_ratio": 1.5}, {}, "light_ratio from 0 to 1"),
     ({"raw_recent_tokens": -1}, {}, "raw_recent_tokens"),

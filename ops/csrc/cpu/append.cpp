@@ -9,7 +9,7 @@
 namespace pikv {
 namespace {
 
-constexpr float kHalfMax = 65504.0f, kFp8Max = 448.0f;
+constexpr float kFp8Max = 448.0f;
 
 struct Grid {
   uint16_t scale, zero;
@@ -31,15 +31,16 @@ inline uint8_t encode(float x, const Grid& g, int levels) {
   return (uint8_t)std::clamp(std::nearbyint((x - g.low) * g.inverse), 0.0f, (float)levels);
 }
 
-void store_code(uint8_t* row, int d, uint8_t code, bool nibble) {
-  if (!nibble) row[d] = code;
-  else row[d / 2] = d % 2 ? (uint8_t)((row[d / 2] & 0x0f) | code << 4) : (uint8_t)((row[d / 2] & 0xf0) | code);
+void store_code(uint8_t* row, int d, uint8_t code, int bits) {
+  const int shift = d * bits % 8;
+  uint8_t& byte = row[d * bits / 8];
+  byte = (uint8_t)((byte & ~(((1 << bits) - 1) << shift)) | code << shift);
 }
 
-void store_raw(const PageFormat& f, uint8_t* row, const float* x, int D) {
-  if (f.format == kFp32) std::memcpy(row, x, 4 * D);
+void store_raw(int format, uint8_t* row, const float* x, int D) {
+  if (format == kFp32) std::memcpy(row, x, 4 * D);
   else
-    for (int d = 0; d < D; ++d) reinterpret_cast<uint16_t*>(row)[d] = f.format == kBf16 ? float_to_bf16(x[d]) : float_to_half(x[d]);
+    for (int d = 0; d < D; ++d) reinterpret_cast<uint16_t*>(row)[d] = format == kBf16 ? float_to_bf16(x[d]) : float_to_half(x[d]);
 }
 
 void store_fp8(uint8_t* row, uint16_t* scale, const float* x, int D) {
@@ -53,30 +54,69 @@ void store_fp8(uint8_t* row, uint16_t* scale, const float* x, int D) {
   for (int d = 0; d < D; ++d) row[d] = float_to_fp8(std::clamp(x[d] * inverse, -kFp8Max, kFp8Max));
 }
 
-void store_integers(uint8_t* row, uint16_t* scale, uint16_t* zero, const float* x, int D, int levels) {
+// A NaN counts as 0; what is beyond the largest exponent saturates.
+inline float fp4_input(float x) {
+  const float limit = 2688.0f * 0x1p63f;
+  return x != x ? 0.0f : std::clamp(x, -limit, limit);
+}
+
+void store_fp4(uint8_t* row, uint8_t* scales, uint8_t* biased, const float* x, int D) {
+  float top = 0;
+  for (int d = 0; d < D; ++d) top = std::max(top, std::fabs(fp4_input(x[d])));
+  int exponent = 0;
+  const float fraction = std::frexp(top, &exponent);  // 2688 = 448 * 6 = 0.65625 * 2^12
+  exponent = std::clamp(exponent - 12 + (fraction > 0.65625f), -64, 63);
+  *biased = (uint8_t)(exponent + 127);
+  const float down = power_of_two(127 - exponent);
+  for (int b = 0; b < fp4_blocks(D); ++b) {
+    const int begin = b * kFp4Block, end = std::min(D, begin + kFp4Block);
+    float most = 0;
+    for (int d = begin; d < end; ++d) most = std::max(most, std::fabs(fp4_input(x[d])));
+    scales[b] = float_to_fp8(std::min(most * down * (float)(1.0 / 6), kFp8Max));
+    const float s = fp8_to_float(scales[b]), inverse = s > 0 ? 1.0f / s * down : 0.0f;
+    for (int d = begin; d < end; ++d) store_code(row, d, float_to_fp4(fp4_input(x[d]) * inverse), 4);
+  }
+}
+
+void store_integers(uint8_t* row, uint16_t* scale, uint16_t* zero, const float* x, int D, int format) {
+  const int levels = format_levels(format);
   const auto range = std::minmax_element(x, x + D);
   const Grid g = make_grid(*range.first, *range.second, levels);
   *scale = g.scale, *zero = g.zero;
-  for (int d = 0; d < D; ++d) store_code(row, d, encode(x[d], g, levels), levels == 15);
+  for (int d = 0; d < D; ++d) store_code(row, d, encode(x[d], g, levels), format_bits(format));
+}
+
+// Row t of a block whose rows are encoded each by itself.
+void store_token(int format, uint8_t* row, uint8_t* scales, uint8_t* zeros, int t, const float* x, int D) {
+  if (format <= kFp16) return store_raw(format, row, x, D);
+  if (format == kFp4) return store_fp4(row, scales + t * fp4_blocks(D), zeros + t, x, D);
+  if (format == kFp8) return store_fp8(row, reinterpret_cast<uint16_t*>(scales) + t, x, D);
+  store_integers(row, reinterpret_cast<uint16_t*>(scales) + t, reinterpret_cast<uint16_t*>(zeros) + t, x, D, format);
 }
 
 // A full group of raw keys [group, k_dim] -> codes, scales and zeros, per channel.
 void store_group(const PageFormat& f, uint8_t* head, int first, const void* raw, int type, int64_t base) {
-  const int levels = f.format == kInt4 ? 15 : 255, D = f.k_dim;
+  const int levels = format_levels(f.format), bits = format_bits(f.format), D = f.k_coded;
   uint16_t* scales = reinterpret_cast<uint16_t*>(head + f.k_scale) + (int64_t)(first / f.group) * D;
   uint16_t* zeros = reinterpret_cast<uint16_t*>(head + f.k_zero) + (int64_t)(first / f.group) * D;
   for (int d = 0; d < D; ++d) {
     float low = INFINITY, high = -INFINITY;
     for (int t = 0; t < f.group; ++t) {
-      const float x = load_float(raw, type, base + (int64_t)t * D + d);
+      const float x = load_float(raw, type, base + (int64_t)t * f.k_dim + d);
       low = std::min(low, x), high = std::max(high, x);
     }
     const Grid g = make_grid(low, high, levels);
     scales[d] = g.scale, zeros[d] = g.zero;
     for (int t = 0; t < f.group; ++t)
       store_code(head + f.k + (int64_t)(first + t) * f.k_row_bytes, d,
-                 encode(load_float(raw, type, base + (int64_t)t * D + d), g, levels), levels == 15);
+                 encode(load_float(raw, type, base + (int64_t)t * f.k_dim + d), g, levels), bits);
   }
+}
+
+void store_tail(void* tail, int type, int64_t at, const float* x, int D) {
+  if (type == kFp32) std::memcpy(static_cast<float*>(tail) + at, x, 4 * D);
+  else
+    for (int d = 0; d < D; ++d) static_cast<uint16_t*>(tail)[at + d] = type == kBf16 ? float_to_bf16(x[d]) : saturated_half(x[d]);
 }
 
 void append(Tensor pages, MaybeTensor tail, Tensor k, Tensor v, Tensor positions, Tensor slot_mapping, MaybeTensor tail_rows,
@@ -114,25 +154,19 @@ void append(Tensor pages, MaybeTensor tail, Tensor k, Tensor v, Tensor positions
         uint8_t* record = store + page * f.record_bytes;
         uint8_t* head = record + h * f.head_bytes;
         if (h == 0) reinterpret_cast<int32_t*>(record + f.positions)[t] = stored[i];
-        for (int part = 0; part < (latent ? 1 : 2); ++part) {
-          const int D = part ? f.v_dim : f.k_dim;
-          const int64_t from = (i * H + h) * D;
-          for (int d = 0; d < D; ++d) x[d] = load_float(part ? values : keys, type, from + d);
-          uint8_t* row = part ? head + f.v + (int64_t)t * f.v_row_bytes : head + f.k + (int64_t)t * f.k_row_bytes;
-          uint16_t* scale = reinterpret_cast<uint16_t*>(head + (part ? f.v_scale : f.k_scale)) + t;
-          if (f.format <= kFp16) store_raw(f, row, x.data(), D);
-          else if (f.format == kFp8) store_fp8(row, scale, x.data(), D);
-          else if (part) store_integers(row, scale, reinterpret_cast<uint16_t*>(head + f.v_zero) + t, x.data(), D,
-                                        f.format == kInt4 ? 15 : 255);
-          else {
-            const int64_t base = (rows[i] * H + h) * f.group * D, at = base + (int64_t)(t % f.group) * D;
-            for (int d = 0; d < D; ++d) {
-              if (tail_type == kFp32) reinterpret_cast<float*>(kept)[at + d] = x[d];
-              else reinterpret_cast<uint16_t*>(kept)[at + d] = tail_type == kBf16 ? float_to_bf16(x[d]) : float_to_half(x[d]);
-            }
-            if (t % f.group == f.group - 1) store_group(f, head, t - f.group + 1, kept, tail_type, base);
-          }
+        if (!latent) {
+          for (int d = 0; d < f.v_dim; ++d) x[d] = load_float(values, type, (i * H + h) * f.v_dim + d);
+          store_token(f.v_format, head + f.v + (int64_t)t * f.v_row_bytes, head + f.v_scale, head + f.v_zero, t, x.data(), f.v_dim);
         }
+        for (int d = 0; d < f.k_dim; ++d) x[d] = load_float(keys, type, (i * H + h) * f.k_dim + d);
+        if (f.rope >= 0) store_tail(head + f.rope, kFp16, (int64_t)t * (f.k_dim - f.k_coded), x.data() + f.k_coded, f.k_dim - f.k_coded);
+        if (!grouped) {
+          store_token(f.format, head + f.k + (int64_t)t * f.k_row_bytes, head + f.k_scale, head + f.k_zero, t, x.data(), f.k_coded);
+          continue;
+        }
+        const int64_t base = (rows[i] * H + h) * f.group * f.k_dim;
+        store_tail(kept, tail_type, base + (int64_t)(t % f.group) * f.k_dim, x.data(), f.k_dim);
+        if (t % f.group == f.group - 1) store_group(f, head, t - f.group + 1, kept, tail_type, base);
       }
   });
 }

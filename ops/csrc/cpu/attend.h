@@ -58,9 +58,7 @@ using AttendUnit = void (*)(const Attend&, const Unit&);
 void attend_baseline(const Attend& a, const Unit& u);
 void attend_avx2(const Attend& a, const Unit& u);
 void attend_avx512(const Attend& a, const Unit& u);
-// Hand-written for AVX512 with VNNI. Not for latent int8 and int4, whose values carry the scales of the keys.
-void attend_vnni_float(const Attend& a, const Unit& u);  // fp32, fp16
-void attend_vnni_half(const Attend& a, const Unit& u);   // bf16, fp8
-void attend_vnni_int(const Attend& a, const Unit& u);    // int8, int4
+// Hand-written for AVX512 with VNNI. Not for latent integers, whose values carry the scales of the keys, nor for raw rope columns.
+void attend_vnni(const Attend& a, const Unit& u);
 
 }  // namespace pikv

@@ -52,15 +52,8 @@ void values_of(const PageFormat& f, const uint8_t* head, int t0, int count, Tile
     for (int i = 0; i < count; ++i) std::copy_n(&w.k[(size_t)i * f.k_dim], f.v_dim, &w.v[(size_t)i * f.v_dim]);
     return;
   }
-  const uint16_t* scales = reinterpret_cast<const uint16_t*>(head + f.v_scale);
-  const uint16_t* zeros = reinterpret_cast<const uint16_t*>(head + f.v_zero);
-  for (int i = 0; i < count; ++i) {
-    float* x = &w.v[(size_t)i * f.v_dim];
-    row_to_float(f.format, head + f.v + (int64_t)(t0 + i) * f.v_row_bytes, f.v_dim, x);
-    if (f.v_scale < 0) continue;
-    const float s = half_to_float(scales[t0 + i]), z = f.v_zero < 0 ? 0.0f : half_to_float(zeros[t0 + i]);
-    for (int d = 0; d < f.v_dim; ++d) x[d] = x[d] * s + z;
-  }
+  for (int t = t0; t < t0 + count; ++t)
+    token_to_float(f.v_format, head + f.v + (int64_t)t * f.v_row_bytes, head + f.v_scale, head + f.v_zero, t, f.v_dim, &w.v[(size_t)(t - t0) * f.v_dim]);
 }
 
 // Adds `count` tokens, whose keys and values are in w.k and w.v, to every row that sees them.

@@ -66,6 +66,13 @@ inline __m512i split_columns(__m512i x) {
   return _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi16_epi8(x)), _mm512_cvtepi16_epi8(_mm512_srli_epi16(x, 8)), 1);
 }
 
+// 16 bytes of four 2-bit codes each -> 64 columns.
+inline __m512i split_crumbs(__m128i w) {
+  __m512i x = _mm512_cvtepu8_epi32(w);
+  x = _mm512_and_si512(_mm512_or_si512(x, _mm512_slli_epi32(x, 12)), _mm512_set1_epi32(0x000f000f));
+  return _mm512_and_si512(_mm512_or_si512(x, _mm512_slli_epi32(x, 6)), _mm512_set1_epi32(0x03030303));
+}
+
 inline void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
 
 }  // namespace

@@ -28,9 +28,11 @@ inline std::string shape(const Tensor& x) {
   return s + "]";
 }
 
-inline const char* format_name(int format) {
-  static const char* const names[] = {"fp32", "bf16", "fp16", "int8", "int4", "fp8_e4m3"};
-  return names[format];
+// As PageFormat.label of ops/formats.py.
+inline std::string format_name(const PageFormat& f) {
+  static const char* const names[] = {"fp32", "bf16", "fp16", "int8", "int4", "fp8_e4m3", "int2", "fp4_e2m1"};
+  const std::string keys = names[f.format];
+  return f.v_format != f.format ? keys + "/" + names[f.v_format] : f.rope >= 0 ? keys + "+rope" : keys;
 }
 
 inline const char* dtype_name(const Tensor& x) {
@@ -98,10 +100,11 @@ class Indices {
 
 inline PageFormat check_pages(const Tensor& pages, int64_t format, int64_t num_kv_heads, int64_t k_dim, int64_t v_dim, int64_t page_size,
                               int64_t group, bool latent) {
-  PK_CHECK(format >= kFp32 && format <= kFp8, "no page format has the code ", format);
+  PK_CHECK(format >= 0 && (format & 15) < kNumFormats && (format >> 4 & 15) <= kNumFormats && format < 512, "no page format has the code ",
+           format);
   const PageFormat f = make_page_format((int)format, (int)num_kv_heads, (int)k_dim, (int)v_dim, (int)page_size, (int)group, latent);
   PK_CHECK(pages.scalar_type() == ScalarType::Byte && pages.dim() == 2 && pages.size(1) == f.record_bytes,
-           "pages must be uint8 [num_pages, ", f.record_bytes, "] for ", format_name(f.format), ", got ", dtype_name(pages), " ",
+           "pages must be uint8 [num_pages, ", f.record_bytes, "] for ", format_name(f), ", got ", dtype_name(pages), " ",
            shape(pages));
   PK_CHECK(pages.is_contiguous(), "pages must be contiguous");
   return f;
@@ -123,7 +126,7 @@ inline void check_table(const Indices& table, const Indices& seqlens, int N, int
 
 // The type of the tail; kFp32 where the format has none.
 inline int check_tail(const PageFormat& f, const MaybeTensor& tail, const MaybeTensor& tail_rows) {
-  const char* name = format_name(f.format);
+  const std::string name = format_name(f);
   if (!format_grouped(f.format)) {
     PK_CHECK(!tail, name, " pages have no tail");
     return kFp32;

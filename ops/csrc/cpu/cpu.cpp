@@ -64,9 +64,8 @@ ScoreTable generic_score() {
 
 AttendUnit hand_written_attend(const Attend& a) {
 #if PK_X86
-  if (level() < 3) return nullptr;
-  if (format_grouped(a.f.format)) return a.f.latent ? nullptr : attend_vnni_int;
-  return a.f.format == kBf16 || a.f.format == kFp8 ? attend_vnni_half : attend_vnni_float;
+  if (level() < 3 || a.f.rope >= 0 || (a.f.latent && format_grouped(a.f.format))) return nullptr;
+  return attend_vnni;
 #else
   return nullptr;
 #endif

@@ -58,6 +58,27 @@ inline uint8_t float_to_fp8(float x) {
   return (uint8_t)(sign | ((rounded >> 20) - (120u << 3)));
 }
 
+constexpr float kHalfMax = 65504.0f;
+
+// NaN stays.
+inline uint16_t saturated_half(float x) { return float_to_half(x > kHalfMax ? kHalfMax : x < -kHalfMax ? -kHalfMax : x); }
+
+// e2m1: 0, 0.5, 1, 1.5, 2, 3, 4, 6, the sign in bit 3.
+inline float fp4_to_float(unsigned c) {
+  static constexpr float values[] = {0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f, -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f, -6.0f};
+  return values[c];
+}
+
+// x in units of the scale; a tie goes to the even code, there is no larger one than 6, and one zero only.
+inline uint8_t float_to_fp4(float x) {
+  const float u = std::fabs(x);
+  const int code = (u > 0.25f) + (u >= 0.75f) + (u > 1.25f) + (u >= 1.75f) + (u > 2.5f) + (u >= 3.5f) + (u > 5.0f);
+  return (uint8_t)(code && x < 0 ? code | 8 : code);
+}
+
+// 2^(biased - 127), biased of 1 to 254.
+inline float power_of_two(unsigned biased) { return from_bits(biased << 23); }
+
 // type: kFp32, kBf16 or kFp16
 inline float load_float(const void* p, int type, int64_t i) {
   if (type == 0) return static_cast<const float*>(p)[i];

@@ -10,8 +10,17 @@
 namespace pikv {
 namespace {
 
+constexpr bool has_kernels(int formats) {
+#define PK_CASE(F) \
+  if (formats == F) return true;
+  PK_FORMATS(PK_CASE)
+#undef PK_CASE
+  return false;
+}
+
 // The kernels that serve this layout; 0 = none does.
 int kernel_width(const PageFormat& f) {
+  if (f.rope >= 0 || !has_kernels(pack_formats(f.format, f.v_format))) return 0;
   if (f.latent) return f.k_dim <= 576 && f.v_dim <= 512 ? 576 : 0;
   const int widest = std::max(f.k_dim, f.v_dim);
   return widest <= 32 ? 32 : widest <= 64 ? 64 : widest <= 128 ? 128 : 0;
@@ -78,14 +87,13 @@ int choose_splits(const Attend& a, int64_t num_splits, int num_processors) {
 }
 
 const char* launch_format(const Attend& a, int width, Stream stream) {
-  switch (a.f.format) {
-    case kFp32: return launch_attend<kFp32>(a, width, stream);
-    case kBf16: return launch_attend<kBf16>(a, width, stream);
-    case kFp16: return launch_attend<kFp16>(a, width, stream);
-    case kInt8: return launch_attend<kInt8>(a, width, stream);
-    case kInt4: return launch_attend<kInt4>(a, width, stream);
-    default: return launch_attend<kFp8>(a, width, stream);
+  switch (pack_formats(a.f.format, a.f.v_format)) {
+#define PK_CASE(F) \
+  case F: return launch_attend<F>(a, width, stream);
+    PK_FORMATS(PK_CASE)
+#undef PK_CASE
   }
+  return "no kernels for these formats";
 }
 
 void merge_into(const Tensor& out, const Tensor& lse, Tensor& merged, Tensor& merged_lse, Stream stream) {

@@ -1,4 +1,4 @@
-// The attention kernels of one format, -DPK_FORMAT: compiled once per format, so that compilers can work on them side by side.
+// The attention kernels of one of PK_FORMATS, -DPK_FORMAT: compiled once for each, so that compilers can work on them side by side.
 #include "launch.h"
 
 #include "../kernels/params.cuh"
@@ -26,8 +26,9 @@ const char* launch_attend<PK_FORMAT>(const Attend& a, int width, Stream stream) 
     case 32: return launch_width<32>(a, stream);
     case 64: return launch_width<64>(a, stream);
     case 128: return launch_width<128>(a, stream);
-    default: return launch_width<576>(a, stream);
   }
+  if constexpr (key_format(PK_FORMAT) == value_format(PK_FORMAT)) return launch_width<576>(a, stream);
+  else return "latent pages have one format";
 }
 
 }  // namespace pikv

@@ -9,20 +9,33 @@
 
 namespace pikv {
 
-enum Format { kFp32 = 0, kBf16 = 1, kFp16 = 2, kInt8 = 3, kInt4 = 4, kFp8 = 5 };
+enum Format { kFp32 = 0, kBf16 = 1, kFp16 = 2, kInt8 = 3, kInt4 = 4, kFp8 = 5, kInt2 = 6, kFp4 = 7 };
+constexpr int kNumFormats = 8;
 
 // Byte offsets inside the section of one head; -1 = the format has no such block. Head h starts at h * head_bytes.
 struct PageFormat {
-  int format, num_kv_heads, k_dim, v_dim, page_size, group, latent;
+  int format, v_format, num_kv_heads, k_dim, v_dim, page_size, group, latent;
+  int k_coded;  // columns of a key in `format`; the others, of a latent key, are fp16 at `rope`
   int k_row_bytes, v_row_bytes;
-  long long k, v, k_scale, k_zero, v_scale, v_zero, head_bytes, positions, record_bytes;
+  long long k, v, k_scale, k_zero, v_scale, v_zero, rope, head_bytes, positions, record_bytes;
 };
 
-PK_HD inline int format_bits(int format) {
-  return format == kFp32 ? 32 : format == kBf16 || format == kFp16 ? 16 : format == kInt4 ? 4 : 8;
+PK_HD constexpr int format_bits(int format) {
+  return format == kFp32 ? 32 : format <= kFp16 ? 16 : format == kInt4 || format == kFp4 ? 4 : format == kInt2 ? 2 : 8;
 }
 
-PK_HD inline bool format_grouped(int format) { return format == kInt8 || format == kInt4; }
+// The largest code of an integer format, else 0. K of such a format is encoded in groups of tokens.
+PK_HD constexpr int format_levels(int format) { return format == kInt8 ? 255 : format == kInt4 ? 15 : format == kInt2 ? 3 : 0; }
+PK_HD constexpr bool format_grouped(int format) { return format_levels(format) > 0; }
+
+// The `format` of a layout: K in the low bits, V plus one in bits 4 to 7 where it is another.
+PK_HD constexpr int pack_formats(int k, int v) { return k == v ? k : k | (v + 1) << 4; }
+PK_HD constexpr int key_format(int packed) { return packed & 15; }
+PK_HD constexpr int value_format(int packed) { return packed >> 4 & 15 ? (packed >> 4 & 15) - 1 : packed & 15; }
+
+// fp4: columns that share a scale, and scales of a row.
+constexpr int kFp4Block = 16;
+PK_HD constexpr int fp4_blocks(int dim) { return (dim + kFp4Block - 1) / kFp4Block; }
 
 PK_HD inline long long place_block(long long* at, long long size) {
   const long long start = size ? *at : -1;
@@ -30,24 +43,31 @@ PK_HD inline long long place_block(long long* at, long long size) {
   return start;
 }
 
-// Must agree with ops/formats.py byte for byte: tests/ops compares every offset.
-PK_HD inline PageFormat make_page_format(int format, int num_kv_heads, int k_dim, int v_dim, int page_size, int group, int latent) {
+// Bytes of the scales and of the zeros of rows that are encoded each by itself.
+PK_HD inline long long row_scale_bytes(int format, int dim, int rows) {
+  return format <= kFp16 ? 0 : format == kFp4 ? (long long)rows * fp4_blocks(dim) : 2LL * rows;
+}
+PK_HD inline long long row_zero_bytes(int format, int rows) { return format == kFp4 ? rows : format_grouped(format) ? 2LL * rows : 0; }
+
+// Must agree with ops/formats.py byte for byte: tests/ops compares every offset. `packed`: the `format` of a layout, see ops/library.py.
+PK_HD inline PageFormat make_page_format(int packed, int num_kv_heads, int k_dim, int v_dim, int page_size, int group, int latent) {
   PageFormat f = {};
-  f.format = format, f.num_kv_heads = num_kv_heads, f.k_dim = k_dim, f.v_dim = v_dim;
-  f.page_size = page_size, f.group = group, f.latent = latent;
-  const int bits = format_bits(format);
-  const bool grouped = format_grouped(format);
-  f.k_row_bytes = k_dim * bits / 8;
-  f.v_row_bytes = latent ? 0 : v_dim * bits / 8;
-  const long long k_scales = grouped ? (long long)(page_size / group) * k_dim : format == kFp8 ? page_size : 0;
-  const long long v_scales = (!grouped && format != kFp8) || latent ? 0 : page_size;
+  const bool rope_raw = packed >> 8;
+  f.format = key_format(packed), f.v_format = value_format(packed);
+  f.num_kv_heads = num_kv_heads, f.k_dim = k_dim, f.v_dim = v_dim;
+  f.page_size = page_size, f.group = group, f.latent = latent, f.k_coded = rope_raw ? v_dim : k_dim;
+  const bool grouped = format_grouped(f.format);
+  f.k_row_bytes = f.k_coded * format_bits(f.format) / 8;
+  f.v_row_bytes = latent ? 0 : v_dim * format_bits(f.v_format) / 8;
+  const long long grid = 2LL * (page_size / group) * f.k_coded;
   long long at = 0;
   f.k = place_block(&at, (long long)page_size * f.k_row_bytes);
   f.v = place_block(&at, (long long)page_size * f.v_row_bytes);
-  f.k_scale = place_block(&at, 2 * k_scales);
-  f.k_zero = place_block(&at, grouped ? 2 * k_scales : 0);
-  f.v_scale = place_block(&at, 2 * v_scales);
-  f.v_zero = place_block(&at, grouped ? 2 * v_scales : 0);
+  f.k_scale = place_block(&at, grouped ? grid : row_scale_bytes(f.format, f.k_coded, page_size));
+  f.k_zero = place_block(&at, grouped ? grid : row_zero_bytes(f.format, page_size));
+  f.v_scale = place_block(&at, latent ? 0 : row_scale_bytes(f.v_format, v_dim, page_size));
+  f.v_zero = place_block(&at, latent ? 0 : row_zero_bytes(f.v_format, page_size));
+  f.rope = place_block(&at, rope_raw ? 2LL * page_size * (k_dim - v_dim) : 0);
   f.head_bytes = at;
   f.positions = num_kv_heads * at;
   f.record_bytes = (f.positions + 4 * page_size + 63) / 64 * 64;

@@ -6,20 +6,22 @@
 
 namespace pikv {
 
-// WIDTH: the largest k_dim and v_dim served, 32, 64 or 128; 576 = latent (k_dim up to 576, v_dim up to 512, values are key columns).
+// FORMAT: pack_formats(K, V). WIDTH: the largest k_dim and v_dim served, 32, 64 or 128; 576 = latent (k_dim up to 576, v_dim up to 512,
+// values are key columns).
 // STEPS: tokens a lane works on together, 0 = chosen here.
 template <int FORMAT, int WIDTH, int STEPS = 0>
 struct Tile {
+  static constexpr int keys = key_format(FORMAT), values = value_format(FORMAT);
   static constexpr bool latent = WIDTH == 576;
-  static constexpr bool grouped = FORMAT == kInt8 || FORMAT == kInt4;
+  static constexpr bool grouped = format_grouped(keys);
   static constexpr int rows = latent ? 2 : 4;
   static constexpr int lanes = latent ? 32 : WIDTH / 8;  // of a token
   static constexpr int key_chunks = latent ? 3 : 1;      // of a lane
   static constexpr int value_chunks = latent ? 2 : 1;
   static constexpr int value_width = latent ? 512 : WIDTH;
-  static constexpr int words = Words<FORMAT>::count;
   // Tokens of a lane that are in flight together: as many as 168 registers allow.
-  static constexpr bool wide = FORMAT == kFp32 || grouped;
+  static constexpr bool wide = keys == kFp32 || grouped || (latent && keys == kFp4);
+  static constexpr bool reads_twice = latent && keys == kInt2;  // codes are not kept from scores to values: a register would be spilled
   static constexpr int steps = STEPS ? STEPS : latent ? (wide ? 1 : 2) : wide ? 2 : 4;
   static constexpr int tokens = steps * (32 / lanes);
   // Floats of shared memory: out, maximum and sum of every warp and row; in front, for page_lse, maximum and sum of every thread and row.
@@ -48,31 +50,42 @@ struct Grid {
   }
 };
 
-template <class T, int FORMAT>
+// fp4: the scale of 8 columns and the exponent of the row, a byte each.
+__device__ __forceinline__ unsigned load_fp4_scale(const unsigned char* scales, const unsigned char* exponents, int t, int dim, int d) {
+  return __ldg(scales + t * fp4_blocks(dim) + d / kFp4Block) | (unsigned)__ldg(exponents + t) << 8;
+}
+__device__ __forceinline__ float fp4_scale(unsigned scale) { return fp8_to_float(scale & 0xffu) * power_of_two(scale >> 8); }
+
+template <class T>
 struct Keys {
-  unsigned word[T::steps][T::key_chunks][T::words];
-  unsigned scale[T::steps];  // fp8: of the token
+  static constexpr int F = T::keys, words = Eight<F>::words, scales = F == kFp4 ? T::key_chunks : 1;
+  unsigned word[T::steps][T::key_chunks][words];
+  unsigned scale[T::steps][scales];  // fp8: of the token; fp4: of the columns
+
+  __device__ __forceinline__ void load_chunk(const Attend& a, const Place& place, int t, int step, int c, int column, bool valid) {
+    const unsigned char* row = place.head + a.f.k + (long long)t * a.f.k_row_bytes;
+    const int d = column + 256 * c;
+#pragma unroll
+    for (int i = 0; i < words; ++i) word[step][c][i] = 0;
+    if (valid && d < a.f.k_dim) load_eight<F>(row + d / 8 * Eight<F>::bytes, word[step][c]);
+    if constexpr (F == kFp4)
+      scale[step][c] = valid && d < a.f.k_dim ? load_fp4_scale(place.head + a.f.k_scale, place.head + a.f.k_zero, t, a.f.k_dim, d) : 0;
+  }
 
   __device__ __forceinline__ void load(const Attend& a, const Place& place, int t, int step, int column, bool valid) {
-    scale[step] = 0;
-    const unsigned char* row = place.head + a.f.k + (long long)t * a.f.k_row_bytes;
+    scale[step][0] = 0;
 #pragma unroll
-    for (int c = 0; c < T::key_chunks; ++c) {
-      const int d = column + 256 * c;
-#pragma unroll
-      for (int i = 0; i < T::words; ++i) word[step][c][i] = 0;
-      if (valid && d < a.f.k_dim) load_words<T::words>(row + d / 8 * (4 * T::words), word[step][c]);
-    }
-    if (FORMAT == kFp8 && valid) scale[step] = __ldg(reinterpret_cast<const unsigned short*>(place.head + a.f.k_scale) + t);
+    for (int c = 0; c < T::key_chunks; ++c) load_chunk(a, place, t, step, c, column, valid);
+    if (F == kFp8 && valid) scale[step][0] = __ldg(reinterpret_cast<const unsigned short*>(place.head + a.f.k_scale) + t);
   }
 
   __device__ __forceinline__ void floats(int step, int chunk, const Grid& grid, float* x) const {
-    unpack<FORMAT>(word[step][chunk], x);
+    unpack<F>(word[step][chunk], x);
     if constexpr (T::grouped) {
 #pragma unroll
       for (int i = 0; i < 8; ++i) x[i] = x[i] * half_of(grid.scale, i) + half_of(grid.zero, i);
-    } else if constexpr (FORMAT == kFp8) {
-      const float s = half_to_float(scale[step]);
+    } else if constexpr (F == kFp8 || F == kFp4) {
+      const float s = F == kFp8 ? half_to_float(scale[step][0]) : fp4_scale(scale[step][chunk % scales]);
 #pragma unroll
       for (int i = 0; i < 8; ++i) x[i] *= s;
     }
@@ -93,24 +106,32 @@ __device__ __forceinline__ void tail_floats(const Attend& a, const Place& place,
   else unpack<kFp16>(w, x);
 }
 
-template <class T, int FORMAT>
+template <class T>
 struct Values {
-  unsigned word[T::steps][T::words];
-  unsigned scale[T::steps];  // of the token, fp16; the zero in the upper half
+  static constexpr int F = T::values, words = Eight<F>::words;
+  unsigned word[T::steps][words];
+  unsigned scale[T::steps];  // of the token, fp16; the zero in the upper half; fp4: as of keys
 
   __device__ __forceinline__ void load(const Attend& a, const Place& place, int t, int step, int column, bool valid) {
     scale[step] = 0;
 #pragma unroll
-    for (int i = 0; i < T::words; ++i) word[step][i] = 0;
-    if (valid && column < a.f.v_dim)
-      load_words<T::words>(place.head + a.f.v + (long long)t * a.f.v_row_bytes + column / 8 * (4 * T::words), word[step]);
-    if ((T::grouped || FORMAT == kFp8) && valid) scale[step] = __ldg(reinterpret_cast<const unsigned short*>(place.head + a.f.v_scale) + t);
-    if (T::grouped && valid) scale[step] |= (unsigned)__ldg(reinterpret_cast<const unsigned short*>(place.head + a.f.v_zero) + t) << 16;
+    for (int i = 0; i < words; ++i) word[step][i] = 0;
+    if (valid && column < a.f.v_dim) load_eight<F>(place.head + a.f.v + (long long)t * a.f.v_row_bytes + column / 8 * Eight<F>::bytes, word[step]);
+    if constexpr (F == kFp4) {
+      if (valid && column < a.f.v_dim) scale[step] = load_fp4_scale(place.head + a.f.v_scale, place.head + a.f.v_zero, t, a.f.v_dim, column);
+    } else if constexpr (F > kFp16) {
+      if (valid) scale[step] = __ldg(reinterpret_cast<const unsigned short*>(place.head + a.f.v_scale) + t);
+      if (format_grouped(F) && valid) scale[step] |= (unsigned)__ldg(reinterpret_cast<const unsigned short*>(place.head + a.f.v_zero) + t) << 16;
+    }
   }
 
   __device__ __forceinline__ void floats(int step, float* x) const {
-    unpack<FORMAT>(word[step], x);
-    if constexpr (T::grouped || FORMAT == kFp8) {
+    unpack<F>(word[step], x);
+    if constexpr (F == kFp4) {
+      const float s = fp4_scale(scale[step]);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) x[i] *= s;
+    } else if constexpr (F > kFp16) {
       const float s = half_to_float(scale[step] & 0xffffu), z = half_to_float(scale[step] >> 16);
 #pragma unroll
       for (int i = 0; i < 8; ++i) x[i] = x[i] * s + z;
@@ -138,18 +159,22 @@ __device__ __forceinline__ void add_span(const Attend& a, const Place& place, in
   if constexpr (T::grouped && !T::latent && !TAIL) kept.load(a, place, grid, column);
 #pragma unroll 1
   for (int t0 = start; t0 < stop; t0 += T::tokens) {
-    Keys<T, FORMAT> keys;
-    Values<T, FORMAT> values;
+    Keys<T> keys;
+    Values<T> values;
     float score[T::steps][T::rows], x[8];
     const auto key_floats = [&](int step, int c) {
       Grid used = kept;  // a latent lane has too many columns to keep theirs in registers: read again, from L1
       if constexpr (T::grouped && T::latent) used.load(a, place, grid, column + 256 * c);
+      if constexpr (T::reads_twice) {
+        const int t = t0 + step * (32 / T::lanes) + sub;
+        keys.load_chunk(a, place, t, step, c, column, t < stop);
+      }
       keys.floats(step, c, used, x);
     };
 #pragma unroll
     for (int step = 0; step < T::steps; ++step) {
       const int t = t0 + step * (32 / T::lanes) + sub;
-      if constexpr (!TAIL) keys.load(a, place, t, step, column, t < stop);
+      if constexpr (!TAIL && !T::reads_twice) keys.load(a, place, t, step, column, t < stop);
       if constexpr (!T::latent) values.load(a, place, t, step, column, t < stop);
     }
 #pragma unroll

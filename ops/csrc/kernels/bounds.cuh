@@ -26,12 +26,18 @@ __device__ __forceinline__ float load_edge(const void* bounds, int type, long lo
 
 // Column d of the key in slot t, from its code: the bits of ops/ref_formats.py.
 __device__ __forceinline__ float stored_key(const PageFormat& f, const unsigned char* head, int t, int d) {
+  if (d >= f.k_coded) return load_float(head + f.rope, kFp16, (long long)t * (f.k_dim - f.k_coded) + d - f.k_coded);
   const unsigned char* row = head + f.k + (long long)t * f.k_row_bytes;
   if (f.format <= kFp16) return load_float(row, f.format, d);
+  if (f.format == kFp4) {
+    const float s = fp8_to_float(head[f.k_scale + t * fp4_blocks(f.k_coded) + d / kFp4Block]);
+    return __fmul_rn(fp4_to_float(row[d / 2] >> 4 * (d % 2) & 15u), __fmul_rn(s, power_of_two(head[f.k_zero + t])));
+  }
   const unsigned short* scale = reinterpret_cast<const unsigned short*>(head + f.k_scale);
   if (f.format == kFp8) return __fmul_rn(fp8_to_float(row[d]), half_to_float(scale[t]));
-  const long long grid = (long long)(t / f.group) * f.k_dim + d;
-  const unsigned code = f.format == kInt8 ? row[d] : row[d / 2] >> 4 * (d % 2) & 15u;
+  const long long grid = (long long)(t / f.group) * f.k_coded + d;
+  const int bits = format_bits(f.format);
+  const unsigned code = row[d * bits / 8] >> d * bits % 8 & (unsigned)format_levels(f.format);
   return __fadd_rn(__fmul_rn((float)code, half_to_float(scale[grid])), half_to_float(reinterpret_cast<const unsigned short*>(head + f.k_zero)[grid]));
 }
 

@@ -57,6 +57,24 @@ __device__ __forceinline__ unsigned float_to_fp8(float x) {
   return sign | ((rounded >> 20) - (120u << 3));
 }
 
+// e2m1: 0, 0.5, 1, 1.5, 2, 3, 4, 6, the sign in bit 3. Its bits in a float's, exponent made right by a product.
+__device__ __forceinline__ float fp4_to_float(unsigned c) {
+  return __uint_as_float((c & 8u) << 28 | __float_as_uint(__uint_as_float((c & 7u) << 22) * 0x1p126f));
+}
+
+// x in units of the scale; a tie goes to the even code, there is no larger one than 6, and one zero only.
+__device__ __forceinline__ unsigned float_to_fp4(float x) {
+  const float u = fabsf(x);
+  const unsigned code = (u > 0.25f) + (u >= 0.75f) + (u > 1.25f) + (u >= 1.75f) + (u > 2.5f) + (u >= 3.5f) + (u > 5.0f);
+  return code && x < 0 ? code | 8u : code;
+}
+
+// 2^(biased - 127), biased of 1 to 254.
+__device__ __forceinline__ float power_of_two(unsigned biased) { return __uint_as_float(biased << 23); }
+
+// NaN stays.
+__device__ __forceinline__ float saturate_half(float x) { return x > 65504.0f ? 65504.0f : x < -65504.0f ? -65504.0f : x; }
+
 // type: kFp32, kBf16 or kFp16
 __device__ __forceinline__ float load_float(const void* p, int type, long long i) {
   if (type == kFp32) return __ldg(static_cast<const float*>(p) + i);
@@ -69,11 +87,17 @@ __device__ __forceinline__ void store_float(void* p, int type, long long i, floa
   else static_cast<unsigned short*>(p)[i] = (unsigned short)(type == kBf16 ? float_to_bf16(x) : float_to_half(x));
 }
 
-// 32-bit words of 8 stored elements.
+// 8 stored elements: their bytes, and the 32-bit words that hold them.
 template <int FORMAT>
-struct Words {
-  static constexpr int count = FORMAT == kFp32 ? 8 : FORMAT == kBf16 || FORMAT == kFp16 ? 4 : FORMAT == kInt4 ? 1 : 2;
+struct Eight {
+  static constexpr int bytes = format_bits(FORMAT), words = (bytes + 3) / 4;
 };
+
+template <int FORMAT>
+__device__ __forceinline__ void load_eight(const unsigned char* from, unsigned* w) {
+  if constexpr (FORMAT == kInt2) w[0] = __ldg(reinterpret_cast<const unsigned short*>(from));
+  else load_words<Eight<FORMAT>::words>(from, w);
+}
 
 // 8 elements as floats; the integer formats give their codes.
 template <int FORMAT>
@@ -86,6 +110,8 @@ __device__ __forceinline__ void unpack(const unsigned* w, float* x) {
     // 2^23 + code, whose low bits are the code: converting integers runs at a quarter of the rate of this.
     if constexpr (FORMAT == kInt8) x[i] = __uint_as_float(__byte_perm(w[i / 4], 0x4b000000u, 0x7440 + i % 4)) - 8388608.0f;
     if constexpr (FORMAT == kInt4) x[i] = __uint_as_float((w[0] >> 4 * i & 0xfu) | 0x4b000000u) - 8388608.0f;
+    if constexpr (FORMAT == kInt2) x[i] = __uint_as_float((w[0] >> 2 * i & 3u) | 0x4b000000u) - 8388608.0f;
+    if constexpr (FORMAT == kFp4) x[i] = fp4_to_float(w[0] >> 4 * i & 0xfu);
     if constexpr (FORMAT == kFp8) x[i] = fp8_to_float(w[i / 4] >> 8 * (i % 4) & 0xffu);
   }
 }

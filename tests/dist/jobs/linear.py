@@ -53,6 +53,9 @@ def main() -> None:
         specs = read_model_spec(model.config)
         path = f"{sys.argv[1]}/{family}.{rank}.safetensors"
         random_calibration(specs, [key_norms(a, s.num_kv_heads) for a, s in zip(find_attentions(model), specs, strict=True)]).save(path)
+        svd = {"compression": {"method": "svd", "rank": 16, "fit_tokens": 64}}  # requests double while they are decoded
+        for requests, ids in (("replicated", same), ("distinct", own)):
+            check_exact(report, model, group, f"{family} svd", requests, ids, svd)
         compression = {"method": "lora_plus", "rank": 16, "calibration": path, "rotate": "hadamard"}
         for requests, ids in (("replicated", same), ("distinct", own)):
             check_exact(report, model, group, family, requests, ids, {"compression": compression})

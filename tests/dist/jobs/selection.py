@@ -15,7 +15,7 @@ from pikv_ds.config import PiKVConfig
 from pikv_ds.ops import load
 from pikv_ds.plan import LocalStep
 from pikv_ds.spec import LayerSpec
-from pikv_ds.stats import choice_bytes, partial_bytes
+from pikv_ds.stats import choice_bytes, needed_bytes, partial_bytes
 from tests.dist.jobs.report import Report
 from tests.routing_blocks import routing
 
@@ -30,8 +30,8 @@ LAYERS = [
 class Side:
     """A cache fed with the requests `rows` of all: row r of forward f has tokens that only r, f and the layer decide."""
 
-    def __init__(self, name: str, requests: str, rows: list[int], group) -> None:
-        method = routing(name, Path(FOLDER.name), layers=len(LAYERS), shards=SHARDS, query_width=HEADS * DIM)
+    def __init__(self, name: str, requests: str, rows: list[int], group, **more) -> None:
+        method = routing(name, Path(FOLDER.name), layers=len(LAYERS), shards=SHARDS, query_width=HEADS * DIM, **more)
         block = {"page_size": 4, "routing": method, "storage": {"num_shards": SHARDS, "requests": requests}}
         self.cache = PiKVCache(
             LAYERS, PiKVConfig(**block), num_experts=EXPERTS, dtype=torch.float32, device=torch.device("cpu"), group=group
@@ -136,6 +136,52 @@ def check_bytes(report: Report, requests: str, group) -> None:
         assert row["collectives"] == (1 + 2 * len(LAYERS) if requests == "replicated" else 3 * len(LAYERS)), row
 
 
+def returned_bytes(name: str, own: list[int], group, **more) -> tuple[list[torch.Tensor], int, int, int]:
+    """Outputs of prefill, chunk and two decode steps; bytes of the last step, its collectives, and the blocks this rank read for others."""
+    side = Side(name, "distinct", own, group, **more)
+    outs = side.forward(40, [40 - row for row in own]) + side.forward(5, [5] * len(own)) + side.forward(1, [1] * len(own))
+    exchange = side.cache.exchange
+    sent, made = exchange.bytes_sent, exchange.collectives
+    outs += side.forward(1, [1] * len(own))
+    blocks = sum(key[0] == 3 and key[2] not in own for key in side.chosen)
+    return outs, exchange.bytes_sent - sent, exchange.collectives - made, blocks
+
+
+def check_needed(report: Report, group) -> None:
+    """Partials of those that read something: the same bits, fewer bytes, as many collectives, and bytes that fall with the budget."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    own, base = list(range(4))[rank * 4 // size : (rank + 1) * 4 // size], {"sink_tokens": 0, "recent_tokens": 0}
+    whole = len(LAYERS) * partial_bytes(4 - len(own), HEADS, DIM)  # all partials of other ranks' queries in a step
+    with report.check("needed, pages") as row:
+        found = []
+        for pages in (1, 3, 40):
+            every, needed = (
+                returned_bytes("bounds", own, group, exchange=exchange, budget_pages=pages, **base) for exchange in ("all", "needed")
+            )
+            assert all(torch.equal(a, b) for a, b in zip(every[0], needed[0], strict=True)), "other outputs"
+            assert every[2] == needed[2] == 3 * len(LAYERS)
+            returned = needed_bytes(needed[3], HEADS, KV_HEADS, DIM)
+            assert needed[1] == every[1] - whole + returned, (needed[1], every[1], whole, returned)
+            found.append(returned)
+        assert found[0] < found[1] < found[2] == whole, found
+        row |= {"returned": found, "whole": whole}
+    with report.check("needed, shards") as row:
+        found = []
+        for top_k in (1, 2, 4):
+            every, needed = (
+                returned_bytes("hash", own, group, exchange=exchange, top_k=top_k, **base | {"recent_tokens": 1})
+                for exchange in ("all", "needed")
+            )
+            assert all(torch.equal(a, b) for a, b in zip(every[0], needed[0], strict=True)), "other outputs"
+            assert every[2] == needed[2] == 2 * len(LAYERS)
+            found.append(needed[1] - every[1] + whole)
+            assert found[-1] >= needed[3] * needed_bytes(1, HEADS, 1, DIM)
+        counts = torch.tensor(found)
+        dist.all_reduce(counts, group=group)
+        row |= {"returned": found, "whole": whole, "of_all_ranks": counts.tolist()}
+        assert found[2] == whole and counts[0] <= counts[1] <= counts[2] and counts[0] < counts[2], found
+
+
 def check_diverged(report: Report, group) -> None:
     """One replicated rank decodes while the others bring a chunk: all of them say so."""
     with report.check("diverged"):
@@ -161,6 +207,7 @@ def main() -> None:
         for name in sys.argv[1:]:
             check_same_pages(report, name, requests, group)
         check_bytes(report, requests, group)
+    check_needed(report, group)
     check_diverged(report, group)
     dist.destroy_process_group()
 

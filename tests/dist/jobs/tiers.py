@@ -64,12 +64,8 @@ def main() -> None:
     group = dist.new_group()
     both, pages = [layer(0), layer(1, latent=True)], {"page_size": 4}
     with report.check("raw"):
-        for expert_ids in ("previous_layer", "true"):
-            driver = Recording(KINDS, group=group, expert_ids=expert_ids, **STORAGE, **pages)
-            run_mix(driver)
+        run_mix(Recording(KINDS, group=group, expert_ids="true", **STORAGE, **pages))
         same_as_alone(decode_mix, group, both, **pages)
-    with report.check("int4"):
-        run_mix(Recording(KINDS, codec="int4", group=group, page_size=64, sinks=4, recent=20, **STORAGE))
     with report.check("adaptive"):
         same_as_alone(decode_mix, group, both, codec="adaptive", compression=LIGHT, **pages)
     with report.check("routing") as row:

@@ -7,15 +7,26 @@
 // No sum or maximum across lanes is taken between tiles. Value sums stay in f32; those of formats that unpack in pairs are kept as even and
 // odd columns and put in order at the end. What the zeros of int8 and int4 values add is taken in page by page: codes are all positive, and
 // the rounding of a sum of thousands of them would be large beside the result.
-#pragma once
+#include <algorithm>
+#include <cmath>
 #include <cstdlib>
+#include <cstring>
+#include <limits>
 #include <memory>
 #include <vector>
 
-#include "vnni_tile.h"
+#include "avx512.h"
+#include "numbers.h"
+#include "vnni.h"
 
 namespace pikv {
 namespace {
+
+using namespace vnni;
+
+constexpr float kInf = std::numeric_limits<float>::infinity();
+constexpr float kLog2e = 1.44269504f, kLn2 = 0.69314718f;
+constexpr int kAhead[kNumFormats] = {2, 2, 2, 4, 6, 4, 8, 6};  // tiles between prefetch and use, by format of K
 
 // Memory of a thread, grown and kept, on 64-byte boundaries.
 class Arena {
@@ -53,7 +64,6 @@ __mmask16 visible_tokens(const Attend& a, const Unit& u, int t, const int32_t* p
   return seen;
 }
 
-template <int F>
 void prepare(const Attend& a, const Unit& u, Work& w, std::vector<Chunk>& chunks) {
   static thread_local Arena arena;
   const int M = a.rows();
@@ -64,11 +74,12 @@ void prepare(const Attend& a, const Unit& u, Work& w, std::vector<Chunk>& chunks
   w.m = arena.take<float>(M), w.q_scale = arena.take<float>(M), w.q_bias = arena.take<float>(M);
   w.product = arena.take<float>(w.Dk), w.k_bytes = arena.take<uint8_t>((size_t)kTile * w.Dk);
   w.q_hi = arena.take<int8_t>((size_t)M * w.Dk), w.q_lo = arena.take<int8_t>((size_t)M * w.Dk);
+  const bool pairs = query_in_pairs(a.f.format);
   for (int row = 0; row < M; ++row) {
     const int64_t at = a.q_row(u.n, u.h, row) * a.f.k_dim;
     for (int d = 0; d < w.Dk; ++d) {
       const float x = d < a.f.k_dim ? load_float(a.q, a.q_type, at + d) : 0.0f;
-      w.q[(size_t)row * w.Dk + (F == kBf16 ? column_of(d) : d)] = x * (a.scale * kLog2e);
+      w.q[(size_t)row * w.Dk + (pairs ? column_of(d) : d)] = x * (a.scale * kLog2e);
     }
     w.m[row] = -kInf;
   }
@@ -94,25 +105,65 @@ inline void take_in_zeros(Work& w, int M) {
   std::memset(w.zeros, 0, (size_t)M * 16 * sizeof(float));
 }
 
-template <int F>
 void finish(const Attend& a, const Unit& u, const Work& w) {
+  const bool pairs = in_pairs(a.f.v_format);
   for (int row = 0; row < a.rows(); ++row) {
     const float l = lanes(w.l, row), inverse = l > 0 ? 1 / l : 0.0f;
     const float* acc = w.acc + (size_t)row * w.Dv;
     float* out = u.out + (int64_t)row * a.f.v_dim;
     for (int d = 0; d < a.f.v_dim; ++d) {
-      out[d] = acc[in_pairs(F) ? column_of(d) : d] * inverse;
+      out[d] = acc[pairs ? column_of(d) : d] * inverse;
     }
     u.lse[row] = l > 0 ? (w.m[row] + std::log2(l)) * kLn2 : -kInf;
   }
 }
 
-template <int F, int DC>
-void attend(const Attend& a, const Unit& u) {
+KeyKernel keys_of(const PageFormat& f) {
+  switch (f.format) {
+    case kFp32: return key_kernel<kFp32>(f.k_dim);
+    case kBf16: return key_kernel<kBf16>(f.k_dim);
+    case kFp16: return key_kernel<kFp16>(f.k_dim);
+    case kInt8: return key_kernel<kInt8>(f.k_dim);
+    case kInt4: return key_kernel<kInt4>(f.k_dim);
+    case kInt2: return key_kernel<kInt2>(f.k_dim);
+    case kFp4: return key_kernel<kFp4>(f.k_dim);
+    default: return key_kernel<kFp8>(f.k_dim);
+  }
+}
+
+ValueKernel values_of(const PageFormat& f) {
+  switch (f.v_format) {
+    case kFp32: return value_kernel<kFp32>(f.v_dim);
+    case kBf16: return value_kernel<kBf16>(f.v_dim);
+    case kFp16: return value_kernel<kFp16>(f.v_dim);
+    case kInt8: return value_kernel<kInt8>(f.v_dim);
+    case kInt4: return value_kernel<kInt4>(f.v_dim);
+    case kInt2: return value_kernel<kInt2>(f.v_dim);
+    case kFp4: return value_kernel<kFp4>(f.v_dim);
+    default: return value_kernel<kFp8>(f.v_dim);
+  }
+}
+
+// The scales and zeros of rows encoded each by itself, at token t0. Blocks that are not there are not read.
+void point_at_scales(const PageFormat& f, const uint8_t* head, int t0, Tile& tile) {
+  const auto at = [&](long long block, int bytes) { return block < 0 ? head : head + block + (int64_t)t0 * bytes; };
+  tile.k_blocks = fp4_blocks(f.k_dim), tile.v_blocks = f.latent ? tile.k_blocks : fp4_blocks(f.v_dim);
+  tile.k_scale = at(f.k_scale, f.format == kFp4 ? tile.k_blocks : 2), tile.k_zero = at(f.k_zero, 1);  // integer keys have theirs by group
+  tile.v_scale = at(f.v_scale, f.v_format == kFp4 ? tile.v_blocks : 2), tile.v_zero = at(f.v_zero, f.v_format == kFp4 ? 1 : 2);
+  if (f.latent) tile.v_scale = tile.k_scale, tile.v_zero = tile.k_zero;
+}
+
+}  // namespace
+
+void attend_vnni(const Attend& a, const Unit& u) {
   static thread_local Work w;
   static thread_local std::vector<Chunk> chunks;
-  prepare<F>(a, u, w, chunks);
+  prepare(a, u, w, chunks);
   const PageFormat& f = a.f;
+  const KeyKernel keys = keys_of(f);
+  const ValueKernel values = values_of(f);
+  const bool zeros = format_grouped(f.v_format);
+  alignas(64) float p[8 * kTile];
   const int32_t* table = a.table_of(u.n, u.h);
   const int32_t* list = a.list_of(u.n, u.h);
   const int limit = a.paged(u.n, u.h), tiles = (f.page_size + kTile - 1) / kTile, M = a.rows();
@@ -129,19 +180,18 @@ void attend(const Attend& a, const Unit& u) {
       const uint8_t* head = a.section(record, u.h);
       const int32_t* positions = reinterpret_cast<const int32_t*>(record + f.positions);
       const uint8_t* next_page = c + 1 < u.c1 ? section_of(c + 1) : nullptr;
-      if (f.k_scale >= 0 && next_page)
-        for (int64_t i = f.k_scale & ~63; i < f.head_bytes; i += 64) prefetch(next_page + i);
+      const int64_t first_scale = f.k_scale >= 0 ? f.k_scale : f.v_scale;
+      if (first_scale >= 0 && next_page)
+        for (int64_t i = first_scale & ~63; i < f.head_bytes; i += 64) prefetch(next_page + i);
       for (int i = 0; i * kTile < count; ++i) {
         const int t0 = i * kTile;
         Tile tile;
         tile.count = std::min(kTile, count - t0);
-        if (integers(F) && t0 % f.group == 0) start_group<F, DC>(a, head, t0 / f.group, M, w);
-        const uint16_t* k_scale = f.k_scale < 0 ? nullptr : reinterpret_cast<const uint16_t*>(head + f.k_scale) + t0;
-        tile.k_scale = k_scale;
-        tile.v_scale = f.v_scale < 0 ? k_scale : reinterpret_cast<const uint16_t*>(head + f.v_scale) + t0;
-        tile.v_zero = f.v_zero < 0 ? nullptr : reinterpret_cast<const uint16_t*>(head + f.v_zero) + t0;
-        const uint8_t* keys = head + f.k + (int64_t)t0 * f.k_row_bytes;
-        point_at<F, DC>(f, keys, f.latent ? keys : head + f.v + (int64_t)t0 * f.v_row_bytes, tile, w);
+        if (keys.start_group && t0 % f.group == 0) keys.start_group(a, head, t0 / f.group, M, w);
+        point_at_scales(f, head, t0, tile);
+        const uint8_t* rows = head + f.k + (int64_t)t0 * f.k_row_bytes;
+        keys.point_at(f, rows, tile, w);
+        tile.v = f.latent ? rows : head + f.v + (int64_t)t0 * f.v_row_bytes, tile.v_stride = f.latent ? f.k_row_bytes : f.v_row_bytes;
         const int ahead = i + kAhead[f.format], later = c + ahead / tiles;
         const uint8_t* next = ahead < tiles ? head : later < u.c1 ? section_of(later) : nullptr;
         if (!next) next = head;
@@ -149,10 +199,12 @@ void attend(const Attend& a, const Unit& u) {
         tile.next_v = f.latent ? tile.next_k : next + f.v + (int64_t)(ahead % tiles) * kTile * f.v_row_bytes;
         for (size_t j = 0; j < chunks.size(); ++j) {
           const __mmask16 visible = visible_tokens(a, u, chunks[j].t, positions + t0, tile.count);
-          if (visible) add_rows<F, DC>(a, w, tile, chunks[j], visible, j + 1 == chunks.size());
+          if (!visible) continue;
+          keys.scores(a, w, tile, chunks[j], visible, j + 1 == chunks.size(), p);
+          values(a, w, tile, chunks[j], visible, j + 1 == chunks.size(), p);
         }
       }
-      if constexpr (integers(F)) take_in_zeros(w, M);
+      if (zeros) take_in_zeros(w, M);
     }
     if (!a.page_lse) continue;
     for (int row = 0; row < M; ++row) {
@@ -161,16 +213,7 @@ void attend(const Attend& a, const Unit& u) {
     }
     std::fill(w.page_l, w.page_l + M * 16, 0.0f);
   }
-  finish<F>(a, u, w);
+  finish(a, u, w);
 }
 
-template <int F>
-void by_width(const Attend& a, const Unit& u) {
-  if (a.f.k_dim == 128 && a.f.v_dim == 128) return attend<F, 128>(a, u);
-  if (a.f.k_dim == 32 && a.f.v_dim == 32) return attend<F, 32>(a, u);
-  if (a.f.k_dim == 64 && a.f.v_dim == 64) return attend<F, 64>(a, u);
-  attend<F, 0>(a, u);
-}
-
-}  // namespace
 }  // namespace pikv

@@ -1,0 +1,63 @@
+// What the parts of the hand-written AVX512 attention hand to each other: plain data, and per format a kernel for keys and one for values.
+// The two are chosen apart, so that every pair of formats runs in both.
+#pragma once
+#include <cstdint>
+
+#include "attend.h"
+
+namespace pikv::vnni {
+
+constexpr int kTile = 16;
+
+inline constexpr int pad64(int d) { return (d + 63) / 64 * 64; }
+
+constexpr bool integers(int F) { return format_grouped(F); }
+// Formats whose rows unpack two columns at a time: 32 columns are kept as 16 even ones, then 16 odd ones.
+constexpr bool in_pairs(int F) { return F == kBf16 || F == kInt4 || F == kFp4; }
+// The query lies so too where it meets those columns in f32.
+constexpr bool query_in_pairs(int F) { return F == kBf16 || F == kFp4; }
+constexpr int column_of(int d) { return d / 32 * 32 + d % 2 * 16 + d % 32 / 2; }
+
+// Rows [first, first + count) share one query token.
+struct Chunk {
+  int first, count, t;
+};
+
+struct Work {
+  float *q, *acc, *m, *q_scale, *q_bias;  // q: scaled to base 2; acc: sums of values; both in the order of their format
+  float *l, *page_l, *zeros;              // 16 sums per row, one per lane; zeros: what the zeros of integer values add to every column
+  float* product;                         // [Dk]
+  uint8_t* k_bytes;                       // [kTile, Dk]
+  int8_t *q_hi, *q_lo;
+  int Dk, Dv;  // padded to 64
+};
+
+// 16 tokens of a page.
+struct Tile {
+  const uint8_t *k, *v;                               // rows, k_stride and v_stride apart
+  const uint8_t *next_k, *next_v;                     // what to prefetch
+  const uint8_t *k_scale, *k_zero, *v_scale, *v_zero;  // those of rows encoded each by itself, at the first token
+  int64_t k_stride, v_stride;
+  int k_blocks, v_blocks;  // fp4: scales of a row
+  int count;
+};
+
+struct KeyKernel {
+  // An integer format: (q * scale) of a group of tokens and the share of its zeros, before its first tile. Else null.
+  void (*start_group)(const Attend& a, const uint8_t* head, int group, int M, Work& w);
+  // Points the tile at the rows at `k`.
+  void (*point_at)(const PageFormat& f, const uint8_t* k, Tile& tile, Work& w);
+  // exp2(score - w.m) of the rows of a chunk into p [count, kTile], 0 where not visible; raises w.m, adds to w.l and w.page_l.
+  void (*scores)(const Attend& a, Work& w, const Tile& tile, const Chunk& chunk, uint16_t visible, bool last_chunk, float* p);
+};
+
+// Adds the values of the tile, weighted by p, to w.acc and w.zeros.
+using ValueKernel = void (*)(const Attend& a, Work& w, const Tile& tile, const Chunk& chunk, uint16_t visible, bool last_chunk, float* p);
+
+// For keys or values of this width.
+template <int F>
+KeyKernel key_kernel(int k_dim);
+template <int F>
+ValueKernel value_kernel(int v_dim);
+
+}  // namespace pikv::vnni
