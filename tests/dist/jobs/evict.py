@@ -23,9 +23,10 @@ ROUTING = {
     "hash": {"top_k": 2, "sink_tokens": 2, "recent_tokens": 4},
 }
 ROOMY = {"capacity_tokens": 1000}  # no shard is ever full: where entries go does not depend on other requests
+ENTRIES = {"page_size": 8, "scheduling": {"granularity": "token", "interval": 4}, "waiting": 3}
 FOLDER = tempfile.TemporaryDirectory()
 SCHEDULING = {"budget_tokens": 40, "sink_tokens": 2, "recent_tokens": 6}
-HEAD_METHODS, TOKEN_METHODS = ["knorm", "tova"], ["knorm", "snapkv", "h2o"]
+HEAD_METHODS, TOKEN_METHODS = ["knorm", "tova"], ["snapkv", "h2o"]
 
 
 def geometry(model) -> dict:
@@ -130,15 +131,15 @@ def main() -> None:
     with report.check("distinct, by head"):
         own = prompt(40 + 10 * report.rank, seed=6 + report.rank, batch=1)
         held(model, own, group, "knorm", requests="distinct", scheduling={"head_budget": "adaptive"})
-    with report.check("distinct, entries"):
-        held(model, own, group, "knorm", requests="distinct", page_size=8, scheduling={"granularity": "token", "interval": 4}, waiting=3)
     with report.check("distinct"):
         own = prompt(40 + 10 * report.rank, seed=6 + report.rank, batch=1)
         held(model, own, group, "streaming_llm", requests="distinct")
     rank = report.rank
-    for method, router in DISTINCT if dist.get_world_size() > 1 else ():
-        with report.check(f"distinct, {method}, {router}") as row:
-            options = {"storage": ROOMY, "routing": {"method": router} | ROUTING.get(router, {})}
+    own = prompt(40 + 10 * report.rank, seed=6 + report.rank, batch=1)
+    cases = [(case, {}) for case in DISTINCT] + [((method, "all"), ENTRIES) for method in ("knorm", "h2o")]
+    for (method, router), entries in cases if dist.get_world_size() > 1 else ():
+        with report.check(f"distinct, {method}, {'entries' if entries else router}") as row:
+            options = {"storage": ROOMY, "routing": {"method": router} | ROUTING.get(router, {}), **entries}
             several = held(model, own, group, method, requests="distinct", **options)
             alone = held(model, own, None, method, requests="auto", **options)
             assert several["tokens"] == alone["tokens"]
