@@ -6,7 +6,6 @@ R rows, T queries per row, Q = R * T, S local shards, N = Q * S tables, C table 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +17,7 @@ from .config import RoutingConfig
 from .demote import Moved
 from .entries import keys_at
 from .exchange import Exchange
+from .extent import Extent, extent_of
 from .plan import StepPlan
 from .read_budget import Budget, lens_seen, page_budget
 from .reader import Stored
@@ -35,17 +35,6 @@ from .top_pages import best_pages, by_column, listed_pages, page_keys
 from .writer import Written
 
 QUERIES_AT_ONCE = 32  # per row: scores take Q * S * C * H numbers
-
-
-class Extent(NamedTuple):
-    """Where pages lie, [Q, S, C] each: entries (0 = not visible), positions of the first and the last, which are hidden, which pinned."""
-
-    entries: Tensor
-    visible: Tensor
-    hidden: Tensor
-    first: Tensor
-    last: Tensor
-    pinned: Tensor
 
 
 class Selection:
@@ -269,7 +258,7 @@ class Selection:
         same_everywhere, key = self.in_order and window is None, (rows.start, rows.stop, begin)
         extent = self._extents.get(key) if same_everywhere else None
         if extent is None:
-            extent = self._extent(store, table, lens, at.view(-1, 1, 1), window)
+            extent = extent_of(store, table, lens.view(-1, self.tables.num_local, 1), at.view(-1, 1, 1), self.config, window, self.in_order)
             if same_everywhere:
                 self._extents[key] = extent
         return PageQuery(
@@ -278,23 +267,6 @@ class Selection:
             shards=self.tables.local, homes=None if self.num_shards == 1 else self.tables.directory.shard_at[query.layer][rows],
             window=window, scale=query.scale, gather=self._gather,
         )  # fmt: skip
-
-    def _extent(self, store: LayerStore, table: Tensor, lens: Tensor, at: Tensor, window: int | None) -> Extent:
-        num_local, page_size, columns = self.tables.num_local, self.page_size, table.shape[-1]
-        begin = torch.arange(columns, device=table.device, dtype=torch.int32) * page_size
-        entries = (lens.view(-1, num_local, 1) - begin).clamp_(0, page_size)
-        visible = entries > 0
-        if window is None and self.in_order:
-            first, last = begin.expand(entries.shape), begin + (entries - 1)
-        else:
-            held = store.positions if store.num_pages else torch.zeros(1, page_size, dtype=torch.int32, device=table.device)
-            page = torch.where(visible, table.view(entries.shape), 0)
-            first, last = held[page, 0], held[page, (entries - 1).clamp_min(0)]
-        if window is not None:
-            visible = visible & (last > at - window)
-            entries = torch.where(visible, entries, 0)
-        pinned = (first < self.config.sink_tokens) | (last > at - self.config.recent_tokens)
-        return Extent(entries, visible, ~visible, first, last, pinned)
 
     def _gather(self, x: Tensor) -> Tensor:
         if self.exchange.size == 1:
