@@ -80,6 +80,8 @@ class PiKVCache:
             self.selection = Selection(
                 config.routing, router, layers, self.tables, self.exchange, self.stages, policy.keeps_all, self.tiers
             )
+            if self.retention is not None:
+                self.retention.on_compact = self.selection.compacted
         self.staged: Staged | None = None
         self.waiting: Waiting | None = None  # distinct requests: a layer whose merged lse rides in the next record
         self.agreement = Agreement(self.exchange, storage.requests, device)
@@ -267,7 +269,7 @@ class PiKVCache:
         if maps is not None:
             beside = maps.leave(Partial(*beside, False), shift)[:2]
         if shift is not None and self.retention is not None and self.retention.watches(query.layer):
-            self.retention.mass.page_lse[far, row0] += shift[:, :, None, :, None]
+            self.retention.mass.shift(far, row0, shift)
         return merge_partials(torch.stack([near[0], beside[0]]), torch.stack([near[1], beside[1]]))
 
     def _nothing(self, query: Query, q: Tensor) -> tuple[Tensor, Tensor]:

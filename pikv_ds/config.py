@@ -212,6 +212,9 @@ class SchedulingConfig(_Block):
         description="One choice for all KV heads; the same number of entries of each head; or more for heads that need more (Ada-KV).",
     )
     head_floor: float = Field(0.2, ge=0, le=1, description="Share of its uniform budget that an adaptive head has at least.")
+    granularity: Literal["page", "token"] = Field(
+        "page", description="Whole pages leave, or single entries, and the others close up into fewer pages."
+    )
     interval: int = Field(1, ge=1, description="Decode steps between two evictions; a prefill chunk is always followed by one.")
     prefill: Literal["evict", "keep"] = Field(
         "evict", description="Evict after every prefill chunk, or keep the whole prompt until the first decode step."

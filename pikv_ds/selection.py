@@ -13,12 +13,15 @@ from torch import Tensor
 
 from pikv_ds import ops
 
+from .compact import Compacted
 from .config import RoutingConfig
 from .demote import Moved
+from .entries import keys_at
 from .exchange import Exchange
 from .plan import StepPlan
 from .read_budget import Budget, lens_seen, page_budget
 from .reader import Stored
+from .retention_checks import check_entry_router
 from .returns import readers_of_shards
 from .routers.base import NewEntries, PageQuery, Router
 from .spec import LayerSpec
@@ -90,8 +93,11 @@ class Selection:
             store = self._store(layer)
             others = len(store.summaries)
             self.router.open(layer, store, self.num_shards)
+            summarises = len(store.summaries) > others
             if self.tables.far[layer] is not None:
-                check_router(self.router, summarises=len(store.summaries) > others)
+                check_router(self.router, summarises=summarises)
+            if self.tables.by_entry:
+                check_entry_router(self.router, summarises=summarises)
 
     def _store(self, layer: int) -> LayerStore:
         """The pages that a router chooses from."""
@@ -136,6 +142,18 @@ class Selection:
         for layer, pages in moved:
             store = self._store(layer)
             self.router.moved(layer, store, entries_moved(store, pages, self.tables.shard_begin))
+
+    def compacted(self, layer: int, changed: Compacted) -> None:
+        """Pages of a layer have other entries than before. Host phase."""
+        store, table = self.tables.stores[layer], changed.table
+        page = store.block_table.flatten(0, 1)[table, changed.index // self.page_size].to(torch.int64)
+        offset, num_local = changed.index % self.page_size, self.tables.num_local
+        entries = NewEntries(
+            k=keys_at(store, table, changed.index), rows=table // num_local, positions=store.positions[page, offset],
+            shard=table % num_local + self.tables.shard_begin, valid=torch.ones_like(page, dtype=torch.bool),
+            slot_mapping=(page * self.page_size + offset).to(torch.int32), table=table.to(torch.int32),
+        )  # fmt: skip
+        self.router.moved(layer, store, entries)
 
     def remap(self, parent: list[int]) -> None:
         """Row i continues row parent[i], -1 = a fresh row. Host phase."""

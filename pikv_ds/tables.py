@@ -59,7 +59,8 @@ class Tables:
         self.shard_begin, self.num_local = shards.start, len(shards)
         self.directory = Directory(layers, num_shards, device, self.heads)
         self.counters = Counters(num_experts, device)
-        self.page_values: dict[str, torch.dtype] = {}  # one number per page each, for the retention policy
+        self.page_values: dict[str, torch.dtype] = {}  # one number per page each, or per entry, for the retention policy
+        self.by_entry = config.scheduling.granularity == "token"
         self.allocate(0)
 
     def allocate(self, num_rows: int) -> None:
@@ -84,7 +85,8 @@ class Tables:
         for i, spec in enumerate(self.layers):
             for name, dtype in self.page_values.items() if spec.window is None else ():
                 for store in self.pools(i):
-                    store.add_summary(name, (), dtype, cleared=True)
+                    shape = (self.page_size,) if self.by_entry else ()
+                    store.add_summary(name, shape, dtype, cleared=True, by_entry=self.by_entry)
         self.evicted_at = [0] * num_rows  # tokens of a row when a budget last took entries of it
         self.quiet = 0  # decode steps that surely open no page: nothing to reserve, mirror or give back
         self.settled = [0] * num_rows  # window layers dropped what a query after this many tokens of a row can't see

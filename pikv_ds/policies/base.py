@@ -1,5 +1,7 @@
 """Retention policy (the paper's "scheduling"): which pages stay when a budget is full.
 
+When single entries leave (scheduling.granularity "token"), an entry is to a policy a page that holds one entry.
+
 Legend: P pages of the layer's store, R request rows, S local shards, C columns of a block table, T queries per row. With budgets per head
 a page holds one kv head, and every head of a request is a row of its own.
 """
@@ -14,7 +16,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from pikv_ds import ops
+from pikv_ds.entries import decoded
 from pikv_ds.spec import LayerSpec
 from pikv_ds.store import LayerStore
 
@@ -68,12 +70,19 @@ class Pages:
     """`time` when entries of the row's rank were last evicted, [R, 1, 1] int64."""
     layer: int = 0
     """Index of the attention layer."""
+    tail_rows: Tensor | None = None
+    """[R, S] int64, the row of each table in store.tail; None = the keys of open groups are not asked for."""
+
+    @property
+    def page_size(self) -> int:
+        """Entries of a full page."""
+        return self.store.page_size
 
     @cached_property
     def entries(self) -> Tensor:
         """[R, S, C] int64, entries in each page; 0 where a table has no page."""
-        begin = torch.arange(self.table.shape[-1], device=self.lens.device) * self.store.page_size
-        return (self.counts.to(torch.int64).unsqueeze(-1) - begin).clamp(0, self.store.page_size)
+        begin = torch.arange(self.table.shape[-1], device=self.lens.device) * self.page_size
+        return (self.counts.to(torch.int64).unsqueeze(-1) - begin).clamp(0, self.page_size)
 
     @cached_property
     def slot_positions(self) -> Tensor:
@@ -89,7 +98,7 @@ class Pages:
     @cached_property
     def filled(self) -> Tensor:
         """[R, S, C, page_size] bool: the slot holds an entry."""
-        return torch.arange(self.store.page_size, device=self.lens.device) < self.entries.unsqueeze(-1)
+        return torch.arange(self.page_size, device=self.lens.device) < self.entries.unsqueeze(-1)
 
     def value(self, name: str) -> Tensor:
         """The policy's number of each page, [R, S, C]; 0 where there is no page."""
@@ -97,21 +106,41 @@ class Pages:
 
     @cached_property
     def _decoded(self) -> tuple[Tensor, Tensor]:
-        fmt, table = self.store.fmt, self.table.clamp_min(0)
-        k, v = ops.decode_pages(self.store.pages.index_select(0, table.view(-1)), fmt)
-        v = k[..., : fmt.v_dim] if fmt.latent else v
+        tail = None if self.store.tail is None or self.tail_rows is None else self.store.tail[self.tail_rows.flatten()]
+        decoded_tables = decoded(self.store, self.table.flatten(0, 1), self.counts.flatten(), tail)  # [R * S, Hkv, L, D]
         filled = self.filled[:, :, :, None, :, None]
-        return tuple(torch.where(filled, x.float().view(*table.shape, *x.shape[1:]), 0) for x in (k, v))
+        shape = (*self.table.shape[:2], -1, filled.shape[2], filled.shape[4])  # R, S, Hkv, C, page_size
+        return tuple(torch.where(filled, x.view(*shape, x.shape[-1]).transpose(2, 3), 0) for x in decoded_tables)
 
     @property
     def keys(self) -> Tensor:
-        """[R, S, C, Hkv, page_size, Dk] f32 as attention reads them, 0 without an entry; not the open group of int8 and int4."""
+        """[R, S, C, Hkv, page_size, Dk] f32 as attention reads them, 0 without an entry."""
         return self._decoded[0]
 
     @property
     def values(self) -> Tensor:
         """[R, S, C, Hkv, page_size, Dv] f32, 0 without an entry."""
         return self._decoded[1]
+
+
+class Entries(Pages):
+    """The entries of one layer, each as a page of its own: what a policy scores when single entries leave. C counts them."""
+
+    page_size = 1
+
+    @cached_property
+    def entries(self) -> Tensor:
+        """[R, S, C] int64, 1 or 0."""
+        return (torch.arange(self.table.shape[-1] * self.store.page_size, device=self.lens.device) < self.counts.unsqueeze(-1)).long()
+
+    @cached_property
+    def slot_positions(self) -> Tensor:
+        """[R, S, C, 1] int32."""
+        return self.store.positions[self.table.clamp_min(0)].flatten(2).unsqueeze(-1)
+
+    def value(self, name: str) -> Tensor:
+        """The policy's number of each entry, [R, S, C]."""
+        return torch.where(self.entries > 0, self.store.summaries[name][self.table.clamp_min(0)].flatten(2), 0)
 
 
 class RetentionPolicy(ABC):
@@ -124,7 +153,7 @@ class RetentionPolicy(ABC):
     keeps_all: ClassVar[bool] = False
     """True: nothing is ever evicted, so the cache need not ask."""
     page_values: ClassVar[dict[str, torch.dtype]] = {}
-    """One number per page each, kept in the store; a policy that has any is shown what queries attend to."""
+    """One number per page (or entry) each, kept in the store; a policy that has any is shown what queries attend to."""
     observes_queries: ClassVar[bool] = False
     """True: row_values are kept, and observe_queries() is shown the queries themselves."""
     reads_model_queries: ClassVar[bool] = False

@@ -34,7 +34,7 @@ class ObservationWindow(RetentionPolicy):
     def score(self, pages: Pages) -> Tensor:
         before_window = pages.last_position < (pages.lens - self.window)[:, None, None]
         value = torch.where(before_window, pages.value("window"), 0)
-        kernel = self.kernel // pages.store.page_size | 1
+        kernel = self.kernel // pages.page_size | 1
         if kernel == 1:
             return value
         return F.avg_pool1d(value.flatten(0, 1).unsqueeze(1), kernel, stride=1, padding=kernel // 2).view_as(value)

@@ -36,12 +36,12 @@ def test_none_never_evicts():
     assert POLICIES.build("none").score(some_pages([5, 9])).eq(torch.inf).all()
 
 
-@pytest.mark.parametrize("num_shards", [1, 2], ids="S{}".format)
+@pytest.mark.parametrize(("num_shards", "granularity"), [(1, "page"), (2, "page"), (1, "token"), (2, "token")])
 @pytest.mark.parametrize("name", EVICTING)
-def test_budget_pins_and_attention(name, num_shards, tmp_path):
+def test_budget_pins_and_attention(name, num_shards, granularity, tmp_path):
     """Whatever a policy prefers: budgets hold, pins stay, attention is that over the kept entries, freed slots may hold NaN."""
     own = needed(name, tmp_path, layers=3, heads=2, width=16)
-    scheduling = {"method": name, "budget_tokens": 30, "sink_tokens": 2, "recent_tokens": 5} | own
+    scheduling = {"method": name, "budget_tokens": 30, "sink_tokens": 2, "recent_tokens": 5, "granularity": granularity} | own
     kinds, options = [layer(0), layer(1, window=7), layer(2)], {"page_size": 4, "num_shards": num_shards, "placement": "position"}
     if POLICIES.get(name).needs_one_shard and num_shards > 1:
         with pytest.raises(ConfigError, match="one shard on one rank"):
@@ -53,6 +53,8 @@ def test_budget_pins_and_attention(name, num_shards, tmp_path):
         return
     driver = EvictingDriver(kinds, None, scheduling, **options)
     driver.prefill([50, 3, 21])
+    if granularity == "token":
+        assert len(driver.kept(0, 0)) == 30 or driver.cache.retention.policy.target_hit_rate is not None
     for mask in [*[ragged([1, 1, 1])] * 6, ragged([9, 0, 13]), ragged([1, 0, 1]), *[ragged([1, 1, 1])] * 5]:
         poison(driver)
         driver.forward(mask)

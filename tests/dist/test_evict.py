@@ -3,7 +3,7 @@
 import pytest
 
 from pikv_ds.policies import POLICIES
-from tests.dist.jobs.evict import DISTINCT, HEAD_METHODS, ROUTING
+from tests.dist.jobs.evict import DISTINCT, HEAD_METHODS, ROUTING, TOKEN_METHODS
 from tests.dist.launcher import JobResult, run_gloo
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(300)]
@@ -13,6 +13,10 @@ METHODS = [
     if not (policy.keeps_all or policy.sums_layers or policy.needs_one_shard or policy.needs_head_budget)
 ]
 HEADS = [f"{method} {head_budget} heads" for method in HEAD_METHODS for head_budget in ("uniform", "adaptive")]
+ENTRIES = [*(f"{method} entries" for method in TOKEN_METHODS), "entries of heads", "entries of beams"]
+CHECKS = [*METHODS, *HEADS, *ENTRIES, "beams", "assisted", "beams of heads", *(f"h2o with {router}" for router in ROUTING)]
+BY_RANK = ["distinct", "distinct, by head", "distinct, knorm, entries", "distinct, h2o, entries"]
+BY_RANK += [f"distinct, {method}, {router}" for method, router in DISTINCT]
 _jobs: dict[int, JobResult] = {}
 
 
@@ -23,7 +27,7 @@ def job(world: int) -> JobResult:
 
 
 @pytest.mark.parametrize("world", [1, 2, 4], ids="world{}".format)
-@pytest.mark.parametrize("check", [*METHODS, *HEADS, "beams", "assisted", "beams of heads", *(f"h2o with {router}" for router in ROUTING)])
+@pytest.mark.parametrize("check", CHECKS)
 def test_kept_sets_depend_on_shards_not_on_ranks(check: str, world: int):
     rows, alone = job(world).check(check), job(1).check(check)[0]
     for row in rows:
@@ -31,7 +35,7 @@ def test_kept_sets_depend_on_shards_not_on_ranks(check: str, world: int):
 
 
 @pytest.mark.parametrize("world", [2, 4], ids="world{}".format)
-@pytest.mark.parametrize("check", ["distinct", "distinct, by head", *(f"distinct, {method}, {router}" for method, router in DISTINCT)])
+@pytest.mark.parametrize("check", BY_RANK)
 def test_requests_that_differ_between_ranks(check: str, world: int):
     """Policies that look at attention keep of every request what they keep of it alone."""
     job(world).check(check)

@@ -1,4 +1,5 @@
-"""Kept entries are those of kvpress 0.5.5 (tests/kvpress/make_cases.py), through the store: one prompt, pages of one entry."""
+"""Kept entries are those of kvpress 0.5.5 (tests/kvpress/make_cases.py), through the store: one prompt; pages of one entry, or pages of
+several from which single entries leave."""
 
 import json
 from pathlib import Path
@@ -40,20 +41,31 @@ PINS = {
 }
 
 
-def kept(case: Case) -> torch.Tensor:
-    """[Hkv, L] bool, after one forward of the whole prompt."""
+def kept(case: Case, page_size: int) -> torch.Tensor:
+    """[Hkv, L] bool, after one forward of the whole prompt; with larger pages after two, so that the second attends to stored entries."""
     q, k, v = tensors(case)
-    config = PiKVConfig(
-        page_size=1, scheduling={"method": case.method, "budget_tokens": case.kept, "head_budget": case.heads, **PINS[case.method]}
-    )
+    granularity = "page" if page_size == 1 else "token"
+    scheduling = {
+        "method": case.method,
+        "budget_tokens": case.kept,
+        "head_budget": case.heads,
+        "granularity": granularity,
+        "prefill": "keep",
+    }
+    config = PiKVConfig(page_size=page_size, scheduling=scheduling | PINS[case.method])
     spec = LayerSpec(layer_idx=0, num_kv_heads=case.num_kv_heads, k_dim=HEAD_DIM, v_dim=HEAD_DIM)
     cache = PiKVCache([spec], config, num_experts=1, dtype=torch.float32, device=torch.device("cpu"))
-    positions = torch.arange(case.length, dtype=torch.int32).unsqueeze(0)
-    new = {"num_new": [case.length], "parent": [-1], "keep": [0], "identity": False, "fresh": True}
-    cache.begin_step(LocalStep(num_rows=1, num_columns=case.length, positions=positions, digest=0, **new))
-    q, k, v = (x.unsqueeze(0) for x in (rotated(q), k, v))
-    cache.attend(0, q, k, v, scale=HEAD_DIM**-0.5, v_dim=HEAD_DIM, expert_ids=None)
-    cache.end_step()
+    q, positions = rotated(q), torch.arange(case.length, dtype=torch.int32)
+    first = case.length if page_size == 1 else case.length - WINDOW - 3
+    for begin, end in ((0, first), (first, case.length)):
+        if begin == end:
+            continue
+        row = {"num_new": [end - begin], "parent": [0 if begin else -1], "keep": [begin], "identity": begin > 0, "fresh": not begin}
+        own = [x[begin:end].unsqueeze(0) for x in (positions, q, k, v)]
+        cache.begin_step(LocalStep(num_rows=1, num_columns=end - begin, positions=own[0], digest=0, **row))
+        cache.attend(0, *own[1:], scale=HEAD_DIM**-0.5, v_dim=HEAD_DIM, expert_ids=None)
+        cache.end_step()
+    cache.retention.evict([case.length])
     store, mask = cache.tables.stores[0], torch.zeros(case.num_kv_heads, case.length, dtype=torch.bool)
     for head in range(case.num_kv_heads):
         mask[head, store.positions.flatten()[slots_of(store, 0, head).long()].long()] = True
@@ -62,10 +74,11 @@ def kept(case: Case) -> torch.Tensor:
 
 @pytest.mark.parametrize("heads", ["shared", "uniform", "adaptive"])
 @pytest.mark.parametrize("method", PINS)
-def test_kept_entries(method: str, heads: str):
+@pytest.mark.parametrize("page_size", [1, 8], ids="page{}".format)
+def test_kept_entries(page_size: int, method: str, heads: str):
     chosen = [(case, mask) for case, mask in CASES if case.method == method and case.heads == heads]
     if not chosen:
         pytest.skip(f"{method} keeps the same entries for every head")
-    wrong = [case for case, mask in chosen if not torch.equal(kept(case), mask)]
-    print(f"{method}, {heads}: {len(chosen) - len(wrong)} of {len(chosen)} sets equal")
+    wrong = [case for case, mask in chosen if not torch.equal(kept(case, page_size), mask)]
+    print(f"{method}, {heads}, pages of {page_size}: {len(chosen) - len(wrong)} of {len(chosen)} sets equal")
     assert len(wrong) <= len(chosen) // 1000, wrong[:3]

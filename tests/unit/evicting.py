@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from pikv_ds.entries import decoded
 from pikv_ds.stats import stats
+from pikv_ds.store import LayerStore
 from tests.unit.driver import Driver, dense_over, rel_error
 from tests.unit.invariants import check_pages, check_unshared, slots_of
 from tests.unit.stores import stored
@@ -72,6 +74,11 @@ class EvictingDriver(Driver):
             self.evict()
             self.waits = False
 
+    @property
+    def unit(self) -> int:
+        """Entries that leave together: to the oracle, the size of a page."""
+        return 1 if self.cache.tables.by_entry else self.cache.page_size
+
     def kept(self, i: int, row: int) -> list[int]:
         return sorted(p for shard in self.tables[i][row] for page in shard for p in page.positions)
 
@@ -82,7 +89,7 @@ class EvictingDriver(Driver):
         if self.score is None:
             self._take_over()
             return
-        size = self.cache.page_size
+        size = self.unit
         for i, spec in enumerate(self.layers):
             for row, length in enumerate(self.lens) if spec.window is None else ():
                 num_pages = -(-(len(self.kept(i, row)) - self.budget(i, row)) // size)
@@ -134,7 +141,7 @@ class EvictingDriver(Driver):
                 assert rel_error(lse[row, t], want_lse) <= self.tolerance, f"layer {i}, row {row}, position {at}: lse"
                 if spec.window is None and not self.cache.stages:
                     # Queries of a row count from the right edge of their forward.
-                    column, fair = self.columns + positions.shape[1] - len(real) + real.index(t), self.cache.page_size / len(entries)
+                    column, fair = self.columns + positions.shape[1] - len(real) + real.index(t), self.unit / len(entries)
                     got: dict[int, float] = {}
                     for p, x in zip(visible, share.mean(0).tolist(), strict=True):
                         got[id(page_of[p])] = got.get(id(page_of[p]), 0.0) + x
@@ -150,9 +157,19 @@ class EvictingDriver(Driver):
         for p in new:
             directory = self.cache.tables.directory
             shard = self.tables[i][row][int(directory.shard_at[i][row, p]) if directory.num_shards > 1 else 0]
-            if not shard or len(shard[-1].positions) == self.cache.page_size:
+            if not shard or len(shard[-1].positions) == self.unit:
                 shard.append(Page())
             shard[-1].positions.append(p)
+
+
+def entries_of(store: LayerStore, row: int, shard: int) -> tuple[Tensor, Tensor, Tensor]:
+    """k [n, Hkv, Dk], v [n, Hkv, Dv] and positions [n] of a table, as attention reads them."""
+    slots = slots_of(store, row, shard)
+    if store.fmt.raw:
+        return stored(store, slots)
+    tail = None if store.tail is None else store.tail.view(*store.counts.shape, *store.tail.shape[1:])[row, shard].unsqueeze(0)
+    k, v = decoded(store, store.block_table[row, shard].unsqueeze(0), store.counts[row, shard].view(1), tail)
+    return *(x[0, :, : len(slots)].transpose(0, 1) for x in (k, v)), store.positions.flatten()[slots.long()]
 
 
 def check_evicting(driver: EvictingDriver) -> None:
@@ -163,8 +180,7 @@ def check_evicting(driver: EvictingDriver) -> None:
         check_unshared(store)
         for row in range(len(driver.lens)) if spec.window is None else ():
             for shard, pages in enumerate(driver.tables[i][row]):
-                slots = slots_of(store, row, shard)
-                k, v, positions = stored(store, slots)
+                k, v, positions = entries_of(store, row, shard)
                 want = [p for page in pages for p in page.positions]
                 assert positions.tolist() == want, f"layer {i}, row {row}, shard {shard}"
                 if want:
@@ -227,7 +243,7 @@ def fading(page: Page, window: int) -> float:
 
 def observed(page: Page, driver: EvictingDriver, i: int, row: int, window: int = 3, kernel: int = 5) -> float:
     """SnapKV with a window of 3: pooled over 5 pages of one entry, not pooled over larger ones."""
-    if driver.cache.page_size > 1:
+    if driver.unit > 1:
         kernel = 1
     pages = next(shard for shard in driver.tables[i][row] if page in shard)
     at = pages.index(page)

@@ -155,10 +155,14 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def test_the_process_gets_smaller():
+@pytest.mark.parametrize(
+    ("granularity", "head_budget", "num_shards"), [("page", "shared", 1), ("page", "uniform", 2), ("token", "shared", 2)]
+)
+def test_the_process_gets_smaller(granularity, head_budget, num_shards):
     """A prompt of 24,576 tokens in two layers, 96 MiB of pages; 1/8 stays."""
     spec = [LayerSpec(layer_idx=i, num_kv_heads=4, k_dim=64, v_dim=64) for i in range(2)]
-    config = PiKVConfig(page_size=16, scheduling={"method": "streaming_llm", "budget_ratio": 0.125, "prefill": "keep"})
+    scheduling = {"method": "streaming_llm", "budget_ratio": 0.125, "prefill": "keep", "granularity": granularity}
+    config = PiKVConfig(page_size=16, scheduling=scheduling | {"head_budget": head_budget}, storage={"num_shards": num_shards})
     cache = PiKVCache(spec, config, num_experts=1, dtype=torch.float32, device=torch.device("cpu"))
 
     def forward(before: int, columns: int) -> None:
@@ -190,6 +194,21 @@ REFUSED = {
         ["legal is >= 23", "4 shards"],
     ),
     "bytes": ({"method": "lru", "budget_bytes": 1000}, {"page_size": 4}, ["pikv.scheduling.budget_bytes = 1000", "legal is >="]),
+    "pins, to the entry": (
+        {"method": "lru", "budget_tokens": 4, "sink_tokens": 2, "recent_tokens": 3, "granularity": "token"},
+        {"page_size": 4},
+        ["pikv.scheduling.budget_tokens = 4", ">= 5"],
+    ),
+    "entries of two pools": (
+        {"method": "knorm", "budget_tokens": 99, "granularity": "token"},
+        {"page_size": 64, "compression": {"method": "int8", "raw_recent_tokens": 64}},
+        ["granularity = 'token'", "raw_recent_tokens", "'page'"],
+    ),
+    "entries that a router may not read": (
+        {"method": "h2o", "budget_tokens": 99, "granularity": "token"},
+        {"page_size": 4, "routing": {"method": "bounds", "budget_ratio": 0.5}},
+        ["granularity = 'token'", "'h2o'", "routing.method = 'bounds'"],
+    ),
     "staged entries": (
         {"method": "h2o", "budget_tokens": 99},
         {"expert_ids": "true", "page_size": 4},

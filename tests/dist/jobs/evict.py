@@ -23,9 +23,10 @@ ROUTING = {
     "hash": {"top_k": 2, "sink_tokens": 2, "recent_tokens": 4},
 }
 ROOMY = {"capacity_tokens": 1000}  # no shard is ever full: where entries go does not depend on other requests
+ENTRIES = {"page_size": 8, "scheduling": {"granularity": "token", "interval": 4}, "waiting": 3}
 FOLDER = tempfile.TemporaryDirectory()
 SCHEDULING = {"budget_tokens": 40, "sink_tokens": 2, "recent_tokens": 6}
-HEAD_METHODS = ["knorm", "tova"]
+HEAD_METHODS, TOKEN_METHODS = ["knorm", "tova"], ["snapkv", "h2o"]
 
 
 def geometry(model) -> dict:
@@ -48,12 +49,12 @@ def kept(cache: HFCache) -> list[list[list[list[int]]]]:
 
 def held(
     model, ids, group, method: str, *, waiting: int = 0, requests: str = "replicated", scheduling: dict | None = None,
-    storage: dict | None = None, routing: dict | None = None, **options,
+    storage: dict | None = None, routing: dict | None = None, page_size: int = 2, **options,
 ) -> dict:  # fmt: skip
-    """A run's tokens, the entries it kept in every table, its collectives. waiting: entries that a crop may still take back."""
+    """A run's tokens, the entries it kept in every table, its collectives. waiting: entries that may be there beyond the budget."""
     scheduling = {"method": method, **SCHEDULING, **(scheduling or {})}
     scheduling |= needed(method, Path(FOLDER.name), **geometry(model))
-    block = {"page_size": 2, "storage": {**STORAGE, "requests": requests, **(storage or {})}, "routing": routing or {}}
+    block = {"page_size": page_size, "storage": {**STORAGE, "requests": requests, **(storage or {})}, "routing": routing or {}}
     block["scheduling"] = scheduling
     with pikv_ds.attach(model, block, group) as cache:
         run = generate(model, ids, new_tokens=24, **options)
@@ -73,8 +74,9 @@ def held(
         for row, tables in enumerate(rows):
             for head in range(heads):
                 live = sum(map(len, tables[head::heads]))
-                assert waiting or live + evicted[layer][row][head] == lens[row], f"layer {layer}, row {row}, head {head}: live + evicted"
-        pages = sum(-(-len(table) // 2) for row in own[layer] for table in row)
+                gone = evicted[layer][row][head]
+                assert (waiting and requests == "replicated") or live + gone == lens[row], f"layer {layer}, row {row}, head {head}: {gone}"
+        pages = sum(-(-len(table) // page_size) for row in own[layer] for table in row)
         assert allocated[layer] <= 1.25 * pages + 1, f"layer {layer}: {allocated[layer]} pages for the {pages} that are in use"
     return {"tokens": run.tokens.tolist(), "kept": whole, "collectives": stats["exchange_collectives"]}
 
@@ -116,6 +118,14 @@ def main() -> None:
         for method in HEAD_METHODS:
             with report.check(f"{method} {head_budget} heads") as row:
                 row |= held(model, ids, group, method, scheduling={"head_budget": head_budget})
+    for method in TOKEN_METHODS:
+        with report.check(f"{method} entries") as row:
+            row |= held(model, ids, group, method, page_size=8, scheduling={"granularity": "token"})
+    with report.check("entries of heads") as row:
+        row |= held(model, ids, group, "tova", page_size=8, scheduling={"granularity": "token", "head_budget": "adaptive"})
+    with report.check("entries of beams") as row:
+        beams = {"scheduling": {"granularity": "token", "head_budget": "uniform"}, "num_beams": 3}
+        row |= held(model, prompt(50, seed=4, batch=1), group, "knorm", page_size=8, **beams)
     with report.check("beams of heads") as row:
         row |= held(model, prompt(50, seed=4, batch=1), group, "knorm", scheduling={"head_budget": "uniform"}, num_beams=3)
     with report.check("distinct, by head"):
@@ -125,9 +135,11 @@ def main() -> None:
         own = prompt(40 + 10 * report.rank, seed=6 + report.rank, batch=1)
         held(model, own, group, "streaming_llm", requests="distinct")
     rank = report.rank
-    for method, router in DISTINCT if dist.get_world_size() > 1 else ():
-        with report.check(f"distinct, {method}, {router}") as row:
-            options = {"storage": ROOMY, "routing": {"method": router} | ROUTING.get(router, {})}
+    own = prompt(40 + 10 * report.rank, seed=6 + report.rank, batch=1)
+    cases = [(case, {}) for case in DISTINCT] + [((method, "all"), ENTRIES) for method in ("knorm", "h2o")]
+    for (method, router), entries in cases if dist.get_world_size() > 1 else ():
+        with report.check(f"distinct, {method}, {'entries' if entries else router}") as row:
+            options = {"storage": ROOMY, "routing": {"method": router} | ROUTING.get(router, {}), **entries}
             several = held(model, own, group, method, requests="distinct", **options)
             alone = held(model, own, None, method, requests="auto", **options)
             assert several["tokens"] == alone["tokens"]
