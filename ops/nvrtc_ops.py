@@ -110,7 +110,7 @@ def append(pages, tail, k, v, positions, slot_mapping, tail_rows, *rest):
     a = kp.Append(f=page_record(fmt), pages=pages.data_ptr(), tail=address(tail), k=k.data_ptr(), v=None if fmt.latent else v.data_ptr(),
                positions=index(positions), slots=index(slot_mapping), tail_rows=index(tail_rows), T=T, type=FLOAT_TYPES[k.dtype],
                tail_type=0 if tail is None else FLOAT_TYPES[tail.dtype])  # fmt: skip
-    launch("pages", "append_rows_kernel", (-(-T * H // WARPS), 1), 0, a, pages.device)
+    launch("pages", "append_rows_kernel", (-(-T * H // WARPS), 2), 0, a, pages.device)
     if fmt.grouped:
         launch("pages", "append_groups_kernel", (T, H), 4 * fmt.group, a, pages.device)
         launch("pages", "append_tail_kernel", (T, 1), 0, a, pages.device)

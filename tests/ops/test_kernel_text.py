@@ -124,7 +124,7 @@ def test_bounds_scores_and_packing(right_kernels, through, reverse):
     through(right_kernels, reverse)
     check_bounds("int8", torch.float16, _nvrtc_op, "cpu")
     for heads, table_heads in ((3, 1), (1, 3)):
-        check_score(heads, table_heads, torch.bfloat16, _nvrtc_op, "cpu")
+        check_score(heads, table_heads, torch.bfloat16, None, _nvrtc_op, "cpu")
     for rows, indexed in ((0, True), (7, True), (7, False)):
         check_pack(rows, indexed, _nvrtc_op, "cpu")
     check_slots(3, 2, 200, _nvrtc_op, "cpu")
@@ -204,7 +204,7 @@ def test_planted_bugs_in_bounds_and_scores_are_noticed(bug, through, tmp_path):
         through(kernels, reverse)
         try:
             check_bounds("int8", torch.float32, _nvrtc_op, "cpu")
-            check_score(3, 1, torch.float32, _nvrtc_op, "cpu")
+            check_score(3, 1, torch.float32, None, _nvrtc_op, "cpu")
         except (Fault, AssertionError):
             noticed = True
     assert noticed

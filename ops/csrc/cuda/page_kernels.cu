@@ -20,7 +20,7 @@ const char* launch_merge(const Merge& m, Stream stream) {
 
 const char* launch_append(const Append& a, Stream stream) {
   const unsigned T = (unsigned)a.T, H = (unsigned)a.f.num_kv_heads;
-  const char* fault = launch(append_rows_kernel, dim3((unsigned)(((long long)T * H + kWarps - 1) / kWarps)), kBlock, 0, stream, a);
+  const char* fault = launch(append_rows_kernel, dim3((unsigned)(((long long)T * H + kWarps - 1) / kWarps), 2), kBlock, 0, stream, a);
   if (fault || !format_grouped(a.f.format)) return fault;
   fault = launch(append_groups_kernel, dim3(T, H), kBlock, a.f.group * sizeof(int), stream, a);
   return fault ? fault : launch(append_tail_kernel, dim3(T), kBlock, 0, stream, a);

@@ -47,6 +47,14 @@ __device__ __forceinline__ int fp4_exponent(float top) {
   return min(max(exponent - 12 + raised, -64), 63);
 }
 
+// 1 / s of an e4m3 number s > 0, as a division would round it: a reciprocal of its 4 bits and a power of two. A division is a call here, and
+// a second one in the kernel would spill registers.
+__device__ __forceinline__ float fp8_inverse(float s) {
+  const unsigned u = __float_as_uint(s), m = u >> 20 & 7u;
+  const float r = m == 0 ? 1.0f : m == 1 ? 8.0f / 9.0f : m == 2 ? 0.8f : m == 3 ? 8.0f / 11.0f : m == 4 ? 2.0f / 3.0f : m == 5 ? 8.0f / 13.0f : m == 6 ? 4.0f / 7.0f : 8.0f / 15.0f;
+  return r * power_of_two(254 - (u >> 23));
+}
+
 // One row of D elements by one warp.
 __device__ __forceinline__ void store_fp4(const void* x, int type, long long from, int D, unsigned char* row, unsigned char* scales, unsigned char* biased) {
   const int lane = threadIdx.x % 32;
@@ -60,7 +68,7 @@ __device__ __forceinline__ void store_fp4(const void* x, int type, long long fro
     const float value = d < D ? fp4_input(load_float(x, type, from + d)) : 0.0f;
     const float most = lane_max<1, 8>(fabsf(value));  // of the 16 columns of a block
     const unsigned scale = float_to_fp8(fminf(most * down * (float)(1.0 / 6), 448.0f));
-    const float s = fp8_to_float(scale), inverse = s > 0 ? __fdiv_rn(1.0f, s) * down : 0.0f;
+    const float s = fp8_to_float(scale), inverse = s > 0 ? fp8_inverse(s) * down : 0.0f;
     const unsigned code = float_to_fp4(value * inverse), right = __shfl_xor_sync(kAll, code, 1);
     if (d < D && d % kFp4Block == 0) scales[d / kFp4Block] = (unsigned char)scale;
     if (d < D && d % 2 == 0) row[d / 2] = (unsigned char)(code | right << 4);
@@ -99,7 +107,7 @@ __device__ __forceinline__ void store_token(int format, const void* x, int type,
   }
 }
 
-// A warp per (token, head).
+// Grid: x = warp per (token, head), y = keys, values.
 __global__ void __launch_bounds__(kBlock) append_rows_kernel(const Append a) {
   const long long i = (long long)blockIdx.x * kWarps + threadIdx.x / 32;
   const int H = a.f.num_kv_heads, token = (int)(i / H), h = (int)(i % H);
@@ -109,16 +117,14 @@ __global__ void __launch_bounds__(kBlock) append_rows_kernel(const Append a) {
   const int t = slot % a.f.page_size;
   unsigned char* record = a.pages + slot / a.f.page_size * a.f.record_bytes;
   unsigned char* head = record + h * a.f.head_bytes;
-  if (h == 0 && threadIdx.x % 32 == 0) reinterpret_cast<int*>(record + a.f.positions)[t] = at(a.positions, token);
+  if (h == 0 && blockIdx.y == 0 && threadIdx.x % 32 == 0) reinterpret_cast<int*>(record + a.f.positions)[t] = at(a.positions, token);
   const PageFormat& f = a.f;
-#pragma unroll 1  // two copies of it would spill registers
-  for (int part = 0; part < 2; ++part) {
-    if (part ? f.latent : format_grouped(f.format)) continue;
-    unsigned char* row = part ? head + f.v + (long long)t * f.v_row_bytes : head + f.k + (long long)t * f.k_row_bytes;
-    store_token(part ? f.v_format : f.format, part ? a.v : a.k, a.type, i * (part ? f.v_dim : f.k_dim), part ? f.v_dim : f.k_coded, row,
-                head + (part ? f.v_scale : f.k_scale), head + (part ? f.v_zero : f.k_zero), t);
-  }
-  if (f.rope >= 0)
+  const int part = blockIdx.y;
+  if (!(part ? f.latent : format_grouped(f.format)))
+    store_token(part ? f.v_format : f.format, part ? a.v : a.k, a.type, i * (part ? f.v_dim : f.k_dim), part ? f.v_dim : f.k_coded,
+                head + (part ? f.v + (long long)t * f.v_row_bytes : f.k + (long long)t * f.k_row_bytes), head + (part ? f.v_scale : f.k_scale),
+                head + (part ? f.v_zero : f.k_zero), t);
+  if (f.rope >= 0 && part == 0)
     for (int d = f.k_coded + threadIdx.x % 32; d < f.k_dim; d += 32)
       store_float(head + f.rope, kFp16, (long long)t * (f.k_dim - f.k_coded) + d - f.k_coded, saturate_half(load_float(a.k, a.type, i * f.k_dim + d)));
 }

@@ -21,7 +21,8 @@ struct Tile {
   static constexpr int value_width = latent ? 512 : WIDTH;
   // Tokens of a lane that are in flight together: as many as 168 registers allow.
   static constexpr bool wide = keys == kFp32 || grouped || (latent && keys == kFp4);
-  static constexpr bool reads_twice = latent && keys == kInt2;  // codes are not kept from scores to values: a register would be spilled
+  // Codes are not kept from scores to values, but read again, from L1: registers would be spilled.
+  static constexpr bool reads_twice = latent && (grouped || keys == kFp8);
   static constexpr int steps = STEPS ? STEPS : latent ? (wide ? 1 : 2) : wide ? 2 : 4;
   static constexpr int tokens = steps * (32 / lanes);
   // Floats of shared memory: out, maximum and sum of every warp and row; in front, for page_lse, maximum and sum of every thread and row.
@@ -68,15 +69,14 @@ struct Keys {
 #pragma unroll
     for (int i = 0; i < words; ++i) word[step][c][i] = 0;
     if (valid && d < a.f.k_dim) load_eight<F>(row + d / 8 * Eight<F>::bytes, word[step][c]);
+    if constexpr (F == kFp8) scale[step][0] = valid ? __ldg(reinterpret_cast<const unsigned short*>(place.head + a.f.k_scale) + t) : 0;
     if constexpr (F == kFp4)
       scale[step][c] = valid && d < a.f.k_dim ? load_fp4_scale(place.head + a.f.k_scale, place.head + a.f.k_zero, t, a.f.k_dim, d) : 0;
   }
 
   __device__ __forceinline__ void load(const Attend& a, const Place& place, int t, int step, int column, bool valid) {
-    scale[step][0] = 0;
 #pragma unroll
     for (int c = 0; c < T::key_chunks; ++c) load_chunk(a, place, t, step, c, column, valid);
-    if (F == kFp8 && valid) scale[step][0] = __ldg(reinterpret_cast<const unsigned short*>(place.head + a.f.k_scale) + t);
   }
 
   __device__ __forceinline__ void floats(int step, int chunk, const Grid& grid, float* x) const {
