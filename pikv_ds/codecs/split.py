@@ -61,11 +61,7 @@ class KVSplit(Codec):
 
     def page_format(self, spec: LayerSpec, page_size: int, dtype: torch.dtype) -> PageFormat:
         options, stored = {"group": self.group} if self.group else {}, self.stored(spec)
-        names = {"name": self.k.format_name(dtype)}
-        if self.v.format_name(dtype) != names["name"]:
-            if "v_name" not in PageFormat.__dataclass_fields__:
-                raise ValueError(f"one record format for keys and values, got {names['name']!r} and {self.v.format_name(dtype)!r}")
-            names["v_name"] = self.v.format_name(dtype)
+        names = {"name": self.k.format_name(dtype), "v_name": self.v.format_name(dtype)}
         return PageFormat(num_kv_heads=spec.num_kv_heads, k_dim=stored.k_dim, v_dim=stored.v_dim, page_size=page_size, **names, **options)
 
 

@@ -28,6 +28,8 @@ class LearnedScore(TokenPolicy):
     bound (arXiv 2406.10774) is `quest`.
     """
 
+    reads_model_queries = True  # its weights are for keys as the model computes them
+
     def __init__(self, *, path: str) -> None:
         self.path, self.weights = path, _read(path)
 

@@ -33,7 +33,8 @@ class ShuffleShards(Router):
         except TypeError as error:
             raise ValueError(f"base_options = options of the router {base!r}, got {base_options}: {error}") from None
         self.earlier = Earlier()
-        self.needs_experts, self.wants_page_lse = self.base.needs_experts, self.base.wants_page_lse
+        for capability in ("needs_experts", "wants_page_lse", "reads_model_queries"):
+            setattr(self, capability, getattr(self.base, capability))
 
     def open(self, layer: int, store: LayerStore, num_shards: int) -> None:
         self.base.open(layer, store, num_shards)
@@ -45,6 +46,12 @@ class ShuffleShards(Router):
 
     def wrote(self, layer: int, store: LayerStore, new: NewEntries) -> None:
         self.base.wrote(layer, store, new)
+
+    def moved(self, layer: int, store: LayerStore, new: NewEntries) -> None:
+        self.base.moved(layer, store, new)
+
+    def missed(self, layer: int) -> Tensor | None:
+        return self.base.missed(layer)
 
     def answered(self, asked: PageQuery, page_list: Tensor, page_lse: Tensor) -> None:
         """Misses are those of the shards that were read: the ones that `base` chose and nobody read are not known."""

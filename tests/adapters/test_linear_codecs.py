@@ -188,3 +188,13 @@ def test_weights_in_another_dtype_are_the_same_model(models):
     model = tiny_model("qwen3_moe").to(torch.bfloat16)
     with pikv_ds.attach(model, {"compression": {"method": "lora", "rank": 16, "calibration": models["qwen3_moe"][2]}}) as cache:
         assert cache.core.tables.formats[0].name == "bf16"
+
+
+def test_keys_and_values_in_record_formats_of_their_own(models):
+    model, ids, calibration, _ = models["qwen3_moe"]
+    low = {"method": "lora_plus", "rank": 8, "store": "int8", "calibration": calibration}
+    for compression, label in (({"method": "int8", "v": {"method": "fp8_e4m3"}}, "int8/fp8_e4m3"), ({"v": low}, "fp32/int8")):
+        with pikv_ds.attach(model, {"compression": compression}) as cache, torch.no_grad():
+            found = torch.cat([model(part, past_key_values=cache, use_cache=True).logits for part in ids.split(7, 1)], 1)
+            formats = cache.core.tables.formats
+        assert {fmt.label for fmt in formats} == {label} and bool(found.isfinite().all())

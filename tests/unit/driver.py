@@ -12,7 +12,7 @@ from pikv_ds.spec import LayerSpec
 
 TOLERANCE = 1e-6  # relative error norm of f32 attention against float64
 # Entries of 0 and this are stored without loss by a compressed format: what differs then is a wrong entry, not a rounded one.
-EXACT_STEPS = {"int8": 255.0, "int4": 15.0, "fp8_e4m3": 1.0}
+EXACT_STEPS = {"int8": 255.0, "int4": 15.0, "int2": 3.0, "fp8_e4m3": 1.0}
 COMPRESSED_TOLERANCE = 1e-5
 
 

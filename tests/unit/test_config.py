@@ -48,6 +48,7 @@ DEFAULTS = {
         "layer_budget": "uniform",
         "head_budget": "shared",
         "head_floor": 0.2,
+        "granularity": "page",
         "interval": 1,
         "prefill": "evict",
         "sink_tokens": 4,

@@ -49,7 +49,12 @@ def away_from_the_others(page: Page, driver: EvictingDriver, i: int, row: int) -
     return -sum(float(torch.cosine_similarity(unit[p], anchor, dim=-1).mean()) for p in page.positions) / len(page.positions)
 
 
+def peak(page: Page, *_) -> float:
+    return max(share for _, share, _, _ in page.shares)
+
+
 ORACLES = {
+    "kvzip": (peak, {}),
     "keydiff": (away_from_the_others, {}),
     "belady": (predicted_wait, {}),
     "hazard_lru": (risk, {}),

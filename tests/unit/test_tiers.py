@@ -30,7 +30,7 @@ def test_forks_crops_and_chunks_are_exact(num_shards, expert_ids):
     run_mix(TieredDriver(page_size=4, num_shards=num_shards, expert_ids=expert_ids))
 
 
-@pytest.mark.parametrize(("codec", "num_shards"), [("int4", 1), ("int8", 2), ("fp8_e4m3", 2)], ids=str)
+@pytest.mark.parametrize(("codec", "num_shards"), [("int4", 1), ("fp8_e4m3", 2), ("int2", 2)], ids=str)
 def test_encoded_far_pages(codec, num_shards):
     """Entries that the formats hold without loss: what differs from dense attention is an entry missing, doubled or from elsewhere."""
     driver = TieredDriver(codec=codec, page_size=64, num_shards=num_shards, sinks=4, recent=20)
