@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import json
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pikv_ds.errors import ConfigError
 from pikv_ds.launch import plan_tiers
 from pikv_ds.launch.output import human_bytes, print_table, write_json
+
+if TYPE_CHECKING:
+    from pikv_ds.codecs.base import Codec
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -37,7 +41,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--ranks", type=_positive, required=True, metavar="G", help="ranks of the expert-parallel group")
     parser.add_argument("--batch", type=_positive, default=1, metavar="B", help="requests per rank (default 1)")
     parser.add_argument("--requests", choices=("replicated", "distinct"), default="replicated")
-    parser.add_argument("--codec", default="none", metavar="NAME", help="compression.method, see `pikv methods`")
+    parser.add_argument(
+        "--codec", default="none", metavar="NAME|JSON", help="compression.method, see `pikv methods`, or the compression block"
+    )
     parser.add_argument("--page-size", type=_positive, metavar="N", help="tokens per page (default: the codec's)")
     parser.add_argument("--num-shards", type=_positive, metavar="N", help="shards per layer (default: ranks)")
     parser.add_argument("--dtype", choices=_DTYPES, help="of keys and values (default: the model's)")
@@ -92,7 +98,7 @@ def plan_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
     from pikv_ds.bundled import model_path
     from pikv_ds.config import PiKVConfig
 
-    config = PiKVConfig(page_size=args.page_size, compression={"method": args.codec})
+    config = PiKVConfig(page_size=args.page_size, compression=_compression(args.codec))
     model = load_model_config(args.model or model_path())
     dtype = args.dtype or str(getattr(model, "dtype", None)).removeprefix("torch.")
     if dtype not in _DTYPES:
@@ -101,18 +107,31 @@ def plan_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
     context = {"batch": args.batch, "codec": args.codec, "dtype": dtype, "page_size": config.resolve_page_size()}
     by_kind = sorted(read_model_spec(model), key=_kind)
     groups = [(kind, list(layers)) for kind, layers in groupby(by_kind, key=_kind)]
-    rows = [_row(kind, layers, per_rank, context, args) for kind, layers in groups]
+    codec = config.compression.build()
+    try:
+        rows = [_row(kind, layers, per_rank, context, codec, args) for kind, layers in groups]
+    except ValueError as error:
+        raise ConfigError(f"--codec {args.codec}: {error}") from None
     total = {key: sum(row[key] for row in rows) for key in rows[0] if key == "layers" or key.endswith("_bytes")}
     return [*rows, {**dict.fromkeys(rows[0]), "layer_kind": "total", **total, **context}]
 
 
-def _row(kind: str, layers: list, per_rank: list[list[int]], context: dict, args: argparse.Namespace) -> dict[str, Any]:
+def _compression(given: str) -> dict[str, Any]:
+    """The "compression" block of --codec: a name, or the block as JSON."""
+    if not given.lstrip().startswith("{"):
+        return {"method": given}
+    try:
+        return json.loads(given)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"--codec {given!r} is not JSON: {error}; quote it") from None
+
+
+def _row(kind: str, layers: list, per_rank: list[list[int]], context: dict, codec: Codec, args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from pikv_ds import estimate
-    from pikv_ds.codecs import CODECS
 
-    layer, codec, dtype, page_size = layers[0], CODECS.build(args.codec), getattr(torch, context["dtype"]), context["page_size"]
+    layer, dtype, page_size = layers[0], getattr(torch, context["dtype"]), context["page_size"]
     itemsize = dtype.itemsize
     stored = per_rank[0] if args.requests == "replicated" else [n for contexts in per_rank for n in contexts]
     made = estimate.pikv_bytes(layers, stored, ranks=args.ranks, codec=codec, page_size=page_size, dtype=dtype, num_shards=args.num_shards)

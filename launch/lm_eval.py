@@ -143,6 +143,11 @@ def main() -> int:
     except TOLD as error:
         print(f"lm_eval: {error}", file=sys.stderr)
         return 2
+    except ValueError as error:
+        if not str(error).startswith("Tasks not found"):
+            raise
+        print(f"lm_eval: {error}; --include_path FOLDER adds task files of your own", file=sys.stderr)
+        return 2
     return 0
 
 

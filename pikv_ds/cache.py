@@ -269,7 +269,7 @@ class PiKVCache:
         if maps is not None:
             beside = maps.leave(Partial(*beside, False), shift)[:2]
         if shift is not None and self.retention is not None and self.retention.watches(query.layer):
-            self.retention.mass.page_lse[far, row0] += shift[:, :, None, :, None]
+            self.retention.mass.shift(far, row0, shift)
         return merge_partials(torch.stack([near[0], beside[0]]), torch.stack([near[1], beside[1]]))
 
     def _nothing(self, query: Query, q: Tensor) -> tuple[Tensor, Tensor]:

@@ -77,6 +77,7 @@ def pikv_bytes(
             replicated, the batches of all ranks when they are distinct.
         dtype: of the model's keys. num_shards: None = `ranks`. The fullest rank holds ceil(num_shards / ranks) shards.
 
+    What a codec keeps per request besides pages counts for all of them, as if one rank ran them.
     A codec with a light one beside it: light_ratio of a request's pages and the page being filled are light; in the worst case all are.
     """
     num_shards = num_shards or ranks
@@ -86,7 +87,7 @@ def pikv_bytes(
         far = codec.page_format(layer, page_size, dtype)
         two_pools = codec.light is not None and layer.window is None
         fmt = codec.light.page_format(layer, page_size, dtype) if two_pools else far
-        tails = shards_here * len(contexts) * fmt.tail_elements * 2
+        tails = shards_here * len(contexts) * fmt.tail_elements * 2 + len(contexts) * codec.request_bytes(layer)
         slides = [layer.tokens_kept(n) < n for n in contexts]
         kept = [layer.tokens_kept(n) for n in contexts]
         pages = sum(max_pages(math.ceil(tokens / num_shards), page_size, sliding=moved) for tokens, moved in zip(kept, slides, strict=True))

@@ -92,6 +92,10 @@ class Mass:
         """Page lse [R, T, S, Hq, C] of the queries of rows row0 ... in one store, for observe()."""
         self.page_lse[store, row0] = PageLse(page_lse)
 
+    def shift(self, store: LayerStore, row0: int, shift: Tensor) -> None:
+        """Add what linear maps left out of the lse that was kept, [R, T, Hq]."""
+        self.keep(store, row0, self.page_lse[store, row0].values + shift[:, :, None, :, None])
+
     def read(self, store: LayerStore, q: Tensor, row0: int, stored: Stored, scale: float) -> tuple[Tensor, Tensor]:
         """Attention of q [R, T, Hq, Dk] to the entries of its rows in one store: out [R, T, Hq, Dv] f32, lse [R, T, Hq] f32.
 

@@ -60,9 +60,9 @@ PRESETS: dict[str, Preset] = {
         claimed_ratio=(2.5, 3.5),
     ),
     "paper_c": Preset(
-        what="maximal compression: LoRA, rank 8 (for heads of 32), with the authors' distillation left out",
-        block={"compression": {"method": "lora", "rank": 8}},
-        needs={"compression": {"calibration": "..."}},
+        what="maximal compression: distilled encoder of keys, rank 16, LoRA of values, rank 8 (for heads of 32)",
+        block={"compression": {"method": "lora", "rank": 8, "k": {"method": "distill", "rank": 16}}},
+        needs={"compression": {"calibration": "...", "k": {"calibration": "..."}}},
         claimed_drop_pct=(9.5, 12.5),
         claimed_ratio=(2.8, 4.8),
     ),

@@ -71,6 +71,10 @@ class Codec(ABC):
         """The maps for a request that computes just these heads: `transform`, but for codecs that fit each request."""
         return self.transform(spec)
 
+    def request_bytes(self, spec: LayerSpec) -> int:
+        """Bytes that a request takes in a layer besides its pages, at the rank that runs it."""
+        return 0
+
     def check_model(self, spec: LayerSpec, norms: Tensor) -> None:  # noqa: B027
         """Raises: ConfigError when a calibration is of other weights; norms [H, D]: of the rows of the layer's key projection."""
 

@@ -53,6 +53,9 @@ class SVD(Codec):
                 raise ValueError(f"rank = {self.rank} is larger than {what} = {dim} (head_dim): legal is a multiple of 8 up to {dim}")
         return replace(spec, k_dim=self.rank, v_dim=self.rank)
 
+    def request_bytes(self, spec: LayerSpec) -> int:
+        return 4 * spec.num_kv_heads * self.rank * (spec.k_dim + spec.v_dim)  # of settled bases, f32
+
     def request_maps(self, spec: LayerSpec, heads: Heads) -> Transform:
         bases = (leading(torch.einsum("nhi,nhj->hij", x.double(), x.double()), self.rank) for x in (heads.k, heads.v))
         return Transform(*(Linear(basis, basis.mT) for basis in bases))

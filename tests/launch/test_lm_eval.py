@@ -9,6 +9,7 @@ import torch
 from pikv_ds import bundled
 from pikv_ds.errors import ConfigError, UnsupportedError
 from pikv_ds.launch.lm_eval import _greedy_options, open_scorer
+from pikv_ds.launch.lm_eval import main as lm_eval_main
 from tests.dist.launcher import run_commands
 
 TEXT = bundled.evaluation_text()
@@ -138,9 +139,16 @@ def test_lm_eval_on_two_megatron_ranks_finds_the_pass_keys(tasks):
     assert results["pikv_passkey"]["exact_match,digits"] == 1.0 and results["pikv_choice"]["acc,none"] == 1.0
 
 
+def test_without_lm_eval_the_package_is_named(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
+    assert lm_eval_main() == 2
+    assert "lm-eval can't be imported" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 @pytest.mark.dist
 def test_a_missing_task_is_named(tasks):
     command = [sys.executable, "-m", "pikv_ds.launch.lm_eval", "--model", "pikv_ds", "--tasks", "no_such_task"]
     result = run_commands([command], ranks=1, timeout_s=150)
-    assert result.returncode != 0 and "no_such_task" in result.output
+    assert result.returncode == 2 and "lm_eval: Tasks not found: no_such_task" in result.output, result.describe()

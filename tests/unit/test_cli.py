@@ -70,6 +70,13 @@ def test_plan_of_the_bundled_model_is_the_estimate(tmp_path):
     assert rows[0]["paper_k"] == 32 and rows[0]["paper_s_star"] == 4.0
 
 
+def test_plan_of_a_codec_with_options(tmp_path):
+    """2 kv heads x 2 x rank x 4 bytes and a position per token, and the bases of the request."""
+    block = '{"method": "svd", "rank": 16}'
+    total = run_json(tmp_path, "plan", "--context", "1024", "--ranks", "1", "--dtype", "float32", "--codec", block)[-1]
+    assert total["pikv_balanced_bytes"] == 4 * (1024 * (2 * 2 * 16 * 4 + 4) + 2 * 16 * (32 + 32) * 4)
+
+
 def test_plan_of_uneven_distinct_requests(tmp_path):
     total = run_json(tmp_path, "plan", "--context", "4096,128", "--ranks", "2", "--requests", "distinct")[-1]
     assert total["dense_bytes"] == 4096 * 1024  # the long request's rank, 1 KiB per token in bf16
@@ -92,6 +99,8 @@ def test_plan_separates_kinds_of_layers(tmp_path):
     "extra, said",
     [
         (["--context", "8", "--codec", "zip"], "pikv.compression.method = 'zip': legal is one of 'adaptive', 'chunk_pca', 'crop'"),
+        (["--context", "8", "--codec", '{"method": "svd", "rank": 40}'], "rank = 40 is larger than k_dim = 32"),
+        (["--context", "8", "--codec", '{"method": '], "is not JSON"),
         (["--context", "8", "--page-size", "512"], "pikv.page_size = 512: legal is an integer >= 1 and <= 256"),
         (["--context", "8,9"], "--context has 2 lengths; legal is one, or one per rank (2)"),
         (["--context", "8", "--model", "absent"], "no model folder or config.json at 'absent'"),

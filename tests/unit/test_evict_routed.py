@@ -71,6 +71,19 @@ class RoutedDriver(EvictingDriver):
         return tuple(torch.cat(x) for x in zip(*parts, strict=True))
 
 
+def check_masses(driver: RoutedDriver) -> None:
+    """What h2o has summed up per page is what the loops have."""
+    for i, store in enumerate(driver.cache.tables.stores):
+        if driver.layers[i].window is None:
+            for row in range(len(driver.lens)):
+                for shard, pages in enumerate(driver.tables[i][row]):
+                    ids = store.block_table[row, shard][: len(pages)].long()
+                    wanted = torch.tensor([accumulated(page) for page in pages])
+                    assert torch.allclose(store.summaries["mass"][ids], wanted, rtol=1e-4, atol=1e-5), (
+                        f"layer {i}, row {row}, shard {shard}"
+                    )
+
+
 BOUNDS, HASH = {"method": "bounds", "budget_pages": 4}, {"method": "hash", "top_k": 1}
 CASES = [("h2o", 1, BOUNDS), ("h2o", 4, BOUNDS), ("tova", 4, BOUNDS), ("quest", 4, BOUNDS), ("lru", 4, HASH), ("snapkv", 4, HASH)]
 
@@ -85,4 +98,6 @@ def test_kept_sets_and_attention_with_a_router(method, num_shards, router):
     for mask in [*[ragged([1, 1, 1])] * 5, ragged([4, 0, 9]), ragged([1, 0, 1]), ragged([6, 14, 2], left=False), *[ragged([1, 1, 1])] * 5]:
         poison(driver)
         driver.forward(mask)
+    if method == "h2o":
+        check_masses(driver)
     assert driver.evicted > 60 and driver.left_out > 400
