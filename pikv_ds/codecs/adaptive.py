@@ -23,7 +23,7 @@ class Adaptive(Codec):
             if name == self.name or name not in CODECS.names():
                 legal = ", ".join(repr(other) for other in CODECS.names() if other != self.name)
                 raise ValueError(f"{option} = one of {legal}, got {name!r}")
-            if CODECS.get(name).calibrated:
+            if CODECS.get(name).calibrated or CODECS.get(name).per_request:
                 raise ValueError(f"{option} = a record format such as 'int8', got {name!r}: its coefficients are of another width")
         self.light, self.heavy, self.light_ratio = CODECS.build(light), CODECS.build(heavy), light_ratio
         self.group = max(self.light.group, self.heavy.group)

@@ -169,7 +169,9 @@ def check_rank(rank: int) -> None:
 
 def record_codec(store: str, group: int | None) -> Codec:
     """The codec whose record format holds the coefficients."""
-    legal = sorted(name for name, codec in CODECS.items() if not issubclass(codec, LinearCodec))
+    # Not what is fitted to something itself, nor what keeps two kinds of pages.
+    formats = [name for name, codec in CODECS.items() if not codec.calibrated and not codec.per_request]
+    legal = sorted(name for name in formats if CODECS.build(name).light is None)
     if store not in legal:
         raise ValueError(f"store = one of {', '.join(map(repr, legal))}, got {store!r}: a format for the coefficients")
     if group is None:

@@ -157,7 +157,10 @@ def test_what_is_refused_at_construction(models, tmp_path):
     text = tmp_path / "text.safetensors"
     text.write_text("not a tensor file")
     assert "readable safetensors" in refused(models, {**lora, "calibration": str(text)})
-    assert "store = one of" in refused(models, {**lora, "store": "lora"})
+    for store in ("lora", "svd", "adaptive"):
+        assert "store = one of 'fp4_e2m1', 'fp8_e4m3', 'int2'" in refused(models, {**lora, "store": store})
+        assert "store = one of" in refused(models, {"method": "svd", "rank": 16, "store": store})
+    assert "got 'svd'" in refused(models, {"method": "adaptive", "heavy": "svd"})
     assert "group = null with store 'none'" in refused(models, {**lora, "group": 64})
     assert "layers.7" in refused(models, {"layers": {"7": {"method": "none"}}})
 
