@@ -15,7 +15,7 @@ from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor, nn
 
 from pikv_ds.cache import PiKVCache
-from pikv_ds.errors import UnsupportedError
+from pikv_ds.errors import ConfigError, UnsupportedError
 from pikv_ds.spec import LayerSpec
 
 from .subclass import is_pikv
@@ -153,6 +153,12 @@ def key_norms(attention: nn.Module) -> Tensor:
 
 def check_calibration(core: PiKVCache, layers: list[Layer]) -> None:
     """Raises: ConfigError when the codec's calibration was made with other weights; each rank looks at the heads that it computes."""
+    for spec, maps in zip(core.layers, core.transforms, strict=True):
+        if maps is not None and maps.inv_freq is not None:
+            raise ConfigError(
+                f"pikv.compression.rope = 'pre' (layer {spec.layer_idx}): under Megatron-Core this version does not undo rotations, whose "
+                f"positions count padding there; legal is 'post'"
+            )
     if core.codec.calibrated:
         for spec, layer in zip(core.layers, layers, strict=True):
             own = replace(spec, first_head=first_head(layer.attention), num_kv_heads=layer.attention.num_query_groups_per_partition)

@@ -32,6 +32,7 @@ from .store import LayerStore
 from .tables import Tables
 from .tier_checks import check_tiers
 from .tiers import Tiers
+from .turned_reader import read_turned
 from .writer import Writer, Written
 
 
@@ -190,7 +191,7 @@ class PiKVCache:
         transform = self.transforms[layer] if self.bases is None else self.bases.maps(layer, k, v)
         if transform is None:
             return self._attend(layer, q, k, v, scale, v_dim, expert_ids)
-        q, k, v, shift = transform.enter(q, k, v, scale)
+        q, k, v, shift = transform.enter(q, k, v, scale, self.local.positions)
         return transform.leave(self._attend(layer, q, k, v, scale, transform.v_rank, expert_ids), shift)
 
     def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, v_dim: int, expert_ids: Routed | Tensor | None) -> Partial:
@@ -304,4 +305,8 @@ class PiKVCache:
             if mass is not None:
                 mass.keep(store, rows.start, page_lse)
             return out, lse
-        return read_pages(store, q, rows, before, own_visible, scale=query.scale, window=window, q_positions=positions)
+        options = {"scale": query.scale, "window": window, "q_positions": positions}
+        maps = self.transforms[query.layer]
+        if maps is not None and maps.inv_freq is not None:
+            return read_turned(store, maps, q, rows, before, own_visible, **options)
+        return read_pages(store, q, rows, before, own_visible, **options)

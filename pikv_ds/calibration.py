@@ -8,6 +8,12 @@ L layers, H kv heads, D head_dim. Keys and queries are post-RoPE. f32, summed in
     i.o_second                [H, D, D]  mean of W^T W over the blocks W of the output projection that its values meet: ||W e||^2
     i.fingerprint             [H, D]     norms of the rows of its key projection
 
+and of the same keys before their rotation (rope.py), if the model's is one by halves over the whole width:
+
+    i.inv_freq                [D / 2]
+    i.k_pre_mean, i.k_pre_second
+    i.q_pre_second            [H, D, D]  rope.pair_metric per pair: what q_second is to keys that are rotated after the error is made
+
 Codecs that are trained add tensors of their own.
 
 Fingerprint: the geometry must be the same and the norms equal within FINGERPRINT_TOLERANCE. It is not a hash, because the same weights in
@@ -83,8 +89,13 @@ class Calibration:
     def num_layers(self) -> int:
         return int(self.about["num_layers"])
 
+    def add_unrotated(self, layer: int, keys: Moments, inv_freq: Tensor) -> None:
+        """Keep what is known of a layer's keys before the rotation inv_freq [D / 2]."""
+        parts = {"k_pre_mean": keys.mean, "k_pre_second": keys.second, "q_pre_second": keys.metric, "inv_freq": inv_freq}
+        self.add(layer, {name: x for name, x in parts.items() if x is not None})
+
     def add(self, layer: int, tensors: dict[str, Tensor]) -> None:
-        """Keep tensors of a layer, [H, ...] each, besides its statistics."""
+        """Keep tensors of a layer besides its statistics, those of heads as [H, ...]."""
         self.tensors |= {f"{layer}.{name}": x.detach().to(torch.float32).cpu().contiguous() for name, x in tensors.items()}
 
     def save(self, path: str | Path) -> None:
@@ -98,6 +109,12 @@ class Calibration:
 
     def keys(self, spec: LayerSpec) -> Moments:
         return self._moments(spec, "k", "q_second")
+
+    def unrotated_keys(self, spec: LayerSpec) -> Moments:
+        return self._moments(spec, "k_pre", "q_pre_second")
+
+    def inv_freq(self, spec: LayerSpec) -> Tensor:
+        return self.tensors[f"{spec.layer_idx}.inv_freq"]
 
     def values(self, spec: LayerSpec) -> Moments:
         return self._moments(spec, "v", "o_second")
@@ -120,6 +137,21 @@ class Calibration:
             raise ConfigError(
                 f"calibration {source!r} holds {heads} KV heads of width {k_dim} and {v_dim} in layer {spec.layer_idx}, the model has "
                 f"{spec.first_head + spec.num_kv_heads} of {spec.k_dim} and {spec.v_dim}; calibrate this model with pikv calibrate"
+            )
+
+    def check_unrotated(self, spec: LayerSpec, source: str) -> None:
+        """Raises: ConfigError when the file has no keys of this layer before their rotation, or a rotation of another width."""
+        if f"{spec.layer_idx}.inv_freq" not in self.tensors:
+            why = self.about.get("rope", "it is of an earlier version; make it anew with pikv calibrate")
+            raise ConfigError(
+                f"rope = 'pre', but calibration {source!r} holds no keys of layer {spec.layer_idx} before their rotation: {why}; legal is "
+                f"'post'"
+            )
+        width = 2 * len(self.inv_freq(spec))
+        if width != spec.k_dim:
+            raise ConfigError(
+                f"calibration {source!r} holds a rotation of {width} channels in layer {spec.layer_idx}, the model has keys of "
+                f"{spec.k_dim}; calibrate this model with pikv calibrate"
             )
 
     def check_model(self, spec: LayerSpec, norms: Tensor, source: str) -> None:

@@ -37,7 +37,7 @@ class RequestMaps:
     def v_rank(self) -> int:
         return self.v.shape[-1]
 
-    def enter(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor, None]:
+    def enter(self, q: Tensor, k: Tensor, v: Tensor, scale: float, positions: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, None]:
         by_head = q.float().unflatten(2, (k.shape[2], -1))
         folded = torch.einsum("bthgd,bhdr->bthgr", by_head, self.k).flatten(2, 3).to(q.dtype)
         c_k, c_v = (torch.einsum("bthd,bhdr->bthr", x.float(), basis).to(x.dtype) for x, basis in ((k, self.k), (v, self.v)))

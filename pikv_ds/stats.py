@@ -63,9 +63,14 @@ def dense_bytes(spec: LayerSpec, rows: int, columns: int, itemsize: int) -> int:
 
 
 def attention_impl(cache: PiKVCache) -> str:
-    """Which code reads the pages, and their format: "pikv cpu int8", "pikv torch fp32"; "pikv cpu fp32+int4" with two pools."""
+    """Which code reads the pages, and their format: "pikv cpu int8", "pikv torch fp32"; "pikv cpu fp32+int4" with two pools.
+
+    torch also where some layer holds un-rotated keys (turned_reader.py).
+    """
+    turned = any(maps is not None and maps.inv_freq is not None for maps in cache.transforms)
+    code = "torch" if turned else load.ensured(cache.device.type)
     formats = [fmt.name for fmt in (cache.tables.formats[0], cache.tables.far_formats[0]) if fmt is not None]
-    return f"pikv {load.ensured(cache.device.type)} {'+'.join(formats)}"
+    return f"pikv {code} {'+'.join(formats)}"
 
 
 def share_bytes(num_tokens: int, num_q_heads: int, spec: LayerSpec, q_dim: int, itemsize: int, lse: int = 0) -> int:

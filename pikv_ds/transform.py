@@ -7,6 +7,9 @@
 q . m is the same for every key of a kv head: it changes no attention weight, only the lse, which the merge with keys outside of the store
 (the forward's own chunk, sinks) needs. This is what MLA does with its latent (DeepSeek-V2, arXiv 2405.04434, section 2.1).
 
+Maps of un-rotated keys are another case: c = (R^T k - m) E and k_hat = R (c U + m), R the rotation at the key's position. It stands between
+U and q, so that only values are folded; turned_reader.py reads such pages.
+
 B rows, T columns, H kv heads, G query heads of each, D head_dim, r width of a coefficient vector.
 """
 
@@ -17,6 +20,7 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
+from .rope import turn
 from .step import Partial
 
 
@@ -65,25 +69,35 @@ def unchanged(num_heads: int, dim: int) -> Linear:
 
 
 class Transform:
-    """The maps of one layer. For a latent layer `k` maps the first v_dim columns, its values, among themselves, as `v` does."""
+    """The maps of one layer. For a latent layer `k` maps the first v_dim columns, its values, among themselves, as `v` does.
 
-    def __init__(self, k: Linear, v: Linear) -> None:
-        self.k, self.v = k, v
+    inv_freq [D / 2] f32: `k` maps keys before this rotation (rope.py); None: as they come.
+    """
+
+    def __init__(self, k: Linear, v: Linear, inv_freq: Tensor | None = None) -> None:
+        self.k, self.v, self.inv_freq = k, v, inv_freq
 
     @property
     def v_rank(self) -> int:
         return self.v.rank
 
     def to(self, device: torch.device) -> Transform:
-        return Transform(self.k.to(device), self.v.to(device))
+        inv_freq = None if self.inv_freq is None else self.inv_freq.to(device, torch.float32)
+        return Transform(self.k.to(device), self.v.to(device), inv_freq)
 
-    def enter(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    def enter(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, positions: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """What the store is given for q [B, T, H * G, D], k [B, T, H, D], v [B, T, H, Dv] (latent: Dv = 0), in their dtypes.
 
+        positions: [B, T] int32, needed with inv_freq; -1 = padding.
         Returns: q', the coefficients of k and v, and scale * q . mean [B, T, H * G] f32, which is missing in the lse; None = 0.
         """
+        c_v = self.v.apply(v) if v.shape[-1] else v
+        if self.inv_freq is not None:  # the query stays: keys are put together again where they are read
+            return q, self.k.apply(turn(k, positions, self.inv_freq, back=True)).to(k.dtype), c_v, None
         folded, shift = self.fold(q, scale)
-        return folded, self.k.apply(k), self.v.apply(v) if v.shape[-1] else v, shift
+        return folded, self.k.apply(k), c_v, shift
 
     def fold(self, q: Tensor, scale: float) -> tuple[Tensor, Tensor | None]:
         """q' and the shift of the lse, as in `enter`."""

@@ -23,6 +23,7 @@ from .hf_attention import pikv_attention, pikv_mask
 from .hf_cache import HFCache
 from .host_penalty import HostPenalty
 from .model_spec import read_model_spec
+from .rotation import check_rotations
 from .router_output import check_gates, count_gate_experts, find_router
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -71,6 +72,7 @@ def attach(model: PreTrainedModel, config=None, group: dist.ProcessGroup | None 
         gate = load_gate(config.storage.gate_path, len(specs), num_experts, specs[0].num_kv_heads * specs[0].k_dim).to(parameter.device)
     core = PiKVCache(specs, config, num_experts=num_experts, dtype=parameter.dtype, device=parameter.device, group=group)
     check_calibration(core, attentions)
+    check_rotations(model, specs, core.transforms)
     cache = HFCache(core)
     penalty = config.routing.host_penalty.build()
     if penalty is not None:  # its hooks come first: entry homes follow the routers' final choice

@@ -1,3 +1,5 @@
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -18,8 +20,17 @@ class ChunkPCA(LinearCodec):
     Bytes per token and layer: those of `store` at width r, as lora.
     """
 
-    def __init__(self, *, rank: int, calibration: str, store: str = "none", group: int | None = None, block: int = 16) -> None:
-        super().__init__(rank=rank, calibration=calibration, store=store, group=group)
+    def __init__(
+        self,
+        *,
+        rank: int,
+        calibration: str,
+        store: str = "none",
+        group: int | None = None,
+        rope: Literal["post", "pre"] = "post",
+        block: int = 16,
+    ) -> None:
+        super().__init__(rank=rank, calibration=calibration, store=store, group=group, rope=rope)
         if block < 1:
             raise ValueError(f"block = 1 or more channels, got {block}")
         self.block = block

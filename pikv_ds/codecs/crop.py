@@ -25,9 +25,10 @@ class Crop(LinearCodec):
         calibration: str,
         store: str = "none",
         group: int | None = None,
+        rope: Literal["post", "pre"] = "post",
         rotation: Literal["calibrated", "none"] = "calibrated",
     ) -> None:
-        super().__init__(rank=rank, calibration=calibration, store=store, group=group)
+        super().__init__(rank=rank, calibration=calibration, store=store, group=group, rope=rope)
         self.rotation = rotation
 
     def fit(self, moments: Moments, rank: int) -> Linear:

@@ -31,6 +31,9 @@ class Distill(LinearCodec):
 
     learns = True
 
+    def __init__(self, *, rank: int, calibration: str, store: str = "none", group: int | None = None) -> None:
+        super().__init__(rank=rank, calibration=calibration, store=store, group=group)  # trained on rotated keys
+
     @classmethod
     def learn(cls, windows: Sequence[Heads], k: Moments, rank: int, scale: float, steps: int) -> dict[str, Tensor]:
         """What calibration keeps of a layer besides its moments. windows: of consecutive tokens each; scale: of the softmax."""

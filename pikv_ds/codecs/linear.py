@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import ClassVar, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
@@ -25,14 +25,19 @@ class LinearCodec(Codec):
     """Stores coefficients of width `rank` in the record format of another codec, `store` ("none": the model's dtype).
 
     The maps are folded into queries and outputs (pikv_ds/transform.py): pages are read by the compiled ops of `store`, r / D of the bytes.
+    rope "pre": coefficients are of keys before their rotation, which has a lower rank to it (ShadowKV, arXiv 2410.21465; KVQuant, arXiv
+    2401.18079) but can't be folded: pages are decoded and read in torch (pikv_ds/turned_reader.py).
     """
 
     calibrated = True
     learns: ClassVar[bool] = False
     """Whether the calibration also holds what `learn` trains."""
 
-    def __init__(self, *, rank: int, calibration: str, store: str = "none", group: int | None = None) -> None:
+    def __init__(
+        self, *, rank: int, calibration: str, store: str = "none", group: int | None = None, rope: Literal["post", "pre"] = "post"
+    ) -> None:
         check_rank(rank)
+        self.unrotated = rope == "pre"
         self.rank, self.path, self.record = rank, calibration, record_codec(store, group)
         self.group = self.record.group
         self._calibration: Calibration | None = None
@@ -88,6 +93,8 @@ class LinearCodec(Codec):
         if spec not in self._transforms:
             refuse_latent(self.name, spec)
             self.calibration.check_geometry(spec, self.path)
+            if self.unrotated:
+                self.calibration.check_unrotated(spec, self.path)
             for what, dim in (("k_dim", spec.k_dim), ("v_dim", spec.v_dim)):
                 if self.rank > dim:
                     raise ValueError(f"rank = {self.rank} is larger than {what} = {dim} (head_dim): legal is a multiple of 8 up to {dim}")
@@ -96,14 +103,19 @@ class LinearCodec(Codec):
 
     def maps(self, spec: LayerSpec) -> Transform:
         """The maps of one layer, f32."""
-        found = (self.fit(self.calibration.keys(spec), self.rank), self.fit(self.calibration.values(spec), self.rank))
-        return Transform(*(linear.to(torch.device("cpu")) for linear in found))
+        found = (self.fit(self.keys(spec), self.rank), self.fit(self.calibration.values(spec), self.rank))
+        inv_freq = self.calibration.inv_freq(spec) if self.unrotated else None
+        return Transform(*(linear.to(torch.device("cpu")) for linear in found), inv_freq)
+
+    def keys(self, spec: LayerSpec) -> Moments:
+        """Of the keys that the maps are of."""
+        return self.calibration.unrotated_keys(spec) if self.unrotated else self.calibration.keys(spec)
 
     def declared_errors(self, spec: LayerSpec, page_size: int, dtype: torch.dtype) -> tuple[float, float]:
         """sqrt(E||x - x_hat||^2 / E||x||^2) over the calibration's keys (values) before rounding, plus what the record adds at most."""
         maps, fmt, rounding = self.transform(spec), self.page_format(spec, page_size, dtype), torch.finfo(dtype).eps
         sides = (
-            (self.calibration.keys(spec), maps.k, fmt.k_rel_error + rounding),
+            (self.keys(spec), maps.k, fmt.k_rel_error + rounding),
             (self.calibration.values(spec), maps.v, fmt.v_rel_error + rounding),
         )
         return tuple(_declared(moments, linear, record) for moments, linear, record in sides)

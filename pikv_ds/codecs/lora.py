@@ -18,9 +18,16 @@ class LoRA(LinearCodec):
     """
 
     def __init__(
-        self, *, rank: int, calibration: str, store: str = "none", group: int | None = None, fit: Literal["norm", "attention"] = "norm"
+        self,
+        *,
+        rank: int,
+        calibration: str,
+        store: str = "none",
+        group: int | None = None,
+        rope: Literal["post", "pre"] = "post",
+        fit: Literal["norm", "attention"] = "norm",
     ) -> None:
-        super().__init__(rank=rank, calibration=calibration, store=store, group=group)
+        super().__init__(rank=rank, calibration=calibration, store=store, group=group, rope=rope)
         self.metric = fit
 
     def fit(self, moments: Moments, rank: int) -> Linear:

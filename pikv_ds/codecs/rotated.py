@@ -60,7 +60,7 @@ class Rotated(Codec):
             k = torch.stack([torch.block_diag(a, b) for a, b in zip(v, rest, strict=True)])
         else:
             k, v = self._rotation(spec, stored.k_dim, salt=0), self._rotation(spec, stored.v_dim, salt=1)
-        return Transform(Linear(k, k.mT).after(inner.k), Linear(v, v.mT).after(inner.v))
+        return Transform(Linear(k, k.mT).after(inner.k), Linear(v, v.mT).after(inner.v), inner.inv_freq)
 
     def _rotation(self, spec: LayerSpec, width: int, salt: int) -> Tensor:
         """[H, width, width] f32, orthogonal; signs by seed, layer, head of the whole model."""

@@ -48,8 +48,12 @@ class KVSplit(Codec):
         k, v = self.k.transform(spec), self.v.transform(spec)
         if k is None and v is None:
             return None
+        if v is not None and v.inv_freq is not None:
+            raise ValueError("rope = 'pre' of the codec of values: only keys are rotated; legal there is 'post'")
         return Transform(
-            unchanged(spec.num_kv_heads, spec.k_dim) if k is None else k.k, unchanged(spec.num_kv_heads, spec.v_dim) if v is None else v.v
+            unchanged(spec.num_kv_heads, spec.k_dim) if k is None else k.k,
+            unchanged(spec.num_kv_heads, spec.v_dim) if v is None else v.v,
+            None if k is None else k.inv_freq,
         )
 
     def check_model(self, spec: LayerSpec, norms: Tensor) -> None:

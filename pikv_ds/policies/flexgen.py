@@ -16,6 +16,8 @@ class TierPlan(RetentionPolicy):
     Source: Sheng et al., FlexGen, arXiv 2303.06865, section 4.3 (shares of each tensor per tier). PiKV, arXiv 2508.06526, table 3, S_Flex.
     """
 
+    reads_positions_only = True
+
     def __init__(self, *, drop_lower_tiers: bool) -> None:
         if not drop_lower_tiers:
             raise ValueError(

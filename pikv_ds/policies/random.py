@@ -12,6 +12,8 @@ class Shuffled(RetentionPolicy):
     score(page) = a hash of its last position and `seed`, so that every rank and every run keep the same. Source: none.
     """
 
+    reads_positions_only = True
+
     def __init__(self, *, seed: int = 0) -> None:
         self.seed = seed
 

@@ -15,6 +15,8 @@ class StreamingLLM(TokenPolicy):
     Source: Xiao et al., Efficient Streaming Language Models with Attention Sinks, arXiv 2309.17453, section 3.2. The paper's S_SL.
     """
 
+    reads_positions_only = True
+
     def entry_scores(self, pages: Pages) -> Tensor:
         return pages.slot_positions.float()
 

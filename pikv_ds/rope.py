@@ -1,0 +1,49 @@
+"""Rotary position embeddings by halves of the whole width (Llama, Qwen, Mixtral): channels j and j + D / 2 turn by position * inv_freq[j].
+
+Source: Su et al., RoFormer, arXiv 2104.09864; in halves as GPT-NeoX and transformers' rope_type "default" have it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def default_inv_freq(theta: float, dim: int) -> Tensor:
+    """[dim / 2] f32, theta^(-2 j / dim)."""
+    return 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.int64).float() / dim)
+
+
+def turn(x: Tensor, positions: Tensor, inv_freq: Tensor, *, back: bool = False) -> Tensor:
+    """x [..., H, D] turned to its positions [...], or back from them, in f32 (f64 stays f64). Positions below 0 count as 0. Sync: none."""
+    angle = (positions.clamp_min(0).float().unsqueeze(-1) * inv_freq).unsqueeze(-2)  # f32, as models have it
+    x = x if x.dtype == torch.float64 else x.float()
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    sin = -sin if back else sin
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+def pair_metric(q: Tensor, inv_freq: Tensor, num_heads: int) -> tuple[Tensor, int]:
+    """How much an error e of an un-rotated key weighs in attention: sum over pairs of a query i and a key j <= i of R_j^T q_i q_i^T R_j.
+
+    q . R_j e = (R_j^T q) . e, so that E[(q . R_j e)^2] = e^T metric e. Mean over the query heads of a kv head.
+
+    Args: q [N, Hq, D] of positions 0 to N - 1, rotated.
+    Returns: [num_heads, D, D] f64 and the number of pairs. Cost: holds blocks of about 2^22 numbers.
+    """
+    by_head = q.double().unflatten(1, (num_heads, -1))
+    length, width = len(q), q.shape[-1]
+    step = max(1, (1 << 22) // (num_heads * width * width))
+    later = by_head.new_zeros(num_heads, width, width)  # sum of q q^T over the queries after the block
+    total = torch.zeros_like(later)
+    for begin in reversed(range(0, length, step)):
+        block = by_head[begin : begin + step]
+        at = torch.arange(begin, begin + len(block), device=q.device)
+        outer = torch.einsum("nhgi,nhgj->nhij", block, block) / by_head.shape[2]
+        seen = outer.flip(0).cumsum(0).flip(0) + later  # of the queries from each key on
+        later = seen[0]
+        for _ in range(2):  # rows, then columns
+            seen = turn(seen.flatten(1, 2), at, inv_freq, back=True).unflatten(1, (num_heads, width)).mT
+        total += seen.sum(0)
+    return total, length * (length + 1) // 2
