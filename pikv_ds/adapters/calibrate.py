@@ -134,8 +134,8 @@ def check_turns(model: PreTrainedModel, specs: list[LayerSpec], rotations: list[
         error = float((by_pair(far - near) / by_pair(near).clamp_min(1e-12)).sqrt().max())
         if not error <= (TOLERANCE if model.dtype == torch.float32 else TOLERANCE_16_BIT):
             raise UnsupportedError(
-                f"layer {spec.layer_idx} of {type(model).__name__} does not rotate its keys by halves with rope_theta alone: turned back, keys "
-                f"of the same tokens {SHIFT} positions on differ by {error:.2g} of their norm"
+                f"layer {spec.layer_idx} of {type(model).__name__} does not rotate its keys by halves with rope_theta alone: turned back, "
+                f"keys of the same tokens {SHIFT} positions on differ by {error:.2g} of their norm"
             )
 
 
