@@ -96,7 +96,7 @@ class Calibration:
 
     def add(self, layer: int, tensors: dict[str, Tensor]) -> None:
         """Keep tensors of a layer besides its statistics, those of heads as [H, ...]."""
-        self.tensors |= {f"{layer}.{name}": x.detach().to(torch.float32).cpu().contiguous() for name, x in tensors.items()}
+        self.tensors |= {f"{layer}.{name}": x.detach().to(torch.float32, copy=True).cpu().contiguous() for name, x in tensors.items()}
 
     def save(self, path: str | Path) -> None:
         from safetensors.torch import save_file

@@ -24,17 +24,17 @@ def turn(x: Tensor, positions: Tensor, inv_freq: Tensor, *, back: bool = False) 
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
 
-def pair_metric(q: Tensor, inv_freq: Tensor, num_heads: int) -> tuple[Tensor, int]:
+def pair_metric(q: Tensor, inv_freq: Tensor, num_heads: int, *, at_a_time: int = 1 << 22) -> tuple[Tensor, int]:
     """How much an error e of an un-rotated key weighs in attention: sum over pairs of a query i and a key j <= i of R_j^T q_i q_i^T R_j.
 
     q . R_j e = (R_j^T q) . e, so that E[(q . R_j e)^2] = e^T metric e. Mean over the query heads of a kv head.
 
     Args: q [N, Hq, D] of positions 0 to N - 1, rotated.
-    Returns: [num_heads, D, D] f64 and the number of pairs. Cost: holds blocks of about 2^22 numbers.
+    Returns: [num_heads, D, D] f64 and the number of pairs. Cost: holds blocks of about `at_a_time` numbers.
     """
     by_head = q.double().unflatten(1, (num_heads, -1))
     length, width = len(q), q.shape[-1]
-    step = max(1, (1 << 22) // (num_heads * width * width))
+    step = max(1, at_a_time // (num_heads * width * width))
     later = by_head.new_zeros(num_heads, width, width)  # sum of q q^T over the queries after the block
     total = torch.zeros_like(later)
     for begin in reversed(range(0, length, step)):

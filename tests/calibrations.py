@@ -15,12 +15,18 @@ def random_moments(heads: int, dim: int, seed: int) -> Moments:
     return Moments(mean, covariance + mean.unsqueeze(-1) * mean.unsqueeze(-2), seen @ seen.mT / dim + 0.1 * torch.eye(dim))
 
 
-def random_calibration(layers: list[LayerSpec], fingerprint: list[torch.Tensor] | None = None) -> Calibration:
+def random_calibration(
+    layers: list[LayerSpec], fingerprint: list[torch.Tensor] | None = None, rotations: list[torch.Tensor] | None = None
+) -> Calibration:
+    """rotations: inv_freq of each layer, if it is to hold keys before their rotation as well."""
     moments = [
         (random_moments(s.num_kv_heads, s.k_dim, 2 * s.layer_idx), random_moments(s.num_kv_heads, s.v_dim, 2 * s.layer_idx + 1))
         for s in layers
     ]
-    return Calibration.of(moments, fingerprint=fingerprint, about={"model": "random"})
+    found = Calibration.of(moments, fingerprint=fingerprint, about={"model": "random"})
+    for s, inv_freq in zip(layers, rotations or [], strict=False):
+        found.add_unrotated(s.layer_idx, random_moments(s.num_kv_heads, s.k_dim, 1000 + s.layer_idx), inv_freq)
+    return found
 
 
 def measured_calibration(samples: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]) -> Calibration:

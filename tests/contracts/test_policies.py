@@ -61,6 +61,19 @@ def test_budget_pins_and_attention(name, num_shards, granularity, tmp_path):
     assert driver.evicted > 60
 
 
+@pytest.mark.parametrize("name", [name for name in EVICTING if POLICIES.get(name).reads_positions_only])
+def test_what_reads_positions_only_reads_nothing_else(name, tmp_path):
+    """Records that hold other numbers give the same scores, and no attention is measured."""
+    policy = POLICIES.build(name, **needed(name, tmp_path, layers=1, heads=2, width=16))
+    assert not policy.watches and not policy.reads_model_queries
+    pages = some_pages([9, 14])
+    positions, score = pages.store.positions.clone(), policy.score(pages)
+    pages.store.pages.fill_(0xFF)  # NaN keys and values
+    pages.store.positions.copy_(positions)
+    again = policy.score(Pages(store=pages.store, table=pages.table, counts=pages.counts, lens=pages.lens))
+    assert torch.equal(score, again) and pages.keys.isnan().any()
+
+
 @pytest.mark.parametrize("name", EVICTING)
 def test_scores_are_comparable_numbers(name, tmp_path):
     """Through the cache, so that what a policy keeps per page and per row exists; absent pages must not be NaN either."""
