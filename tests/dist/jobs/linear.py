@@ -12,6 +12,7 @@ import pikv_ds
 from pikv_ds.adapters.fingerprint import key_norms
 from pikv_ds.adapters.hf import find_attentions
 from pikv_ds.adapters.model_spec import read_model_spec
+from pikv_ds.adapters.rotation import inv_freq_of
 from pikv_ds.stats import decode_bytes_sent
 from tests.calibrations import random_calibration
 from tests.dist.jobs.exact import assert_conserved, assert_same, generate, generate_sharded
@@ -52,7 +53,9 @@ def main() -> None:
         model = tiny_model(family)
         specs = read_model_spec(model.config)
         path = f"{sys.argv[1]}/{family}.{rank}.safetensors"
-        random_calibration(specs, [key_norms(a, s.num_kv_heads) for a, s in zip(find_attentions(model), specs, strict=True)]).save(path)
+        norms = [key_norms(a, s.num_kv_heads) for a, s in zip(find_attentions(model), specs, strict=True)]
+        rotations = [inv_freq_of(model.config, s) for s in specs] if family == "qwen3_moe" else None  # gpt_oss has another kind
+        random_calibration(specs, norms, rotations).save(path)
         svd = {"compression": {"method": "svd", "rank": 16, "fit_tokens": 64}}  # requests double while they are decoded
         for requests, ids in (("replicated", same), ("distinct", own)):
             check_exact(report, model, group, f"{family} svd", requests, ids, svd)
@@ -63,6 +66,7 @@ def main() -> None:
                 true = {"compression": compression, "storage": {"expert_ids": "true"}}
                 check_exact(report, model, group, f"{family} ids true", requests, ids, true)
                 check_exact(report, model, group, f"{family} beams", requests, ids, {"compression": compression}, num_beams=2)
+                check_exact(report, model, group, f"{family} rope pre", requests, ids, {"compression": compression | {"rope": "pre"}})
                 check_wire(report, model, group, requests, ids[:, :11], compression | {"rotate": "none"})
     dist.destroy_process_group()
 

@@ -16,6 +16,7 @@ from megatron.core.inference.contexts import StaticInferenceContext
 from pikv_ds.errors import ConfigError
 from pikv_ds.megatron_patch import PiKVInferenceContext, cpu_compat, enable_pikv
 from pikv_ds.megatron_patch.layers import find_layers, key_norms, layer_spec_of
+from pikv_ds.rope import default_inv_freq
 from tests.calibrations import random_calibration
 from tests.dist.jobs.report import Report
 from tests.megatron.models import latent_config, start, tiny_config, tiny_model, tokens
@@ -144,6 +145,9 @@ def check_linear(report: Report, model, layout: str, own, own_pieces, own_refere
             random_calibration(whole, [1.1 * x for x in norms]).save(path)
             with pytest.raises(ConfigError, match="made with other weights"):
                 PiKVInferenceContext(ROWS, LENGTH, model=model, config={"compression": compression})
+            random_calibration(whole, norms, [default_inv_freq(10_000.0, spec.k_dim) for spec in whole]).save(path)
+            with pytest.raises(ConfigError, match="under Megatron-Core this version does not undo rotations"):
+                PiKVInferenceContext(ROWS, LENGTH, model=model, config={"compression": compression | {"rope": "pre"}})
 
 
 def main() -> None:
