@@ -80,7 +80,7 @@ class PiKVCache:
                 config.routing, router, layers, self.tables, self.exchange, self.stages, policy.keeps_all, self.tiers
             )
             if self.retention is not None:
-                self.retention.on_compact = self.selection.compacted
+                self.retention.on_compact = self.selection.news.compacted
         self.reader = PoolReader(self.tables, self.selection, self.retention, self.tiers, self.stages)
         self.staged: Staged | None = None
         self.waiting: Waiting | None = None  # distinct requests: a layer whose merged lse rides in the next record
@@ -116,7 +116,7 @@ class PiKVCache:
             (self.distinct if self.agreement.mode == "distinct" else self.replicated).flush_staged()
         self.distinct.flush_watched()
         if self.selection is not None:
-            self.selection.settle()
+            self.selection.news.settle()
         expired = 0
         if not (self.hold and self.agreement.mode == "distinct"):
             # How far another rank may crop is not known here: while it may, window layers of distinct requests keep everything.
@@ -124,7 +124,7 @@ class PiKVCache:
         evicted = self.retention is not None and self.retention.after_forward(self.plan, self.agreement.lens, self.hold)
         demoted = [] if self.tiers is None else self.tiers.after_forward(self.plan, self.agreement.lens, self.hold)
         if self.selection is not None:
-            self.selection.demoted(demoted)
+            self.selection.news.demoted(demoted)
         if expired or evicted or demoted or not self.plan.quiet:
             self.tables.shrink()
         if self.config.storage.overflow == "error":
@@ -152,7 +152,7 @@ class PiKVCache:
             if self.retention is not None:
                 self.retention.remap(agreed.parent)
             if self.selection is not None:
-                self.selection.remap(agreed.parent)
+                self.selection.news.remap(agreed.parent)
         self.plan = StepPlan(agreed.shapes, self.agreement.own, before, after, self.device)
         if self.retention is not None:
             self.retention.before_forward(self.plan)
@@ -206,7 +206,7 @@ class PiKVCache:
     def append(self, layer: int, k: Tensor, v: Tensor, expert_ids: Routed | Tensor | None) -> Written:
         written = self.writer.append(layer, self.plan, k, v, expert_ids, self.hold)
         if self.selection is not None:
-            self.selection.wrote(layer, self.plan, k, written)
+            self.selection.news.wrote(layer, self.plan, k, written)
         return written
 
     def watch(self, query: Query, written: Written | None, lse: Tensor | None) -> None:
