@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pikv_ds.ops import load, merge_partials
+from pikv_ds.ops import load
 
 from .agreement import Agreed, Agreement
 from .compression_checks import fit_transforms
@@ -18,21 +18,19 @@ from .digest import digest
 from .distinct import DistinctStep
 from .evict import Retention
 from .exchange import Exchange
-from .mass import Mass, Waiting
+from .mass import Waiting
 from .placement import Placement, Routed
-from .plan import LocalStep, Source, StepPlan
-from .reader import Before, Stored, read_pages, stored_entries
+from .plan import LocalStep, StepPlan
+from .pool_reader import PoolReader
 from .replicated import ReplicatedStep
 from .request_basis import RequestBases
 from .retention_checks import check_retention
 from .selection import Selection
 from .spec import LayerSpec
 from .step import Partial, Query, Staged
-from .store import LayerStore
 from .tables import Tables
 from .tier_checks import check_tiers
 from .tiers import Tiers
-from .turned_reader import read_turned
 from .writer import Writer, Written
 
 
@@ -63,6 +61,7 @@ class PiKVCache:
         if codec.light is None:  # near pages are as computed then: the maps are for far pages only
             self.tables.far_maps = [None if far is None else maps for far, maps in zip(self.tables.far, self.transforms, strict=True)]
             self.transforms = [maps if far is None else None for far, maps in zip(self.tables.far, self.transforms, strict=True)]
+        self.tables.turned = [None if maps is None or maps.inv_freq is None else maps for maps in self.transforms]
         self.bases: RequestBases | None = None  # None: the same maps for all requests, if there are any
         if codec.per_request:
             self.bases = RequestBases(layers, [codec.stored(spec) for spec in layers], codec.fit_tokens, self.exchange, device)
@@ -82,7 +81,8 @@ class PiKVCache:
                 config.routing, router, layers, self.tables, self.exchange, self.stages, policy.keeps_all, self.tiers
             )
             if self.retention is not None:
-                self.retention.on_compact = self.selection.compacted
+                self.retention.on_compact = self.selection.news.compacted
+        self.reader = PoolReader(self.tables, self.selection, self.retention, self.tiers, self.stages)
         self.staged: Staged | None = None
         self.waiting: Waiting | None = None  # distinct requests: a layer whose merged lse rides in the next record
         self.agreement = Agreement(self.exchange, storage.requests, device)
@@ -117,7 +117,7 @@ class PiKVCache:
             (self.distinct if self.agreement.mode == "distinct" else self.replicated).flush_staged()
         self.distinct.flush_watched()
         if self.selection is not None:
-            self.selection.settle()
+            self.selection.news.settle()
         expired = 0
         if not (self.hold and self.agreement.mode == "distinct"):
             # How far another rank may crop is not known here: while it may, window layers of distinct requests keep everything.
@@ -125,7 +125,7 @@ class PiKVCache:
         evicted = self.retention is not None and self.retention.after_forward(self.plan, self.agreement.lens, self.hold)
         demoted = [] if self.tiers is None else self.tiers.after_forward(self.plan, self.agreement.lens, self.hold)
         if self.selection is not None:
-            self.selection.demoted(demoted)
+            self.selection.news.demoted(demoted)
         if expired or evicted or demoted or not self.plan.quiet:
             self.tables.shrink()
         if self.config.storage.overflow == "error":
@@ -153,7 +153,7 @@ class PiKVCache:
             if self.retention is not None:
                 self.retention.remap(agreed.parent)
             if self.selection is not None:
-                self.selection.remap(agreed.parent)
+                self.selection.news.remap(agreed.parent)
         self.plan = StepPlan(agreed.shapes, self.agreement.own, before, after, self.device)
         if self.retention is not None:
             self.retention.before_forward(self.plan)
@@ -207,106 +207,18 @@ class PiKVCache:
     def append(self, layer: int, k: Tensor, v: Tensor, expert_ids: Routed | Tensor | None) -> Written:
         written = self.writer.append(layer, self.plan, k, v, expert_ids, self.hold)
         if self.selection is not None:
-            self.selection.wrote(layer, self.plan, k, written)
+            self.selection.news.wrote(layer, self.plan, k, written)
         return written
 
     def watch(self, query: Query, written: Written | None, lse: Tensor | None) -> None:
         """Show a policy that asks for it what a layer's queries attended to; lse [B, T, Hq] merged over ranks, None = nothing stored."""
-        mass = self.watcher(query.layer)
+        mass = self.reader.watcher(query.layer)
         if mass is not None:
             q, k = query.q.flatten(0, 1).unsqueeze(0), query.k.unsqueeze(0)
             asked = Waiting(query.layer, query.scale, q, k, written.slot_mapping, None)
             mass.observe(asked, self.plan, None if lse is None else lse.flatten(0, 1).unsqueeze(0))
 
-    def watcher(self, layer: int) -> Mass | None:
-        """Who is shown what the queries of a layer attend to; never two at once (tier_checks.py)."""
-        if self.retention is not None and self.retention.watches(layer):
-            return self.retention.mass
-        return self.tiers.mass if self.tiers is not None and self.tables.far[layer] is not None else None
-
     def name_experts(self, layer: int, expert_ids: Tensor) -> None:
         """Router `layer` has run: the staged entries of that layer know their expert now. expert_ids [B * T] int64."""
         if self.staged is not None and self.staged.layer == layer:
             self.staged = self.staged._replace(expert_ids=expert_ids)
-
-    def reads(self, source: Source) -> bool:
-        """Whether a source's queries have anything to look up: stored tokens, or their own entry (one column, stored before reading)."""
-        return (source.num_columns == 1 and not self.stages) or self.plan.has_past(source)
-
-    def before(self, layer: int) -> Before | None:
-        """What readers see that must not see this forward's entries, copied before these are stored; None when all rows see their own."""
-        if self.plan.decode and not self.stages:
-            return None
-        store = self.tables.stores[layer]
-        # Staged entries are stored after the reading: the tail is still the old one then.
-        return Before(store.counts.clone(), None if store.tail is None else store.tail if self.stages else store.tail.clone())
-
-    def nothing(self, q: Tensor, v_dim: int) -> Partial:
-        out = q.new_zeros(*q.shape[:3], v_dim, dtype=torch.float32)
-        return Partial(out, torch.full(q.shape[:3], -torch.inf, device=q.device), False, True)
-
-    def read(self, query: Query, q: Tensor, row0: int, num_rows: int, before: Before | None) -> tuple[Tensor, Tensor]:
-        """Attention of q [num_rows, T, Hq, Dk] to the entries of rows row0 ... held on this rank: out f32, lse f32."""
-        store, far, rows = self.tables.stores[query.layer], self.tables.far[query.layer], slice(row0, row0 + num_rows)
-        selects = self.selection is not None and num_rows > 0
-        own_visible = None if before is None else self.plan.one_column[rows] & (not self.stages)
-        if far is None:
-            if num_rows == 0 or (not selects and (store.num_pages == 0 or store.counts.numel() == 0)):
-                return self._nothing(query, q)
-            return self._read_pool(query, store, q, rows, before, own_visible, selects)
-        if num_rows == 0:
-            return self._nothing(query, q)
-        # The far pool does not change within a forward. It is asked also when it is empty if choosing pages is a collective.
-        near = self._read_pool(query, store, q, rows, before, own_visible, False) if store.num_pages else self._nothing(query, q)
-        if not selects and not far.num_pages:
-            return near
-        maps, shift = self.tables.far_maps[query.layer], None
-        if maps is not None:
-            q, shift = maps.fold(q, query.scale)
-        held = None
-        if selects:
-            held = stored_entries(store, rows, before, own_visible), near[1] if shift is None else near[1] - shift
-        beside = self._read_pool(query, far, q, rows, None, None, selects, held)
-        if maps is not None:
-            beside = maps.leave(Partial(*beside, False), shift)[:2]
-        if shift is not None and self.retention is not None and self.retention.watches(query.layer):
-            self.retention.mass.shift(far, row0, shift)
-        return merge_partials(torch.stack([near[0], beside[0]]), torch.stack([near[1], beside[1]]))
-
-    def _nothing(self, query: Query, q: Tensor) -> tuple[Tensor, Tensor]:
-        none = self.nothing(q, query.v_dim)
-        return none.out, none.lse
-
-    def _read_pool(
-        self,
-        query: Query,
-        store: LayerStore,
-        q: Tensor,
-        rows: slice,
-        before: Before | None,
-        own_visible: Tensor | None,
-        selects: bool,
-        near: tuple[Stored, Tensor] | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """near: what a router is told of the entries that are read besides, and their lse."""
-        window, mass = self.layers[query.layer].window, self.watcher(query.layer)
-        if self.tiers is not None and mass is self.tiers.mass and store is self.tables.far[query.layer]:
-            mass = None  # what is far never comes back, however important
-        if not selects and (self.tables.heads > 1 or mass is not None):
-            mass = self.retention.mass if mass is None else mass
-            return mass.read(store, q, rows.start, stored_entries(store, rows, before, own_visible), query.scale)
-        needs_positions = selects or window is not None or q.shape[1] > 1
-        positions = self.plan.query_positions(rows.start, q.shape[0]) if needs_positions else None
-        if selects:
-            stored = stored_entries(store, rows, before, own_visible)
-            out, lse, page_lse = self.selection.read(
-                query, q, rows.start, positions, stored, self.plan, near, with_page_lse=mass is not None
-            )
-            if mass is not None:
-                mass.keep(store, rows.start, page_lse)
-            return out, lse
-        options = {"scale": query.scale, "window": window, "q_positions": positions}
-        maps = self.transforms[query.layer]
-        if maps is not None and maps.inv_freq is not None:
-            return read_turned(store, maps, q, rows, before, own_visible, **options)
-        return read_pages(store, q, rows, before, own_visible, **options)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
+from pikv_ds.config_block import Block
 from pikv_ds.config_checks import (
     check_budget,
     check_companion,
@@ -21,15 +21,12 @@ from pikv_ds.config_checks import (
     check_retention,
     check_table,
 )
+from pikv_ds.config_compression import CompressionConfig
 from pikv_ds.config_errors import describe, problem
+from pikv_ds.config_routing import RoutingConfig
+from pikv_ds.config_scheduling import SchedulingConfig
 from pikv_ds.errors import ConfigError
 from pikv_ds.presets import PRESETS, expand
-
-if TYPE_CHECKING:
-    from pikv_ds.codecs.base import Codec
-    from pikv_ds.host_penalty import RouterPenalty
-    from pikv_ds.policies.base import RetentionPolicy
-    from pikv_ds.routers.base import Router
 
 
 def _as_tuples(value: Any) -> Any:
@@ -39,12 +36,7 @@ def _as_tuples(value: Any) -> Any:
 Table = Annotated[tuple[tuple[tuple[int, ...], ...], ...], BeforeValidator(_as_tuples)]
 
 
-class _Block(BaseModel):
-    # strict: "32" is not a number and true is not 1; a typo in JSON must not be guessed at.
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True)
-
-
-class StorageConfig(_Block):
+class StorageConfig(Block):
     """Where each entry is stored."""
 
     requests: Literal["auto", "replicated", "distinct"] = Field(
@@ -88,148 +80,7 @@ class StorageConfig(_Block):
         return self
 
 
-class HostPenaltyConfig(_Block):
-    """What the model's own expert routers take off their logits, from the state of the cache; 0 and 0: nothing is installed."""
-
-    load: float = Field(0, ge=0, allow_inf_nan=False, description="Strength: shard of the expert fuller than the mean of the shards.")
-    miss: float = Field(0, ge=0, allow_inf_nan=False, description="Strength: log(1 + misses of the expert).")
-    applies_to: Literal["selection", "selection_and_weights"] = Field(
-        "selection", description="Choose experts by lowered logits and weigh them by the model's own, or lower both."
-    )
-
-    def build(self) -> RouterPenalty | None:
-        """The penalty, or None when both strengths are 0."""
-        from pikv_ds.host_penalty import RouterPenalty
-
-        return RouterPenalty(load=self.load, miss=self.miss, applies_to=self.applies_to) if self.load or self.miss else None
-
-
-class RoutingConfig(_Block):
-    """Which pages a query reads. Other keys are the options of the router, see `pikv methods`."""
-
-    model_config = ConfigDict(frozen=True, extra="allow", strict=True, validate_default=True)
-    method: str = Field("all", description="KV router, see `pikv methods`.")
-    budget_ratio: float | None = Field(None, gt=0, le=1, description="Pages a query reads per kv head, as a share of its request's tokens.")
-    budget_pages: int | None = Field(None, ge=1, description="Pages a query reads per kv head and layer; in place of budget_ratio.")
-    sink_tokens: int = Field(4, ge=0, description="First tokens of a request that every query reads, inside the budget.")
-    recent_tokens: int = Field(64, ge=0, description="Latest tokens before a query that it always reads, inside the budget.")
-    exchange: Literal["all", "needed"] = Field(
-        "all", description="Distinct requests: the ranks that send back partial attention, all or those that read something (fewer bytes)."
-    )
-    host_penalty: HostPenaltyConfig = Field(HostPenaltyConfig(), description=HostPenaltyConfig.__doc__)
-
-    def build(self) -> Router:
-        """The router with its options."""
-        from pikv_ds.routers import ROUTERS
-
-        return ROUTERS.build(self.method, **self.model_extra)
-
-
-class CodecConfig(_Block):
-    """A codec: its method, a rotation before it, and as other keys the options of the method, see `pikv methods`."""
-
-    model_config = ConfigDict(frozen=True, extra="allow", strict=True, validate_default=True)
-    method: str = Field("none", description="Codec, see `pikv methods`.")
-    rotate: Literal["none", "hadamard"] = Field("none", description="Rotation of what is stored, before it is rounded to few bits.")
-    rotate_seed: int = Field(0, ge=0, lt=1 << 31, description="Chooses the random signs of the rotation.")
-
-    def own(self) -> Codec:
-        """The codec with its options, without what other blocks put in its place."""
-        from pikv_ds.codecs import CODECS
-        from pikv_ds.codecs.rotated import Rotated
-
-        codec = CODECS.build(self.method, **self.model_extra)
-        return codec if self.rotate == "none" else Rotated(codec, self.rotate_seed)
-
-
-class LayerCompressionConfig(CodecConfig):
-    """In which format entries of a layer are stored. Other keys are the options of the codec, see `pikv methods`."""
-
-    k: CodecConfig | None = Field(None, description="Another codec for the keys; null = the same.")
-    v: CodecConfig | None = Field(None, description="Another codec for the values; null = the same.")
-
-    def build(self) -> Codec:
-        """The codec of keys and values."""
-        from pikv_ds.codecs.split import KVSplit
-
-        own = self.own()
-        if self.k is None and self.v is None:
-            return own
-        return KVSplit(self.k.own() if self.k else own, self.v.own() if self.v else own)
-
-    def parts(self, key: str) -> Iterator[tuple[str, CodecConfig]]:
-        """Every codec of the block and its key."""
-        yield key, self
-        for name in ("k", "v"):
-            if getattr(self, name) is not None:
-                yield f"{key}.{name}", getattr(self, name)
-
-
-class CompressionConfig(LayerCompressionConfig):
-    """In which format entries are stored. Other keys are the options of the codec, see `pikv methods`."""
-
-    raw_sink_tokens: int | None = Field(None, ge=0, description="First tokens of a request that stay as computed; null = none.")
-    raw_recent_tokens: int | None = Field(None, ge=0, description="Latest tokens of a request that stay as computed; null = none.")
-    layers: dict[Annotated[str, Field(pattern=r"^(0|[1-9][0-9]*)$")], LayerCompressionConfig] | None = Field(
-        None, description="Layer index -> a block of this kind that holds for that layer in place of this one."
-    )
-
-    def build(self) -> Codec:
-        """The codec of all layers."""
-        from pikv_ds.codecs.split import PerLayer
-
-        own = super().build()
-        return PerLayer(own, {int(idx): block.build() for idx, block in self.layers.items()}) if self.layers else own
-
-    def parts(self, key: str) -> Iterator[tuple[str, CodecConfig]]:
-        yield from super().parts(key)
-        for idx, block in (self.layers or {}).items():
-            yield from block.parts(f"{key}.layers.{idx}")
-
-    def build_near(self) -> Codec | None:
-        """The codec of the entries that are not encoded by `build()`'s yet, or never: raw, or the light one. None = there are none."""
-        from pikv_ds.codecs import CODECS
-
-        codec = self.build()
-        if codec.light is None and not (self.raw_sink_tokens or self.raw_recent_tokens):
-            return None
-        return codec.light or CODECS.build("none")
-
-
-class SchedulingConfig(_Block):
-    """Which entries stay. Other keys are the options of the retention policy, see `pikv methods`."""
-
-    model_config = ConfigDict(frozen=True, extra="allow", strict=True, validate_default=True)
-    method: str = Field("none", description="Retention policy, see `pikv methods`.")
-    budget_tokens: int | None = Field(None, ge=1, description="Entries kept per request and full-attention layer.")
-    budget_ratio: float | None = Field(None, gt=0, le=1, description="Entries kept, as a share of those appended; 0.25 evicts 4x.")
-    budget_bytes: int | None = Field(None, ge=1, description="KV bytes kept per request, over all full-attention layers and ranks.")
-    layer_budget: Literal["uniform", "pyramid"] = Field(
-        "uniform", description="The same budget for every layer, or more for the first and less for the last (PyramidKV)."
-    )
-    head_budget: Literal["shared", "uniform", "adaptive"] = Field(
-        "shared",
-        description="One choice for all KV heads; the same number of entries of each head; or more for heads that need more (Ada-KV).",
-    )
-    head_floor: float = Field(0.2, ge=0, le=1, description="Share of its uniform budget that an adaptive head has at least.")
-    granularity: Literal["page", "token"] = Field(
-        "page", description="Whole pages leave, or single entries, and the others close up into fewer pages."
-    )
-    interval: int = Field(1, ge=1, description="Decode steps between two evictions; a prefill chunk is always followed by one.")
-    prefill: Literal["evict", "keep"] = Field(
-        "evict", description="Evict after every prefill chunk, or keep the whole prompt until the first decode step."
-    )
-    sink_tokens: int = Field(4, ge=0, description="First tokens of a request, never evicted; part of the budget.")
-    recent_tokens: int = Field(64, ge=0, description="Latest tokens of a request, never evicted; part of the budget.")
-
-    def build(self) -> RetentionPolicy:
-        """The policy with its options."""
-        from pikv_ds.policies import POLICIES
-
-        return POLICIES.build(self.method, **self.model_extra)
-
-
-class OffloadConfig(_Block):
+class OffloadConfig(Block):
     """Slower tiers. Not available in this version: only the values that mean "no tier" are legal."""
 
     host_gib: float = Field(0, ge=0, description="Host memory for cold pages in GiB; only 0 in this version.")
@@ -244,14 +95,14 @@ class OffloadConfig(_Block):
         return self
 
 
-class MonitorConfig(_Block):
+class MonitorConfig(Block):
     """Metrics through DeepSpeed's monitor."""
 
     enabled: bool = Field(True, description="Write PiKV/<group>/<metric> to the monitors that DeepSpeed has configured.")
     interval: int = Field(100, ge=1, description="Decode steps between two writes.")
 
 
-class PiKVConfig(_Block):
+class PiKVConfig(Block):
     """The "pikv" block of a DeepSpeed configuration."""
 
     preset: str | None = Field(

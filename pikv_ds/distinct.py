@@ -10,6 +10,7 @@ from torch import Tensor
 from pikv_ds.ops import merge_partials
 
 from .mass import Waiting
+from .pool_reader import nothing
 from .reader import Before
 from .returns import return_needed
 from .step import Partial, Query, Staged
@@ -32,8 +33,8 @@ class DistinctStep:
         if cache.agreement.mode == "replicated":  # the requests of the new generation are the same on all ranks
             return cache.replicated.attend(query)
         plan = cache.plan
-        wanted = any(cache.reads(source) for source in plan.sources)
-        watched = cache.watcher(query.layer) is not None
+        wanted = any(cache.reader.reads(plan, source) for source in plan.sources)
+        watched = cache.reader.watcher(query.layer) is not None
         if fields is None:
             buffers, layout = self._share(query, plan.num_tokens, with_query=wanted or watched, send=True)
             fields = layout.unpack(buffers)
@@ -41,9 +42,9 @@ class DistinctStep:
             plan.set_positions(fields["positions"].reshape(-1))
         if "lse" in fields:
             self._observe(fields["lse"])
-        before = cache.before(query.layer)
+        before = cache.reader.before(plan, query.layer)
         written = self._store(query, fields)
-        partial = self._answer(query, fields["q"], before) if wanted else cache.nothing(query.q, query.v_dim)
+        partial = self._answer(query, fields["q"], before) if wanted else nothing(query.q, query.v_dim)
         if watched:
             asked = Waiting(query.layer, query.scale, fields["q"], fields["k"], written.slot_mapping, partial.lse.flatten(0, 1))
             cache.waiting = asked
@@ -55,7 +56,7 @@ class DistinctStep:
         """Show the policy the layer that waits. lse [G, N, Hq] of all ranks' queries."""
         cache = self.cache
         asked, cache.waiting = cache.waiting, None
-        cache.watcher(asked.layer).observe(asked, cache.plan, lse)
+        cache.reader.watcher(asked.layer).observe(asked, cache.plan, lse)
 
     def flush_watched(self) -> None:
         """The lse of the last layer that a policy watches, if no later record has carried it: one collective of its own."""
@@ -133,7 +134,7 @@ class DistinctStep:
         for run in plan.same_shape_runs():
             first, num_rows, begin = run[0], sum(s.num_rows for s in run), plan.sources.index(run[0])
             q = queries[begin : begin + len(run), : first.num_tokens].reshape(num_rows, first.num_columns, *queries.shape[2:])
-            out, lse = cache.read(query, q, first.row0, num_rows, before)
+            out, lse = cache.reader.read(plan, query, q, first.row0, num_rows, before)
             partials.append(torch.cat([out, lse.unsqueeze(-1)], -1).flatten(0, 1))
             if needed and num_rows:
                 readers.append(cache.selection.readers)

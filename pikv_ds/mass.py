@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pikv_ds import ops
 
+from .attention_share import share_inside, share_of_pages, take
 from .entries import EntryLse, PageLse
 from .plan import StepPlan
 from .policies.base import RetentionPolicy, Seen
@@ -159,21 +160,21 @@ class Mass:
         rows = {name: x[run.row0 : run.row0 + run.num_rows] for name, x in rows.items()}
         for begin in range(0, columns.shape[1], 1 if includes_self else step):
             block = columns[:, begin : begin + step]
-            own, total, real = None, _take(lse, block), valid.gather(1, block)
+            own, total, real = None, take(lse, block), valid.gather(1, block)
             if not includes_self:
-                own, total = _inside(q, k, asked.scale, positions, valid, block, total, pools[0].heads)
+                own, total = share_inside(q, k, asked.scale, positions, valid, block, total, pools[0].heads)
             for store, fact, table, of_pages in zip(pools, facts, tables, page_lse, strict=True):
                 share = torch.zeros(fact.nowhere + 1, block.shape[1], device=valid.device)
                 if own is not None and store is pools[0]:  # new entries lie in the first pool
                     page = torch.where(slots >= 0, slots if self.tables.by_entry else slots // store.page_size, fact.nowhere)
                     share.index_add_(0, page.flatten(), own.flatten(0, 2))
                 if of_pages is not None:
-                    share.index_add_(0, table, _of_pages(of_pages.of(block), total, real, store.heads))
+                    share.index_add_(0, table, share_of_pages(of_pages.of(block), total, real, store.heads))
                 if policy.page_values and store.num_pages:
                     values = {name: store.summaries[name].view(-1) for name in policy.page_values}
                     policy.observe(values, fact.seen(share[:-1], run, real, time + begin))
             if policy.observes_queries:
-                policy.observe_queries(rows, asked.scale * _take(q, block).float(), total, positions.gather(1, block))
+                policy.observe_queries(rows, asked.scale * take(q, block).float(), total, positions.gather(1, block))
 
     def _rows(self, layer: int, q: Tensor, num_rows: int) -> dict[str, Tensor]:
         if layer not in self.rows:
@@ -228,40 +229,6 @@ class _Facts:
             real = torch.nn.functional.pad(real, (0, 0, run.row0, self.num_rows - run.row0 - run.num_rows))
         real = real.repeat_interleave(self.heads, 0)
         return Seen(share=share, row=self.row, real=real, entries=self.entries, page_size=self.page_size, time=time)
-
-
-def _inside(
-    q: Tensor, k: Tensor, scale: float, positions: Tensor, valid: Tensor, block: Tensor, lse: Tensor | None, num_tables: int
-) -> tuple[Tensor, Tensor]:
-    """Attention of a block of a chunk's queries to the chunk's own entries, which dense attention does not report.
-
-    Args: q [R, T, Hq, Dk], k [R, T, Hkv, Dk]; positions, valid [R, T]; block [R, b] columns of the queries; lse [R, b, Hq] over stored
-        entries, or None; num_tables: H.
-    Returns: shares [R, T, H, b] f32, mean over the query heads of a table, and lse [R, b, Hq] over stored and own entries.
-    """
-    q = _take(q, block)
-    score = scale * torch.einsum("rbhgd,rthd->rbhgt", q.float().unflatten(2, (k.shape[2], -1)), k.float()).flatten(2, 3)
-    visible = valid.unsqueeze(1) & (positions.unsqueeze(1) <= positions.gather(1, block).unsqueeze(2))
-    score = torch.where(visible.unsqueeze(2), score, -torch.inf)
-    total = score.logsumexp(-1)
-    total = total if lse is None else torch.logaddexp(total, lse)
-    share = torch.where(visible.unsqueeze(2), torch.exp(score - total.unsqueeze(-1)), 0).unflatten(2, (num_tables, -1)).mean(3)
-    return torch.where(valid.gather(1, block)[..., None, None], share, 0).permute(0, 3, 2, 1), total
-
-
-def _of_pages(page_lse: Tensor, total: Tensor, real: Tensor, num_tables: int) -> Tensor:
-    """[R, b, S, Hq, C] lse of pages and [R, b, Hq] of everything -> shares [R * S * H * C, b], mean over heads; real [R, b]."""
-    share = torch.exp(page_lse - total[:, :, None, :, None])
-    share = torch.where(torch.isneginf(page_lse) | ~real[:, :, None, None, None], 0, share)
-    share = share.unflatten(3, (num_tables, -1)).mean(4)  # [R, b, S, H, C]
-    return share.permute(0, 2, 3, 4, 1).flatten(0, 3)
-
-
-def _take(x: Tensor | None, block: Tensor) -> Tensor | None:
-    """Columns `block` [R, b] of x [R, T, ...]."""
-    if x is None or x.shape[1] == 1:
-        return x
-    return x.gather(1, block.view(*block.shape, *[1] * (x.dim() - 2)).expand(-1, -1, *x.shape[2:]))
 
 
 def _per_query(x: Tensor, num_rows: int, num_queries: int) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pikv_ds.ops import merge_partials
 
+from .pool_reader import nothing
 from .step import Partial, Query, Staged
 from .wire import Layout, headers_of
 
@@ -30,17 +31,17 @@ class ReplicatedStep:
         plan = cache.plan
         if plan.positions is None:
             plan.set_positions(cache.local.positions.flatten())
-        before = cache.before(query.layer)
+        before = cache.reader.before(plan, query.layer)
         if cache.stages:
             self.flush_staged()
             cache.staged, written = Staged(query.layer, query.k, query.v), None
         else:
             written = cache.append(query.layer, query.k, query.v, query.expert_ids)
         source = plan.sources[0]
-        if not cache.reads(source):
+        if not cache.reader.reads(plan, source):
             cache.watch(query, written, None)
-            return cache.nothing(query.q, query.v_dim)
-        out, lse = cache.read(query, query.q, source.row0, source.num_rows, before)
+            return nothing(query.q, query.v_dim)
+        out, lse = cache.reader.read(plan, query, query.q, source.row0, source.num_rows, before)
         if cache.exchange.size > 1:
             out, lse = self._merge(out, lse, unchecked)
         cache.watch(query, written, lse)

@@ -12,27 +12,21 @@ from torch import Tensor
 
 from pikv_ds import ops
 
-from .compact import Compacted
 from .config import RoutingConfig
-from .demote import Moved
-from .entries import keys_at
 from .exchange import Exchange
 from .extent import Extent, extent_of
 from .plan import StepPlan
 from .read_budget import Budget, lens_seen, page_budget
 from .reader import Stored
-from .retention_checks import check_entry_router
 from .returns import readers_of_shards
-from .routers.base import NewEntries, PageQuery, Router
+from .router_news import RouterNews
+from .routers.base import PageQuery, Router
 from .spec import LayerSpec
 from .step import Query
-from .store import LayerStore
 from .tables import Tables
-from .tier_checks import check_router
-from .tier_routing import entries_by_page, entries_moved
+from .tier_routing import entries_by_page
 from .tiers import Tiers
 from .top_pages import best_pages, by_column, listed_pages, page_keys
-from .writer import Written
 
 QUERIES_AT_ONCE = 32  # per row: scores take Q * S * C * H numbers
 
@@ -66,91 +60,18 @@ class Selection:
         self.mass = torch.zeros(2, dtype=torch.float64, device=self.device)  # share of attention read, queries
         self.measures_mass = False
         self.readers: Tensor | None = None  # of the latest read with returns_needed: [G, R * T, H] bool, ranks whose partials count
-        self._waiting: list[tuple[int, NewEntries]] = []
         self._plan: StepPlan | None = None
         self._budgets: dict[int | None, Budget] = {}
         self._counted: tuple[Tensor, Tensor, Tensor, Tensor] | None = None  # entries of an extent, and what counting derives from them
         self._extents: dict[tuple[int, int, int], Extent] = {}  # what is the same in every layer of a forward, by rows and first query
+        self.news = RouterNews(router, tables, stages)
         self.open()
 
     def open(self) -> None:
         """The stores are new and empty. Host phase."""
-        self._waiting.clear()
         self.entries.zero_()
         self.mass.zero_()
-        for layer in range(len(self.layers)):
-            store = self._store(layer)
-            others = len(store.summaries)
-            self.router.open(layer, store, self.num_shards)
-            summarises = len(store.summaries) > others
-            if self.tables.far[layer] is not None:
-                check_router(self.router, summarises=summarises)
-            if self.tables.by_entry:
-                check_entry_router(self.router, summarises=summarises)
-
-    def _store(self, layer: int) -> LayerStore:
-        """The pages that a router chooses from."""
-        return self.tables.pools(layer)[-1]
-
-    # ---- after an append -----------------------------------------------------------------------------------------------------
-
-    def wrote(self, layer: int, plan: StepPlan, k: Tensor, written: Written) -> None:
-        """Entries of a layer were stored: those that queries of their own forward must not see wait until these have been answered."""
-        self.settle()
-        shard, table = written.shard, plan.rows
-        if self.tables.far_maps[layer] is not None:
-            k = self.tables.far_maps[layer].k.apply(k)
-        if shard is not None:
-            table = torch.where(written.here, table * self.tables.num_local + shard - self.tables.shard_begin, 0)
-        new = NewEntries(
-            k=k, rows=plan.rows, positions=plan.positions, shard=torch.zeros_like(plan.rows) if shard is None else shard,
-            valid=written.valid, slot_mapping=written.slot_mapping, table=table.to(torch.int32),
-        )  # fmt: skip
-        if self.tables.far[layer] is not None:  # in no page that the router chooses from yet
-            new = replace(new, slot_mapping=torch.full_like(new.slot_mapping, -1), table=torch.zeros_like(new.table))
-        if plan.decode or self.stages:  # staged entries are stored after the queries of their layer
-            self._report(layer, new)
-        elif any(source.num_columns == 1 and source.num_rows for source in plan.sources):
-            now = plan.one_column[plan.rows]
-            self._report(layer, _those(new, now))
-            self._waiting.append((layer, _those(new, ~now)))
-        else:
-            self._waiting.append((layer, new))
-
-    def settle(self) -> None:
-        """Report the entries that the queries of their own forward must not see. Call it before pages move."""
-        for layer, new in self._waiting:
-            self._report(layer, new)
-        self._waiting.clear()
-
-    def _report(self, layer: int, new: NewEntries) -> None:
-        self.router.wrote(layer, self._store(layer), new)
-
-    def demoted(self, moved: list[tuple[int, Moved]]) -> None:
-        """Pages have come into the far pools of layers. Host phase."""
-        for layer, pages in moved:
-            store = self._store(layer)
-            self.router.moved(layer, store, entries_moved(store, pages, self.tables.shard_begin))
-
-    def compacted(self, layer: int, changed: Compacted) -> None:
-        """Pages of a layer have other entries than before. Host phase."""
-        store, table = self.tables.stores[layer], changed.table
-        page = store.block_table.flatten(0, 1)[table, changed.index // self.page_size].to(torch.int64)
-        offset, num_local = changed.index % self.page_size, self.tables.num_local
-        entries = NewEntries(
-            k=keys_at(store, table, changed.index), rows=table // num_local, positions=store.positions[page, offset],
-            shard=table % num_local + self.tables.shard_begin, valid=torch.ones_like(page, dtype=torch.bool),
-            slot_mapping=(page * self.page_size + offset).to(torch.int32), table=table.to(torch.int32),
-        )  # fmt: skip
-        self.router.moved(layer, store, entries)
-
-    def remap(self, parent: list[int]) -> None:
-        """Row i continues row parent[i], -1 = a fresh row. Host phase."""
-        rows = torch.tensor(parent, dtype=torch.int64).to(self.device)
-        for layer in range(len(self.layers)):
-            self.router.remap(layer, rows)
-
-    # ---- reading -------------------------------------------------------------------------------------------------------------
+        self.news.open()
 
     def read(
         self,
@@ -249,7 +170,7 @@ class Selection:
 
     def _asked(self, query: Query, q: Tensor, rows: slice, stored: Stored, positions: Tensor, begin: int, plan: StepPlan) -> PageQuery:
         """The tables of R rows, once per query. q [R, T, Hq, D] are the queries from column `begin` of positions [R, all T] on."""
-        store, window = self._store(query.layer), self.layers[query.layer].window
+        store, window = self.news.store(query.layer), self.layers[query.layer].window
         num_rows, num_queries, num_q_heads, dim = q.shape
         columns = min(max(plan.lens_after_host) // self.page_size + 1, stored.block_table.shape[-1])  # a table may have spare ones
         per_query = lambda x: x if num_queries == 1 else _repeat(x, num_rows, num_queries)  # noqa: E731
@@ -302,7 +223,3 @@ def _repeat(x: Tensor, num_rows: int, num_queries: int) -> Tensor:
 def real_queries(asked: PageQuery) -> Tensor:
     """[Q] f64, 1 for a query and 0 for padding."""
     return (asked.positions >= 0).to(torch.float64)
-
-
-def _those(new: NewEntries, mask: Tensor) -> NewEntries:
-    return replace(new, valid=new.valid & mask, slot_mapping=torch.where(mask, new.slot_mapping, -1))

@@ -67,8 +67,7 @@ def attention_impl(cache: PiKVCache) -> str:
 
     torch also where some layer holds un-rotated keys (turned_reader.py).
     """
-    turned = any(maps is not None and maps.inv_freq is not None for maps in cache.transforms)
-    code = "torch" if turned else load.ensured(cache.device.type)
+    code = "torch" if any(cache.tables.turned) else load.ensured(cache.device.type)
     formats = [fmt.name for fmt in (cache.tables.formats[0], cache.tables.far_formats[0]) if fmt is not None]
     return f"pikv {code} {'+'.join(formats)}"
 

@@ -14,6 +14,7 @@ from .agreement import Agreed
 from .codecs.base import Codec
 from .config import PiKVConfig
 from .counters import Counters
+from .crops import CropLimits
 from .directory import Directory
 from .errors import ConfigError
 from .placement import local_shards
@@ -54,6 +55,7 @@ class Tables:
         ]
         self.two_pools = any(far)
         self.far_maps: list[Transform | None] = [None] * len(layers)  # from near entries to what far pages hold; None: the same
+        self.turned: list[Transform | None] = [None] * len(layers)  # of layers whose pages hold keys before their rotation
         self.dtype, self.device, self.num_shards = dtype, device, num_shards
         shards = local_shards(rank, num_shards, num_ranks)
         self.shard_begin, self.num_local = shards.start, len(shards)
@@ -61,6 +63,7 @@ class Tables:
         self.counters = Counters(num_experts, device)
         self.page_values: dict[str, torch.dtype] = {}  # one number per page each, or per entry, for the retention policy
         self.by_entry = config.scheduling.granularity == "token"
+        self.crops = CropLimits(layers)
         self.allocate(0)
 
     def allocate(self, num_rows: int) -> None:
@@ -87,9 +90,8 @@ class Tables:
                 for store in self.pools(i):
                     shape = (self.page_size,) if self.by_entry else ()
                     store.add_summary(name, shape, dtype, cleared=True, by_entry=self.by_entry)
-        self.evicted_at = [0] * num_rows  # tokens of a row when a budget last took entries of it
         self.quiet = 0  # decode steps that surely open no page: nothing to reserve, mirror or give back
-        self.settled = [0] * num_rows  # window layers dropped what a query after this many tokens of a row can't see
+        self.crops.reset(num_rows)
         self.directory.reset(num_rows)
         self.evicted = self.directory.evicted_by_head()  # [L][R][H]
         self.counters.clear()
@@ -129,8 +131,7 @@ class Tables:
 
     def remap(self, agreed: Agreed, lens: list[int]) -> None:
         """Fork, crop and drop rows as agreed. lens: tokens of every row before."""
-        self._refuse_crops_behind_the_window(agreed, lens)
-        self._refuse_crops_behind_an_eviction(agreed, lens)
+        self.crops.remap(agreed, lens)
         self.quiet = 0
         parent = torch.tensor(agreed.parent, dtype=torch.int64).to(self.device)
         keep = torch.tensor(agreed.keep, dtype=torch.int64).to(self.device)
@@ -157,33 +158,12 @@ class Tables:
                 self.counters.forked += int(self.far_counts[i].sum()) + dropped - int(old_far[i].sum())
         self.mirror()
 
-    def _refuse_crops_behind_the_window(self, agreed: Agreed, lens: list[int]) -> None:
-        windows = [(spec.window, i) for i, spec in enumerate(self.layers) if spec.window is not None]
-        for parent, keep in zip(agreed.parent, agreed.keep, strict=True):
-            if windows and parent >= 0 and keep < self.settled[parent] and self.settled[parent] >= min(windows)[0]:
-                window, i = min(windows)
-                raise RuntimeError(
-                    f"crop to {keep} of {lens[parent]} tokens: layer {i} has dropped entries that its window of {window} showed there; "
-                    f"announce crops before the forward that they undo (cache.activate_past_recording(), as assisted generation does)"
-                )
-        self.settled = [self.settled[parent] if parent >= 0 else 0 for parent in agreed.parent]
-
-    def _refuse_crops_behind_an_eviction(self, agreed: Agreed, lens: list[int]) -> None:
-        for parent, keep in zip(agreed.parent, agreed.keep, strict=True):
-            if parent >= 0 and keep < self.evicted_at[parent]:
-                raise RuntimeError(
-                    f"crop to {keep} of {lens[parent]} tokens: entries were evicted (pikv.scheduling) at {self.evicted_at[parent]} tokens, "
-                    f"which a request of {keep} tokens would still hold; announce crops before the forward that they undo "
-                    f"(cache.activate_past_recording(), as assisted generation does)"
-                )
-        self.evicted_at = [self.evicted_at[parent] if parent >= 0 else 0 for parent in agreed.parent]
-
     def note_eviction(self, lens: list[int]) -> None:
         """Rows of these lengths have just lost entries to their budget."""
         evicted = self.directory.evicted_by_head()
         lost = [any(old[row] != new[row] for old, new in zip(self.evicted, evicted, strict=True)) for row in range(len(lens))]
         self.evicted = evicted
-        self.evicted_at = [n if gone else at for gone, n, at in zip(lost, lens, self.evicted_at, strict=True)]
+        self.crops.note_eviction(lens, lost)
 
     def reserve(self, plan: StepPlan, hold: bool) -> None:
         """Fill in the per-layer sizes of a plan and make sure that its entries will find pages, without knowing their shards yet."""
@@ -240,7 +220,7 @@ class Tables:
         if not lens or all(spec.window is None for spec in self.layers):
             return 0
         already = self.counters.expired
-        self.settled = [max(settled, n - margin) for settled, n in zip(self.settled, lens, strict=True)]
+        self.crops.note_expiry(lens, margin)
         at = torch.tensor(lens, dtype=torch.int64).to(self.device) - margin
         for spec, store in zip(self.layers, self.stores, strict=True):
             if spec.window is not None:

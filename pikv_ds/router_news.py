@@ -1,0 +1,106 @@
+"""What a router is told: entries that were stored, have moved or are others now, and which row continues which."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from .compact import Compacted
+from .demote import Moved
+from .entries import keys_at
+from .plan import StepPlan
+from .retention_checks import check_entry_router
+from .routers.base import NewEntries, Router
+from .store import LayerStore
+from .tables import Tables
+from .tier_checks import check_router
+from .tier_routing import entries_moved
+from .writer import Written
+
+
+class RouterNews:
+    """Owns the entries that a router is not told of yet; borrows router and tables."""
+
+    def __init__(self, router: Router, tables: Tables, stages: bool) -> None:
+        """stages: entries are stored after the queries of their layer."""
+        self.router, self.tables, self.stages = router, tables, stages
+        self._waiting: list[tuple[int, NewEntries]] = []
+
+    def open(self) -> None:
+        """The stores are new and empty. Host phase."""
+        self._waiting.clear()
+        for layer in range(len(self.tables.layers)):
+            store = self.store(layer)
+            others = len(store.summaries)
+            self.router.open(layer, store, self.tables.num_shards)
+            summarises = len(store.summaries) > others
+            if self.tables.far[layer] is not None:
+                check_router(self.router, summarises=summarises)
+            if self.tables.by_entry:
+                check_entry_router(self.router, summarises=summarises)
+
+    def store(self, layer: int) -> LayerStore:
+        """The pages that a router chooses from."""
+        return self.tables.pools(layer)[-1]
+
+    def wrote(self, layer: int, plan: StepPlan, k: Tensor, written: Written) -> None:
+        """Entries of a layer were stored: those that queries of their own forward must not see wait until these have been answered."""
+        self.settle()
+        shard, table = written.shard, plan.rows
+        if self.tables.far_maps[layer] is not None:
+            k = self.tables.far_maps[layer].k.apply(k)
+        if shard is not None:
+            table = torch.where(written.here, table * self.tables.num_local + shard - self.tables.shard_begin, 0)
+        new = NewEntries(
+            k=k, rows=plan.rows, positions=plan.positions, shard=torch.zeros_like(plan.rows) if shard is None else shard,
+            valid=written.valid, slot_mapping=written.slot_mapping, table=table.to(torch.int32),
+        )  # fmt: skip
+        if self.tables.far[layer] is not None:  # in no page that the router chooses from yet
+            new = replace(new, slot_mapping=torch.full_like(new.slot_mapping, -1), table=torch.zeros_like(new.table))
+        if plan.decode or self.stages:  # staged entries are stored after the queries of their layer
+            self._report(layer, new)
+        elif any(source.num_columns == 1 and source.num_rows for source in plan.sources):
+            now = plan.one_column[plan.rows]
+            self._report(layer, _those(new, now))
+            self._waiting.append((layer, _those(new, ~now)))
+        else:
+            self._waiting.append((layer, new))
+
+    def settle(self) -> None:
+        """Report the entries that the queries of their own forward must not see. Call it before pages move."""
+        for layer, new in self._waiting:
+            self._report(layer, new)
+        self._waiting.clear()
+
+    def _report(self, layer: int, new: NewEntries) -> None:
+        self.router.wrote(layer, self.store(layer), new)
+
+    def demoted(self, moved: list[tuple[int, Moved]]) -> None:
+        """Pages have come into the far pools of layers. Host phase."""
+        for layer, pages in moved:
+            store = self.store(layer)
+            self.router.moved(layer, store, entries_moved(store, pages, self.tables.shard_begin))
+
+    def compacted(self, layer: int, changed: Compacted) -> None:
+        """Pages of a layer have other entries than before. Host phase."""
+        store, table = self.tables.stores[layer], changed.table
+        page = store.block_table.flatten(0, 1)[table, changed.index // self.tables.page_size].to(torch.int64)
+        offset, num_local = changed.index % self.tables.page_size, self.tables.num_local
+        entries = NewEntries(
+            k=keys_at(store, table, changed.index), rows=table // num_local, positions=store.positions[page, offset],
+            shard=table % num_local + self.tables.shard_begin, valid=torch.ones_like(page, dtype=torch.bool),
+            slot_mapping=(page * self.tables.page_size + offset).to(torch.int32), table=table.to(torch.int32),
+        )  # fmt: skip
+        self.router.moved(layer, store, entries)
+
+    def remap(self, parent: list[int]) -> None:
+        """Row i continues row parent[i], -1 = a fresh row. Host phase."""
+        rows = torch.tensor(parent, dtype=torch.int64).to(self.tables.device)
+        for layer in range(len(self.tables.layers)):
+            self.router.remap(layer, rows)
+
+
+def _those(new: NewEntries, mask: Tensor) -> NewEntries:
+    return replace(new, valid=new.valid & mask, slot_mapping=torch.where(mask, new.slot_mapping, -1))
