@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,16 +84,23 @@ def learn(
 
 
 def error_row(codec: type[LinearCodec], calibration: Any, spec: LayerSpec, rank: int) -> dict[str, Any]:
-    """E||x - x_hat||^2 / E||x||^2 of a layer's keys and values, before rounding, on the calibration text."""
+    """E||x - x_hat||^2 / E||x||^2 of a layer's keys and values, before rounding, on the calibration text.
+
+    k_lost_pre: of keys before their rotation (rope "pre"), None for a codec or a model without.
+    """
     from pikv_ds.codecs.linear import lost_share
 
     built = codec.on(calibration, rank=rank)
-    maps = built.transform(spec)
+    maps, before = built.transform(spec), None
+    if f"{spec.layer_idx}.inv_freq" in calibration.tensors and "rope" in inspect.signature(codec.__init__).parameters:
+        unrotated = codec.on(calibration, rank=rank, rope="pre").transform(spec)
+        before = round(lost_share(calibration.unrotated_keys(spec), unrotated.k), 6)
     return {
         "layer": spec.layer_idx,
         "k_rank": maps.k.rank,
         "v_rank": maps.v.rank,
         "k_lost": round(lost_share(calibration.keys(spec), maps.k), 6),
+        "k_lost_pre": before,
         "v_lost": round(lost_share(calibration.values(spec), maps.v), 6),
     }
 

@@ -7,7 +7,9 @@ import torch
 from transformers import DynamicCache
 
 from pikv_ds import bundled, calibration
+from pikv_ds.codecs import CODECS
 from pikv_ds.launch.cli import main
+from pikv_ds.launch.cmd_calibrate import error_row
 from pikv_ds.spec import LayerSpec
 
 SPEC = LayerSpec(layer_idx=1, num_kv_heads=2, k_dim=32, v_dim=32)
@@ -45,7 +47,15 @@ def test_the_moments_are_those_of_the_keys_and_values_in_a_cache(made):
 def test_it_holds_what_the_codec_learns_and_says_what_is_lost(made):
     file, rows = made
     assert calibration.load(str(file)).heads("distill_decode", SPEC).shape == (2, 16, 32)
+    assert all(row["k_lost_pre"] is None for row in rows), "distill is trained on rotated keys"
     assert [row["layer"] for row in rows] == [0, 1, 2, 3] and all(0 < row[side] < 0.6 for row in rows for side in ("k_lost", "v_lost"))
+
+
+def test_less_is_lost_of_keys_before_their_rotation(made):
+    found = calibration.load(str(made[0]))
+    for name in ("lora", "lora_plus", "chunk_pca"):
+        row = error_row(CODECS.get(name), found, SPEC, 16)
+        assert 0 < row["k_lost_pre"] < 0.5 * row["k_lost"], row
 
 
 def test_a_distilled_file_serves_other_codecs_but_no_other_rank(made, capsys):
