@@ -58,18 +58,18 @@ def test_turn_and_its_inverse():
     assert (found[1:7] - x[1:7]).norm(dim=-1).min() > 0.1
 
 
-@pytest.mark.parametrize("keys_at_a_time", [1, 5, 13])
-def test_the_metric_of_pairs(keys_at_a_time):
-    """In blocks as over all pairs one by one: an error e of key j weighs (q_i . R_j e)^2."""
+@pytest.mark.parametrize(("stride", "keys_at_a_time"), [(1, 1), (1, 5), (1, 13), (4, 1), (4, 3), (8, 9)])
+def test_the_metric_of_pairs(stride, keys_at_a_time):
+    """In blocks as over pairs one by one: an error e of key j weighs (q_i . R_j e)^2."""
     q, inv_freq = torch.randn(13, 4, 16, dtype=torch.float64), default_inv_freq(THETA, 16)
     want = torch.zeros(2, 16, 16, dtype=torch.float64)
-    for j in range(13):
+    for j in range(0, 13, stride):
         for i in range(j, 13):
             for head in range(4):
                 x = turned(q[i, head : head + 1], j, -1)[0]
                 want[head // 2] += torch.outer(x, x) / 2
-    found, pairs = pair_metric(q, inv_freq, 2, at_a_time=keys_at_a_time * 2 * 16 * 16)
-    assert pairs == 91 and (found - want).norm() < 1e-6 * want.norm()
+    found, pairs = pair_metric(q, inv_freq, 2, stride=stride, at_a_time=keys_at_a_time * 2 * 16 * 16)
+    assert pairs == sum(13 - j for j in range(0, 13, stride)) and (found - want).norm() < 1e-6 * want.norm()
 
 
 @pytest.mark.parametrize("method", list(FULL))
