@@ -122,9 +122,10 @@ def _nvrtc_op(name):
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 def test_bounds_scores_and_packing(right_kernels, through, reverse):
     through(right_kernels, reverse)
-    check_bounds("int8", torch.float16, _nvrtc_op, "cpu")
-    for heads, table_heads in ((3, 1), (1, 3)):
-        check_score(heads, table_heads, torch.bfloat16, None, _nvrtc_op, "cpu")
+    for dtype in (torch.float16, torch.int8):
+        check_bounds("int8", dtype, _nvrtc_op, "cpu")
+        for heads, table_heads in ((3, 1), (1, 3)):
+            check_score(heads, table_heads, dtype, None, _nvrtc_op, "cpu")
     for rows, indexed in ((0, True), (7, True), (7, False)):
         check_pack(rows, indexed, _nvrtc_op, "cpu")
     check_slots(3, 2, 200, _nvrtc_op, "cpu")
