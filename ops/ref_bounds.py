@@ -78,7 +78,7 @@ def _newest(slot: Tensor, rows: Tensor, num_rows: int) -> Tensor:
 
 
 def _box_anew(bounds: Tensor, pages: Tensor, fmt: PageFormat, slot: Tensor, tail: Tensor | None, rows: Tensor | None) -> None:
-    """int8: the box of all keys from the first slot of a page to its last in `slot`. Widening a coded box would round it again and again."""
+    """int8: the box of all keys from the first slot of a page to its last in `slot`. Widening a coded box would add up its rounding."""
     touched, index = torch.unique(slot // fmt.page_size, return_inverse=True)
     if not touched.numel():
         return

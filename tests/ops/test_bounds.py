@@ -125,12 +125,32 @@ def test_the_decoded_box_holds_the_box(exponent, width, seed):
     """To the last bit, subnormal numbers included; and no bound is off by more than a step."""
     generator = torch.Generator().manual_seed(seed)
     keys = torch.randn(50, 5, width, generator=generator) * 10.0**exponent
-    keys[:10] = (keys[:10] / 10.0**exponent * 127).round()  # quotients that are whole numbers
     box = torch.stack((keys.amin(1), keys.amax(1)), 1)
     found = decode_box(encode_box(box))
-    assert (found[:, 0] <= box[:, 0]).all() and (found[:, 1] >= box[:, 1]).all()
+    # A box a bit larger than one that its codes hold exactly: quotients round to the whole number inside it.
+    beyond = torch.nextafter(found, torch.tensor([-torch.inf, torch.inf]).view(2, 1))
+    wider = torch.where(found.abs() == found.abs().amax(-1, keepdim=True), found, beyond)
+    for given in (box, wider):
+        low, high = decode_box(encode_box(given)).unbind(1)
+        assert (low <= given[:, 0]).all() and (high >= given[:, 1]).all()
     if exponent > -30:
         assert ((found - box).abs() <= box.abs().amax(-1, keepdim=True) / 125).all()
+
+
+@pytest.mark.parametrize("which", ["baseline", "emu"])
+def test_compiled_versions_encode_the_same_at_the_edges(which, monkeypatch):
+    """Pages of two keys, a box and one a last bit wider than what its codes hold, over the range of f32."""
+    fmt, generator = PageFormat("fp32", 1, 40, 40, 4), torch.Generator().manual_seed(0)
+    box = torch.randn(90, 2, 40, generator=generator).sort(1).values * torch.logspace(-44, 37, 90).view(90, 1, 1)
+    found = decode_box(encode_box(box))
+    beyond = torch.nextafter(found, torch.tensor([-torch.inf, torch.inf]).view(2, 1))
+    box = torch.cat((box, torch.where(found.abs() == found.abs().amax(-1, keepdim=True), found, beyond), torch.zeros(1, 2, 40)))
+    slots = (4 * torch.arange(181).unsqueeze(1) + torch.arange(2)).flatten().int()
+    pages, bounds = ops.new_pages(fmt, 181), torch.zeros(181, *ops.bounds_shape(fmt, torch.int8), dtype=torch.int8)
+    k = box.view(362, 1, 40)
+    ops.append(pages, fmt, k, k, slots, slots)
+    call("page_bounds", which, monkeypatch, bounds, pages, slots, None, None, *fmt.layout)
+    assert torch.equal(bounds.squeeze(1), encode_box(box))
 
 
 def test_infinite_keys_keep_their_page_in_the_box():
