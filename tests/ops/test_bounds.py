@@ -130,9 +130,9 @@ def test_the_decoded_box_holds_the_box(exponent, width, seed):
     # A box a bit larger than one that its codes hold exactly: quotients round to the whole number inside it.
     beyond = torch.nextafter(found, torch.tensor([-torch.inf, torch.inf]).view(2, 1))
     wider = torch.where(found.abs() == found.abs().amax(-1, keepdim=True), found, beyond)
-    for given in (box, wider):
-        low, high = decode_box(encode_box(given)).unbind(1)
-        assert (low <= given[:, 0]).all() and (high >= given[:, 1]).all()
+    for held in (box, wider):
+        low, high = decode_box(encode_box(held)).unbind(1)
+        assert (low <= held[:, 0]).all() and (high >= held[:, 1]).all()
     if exponent > -30:
         assert ((found - box).abs() <= box.abs().amax(-1, keepdim=True) / 125).all()
 
