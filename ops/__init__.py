@@ -5,6 +5,7 @@ Each has a plain torch version: the reference that every compiled version is che
 
 from .append import append
 from .assign_slots import assign_slots
+from .bound_codes import bounds_shape
 from .builder import register, unregister
 from .checksum import checksum
 from .decode import decode
@@ -25,6 +26,7 @@ __all__ = [
     "add_sink",
     "append",
     "assign_slots",
+    "bounds_shape",
     "checksum",
     "decode",
     "decode_pages",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .bound_codes import SCALE_BYTES, bounds_shape
 from .formats import PageFormat
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -84,8 +85,8 @@ def append(pages, tail, k, v, positions, slot_mapping, tail_rows, fmt: PageForma
 
 def page_bounds(bounds, pages, slot_mapping, tail, tail_rows, fmt: PageFormat, values: bool = True) -> None:
     _pages(pages, fmt)
-    floats("bounds", bounds)
-    expected = (pages.shape[0], fmt.num_kv_heads, 2, fmt.k_dim)
+    _bounds(bounds)
+    expected = (pages.shape[0], *bounds_shape(fmt, bounds.dtype))
     require(tuple(bounds.shape) == expected, f"bounds must be {list(expected)}, got {list(bounds.shape)}")
     integers("slot_mapping", slot_mapping)
     _slots(pages, slot_mapping, tail, tail_rows, fmt, values)
@@ -97,10 +98,11 @@ def page_score(q, bounds, block_table, seqlens, width, page_size: int, values: b
         floats("width", width)
         require(width.dtype == q.dtype, "width must have the dtype of q")
         require(width.shape == q.shape, f"width must have the shape of q, {list(q.shape)}, got {list(width.shape)}")
-    floats("bounds", bounds)
+    _bounds(bounds)
     require(q.dim() == 3, f"q must be [R, num_q_heads, head_dim], got {list(q.shape)}")
     require(bounds.dim() == 4 and bounds.shape[2] == 2, f"bounds must be [num_pages, num_kv_heads, 2, head_dim], got {list(bounds.shape)}")
-    require(q.shape[2] == bounds.shape[3], f"q has head_dim {q.shape[2]}, the bounds have {bounds.shape[3]}")
+    bound_dim = bounds.shape[3] - (SCALE_BYTES if bounds.dtype == torch.int8 else 0)
+    require(q.shape[2] == bound_dim, f"q has head_dim {q.shape[2]}, the bounds have {bound_dim}")
     require(block_table.dim() == 3, f"block_table must be [N, 1 or num_kv_heads, max_pages], got {list(block_table.shape)}")
     N, R, heads = block_table.shape[0], q.shape[0], max(block_table.shape[1], bounds.shape[1])
     require(block_table.shape[1] in (1, heads) and bounds.shape[1] in (1, heads),
@@ -139,6 +141,11 @@ def aligned(name: str, x: Tensor) -> None:
 def floats(name: str, x: Tensor) -> None:
     require(x.dtype in _FLOATS, f"{name} must be float32, bfloat16 or float16, got {x.dtype}")
     require(x.is_contiguous(), f"{name} must be contiguous")
+
+
+def _bounds(bounds: Tensor) -> None:
+    require(bounds.dtype in (*_FLOATS, torch.int8), f"bounds must be float32, bfloat16, float16 or int8, got {bounds.dtype}")
+    require(bounds.is_contiguous(), "bounds must be contiguous")
 
 
 def integers(name: str, x: Tensor) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from .formats import PageFormat
 
 FLOAT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+BOUND_TYPES = FLOAT_TYPES | {torch.int8: 3}
 
 
 class PageRecord(ctypes.Structure):

@@ -15,7 +15,7 @@ from torch import Tensor
 from . import checks, library
 from . import kernel_params as kp
 from .kernel_formats import KERNEL_FORMATS, kernel_width
-from .kernel_params import FLOAT_TYPES, address, index, page_record
+from .kernel_params import BOUND_TYPES, FLOAT_TYPES, address, index, page_record
 from .nvrtc_launch import BLOCK, WARPS, launch, num_processors
 
 
@@ -122,9 +122,10 @@ def page_bounds(bounds, pages, slot_mapping, tail, tail_rows, *rest):
     T = slot_mapping.shape[0]
     if T:
         b = kp.PageBounds(f=page_record(fmt), pages=pages.data_ptr(), bounds=bounds.data_ptr(), tail=address(tail),
-                          slots=index(slot_mapping), tail_rows=index(tail_rows), T=T, type=FLOAT_TYPES[bounds.dtype],
+                          slots=index(slot_mapping), tail_rows=index(tail_rows), T=T, type=BOUND_TYPES[bounds.dtype],
                           tail_type=0 if tail is None else FLOAT_TYPES[tail.dtype])  # fmt: skip
-        launch("pages", "page_bounds_kernel", (T, fmt.num_kv_heads), 4 * (fmt.page_size + 1), b, pages.device)
+        box = 2 * fmt.k_dim if bounds.dtype == torch.int8 else 0
+        launch("pages", "page_bounds_kernel", (T, fmt.num_kv_heads), 4 * (4 + fmt.page_size + box), b, pages.device)
 
 
 def page_score(q, bounds, block_table, seqlens, width, page_size, scale):
@@ -134,7 +135,7 @@ def page_score(q, bounds, block_table, seqlens, width, page_size, scale):
     scores = q.new_empty((N, H, columns), dtype=torch.float32)
     if scores.numel():
         s = kp.PageScore(q=q.data_ptr(), width=address(width), bounds=bounds.data_ptr(), table=index(block_table), seqlens=index(seqlens),
-                         scores=scores.data_ptr(), q_type=FLOAT_TYPES[q.dtype], bounds_type=FLOAT_TYPES[bounds.dtype], S=N // q.shape[0],
+                         scores=scores.data_ptr(), q_type=FLOAT_TYPES[q.dtype], bounds_type=BOUND_TYPES[bounds.dtype], S=N // q.shape[0],
                          H=H, G=q.shape[1] // H, D=q.shape[2], max_pages=columns, page_size=page_size, bound_heads=bounds.shape[1],
                          table_heads=table_heads, seqlen_heads=seqlens.shape[1], scale=scale)  # fmt: skip
         launch("pages", "page_score_kernel", (N * H * -(-columns // WARPS), 1), 0, s, q.device)

@@ -23,14 +23,15 @@ def page_bounds(
 
     Args:
         bounds: [num_pages, fmt.num_kv_heads, 2, Dk] f32, bf16 or fp16, changed; minima, then maxima, rounded away from the keys. What it
-            holds at first does not matter: an entry in the first slot of a page starts that page anew.
+            holds at first does not matter: an entry in the first slot of a page starts that page anew. Or int8 [..., Dk + 2], see
+            bound_codes.py: the box of a page is then made from all its keys, from the first slot to the last new one.
         pages, slot_mapping, tail, tail_rows: those of the `append` call, after it. -1 = not stored here.
 
     int8 and int4: an entry of the open group is read raw from the tail; when its group is full, the bounds also take in the group's codes.
-    Bounds only widen until a page starts anew, so after a crop they may be wider than need be. Pages that are copied bring theirs along:
-    `migrate` works on bounds.view(torch.uint8).flatten(1).
+    Bounds other than int8 only widen until a page starts anew, so after a crop they may be wider than need be. Pages that are copied bring
+    theirs along: `migrate` works on bounds.view(torch.uint8).flatten(1).
 
-    Sync: none in compiled versions. Cost: reads each new key once, a group once more when it is full.
+    Sync: none in compiled versions. Cost: reads each new key once, a group once more when it is full; with int8 the whole page.
     Source: Quest, arXiv 2406.10774.
     """
     OPS.page_bounds(bounds, pages, slot_mapping, tail, tail_rows, *fmt.layout)

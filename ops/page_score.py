@@ -20,7 +20,7 @@ def page_score(
     Args:
         q: [R, Hq, Dk] f32, bf16 or fp16; Hq a multiple of H. Not necessarily those of the model: a mean over a group scores once.
         width: the same shape and dtype; a smaller one than |q| trusts that keys lie near the middle of their box. Needs finite bounds.
-        bounds: [num_pages, fmt.num_kv_heads, 2, Dk], see `page_bounds`.
+        bounds: [num_pages, fmt.num_kv_heads, 2, Dk], int8 with Dk + 2, see `page_bounds`.
         block_table: [N, 1 or H, max_pages] int32 and seqlens [N, 1 or H] int32: as in `decode`, N = R * S.
         scale: softmax scale.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .bound_codes import decode_box, encode_box, not_above
 from .formats import PageFormat
 from .ref_formats import decode_pages
 
@@ -18,6 +19,9 @@ def page_bounds(
     here = slot_mapping >= 0
     slot = slot_mapping[here].long()
     page, offset = slot // fmt.page_size, slot % fmt.page_size
+    if bounds.dtype == torch.int8:
+        _box_anew(bounds, pages, fmt, slot, tail, None if tail_rows is None else tail_rows[here].long())
+        return
     anew = page[offset == 0]
     bounds[anew, :, 0], bounds[anew, :, 1] = torch.inf, -torch.inf
     touched, index = torch.unique(page, return_inverse=True)
@@ -31,9 +35,7 @@ def page_bounds(
     last = offset % fmt.group == fmt.group - 1
     for step in range(fmt.group):
         _widen(bounds, page[last], k[index[last], offset[last] - step])
-    newest = slot.new_full((tail.shape[0],), -1)
-    for row, s in zip(rows.tolist(), slot.tolist(), strict=True):  # in order: the last token of a row is its newest
-        newest[row] = s
+    newest = _newest(slot, rows, tail.shape[0])
     is_open = (slot // fmt.group == newest[rows] // fmt.group) & (newest[rows] % fmt.group != fmt.group - 1)
     _widen(bounds, page[is_open], tail.transpose(1, 2)[rows[is_open], slot[is_open] % fmt.group].float())
 
@@ -50,7 +52,7 @@ def page_score(
     if not bounds.shape[0]:
         return q.new_full((N, heads, columns), -torch.inf, dtype=torch.float32)
     # An fp16 bound may be infinite, and 0 * inf would be NaN.
-    edges = bounds[torch.where(used, ids, 0).long(), head].float().clamp(-_MAX, _MAX)
+    edges = decode_box(bounds[torch.where(used, ids, 0).long(), head]).clamp(-_MAX, _MAX)
     q = (q.float() * scale).view(q.shape[0], heads, -1, q.shape[-1])
     w = q.abs() if width is None else (width.float() * scale).view_as(q)
     split = torch.stack(((q - w) / 2, (q + w) / 2), -2).repeat_interleave(N // q.shape[0], 0)
@@ -67,12 +69,26 @@ def _widen(bounds: Tensor, page: Tensor, k: Tensor) -> None:
     bounds[touched, :, 1] = -not_above(-high.scatter_reduce(0, index, k, "amax"), bounds.dtype)
 
 
-def not_above(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """The largest number of a 16-bit dtype that is not above x; f32 as it is."""
-    nearest = x.to(dtype)
-    if dtype == torch.float32:
-        return nearest
-    bits = nearest.view(torch.int16)
-    # Sign and magnitude: towards -inf a positive number counts down, a negative one up; both zeros step to the smallest negative.
-    below = torch.where(bits & 0x7FFF == 0, -0x7FFF, torch.where(bits < 0, bits + 1, bits - 1)).to(torch.int16)
-    return torch.where(nearest.float() > x, below, bits).view(dtype)
+def _newest(slot: Tensor, rows: Tensor, num_rows: int) -> Tensor:
+    """[num_rows] the slot of the last token of each tail row, -1 = it has none."""
+    newest = slot.new_full((num_rows,), -1)
+    for row, s in zip(rows.tolist(), slot.tolist(), strict=True):  # in order: the last token of a row is its newest
+        newest[row] = s
+    return newest
+
+
+def _box_anew(bounds: Tensor, pages: Tensor, fmt: PageFormat, slot: Tensor, tail: Tensor | None, rows: Tensor | None) -> None:
+    """int8: the box of all keys from the first slot of a page to its last in `slot`. Widening a coded box would add up its rounding."""
+    touched, index = torch.unique(slot // fmt.page_size, return_inverse=True)
+    if not touched.numel():
+        return
+    k = decode_pages(pages[touched], fmt)[0].transpose(1, 2).contiguous()  # [pages, P, H, D]
+    if fmt.grouped:
+        newest = _newest(slot, rows, tail.shape[0])[rows]
+        for i in ((slot == newest) & (newest % fmt.group != fmt.group - 1)).nonzero().flatten().tolist():
+            begin = int(slot[i]) % fmt.page_size // fmt.group * fmt.group
+            k[index[i], begin : begin + fmt.group] = tail[rows[i]].transpose(0, 1).float()
+    last = slot.new_zeros(touched.numel()).scatter_reduce(0, index, slot % fmt.page_size, "amax")
+    absent = (torch.arange(fmt.page_size, device=slot.device) > last.unsqueeze(-1)).unsqueeze(-1).unsqueeze(-1) | k.isnan()
+    low, high = k.masked_fill(absent, torch.inf).amin(1), k.masked_fill(absent, -torch.inf).amax(1)
+    bounds[touched] = encode_box(torch.stack((low, high), 2))

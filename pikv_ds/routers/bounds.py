@@ -9,7 +9,7 @@ from pikv_ds.routers.base import NewEntries, PageQuery, Router
 from pikv_ds.store import LayerStore
 
 SUMMARY = "bounds"
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
 
 
 @ROUTERS.register("bounds")
@@ -19,19 +19,20 @@ class PageBounds(Router):
     score = mean or max (`heads`) over the query heads of a kv head of  scale sum_d q_d center_d + spread |q_d| half_range_d
     spread 1 with "max" is Quest: no logit of the page exceeds its score. It prefers pages with spread keys; a smaller spread trusts that
     keys lie near the middle of their box, and holds more of the attention. Chosen per kv head. Bytes per page and layer:
-    num_kv_heads * 2 * k_dim * 2 (4 with metadata fp32); a 16-bit bound is rounded outwards.
+    num_kv_heads * 2 * k_dim * 2 (4 with metadata fp32), and num_kv_heads * (2 * k_dim + 4) with int8, a scale for the minima of a page and
+    head and one for its maxima (ops/bound_codes.py). Smaller bounds than f32 are rounded outwards.
     Source: Quest, arXiv 2406.10774, section 3.3; spread and mean are ours.
     """
 
     def __init__(
-        self, *, spread: float = 0.4, heads: Literal["mean", "max"] = "mean", metadata: Literal["fp32", "bf16", "fp16"] = "bf16"
+        self, *, spread: float = 0.4, heads: Literal["mean", "max"] = "mean", metadata: Literal["fp32", "bf16", "fp16", "int8"] = "bf16"
     ) -> None:
         if not 0 <= spread <= 1:
             raise ValueError(f"spread from 0 to 1, got {spread}")
         self.spread, self.heads, self.dtype = spread, heads, _DTYPES[metadata]
 
     def open(self, layer: int, store: LayerStore, num_shards: int) -> None:
-        store.add_summary(SUMMARY, (store.fmt.num_kv_heads, 2, store.fmt.k_dim), self.dtype)
+        store.add_summary(SUMMARY, ops.bounds_shape(store.fmt, self.dtype), self.dtype)
 
     def wrote(self, layer: int, store: LayerStore, new: NewEntries) -> None:
         self.moved(layer, store, new)

@@ -27,7 +27,7 @@ class Hierarchical(PageBounds):
         top_shards: int = 2,
         spread: float = 0.4,
         heads: Literal["mean", "max"] = "mean",
-        metadata: Literal["fp32", "bf16", "fp16"] = "bf16",
+        metadata: Literal["fp32", "bf16", "fp16", "int8"] = "bf16",
     ) -> None:
         if top_shards < 1:
             raise ValueError(f"top_shards of at least 1, got {top_shards}")

@@ -18,7 +18,7 @@ class Shuffle(PageBounds):
     """
 
     def __init__(
-        self, *, spread: float = 0.4, heads: Literal["mean", "max"] = "mean", metadata: Literal["fp32", "bf16", "fp16"] = "bf16"
+        self, *, spread: float = 0.4, heads: Literal["mean", "max"] = "mean", metadata: Literal["fp32", "bf16", "fp16", "int8"] = "bf16"
     ) -> None:
         super().__init__(spread=spread, heads=heads, metadata=metadata)
         self.earlier = Earlier()

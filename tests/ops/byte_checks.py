@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 
 from pikv_ds.ops import library, ref_formats
+from pikv_ds.ops.bound_codes import encode_box
 from pikv_ds.ops.pack import record_layout
 from tests.ops.cases import compare, compare_lse, format_of
 from tests.ops.grown import Grown
@@ -88,9 +89,13 @@ def check_bounds(name: str, dtype: torch.dtype, op: Callable, device: str) -> fl
 def check_score(heads: int, table_heads: int, dtype: torch.dtype, spread: float | None, op: Callable, device: str) -> float:
     """Columns beyond the length must not be read, an infinite bound must not become NaN."""
     generator = torch.Generator().manual_seed(1)
-    q = torch.randn(2, 12, 72, generator=generator).to(dtype)
-    bounds = torch.randn(9, heads, 2, 72, generator=generator).sort(2).values.to(dtype)
-    bounds[4, :, 1, ::7] = torch.inf
+    q = torch.randn(2, 12, 72, generator=generator).to(torch.bfloat16 if dtype == torch.int8 else dtype)
+    bounds = torch.randn(9, heads, 2, 72, generator=generator).sort(2).values
+    if dtype == torch.int8:
+        bounds = encode_box(bounds)
+    else:
+        bounds = bounds.to(dtype)
+        bounds[4, :, 1, ::7] = torch.inf
     q[:, :, ::7] = 0
     seqlens = torch.tensor([0, 1, 16, 17], dtype=torch.int32).view(4, 1)
     table = torch.randint(9, (4, table_heads, 7), generator=generator).int()

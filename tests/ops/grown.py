@@ -3,6 +3,7 @@
 import torch
 
 from pikv_ds.ops import library, ref_append, ref_formats
+from pikv_ds.ops.bound_codes import bounds_shape
 from tests.ops.cases import format_of
 
 P = 64  # page size
@@ -16,7 +17,7 @@ class Grown:
         self.fmt = format_of(name, 1 if latent else heads, dim, v_dim or dim, P, latent)
         self.generator = torch.Generator().manual_seed(seed)
         self.pages = torch.full((12, self.fmt.record_bytes), 0xFF, dtype=torch.uint8)
-        self.bounds = torch.full((12, self.fmt.num_kv_heads, 2, dim), torch.nan, dtype=dtype)
+        self.bounds = torch.full((12, *bounds_shape(self.fmt, dtype)), -1 if dtype == torch.int8 else torch.nan, dtype=dtype)
         self.table = torch.randperm(12, generator=self.generator).view(2, 6)
         self.lens = [0, 0]
         self.extra = {"tail": torch.zeros(2, self.fmt.num_kv_heads, P, dim, dtype=torch.bfloat16)} if self.fmt.grouped else {}

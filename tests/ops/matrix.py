@@ -34,6 +34,7 @@ GROUPS = (1, 4, 8, 16)
 MODES = ("dense", "list", "window")
 OUT, LSE = 1e-4, 1e-3  # the hi + lo split of q costs int8 about 3e-5 on CPU; plain paths are below 1e-6
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
+BOUND_DTYPES = (*DTYPES, torch.int8)
 
 
 class Point(NamedTuple):
@@ -71,9 +72,9 @@ def points(long: bool = False) -> Iterator[Point]:
         yield Point("append", label, partial(check_append, name, latent, dtype))
     for sets, dim in itertools.product((1, 2, 5, 64) if long else (1, 5), (8, 40, 512)):
         yield Point("merge", f"S{sets}-D{dim}", partial(check_merge, sets, dim))
-    for name, dtype in itertools.product(FORMATS, DTYPES):  # values have no bounds
+    for name, dtype in itertools.product(FORMATS, BOUND_DTYPES):  # values have no bounds
         yield Point("page_bounds", f"{name}-{str(dtype)[6:]}", partial(check_bounds, name, dtype))
-    for (heads, tables, spread), dtype in itertools.product(((3, 1, None), (1, 3, None), (3, 1, 0.5)), DTYPES):
+    for (heads, tables, spread), dtype in itertools.product(((3, 1, None), (1, 3, None), (3, 1, 0.5)), BOUND_DTYPES):
         label = f"H{heads}-tables{tables}-{str(dtype)[6:]}" + ("" if spread is None else f"-width{spread}")
         yield Point("page_score", label, partial(check_score, heads, tables, dtype, spread))
     for rows, indexed in itertools.product((0, 1, 7, 300), (False, True)):

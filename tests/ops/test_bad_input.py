@@ -138,7 +138,11 @@ def test_merge_and_migrate(which):
 
 BOUNDS = {
     "shape": ({"bounds": torch.zeros(1, 2, 32)}, "bounds must be [1, 2, 2, 32], got [1, 2, 32]"),
-    "dtype": ({"bounds": torch.zeros(1, 2, 2, 32, dtype=torch.float64)}, "bounds must be float32, bfloat16 or float16, got torch.float64"),
+    "dtype": (
+        {"bounds": torch.zeros(1, 2, 2, 32, dtype=torch.float64)},
+        "bounds must be float32, bfloat16, float16 or int8, got torch.float64",
+    ),
+    "no room for the scale": ({"bounds": torch.zeros(1, 2, 2, 32, dtype=torch.int8)}, "bounds must be [1, 2, 2, 34], got [1, 2, 2, 32]"),
     "slot": ({"slot_mapping": torch.tensor([0, 64, -1])}, "slot 64 is beyond the 64 slots of the store"),
     "row": ({"tail_rows": torch.tensor([0, 1, 0])}, "tail row 1 is beyond the 1 rows of the tail"),
     "tail": ({"tail": None}, "int4 pages need tail and tail_rows"),
@@ -158,6 +162,12 @@ def test_page_bounds(which, what):
 
 SCORE = {
     "head_dim": ({"q": torch.zeros(2, 4, 16)}, "q has head_dim 16, the bounds have 32"),
+    "head_dim, int8": ({"bounds": torch.zeros(3, 2, 2, 32, dtype=torch.int8)}, "q has head_dim 32, the bounds have 30"),
+    "dtype": (
+        {"bounds": torch.zeros(3, 2, 2, 32, dtype=torch.uint8)},
+        "bounds must be float32, bfloat16, float16 or int8, got torch.uint8",
+    ),
+    "query dtype": ({"q": torch.zeros(2, 4, 32, dtype=torch.int8)}, "q must be float32, bfloat16 or float16, got torch.int8"),
     "heads": ({"q": torch.zeros(2, 3, 32)}, "3 query heads are not a multiple of 2 kv heads"),
     "table heads": ({"block_table": torch.zeros(2, 3, 4, dtype=torch.int32)}, "block_table has 3 heads, the bounds have 2"),
     "table id": ({"block_table": torch.full((2, 1, 4), 5)}, "block_table names page 5, the store has 3"),

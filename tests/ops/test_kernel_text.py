@@ -122,9 +122,10 @@ def _nvrtc_op(name):
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 def test_bounds_scores_and_packing(right_kernels, through, reverse):
     through(right_kernels, reverse)
-    check_bounds("int8", torch.float16, _nvrtc_op, "cpu")
-    for heads, table_heads in ((3, 1), (1, 3)):
-        check_score(heads, table_heads, torch.bfloat16, None, _nvrtc_op, "cpu")
+    for dtype in (torch.float16, torch.int8):
+        check_bounds("int8", dtype, _nvrtc_op, "cpu")
+        for heads, table_heads in ((3, 1), (1, 3)):
+            check_score(heads, table_heads, dtype, None, _nvrtc_op, "cpu")
     for rows, indexed in ((0, True), (7, True), (7, False)):
         check_pack(rows, indexed, _nvrtc_op, "cpu")
     check_slots(3, 2, 200, _nvrtc_op, "cpu")
@@ -192,6 +193,7 @@ PLANTED_BOUNDS = {
     "barrier of some threads": (_FIRST, f"if (j < token) {_FIRST}"),
     "a shuffle of half a warp": ("lane_sum<1, 16>(sum)", "lane_sum<1, 8>(sum)"),
     "a lane that leaves before the shuffle": ("float top = -kLargest;", "if (lane == 31) return;\n  float top = -kLargest;"),
+    "missing barrier before a box is encoded": ("    __syncthreads();\n    signed char* codes", "    signed char* codes"),
     "columns of the next table": ("c >= s.max_pages) return", "c > s.max_pages) return"),
 }
 
@@ -203,7 +205,8 @@ def test_planted_bugs_in_bounds_and_scores_are_noticed(bug, through, tmp_path):
     for reverse in (False, True):
         through(kernels, reverse)
         try:
-            check_bounds("int8", torch.float32, _nvrtc_op, "cpu")
+            for dtype in (torch.float32, torch.int8):
+                check_bounds("int8", dtype, _nvrtc_op, "cpu")
             check_score(3, 1, torch.float32, None, _nvrtc_op, "cpu")
         except (Fault, AssertionError):
             noticed = True

@@ -7,6 +7,7 @@ import torch
 
 from pikv_ds.compact import compact
 from pikv_ds.entries import decoded
+from pikv_ds.ops.bound_codes import encode_box
 from pikv_ds.recycle import remap
 from tests.unit.driver import Driver, layer, ragged, rel_error
 from tests.unit.evicting import EvictingDriver, entries_of, last_position
@@ -171,10 +172,11 @@ def test_shared_pages_are_copied_and_freed():
     assert table[0, 0] == table[1, 0] == table[2, 0] and table[0, 1] == table[2, 1] != table[1, 1]
 
 
+@pytest.mark.parametrize("metadata", ["fp32", "int8"])
 @pytest.mark.parametrize("codec", ["none", "int8"])
-def test_bounds_of_compacted_pages(codec):
+def test_bounds_of_compacted_pages(codec, metadata):
     """Bounds are those of the keys that a page has now, neither wider nor too narrow; all pages are read, so attention is exact."""
-    routing = {"method": "bounds", "metadata": "fp32", "budget_ratio": 1.0, "sink_tokens": 2, "recent_tokens": 3}
+    routing = {"method": "bounds", "metadata": metadata, "budget_ratio": 1.0, "sink_tokens": 2, "recent_tokens": 3}
     scheduling = {"method": "knorm" if codec == "none" else "streaming_llm", "budget_tokens": 75, **TOKEN}
     page_size = 4 if codec == "none" else 64
     driver = Driver([layer(0)], page_size=page_size, num_shards=2, codec=codec, routing=routing, scheduling=scheduling)
@@ -186,8 +188,8 @@ def test_bounds_of_compacted_pages(codec):
         for row, shard in itertools.product(range(2), range(2)):
             keys = entries_of(store, row, shard)[0]
             for column, own in enumerate(keys.split(page_size)):
-                lo, hi = store.summaries["bounds"][store.block_table[row, shard, column]].unbind(1)
-                assert torch.equal(lo, own.amin(0)) and torch.equal(hi, own.amax(0)), (row, shard, column)
+                found, box = store.summaries["bounds"][store.block_table[row, shard, column]], torch.stack((own.amin(0), own.amax(0)), 1)
+                assert torch.equal(found, box if metadata == "fp32" else encode_box(box)), (row, shard, column)
     assert driver.cache.tables.counters.evicted > 90
 
 

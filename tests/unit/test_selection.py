@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from pikv_ds import ops
-from pikv_ds.ops.ref_bounds import not_above
+from pikv_ds.ops.bound_codes import decode_box, encode_box, not_above
 from tests.unit.driver import Driver, layer, ragged, rel_error
 
 LAYERS = [layer(0), layer(1, window=24)]
@@ -31,7 +31,7 @@ class SelectingDriver(Driver):
         **options,
     ):
         self.spread, self.heads = spread, heads
-        self.bounds_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[metadata]
+        self.bounds_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}[metadata]
         choice = {"metadata": metadata, "spread": spread, "heads": heads} if method == "bounds" else {}
         self.routing = {"method": method, "budget_pages": pages, "budget_ratio": ratio, "sink_tokens": SINKS, "recent_tokens": recent}
         super().__init__(layers, routing=self.routing | choice, page_size=page_size, num_shards=num_shards, placement="position", **options)
@@ -58,13 +58,16 @@ class SelectingDriver(Driver):
         super().select(index)
         self.born = [[list(rows[i]) for i in index] for rows in self.born]
 
-    def rounded(self, low: Tensor) -> Tensor:
-        return not_above(low, self.bounds_dtype)
+    def box(self, k: Tensor) -> Tensor:
+        """The stored bounds of keys k [n, D], as numbers: f64 [2, D]."""
+        low, high = k.min(0).values, k.max(0).values
+        if self.bounds_dtype == torch.int8:
+            return decode_box(encode_box(torch.stack((low, high)))).double()
+        return torch.stack((not_above(low, self.bounds_dtype).double(), -not_above(-high, self.bounds_dtype).double()))
 
     def score(self, q: Tensor, k: Tensor, scale: float) -> float:
         """Of one kv head: queries q [G, D], keys k [n, D] of the page."""
-        low, high = (self.rounded(edge).double() for edge in (k.min(0).values, -k.max(0).values))
-        high, q = -high, scale * q.double()
+        (low, high), q = self.box(k), scale * q.double()
         if self.spread == 1:  # Quest, as its paper writes it
             each = torch.maximum(q * low, q * high).sum(-1)
         else:
@@ -151,8 +154,9 @@ def test_pages_are_those_of_the_oracle(options, num_shards):
     assert driver.left_out > 0 or options.get("ratio") == 1.0
 
 
-def test_rows_that_fork_take_their_bounds_along():
-    driver = SelectingDriver(pages=4, num_shards=2)
+@pytest.mark.parametrize("metadata", ["fp32", "int8"])
+def test_rows_that_fork_take_their_bounds_along(metadata):
+    driver = SelectingDriver(pages=4, num_shards=2, metadata=metadata)
     driver.prefill([30, 22])
     for index in ([1, 0], [0, 0, 1], [2, 1]):
         driver.select(index)
@@ -160,9 +164,10 @@ def test_rows_that_fork_take_their_bounds_along():
             driver.decode()
 
 
-def test_entries_that_wait_for_their_expert():
+@pytest.mark.parametrize("metadata", ["fp32", "int8"])
+def test_entries_that_wait_for_their_expert(metadata):
     """Staged: a query does not see its own entry in the store, and neither may the bounds."""
-    driver = SelectingDriver([layer(0), layer(1)], pages=4, expert_ids="true", num_shards=2)
+    driver = SelectingDriver([layer(0), layer(1)], pages=4, expert_ids="true", num_shards=2, metadata=metadata)
     driver.prefill([20, 11])
     driver.forward(ragged([7, 7]))
     for _ in range(6):
@@ -189,7 +194,7 @@ def test_compressed_pages(codec):
     assert driver.left_out > 0
 
 
-@pytest.mark.parametrize("metadata", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("metadata", ["fp32", "bf16", "fp16", "int8"])
 def test_pages_that_are_not_read_may_hold_anything(metadata):
     """NaN in their keys and values changes no bit of any output."""
     runs = []
@@ -225,3 +230,22 @@ def test_entries_read_are_counted():
     read, visible = driver.cache.selection.entries.tolist()
     assert visible == 101
     assert 5 * PAGE < read <= 6 * PAGE
+
+
+@pytest.mark.parametrize("method", ["bounds", "hierarchical", "shuffle"])
+def test_bytes_of_int8_bounds(method):
+    """2 * k_dim codes and two bf16 scales per page, layer and kv head; and rows grow, fork, crop and start anew with them."""
+    routing = {"method": method, "metadata": "int8", "budget_pages": 4, "sink_tokens": 2, "recent_tokens": 5}
+    driver = Driver(LAYERS, routing=routing, page_size=PAGE, num_shards=4)
+    driver._compare = lambda i, q, positions, out, lse: None
+    driver.prefill([40, 23])
+    driver.select([1, 1, 0])
+    driver.decode()
+    driver.announce_crops()
+    driver.forward(ragged([4, 4, 4]))
+    driver.crop([n - 3 for n in driver.lens])
+    for _ in range(3):
+        for out, lse in driver.forward(torch.ones(3, 1, dtype=torch.bool)):
+            assert bool(out.isfinite().all()) and bool(lse.isfinite().all())
+    for store in driver.cache.tables.stores:
+        assert store.summaries["bounds"].nbytes == store.num_pages * store.fmt.num_kv_heads * (2 * store.fmt.k_dim + 4)

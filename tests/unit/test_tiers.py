@@ -199,12 +199,12 @@ def test_eviction_keeps_what_it_keeps_with_one_pool(method):
             assert rel_error(torch.nan_to_num(also_out), torch.nan_to_num(out)) < 1e-5
 
 
-@pytest.mark.parametrize("method", ["bounds", "centroids", "hierarchical", "page_oracle"])
+@pytest.mark.parametrize("method", ["bounds", "bounds int8", "centroids", "hierarchical", "page_oracle"])
 def test_routers_choose_among_far_pages_what_they_choose_with_one_pool(method):
     """Near pages are the ones that are pinned anyway; raw formats, so scores are the same and so is what is read."""
-    routing = {"method": method, "budget_pages": 7, "sink_tokens": 2, "recent_tokens": 9}
-    if method == "bounds":
-        routing["metadata"] = "fp32"
+    routing = {"method": method.removesuffix(" int8"), "budget_pages": 7, "sink_tokens": 2, "recent_tokens": 9}
+    if routing["method"] == "bounds":
+        routing["metadata"] = "int8" if method == "bounds int8" else "fp32"
 
     def run(driver):
         driver._compare, found = lambda *_: None, []

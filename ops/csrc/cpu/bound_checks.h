@@ -4,11 +4,21 @@
 
 namespace pikv {
 
-inline void check_bounds(const Tensor& bounds, const Tensor& pages, const PageFormat& f) {
-  float_type("bounds", bounds);
+// kFp32, kBf16, kFp16 or kInt8 of contiguous bounds.
+inline int bound_type(const Tensor& bounds) {
+  const ScalarType t = bounds.scalar_type();
+  PK_CHECK(t == ScalarType::Float || t == ScalarType::BFloat16 || t == ScalarType::Half || t == ScalarType::Char,
+           "bounds must be float32, bfloat16, float16 or int8, got ", dtype_name(bounds));
+  PK_CHECK(bounds.is_contiguous(), "bounds must be contiguous");
+  return t == ScalarType::Char ? kInt8 : float_type("bounds", bounds);
+}
+
+inline int check_bounds(const Tensor& bounds, const Tensor& pages, const PageFormat& f) {
+  const int type = bound_type(bounds), columns = bound_columns(type, f.k_dim);
   PK_CHECK(bounds.dim() == 4 && bounds.size(0) == pages.size(0) && bounds.size(1) == f.num_kv_heads && bounds.size(2) == 2 &&
-               bounds.size(3) == f.k_dim,
-           "bounds must be [", pages.size(0), ", ", f.num_kv_heads, ", 2, ", f.k_dim, "], got ", shape(bounds));
+               bounds.size(3) == columns,
+           "bounds must be [", pages.size(0), ", ", f.num_kv_heads, ", 2, ", columns, "], got ", shape(bounds));
+  return type;
 }
 
 // N block tables = R requests x S shards; H kv heads; G query heads of a kv head.
@@ -17,14 +27,16 @@ struct ScoreSizes {
 };
 
 inline ScoreSizes check_score(const Tensor& q, const Tensor& bounds, const Tensor& block_table, const Tensor& seqlens, const MaybeTensor& width) {
-  float_type("q", q), float_type("bounds", bounds);
+  float_type("q", q);
   if (width) {
     PK_CHECK(float_type("width", *width) == float_type("q", q), "width must have the dtype of q");
     PK_CHECK(shape(*width) == shape(q), "width must have the shape of q, ", shape(q), ", got ", shape(*width));
   }
+  const int type = bound_type(bounds);
   PK_CHECK(q.dim() == 3, "q must be [R, num_q_heads, head_dim], got ", shape(q));
   PK_CHECK(bounds.dim() == 4 && bounds.size(2) == 2, "bounds must be [num_pages, num_kv_heads, 2, head_dim], got ", shape(bounds));
-  PK_CHECK(q.size(2) == bounds.size(3), "q has head_dim ", q.size(2), ", the bounds have ", bounds.size(3));
+  const int64_t bound_dim = bounds.size(3) - bound_columns(type, 0);
+  PK_CHECK(q.size(2) == bound_dim, "q has head_dim ", q.size(2), ", the bounds have ", bound_dim);
   PK_CHECK(block_table.dim() == 3, "block_table must be [N, 1 or num_kv_heads, max_pages], got ", shape(block_table));
   const int64_t N = block_table.size(0), R = q.size(0);
   ScoreSizes s = {};

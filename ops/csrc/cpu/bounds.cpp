@@ -1,7 +1,9 @@
 // page_bounds and page_score on the CPU. Bounds are rounded away from the keys, so that a 16-bit bound still is one.
 #include <torch/csrc/stable/library.h>
 
+#include <cmath>
 #include <limits>
+#include <unordered_map>
 
 #include "bound_checks.h"
 #include "cpu.h"
@@ -37,6 +39,43 @@ void widen(void* bounds, int type, int64_t at, const float* x, int count, int D)
   }
 }
 
+// x [D], minima or maxima, as a row of int8 bounds [D + 2]: codes and a scale that is rounded up.
+void store_coded(int8_t* row, const float* x, int D, bool upper) {
+  constexpr float most = std::numeric_limits<float>::max();
+  const float sign = upper ? -1.0f : 1.0f;  // rounding a maximum up is rounding its negative down
+  float top = 0;
+  for (int d = 0; d < D; ++d) top = std::max(top, std::min(std::abs(x[d]), most));
+  uint16_t scale = not_above(-(top / 127.0f), kBf16) ^ 0x8000;
+  if (bf16_to_float(scale) * 127.0f < top) ++scale;  // top / 127 may itself have been rounded down
+  const float s = bf16_to_float(scale);
+  for (int d = 0; d < D; ++d) {
+    const float value = std::min(std::max(x[d], -most), most) * sign;
+    float code = std::floor(value / s);
+    if (code * s > value) code -= 1.0f;  // the quotient was rounded up to a whole number
+    row[d] = s > 0 ? (int8_t)(int)(code * sign) : 0;
+  }
+  std::memcpy(row + D, &scale, sizeof scale);
+}
+
+// The box of keys x [count, D] into int8 bounds [2, D + 2]; `box` is room for 2 D numbers.
+void store_box(int8_t* bounds, const float* x, int count, int D, float* box) {
+  std::fill(box, box + D, kInf), std::fill(box + D, box + 2 * D, -kInf);
+  for (int t = 0; t < count; ++t, x += D)
+    for (int d = 0; d < D; ++d) box[d] = x[d] < box[d] ? x[d] : box[d], box[D + d] = x[d] > box[D + d] ? x[d] : box[D + d];
+  store_coded(bounds, box, D, false), store_coded(bounds + D + kBoundScale, box + D, D, true);
+}
+
+// Page -> the token in the highest of its slots.
+std::unordered_map<int64_t, int64_t> last_tokens(const Indices& slots, int64_t page_size) {
+  std::unordered_map<int64_t, int64_t> last;
+  for (int64_t i = 0; i < slots.count(); ++i) {
+    if (slots[i] < 0) continue;
+    const auto entry = last.try_emplace(slots[i] / page_size, i).first;
+    if (slots[i] > slots[entry->second]) entry->second = i;
+  }
+  return last;
+}
+
 // The slot of the newest token of each tail row: what is in its group is in the tail, unless the group is full.
 std::vector<int32_t> newest_slots(const Indices& slots, const Indices& rows, int64_t num_rows) {
   std::vector<int32_t> newest(num_rows, -1);
@@ -48,8 +87,7 @@ std::vector<int32_t> newest_slots(const Indices& slots, const Indices& rows, int
 void page_bounds(Tensor bounds, Tensor pages, Tensor slot_mapping, MaybeTensor tail, MaybeTensor tail_rows, int64_t format,
                  int64_t num_kv_heads, int64_t k_dim, int64_t v_dim, int64_t page_size, int64_t group, bool latent) {
   const PageFormat f = check_pages(pages, format, num_kv_heads, k_dim, v_dim, page_size, group, latent);
-  const int type = float_type("bounds", bounds), H = f.num_kv_heads, D = f.k_dim;
-  check_bounds(bounds, pages, f);
+  const int type = check_bounds(bounds, pages, f), H = f.num_kv_heads, D = f.k_dim;
   const Indices slots("slot_mapping", slot_mapping), rows("tail_rows", tail_rows);
   const int64_t T = slots.count(), num_slots = pages.size(0) * page_size;
   const int tail_type = check_tail(f, tail, tail_rows);
@@ -61,6 +99,26 @@ void page_bounds(Tensor bounds, Tensor pages, Tensor slot_mapping, MaybeTensor t
   const uint8_t* store = static_cast<const uint8_t*>(pages.const_data_ptr());
   const void* kept = tail ? tail->const_data_ptr() : nullptr;
   void* edges = bounds.mutable_data_ptr();
+  if (type == kInt8) {  // made from all keys of a page: widening a coded box would round it again and again
+    const auto last = last_tokens(slots, page_size);
+    torch::stable::parallel_for(0, H, T * D > 16384 ? 1 : H, [&](int64_t begin, int64_t end) {
+      std::vector<float> x((size_t)page_size * D), box(2 * D), scale(D), zero(D);
+      for (int64_t h = begin; h < end; ++h)
+        for (const auto& [page, i] : last) {
+          const int count = (int)(slots[i] % page_size) + 1;
+          const int newest_slot = grouped ? newest[rows[i]] : 0;
+          const bool open = grouped && newest_slot / f.group == slots[i] / f.group && newest_slot % f.group != f.group - 1;
+          const int coded = open ? count - 1 - (count - 1) % f.group : count;  // the others are raw in the tail
+          keys_to_float(f, store + page * f.record_bytes + h * f.head_bytes, 0, coded, x.data(), scale.data(), zero.data());
+          if (open) {
+            const int64_t from = ((int64_t)rows[i] * H + h) * f.group * D;
+            for (int64_t at = 0; at < (int64_t)(count - coded) * D; ++at) x[coded * D + at] = load_float(kept, tail_type, from + at);
+          }
+          store_box(static_cast<int8_t*>(edges) + (page * H + h) * 2 * (D + kBoundScale), x.data(), count, D, box.data());
+        }
+    });
+    return;
+  }
   torch::stable::parallel_for(0, H, T * D > 16384 ? 1 : H, [&](int64_t begin, int64_t end) {
     std::vector<float> x((size_t)(grouped ? f.group : 1) * D), scale(D), zero(D);
     for (int64_t h = begin; h < end; ++h) {
@@ -92,7 +150,7 @@ Tensor page_score(Tensor q, Tensor bounds, Tensor block_table, Tensor seqlens, M
   const ScoreSizes sizes = check_score(q, bounds, block_table, seqlens, width);
   const int64_t N = block_table.size(0);
   Score s = {};
-  s.q_type = float_type("q", q), s.bounds_type = float_type("bounds", bounds);
+  s.q_type = float_type("q", q), s.bounds_type = bound_type(bounds);
   s.S = sizes.S, s.H = sizes.H, s.G = sizes.G, s.D = sizes.D, s.page_size = (int)page_size, s.scale = (float)scale;
   s.max_pages = sizes.max_pages, s.bound_heads = sizes.bound_heads, s.table_heads = sizes.table_heads, s.seqlen_heads = sizes.seqlen_heads;
   const Indices table("block_table", block_table), lens("seqlens", seqlens);

@@ -44,6 +44,7 @@ inline const char* dtype_name(const Tensor& x) {
     case ScalarType::Int: return "torch.int32";
     case ScalarType::Long: return "torch.int64";
     case ScalarType::Byte: return "torch.uint8";
+    case ScalarType::Char: return "torch.int8";
     default: return "another dtype";
   }
 }

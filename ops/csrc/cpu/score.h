@@ -8,7 +8,7 @@ namespace pikv {
 struct Score {
   const void* q;           // [R, H * G, D] of q_type
   const void* width;       // the same shape and type, or null: |q|
-  const void* bounds;      // [num_pages, bound_heads, 2, D] of bounds_type: smallest, largest
+  const void* bounds;      // [num_pages, bound_heads, 2, D] of bounds_type, int8 D + 2: smallest, largest
   const int32_t* table;    // [N, table_heads, max_pages]
   const int32_t* seqlens;  // [N, seqlen_heads]
   float* scores;           // [N, H, max_pages]

@@ -9,6 +9,7 @@
 #include <limits>
 #include <vector>
 
+#include "../include/page_format.h"
 #include "numbers.h"
 
 namespace pikv {
@@ -21,14 +22,27 @@ constexpr int kLanes = 16;  // head_dim is a multiple of 8, and a row holds it t
 // An fp16 bound may be infinite, and 0 * inf would be NaN.
 inline float finite(float x) { return std::min(std::max(x, -kMax), kMax); }
 
-void load_bounds(const void* bounds, int type, int64_t at, int count, float* x) {
-  if (type == 0) {
+// The minima and maxima [2, D] of the row-th page and head.
+void load_bounds(const void* bounds, int type, int64_t row, int D, float* x) {
+  const int64_t at = row * 2 * D;
+  const int count = 2 * D;
+  if (type == kInt8) {
+    for (int edge = 0; edge < 2; ++edge, x += D) {
+      const int8_t* p = static_cast<const int8_t*>(bounds) + (2 * row + edge) * (D + kBoundScale);
+      uint16_t scale;
+      std::memcpy(&scale, p + D, sizeof scale);
+      const float s = bf16_to_float(scale);
+      for (int d = 0; d < D; ++d) x[d] = finite(p[d] * s);
+    }
+    return;
+  }
+  if (type == kFp32) {
     const float* p = static_cast<const float*>(bounds) + at;
     for (int i = 0; i < count; ++i) x[i] = finite(p[i]);
     return;
   }
   const uint16_t* p = static_cast<const uint16_t*>(bounds) + at;
-  if (type == 1)
+  if (type == kBf16)
     for (int i = 0; i < count; ++i) x[i] = finite(bf16_to_float(p[i]));
   else
     for (int i = 0; i < count; ++i) x[i] = finite(half_to_float(p[i]));
@@ -81,13 +95,13 @@ void PK_SCORE(const Score& s, int n, int h) {
   const int len = s.seqlens[n * s.seqlen_heads + (s.seqlen_heads == 1 ? 0 : h)];
   const int used = (len + s.page_size - 1) / s.page_size, head = s.bound_heads == 1 ? 0 : h;
   float* scores = s.scores + ((int64_t)n * s.H + h) * s.max_pages;
-  const int64_t bytes = (int64_t)2 * D * (s.bounds_type == 0 ? 4 : 2);
+  const int64_t bytes = (int64_t)2 * bound_columns(s.bounds_type, D) * (s.bounds_type == kFp32 ? 4 : s.bounds_type == kInt8 ? 1 : 2);
   for (int c = 0; c < used; ++c) {
     if (c + kAhead < used) {  // pages lie apart: the hardware does not see them coming
       const char* next = static_cast<const char*>(s.bounds) + ((int64_t)table[c + kAhead] * s.bound_heads + head) * bytes;
       for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(next + line);
     }
-    load_bounds(s.bounds, s.bounds_type, ((int64_t)table[c] * s.bound_heads + head) * 2 * D, 2 * D, edge.data());
+    load_bounds(s.bounds, s.bounds_type, (int64_t)table[c] * s.bound_heads + head, D, edge.data());
     float top = -kMax;
     int g = 0;
     for (; g + 4 <= s.G; g += 4) top = std::max(top, top_dot<4>(&split[(size_t)2 * D * g], edge.data(), 2 * D));

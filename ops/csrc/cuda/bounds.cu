@@ -11,10 +11,10 @@ namespace {
 void page_bounds(Tensor bounds, Tensor pages, Tensor slot_mapping, MaybeTensor tail, MaybeTensor tail_rows, int64_t format,
                  int64_t num_kv_heads, int64_t k_dim, int64_t v_dim, int64_t page_size, int64_t group, bool latent) {
   const PageFormat f = check_pages(pages, format, num_kv_heads, k_dim, v_dim, page_size, group, latent);
-  check_bounds(bounds, pages, f);
+  const int type = check_bounds(bounds, pages, f);
   const int64_t T = slot_mapping.numel(), num_slots = pages.size(0) * page_size;
   PageBounds b = {};
-  b.f = f, b.T = (int)T, b.type = float_type("bounds", bounds);
+  b.f = f, b.T = (int)T, b.type = type;
   b.slots = read_index("slot_mapping", slot_mapping), b.tail_rows = read_index("tail_rows", tail_rows);
   b.tail_type = check_tail(f, tail, tail_rows);
   const bool grouped = format_grouped(f.format);
@@ -34,7 +34,7 @@ Tensor page_score(Tensor q, Tensor bounds, Tensor block_table, Tensor seqlens, M
   const ScoreSizes sizes = check_score(q, bounds, block_table, seqlens, width);
   const int64_t N = block_table.size(0);
   PageScore s = {};
-  s.q_type = float_type("q", q), s.bounds_type = float_type("bounds", bounds);
+  s.q_type = float_type("q", q), s.bounds_type = bound_type(bounds);
   s.S = sizes.S, s.H = sizes.H, s.G = sizes.G, s.D = sizes.D, s.page_size = (int)page_size, s.scale = (float)scale;
   s.max_pages = sizes.max_pages, s.bound_heads = sizes.bound_heads, s.table_heads = sizes.table_heads, s.seqlen_heads = sizes.seqlen_heads;
   s.table = read_index("block_table", block_table), s.seqlens = read_index("seqlens", seqlens);

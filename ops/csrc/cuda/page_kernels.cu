@@ -32,7 +32,8 @@ const char* launch_migrate(const Migrate& m, long long count, Stream stream) {
 }
 
 const char* launch_page_bounds(const PageBounds& b, Stream stream) {
-  return launch(page_bounds_kernel, dim3((unsigned)b.T, (unsigned)b.f.num_kv_heads), kBlock, (b.f.page_size + 1) * sizeof(int), stream, b);
+  const size_t box = b.type == kInt8 ? 2 * (size_t)b.f.k_dim : 0;
+  return launch(page_bounds_kernel, dim3((unsigned)b.T, (unsigned)b.f.num_kv_heads), kBlock, (4 + b.f.page_size + box) * 4, stream, b);
 }
 
 const char* launch_page_score(const PageScore& s, int num_tables, Stream stream) {

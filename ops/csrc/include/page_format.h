@@ -37,6 +37,10 @@ PK_HD constexpr int value_format(int packed) { return packed >> 4 & 15 ? (packed
 constexpr int kFp4Block = 16;
 PK_HD constexpr int fp4_blocks(int dim) { return (dim + kFp4Block - 1) / kFp4Block; }
 
+// Bytes after a row of int8 page bounds: its scale, bf16.
+constexpr int kBoundScale = 2;
+PK_HD constexpr int bound_columns(int type, int dim) { return type == kInt8 ? dim + kBoundScale : dim; }
+
 PK_HD inline long long place_block(long long* at, long long size) {
   const long long start = size ? *at : -1;
   *at = (*at + size + 15) / 16 * 16;

@@ -3,6 +3,11 @@
 
 namespace pikv {
 
+constexpr float kLargest = 3.402823466e38f;
+
+// An fp16 bound may be infinite, and 0 * inf would be NaN.
+__device__ __forceinline__ float finite(float x) { return fminf(fmaxf(x, -kLargest), kLargest); }
+
 // The next 16-bit float towards -inf; both types count up with their magnitude.
 __device__ __forceinline__ unsigned next_below(unsigned h) { return (h & 0x7fffu) == 0 ? 0x8001u : h & 0x8000u ? h + 1 : h - 1; }
 
@@ -22,6 +27,18 @@ __device__ __forceinline__ float load_edge(const void* bounds, int type, long lo
   if (type == kFp32) return static_cast<const float*>(bounds)[i];
   const unsigned h = static_cast<const unsigned short*>(bounds)[i];
   return type == kBf16 ? bf16_to_float(h) : half_to_float(h);
+}
+
+// The scale of a row of int8 bounds whose largest |bound| is top: top / 127 rounded up, which a division rounds down at times.
+__device__ __forceinline__ unsigned bound_scale(float top) {
+  const unsigned scale = not_above(-__fdiv_rn(top, 127.0f), kBf16) ^ 0x8000u;
+  return bf16_to_float(scale) * 127.0f < top ? scale + 1 : scale;
+}
+
+// The code of a minimum, or of the negative of a maximum. A quotient may have been rounded up to a whole number.
+__device__ __forceinline__ int bound_code(float x, float scale) {
+  const float code = floorf(__fdiv_rn(x, scale));
+  return scale > 0 ? (int)(__fmul_rn(code, scale) > x ? code - 1.0f : code) : 0;
 }
 
 // Column d of the key in slot t, from its code: the bits of ops/ref_formats.py.
@@ -45,7 +62,10 @@ __device__ __forceinline__ float stored_key(const PageFormat& f, const unsigned 
 __global__ void __launch_bounds__(kBlock) page_bounds_kernel(const PageBounds b) {
   PK_SHARED(shared);
   int* newest = reinterpret_cast<int*>(shared);  // the last token of this call in the same table
-  int* present = newest + 1;                     // [page_size] 1 = a token of this call is in the slot
+  int* last = newest + 1;                        // the highest slot of the page with a token of this call
+  int* top = newest + 2;                         // [2] int8: the largest |minimum| and |maximum|, bits of floats
+  int* present = newest + 4;                     // [page_size] 1 = a token of this call is in the slot
+  float* box = reinterpret_cast<float*>(present + b.f.page_size);  // [2, D] int8: minima, maxima
   const int token = blockIdx.x, h = blockIdx.y, H = b.f.num_kv_heads, D = b.f.k_dim, P = b.f.page_size, group = b.f.group;
   const bool grouped = format_grouped(b.f.format);
   const int slot = at(b.slots, token), page = slot / P;
@@ -55,13 +75,16 @@ __global__ void __launch_bounds__(kBlock) page_bounds_kernel(const PageBounds b)
     if (__syncthreads_or(other >= 0 && other / P == page)) return;
   }
   for (int t = threadIdx.x; t < P; t += kBlock) present[t] = 0;
-  if (threadIdx.x == 0) *newest = -1;
+  if (threadIdx.x == 0) *newest = -1, *last = 0, top[0] = top[1] = 0;
   __syncthreads();
   const int row = grouped ? at(b.tail_rows, token) : 0;
   for (int j = threadIdx.x; j < b.T; j += kBlock) {
     const int other = at(b.slots, j);
     if (other < 0) continue;
-    if (other / P == page) present[other % P] = 1;
+    if (other / P == page) {
+      present[other % P] = 1;
+      atomicMax(last, other % P);
+    }
     if (grouped && at(b.tail_rows, j) == row) atomicMax(newest, j);
   }
   __syncthreads();
@@ -70,6 +93,30 @@ __global__ void __launch_bounds__(kBlock) page_bounds_kernel(const PageBounds b)
   const bool anew = present[0];
   const unsigned char* head = b.pages + page * b.f.record_bytes + h * b.f.head_bytes;
   const long long edges = ((long long)page * H + h) * 2 * D, tail = ((long long)row * H + h) * group;
+  if (b.type == kInt8) {  // made from all keys of the page: widening a coded box would round it again and again
+    for (int d = threadIdx.x; d < D; d += kBlock) {
+      float low = -minus_infinity(), high = minus_infinity();
+      for (int t = 0; t <= *last; ++t) {
+        const bool raw = grouped && (page * P + t) / group == open;
+        const float x = raw ? load_float(b.tail, b.tail_type, (tail + t % group) * D + d) : stored_key(b.f, head, t, d);
+        low = x < low ? x : low, high = x > high ? x : high;
+      }
+      box[d] = finite(low), box[D + d] = finite(high);
+      atomicMax(&top[0], (int)__float_as_uint(fabsf(box[d])));
+      atomicMax(&top[1], (int)__float_as_uint(fabsf(box[D + d])));
+    }
+    __syncthreads();
+    signed char* codes = static_cast<signed char*>(b.bounds) + ((long long)page * H + h) * 2 * (D + kBoundScale);
+    for (int upper = 0; upper < 2; ++upper, codes += D + kBoundScale) {
+      const unsigned scale = bound_scale(__uint_as_float((unsigned)top[upper]));
+      for (int d = threadIdx.x; d < D; d += kBlock) {
+        const float x = box[upper * D + d];
+        codes[d] = (signed char)(upper ? -bound_code(-x, bf16_to_float(scale)) : bound_code(x, bf16_to_float(scale)));
+      }
+      if (threadIdx.x == 0) *reinterpret_cast<unsigned short*>(codes + D) = (unsigned short)scale;
+    }
+    return;
+  }
   for (int d = threadIdx.x; d < D; d += kBlock) {
     const float old_low = anew ? -minus_infinity() : load_edge(b.bounds, b.type, edges + d);
     const float old_high = anew ? minus_infinity() : load_edge(b.bounds, b.type, edges + D + d);
@@ -90,10 +137,12 @@ __global__ void __launch_bounds__(kBlock) page_bounds_kernel(const PageBounds b)
   }
 }
 
-constexpr float kLargest = 3.402823466e38f;
-
-// An fp16 bound may be infinite, and 0 * inf would be NaN.
-__device__ __forceinline__ float finite(float x) { return fminf(fmaxf(x, -kLargest), kLargest); }
+// Minimum (edge 0) or maximum (edge 1) of column d; row: page and head.
+__device__ __forceinline__ float bound_at(const void* bounds, int type, long long row, int edge, int D, int d) {
+  if (type != kInt8) return finite(load_float(bounds, type, (2 * row + edge) * D + d));
+  const signed char* codes = static_cast<const signed char*>(bounds) + (2 * row + edge) * (D + kBoundScale);
+  return finite((float)__ldg(codes + d) * bf16_to_float(__ldg(reinterpret_cast<const unsigned short*>(codes + D))));
+}
 
 // Grid: (table, kv head, 4 columns), columns fastest; a warp per column.
 __global__ void __launch_bounds__(kBlock) page_score_kernel(const PageScore s) {
@@ -107,14 +156,14 @@ __global__ void __launch_bounds__(kBlock) page_score_kernel(const PageScore s) {
     return;
   }
   const long long page = at(s.table, ((long long)n * s.table_heads + (s.table_heads == 1 ? 0 : h)) * s.max_pages + c);
-  const long long edges = (page * s.bound_heads + (s.bound_heads == 1 ? 0 : h)) * 2 * s.D;
+  const long long row = page * s.bound_heads + (s.bound_heads == 1 ? 0 : h);
   const long long queries = ((long long)(n / s.S) * s.H + h) * s.G * s.D;
   float top = -kLargest;
   for (int g = 0; g < s.G; ++g) {
     float sum = 0;
     for (int d = lane; d < s.D; d += 32) {
       const float x = load_float(s.q, s.q_type, queries + (long long)g * s.D + d) * s.scale;
-      const float low = finite(load_float(s.bounds, s.bounds_type, edges + d)), high = finite(load_float(s.bounds, s.bounds_type, edges + s.D + d));
+      const float low = bound_at(s.bounds, s.bounds_type, row, 0, s.D, d), high = bound_at(s.bounds, s.bounds_type, row, 1, s.D, d);
       const float w = s.width ? load_float(s.width, s.q_type, queries + (long long)g * s.D + d) * s.scale : fabsf(x);
       sum += 0.5f * (x - w) * low + 0.5f * (x + w) * high;
     }

@@ -60,7 +60,7 @@ struct Migrate {
 struct PageBounds {
   PageFormat f;
   const unsigned char* pages;
-  void* bounds;            // [num_pages, H, 2, k_dim] of type: smallest, largest
+  void* bounds;            // [num_pages, H, 2, k_dim] of type, int8 k_dim + 2: smallest, largest
   const void* tail;        // as in Append
   Index slots, tail_rows;  // [T]
   int T, type, tail_type;
@@ -70,7 +70,7 @@ struct PageBounds {
 struct PageScore {
   const void* q;       // [R, H * G, D] of q_type
   const void* width;   // the same shape and type; null = |q|
-  const void* bounds;  // [num_pages, bound_heads, 2, D] of bounds_type
+  const void* bounds;  // [num_pages, bound_heads, 2, D] of bounds_type, int8 D + 2
   Index table;         // [N, table_heads, max_pages]
   Index seqlens;       // [N, seqlen_heads]
   float* scores;       // [N, H, max_pages]
