@@ -19,10 +19,10 @@ LAYERS = [layer(0), layer(1, window=24)]
 class Recording(Driver):
     """Keeps the outputs and compares nothing: a router may read less than dense attention does."""
 
-    def __init__(self, name: str, folder, num_shards: int = 1, **own) -> None:
-        """own: options of the router."""
+    def __init__(self, name: str, folder, num_shards: int = 1, placed: str | None = None, **own) -> None:
+        """placed: the router for which entries are placed, if that is another; own: options of the router."""
         block = routing(name, folder, layers=len(LAYERS), shards=num_shards, query_width=4 * 8, **own)
-        super().__init__(LAYERS, routing=block, num_shards=num_shards, **placement(own.get("base", name)))
+        super().__init__(LAYERS, routing=block, num_shards=num_shards, **placement(placed or own.get("base", name)))
 
     def _compare(self, i, q, positions, out, lse) -> None:
         real = positions >= 0
@@ -67,7 +67,7 @@ def test_rows_that_grow_fork_and_start_anew(name, num_shards, tmp_path):
 
 def test_bytes_are_reported(name, tmp_path):
     """Summaries are KV bytes, what is kept per request or shard is metadata."""
-    driver, plain = Recording(name, tmp_path, num_shards=4), Recording("all", tmp_path, num_shards=4)
+    driver, plain = Recording(name, tmp_path, num_shards=4), Recording("all", tmp_path, num_shards=4, placed=name)
     for each in (driver, plain):
         each.prefill([70])
         each.decode()
