@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         # Made files are named relative to their folder, so that rows hold no path of this machine.
         with contextlib.chdir(folder):
-            made = make_files(files_needed(document, only), folder)
+            made = make_files(files_needed(document, only, args.quick), folder)
             items = items_of(document, only, args.quick, build_parser().parse_args, made)
             partial = Partial(output.with_name(output.name + ".partial") if output else folder / "rows.json")
             refused = _measure(items, partial, args.workers or len(os.sched_getaffinity(0)), folder)

@@ -115,9 +115,10 @@ def _fill(value: Any, made: dict[str, str]) -> Any:
     return value
 
 
-def files_needed(document: dict[str, Any], only: Sequence[str] | None) -> dict[str, list[str]]:
-    """The files that the chosen families refer to, and the commands that make them."""
-    text = json.dumps([family for name, family in document["families"].items() if not only or name in only])
+def files_needed(document: dict[str, Any], only: Sequence[str] | None, quick: bool) -> dict[str, list[str]]:
+    """The files that the chosen families refer to, or with `quick` those of their entries that it measures; the commands that make them."""
+    families = [family for name, family in document["families"].items() if not only or name in only]
+    text = json.dumps([family | {"entries": family["entries"][: QUICK_ENTRIES if quick else None]} for family in families])
     return {name: made["command"] for name, made in document.get("files", {}).items() if f'"{{{name}}}"' in text}
 
 

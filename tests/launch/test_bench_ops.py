@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from pikv_ds.launch.bench_ops import Times, _rows_of
+from pikv_ds.launch.bench_ops import FORMATS, Times, _rows_of
 from pikv_ds.launch.bench_targets import judge
 from pikv_ds.launch.cli import main
 
@@ -46,7 +46,7 @@ def test_quick(tmp_path, capsys):
     assert seen.pop(("bf16", "contiguous")) == ALL and seen.pop(("bf16", "random")) == ALL | {"contiguous"}
     assert seen == {
         (name, order): COMPRESSED | ({"contiguous"} if order == "random" else set())
-        for name in ("int8", "int4", "fp8_e4m3")
+        for name in FORMATS[1:]
         for order in ("contiguous", "random")
     }
 

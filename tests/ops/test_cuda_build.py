@@ -18,11 +18,12 @@ needs_nvcc = pytest.mark.skipif(shutil.which(nvcc()) is None, reason="nvcc is no
 
 def _python(code, **environment):
     env = os.environ | {"PYTHONPATH": os.getcwd()} | environment
-    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=280)
+    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=1400)
 
 
 @needs_nvcc
 @pytest.mark.slow
+@pytest.mark.timeout(1500)  # nvcc, once for all kernels
 def test_every_kernel_keeps_the_limits(monkeypatch):
     row, uses = build_targets.build_target("cuda")
     assert row["status"] == "ok", row["detail"]
@@ -38,6 +39,7 @@ def test_every_kernel_keeps_the_limits(monkeypatch):
 
 @needs_nvcc
 @pytest.mark.slow
+@pytest.mark.timeout(1500)  # nvcc, once for all kernels
 def test_a_breach_is_the_exit_status(monkeypatch, tmp_path):
     monkeypatch.setattr(ptxas, "MAX_REGISTERS", 100)
     import argparse
@@ -50,6 +52,7 @@ def test_a_breach_is_the_exit_status(monkeypatch, tmp_path):
 
 @needs_nvcc
 @pytest.mark.slow
+@pytest.mark.timeout(1500)  # nvcc, once for all kernels
 def test_it_loads_beside_a_cpu_torch():
     code = (
         "import torch; from pikv_ds.ops import library, load; load.load_cuda(); "
