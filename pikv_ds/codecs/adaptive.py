@@ -16,7 +16,7 @@ class Adaptive(Codec):
     Bytes per token and layer: those of light times the share that is light, those of heavy times the rest, and 4 bytes per page.
     """
 
-    def __init__(self, *, light: str = "int8", heavy: str = "int4", light_ratio: float = 0.25) -> None:
+    def __init__(self, *, light: str = "int8", heavy: str = "int4", light_ratio: float = 0.25, rope_raw: bool | None = None) -> None:
         if not 0 <= light_ratio <= 1:
             raise ValueError(f"light_ratio from 0 to 1, got {light_ratio}")
         for option, name in (("light", light), ("heavy", heavy)):
@@ -25,7 +25,12 @@ class Adaptive(Codec):
                 raise ValueError(f"{option} = one of {legal}, got {name!r}")
             if CODECS.get(name).calibrated or CODECS.get(name).per_request:
                 raise ValueError(f"{option} = a record format such as 'int8', got {name!r}: its coefficients are of another width")
-        self.light, self.heavy, self.light_ratio = CODECS.build(light), CODECS.build(heavy), light_ratio
+        self.light, self.heavy, self.light_ratio, self.rope_raw = CODECS.build(light), CODECS.build(heavy), light_ratio, rope_raw
+        lossy = [codec for codec in (self.light, self.heavy) if not codec.lossless]
+        if rope_raw and not lossy:
+            raise ValueError(f"rope_raw = null or false: {light!r} and {heavy!r} keep all columns as computed")
+        for codec in lossy:
+            codec.rope_raw = rope_raw
         self.group = max(self.light.group, self.heavy.group)
 
     @property

@@ -37,6 +37,8 @@ class Codec(ABC):
     """Whether its maps follow from each request's own keys and values (pikv_ds/request_basis.py); `transform` is None then."""
     group: int = 0
     """Tokens that share a scale of K, so that a page must hold whole groups and a row keeps a raw tail; 0 = none do."""
+    rope_raw: bool | None = False
+    """Whether the rotary columns of an MLA latent, its last k_dim - v_dim, stay fp16 beside the codes; None: wherever a layer has some."""
     light: Codec | None = None
     """The codec of new and of important entries, when the codec keeps two kinds of pages (tiers.py)."""
     light_ratio: float = 0.0
@@ -89,8 +91,17 @@ class Codec(ABC):
         Raises: ValueError for a geometry without a record: a width that is not a multiple of 8, a page that is not whole groups.
         """
         options = {"group": self.group} if self.group else {}
+        options |= {"latent": spec.latent, "rope_raw": self.keeps_rope(spec)}
         spec = self.stored(spec)
-        return PageFormat(self.format_name(dtype), spec.num_kv_heads, spec.k_dim, spec.v_dim, page_size, latent=spec.latent, **options)
+        return PageFormat(self.format_name(dtype), spec.num_kv_heads, spec.k_dim, spec.v_dim, page_size, **options)
+
+    def keeps_rope(self, spec: LayerSpec) -> bool:
+        """`rope_raw` for this layer. Raises: ValueError when it is asked for and there is no rotary part."""
+        has_rope = spec.latent and spec.k_dim > spec.v_dim
+        if self.rope_raw and not has_rope:
+            what = "a latent without a rotary part" if spec.latent else "keys and values of heads, not a latent (MLA)"
+            raise ValueError(f"rope_raw = true, and the layer stores {what}; legal is null, which means true for latents alone, or false")
+        return has_rope if self.rope_raw is None else self.rope_raw
 
     def page_size(self, wanted: int | None) -> int:
         """Tokens per page: what the configuration says, or what the codec prefers. Raises: ValueError when that holds no whole groups."""

@@ -12,10 +12,10 @@ from pikv_ds.ops.formats import FORMATS, GROUP
 class GroupedIntegers(Codec):
     """Unsigned codes with a scale and a zero: value = code * scale + zero."""
 
-    def __init__(self, *, group: int = GROUP) -> None:
+    def __init__(self, *, group: int = GROUP, rope_raw: bool | None = None) -> None:
         if group < MIN_GROUP or group > 256 or group % 16:
             raise ValueError(f"a multiple of 16 from {MIN_GROUP} to 256: at {MIN_GROUP} tokens the K scales cost 1 bit per element")
-        self.group = group
+        self.group, self.rope_raw = group, rope_raw
 
     @property
     def preferred_page_size(self) -> int:

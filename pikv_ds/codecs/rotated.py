@@ -15,7 +15,7 @@ class Rotated(Codec):
     """x -> (x * s) H with s random signs and H = Hadamard / sqrt(n), orthogonal: what the inner codec stores, turned.
 
     A width n that is no power of two is cut into blocks that are, the largest first (96 = 64 + 32): every width is a multiple of 8. In a
-    latent layer the first v_dim columns, its values, and the rotary rest turn apart.
+    latent layer the first v_dim columns, its values, and the rotary rest turn apart; a rest that is stored raw does not turn.
     Source: QuIP#, arXiv 2402.04396 (random signs, then Hadamard); QuaRot, arXiv 2404.00456 (KV cache).
     """
 
@@ -23,7 +23,7 @@ class Rotated(Codec):
         self.inner, self.seed = inner, seed
         self.name, self.calibrated, self.group = inner.name, inner.calibrated, inner.group
         self.light, self.light_ratio = inner.light, inner.light_ratio  # light pages hold what is turned as well
-        self.per_request = inner.per_request
+        self.per_request, self.rope_raw = inner.per_request, inner.rope_raw
 
     @property
     def preferred_page_size(self) -> int:
@@ -56,7 +56,8 @@ class Rotated(Codec):
         inner = self.inner.transform(spec) or Transform(unchanged(spec.num_kv_heads, spec.k_dim), unchanged(spec.num_kv_heads, spec.v_dim))
         if spec.latent:
             v = self._rotation(spec, stored.v_dim, salt=0)
-            rest = self._rotation(spec, stored.k_dim - stored.v_dim, salt=1)
+            width = stored.k_dim - stored.v_dim
+            rest = unchanged(1, width).encode if self.keeps_rope(spec) else self._rotation(spec, width, salt=1)
             k = torch.stack([torch.block_diag(a, b) for a, b in zip(v, rest, strict=True)])
         else:
             k, v = self._rotation(spec, stored.k_dim, salt=0), self._rotation(spec, stored.v_dim, salt=1)

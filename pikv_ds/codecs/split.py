@@ -65,6 +65,8 @@ class KVSplit(Codec):
 
     def page_format(self, spec: LayerSpec, page_size: int, dtype: torch.dtype) -> PageFormat:
         options, stored = {"group": self.group} if self.group else {}, self.stored(spec)
+        for codec in (self.k, self.v):
+            codec.keeps_rope(spec)  # refuses rope_raw = true, latents are refused above
         names = {"name": self.k.format_name(dtype), "v_name": self.v.format_name(dtype)}
         return PageFormat(num_kv_heads=spec.num_kv_heads, k_dim=stored.k_dim, v_dim=stored.v_dim, page_size=page_size, **names, **options)
 

@@ -20,7 +20,8 @@ from pikv_ds.transform import Transform
 pytestmark = pytest.mark.parametrize("name", CODECS.names())
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # KV heads, key width, value width, latent
-SHAPES = [(2, 32, 32, False), (1, 64, 64, False), (4, 128, 128, False), (8, 96, 96, False), (1, 576, 512, True)]
+LATENT = (1, 40, 32, True)
+SHAPES = [(2, 32, 32, False), (1, 64, 64, False), (4, 128, 128, False), (8, 96, 96, False), (1, 576, 512, True), LATENT]
 PAGES = 2  # full pages that are followed by an open one
 
 
@@ -37,8 +38,12 @@ def sampled(shape, tokens, seed=0, dtype=torch.float32) -> Heads:
     return Heads(draw(2 * layer.num_kv_heads, layer.k_dim), k, v)
 
 
-def made(name, shape, heads=None) -> Codec:
-    """The codec with default options; if it must be, calibrated on `heads`, by default on a sample."""
+def made(name, shape, heads=None, rope_raw=None) -> Codec:
+    """The codec with default options but rope_raw; if it must be, calibrated on `heads`, by default on a sample."""
+    if rope_raw is False:
+        if "rope_raw" not in inspect.signature(CODECS.get(name).__init__).parameters:
+            pytest.skip("no such option")
+        return CODECS.build(name, rope_raw=False)
     if spec(shape).latent and (CODECS.get(name).calibrated or CODECS.get(name).per_request):
         with pytest.raises(ValueError, match="stores a latent"):
             CODECS.get(name).example([sampled(SHAPES[0], 64)]).page_format(spec(shape), 64, torch.float32)
@@ -60,12 +65,12 @@ class Filled(NamedTuple):
         return (k, v) if self.maps is None else (self.maps.k.invert(k), self.maps.v.invert(v))
 
 
-def filled(name, shape, dtype, tokens=None) -> Filled:
+def filled(name, shape, dtype, tokens=None, rope_raw=None) -> Filled:
     """`tokens` entries: by default two pages and a bit. A calibrated codec has seen just them."""
-    layer, preferred = spec(shape), made(name, shape).page_size(None)
+    layer, preferred = spec(shape), made(name, shape, rope_raw=rope_raw).page_size(None)
     tokens = PAGES * preferred + 5 if tokens is None else tokens
     heads = sampled(shape, tokens, tokens, dtype)
-    codec = made(name, shape, heads if tokens else None)
+    codec = made(name, shape, heads if tokens else None, rope_raw)
     page_size = codec.page_size(None)
     store = LayerStore(codec.page_format(layer, page_size, dtype), dtype, torch.device("cpu"), torch.zeros(1, 1, dtype=torch.int32),
                        torch.zeros((), dtype=torch.int64))  # fmt: skip
@@ -118,19 +123,22 @@ def test_round_trip_within_the_declared_error(name, shape, dtype):
 
 @pytest.mark.parametrize("tokens", [0, 1, 63, 64, 65, 200])
 @pytest.mark.parametrize("queries", [1, 3, 40], ids="T{}".format)
-@pytest.mark.parametrize("group", [1, 4, 8], ids="G{}".format)
-def test_attend_equals_decode_then_attend(name, group, queries, tokens):
+@pytest.mark.parametrize(
+    ("shape", "rope_raw", "group"), [*((SHAPES[0], None, group) for group in (1, 4, 8)), (LATENT, None, 5), (LATENT, False, 5)],
+    ids=["G1", "G4", "G8", "latent", "rope coded"],
+)  # fmt: skip
+def test_attend_equals_decode_then_attend(name, shape, rope_raw, group, queries, tokens):
     """decode, prefill_cached and the dense path read what the pages hold, and nothing else; maps are folded as in the cache."""
-    shape = (2, 32, 32, False)
-    page = filled(name, shape, torch.float32, tokens)
+    heads, k_dim, v_dim, latent = shape
+    page = filled(name, shape, torch.float32, tokens, rope_raw)
     store, maps = page.store, page.maps
-    q = torch.randn(1, queries, 2 * group, 32, generator=torch.Generator().manual_seed(group))
+    q = torch.randn(1, queries, heads * group, k_dim, generator=torch.Generator().manual_seed(group))
     if tokens == 0:
         assert store.num_pages == 0
         return
     k, v = page.decoded()
     want, want_lse = ops.sdpa_lse(q.transpose(1, 2), k.transpose(0, 1)[None], v.transpose(0, 1)[None], scale=0.2)
-    none = q.new_zeros(1, queries, 2, 32)
+    none = q.new_zeros(1, queries, heads, k_dim)
     asked, _, _, shift = (q, none, none, None) if maps is None else maps.enter(q, none, none, 0.2)
     positions = torch.full((1, queries), tokens, dtype=torch.int32)
     found = Partial(*read_pages(store, asked, slice(0, 1), None, None, scale=0.2, window=None, q_positions=positions), True)
@@ -147,6 +155,20 @@ def test_declared_bytes_are_allocated(name, shape):
     assert page.codec.stored(layer).values_per_token * fmt.traits.bits / 8 <= fmt.bytes_per_token
     if not CODECS.get(name).lossless:
         assert fmt.bytes_per_token < 2 * layer.values_per_token, "a codec that saves nothing"
+
+
+def test_the_rotary_part_of_a_latent_is_kept(name):
+    """Wide unless said otherwise; asked for where there is none, it is refused."""
+    if "rope_raw" not in inspect.signature(CODECS.get(name).__init__).parameters:
+        return
+    wide, coded = (filled(name, LATENT, torch.bfloat16, rope_raw=option) for option in (None, False))
+    rotary = slice(LATENT[2], None)
+    assert wide.store.fmt.label.endswith("+rope") and not coded.store.fmt.label.endswith("+rope")
+    assert torch.equal(wide.decoded()[0][..., rotary], wide.heads.k[..., rotary].float())
+    assert rel_error(coded.decoded()[0][:-5, :, rotary], coded.heads.k[:-5, :, rotary]) > 1e-3  # the last ones are in the tail
+    for shape, what in ((SHAPES[0], "of heads, not a latent"), ((1, 32, 32, True), "a latent without a rotary part")):
+        with pytest.raises(ValueError, match=f"rope_raw = true, and the layer stores .*{what}"):
+            CODECS.build(name, rope_raw=True).page_format(spec(shape), 64, torch.float32)
 
 
 def test_widths_that_do_not_fit_are_refused(name):
