@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import checks, ref_append, ref_attend, ref_bounds, ref_pack, ref_pages, ref_slots
 from .formats import PageFormat
-from .kernel_formats import MIXED
+from .kernel_formats import MIXED, ROPE
 from .merge_partials import merge_partials
 
 _LAYOUT = "int format, int num_kv_heads, int k_dim, int v_dim, int page_size, int group, bool latent"
@@ -155,7 +155,8 @@ def _reference_on_device(name: str):
             _without_kernel.add(fmt)
             warnings.warn(
                 f"pikv: there is no CUDA kernel for {fmt.label} pages with k_dim {fmt.k_dim}, v_dim {fmt.v_dim} (widths up to 128, latent "
-                f"up to 576 and 512 without raw rope columns, mixed: {', '.join(MIXED)}): {name} runs in plain torch, slower",
+                f"up to 576 and 512, with raw rope columns {', '.join(ROPE)}; mixed: {', '.join(MIXED)}): {name} runs in plain torch, "
+                f"slower",
                 stacklevel=2,
             )
         return REFERENCE[name](*args)

@@ -29,7 +29,8 @@ from tests.ops.byte_checks import (
 )
 from tests.ops.cases import answer, compare, compare_lse, make_case, small_page
 
-NAMES = (*FORMATS, "int8/int4", "int4/int2", "fp8_e4m3/int4", "int4/fp8_e4m3", "bf16/fp4_e2m1", "int4+rope", "fp4_e2m1+rope")
+ROPE = ("int8+rope", "int4+rope", "fp8_e4m3+rope", "fp4_e2m1+rope")
+NAMES = (*FORMATS, "int8/int4", "int4/int2", "fp8_e4m3/int4", "int4/fp8_e4m3", "bf16/fp4_e2m1", *ROPE)
 GROUPS = (1, 4, 8, 16)
 MODES = ("dense", "list", "window")
 OUT, LSE = 1e-4, 1e-3  # the hi + lo split of q costs int8 about 3e-5 on CPU; plain paths are below 1e-6
@@ -91,7 +92,12 @@ def _attention(long: bool) -> Iterator[Attention]:
     for name in NAMES:
         small = small_page(name)
         if name.endswith("+rope"):
-            yield Attention(name, 5, "window", 576, 512, True, small)
+            for mode in MODES:
+                yield Attention(name, 5, mode, 576, 512, True, small)
+            yield Attention(name, 3, "window", 40, 24, True, small, shards=2)
+            yield Attention(name, 4, "window", 328, 264, True, 2 * small, queries=3)
+            if long:
+                yield from _long_rope(name, small)
             continue
         for group, mode in ((1, "dense"), (4, "list"), (8, "window")) if "/" in name else itertools.product(GROUPS, MODES):
             yield Attention(name, group, mode, page_size=small)
@@ -112,6 +118,16 @@ def _long(name: str, small: int) -> Iterator[Attention]:
         yield base
         yield replace(base, mode=next(modes), shards=1, num_splits=3)
         yield replace(base, mode="window" if group % 8 else "dense", queries=5)
+
+
+def _long_rope(name: str, small: int) -> Iterator[Attention]:
+    pages, dtypes, modes = (small, 256) if small == 64 else (1, 16, 256), itertools.cycle(DTYPES), itertools.cycle(MODES)
+    widths = ((576, 512, True), (192, 128, True), (72, 64, True), (264, 248, True))
+    for width, group, page_size in itertools.product(widths, GROUPS, pages):
+        base = Attention(name, group, next(modes), *width, page_size, shards=3, dtype=next(dtypes))
+        yield base
+        yield replace(base, mode=next(modes), shards=1, num_splits=3)
+        yield replace(base, mode="window", queries=5)
 
 
 def make_attention(a: Attention):

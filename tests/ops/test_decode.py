@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pikv_ds.ops import library
+from pikv_ds.ops import library, ref_append
 from pikv_ds.ops.formats import FORMATS
 from tests.ops.cases import IMPLEMENTATIONS, answer, call, compare, compare_lse, make_case, run
 
@@ -182,3 +182,35 @@ def test_bf16_error_is_not_larger_than_torch(implementation, monkeypatch):
     errors = [((x.double() - expected).norm() / expected.norm()).item() for x in (run(case, implementation, monkeypatch)[0], torch_out)]
     print(f"{implementation}: {errors[0]:.1e}, torch in bf16: {errors[1]:.1e}")
     assert errors[0] <= 1.1 * errors[1]
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("latent", [False, True])
+def test_the_largest_codes_of_wide_keys(implementation, latent, monkeypatch):
+    """Every product of a query and a code at its largest, and of one sign: sums of integers must hold 576 of them."""
+    case = make_case("int8", lens=(128,), heads=1, group=1, k_dim=576, v_dim=512 if latent else 576, latent=latent, dtype=torch.float32)
+    k = (torch.arange(128) % 2).float().view(128, 1, 1).expand(case.k.shape).contiguous()
+    slots = case.block_table[0, 0, :2].repeat_interleave(64) * 64 + torch.arange(64).repeat(2)
+    rows = {"tail": case.extra["tail"], "tail_rows": case.extra["tail_rows"].repeat(128)}
+    ref_append.append(case.pages, case.fmt, k, case.v, torch.arange(128), slots, **rows)
+    case.q = torch.ones_like(case.q) * 0.1
+    _check(case, implementation, monkeypatch)
+
+
+@pytest.mark.parametrize("implementation", ["baseline", "avx2", "avx512", "vnni"])
+@pytest.mark.parametrize("name", ["int8+rope", "int4", "fp8_e4m3+rope"])
+def test_hidden_groups_of_a_latent_may_hold_anything(name, implementation, monkeypatch):
+    """On the CPU a NaN that has left the window reaches no output, neither through scales of its group nor through raw columns."""
+    case = make_case(name, lens=(150,), heads=1, group=3, k_dim=40, v_dim=32, latent=True, dtype=torch.float32)
+    expected = answer(case, window=60)
+    ids, P = case.block_table[0, 0].long(), case.fmt.page_size
+    k = torch.full_like(case.k[:64], torch.nan)
+    slots = (ids[torch.arange(64) // P] * P + torch.arange(64) % P).int()
+    rows = {name: x if name == "tail" else x.repeat(64) for name, x in case.extra.items()}
+    tail = None if not rows else rows["tail"].clone()
+    ref_append.append(case.pages, case.fmt, k, case.v[:64], torch.arange(64), slots, **rows)
+    if tail is not None:
+        case.extra["tail"].copy_(tail)
+    out, lse, _ = run(case, implementation, monkeypatch, window=60)
+    compare(out, expected[0], OUT, implementation)
+    compare_lse(lse, expected[1], LSE, implementation)

@@ -58,7 +58,7 @@ using AttendUnit = void (*)(const Attend&, const Unit&);
 void attend_baseline(const Attend& a, const Unit& u);
 void attend_avx2(const Attend& a, const Unit& u);
 void attend_avx512(const Attend& a, const Unit& u);
-// Hand-written for AVX512 with VNNI. Not for latent integers, whose values carry the scales of the keys, nor for raw rope columns.
+// Hand-written for AVX512 with VNNI.
 void attend_vnni(const Attend& a, const Unit& u);
 
 }  // namespace pikv

@@ -7,6 +7,8 @@
 // No sum or maximum across lanes is taken between tiles. Value sums stay in f32; those of formats that unpack in pairs are kept as even and
 // odd columns and put in order at the end. What the zeros of int8 and int4 values add is taken in page by page: codes are all positive, and
 // the rounding of a sum of thousands of them would be large beside the result.
+// Latents are keys and values at once. Integer ones have a scale and a zero per column and group: codes are summed by themselves, and
+// taken in at the end of each group. Raw rotary columns add to the scores what fp16 keys of their width would.
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
@@ -18,6 +20,7 @@
 #include "avx512.h"
 #include "numbers.h"
 #include "vnni.h"
+#include "vnni_codes.h"
 
 namespace pikv {
 namespace {
@@ -54,7 +57,7 @@ class Arena {
 };
 
 __mmask16 visible_tokens(const Attend& a, const Unit& u, int t, const int32_t* positions, int count) {
-  const __mmask16 there = count >= kTile ? 0xffff : (1u << count) - 1;
+  const __mmask16 there = mask_of(count);
   if (!a.window && !a.causal) return there;
   const int asked = a.asked[(int64_t)(u.n / a.S) * a.T + t];
   const __m512i p = _mm512_maskz_loadu_epi32(there, positions);
@@ -67,24 +70,30 @@ __mmask16 visible_tokens(const Attend& a, const Unit& u, int t, const int32_t* p
 void prepare(const Attend& a, const Unit& u, Work& w, std::vector<Chunk>& chunks) {
   static thread_local Arena arena;
   const int M = a.rows();
-  w.Dk = pad64(a.f.k_dim), w.Dv = pad64(a.f.v_dim);
-  arena.start((size_t)M * (6 * w.Dk + 4 * w.Dv + 3 * 64 + 12) + (size_t)(4 + kTile) * w.Dk + 16 * 64);
+  const bool by_column = a.f.latent && integers(a.f.format);
+  const int rope = a.f.k_dim - a.f.k_coded;
+  w.Dk = pad64(a.f.k_coded), w.Dv = pad64(a.f.v_dim), w.Dr = (rope + 31) / 32 * 32;
+  arena.start((size_t)M * (6 * w.Dk + 8 * w.Dv + 4 * w.Dr + 3 * 64 + 12) + (size_t)(4 + kTile) * w.Dk + 20 * 64);
   w.q = arena.take<float>((size_t)M * w.Dk), w.acc = arena.take<float>((size_t)M * w.Dv);
   w.l = arena.take<float>((size_t)M * 16), w.page_l = arena.take<float>((size_t)M * 16), w.zeros = arena.take<float>((size_t)M * 16);
   w.m = arena.take<float>(M), w.q_scale = arena.take<float>(M), w.q_bias = arena.take<float>(M);
   w.product = arena.take<float>(w.Dk), w.k_bytes = arena.take<uint8_t>((size_t)kTile * w.Dk);
+  w.codes = by_column ? arena.take<float>((size_t)M * w.Dv) : nullptr, w.q_rope = arena.take<float>((size_t)M * w.Dr);
   w.q_hi = arena.take<int8_t>((size_t)M * w.Dk), w.q_lo = arena.take<int8_t>((size_t)M * w.Dk);
   const bool pairs = query_in_pairs(a.f.format);
   for (int row = 0; row < M; ++row) {
     const int64_t at = a.q_row(u.n, u.h, row) * a.f.k_dim;
     for (int d = 0; d < w.Dk; ++d) {
-      const float x = d < a.f.k_dim ? load_float(a.q, a.q_type, at + d) : 0.0f;
+      const float x = d < a.f.k_coded ? load_float(a.q, a.q_type, at + d) : 0.0f;
       w.q[(size_t)row * w.Dk + (pairs ? column_of(d) : d)] = x * (a.scale * kLog2e);
     }
+    for (int d = 0; d < w.Dr; ++d)
+      w.q_rope[(size_t)row * w.Dr + d] = d < rope ? load_float(a.q, a.q_type, at + a.f.k_coded + d) * (a.scale * kLog2e) : 0.0f;
     w.m[row] = -kInf;
   }
   for (float* sums : {w.l, w.page_l, w.zeros}) std::memset(sums, 0, (size_t)M * 16 * sizeof(float));
   std::memset(w.acc, 0, (size_t)M * w.Dv * sizeof(float));
+  if (w.codes) std::memset(w.codes, 0, (size_t)M * w.Dv * sizeof(float));
   chunks.clear();
   for (int t = 0; t < a.T; ++t)
     for (int g = 0; g < a.G;) {
@@ -93,8 +102,6 @@ void prepare(const Attend& a, const Unit& u, Work& w, std::vector<Chunk>& chunks
       g += count;
     }
 }
-
-inline float lanes(const float* sums, int row) { return _mm512_reduce_add_ps(_mm512_load_ps(sums + row * 16)); }
 
 inline void take_in_zeros(Work& w, int M) {
   for (int row = 0; row < M; ++row) {
@@ -120,14 +127,14 @@ void finish(const Attend& a, const Unit& u, const Work& w) {
 
 KeyKernel keys_of(const PageFormat& f) {
   switch (f.format) {
-    case kFp32: return key_kernel<kFp32>(f.k_dim);
-    case kBf16: return key_kernel<kBf16>(f.k_dim);
-    case kFp16: return key_kernel<kFp16>(f.k_dim);
-    case kInt8: return key_kernel<kInt8>(f.k_dim);
-    case kInt4: return key_kernel<kInt4>(f.k_dim);
-    case kInt2: return key_kernel<kInt2>(f.k_dim);
-    case kFp4: return key_kernel<kFp4>(f.k_dim);
-    default: return key_kernel<kFp8>(f.k_dim);
+    case kFp32: return key_kernel<kFp32>(f.k_coded);
+    case kBf16: return key_kernel<kBf16>(f.k_coded);
+    case kFp16: return key_kernel<kFp16>(f.k_coded);
+    case kInt8: return key_kernel<kInt8>(f.k_coded);
+    case kInt4: return key_kernel<kInt4>(f.k_coded);
+    case kInt2: return key_kernel<kInt2>(f.k_coded);
+    case kFp4: return key_kernel<kFp4>(f.k_coded);
+    default: return key_kernel<kFp8>(f.k_coded);
   }
 }
 
@@ -147,7 +154,7 @@ ValueKernel values_of(const PageFormat& f) {
 // The scales and zeros of rows encoded each by itself, at token t0. Blocks that are not there are not read.
 void point_at_scales(const PageFormat& f, const uint8_t* head, int t0, Tile& tile) {
   const auto at = [&](long long block, int bytes) { return block < 0 ? head : head + block + (int64_t)t0 * bytes; };
-  tile.k_blocks = fp4_blocks(f.k_dim), tile.v_blocks = f.latent ? tile.k_blocks : fp4_blocks(f.v_dim);
+  tile.k_blocks = fp4_blocks(f.k_coded), tile.v_blocks = f.latent ? tile.k_blocks : fp4_blocks(f.v_dim);
   tile.k_scale = at(f.k_scale, f.format == kFp4 ? tile.k_blocks : 2), tile.k_zero = at(f.k_zero, 1);  // integer keys have theirs by group
   tile.v_scale = at(f.v_scale, f.v_format == kFp4 ? tile.v_blocks : 2), tile.v_zero = at(f.v_zero, f.v_format == kFp4 ? 1 : 2);
   if (f.latent) tile.v_scale = tile.k_scale, tile.v_zero = tile.k_zero;
@@ -162,7 +169,8 @@ void attend_vnni(const Attend& a, const Unit& u) {
   const PageFormat& f = a.f;
   const KeyKernel keys = keys_of(f);
   const ValueKernel values = values_of(f);
-  const bool zeros = format_grouped(f.v_format);
+  const bool zeros = format_grouped(f.v_format) && !w.codes;
+  const int64_t rope_stride = 2LL * (f.k_dim - f.k_coded);
   alignas(64) float p[8 * kTile];
   const int32_t* table = a.table_of(u.n, u.h);
   const int32_t* list = a.list_of(u.n, u.h);
@@ -182,7 +190,7 @@ void attend_vnni(const Attend& a, const Unit& u) {
       const uint8_t* next_page = c + 1 < u.c1 ? section_of(c + 1) : nullptr;
       const int64_t first_scale = f.k_scale >= 0 ? f.k_scale : f.v_scale;
       if (first_scale >= 0 && next_page)
-        for (int64_t i = first_scale & ~63; i < f.head_bytes; i += 64) prefetch(next_page + i);
+        for (int64_t i = first_scale & ~63; i < (f.rope < 0 ? f.head_bytes : f.rope); i += 64) prefetch(next_page + i);
       for (int i = 0; i * kTile < count; ++i) {
         const int t0 = i * kTile;
         Tile tile;
@@ -195,6 +203,11 @@ void attend_vnni(const Attend& a, const Unit& u) {
         const int ahead = i + kAhead[f.format], later = c + ahead / tiles;
         const uint8_t* next = ahead < tiles ? head : later < u.c1 ? section_of(later) : nullptr;
         if (!next) next = head;
+        tile.rope_stride = rope_stride;
+        if (w.Dr) {
+          tile.rope = head + f.rope + t0 * rope_stride;
+          tile.next_rope = next + f.rope + (ahead % tiles) * kTile * rope_stride;
+        }
         tile.next_k = next + f.k + (int64_t)(ahead % tiles) * kTile * f.k_row_bytes;
         tile.next_v = f.latent ? tile.next_k : next + f.v + (int64_t)(ahead % tiles) * kTile * f.v_row_bytes;
         for (size_t j = 0; j < chunks.size(); ++j) {
@@ -203,6 +216,7 @@ void attend_vnni(const Attend& a, const Unit& u) {
           keys.scores(a, w, tile, chunks[j], visible, j + 1 == chunks.size(), p);
           values(a, w, tile, chunks[j], visible, j + 1 == chunks.size(), p);
         }
+        if (w.codes && ((t0 + kTile) % f.group == 0 || t0 + kTile >= count)) take_in_codes(f, head, t0 / f.group, w, M);
       }
       if (zeros) take_in_zeros(w, M);
     }

@@ -25,19 +25,23 @@ struct Chunk {
 
 struct Work {
   float *q, *acc, *m, *q_scale, *q_bias;  // q: scaled to base 2; acc: sums of values; both in the order of their format
-  float *l, *page_l, *zeros;              // 16 sums per row, one per lane; zeros: what the zeros of integer values add to every column
+  float *l, *page_l, *zeros;              // 16 sums per row, one per lane; zeros: what the zeros of integer values add to every column;
+                                          // of integer latents the weights of the group
+  float *codes;                           // integer latents: weighted sums of the codes of a group [M, Dv], else null
+  float *q_rope;                          // [M, Dr] the query's raw rotary columns in their order
   float* product;                         // [Dk]
   uint8_t* k_bytes;                       // [kTile, Dk]
   int8_t *q_hi, *q_lo;
-  int Dk, Dv;  // padded to 64
+  int Dk, Dv, Dr;  // of coded keys, of values, padded to 64; of raw rotary columns, to 32
 };
 
 // 16 tokens of a page.
 struct Tile {
   const uint8_t *k, *v;                               // rows, k_stride and v_stride apart
+  const uint8_t *rope, *next_rope;                    // raw rotary columns of a latent, rope_stride apart
   const uint8_t *next_k, *next_v;                     // what to prefetch
   const uint8_t *k_scale, *k_zero, *v_scale, *v_zero;  // those of rows encoded each by itself, at the first token
-  int64_t k_stride, v_stride;
+  int64_t k_stride, v_stride, rope_stride;
   int k_blocks, v_blocks;  // fp4: scales of a row
   int count;
 };
@@ -56,7 +60,7 @@ using ValueKernel = void (*)(const Attend& a, Work& w, const Tile& tile, const C
 
 // For keys or values of this width.
 template <int F>
-KeyKernel key_kernel(int k_dim);
+KeyKernel key_kernel(int k_coded);
 template <int F>
 ValueKernel value_kernel(int v_dim);
 

@@ -46,10 +46,16 @@ void add_rows(const Attend& a, Work& w, const Tile& tile, int row, __mmask16 vis
   const int Dv = DC ? DC : a.f.v_dim, passes = (Dv + 16 * W - 1) / (16 * W);
   const int v_bytes = kTile * a.f.v_row_bytes, v_lines = (v_bytes / 64 + passes * kTile - 1) / (passes * kTile);
   Prefetch next = {tile.next_v, tile.next_v + (last_chunk ? v_bytes : 0)};
-  if constexpr (F > kFp16) scale_weights<F, G>(w, tile, row, visible, p);
+  float* sums = w.acc;
+  if (integers(F) && w.codes) {  // scales and zeros are those of the keys, by column: taken in after the group
+    sums = w.codes;
+    for (int g = 0; g < G; ++g) add_to(w.zeros, row + g, _mm512_load_ps(p + g * kTile));
+  } else if constexpr (F > kFp16) {
+    scale_weights<F, G>(w, tile, row, visible, p);
+  }
   for (int pass = 0; pass < passes; ++pass) {
     const int d = pass * 16 * W;
-    float* acc = w.acc + (size_t)row * w.Dv + d;
+    float* acc = sums + (size_t)row * w.Dv + d;
     if (visible == 0xffff) add_values<F, G, W, DC != 0, false>(acc, w.Dv, tile, d, Dv - d, p, kTile, visible, next, v_lines);
     else add_values<F, G, W, DC != 0, true>(acc, w.Dv, tile, d, Dv - d, p, tile.count, visible, next, v_lines);
   }

@@ -20,7 +20,7 @@ constexpr bool has_kernels(int formats) {
 
 // The kernels that serve this layout; 0 = none does.
 int kernel_width(const PageFormat& f) {
-  if (f.rope >= 0 || !has_kernels(pack_formats(f.format, f.v_format))) return 0;
+  if (!has_kernels(packed_of(f))) return 0;
   if (f.latent) return f.k_dim <= 576 && f.v_dim <= 512 ? 576 : 0;
   const int widest = std::max(f.k_dim, f.v_dim);
   return widest <= 32 ? 32 : widest <= 64 ? 64 : widest <= 128 ? 128 : 0;
@@ -87,7 +87,7 @@ int choose_splits(const Attend& a, int64_t num_splits, int num_processors) {
 }
 
 const char* launch_format(const Attend& a, int width, Stream stream) {
-  switch (pack_formats(a.f.format, a.f.v_format)) {
+  switch (packed_of(a.f)) {
 #define PK_CASE(F) \
   case F: return launch_attend<F>(a, width, stream);
     PK_FORMATS(PK_CASE)

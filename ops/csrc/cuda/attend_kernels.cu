@@ -22,7 +22,7 @@ const char* launch_width(const Attend& a, Stream stream) {
 
 template <>
 const char* launch_attend<PK_FORMAT>(const Attend& a, int width, Stream stream) {
-  switch (width) {
+  if constexpr (!rope_raw(PK_FORMAT)) switch (width) {
     case 32: return launch_width<32>(a, stream);
     case 64: return launch_width<64>(a, stream);
     case 128: return launch_width<128>(a, stream);

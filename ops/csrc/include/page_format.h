@@ -33,6 +33,10 @@ PK_HD constexpr int pack_formats(int k, int v) { return k == v ? k : k | (v + 1)
 PK_HD constexpr int key_format(int packed) { return packed & 15; }
 PK_HD constexpr int value_format(int packed) { return packed >> 4 & 15 ? (packed >> 4 & 15) - 1 : packed & 15; }
 
+// Bit 8: the last k_dim - v_dim columns of a latent key are fp16.
+constexpr int kRopeRaw = 1 << 8;
+PK_HD constexpr bool rope_raw(int packed) { return packed & kRopeRaw; }
+
 // fp4: columns that share a scale, and scales of a row.
 constexpr int kFp4Block = 16;
 PK_HD constexpr int fp4_blocks(int dim) { return (dim + kFp4Block - 1) / kFp4Block; }
@@ -56,10 +60,10 @@ PK_HD inline long long row_zero_bytes(int format, int rows) { return format == k
 // Must agree with ops/formats.py byte for byte: tests/ops compares every offset. `packed`: the `format` of a layout, see ops/library.py.
 PK_HD inline PageFormat make_page_format(int packed, int num_kv_heads, int k_dim, int v_dim, int page_size, int group, int latent) {
   PageFormat f = {};
-  const bool rope_raw = packed >> 8;
+  const bool raw = rope_raw(packed);
   f.format = key_format(packed), f.v_format = value_format(packed);
   f.num_kv_heads = num_kv_heads, f.k_dim = k_dim, f.v_dim = v_dim;
-  f.page_size = page_size, f.group = group, f.latent = latent, f.k_coded = rope_raw ? v_dim : k_dim;
+  f.page_size = page_size, f.group = group, f.latent = latent, f.k_coded = raw ? v_dim : k_dim;
   const bool grouped = format_grouped(f.format);
   f.k_row_bytes = f.k_coded * format_bits(f.format) / 8;
   f.v_row_bytes = latent ? 0 : v_dim * format_bits(f.v_format) / 8;
@@ -71,11 +75,14 @@ PK_HD inline PageFormat make_page_format(int packed, int num_kv_heads, int k_dim
   f.k_zero = place_block(&at, grouped ? grid : row_zero_bytes(f.format, page_size));
   f.v_scale = place_block(&at, latent ? 0 : row_scale_bytes(f.v_format, v_dim, page_size));
   f.v_zero = place_block(&at, latent ? 0 : row_zero_bytes(f.v_format, page_size));
-  f.rope = place_block(&at, rope_raw ? 2LL * page_size * (k_dim - v_dim) : 0);
+  f.rope = place_block(&at, raw ? 2LL * page_size * (k_dim - v_dim) : 0);
   f.head_bytes = at;
   f.positions = num_kv_heads * at;
   f.record_bytes = (f.positions + 4 * page_size + 63) / 64 * 64;
   return f;
 }
+
+// The `format` of the layout again.
+PK_HD inline int packed_of(const PageFormat& f) { return pack_formats(f.format, f.v_format) | (f.rope >= 0 ? kRopeRaw : 0); }
 
 }  // namespace pikv

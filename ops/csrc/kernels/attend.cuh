@@ -6,13 +6,13 @@
 
 namespace pikv {
 
-// FORMAT: pack_formats(K, V). WIDTH: the largest k_dim and v_dim served, 32, 64 or 128; 576 = latent (k_dim up to 576, v_dim up to 512,
+// FORMAT: that of a layout: K, V and whether the rotary columns of a latent are fp16, see page_format.h. WIDTH: the largest k_dim and v_dim served, 32, 64 or 128; 576 = latent (k_dim up to 576, v_dim up to 512,
 // values are key columns).
 // STEPS: tokens a lane works on together, 0 = chosen here.
 template <int FORMAT, int WIDTH, int STEPS = 0>
 struct Tile {
   static constexpr int keys = key_format(FORMAT), values = value_format(FORMAT);
-  static constexpr bool latent = WIDTH == 576;
+  static constexpr bool latent = WIDTH == 576, rope = rope_raw(FORMAT);
   static constexpr bool grouped = format_grouped(keys);
   static constexpr int rows = latent ? 2 : 4;
   static constexpr int lanes = latent ? 32 : WIDTH / 8;  // of a token
@@ -45,7 +45,7 @@ struct Grid {
   unsigned scale[4], zero[4];
 
   __device__ __forceinline__ void load(const Attend& a, const Place& place, long long group_start, int d) {
-    if (d >= a.f.k_dim) return;
+    if (d >= a.f.k_coded) return;
     load_words<4>(place.head + a.f.k_scale + 2 * (group_start + d), scale);
     load_words<4>(place.head + a.f.k_zero + 2 * (group_start + d), zero);
   }
@@ -68,10 +68,10 @@ struct Keys {
     const int d = column + 256 * c;
 #pragma unroll
     for (int i = 0; i < words; ++i) word[step][c][i] = 0;
-    if (valid && d < a.f.k_dim) load_eight<F>(row + d / 8 * Eight<F>::bytes, word[step][c]);
+    if (valid && d < a.f.k_coded) load_eight<F>(row + d / 8 * Eight<F>::bytes, word[step][c]);
     if constexpr (F == kFp8) scale[step][0] = valid ? __ldg(reinterpret_cast<const unsigned short*>(place.head + a.f.k_scale) + t) : 0;
     if constexpr (F == kFp4)
-      scale[step][c] = valid && d < a.f.k_dim ? load_fp4_scale(place.head + a.f.k_scale, place.head + a.f.k_zero, t, a.f.k_dim, d) : 0;
+      scale[step][c] = valid && d < a.f.k_coded ? load_fp4_scale(place.head + a.f.k_scale, place.head + a.f.k_zero, t, a.f.k_coded, d) : 0;
   }
 
   __device__ __forceinline__ void load(const Attend& a, const Place& place, int t, int step, int column, bool valid) {
@@ -91,6 +91,14 @@ struct Keys {
     }
   }
 };
+
+// The rotary columns of a latent that are raw: 8 of one token, d of the key.
+__device__ __forceinline__ void rope_floats(const Attend& a, const Place& place, int t, int d, bool valid, float* x) {
+  const int width = a.f.k_dim - a.f.k_coded;
+  unsigned w[4] = {};
+  if (valid && d < a.f.k_dim) load_words<4>(place.head + a.f.rope + 2 * ((long long)t * width + d - a.f.k_coded), w);
+  unpack<kFp16>(w, x);
+}
 
 // Raw keys of the group that is not full: 8 columns of one token.
 __device__ __forceinline__ void tail_floats(const Attend& a, const Place& place, int t, int d, bool valid, float* x) {
@@ -154,7 +162,7 @@ __device__ __forceinline__ void add_span(const Attend& a, const Place& place, in
                                          const float (*q)[Tile<FORMAT, WIDTH>::key_chunks][8], Running<Tile<FORMAT, WIDTH>>& run, float* page) {
   using T = Tile<FORMAT, WIDTH, TAIL ? 1 : 0>;
   const int lane = threadIdx.x % 32, column = lane % T::lanes * 8, sub = lane / T::lanes;
-  const long long grid = (long long)(start / a.f.group) * a.f.k_dim;
+  const long long grid = (long long)(start / a.f.group) * a.f.k_coded;
   Grid kept = {};
   if constexpr (T::grouped && !T::latent && !TAIL) kept.load(a, place, grid, column);
 #pragma unroll 1
@@ -162,7 +170,12 @@ __device__ __forceinline__ void add_span(const Attend& a, const Place& place, in
     Keys<T> keys;
     Values<T> values;
     float score[T::steps][T::rows], x[8];
-    const auto key_floats = [&](int step, int c) {
+    // Of raw rotary columns, which no value has, `as_keys` only; zeros else.
+    const auto key_floats = [&](int step, int c, bool as_keys) {
+      if (T::rope && as_keys && column + 256 * c >= a.f.k_coded) {
+        const int t = t0 + step * (32 / T::lanes) + sub;
+        return rope_floats(a, place, t, column + 256 * c, t < stop, x);
+      }
       Grid used = kept;  // a latent lane has too many columns to keep theirs in registers: read again, from L1
       if constexpr (T::grouped && T::latent) used.load(a, place, grid, column + 256 * c);
       if constexpr (T::reads_twice) {
@@ -187,7 +200,7 @@ __device__ __forceinline__ void add_span(const Attend& a, const Place& place, in
 #pragma unroll
       for (int c = 0; c < T::key_chunks; ++c) {
         if constexpr (TAIL) tail_floats(a, place, t, column + 256 * c, valid, x);
-        else key_floats(step, c);
+        else key_floats(step, c, true);
 #pragma unroll
         for (int g = 0; g < T::rows; ++g) {
           if (g >= num_rows) continue;
@@ -242,7 +255,7 @@ __device__ __forceinline__ void add_span(const Attend& a, const Place& place, in
       for (int c = 0; c < T::value_chunks; ++c) {
         if constexpr (!T::latent) values.floats(step, x);
         else if constexpr (TAIL) tail_floats(a, place, t, column + 256 * c, t < stop, x);
-        else key_floats(step, c);
+        else key_floats(step, c, false);
 #pragma unroll
         for (int g = 0; g < T::rows; ++g) {
           if (g >= num_rows) continue;
