@@ -1,4 +1,4 @@
-"""Codecs whose maps are folded into queries and outputs, on two ranks."""
+"""Codecs whose maps are folded into queries and outputs, and compressed latents, on two ranks."""
 
 import pytest
 
@@ -18,6 +18,12 @@ def job(tmp_path_factory) -> JobResult:
 )
 def test_full_rank_is_exact(job, what, requests):
     job.check(f"{what} {requests}")
+
+
+@pytest.mark.parametrize("requests", ["replicated", "distinct"])
+@pytest.mark.parametrize("codec", ["int8", "int4", "fp8_e4m3"])
+def test_latents_with_a_wide_rotary_part_are_those_of_one_rank(job, codec, requests):
+    job.check(f"deepseek_v3 {codec} {requests}")
 
 
 @pytest.mark.parametrize("requests", ["replicated", "distinct"])

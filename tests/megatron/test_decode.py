@@ -26,6 +26,7 @@ SOURCES = [
     "linear codec, full rank",
     "linear codec, other weights",
     "MLA, ids true",
+    "MLA, compressed pages",
     "ids true",
     "ids hash",
     "ids lookahead",

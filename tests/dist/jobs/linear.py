@@ -44,6 +44,18 @@ def check_wire(report: Report, model, group, requests: str, ids: torch.Tensor, c
         assert sent == decode_bytes_sent(requests, rows, dist.get_rank(), 4, stored, 4) and stored[0].k_dim == 8, sent
 
 
+def check_latent(report: Report, model, group, codec: str, requests: str, ids: torch.Tensor) -> None:
+    """Latents in records with a wide rotary part: what a rank alone gives with as many shards. Prompts fill groups of 32 in each."""
+    with report.check(f"deepseek_v3 {codec} {requests}") as row:
+        block = {"compression": {"method": codec} | ({} if codec == "fp8_e4m3" else {"group": 32}), "storage": {"num_shards": 2}}
+        alone = generate_sharded(model, ids, new_tokens=16, config=block)
+        run = generate_sharded(model, ids, new_tokens=16, group=group, config=block | {"storage": {"num_shards": 2, "requests": requests}})
+        row["lossy"] = run.difference(generate(model, ids, new_tokens=16))
+        assert_same(run, alone, 2e-5)
+        assert_conserved(run.stats, group)
+        assert row["lossy"] > 1e-4, "the store was not read"
+
+
 def main() -> None:
     report = Report()
     dist.init_process_group("gloo")
@@ -68,6 +80,10 @@ def main() -> None:
                 check_exact(report, model, group, f"{family} beams", requests, ids, {"compression": compression}, num_beams=2)
                 check_exact(report, model, group, f"{family} rope pre", requests, ids, {"compression": compression | {"rope": "pre"}})
                 check_wire(report, model, group, requests, ids[:, :11], compression | {"rotate": "none"})
+    latent = tiny_model("deepseek_v3", num_experts_per_tok=8, topk_group=2)  # all experts: what is rounded changes no choice of theirs
+    for codec in ("int8", "int4", "fp8_e4m3"):
+        check_latent(report, latent, group, codec, "replicated", prompt(90, seed=3, batch=2))
+        check_latent(report, latent, group, codec, "distinct", prompt(80 + 9 * rank, seed=30 + rank, batch=2))
     dist.destroy_process_group()
 
 
