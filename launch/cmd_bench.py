@@ -1,7 +1,7 @@
 """`pikv bench`: comparisons in one process.
 
 `decode`: a step against the ordinary cache; `ops`: the ops; `errors`: their accuracy; `select`: reading some pages against reading all;
-`model`: the source paper's latency model, fitted; `layouts`: the page formats beside KIVI's.
+`model`: the source paper's latency model, fitted; `layouts`: the page formats beside KIVI's; `latents`: decode over MLA latents.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import time
 from statistics import median, quantiles
 from typing import Any
 
-from pikv_ds.launch import bench_errors, bench_layouts, bench_model, bench_ops, bench_select
+from pikv_ds.launch import bench_errors, bench_latents, bench_layouts, bench_model, bench_ops, bench_select
 from pikv_ds.launch.output import print_table, write_json
 
 
@@ -44,12 +44,16 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     layouts = kinds.add_parser("layouts", help="bytes and error of the page formats beside KIVI's layout, on a model's keys and values")
     bench_layouts.add_arguments(layouts)
     layouts.add_argument("--json", metavar="FILE", help="write the rows to FILE")
+    latents = kinds.add_parser("latents", help="decode over MLA latents in each record format, plain C++ and by hand")
+    bench_latents.add_arguments(latents)
+    latents.add_argument("--json", metavar="FILE", help="write the rows to FILE")
     errors = kinds.add_parser("errors", help="errors of the page formats and of the op that reads them, against fp64")
     errors.add_argument("--json", metavar="FILE", help="write the rows to FILE")
 
 
 def run(args: argparse.Namespace) -> int:
-    kinds = {"ops": bench_ops, "select": bench_select, "model": bench_model, "layouts": bench_layouts, "errors": bench_errors}
+    kinds = {"ops": bench_ops, "select": bench_select, "model": bench_model, "layouts": bench_layouts, "latents": bench_latents}
+    kinds["errors"] = bench_errors
     return _run_decode(args) if args.kind == "decode" else kinds[args.kind].run(args)
 
 
