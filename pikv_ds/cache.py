@@ -61,7 +61,7 @@ class PiKVCache:
         if codec.light is None:  # near pages are as computed then: the maps are for far pages only
             self.tables.far_maps = [None if far is None else maps for far, maps in zip(self.tables.far, self.transforms, strict=True)]
             self.transforms = [maps if far is None else None for far, maps in zip(self.tables.far, self.transforms, strict=True)]
-        self.tables.turned = [None if maps is None or maps.inv_freq is None else maps for maps in self.transforms]
+        self.tables.turn(self.transforms, self.tables.far_maps)
         self.bases: RequestBases | None = None  # None: the same maps for all requests, if there are any
         if codec.per_request:
             self.bases = RequestBases(layers, [codec.stored(spec) for spec in layers], codec.fit_tokens, self.exchange, device)

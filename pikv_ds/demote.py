@@ -13,6 +13,7 @@ from torch import Tensor
 from pikv_ds import ops
 
 from .recycle import drop
+from .rope import turn
 from .store import LayerStore
 from .transform import Transform
 
@@ -66,15 +67,15 @@ def _encode(near: LayerStore, far: LayerStore, source: Tensor, target: Tensor, m
         return
     for begin in range(0, source.numel(), PAGES_AT_ONCE):
         ids, slots = source[begin : begin + PAGES_AT_ONCE], page_slots(target[begin : begin + PAGES_AT_ONCE], far.page_size)
-        k, v = entries_of(near, ids)
+        (k, v), positions = entries_of(near, ids), near.positions.index_select(0, ids).flatten()
         if maps is not None:
+            k = k if maps.inv_freq is None else turn(k, positions, maps.inv_freq, back=True)
             k, v = maps.k.apply(k).contiguous(), maps.v.apply(v).contiguous()
         options = {}
         if far.fmt.grouped:  # a page is whole groups: its tail is filled and used up within the call
             shape = (ids.numel(), far.fmt.num_kv_heads, far.fmt.group, far.fmt.k_dim)
             options["tail"] = torch.zeros(shape, dtype=far.tail.dtype, device=near.device)
             options["tail_rows"] = torch.arange(ids.numel(), dtype=torch.int32, device=near.device).repeat_interleave(far.page_size)
-        positions = near.positions.index_select(0, ids).flatten()
         ops.append(far.pages, far.fmt, k, v, positions, slots, **options)
 
 

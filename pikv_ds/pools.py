@@ -73,7 +73,7 @@ class JoinedPages(Pages):
 
     def _model(self, part: Pages, x: Tensor, side: str) -> Tensor:
         """x [R, S, C, Hkv, page_size, D] of one pool as the model has it, 0 where no entry is."""
-        if self.maps is None or part.store is self.store:
+        if self.maps is None or part.store is self.store or part.store.turned is not None:
             return x
         x = getattr(self.maps, side).invert(x.transpose(3, 4)).transpose(3, 4)
         return torch.where(part.filled[:, :, :, None, :, None], x, 0)

@@ -12,6 +12,7 @@ from .demote import Moved
 from .entries import keys_at
 from .plan import StepPlan
 from .retention_checks import check_entry_router
+from .rope import turn
 from .routers.base import NewEntries, Router
 from .store import LayerStore
 from .tables import Tables
@@ -49,8 +50,11 @@ class RouterNews:
         """Entries of a layer were stored: those that queries of their own forward must not see wait until these have been answered."""
         self.settle()
         shard, table = written.shard, plan.rows
-        if self.tables.far_maps[layer] is not None:
-            k = self.tables.far_maps[layer].k.apply(k)
+        maps, turned = self.tables.far_maps[layer], self.store(layer).turned
+        if maps is not None:
+            k = maps.k.apply(k if turned is None else turn(k, plan.positions, turned.inv_freq, back=True))
+        if turned is not None:  # what queries will meet
+            k = turned.keys(k, plan.positions)
         if shard is not None:
             table = torch.where(written.here, table * self.tables.num_local + shard - self.tables.shard_begin, 0)
         new = NewEntries(
@@ -88,8 +92,9 @@ class RouterNews:
         store, table = self.tables.stores[layer], changed.table
         page = store.block_table.flatten(0, 1)[table, changed.index // self.tables.page_size].to(torch.int64)
         offset, num_local = changed.index % self.tables.page_size, self.tables.num_local
+        k, positions = keys_at(store, table, changed.index), store.positions[page, offset]
         entries = NewEntries(
-            k=keys_at(store, table, changed.index), rows=table // num_local, positions=store.positions[page, offset],
+            k=k if store.turned is None else store.turned.keys(k, positions), rows=table // num_local, positions=positions,
             shard=table % num_local + self.tables.shard_begin, valid=torch.ones_like(page, dtype=torch.bool),
             slot_mapping=(page * self.tables.page_size + offset).to(torch.int32), table=table.to(torch.int32),
         )  # fmt: skip

@@ -10,8 +10,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from pikv_ds import ops
-
 from .config import RoutingConfig
 from .exchange import Exchange
 from .extent import Extent, extent_of
@@ -27,6 +25,7 @@ from .tables import Tables
 from .tier_routing import entries_by_page
 from .tiers import Tiers
 from .top_pages import best_pages, by_column, listed_pages, page_keys
+from .turned_reader import decode
 
 QUERIES_AT_ONCE = 32  # per row: scores take Q * S * C * H numbers
 
@@ -163,9 +162,9 @@ class Selection:
         return self.config.exchange == "needed" and len(plan.sources) > 1
 
     def _attend(self, asked: PageQuery, page_list: Tensor | None, with_page_lse: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
-        return ops.decode(
-            asked.q, asked.store.pages, asked.store.fmt, asked.block_table, asked.seqlens, scale=asked.scale, page_list=page_list,
-            q_positions=asked.positions, window=asked.window, tail=asked.tail, tail_rows=asked.tail_rows, with_page_lse=with_page_lse,
+        return decode(
+            asked.store, asked.q, asked.stored, scale=asked.scale, page_list=page_list, q_positions=asked.positions, window=asked.window,
+            with_page_lse=with_page_lse,
         )  # fmt: skip
 
     def _asked(self, query: Query, q: Tensor, rows: slice, stored: Stored, positions: Tensor, begin: int, plan: StepPlan) -> PageQuery:

@@ -99,6 +99,10 @@ class Transform:
         folded, shift = self.fold(q, scale)
         return folded, self.k.apply(k), c_v, shift
 
+    def keys(self, c: Tensor, positions: Tensor) -> Tensor:
+        """The rotated keys [..., H, D] f32 that coefficients [..., H, r] of un-rotated ones stand for at positions [...]. With inv_freq."""
+        return turn(self.k.invert(c), positions, self.inv_freq)
+
     def fold(self, q: Tensor, scale: float) -> tuple[Tensor, Tensor | None]:
         """q' and the shift of the lse, as in `enter`."""
         by_head = q.float().unflatten(2, (self.k.decode.shape[0], -1))  # [B, T, H, G, D]

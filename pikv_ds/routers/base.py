@@ -14,6 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from pikv_ds.reader import Stored
 from pikv_ds.store import LayerStore
 
 
@@ -77,6 +78,11 @@ class PageQuery:
 
     near_lse: Tensor | None = None
     """[Q, Hq] f32 lse of the entries of this rank that every query reads besides these pages (tiers.py); None = there are none."""
+
+    @property
+    def stored(self) -> Stored:
+        """The tables, as readers take them."""
+        return Stored(self.block_table, self.seqlens, self.tail, self.tail_rows)
 
     def over_shards(self, x: Tensor) -> Tensor:
         """[Q, S, ...] of the local shards -> [Q, shards, ...] of all, by `gather`."""

@@ -34,7 +34,7 @@ class KeyCentroids(Router):
     def open(self, layer: int, store: LayerStore, num_shards: int) -> None:
         num_heads, num_rows = store.fmt.num_kv_heads, store.counts.shape[0]
         store.add_summary(SUMMARY, (num_heads, self.clusters), torch.int16)
-        self.mean[layer] = torch.zeros(num_rows, num_heads, self.clusters, store.fmt.k_dim, device=store.device)
+        self.mean[layer] = torch.zeros(num_rows, num_heads, self.clusters, store.k_dim, device=store.device)
         self.weight[layer] = torch.zeros(num_rows, num_heads, self.clusters, device=store.device)
         self.seeded[layer] = torch.zeros(num_rows, dtype=torch.int64, device=store.device)
         self.fresh.add(layer)

@@ -37,7 +37,7 @@ class Hierarchical(PageBounds):
 
     def open(self, layer: int, store: LayerStore, num_shards: int) -> None:
         super().open(layer, store, num_shards)
-        shape = (store.counts.shape[0], num_shards, store.fmt.num_kv_heads, 2, store.fmt.k_dim)
+        shape = (store.counts.shape[0], num_shards, store.fmt.num_kv_heads, 2, store.k_dim)
         self.shard_bounds[layer] = self._empty(torch.empty(shape, device=store.device))
 
     @staticmethod

@@ -28,7 +28,7 @@ class ShardRouter(Router):
 
     def open(self, layer: int, store: LayerStore, num_shards: int) -> None:
         shape = (store.counts.shape[0], num_shards)
-        self.sums[layer] = torch.zeros(*shape, store.fmt.num_kv_heads, store.fmt.k_dim, device=store.device)
+        self.sums[layer] = torch.zeros(*shape, store.fmt.num_kv_heads, store.k_dim, device=store.device)
         self.counts[layer] = torch.zeros(shape, device=store.device)
 
     def remap(self, layer: int, parent: Tensor) -> None:
