@@ -54,7 +54,10 @@ def read_back(store: LayerStore, table: Tensor, counts: Tensor, tail_rows: Tenso
 
 
 def keys_at(store: LayerStore, table: Tensor, index: Tensor) -> Tensor:
-    """[n, H, Dk] f32, keys (or what pages hold of them) of the entries `index` [n] of tables `table` [n] (row * tables of a row + table, ascending). Host phase."""
+    """[n, H, Dk] f32, as pages hold them: keys of the entries `index` [n] of tables `table` [n] (row * tables of a row + table, ascending).
+
+    Host phase.
+    """
     tables, of = torch.unique_consecutive(table, return_inverse=True)
     tail = None if store.tail is None else store.tail[tables]
     k, _ = decoded(store, store.block_table.flatten(0, 1)[tables], store.counts.reshape(-1)[tables], tail)

@@ -103,10 +103,13 @@ class Tables:
 
     def turn(self, near: list[Transform | None], far: list[Transform | None]) -> None:
         """Take from the maps of all layers those of keys before their rotation, for the pages of both pools. Before any entry is stored."""
-        self.turned, self.far_turned = (
-            [None if maps is None or maps.inv_freq is None else maps for maps in pool] for pool in (near, far)
-        )
+        self.turned, self.far_turned = ([None if maps is None or maps.inv_freq is None else maps for maps in pool] for pool in (near, far))
         self.allocate(0)
+
+    @property
+    def undone(self) -> list[Transform | None]:
+        """Of every layer the maps of keys before their rotation, in whichever pool these lie."""
+        return [near or far for near, far in zip(self.turned, self.far_turned, strict=True)]
 
     def _no_tail(self, fmt: PageFormat) -> Tensor:
         return torch.zeros(1, fmt.num_kv_heads, fmt.group, fmt.k_dim, dtype=tail_dtype(self.dtype), device=self.device)

@@ -2,6 +2,7 @@
 
 import pytest
 
+from tests.dist.jobs.linear import KEPT_BY
 from tests.dist.launcher import JobResult, run_gloo
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(240)]
@@ -18,6 +19,12 @@ def job(tmp_path_factory) -> JobResult:
 )
 def test_full_rank_is_exact(job, what, requests):
     job.check(f"{what} {requests}")
+
+
+@pytest.mark.parametrize("requests", ["replicated", "distinct"])
+@pytest.mark.parametrize("method", KEPT_BY)
+def test_policies_keep_of_keys_before_their_rotation_what_they_keep_of_raw_ones(job, method, requests):
+    job.check(f"kept by {method} {requests}")
 
 
 @pytest.mark.parametrize("requests", ["replicated", "distinct"])

@@ -49,13 +49,13 @@ def kept(cache: HFCache) -> list[list[list[list[int]]]]:
 
 def held(
     model, ids, group, method: str, *, waiting: int = 0, requests: str = "replicated", scheduling: dict | None = None,
-    storage: dict | None = None, routing: dict | None = None, page_size: int = 2, **options,
+    storage: dict | None = None, routing: dict | None = None, compression: dict | None = None, page_size: int = 2, **options,
 ) -> dict:  # fmt: skip
     """A run's tokens, the entries it kept in every table, its collectives. waiting: entries that may be there beyond the budget."""
     scheduling = {"method": method, **SCHEDULING, **(scheduling or {})}
     scheduling |= needed(method, Path(FOLDER.name), **geometry(model))
     block = {"page_size": page_size, "storage": {**STORAGE, "requests": requests, **(storage or {})}, "routing": routing or {}}
-    block["scheduling"] = scheduling
+    block |= {"scheduling": scheduling, "compression": compression or {}}
     with pikv_ds.attach(model, block, group) as cache:
         run = generate(model, ids, new_tokens=24, **options)
         stats, own, load, heads = cache.stats(), kept(cache), cache.core.tables.directory.load.tolist(), cache.core.tables.heads
