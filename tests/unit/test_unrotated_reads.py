@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pikv_ds import ops
 from pikv_ds.entries import read_back
 from pikv_ds.errors import ConfigError
 from pikv_ds.ops.bound_codes import decode_box
 from pikv_ds.reader import Stored
+from pikv_ds.turned_bounds import page_bounds
 from pikv_ds.turned_reader import attend, decode
 from tests.unit.driver import Driver, dense_over, layer, ragged, rel_error
 from tests.unit.evicting import EvictingDriver, accumulated, bound, last_query, observed, short_keys
@@ -292,6 +294,36 @@ def test_entries_that_leave_take_their_bounds_along(tmp_path):
         assert torch.allclose(low, keys.amin(0), atol=1e-5) and torch.allclose(high, keys.amax(0), atol=1e-5)
 
 
+def test_entries_that_leave_are_counted_as_those_of_raw_keys(tmp_path):
+    """Pages that close up are told to a router with the keys that queries meet."""
+    scheduling = {"method": "knorm", "budget_tokens": 30, "sink_tokens": 2, "recent_tokens": 3, "granularity": "token"}
+    routing, counts = {"method": "centroids", "budget_pages": 9, "sink_tokens": 2, "recent_tokens": 3}, []
+    for compression in ({}, unrotated(LAYERS[:1], tmp_path)):
+        driver = Quiet(LAYERS[:1], page_size=4, scheduling=scheduling, routing=routing, compression=compression)
+        driver.prefill([90, 50])
+        driver.decode()
+        pool = driver.cache.tables.stores[0]
+        counts.append(pool.summaries["clusters"][pool.block_table[:, 0, :7].long()])
+    assert torch.equal(*counts) and int(counts[0].sum()) == 2 * 28 * 2
+
+
+def test_bounds_stay_where_nothing_was_stored(tmp_path):
+    """Another rank's entries, and padding: slot -1."""
+    driver = lossy(tmp_path, "none", 4, routing={"method": "bounds", "budget_pages": 40, "sink_tokens": 2, "recent_tokens": 5})
+    pool = driver.cache.tables.stores[0]
+    bounds = pool.summaries["bounds"]
+    before, table = bounds.clone(), torch.zeros(5, dtype=torch.int32)
+    page_bounds(bounds, pool, torch.full((5,), -1, dtype=torch.int32), table)
+    assert torch.equal(bounds, before)
+    bounds.fill_(7)
+    slots = torch.tensor([-1, 8, -1, 10, 9], dtype=torch.int32)  # three entries of page 2, in no order
+    page_bounds(bounds, pool, slots, table)
+    keys = pool.turned.keys(ops.decode_pages(pool.pages[2:3], pool.fmt)[0][0].transpose(0, 1), pool.positions[2])[:3]
+    low, high = bounds[2].float().unbind(1)
+    assert (low <= keys.amin(0) + 1e-5).all() and (high >= keys.amax(0) - 1e-5).all() and (high - keys.amax(0)).max() < 0.05
+    assert bounds[[i for i in range(pool.num_pages) if i != 2]].eq(7).all()
+
+
 @pytest.mark.parametrize(("blocks", "said"), [
     ({"routing": {"method": "bounds", "budget_pages": 40}, "scheduling": {"method": "h2o", "budget_tokens": 80, "head_budget": "uniform"}},
      "legal is 'all'"),
@@ -303,3 +335,29 @@ def test_what_is_refused_is_what_is_refused_of_other_codecs(tmp_path, blocks, sa
     for compression in ({}, unrotated([layer(0)], tmp_path)):
         with pytest.raises(ConfigError, match=said):
             Driver([layer(0)], compression=compression | window, **rest)
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses what waits for a device: numbers read back, shapes that depend on values."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = [x for x in torch.utils._pytree.tree_leaves(args) if isinstance(x, torch.Tensor)]
+        waits = func._schema.name in ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::_unique2")
+        by_mask = func._schema.name == "aten::index" and any(x.dtype == torch.bool for x in given[1:])
+        assert not waits and not by_mask, f"{func} waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("store", "page_size"), [("none", 4), ("int4", 64)])
+def test_nothing_waits_for_the_device(tmp_path, store, page_size):
+    routing = {"method": "bounds", "budget_pages": 40, "sink_tokens": 2, "recent_tokens": 5}
+    driver = lossy(tmp_path, store, page_size, routing=routing)
+    pool = driver.cache.tables.stores[0]
+    stored, q = tables(pool), torch.randn(2, 4, 16)
+    page_list = torch.zeros(4, 2, 1, dtype=torch.int32)
+    with pytest.raises(AssertionError, match="waits for the device"), NoWaiting():
+        pool.counts.sum().item()
+    with NoWaiting():
+        decode(pool, q, stored, scale=0.3, page_list=page_list, with_page_lse=True)
+        attend(pool, q.unsqueeze(1), stored, scale=0.3)
+        page_bounds(pool.summaries["bounds"], pool, torch.arange(3, dtype=torch.int32), torch.zeros(3, dtype=torch.int32))

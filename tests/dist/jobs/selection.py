@@ -21,7 +21,7 @@ from tests.routing_blocks import routing
 from tests.unrotated import unrotated
 
 FOLDER = tempfile.TemporaryDirectory(prefix="pikv_gate_")  # goes with the process
-UNROTATED = ["bounds", "centroids", "topk"]  # over coefficients of keys before their rotation
+UNROTATED = ["bounds", "centroids"]  # over coefficients of keys before their rotation
 SHARDS, HEADS, KV_HEADS, DIM, EXPERTS = 4, 4, 2, 16, 8
 LAYERS = [
     LayerSpec(layer_idx=0, num_kv_heads=KV_HEADS, k_dim=DIM, v_dim=DIM),
