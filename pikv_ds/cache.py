@@ -56,12 +56,12 @@ class PiKVCache:
         transforms = fit_transforms(codec, config, policy, layers)
         self.transforms = [None if transform is None else transform.to(device) for transform in transforms]
         self.tables = Tables(
-            layers, config, codec, self.page_size, self.num_shards, self.exchange.rank, self.exchange.size, num_experts, dtype, device
-        )
+            layers, config, codec, self.page_size, self.num_shards, self.exchange.rank, self.exchange.size, num_experts, dtype, device,
+            self.transforms,
+        )  # fmt: skip
         if codec.light is None:  # near pages are as computed then: the maps are for far pages only
             self.tables.far_maps = [None if far is None else maps for far, maps in zip(self.tables.far, self.transforms, strict=True)]
             self.transforms = [maps if far is None else None for far, maps in zip(self.tables.far, self.transforms, strict=True)]
-        self.tables.turn(self.transforms, self.tables.far_maps)
         self.bases: RequestBases | None = None  # None: the same maps for all requests, if there are any
         if codec.per_request:
             self.bases = RequestBases(layers, [codec.stored(spec) for spec in layers], codec.fit_tokens, self.exchange, device)

@@ -104,8 +104,10 @@ class Mass:
         Each query reads its pages by itself, which gives the lse of every page with it; only reading a long chunk costs more that way.
         """
         num_rows, num_queries = q.shape[:2]
-        if store.turned is not None:
-            return self._read_turned(store, q, row0, stored, scale)
+        if store.turned is not None:  # keys are put together once for all queries of a row
+            out, lse, page_lse = attend(store, q, stored, scale=scale)
+            self._kept(store, q, row0, stored, scale, page_lse)
+            return out, lse
         table, seqlens, tail_rows = stored.block_table, stored.seqlens, stored.tail_rows
         if num_queries > 1:
             table, seqlens = (_per_query(x, num_rows, num_queries) for x in (table, seqlens))
@@ -115,21 +117,13 @@ class Mass:
             q.flatten(0, 1).contiguous(), store.pages, store.fmt, table, seqlens,
             scale=scale, with_page_lse=not by_entry, tail=stored.tail, tail_rows=tail_rows,
         )  # fmt: skip
-        page_lse = None if by_entry else page_lse.view(num_rows, num_queries, -1, *page_lse.shape[1:])
+        page_lse = None if by_entry else page_lse.unflatten(0, (num_rows, num_queries, -1))
         self._kept(store, q, row0, stored, scale, page_lse)
         return out.unflatten(0, (num_rows, num_queries)), lse.unflatten(0, (num_rows, num_queries))
 
-    def _read_turned(self, store: LayerStore, q: Tensor, row0: int, stored: Stored, scale: float) -> tuple[Tensor, Tensor]:
-        """Un-rotated keys are put together once for all queries of a row."""
-        if not store.num_pages:
-            return q.new_zeros(*q.shape[:3], store.fmt.v_dim, dtype=torch.float32), torch.full(q.shape[:3], -torch.inf, device=q.device)
-        out, lse, page_lse = attend(store, q, stored, scale=scale)
-        self._kept(store, q, row0, stored, scale, None if self.tables.by_entry else page_lse)
-        return out, lse
-
     def _kept(self, store: LayerStore, q: Tensor, row0: int, stored: Stored, scale: float, page_lse: Tensor | None) -> None:
-        """page_lse [R, T, S, Hq, C], or None: entries are counted."""
-        if page_lse is not None:
+        """page_lse [R, T, S, Hq, C], not read where entries are counted."""
+        if not self.tables.by_entry:
             self.keep(store, row0, page_lse)
         elif any(policy.watches for policy in self.policies):
             self.page_lse[store, row0] = EntryLse(store, q, stored, scale)

@@ -41,6 +41,7 @@ class Tables:
         num_experts: int,
         dtype: torch.dtype,
         device: torch.device,
+        transforms: list[Transform | None],
     ) -> None:
         self.layers, self.storage, self.page_size = layers, config.storage, page_size
         per_head = config.scheduling.head_budget != "shared"
@@ -55,8 +56,8 @@ class Tables:
         ]
         self.two_pools = any(far)
         self.far_maps: list[Transform | None] = [None] * len(layers)  # from near entries to what far pages hold; None: the same
-        self.turned: list[Transform | None] = [None] * len(layers)  # of layers whose pages hold keys before their rotation
-        self.far_turned: list[Transform | None] = [None] * len(layers)  # the same of far pages
+        # Of layers whose pages hold keys before their rotation; with two pools the far ones.
+        self.undone = [None if maps is None or maps.inv_freq is None else maps for maps in transforms]
         self.dtype, self.device, self.num_shards = dtype, device, num_shards
         shards = local_shards(rank, num_shards, num_ranks)
         self.shard_begin, self.num_local = shards.start, len(shards)
@@ -72,8 +73,8 @@ class Tables:
         self.counts = torch.zeros(len(self.layers), num_rows, self.num_local * self.heads, dtype=torch.int32, device=self.device)
         self.free_top = torch.zeros(len(self.layers), dtype=torch.int64, device=self.device)
         self.stores = [
-            LayerStore(fmt, self.dtype, self.device, self.counts[i], self.free_top[i], self.heads, turned=self.turned[i])
-            for i, fmt in enumerate(self.formats)
+            LayerStore(fmt, self.dtype, self.device, self.counts[i], self.free_top[i], self.heads, turned=None if far else self.undone[i])
+            for i, (fmt, far) in enumerate(zip(self.formats, self.far_formats, strict=True))
         ]
         self.far_counts, self.far_free_top = torch.zeros_like(self.counts), torch.zeros_like(self.free_top)
         no_tails = {fmt: self._no_tail(fmt) for fmt in self.far_formats if fmt is not None}
@@ -82,7 +83,7 @@ class Tables:
             None
             if fmt is None
             else LayerStore(
-                fmt, self.dtype, self.device, self.far_counts[i], self.far_free_top[i], no_tail=no_tails[fmt], turned=self.far_turned[i]
+                fmt, self.dtype, self.device, self.far_counts[i], self.far_free_top[i], no_tail=no_tails[fmt], turned=self.undone[i]
             )
             for i, fmt in enumerate(self.far_formats)
         ]
@@ -100,16 +101,6 @@ class Tables:
         self.evicted = self.directory.evicted_by_head()  # [L][R][H]
         self.counters.clear()
         self.mirror()
-
-    def turn(self, near: list[Transform | None], far: list[Transform | None]) -> None:
-        """Take from the maps of all layers those of keys before their rotation, for the pages of both pools. Before any entry is stored."""
-        self.turned, self.far_turned = ([None if maps is None or maps.inv_freq is None else maps for maps in pool] for pool in (near, far))
-        self.allocate(0)
-
-    @property
-    def undone(self) -> list[Transform | None]:
-        """Of every layer the maps of keys before their rotation, in whichever pool these lie."""
-        return [near or far for near, far in zip(self.turned, self.far_turned, strict=True)]
 
     def _no_tail(self, fmt: PageFormat) -> Tensor:
         return torch.zeros(1, fmt.num_kv_heads, fmt.group, fmt.k_dim, dtype=tail_dtype(self.dtype), device=self.device)
