@@ -20,7 +20,6 @@ from tests.dist.jobs.exact import assert_conserved, assert_same, generate, gener
 from tests.dist.jobs.report import Report
 from tests.tiny_models import prompt, tiny_model
 
-
 KEPT_BY = ["h2o", "quest"]
 
 
