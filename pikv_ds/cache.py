@@ -23,7 +23,7 @@ from .placement import Placement, Routed
 from .plan import LocalStep, StepPlan
 from .pool_reader import PoolReader
 from .replicated import ReplicatedStep
-from .request_basis import RequestBases
+from .request_basis import RequestBases, Turn
 from .retention_checks import check_retention
 from .selection import Selection
 from .spec import LayerSpec
@@ -131,8 +131,16 @@ class PiKVCache:
         if self.config.storage.overflow == "error":
             self.tables.counters.raise_if_overflowed(self.plan.capacity)
         if self.bases is not None:
-            self.bases.settle(self.plan, self.tables.stores)
+            self._turned(self.bases.settle(self.plan, self.tables.stores))
         self.plan = None
+
+    def _turned(self, turns: list[Turn]) -> None:
+        """What is kept of keys and queries beside the pages follows them into their new basis."""
+        for layer, turn in enumerate(turns):
+            if self.selection is not None:
+                self.selection.news.turned(layer, turn, self.selection.gather)
+            if self.retention is not None:
+                self.retention.mass.turned(layer, turn)
 
     def adopt(self, agreed: Agreed) -> None:
         """Bring tables and sizes in line with what the ranks agreed on, before any entry of the forward is written."""

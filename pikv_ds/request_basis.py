@@ -12,19 +12,28 @@ D head_dim, r rank.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
-
-from pikv_ds import ops
 
 from .agreement import Agreed
 from .exchange import Exchange
 from .plan import LocalStep, StepPlan
+from .reproject import reproject
 from .spec import LayerSpec
 from .step import Partial
 from .store import LayerStore
 
 NEVER = 1 << 62
+
+
+class Turn(NamedTuple):
+    """A layer whose keys and queries of some rows have another basis from now on: x -> x by, of rows [n] int64, ascending."""
+
+    rows: Tensor
+    by: Tensor
+    """[n, H, r, r] f32, the same on all ranks."""
 
 
 class RequestMaps:
@@ -101,8 +110,11 @@ class RequestBases:
             for row, p in enumerate(parents or [-1] * len(agreed.parent))
         ]
 
-    def settle(self, plan: StepPlan, stores: list[LayerStore]) -> None:
-        """Fit again what has doubled, and turn what is stored. One collective when there are such requests on several ranks."""
+    def settle(self, plan: StepPlan, stores: list[LayerStore]) -> list[Turn]:
+        """Fit again what has doubled, and turn what is stored. One collective when there are such requests on several ranks.
+
+        Returns: how the keys of each layer were turned; nothing when no request has doubled, the same on every rank.
+        """
         doubled = []
         for row, (before, after) in enumerate(zip(plan.lens_before_host, plan.lens_after_host, strict=True)):
             at = self.fitted_at[row]
@@ -111,14 +123,17 @@ class RequestBases:
             elif after > before and at < self.fit_tokens and after >= 2 * at:
                 doubled.append(row)
                 self.fitted_at[row] = after
+        turned = []
         if doubled:
             turns = self._turns(plan, doubled)
             rows = torch.tensor(doubled, dtype=torch.int64).to(self.device)
             for store, (turn_k, turn_v) in zip(stores, turns, strict=True):
                 reproject(store, rows, turn_k, turn_v)
+                turned.append(Turn(rows, turn_k))
         own = plan.sources[plan.own]
         if self.sums is not None and all(at >= self.fit_tokens for at in self.fitted_at[own.row0 : own.row0 + own.num_rows]):
             self.sums = None
+        return turned
 
     def _turns(self, plan: StepPlan, doubled: list[int]) -> list[list[Tensor]]:
         """[layer][side] [len(doubled), H, r, r]: from old coefficients to new ones. The new bases are in place afterwards."""
@@ -176,33 +191,3 @@ def _take(x: Tensor, index: Tensor, new: Tensor) -> Tensor:
 
 def _padded(x: Tensor, rows: int) -> Tensor:
     return torch.cat([x, x.new_zeros(rows - x.shape[0], *x.shape[1:])])
-
-
-def reproject(store: LayerStore, rows: Tensor, turn_k: Tensor, turn_v: Tensor) -> None:
-    """Turn the coefficients of all entries of some rows: decode, multiply, encode again at the same slots. Host phase.
-
-    Args: rows [n] int64, no page of which is another row's; turn_k, turn_v [n, H, r, r].
-    """
-    fmt, page_size, num_shards = store.fmt, store.page_size, store.counts.shape[1]
-    counts = store.counts[rows].flatten()  # [N] tables
-    pages = -(-int(counts.max()) // page_size)
-    if pages == 0:
-        return
-    table = store.block_table[rows, :, :pages].flatten(0, 1)  # [N, C]
-    ids = table.clamp_min(0).flatten()
-    k, v = ops.decode_pages(store.pages.index_select(0, ids), fmt)
-    k, v = (x.transpose(1, 2).reshape(len(counts), -1, x.shape[1], x.shape[3]) for x in (k.float(), v.float()))  # [N, L, H, r]
-    slot = torch.arange(k.shape[1], device=k.device)
-    held = slot < counts.unsqueeze(1)
-    tables = (rows.unsqueeze(1) * num_shards + torch.arange(num_shards, device=k.device)).flatten()
-    if fmt.grouped:
-        raw = store.tail[tables][:, :, slot % fmt.group].transpose(1, 2).float()
-        k = torch.where((slot >= (counts - counts % fmt.group).unsqueeze(1))[:, :, None, None], raw, k)
-    turn = lambda x, by: torch.einsum("nlhr,nhrs->nlhs", x, by.repeat_interleave(num_shards, 0))  # noqa: E731
-    k, v = (torch.where(held[:, :, None, None], x, 0) for x in (turn(k, turn_k), turn(v, turn_v)))
-    at = torch.where(held, table.repeat_interleave(page_size, 1) * page_size + slot % page_size, -1)
-    ops.append(
-        store.pages, fmt, *(x.flatten(0, 1).to(store.dtype).contiguous() for x in (k, v)), store.positions[ids].flatten().contiguous(),
-        at.flatten().to(torch.int32), tail=store.tail,
-        tail_rows=tables.repeat_interleave(k.shape[1]).to(torch.int32) if fmt.grouped else None,
-    )  # fmt: skip

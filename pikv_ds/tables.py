@@ -56,6 +56,7 @@ class Tables:
         self.two_pools = any(far)
         self.far_maps: list[Transform | None] = [None] * len(layers)  # from near entries to what far pages hold; None: the same
         self.turned: list[Transform | None] = [None] * len(layers)  # of layers whose pages hold keys before their rotation
+        self.turns = codec.per_request  # what is stored of a request gets another basis while it grows (request_basis.py)
         self.dtype, self.device, self.num_shards = dtype, device, num_shards
         shards = local_shards(rank, num_shards, num_ranks)
         self.shard_begin, self.num_local = shards.start, len(shards)

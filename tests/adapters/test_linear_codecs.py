@@ -125,8 +125,7 @@ def test_what_svd_cannot_be_combined_with(models):
         ({"compression": {**svd, "rotate": "hadamard"}}, "pikv.compression.rotate"),
         ({"compression": {"v": svd}}, "another codec in pikv.compression.v"),
         ({"compression": {"layers": {"0": svd}}}, "another codec in pikv.compression.layers.0"),
-        ({"compression": svd, "page_size": 4, "routing": {"method": "bounds", "budget_ratio": 0.5}}, "pikv.routing.method = 'bounds'"),
-        ({"compression": svd, "scheduling": {"method": "quest", "budget_tokens": 128}}, "pikv.scheduling.method = 'quest'"),
+        ({"compression": svd, "scheduling": {"method": "expected_attention", "budget_tokens": 128}}, "it needs the model's own queries"),
     ):
         with pytest.raises(ConfigError, match=said):
             pikv_ds.attach(models["qwen3_moe"][0], block)

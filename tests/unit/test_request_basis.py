@@ -8,7 +8,8 @@ from pikv_ds.agreement import Agreed
 from pikv_ds.codecs import CODECS
 from pikv_ds.exchange import Exchange
 from pikv_ds.plan import LocalStep, StepPlan
-from pikv_ds.request_basis import NEVER, RequestBases, reproject
+from pikv_ds.reproject import reproject
+from pikv_ds.request_basis import NEVER, RequestBases
 from pikv_ds.spec import LayerSpec
 from pikv_ds.store import LayerStore
 

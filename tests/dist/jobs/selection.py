@@ -30,9 +30,14 @@ LAYERS = [
 class Side:
     """A cache fed with the requests `rows` of all: row r of forward f has tokens that only r, f and the layer decide."""
 
-    def __init__(self, name: str, requests: str, rows: list[int], group, **more) -> None:
+    def __init__(self, name: str, requests: str, rows: list[int], group, compression: dict | None = None, **more) -> None:
         method = routing(name, Path(FOLDER.name), layers=len(LAYERS), shards=SHARDS, query_width=HEADS * DIM, **more)
-        block = {"page_size": 4, "routing": method, "storage": {"num_shards": SHARDS, "requests": requests}}
+        block = {
+            "page_size": 4,
+            "routing": method,
+            "storage": {"num_shards": SHARDS, "requests": requests},
+            "compression": compression or {},
+        }
         self.cache = PiKVCache(
             LAYERS, PiKVConfig(**block), num_experts=EXPERTS, dtype=torch.float32, device=torch.device("cpu"), group=group
         )
@@ -91,14 +96,15 @@ def drive(side: Side, own: slice, idle: bool) -> list[torch.Tensor]:
     return outs
 
 
-def check_same_pages(report: Report, name: str, requests: str, group) -> None:
+def check_same_pages(report: Report, name: str, requests: str, group, compression: dict | None = None) -> None:
     rank, size = dist.get_rank(), dist.get_world_size()
-    with report.check(f"{name} {requests}") as row:
+    with report.check(f"{name} {requests}" + " svd" * (compression is not None)) as row:
         replicated = requests == "replicated"
         per_rank = 4 // size
         own = slice(0, 4) if replicated else slice(rank * per_rank, (rank + 1) * per_rank)
         idle = not replicated and size == 4  # one request per rank
-        alone, several = Side(name, "auto", list(range(4)), None), Side(name, requests, list(range(4))[own], group)
+        alone = Side(name, "auto", list(range(4)), None, compression)
+        several = Side(name, requests, list(range(4))[own], group, compression)
         expected, found = drive(alone, slice(0, 4), idle), drive(several, own, idle)
         local = several.cache.tables.local
         for key, places in alone.chosen.items():
@@ -206,6 +212,8 @@ def main() -> None:
     for requests in ("replicated", "distinct"):
         for name in sys.argv[1:]:
             check_same_pages(report, name, requests, group)
+        for name in ("bounds", "hierarchical", "centroids", "topk", "shuffle") if dist.get_world_size() == 2 else ():
+            check_same_pages(report, name, requests, group, {"method": "svd", "rank": 8})  # bases change with the forwards of drive()
         check_bytes(report, requests, group)
     check_needed(report, group)
     check_diverged(report, group)
