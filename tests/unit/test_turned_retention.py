@@ -1,7 +1,6 @@
 """Retention beside codec svd: what a policy keeps of queries, and pages of one head, follow a request into its new basis.
 
-With bases of all directions inner products are those of the keys themselves: every policy but `quest`, whose boxes are other ones in
-another basis, keeps the entries that it keeps without a codec.
+What holds for every registered policy: tests/contracts/test_request_bases.py.
 """
 
 import pytest
@@ -9,51 +8,11 @@ import torch
 
 from pikv_ds.errors import ConfigError
 from pikv_ds.policies import POLICIES
-from tests.retention_blocks import needed
 from tests.unit.driver import Driver, layer, ragged
 from tests.unit.evicting import entries_of
+from tests.unit.turning import svd
 
 LAYERS = [layer(0, dim=16), layer(1, dim=16)]
-SVD = {"codec": "svd", "compression": {"rank": 16, "fit_tokens": 200}}
-NAMES = [name for name, policy in POLICIES.items() if not (policy.keeps_all or policy.reads_model_queries)]
-
-
-def held(driver: Driver) -> list[list[list[int]]]:
-    """[layer][row of each table] positions."""
-    return [
-        [entries_of(store, row, table)[2].tolist() for row in range(len(driver.lens)) for table in range(store.counts.shape[1])]
-        for store in driver.cache.tables.stores
-    ]
-
-
-def kept(name: str, folder, codec: dict, **scheduling) -> tuple[list, list]:
-    """Entries after every forward, and the outputs; requests double in chunks and while they are decoded."""
-    own = needed(name, folder, layers=2, heads=2, width=32)
-    block = {"method": name, "budget_tokens": 40, "sink_tokens": 2, "recent_tokens": 5} | own | scheduling
-    shards = 1 if POLICIES.get(name).needs_one_shard else 2
-    driver = Driver(LAYERS, scheduling=block, page_size=2, num_shards=shards, placement="position", **codec)
-    driver._compare = lambda i, q, positions, out, lse: None
-    driver.prefill([50, 16])
-    entries, outputs = [held(driver)], []
-    for mask in (ragged([13, 9]), *[ragged([1, 1])] * 12, ragged([33, 50]), *[ragged([1, 1])] * 3):
-        outputs += driver.forward(mask)
-        entries.append(held(driver))
-    if codec:
-        assert min(driver.cache.bases.fitted_at) >= 75, "every request was fitted again"
-    return entries, outputs
-
-
-CASES = [(name, POLICIES.get(name).needs_head_budget or "shared") for name in NAMES if name != "quest"]
-CASES += [(name, heads) for name in ("h2o", "knorm", "hazard_lru") for heads in ("uniform", "adaptive")]
-
-
-@pytest.mark.parametrize(("name", "head_budget"), CASES)
-def test_the_same_entries_are_kept_as_without_a_codec(name, head_budget, tmp_path):
-    plain, outputs = kept(name, tmp_path, {}, head_budget=head_budget)
-    turned, found = kept(name, tmp_path, SVD, head_budget=head_budget)
-    assert plain == turned
-    for (out, lse), (want, want_lse) in zip(found, outputs, strict=True):
-        assert torch.allclose(out, want, atol=1e-5) and torch.allclose(lse, want_lse, atol=1e-5)
 
 
 @pytest.mark.parametrize("head_budget", ["shared", "uniform"])
@@ -61,7 +20,7 @@ def test_the_same_entries_are_kept_as_without_a_codec(name, head_budget, tmp_pat
 def test_quest_scores_boxes_of_coefficients_with_the_query_in_their_basis(granularity, head_budget):
     """Beside loops over what is stored and the model's own latest query, folded here with the basis that the request has now."""
     block = {"method": "quest", "budget_tokens": 24, "sink_tokens": 2, "recent_tokens": 5, "head_budget": head_budget}
-    driver = Driver(LAYERS[:1], scheduling=block | {"granularity": granularity}, page_size=2, num_shards=2, **SVD)
+    driver = Driver(LAYERS[:1], scheduling=block | {"granularity": granularity}, page_size=2, num_shards=2, **svd(fit_tokens=200))
     latest, checked = {}, 0
 
     def keep(i, q, positions, out, lse):
@@ -98,4 +57,4 @@ def test_quest_scores_boxes_of_coefficients_with_the_query_in_their_basis(granul
 def test_queries_that_are_kept_under_no_name_are_refused(monkeypatch):
     monkeypatch.setattr(POLICIES.get("quest"), "row_queries", ())
     with pytest.raises(ConfigError, match="pikv.scheduling.method = 'quest' .* which of that to turn"):
-        Driver(LAYERS, scheduling={"method": "quest", "budget_tokens": 100}, **SVD)
+        Driver(LAYERS, scheduling={"method": "quest", "budget_tokens": 100}, **svd(fit_tokens=200))

@@ -1,6 +1,6 @@
 """Routers beside codec svd: pages, queries and all that a router keeps are in the basis that a request has now, whatever it was before.
 
-Bases of all directions (rank = head_dim) lose nothing, so what is chosen and read can be compared with what the keys themselves say.
+What holds for every registered router: tests/contracts/test_request_bases.py.
 """
 
 import pytest
@@ -14,14 +14,10 @@ from tests.routing_blocks import placement, routing
 from tests.unit.driver import Driver, layer, ragged
 from tests.unit.evicting import entries_of
 from tests.unit.test_selection import PAGE, SelectingDriver
+from tests.unit.turning import svd, turns
 
 LAYERS = [layer(0, dim=16), layer(1, dim=16, window=24)]
 BOXES = [name for name, router in ROUTERS.items() if issubclass(router, PageBounds)]  # other boxes in another basis
-OTHERS = [name for name, router in ROUTERS.items() if not (router.reads_all or router.reads_model_queries or name in BOXES)]
-
-
-def svd(rank: int = 16, fit_tokens: int = 100, **store) -> dict:
-    return {"codec": "svd", "compression": {"rank": rank, "fit_tokens": fit_tokens} | store}
 
 
 def coefficients(driver: Driver, i: int, row: int) -> dict[int, Tensor]:
@@ -52,53 +48,13 @@ def grow(driver: Driver) -> None:
         driver.forward(mask)
 
 
-def turns(driver: Driver) -> list[int]:
-    """Rows that each turn of a layer's store was for, while the driver runs."""
-    seen, settle = [], driver.cache.bases.settle
-
-    def counting(*given):
-        turned = settle(*given)
-        seen.extend(len(turn.rows) for turn in turned)
-        return turned
-
-    driver.cache.bases.settle = counting
-    return seen
-
-
-@pytest.mark.parametrize(
-    ("num_shards", "options"),
-    [(4, {"pages": 6}), (1, {"ratio": 0.3, "spread": 1.0, "heads": "max"}), (3, {"pages": 6, "metadata": "int8"})],
-    ids=str,
-)
+@pytest.mark.parametrize(("num_shards", "options"), [(4, {"pages": 6}), (1, {"ratio": 0.3, "spread": 1.0, "heads": "max"})], ids=str)
 def test_pages_are_those_of_an_oracle_over_the_stored_coefficients(num_shards, options):
     driver = TurnedDriver(LAYERS, num_shards=num_shards, **options, **svd())
     driver.tolerance = 1e-5
     seen = turns(driver)
     grow(driver)
     assert driver.left_out > 0 and len(seen) >= 6
-
-
-@pytest.mark.parametrize("name", OTHERS)
-def test_what_follows_from_inner_products_is_chosen_as_without_a_codec(name, tmp_path):
-    """All but boxes: k-means, means of shards, what the attention says and what asks nothing of a key."""
-    chosen = []
-    for codec in ({}, svd()):
-        block = routing(name, tmp_path, layers=2, shards=4, query_width=64)
-        driver, own = Driver(LAYERS, routing=block, num_shards=4, page_size=PAGE, **placement(name), **codec), []
-        driver._compare = lambda i, q, positions, out, lse: None
-        choose = driver.cache.selection.choose
-
-        def recording(asked, plan, choose=choose, own=own):
-            page_list = choose(asked, plan)
-            own.append(page_list[asked.positions.repeat_interleave(asked.visible.shape[1]) >= 0].sort(-1).values)
-            return page_list
-
-        driver.cache.selection.choose = recording
-        seen = turns(driver) if codec else [1]
-        grow(driver)
-        assert seen
-        chosen.append(own)
-    assert len(chosen[0]) > 20 and all(torch.equal(plain, turned) for plain, turned in zip(*chosen, strict=True))
 
 
 @pytest.mark.parametrize("store", ["none", "int8"])
@@ -128,17 +84,6 @@ def test_metadata_after_a_turn_are_those_made_from_scratch(name, store, tmp_path
                         kept = driver.cache.selection.router.shard_bounds[i][row, shard]
                         assert torch.allclose(kept, torch.stack((k.amin(0), k.amax(0)), 1), atol=1e-6)
     assert checked == 2 and set(seen) == {2}, "both rows, twice"
-
-
-@pytest.mark.parametrize("name", [name for name, router in ROUTERS.items() if router.budgeted and not router.reads_model_queries])
-def test_a_budget_of_everything_reads_everything(name, tmp_path):
-    """Within rounding of the dense attention that Driver compares with: nothing is lost and nothing is read in another basis."""
-    block = routing(name, tmp_path, layers=2, shards=3, query_width=64)
-    if not ROUTERS.get(name).reads_all:
-        block["budget_pages"] = 100
-    driver = Driver(LAYERS, routing=block | ({"top_shards": 3} if name == "hierarchical" else {}), num_shards=3, **placement(name), **svd())
-    driver.tolerance = 1e-5
-    grow(driver)
 
 
 def test_a_router_that_cannot_follow_a_turn_is_refused(monkeypatch):
