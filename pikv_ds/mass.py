@@ -21,7 +21,7 @@ from .entries import EntryLse, PageLse
 from .plan import StepPlan
 from .policies.base import RetentionPolicy, Seen
 from .reader import Stored
-from .request_basis import Turn
+from .request_maps import Turn
 from .store import LayerStore
 from .tables import Tables
 

@@ -64,6 +64,7 @@ class PoolReader:
             return near
         maps, shift = self.tables.far_maps[query.layer], None
         if maps is not None:
+            maps = maps.of(rows)
             q, shift = maps.fold(q, query.scale)
         held = None
         if selects:

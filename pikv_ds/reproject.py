@@ -30,7 +30,11 @@ def reproject(store: LayerStore, rows: Tensor, turn_k: Tensor, turn_v: Tensor) -
     slot = torch.arange(k.shape[1], device=k.device)
     held = slot < counts.unsqueeze(1)
     tables = (rows.unsqueeze(1) * num_tables + torch.arange(num_tables, device=k.device)).flatten()
-    if fmt.grouped:
+    tail, tail_rows = store.tail, tables
+    if fmt.grouped and store.full_pages:  # whole groups: their tails are filled and used up within the call
+        shape = (len(counts), fmt.num_kv_heads, fmt.group, fmt.k_dim)
+        tail, tail_rows = torch.zeros(shape, dtype=store.tail.dtype, device=k.device), torch.arange(len(counts), device=k.device)
+    elif fmt.grouped:
         raw = store.tail[tables][:, :, slot % fmt.group].transpose(1, 2).float()
         k = torch.where((slot >= (counts - counts % fmt.group).unsqueeze(1))[:, :, None, None], raw, k)
     # A page holds all heads of a shard, or one head with tables shard * heads + head.
@@ -40,6 +44,6 @@ def reproject(store: LayerStore, rows: Tensor, turn_k: Tensor, turn_v: Tensor) -
     at = torch.where(held, table.repeat_interleave(page_size, 1) * page_size + slot % page_size, -1)
     ops.append(
         store.pages, fmt, *(x.flatten(0, 1).to(store.dtype).contiguous() for x in (k, v)), store.positions[ids].flatten().contiguous(),
-        at.flatten().to(torch.int32), tail=store.tail,
-        tail_rows=tables.repeat_interleave(k.shape[1]).to(torch.int32) if fmt.grouped else None,
+        at.flatten().to(torch.int32), tail=tail,
+        tail_rows=tail_rows.repeat_interleave(k.shape[1]).to(torch.int32) if fmt.grouped else None,
     )  # fmt: skip

@@ -13,7 +13,7 @@ from .compression_checks import check_turning_router
 from .demote import Moved
 from .entries import keys_at
 from .plan import StepPlan
-from .request_basis import Turn
+from .request_maps import Turn
 from .retention_checks import check_entry_router
 from .routers.base import NewEntries, Router, TurnedEntries
 from .store import LayerStore

@@ -167,7 +167,11 @@ def entries_of(store: LayerStore, row: int, shard: int) -> tuple[Tensor, Tensor,
     slots = slots_of(store, row, shard)
     if store.fmt.raw:
         return stored(store, slots)
-    tail = None if store.tail is None else store.tail.view(*store.counts.shape, *store.tail.shape[1:])[row, shard].unsqueeze(0)
+    tail = (
+        None
+        if store.tail is None or store.full_pages
+        else store.tail.view(*store.counts.shape, *store.tail.shape[1:])[row, shard].unsqueeze(0)
+    )
     k, v = decoded(store, store.block_table[row, shard].unsqueeze(0), store.counts[row, shard].view(1), tail)
     return *(x[0, :, : len(slots)].transpose(0, 1) for x in (k, v)), store.positions.flatten()[slots.long()]
 

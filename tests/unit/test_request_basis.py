@@ -6,12 +6,14 @@ import torch
 from pikv_ds import ops
 from pikv_ds.agreement import Agreed
 from pikv_ds.codecs import CODECS
+from pikv_ds.config import PiKVConfig
 from pikv_ds.exchange import Exchange
 from pikv_ds.plan import LocalStep, StepPlan
 from pikv_ds.reproject import reproject
 from pikv_ds.request_basis import NEVER, RequestBases
 from pikv_ds.spec import LayerSpec
 from pikv_ds.store import LayerStore
+from pikv_ds.tables import Tables
 
 SPEC = LayerSpec(layer_idx=0, num_kv_heads=2, k_dim=16, v_dim=16)
 
@@ -67,10 +69,9 @@ class Run:
     """Forwards of one rank through the bases, with the agreement's part done by hand and nothing stored."""
 
     def __init__(self, fit_tokens=16):
-        codec = CODECS.build("svd", rank=8)
-        self.bases = RequestBases([SPEC], [codec.stored(SPEC)], fit_tokens, Exchange(None, 10.0), torch.device("cpu"))
-        fmt = codec.page_format(SPEC, 4, torch.float32)
-        self.fmt, self.seen = fmt, {}
+        codec = CODECS.build("svd", rank=8, fit_tokens=fit_tokens)
+        self.tables = Tables([SPEC], PiKVConfig(), codec, 4, 1, 0, 1, 8, torch.float32, torch.device("cpu"))
+        self.bases = RequestBases([SPEC], codec, self.tables, Exchange(None, 10.0))
 
     def forward(self, num_new, parent, keep, seed):
         step = local(num_new, parent, keep)
@@ -82,8 +83,8 @@ class Run:
         maps = self.bases.maps(0, k, k.clone())
         after = [a + b for a, b in zip(keep, num_new, strict=True)]
         plan = StepPlan([(step.num_rows, 4)], 0, keep, after, torch.device("cpu"))
-        counts, top = torch.zeros(len(num_new), 1, dtype=torch.int32), torch.zeros((), dtype=torch.int64)
-        self.bases.settle(plan, [LayerStore(self.fmt, torch.float32, torch.device("cpu"), counts, top)])
+        self.tables.allocate(len(num_new))
+        self.bases.settle(plan)
         return k, maps
 
 

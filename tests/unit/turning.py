@@ -13,7 +13,7 @@ def turns(driver: Driver) -> list[int]:
 
     def counting(*given):
         turned = settle(*given)
-        seen.extend(len(turn.rows) for turn in turned)
+        seen.extend(len(turn.rows) for _, turn in turned)
         return turned
 
     driver.cache.bases.settle = counting
