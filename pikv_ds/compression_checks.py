@@ -18,8 +18,6 @@ def fit_transforms(codec: Codec, config: PiKVConfig, policy: RetentionPolicy, la
         if int(idx) not in known:
             raise ConfigError(f"pikv.compression.layers.{idx}: the model has layers 0 to {max(known)}")
     method = f"pikv.compression.method = {codec.name!r}"
-    if codec.per_request:
-        _check_per_request(config, method)
     transforms = [_transform(codec, spec) for spec in layers]
     if not codec.per_request and all(transform is None for transform in transforms):
         return transforms
@@ -65,13 +63,6 @@ def _check_unrotated(config: PiKVConfig, policy: RetentionPolicy, given: str) ->
             f"{given} with two pools of pages (raw_sink_tokens, raw_recent_tokens): near pages hold rotated keys, and demoting them would "
             f"have to turn them back; leave the raw window out, or use rope 'post'"
         )
-
-
-def _check_per_request(config: PiKVConfig, method: str) -> None:
-    block = config.compression
-    for key, given in (("rotate", block.rotate != "none"), ("k", block.k), ("v", block.v), ("layers", block.layers)):
-        if given:
-            raise ConfigError(f"pikv.compression.{key} with {method}, whose maps belong to a request: it serves all layers, alone")
 
 
 def check_turning_router(router: Router, *, summarises: bool) -> None:

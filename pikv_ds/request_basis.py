@@ -39,6 +39,8 @@ class RequestBases:
             ((spec.num_kv_heads, spec.k_dim, own.k_dim), (spec.num_kv_heads, spec.v_dim, own.v_dim))
             for spec, own in ((spec, codec.stored(spec)) for spec in layers)
         ]
+        rotations = (codec.request_rotation(spec) for spec in layers)
+        self.rotations = [None if pair is None else [x.to(self.device) for x in pair] for pair in rotations]  # [layer][side] [H, r, r]
         self.reset()
 
     def reset(self) -> None:
@@ -150,12 +152,13 @@ class RequestBases:
         own = [row - source.row0 for row in rows if source.row0 <= row < source.row0 + source.num_rows]
         return torch.tensor(own, dtype=torch.int64).to(self.device)
 
-    def _fitted(self, layer: int, side: int, index: Tensor) -> Tensor:
+    def _fitted(self, layer: int, side: int, index: Tensor | list[int]) -> Tensor:
         """[n, H, D, r] bases of the rows `index` of this rank, after all their tokens so far."""
         heads, dim, rank = self.shapes[layer][side]
         if not len(index):
             return torch.zeros(0, heads, dim, rank, device=self.device)
-        return leading(self.sums[layer][side][index], rank)
+        basis = leading(self.sums[layer][side][index], rank)
+        return basis if self.rotations[layer] is None else basis @ self.rotations[layer][side]
 
     def _of_all(self, plan: StepPlan, rows: list[int], parts: list[Tensor], what: str) -> list[Tensor]:
         """parts [n, ...] of this rank's among `rows` -> [len(rows), ...] of all ranks', in the order of the rows."""
@@ -184,8 +187,7 @@ class RequestBases:
                 x = torch.where(real, x.float(), 0).nan_to_num(0.0, 0.0, 0.0)  # what is not finite stays in its own entry
                 self.sums[layer][side] += torch.einsum("bthi,bthj->bhij", x, x)
                 if self.new and layer not in self.far:
-                    fitted = leading(self.sums[layer][side][self.new], self.bases[layer][side].shape[-1])
-                    self.bases[layer][side][self.new] = fitted
+                    self.bases[layer][side][self.new] = self._fitted(layer, side, self.new)
         return None if layer in self.far else RequestMaps(*self.bases[layer])
 
 
