@@ -92,7 +92,7 @@ def kept(name: str, folder, codec: dict, **scheduling) -> tuple[list, list]:
 
 
 CASES = [(name, POLICIES.get(name).needs_head_budget or "shared") for name in EVICTING if name != "quest"]
-CASES += [(name, heads) for name in ("h2o", "knorm", "hazard_lru") for heads in ("uniform", "adaptive")]
+CASES += [("knorm", "uniform"), ("hazard_lru", "uniform"), ("h2o", "adaptive")]
 
 
 @pytest.mark.parametrize(("name", "head_budget"), CASES)
