@@ -21,6 +21,7 @@ from .entries import EntryLse, PageLse
 from .plan import StepPlan
 from .policies.base import RetentionPolicy, Seen
 from .reader import Stored
+from .request_maps import Turn
 from .store import LayerStore
 from .tables import Tables
 from .turned_reader import attend
@@ -64,6 +65,13 @@ class Mass:
             for name, x in values.items():
                 old = x.index_select(0, parent.clamp_min(0))
                 values[name] = torch.where((parent >= 0).view(-1, *[1] * (x.dim() - 1)), old, 0)
+
+    def turned(self, layer: int, turn: Turn) -> None:
+        """Queries that the policy keeps go into the basis that the keys of their rows have now."""
+        kept, names = self.rows.get(layer, {}), self.policies[0].row_queries
+        for x in (kept[name] for name in names if name in kept):
+            by_head = x[turn.rows].unflatten(1, (turn.by.shape[1], -1))
+            x[turn.rows] = torch.einsum("nhgr,nhrs->nhgs", by_head, turn.by).flatten(1, 2)
 
     def follow(self, plan: StepPlan) -> None:
         """A forward begins."""

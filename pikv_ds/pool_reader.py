@@ -63,6 +63,8 @@ class PoolReader:
         if not selects and not far.num_pages:
             return near
         maps, shift = self.tables.far_maps[query.layer], None
+        if maps is not None:
+            maps = maps.of(rows)
         if maps is not None and far.turned is None:
             q, shift = maps.fold(q, query.scale)
         held = None

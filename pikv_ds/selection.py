@@ -185,10 +185,11 @@ class Selection:
             layer=query.layer, rows=rows, q=q.reshape(-1, num_q_heads, dim).contiguous(), positions=at, store=store, block_table=table,
             seqlens=lens, tail=stored.tail, tail_rows=None if stored.tail is None else per_query(stored.tail_rows), **extent._asdict(),
             shards=self.tables.local, homes=None if self.num_shards == 1 else self.tables.directory.shard_at[query.layer][rows],
-            window=window, scale=query.scale, gather=self._gather,
+            window=window, scale=query.scale, gather=self.gather,
         )  # fmt: skip
 
-    def _gather(self, x: Tensor) -> Tensor:
+    def gather(self, x: Tensor) -> Tensor:
+        """x of the same shape on all ranks -> [ranks, ...]. A collective when there are several."""
         if self.exchange.size == 1:
             return x.unsqueeze(0)
         return self.exchange.all_gather(x.contiguous(), f"gathering for pikv.routing.method = {self.config.method!r}")

@@ -20,6 +20,7 @@ from .errors import ConfigError
 from .placement import local_shards
 from .plan import StepPlan
 from .recycle import expire, remap
+from .request_maps import PageMaps
 from .sizing import pages_to_open, shard_capacity
 from .spec import LayerSpec
 from .store import LayerStore, tail_dtype
@@ -55,9 +56,10 @@ class Tables:
             _page_format(codec, spec, page_size, dtype, self.heads) if two else None for spec, two in zip(layers, far, strict=True)
         ]
         self.two_pools = any(far)
-        self.far_maps: list[Transform | None] = [None] * len(layers)  # from near entries to what far pages hold; None: the same
+        self.far_maps: list[PageMaps | None] = [None] * len(layers)  # from near entries to what far pages hold; None: the same
         # Of layers whose pages hold keys before their rotation; with two pools the far ones.
         self.undone = [None if maps is None or maps.inv_freq is None else maps for maps in transforms]
+        self.turns = codec.per_request  # what is stored of a request gets another basis while it grows (request_basis.py)
         self.dtype, self.device, self.num_shards = dtype, device, num_shards
         shards = local_shards(rank, num_shards, num_ranks)
         self.shard_begin, self.num_local = shards.start, len(shards)

@@ -39,6 +39,20 @@ class NewEntries:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TurnedEntries:
+    """Rows whose keys, and queries, were turned: x -> x turn, x [..., H, r] one or a group of heads of a row."""
+
+    rows: Tensor
+    """[n] int64, ascending: the same on all ranks."""
+    turn: Tensor
+    """[n, H, r, r] f32, of all ranks' rows."""
+    entries: NewEntries
+    """All entries of these rows on this rank, keys as they are read from now on."""
+    gather: Callable[[Tensor], Tensor]
+    """[...] of the same shape on all ranks -> [ranks, ...]. A collective when there are several: call it on all or none."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PageQuery:
     """Queries of one layer and the pages of this rank that they could read."""
 
@@ -134,6 +148,14 @@ class Router(ABC):
         What is kept per page must be made for them; what is kept per request or shard has them already. `new` has these pages of this
         rank from their first slot on, keys as they are read. Host phase.
         """
+
+    def turned(self, layer: int, store: LayerStore, new: TurnedEntries) -> None:
+        """Keys of some rows have another basis (request_basis.py): what is kept of keys or queries must be in it too. Host phase.
+
+        By default what is kept per page is made for these entries, as for pages that moved. Override it where keys or queries are kept
+        per request or shard.
+        """
+        self.moved(layer, store, new.entries)
 
     @property
     def nbytes(self) -> int:

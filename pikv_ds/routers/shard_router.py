@@ -7,7 +7,7 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
-from pikv_ds.routers.base import NewEntries, PageQuery, Router
+from pikv_ds.routers.base import NewEntries, PageQuery, Router, TurnedEntries
 from pikv_ds.store import LayerStore
 
 
@@ -40,6 +40,11 @@ class ShardRouter(Router):
         at = torch.where(new.valid, new.rows * self.counts[layer].shape[1] + new.shard, 0)
         self.counts[layer].view(-1).index_add_(0, at, new.valid.float())
         self.sums[layer].flatten(0, 1).index_add_(0, at, new.k.float().masked_fill(~new.valid.view(-1, 1, 1), 0))
+
+    def turned(self, layer: int, store: LayerStore, new: TurnedEntries) -> None:
+        """Sums are linear in the keys, those of evicted entries included."""
+        sums = self.sums[layer]
+        sums[new.rows] = torch.einsum("nshr,nhrt->nsht", sums[new.rows], new.turn)
 
     def mean_logits(self, q: Tensor, asked: PageQuery) -> Tensor:
         """[Q, S] f32: scale q mu_s, mean over query heads; -inf for a shard without entries of the request."""

@@ -15,7 +15,18 @@ def job(tmp_path_factory) -> JobResult:
 
 @pytest.mark.parametrize("requests", ["replicated", "distinct"])
 @pytest.mark.parametrize(
-    "what", ["qwen3_moe", "qwen3_moe ids true", "qwen3_moe beams", "qwen3_moe rope pre", "qwen3_moe svd", "gpt_oss", "gpt_oss svd"]
+    "what",
+    [
+        "qwen3_moe",
+        "qwen3_moe ids true",
+        "qwen3_moe beams",
+        "qwen3_moe rope pre",
+        "qwen3_moe svd",
+        "qwen3_moe svd window",
+        "gpt_oss",
+        "gpt_oss svd",
+        "gpt_oss svd window",
+    ],
 )
 def test_full_rank_is_exact(job, what, requests):
     job.check(f"{what} {requests}")

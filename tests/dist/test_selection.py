@@ -26,6 +26,12 @@ def test_the_same_pages_as_on_one_rank(name: str, requests: str, world: int):
     job(world).check(f"{name} {requests}")
 
 
+@REQUESTS
+@pytest.mark.parametrize("name", ["bounds", "hierarchical", "centroids", "topk", "shuffle"])
+def test_the_same_pages_as_on_one_rank_while_bases_change(name: str, requests: str):
+    job(2).check(f"{name} {requests} svd")
+
+
 @WORLDS
 @REQUESTS
 @pytest.mark.parametrize("name", UNROTATED)

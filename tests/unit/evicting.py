@@ -173,7 +173,9 @@ def entries_of(store: LayerStore, row: int, shard: int) -> tuple[Tensor, Tensor,
         at = (slice(row, row + 1), slice(shard, shard + 1))
         k, v = read_back(store, store.block_table[at], store.counts[at], tail_rows)
         return *(x[0, :, : len(slots)].transpose(0, 1) for x in (k, v)), store.positions.flatten()[slots.long()]
-    tail = None if store.tail is None else store.tail.view(*store.counts.shape, *store.tail.shape[1:])[row, shard].unsqueeze(0)
+    tail = store.tail
+    if tail is not None:
+        tail = None if store.full_pages else tail.view(*store.counts.shape, *tail.shape[1:])[row, shard].unsqueeze(0)
     k, v = decoded(store, store.block_table[row, shard].unsqueeze(0), store.counts[row, shard].view(1), tail)
     return *(x[0, :, : len(slots)].transpose(0, 1) for x in (k, v)), store.positions.flatten()[slots.long()]
 

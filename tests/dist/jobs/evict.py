@@ -26,6 +26,7 @@ ROOMY = {"capacity_tokens": 1000}  # no shard is ever full: where entries go doe
 ENTRIES = {"page_size": 8, "scheduling": {"granularity": "token", "interval": 4}, "waiting": 3}
 FOLDER = tempfile.TemporaryDirectory()
 SCHEDULING = {"budget_tokens": 40, "sink_tokens": 2, "recent_tokens": 6}
+SVD = {"compression": {"method": "svd", "rank": 16}, "scheduling": {"budget_tokens": 24}}  # short prompts double while they are decoded
 HEAD_METHODS, TOKEN_METHODS = ["knorm", "tova"], ["snapkv", "h2o"]
 
 
@@ -128,6 +129,10 @@ def main() -> None:
         row |= held(model, prompt(50, seed=4, batch=1), group, "knorm", page_size=8, **beams)
     with report.check("beams of heads") as row:
         row |= held(model, prompt(50, seed=4, batch=1), group, "knorm", scheduling={"head_budget": "uniform"}, num_beams=3)
+    for name, more in (("quest svd", {}), ("quest svd heads", {"head_budget": "uniform"})):
+        with report.check(name) as row:
+            options = SVD | {"scheduling": SVD["scheduling"] | more}
+            row |= held(model, prompt(22, seed=3, batch=2), group, "quest", **options)
     with report.check("distinct, by head"):
         own = prompt(40 + 10 * report.rank, seed=6 + report.rank, batch=1)
         held(model, own, group, "knorm", requests="distinct", scheduling={"head_budget": "adaptive"})
@@ -136,6 +141,13 @@ def main() -> None:
         held(model, own, group, "streaming_llm", requests="distinct")
     rank = report.rank
     own = prompt(40 + 10 * report.rank, seed=6 + report.rank, batch=1)
+    if dist.get_world_size() > 1:
+        with report.check("distinct, quest svd"):
+            short, options = prompt(20 + 2 * rank, seed=6 + rank, batch=1), SVD | {"storage": ROOMY}
+            several = held(model, short, group, "quest", requests="distinct", **options)
+            alone = held(model, short, None, "quest", requests="auto", **options)
+            assert several["tokens"] == alone["tokens"]
+            assert [rows[rank : rank + 1] for rows in several["kept"]] == alone["kept"], "another choice than alone"
     cases = [(case, {}) for case in DISTINCT] + [((method, "all"), ENTRIES) for method in ("knorm", "h2o")]
     for (method, router), entries in cases if dist.get_world_size() > 1 else ():
         with report.check(f"distinct, {method}, {'entries' if entries else router}") as row:

@@ -72,6 +72,8 @@ def main() -> None:
         svd = {"compression": {"method": "svd", "rank": 16, "fit_tokens": 64}}  # requests double while they are decoded
         for requests, ids in (("replicated", same), ("distinct", own)):
             check_exact(report, model, group, f"{family} svd", requests, ids, svd)
+            window = {"compression": svd["compression"] | {"raw_sink_tokens": 2, "raw_recent_tokens": 5}}
+            check_exact(report, model, group, f"{family} svd window", requests, ids, window)
         compression = {"method": "lora_plus", "rank": 16, "calibration": path, "rotate": "hadamard"}
         for requests, ids in (("replicated", same), ("distinct", own)):
             check_exact(report, model, group, family, requests, ids, {"compression": compression})

@@ -94,15 +94,17 @@ def drive(side: Side, own: slice, idle: bool) -> list[torch.Tensor]:
     return outs
 
 
-def check_same_pages(report: Report, name: str, requests: str, group, compression: dict | None = None) -> None:
-    """compression: of the cache over the group, exact; the one beside it stores keys as they are."""
+def check_same_pages(
+    report: Report, name: str, requests: str, group, compression: dict | None = None, lone: dict | None = None, label: str = ""
+) -> None:
+    """compression: of the cache over the group; lone: of the one beside it, None = it stores keys as they are."""
     rank, size = dist.get_rank(), dist.get_world_size()
-    with report.check(f"{name} {requests}" + " unrotated" * (compression is not None)) as row:
+    with report.check(f"{name} {requests}" + f" {label}" * bool(label)) as row:
         replicated = requests == "replicated"
         per_rank = 4 // size
         own = slice(0, 4) if replicated else slice(rank * per_rank, (rank + 1) * per_rank)
         idle = not replicated and size == 4  # one request per rank
-        alone, several = Side(name, "auto", list(range(4)), None), Side(name, requests, list(range(4))[own], group, compression)
+        alone, several = Side(name, "auto", list(range(4)), None, lone), Side(name, requests, list(range(4))[own], group, compression)
         expected, found = drive(alone, slice(0, 4), idle), drive(several, own, idle)
         local = several.cache.tables.local
         for key, places in alone.chosen.items():
@@ -211,7 +213,10 @@ def main() -> None:
         for name in sys.argv[1:]:
             check_same_pages(report, name, requests, group)
         for name in UNROTATED:
-            check_same_pages(report, name, requests, group, unrotated(LAYERS, Path(FOLDER.name)))
+            check_same_pages(report, name, requests, group, unrotated(LAYERS, Path(FOLDER.name)), label="unrotated")
+        svd = {"method": "svd", "rank": 8}
+        for name in ("bounds", "hierarchical", "centroids", "topk", "shuffle") if dist.get_world_size() == 2 else ():
+            check_same_pages(report, name, requests, group, svd, svd, "svd")  # bases change with the forwards of drive()
         check_bytes(report, requests, group)
     check_needed(report, group)
     check_diverged(report, group)
