@@ -14,8 +14,18 @@ METHODS = [
 ]
 HEADS = [f"{method} {head_budget} heads" for method in HEAD_METHODS for head_budget in ("uniform", "adaptive")]
 ENTRIES = [*(f"{method} entries" for method in TOKEN_METHODS), "entries of heads", "entries of beams"]
-CHECKS = [*METHODS, *HEADS, *ENTRIES, "beams", "assisted", "beams of heads", *(f"h2o with {router}" for router in ROUTING)]
-BY_RANK = ["distinct", "distinct, by head", "distinct, knorm, entries", "distinct, h2o, entries"]
+CHECKS = [
+    *METHODS,
+    *HEADS,
+    *ENTRIES,
+    "beams",
+    "assisted",
+    "beams of heads",
+    "quest svd",
+    "quest svd heads",
+    *(f"h2o with {router}" for router in ROUTING),
+]
+BY_RANK = ["distinct", "distinct, by head", "distinct, quest svd", "distinct, knorm, entries", "distinct, h2o, entries"]
 BY_RANK += [f"distinct, {method}, {router}" for method, router in DISTINCT]
 _jobs: dict[int, JobResult] = {}
 

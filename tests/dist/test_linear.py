@@ -2,6 +2,7 @@
 
 import pytest
 
+from tests.dist.jobs.linear import KEPT_BY
 from tests.dist.launcher import JobResult, run_gloo
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(240)]
@@ -14,7 +15,18 @@ def job(tmp_path_factory) -> JobResult:
 
 @pytest.mark.parametrize("requests", ["replicated", "distinct"])
 @pytest.mark.parametrize(
-    "what", ["qwen3_moe", "qwen3_moe ids true", "qwen3_moe beams", "qwen3_moe rope pre", "qwen3_moe svd", "gpt_oss", "gpt_oss svd"]
+    "what",
+    [
+        "qwen3_moe",
+        "qwen3_moe ids true",
+        "qwen3_moe beams",
+        "qwen3_moe rope pre",
+        "qwen3_moe svd",
+        "qwen3_moe svd window",
+        "gpt_oss",
+        "gpt_oss svd",
+        "gpt_oss svd window",
+    ],
 )
 def test_full_rank_is_exact(job, what, requests):
     job.check(f"{what} {requests}")
@@ -24,6 +36,12 @@ def test_full_rank_is_exact(job, what, requests):
 @pytest.mark.parametrize("codec", ["int8", "int4", "fp8_e4m3"])
 def test_latents_with_a_wide_rotary_part_are_those_of_one_rank(job, codec, requests):
     job.check(f"deepseek_v3 {codec} {requests}")
+
+
+@pytest.mark.parametrize("requests", ["replicated", "distinct"])
+@pytest.mark.parametrize("method", KEPT_BY)
+def test_policies_keep_of_keys_before_their_rotation_what_they_keep_of_raw_ones(job, method, requests):
+    job.check(f"kept by {method} {requests}")
 
 
 @pytest.mark.parametrize("requests", ["replicated", "distinct"])

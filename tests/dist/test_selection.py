@@ -3,6 +3,7 @@
 import pytest
 
 from pikv_ds.routers import ROUTERS
+from tests.dist.jobs.selection import UNROTATED
 from tests.dist.launcher import JobResult, run_gloo
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(240)]
@@ -23,6 +24,20 @@ def job(world: int) -> JobResult:
 @pytest.mark.parametrize("name", NAMES)
 def test_the_same_pages_as_on_one_rank(name: str, requests: str, world: int):
     job(world).check(f"{name} {requests}")
+
+
+@REQUESTS
+@pytest.mark.parametrize("name", ["bounds", "hierarchical", "centroids", "topk", "shuffle"])
+def test_the_same_pages_as_on_one_rank_while_bases_change(name: str, requests: str):
+    job(2).check(f"{name} {requests} svd")
+
+
+@WORLDS
+@REQUESTS
+@pytest.mark.parametrize("name", UNROTATED)
+def test_the_same_pages_of_keys_before_their_rotation(name: str, requests: str, world: int):
+    """All directions are kept: the pages that one rank reads of raw keys."""
+    job(world).check(f"{name} {requests} unrotated")
 
 
 @WORLDS
