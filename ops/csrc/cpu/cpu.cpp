@@ -69,7 +69,8 @@ ScoreTable generic_score() {
 
 AttendUnit hand_written_attend(const Attend& a) {
 #if PK_X86
-  return level() < 3 ? nullptr : attend_vnni;
+  if (level() < 3 || (a.f.latent && format_grouped(a.f.format))) return nullptr;
+  return attend_vnni;
 #else
   return nullptr;
 #endif
