@@ -119,7 +119,8 @@ void finish(const Attend& a, const Unit& u, const Work& w) {
     const float* acc = w.acc + (size_t)row * w.Dv;
     float* out = u.out + (int64_t)row * a.f.v_dim;
     for (int d = 0; d < a.f.v_dim; ++d) {
-      out[d] = acc[sum_of(a.f.v_format, a.f.v_dim, d)] * inverse;
+      const int in_codes = in_pairs(a.f.v_format) ? column_of(d) : d;  // the order of take_in_codes
+      out[d] = acc[w.codes ? in_codes : sum_of(a.f.v_format, a.f.v_dim, d)] * inverse;
     }
     u.lse[row] = l > 0 ? (w.m[row] + std::log2(l)) * kLn2 : -kInf;
   }

@@ -69,8 +69,7 @@ ScoreTable generic_score() {
 
 AttendUnit hand_written_attend(const Attend& a) {
 #if PK_X86
-  if (level() < 3 || (a.f.latent && format_grouped(a.f.format))) return nullptr;
-  return attend_vnni;
+  return level() < 3 ? nullptr : attend_vnni;
 #else
   return nullptr;
 #endif

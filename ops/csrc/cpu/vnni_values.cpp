@@ -121,7 +121,9 @@ void add_rows_of_codes(const Attend& a, Work& w, const Tile& tile, int row, __mm
 
 template <int F, int G, int DC>
 void add_rows(const Attend& a, Work& w, const Tile& tile, int row, __mmask16 visible, bool last_chunk, float* p) {
-  if constexpr (byte_values(F, DC)) return add_rows_of_codes<F, G, DC>(a, w, tile, row, visible, last_chunk, p);
+  if constexpr (byte_values(F, DC)) {
+    if (!w.codes) return add_rows_of_codes<F, G, DC>(a, w, tile, row, visible, last_chunk, p);  // integer latents: sums of codes in f32
+  }
   constexpr int W = G == 8 || DC == 32 ? 2 : 4;  // G * W sums in registers
   const int Dv = DC ? DC : a.f.v_dim, passes = (Dv + 16 * W - 1) / (16 * W);
   const int v_bytes = kTile * a.f.v_row_bytes, v_lines = (v_bytes / 64 + passes * kTile - 1) / (passes * kTile);
