@@ -35,10 +35,12 @@ def run(args: argparse.Namespace) -> int:
             raise ConfigError(f"--{name} with pikv baseline: it measures transformers' own caches; use pikv eval")
     if args.repeats < 0:
         raise ConfigError(f"--repeats {args.repeats}: legal is 0 or more")
-    contenders = [parse(text) for text in (args.caches or CACHES).split(",")]
+    asked_for = args.caches is not None
+    args.caches = args.caches or CACHES  # the command that is written down names them
+    contenders = [parse(text) for text in args.caches.split(",")]
     spec, units = read_spec(args)
     model_config = AutoConfig.from_pretrained(spec.model, local_files_only=True)
-    present = [contender for contender in contenders if not _missing(contender, model_config, args.caches is not None)]
+    present = [contender for contender in contenders if not _missing(contender, model_config, asked_for)]
     baseline = Baseline(spec, present, args.repeats)
     with torch.no_grad():
         rows = baseline.rows([unit.task for unit in units if unit.block is None], sys.stdout)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from statistics import mean, median
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 from pikv_ds.config import PiKVConfig
 from pikv_ds.errors import ConfigError
@@ -17,6 +17,15 @@ from .ppl import windows_of
 from .spec import EvalSpec, Unit
 
 DECODED = 128  # steps: transformers encodes its cache anew once in as many tokens
+
+
+class Times(NamedTuple):
+    """One repetition. cpu: of all threads of this process, which on busy cores says more than the clock on the wall; step: the mean."""
+
+    prompt_ms: float
+    prompt_cpu_ms: float
+    steps_ms: list[float]
+    step_cpu_ms: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +75,9 @@ class Baseline:
         return rows
 
     def _times(self, stdout: TextIO) -> list[dict[str, Any]]:
-        """Per cache: medians over the repetitions, in ms, and each repetition's mean over the decode steps."""
+        """Per cache: medians over the repetitions, in ms, and each repetition's means over the decode steps."""
         ids = windows_of(self.spec, self.prose, self.backend.data_rank)[: self.spec.batch]
-        runs: list[list[tuple[float, list[float]]]] = [[] for _ in self.contenders]
+        runs: list[list[Times]] = [[] for _ in self.contenders]
         with progress_bar("times, caches in turn", self.repeats, stdout, "repetitions") as advance:
             for _ in range(self.repeats):
                 for contender, own in zip(self.contenders, runs, strict=True):
@@ -77,25 +86,29 @@ class Baseline:
                 advance(1)
         return [
             {
-                "prompt_ms": median(prompt for prompt, _ in own),
-                "step_ms_mean": median(mean(steps) for _, steps in own),
-                "step_ms_median": median(median(steps) for _, steps in own),
-                "step_ms_most": median(max(steps) for _, steps in own),
-                "step_ms_mean_by_repeat": [mean(steps) for _, steps in own],
+                "prompt_ms": median(run.prompt_ms for run in own),
+                "prompt_cpu_ms": median(run.prompt_cpu_ms for run in own),
+                "step_ms_mean": median(mean(run.steps_ms) for run in own),
+                "step_ms_median": median(median(run.steps_ms) for run in own),
+                "step_ms_most": median(max(run.steps_ms) for run in own),
+                "step_cpu_ms_mean": median(run.step_cpu_ms for run in own),
+                "step_ms_mean_by_repeat": [mean(run.steps_ms) for run in own],
+                "step_cpu_ms_mean_by_repeat": [run.step_cpu_ms for run in own],
             }
             for own in runs
         ]
 
-    def _timed(self, block: dict[str, Any] | None, ids: Any) -> tuple[float, list[float]]:
-        """(ms of the prompt in chunks, ms of each decode step): the first tokens, then the last DECODED of them one by one."""
+    def _timed(self, block: dict[str, Any] | None, ids: Any) -> Times:
+        """The first tokens in chunks, then the last DECODED of them one by one."""
         prompt, rest = ids[:, :-DECODED], ids[:, -DECODED:]
         with self.backend.session(block, len(ids), self.spec.context) as session:
-            started = time.perf_counter()
+            started, cpu = time.perf_counter(), time.process_time()
             for part in prompt.split(self.spec.chunk, 1):
                 session.feed(part)[0, -1, 0].item()  # reading a logit ends the forward on any device
-            prompt_ms, steps = 1e3 * (time.perf_counter() - started), []
+            prompt_ms, prompt_cpu_ms = 1e3 * (time.perf_counter() - started), 1e3 * (time.process_time() - cpu)
+            steps, cpu = [], time.process_time()
             for column in rest.split(1, 1):
                 started = time.perf_counter()
                 session.feed(column)[0, -1, 0].item()
                 steps.append(1e3 * (time.perf_counter() - started))
-        return prompt_ms, steps
+        return Times(prompt_ms, prompt_cpu_ms, steps, 1e3 * (time.process_time() - cpu) / DECODED)
