@@ -28,7 +28,8 @@ def _python(code, **environment):
 RECORD = Path(__file__).resolve().parents[2] / "docs" / "results" / "build.json"
 COMPILED = ARCHITECTURES if LONG else ("90",)  # for all kernels; of the others FULLEST
 FULLEST = [f"-DPK_FORMAT={KERNEL_FORMATS[name]}" for name in ("int8", "fp4_e2m1", "fp8_e4m3/int4")]  # most registers on sm_80, by kind
-KERNELS = 47 + 11  # of attention, others
+ATTENTION, OTHERS = 47, 11
+KERNELS = ATTENTION + OTHERS
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +66,7 @@ def test_every_kernel_keeps_the_limits(monkeypatch, compiled, record):
     row, uses = build_targets.build_target("cuda")
     assert row["status"] == "ok", row["detail"]
     attend = {use.kernel for use in uses if use.kernel.startswith("attend_kernel")}
-    assert len(attend) == 47 and len(uses) == len(COMPILED) * KERNELS, sorted(attend)
+    assert len(attend) == ATTENTION and len(uses) == len(COMPILED) * KERNELS, sorted(attend)
     assert {use.arch for use in uses} == {f"sm_{arch}" for arch in COMPILED}
     print({use.kernel: use.registers for use in uses if use.arch == "sm_90"})
     assert_as_recorded(uses, record)
@@ -85,7 +86,7 @@ def test_the_fullest_kernels_keep_the_limits_on_sm_80(monkeypatch, record):
     chosen = [s for s in whole.sources if s.path == "cuda/page_kernels.cu" or any(flag in FULLEST for flag in s.flags)]
     assert len(chosen) == 1 + len(FULLEST)
     uses = ptxas.parse(build(replace(whole, name="pikv_cuda_fullest", sources=tuple(chosen))).with_suffix(".log").read_text())
-    assert len(uses) == KERNELS - 47 + 4 + 4 + 3 and {use.arch for use in uses} == {"sm_80"}
+    assert len(uses) == OTHERS + 4 + 4 + 3 and {use.arch for use in uses} == {"sm_80"}
     assert not [use for use in uses if use.breach()]
     assert_as_recorded(uses, record)
 
