@@ -24,7 +24,7 @@ from tests.megatron.models import latent_config, start, tiny_config, tiny_model,
 from tests.megatron.runs import assert_conserved, decode, dense_is_forbidden, full_forward
 
 ROWS, LONGEST_PROMPT = 3, 20
-STEPS = 32 if LONG else 16  # 16: every shard of four fills a page of 4 tokens and opens another
+STEPS = 32 if LONG else 16  # 16 tokens per row: pages of 4 fill and others are opened
 LENGTH = LONGEST_PROMPT + STEPS
 
 
