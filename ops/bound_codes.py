@@ -16,9 +16,9 @@ _MAX = torch.finfo(torch.float32).max
 _LEVELS = 127
 
 
-def bounds_shape(fmt: PageFormat, dtype: torch.dtype) -> tuple[int, int, int]:
-    """Shape of the bounds of one page: [H, 2, Dk], and int8 codes with their scale [H, 2, Dk + 2]."""
-    return fmt.num_kv_heads, 2, fmt.k_dim + (SCALE_BYTES if dtype == torch.int8 else 0)
+def bounds_shape(fmt: PageFormat, dtype: torch.dtype, k_dim: int | None = None) -> tuple[int, int, int]:
+    """Shape of the bounds of one page: [H, 2, Dk], and int8 codes with their scale [H, 2, Dk + 2]. k_dim: Dk, if not that of the record."""
+    return fmt.num_kv_heads, 2, (k_dim or fmt.k_dim) + (SCALE_BYTES if dtype == torch.int8 else 0)
 
 
 def encode_box(box: Tensor) -> Tensor:

@@ -56,15 +56,15 @@ class PiKVCache:
         transforms = fit_transforms(codec, config, policy, layers)
         self.transforms = [None if transform is None else transform.to(device) for transform in transforms]
         self.tables = Tables(
-            layers, config, codec, self.page_size, self.num_shards, self.exchange.rank, self.exchange.size, num_experts, dtype, device
-        )
+            layers, config, codec, self.page_size, self.num_shards, self.exchange.rank, self.exchange.size, num_experts, dtype, device,
+            self.transforms,
+        )  # fmt: skip
         if codec.light is None:  # near pages are as computed then: the maps are for far pages only
             self.tables.far_maps = [None if far is None else maps for far, maps in zip(self.tables.far, self.transforms, strict=True)]
             self.transforms = [maps if far is None else None for far, maps in zip(self.tables.far, self.transforms, strict=True)]
-        self.tables.turned = [None if maps is None or maps.inv_freq is None else maps for maps in self.transforms]
         self.bases: RequestBases | None = None  # None: the same maps for all requests, if there are any
         if codec.per_request:
-            self.bases = RequestBases(layers, [codec.stored(spec) for spec in layers], codec.fit_tokens, self.exchange, device)
+            self.bases = RequestBases(layers, codec, self.tables, self.exchange)
         self.retention = None if policy.keeps_all else Retention(config, policy, self.tables, self.exchange)
         self.tiers: Tiers | None = None  # None: one pool of pages per layer
         if self.tables.two_pools:
@@ -123,6 +123,8 @@ class PiKVCache:
             # How far another rank may crop is not known here: while it may, window layers of distinct requests keep everything.
             expired = self.tables.expire(self.agreement.lens, self.hold_margin or 0)
         evicted = self.retention is not None and self.retention.after_forward(self.plan, self.agreement.lens, self.hold)
+        if self.bases is not None:
+            self._turn()
         demoted = [] if self.tiers is None else self.tiers.after_forward(self.plan, self.agreement.lens, self.hold)
         if self.selection is not None:
             self.selection.news.demoted(demoted)
@@ -130,9 +132,15 @@ class PiKVCache:
             self.tables.shrink()
         if self.config.storage.overflow == "error":
             self.tables.counters.raise_if_overflowed(self.plan.capacity)
-        if self.bases is not None:
-            self.bases.settle(self.plan, self.tables.stores)
         self.plan = None
+
+    def _turn(self) -> None:
+        """Bases of requests that have grown; what is kept of keys and queries beside the pages follows them."""
+        for layer, turn in self.bases.settle(self.plan):
+            if self.selection is not None:
+                self.selection.news.turned(layer, turn, self.selection.gather)
+            if self.retention is not None:
+                self.retention.mass.turned(layer, turn)
 
     def adopt(self, agreed: Agreed) -> None:
         """Bring tables and sizes in line with what the ranks agreed on, before any entry of the forward is written."""

@@ -6,6 +6,7 @@ from .codecs.base import Codec
 from .config import PiKVConfig
 from .errors import ConfigError
 from .policies.base import RetentionPolicy
+from .routers.base import Router
 from .spec import LayerSpec
 from .transform import Transform
 
@@ -17,19 +18,21 @@ def fit_transforms(codec: Codec, config: PiKVConfig, policy: RetentionPolicy, la
         if int(idx) not in known:
             raise ConfigError(f"pikv.compression.layers.{idx}: the model has layers 0 to {max(known)}")
     method = f"pikv.compression.method = {codec.name!r}"
-    if codec.per_request:
-        _check_per_request(config, method)
     transforms = [_transform(codec, spec) for spec in layers]
     if not codec.per_request and all(transform is None for transform in transforms):
         return transforms
-    if any(transform is not None and transform.inv_freq is not None for transform in transforms):
-        _check_unrotated(config, policy, f"pikv.compression.rope = 'pre' ({method})")
-    if policy.reads_model_queries or (codec.per_request and policy.observes_queries):
+    folds = codec.per_request or any(transform is not None and transform.inv_freq is None for transform in transforms)
+    if codec.per_request and policy.observes_queries and not policy.row_queries and not policy.reads_model_queries:
+        raise ConfigError(
+            f"pikv.scheduling.method = {policy.name!r} with {method}: it keeps what it was shown of queries per request, and does not say "
+            f"which of that to turn when the basis of a request changes (RetentionPolicy.row_queries); use another policy, or 'lora'"
+        )
+    if folds and policy.reads_model_queries:
         raise ConfigError(
             f"pikv.scheduling.method = {policy.name!r} with {method}: it needs the model's own queries, and where projections or rotations "
             f"are folded into them the cache has none; use a record format without rotation ('int8', 'int4'), or another policy"
         )
-    if config.routing.build().reads_model_queries:
+    if folds and config.routing.build().reads_model_queries:
         raise ConfigError(
             f"pikv.routing.method = {config.routing.method!r} with {method}: its weights were fitted to the model's own queries, and where "
             f"projections or rotations are folded into them the cache has none; use a router of key geometry ('bounds', 'topk')"
@@ -37,44 +40,12 @@ def fit_transforms(codec: Codec, config: PiKVConfig, policy: RetentionPolicy, la
     return transforms
 
 
-def _check_unrotated(config: PiKVConfig, policy: RetentionPolicy, given: str) -> None:
-    """Pages of keys before their rotation are read by turned_reader.py alone."""
-    if not config.routing.build().reads_all:
+def check_turning_router(router: Router, *, summarises: bool) -> None:
+    """summarises: it keeps something per page. Raises: ConfigError when it can't make that anew for keys in another basis."""
+    if summarises and type(router).moved is Router.moved and type(router).turned is Router.turned:
         raise ConfigError(
-            f"pikv.routing.method = {config.routing.method!r} with {given}: what a router keeps of pages would be of coefficients of "
-            f"un-rotated keys, which no rotated query can be compared with; use 'all', or rope 'post'"
-        )
-    if not policy.keeps_all and not policy.reads_positions_only:
-        raise ConfigError(
-            f"pikv.scheduling.method = {policy.name!r} with {given}: it looks at stored keys or at the attention they get, and rotated "
-            f"queries meet no coefficients of un-rotated keys; use a method that looks at positions ('streaming_llm'), or rope 'post'"
-        )
-    if config.scheduling.head_budget != "shared":
-        raise ConfigError(
-            f"pikv.scheduling.head_budget = {config.scheduling.head_budget!r} with {given}: pages that hold one KV head are not read that "
-            f"way in this version; legal is 'shared'"
-        )
-    if config.compression.build_near() is not None:
-        raise ConfigError(
-            f"{given} with two pools of pages (raw_sink_tokens, raw_recent_tokens): near pages hold rotated keys, and demoting them would "
-            f"have to turn them back; leave the raw window out, or use rope 'post'"
-        )
-
-
-def _check_per_request(config: PiKVConfig, method: str) -> None:
-    block = config.compression
-    for key, given in (("rotate", block.rotate != "none"), ("k", block.k), ("v", block.v), ("layers", block.layers)):
-        if given:
-            raise ConfigError(f"pikv.compression.{key} with {method}, whose maps belong to a request: it serves all layers, alone")
-    if config.routing.method != "all":
-        raise ConfigError(
-            f"pikv.routing.method = {config.routing.method!r} with {method}: what a router keeps of pages is in the basis in which they "
-            f"were stored, and that changes while a request grows; use 'all', or a calibrated codec such as 'lora'"
-        )
-    if config.scheduling.head_budget != "shared":
-        raise ConfigError(
-            f"pikv.scheduling.head_budget = {config.scheduling.head_budget!r} with {method}: pages that hold one KV head are not turned "
-            f"into a new basis in this version; legal is 'shared'"
+            f"pikv.routing.method = {router.name!r} with a codec whose bases belong to a request ('svd'): it keeps summaries of pages and "
+            f"can't make them anew when a basis changes (Router.turned); use another router, or a calibrated codec such as 'lora'"
         )
 
 

@@ -103,7 +103,8 @@ def check_pools(key: str, block: BaseModel) -> None:
     others = [name for name in ("k", "v", "layers") if getattr(block, name, None)]
     if key != "compression" or others:
         where = f"pikv.{key}" if key != "compression" else f"pikv.compression.{others[0]}"
-        raise problem(f"{key}.method", block.method, f"another codec in {where}: this one serves keys and values of all layers")
+        why = "its bases belong to requests, and are fitted and turned for all at once" if own.per_request else "its two pools hold both"
+        raise problem(f"{key}.method", block.method, f"another codec in {where}: this one serves keys and values of all layers, {why}")
 
 
 def check_experts(routing: BaseModel, storage: BaseModel) -> None:

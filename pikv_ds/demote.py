@@ -13,8 +13,9 @@ from torch import Tensor
 from pikv_ds import ops
 
 from .recycle import drop
+from .request_maps import PageMaps
+from .rope import turn
 from .store import LayerStore
-from .transform import Transform
 
 PAGES_AT_ONCE = 64  # decoded to f32 at a time: bounds what demoting a long prompt takes
 
@@ -30,7 +31,7 @@ class Moved(NamedTuple):
     shards: Tensor
 
 
-def demote(near: LayerStore, far: LayerStore, gone: Tensor, maps: Transform | None = None) -> Moved | None:
+def demote(near: LayerStore, far: LayerStore, gone: Tensor, maps: PageMaps | None = None) -> Moved | None:
     """Encode the pages `gone` names into pages of the far pool, at the ends of the same tables, and free them in the near pool.
 
     Args: gone [R, S, C] bool, full pages of near's block table. A page that beams share moves once; the tables outside `gone` that name it
@@ -51,30 +52,30 @@ def demote(near: LayerStore, far: LayerStore, gone: Tensor, maps: Transform | No
     at = begin[row, shard] + (gone.cumsum(-1) - 1)[row, shard, column]
     far.block_table[row, shard, at] = target[index]
     far.counts += moved.to(torch.int32) * page_size
-    _encode(near, far, source, target, maps)
+    first = torch.full((count,), row.numel(), device=device).scatter_reduce_(0, index, torch.arange(row.numel(), device=device), "amin")
+    _encode(near, far, source, target, maps, row[first])
     for name, values in near.summaries.items():
         if name in far.summaries:
             far.summaries[name][target.long()] = values[source]
     drop(near, gone)
-    first = torch.full((count,), row.numel(), device=device).scatter_reduce_(0, index, torch.arange(row.numel(), device=device), "amin")
     return Moved(source, target.long(), row[first], shard[first])
 
 
-def _encode(near: LayerStore, far: LayerStore, source: Tensor, target: Tensor, maps: Transform | None) -> None:
+def _encode(near: LayerStore, far: LayerStore, source: Tensor, target: Tensor, maps: PageMaps | None, rows: Tensor) -> None:
     if near.fmt == far.fmt and maps is None:
         ops.migrate(far.pages, near.pages, target, source.to(torch.int32))
         return
     for begin in range(0, source.numel(), PAGES_AT_ONCE):
         ids, slots = source[begin : begin + PAGES_AT_ONCE], page_slots(target[begin : begin + PAGES_AT_ONCE], far.page_size)
-        k, v = entries_of(near, ids)
+        (k, v), positions = entries_of(near, ids), near.positions.index_select(0, ids).flatten()
         if maps is not None:
-            k, v = maps.k.apply(k).contiguous(), maps.v.apply(v).contiguous()
+            k = k if far.turned is None else turn(k, positions, far.turned.inv_freq, back=True)
+            k, v = (x.contiguous() for x in maps.encode_pages(k, v, rows[begin : begin + PAGES_AT_ONCE]))
         options = {}
         if far.fmt.grouped:  # a page is whole groups: its tail is filled and used up within the call
             shape = (ids.numel(), far.fmt.num_kv_heads, far.fmt.group, far.fmt.k_dim)
             options["tail"] = torch.zeros(shape, dtype=far.tail.dtype, device=near.device)
             options["tail_rows"] = torch.arange(ids.numel(), dtype=torch.int32, device=near.device).repeat_interleave(far.page_size)
-        positions = near.positions.index_select(0, ids).flatten()
         ops.append(far.pages, far.fmt, k, v, positions, slots, **options)
 
 

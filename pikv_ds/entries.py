@@ -12,10 +12,11 @@ from pikv_ds import ops
 
 from .reader import Stored
 from .store import LayerStore
+from .turned_reader import rebuild
 
 
 def decoded(store: LayerStore, table: Tensor, counts: Tensor, tail: Tensor | None) -> tuple[Tensor, Tensor]:
-    """k [N, H, L, Dk] and v [N, H, L, Dv], f32; anything in slots without an entry. Sync: none.
+    """k [N, H, L, Dk] and v [N, H, L, Dv], f32, as pages hold them; anything in slots without an entry. Sync: none.
 
     Args: table [N, C] int32, -1 = no page; counts [N] entries of each; tail [N, H, group, Dk], their raw groups, None for a format without.
     """
@@ -29,8 +30,34 @@ def decoded(store: LayerStore, table: Tensor, counts: Tensor, tail: Tensor | Non
     return k, k[..., : fmt.v_dim] if fmt.latent else v
 
 
+def read_back(store: LayerStore, table: Tensor, counts: Tensor, tail_rows: Tensor | None) -> tuple[Tensor, Tensor]:
+    """k [R * S, H, L, Dk] and v [R * S, H, L, Dv], f32, of tables [R, S, C] with counts [R, S]; anything where no entry is. Sync: none.
+
+    As attention meets them; where pages hold coefficients of un-rotated keys, keys and values are what these stand for.
+
+    Args: tail_rows [R, S] int64, the rows of store.tail; None = the keys of open groups do not matter. With a page per kv head the heads of
+        a request are rows, and H is 1.
+    """
+    tail = None if tail_rows is None else store.tail
+    if store.turned is None:
+        tail = None if tail is None else tail[tail_rows.flatten()]
+        return decoded(store, table.flatten(0, 1), counts.flatten(), tail)
+    shape, heads = (-1, store.heads, table.shape[1]), store.heads
+    by_table = lambda x: x.unflatten(0, shape[:2]).transpose(1, 2).flatten(0, 1)  # noqa: E731  [R, S, ...] -> [R / heads * S, heads, ...]
+    stored = Stored(by_table(table), by_table(counts), tail, None if tail is None else by_table(tail_rows))
+    read = rebuild(store, stored)
+    v = store.turned.v.invert(read.v.movedim(1, -2)).movedim(-2, 1)
+    k, v = (x.flatten(2, 3) for x in (read.k, v))  # [R / heads * S, all kv heads, L, D]
+    if heads == 1:
+        return k, v
+    return tuple(x.unflatten(0, (-1, table.shape[1])).transpose(1, 2).flatten(0, 2).unsqueeze(1) for x in (k, v))
+
+
 def keys_at(store: LayerStore, table: Tensor, index: Tensor) -> Tensor:
-    """[n, H, Dk] f32, keys of the entries `index` [n] of tables `table` [n] (row * tables of a row + table, ascending). Host phase."""
+    """[n, H, Dk] f32, as pages hold them: keys of the entries `index` [n] of tables `table` [n] (row * tables of a row + table, ascending).
+
+    Host phase.
+    """
     tables, of = torch.unique_consecutive(table, return_inverse=True)
     tail = None if store.tail is None else store.tail[tables]
     k, _ = decoded(store, store.block_table.flatten(0, 1)[tables], store.counts.reshape(-1)[tables], tail)
@@ -61,11 +88,14 @@ class EntryLse:
         """q [R, T, Hq, Dk]; stored: the tables of the R rows, as they were read."""
         self.q, self.scale = q, scale
         num_rows, table = q.shape[0], stored.block_table
+        held = torch.arange(table.shape[-1] * store.page_size, device=q.device) < stored.seqlens.unsqueeze(-1)  # [R * S, tables, L]
+        self.held = held.view(num_rows, 1, -1, table.shape[1], 1, held.shape[2])
+        if store.turned is not None:
+            self.k = rebuild(store, stored).k.flatten(2, 3).unflatten(0, (num_rows, -1))
+            return
         tail = None if stored.tail is None else stored.tail[stored.tail_rows.flatten().long()]
         k = decoded(store, table.flatten(0, 1), stored.seqlens.flatten(), tail)[0]  # [R * S * tables, H of a page, L, Dk]
         self.k = k.view(num_rows, -1, table.shape[1] * k.shape[1], *k.shape[2:])  # [R, S, Hkv, L, Dk]
-        held = torch.arange(k.shape[2], device=k.device) < stored.seqlens.unsqueeze(-1)  # [R * S, tables, L]
-        self.held = held.view(num_rows, 1, -1, table.shape[1], 1, k.shape[2])
 
     def __getitem__(self, rows: slice) -> EntryLse:
         part = object.__new__(EntryLse)

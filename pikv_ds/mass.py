@@ -21,8 +21,10 @@ from .entries import EntryLse, PageLse
 from .plan import StepPlan
 from .policies.base import RetentionPolicy, Seen
 from .reader import Stored
+from .request_maps import Turn
 from .store import LayerStore
 from .tables import Tables
+from .turned_reader import attend
 
 BLOCK_ELEMENTS = 1 << 22  # of the scores inside a chunk that are held at a time
 
@@ -64,6 +66,13 @@ class Mass:
                 old = x.index_select(0, parent.clamp_min(0))
                 values[name] = torch.where((parent >= 0).view(-1, *[1] * (x.dim() - 1)), old, 0)
 
+    def turned(self, layer: int, turn: Turn) -> None:
+        """Queries that the policy keeps go into the basis that the keys of their rows have now."""
+        kept, names = self.rows.get(layer, {}), self.policies[0].row_queries
+        for x in (kept[name] for name in names if name in kept):
+            by_head = x[turn.rows].unflatten(1, (turn.by.shape[1], -1))
+            x[turn.rows] = torch.einsum("nhgr,nhrs->nhgs", by_head, turn.by).flatten(1, 2)
+
     def follow(self, plan: StepPlan) -> None:
         """A forward begins."""
         self.times = self.times or [0] * len(plan.sources)
@@ -103,6 +112,10 @@ class Mass:
         Each query reads its pages by itself, which gives the lse of every page with it; only reading a long chunk costs more that way.
         """
         num_rows, num_queries = q.shape[:2]
+        if store.turned is not None:  # keys are put together once for all queries of a row
+            out, lse, page_lse = attend(store, q, stored, scale=scale)
+            self._kept(store, q, row0, stored, scale, page_lse)
+            return out, lse
         table, seqlens, tail_rows = stored.block_table, stored.seqlens, stored.tail_rows
         if num_queries > 1:
             table, seqlens = (_per_query(x, num_rows, num_queries) for x in (table, seqlens))
@@ -112,11 +125,16 @@ class Mass:
             q.flatten(0, 1).contiguous(), store.pages, store.fmt, table, seqlens,
             scale=scale, with_page_lse=not by_entry, tail=stored.tail, tail_rows=tail_rows,
         )  # fmt: skip
-        if not by_entry:
-            self.keep(store, row0, page_lse.view(num_rows, num_queries, -1, *page_lse.shape[1:]))
+        page_lse = None if by_entry else page_lse.unflatten(0, (num_rows, num_queries, -1))
+        self._kept(store, q, row0, stored, scale, page_lse)
+        return out.unflatten(0, (num_rows, num_queries)), lse.unflatten(0, (num_rows, num_queries))
+
+    def _kept(self, store: LayerStore, q: Tensor, row0: int, stored: Stored, scale: float, page_lse: Tensor | None) -> None:
+        """page_lse [R, T, S, Hq, C], not read where entries are counted."""
+        if not self.tables.by_entry:
+            self.keep(store, row0, page_lse)
         elif any(policy.watches for policy in self.policies):
             self.page_lse[store, row0] = EntryLse(store, q, stored, scale)
-        return out.unflatten(0, (num_rows, num_queries)), lse.unflatten(0, (num_rows, num_queries))
 
     def observe(self, asked: Waiting, plan: StepPlan, lse: Tensor | None) -> None:
         """Account for the queries of one layer, once their partials have been merged over the ranks.
@@ -162,6 +180,7 @@ class Mass:
             block = columns[:, begin : begin + step]
             own, total, real = None, take(lse, block), valid.gather(1, block)
             if not includes_self:
+                k = k if pools[0].turned is None else pools[0].turned.keys(k, positions)
                 own, total = share_inside(q, k, asked.scale, positions, valid, block, total, pools[0].heads)
             for store, fact, table, of_pages in zip(pools, facts, tables, page_lse, strict=True):
                 share = torch.zeros(fact.nowhere + 1, block.shape[1], device=valid.device)

@@ -64,6 +64,8 @@ class PoolReader:
             return near
         maps, shift = self.tables.far_maps[query.layer], None
         if maps is not None:
+            maps = maps.of(rows)
+        if maps is not None and far.turned is None:
             q, shift = maps.fold(q, query.scale)
         held = None
         if selects:
@@ -103,10 +105,8 @@ class PoolReader:
                 mass.keep(store, rows.start, page_lse)
             return out, lse
         options = {"scale": query.scale, "window": window, "q_positions": positions}
-        maps = self.tables.turned[query.layer]
-        if maps is not None:
-            return read_turned(store, maps, q, rows, before, own_visible, **options)
-        return read_pages(store, q, rows, before, own_visible, **options)
+        read = read_pages if store.turned is None else read_turned
+        return read(store, q, rows, before, own_visible, **options)
 
 
 def nothing(q: Tensor, v_dim: int) -> Partial:

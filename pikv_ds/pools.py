@@ -10,8 +10,8 @@ from torch import Tensor
 
 from .choice import fit
 from .policies.base import Pages
+from .request_maps import PageMaps
 from .store import LayerStore
-from .transform import Transform
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,13 +22,13 @@ class JoinedPages(Pages):
     """
 
     parts: tuple[Pages, ...]
-    maps: Transform | None
+    maps: PageMaps | None
     """What far pages hold are coefficients; keys and values are what they stand for."""
     order: Tensor
     """[R, S, C] int64, for each column its place among the columns of all parts, one after the other."""
 
     @classmethod
-    def of(cls, parts: list[Pages], maps: Transform | None) -> JoinedPages:
+    def of(cls, parts: list[Pages], maps: PageMaps | None) -> JoinedPages:
         """parts: near and far, in this order."""
         near = parts[0]
         parts = [part for part in parts if part.store.num_pages] or parts[:1]
@@ -73,7 +73,6 @@ class JoinedPages(Pages):
 
     def _model(self, part: Pages, x: Tensor, side: str) -> Tensor:
         """x [R, S, C, Hkv, page_size, D] of one pool as the model has it, 0 where no entry is."""
-        if self.maps is None or part.store is self.store:
+        if self.maps is None or part.store is self.store or part.store.turned is not None:
             return x
-        x = getattr(self.maps, side).invert(x.transpose(3, 4)).transpose(3, 4)
-        return torch.where(part.filled[:, :, :, None, :, None], x, 0)
+        return torch.where(part.filled[:, :, :, None, :, None], self.maps.decode_pages(x, side), 0)

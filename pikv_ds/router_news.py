@@ -1,18 +1,22 @@
-"""What a router is told: entries that were stored, have moved or are others now, and which row continues which."""
+"""What a router is told: entries that were stored, have moved, are others or in another basis now, and which row continues which."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from .compact import Compacted
+from .compression_checks import check_turning_router
 from .demote import Moved
 from .entries import keys_at
 from .plan import StepPlan
+from .request_maps import Turn
 from .retention_checks import check_entry_router
-from .routers.base import NewEntries, Router
+from .rope import turn
+from .routers.base import NewEntries, Router, TurnedEntries
 from .store import LayerStore
 from .tables import Tables
 from .tier_checks import check_router
@@ -40,6 +44,8 @@ class RouterNews:
                 check_router(self.router, summarises=summarises)
             if self.tables.by_entry:
                 check_entry_router(self.router, summarises=summarises)
+            if self.tables.turns:
+                check_turning_router(self.router, summarises=summarises)
 
     def store(self, layer: int) -> LayerStore:
         """The pages that a router chooses from."""
@@ -49,8 +55,11 @@ class RouterNews:
         """Entries of a layer were stored: those that queries of their own forward must not see wait until these have been answered."""
         self.settle()
         shard, table = written.shard, plan.rows
-        if self.tables.far_maps[layer] is not None:
-            k = self.tables.far_maps[layer].k.apply(k)
+        maps, turned = self.tables.far_maps[layer], self.store(layer).turned
+        if maps is not None:
+            k = maps.k.apply(k if turned is None else turn(k, plan.positions, turned.inv_freq, back=True))
+        if turned is not None:  # what queries will meet
+            k = turned.keys(k, plan.positions)
         if shard is not None:
             table = torch.where(written.here, table * self.tables.num_local + shard - self.tables.shard_begin, 0)
         new = NewEntries(
@@ -85,15 +94,29 @@ class RouterNews:
 
     def compacted(self, layer: int, changed: Compacted) -> None:
         """Pages of a layer have other entries than before. Host phase."""
-        store, table = self.tables.stores[layer], changed.table
-        page = store.block_table.flatten(0, 1)[table, changed.index // self.tables.page_size].to(torch.int64)
-        offset, num_local = changed.index % self.tables.page_size, self.tables.num_local
-        entries = NewEntries(
-            k=keys_at(store, table, changed.index), rows=table // num_local, positions=store.positions[page, offset],
+        self.router.moved(layer, self.tables.stores[layer], self._stored(layer, changed.table, changed.index))
+
+    def turned(self, layer: int, turn: Turn, gather: Callable[[Tensor], Tensor]) -> None:
+        """Keys of some rows of a layer have another basis, and their pages hold other numbers. Host phase."""
+        store = self.tables.stores[layer]
+        counts, num_local = store.counts[turn.rows].flatten(), self.tables.num_local
+        held = torch.arange(int(counts.max()), device=counts.device) < counts.unsqueeze(-1)
+        cell, index = torch.nonzero(held, as_tuple=True)
+        table = turn.rows[cell // num_local] * num_local + cell % num_local
+        entries = self._stored(layer, table, index)
+        self.router.turned(layer, store, TurnedEntries(rows=turn.rows, turn=turn.by, entries=entries, gather=gather))
+
+    def _stored(self, layer: int, table: Tensor, index: Tensor) -> NewEntries:
+        """The entries `index` [n] of tables `table` [n] (row * local shards + shard, ascending)."""
+        store = self.tables.stores[layer]
+        page = store.block_table.flatten(0, 1)[table, index // self.tables.page_size].to(torch.int64)
+        offset, num_local = index % self.tables.page_size, self.tables.num_local
+        k, positions = keys_at(store, table, index), store.positions[page, offset]
+        return NewEntries(
+            k=k if store.turned is None else store.turned.keys(k, positions), rows=table // num_local, positions=positions,
             shard=table % num_local + self.tables.shard_begin, valid=torch.ones_like(page, dtype=torch.bool),
             slot_mapping=(page * self.tables.page_size + offset).to(torch.int32), table=table.to(torch.int32),
         )  # fmt: skip
-        self.router.moved(layer, store, entries)
 
     def remap(self, parent: list[int]) -> None:
         """Row i continues row parent[i], -1 = a fresh row. Host phase."""

@@ -10,8 +10,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from pikv_ds import ops
-
 from .config import RoutingConfig
 from .exchange import Exchange
 from .extent import Extent, extent_of
@@ -27,6 +25,7 @@ from .tables import Tables
 from .tier_routing import entries_by_page
 from .tiers import Tiers
 from .top_pages import best_pages, by_column, listed_pages, page_keys
+from .turned_reader import decode
 
 QUERIES_AT_ONCE = 32  # per row: scores take Q * S * C * H numbers
 
@@ -163,9 +162,9 @@ class Selection:
         return self.config.exchange == "needed" and len(plan.sources) > 1
 
     def _attend(self, asked: PageQuery, page_list: Tensor | None, with_page_lse: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
-        return ops.decode(
-            asked.q, asked.store.pages, asked.store.fmt, asked.block_table, asked.seqlens, scale=asked.scale, page_list=page_list,
-            q_positions=asked.positions, window=asked.window, tail=asked.tail, tail_rows=asked.tail_rows, with_page_lse=with_page_lse,
+        return decode(
+            asked.store, asked.q, asked.stored, scale=asked.scale, page_list=page_list, q_positions=asked.positions, window=asked.window,
+            with_page_lse=with_page_lse,
         )  # fmt: skip
 
     def _asked(self, query: Query, q: Tensor, rows: slice, stored: Stored, positions: Tensor, begin: int, plan: StepPlan) -> PageQuery:
@@ -186,10 +185,11 @@ class Selection:
             layer=query.layer, rows=rows, q=q.reshape(-1, num_q_heads, dim).contiguous(), positions=at, store=store, block_table=table,
             seqlens=lens, tail=stored.tail, tail_rows=None if stored.tail is None else per_query(stored.tail_rows), **extent._asdict(),
             shards=self.tables.local, homes=None if self.num_shards == 1 else self.tables.directory.shard_at[query.layer][rows],
-            window=window, scale=query.scale, gather=self._gather,
+            window=window, scale=query.scale, gather=self.gather,
         )  # fmt: skip
 
-    def _gather(self, x: Tensor) -> Tensor:
+    def gather(self, x: Tensor) -> Tensor:
+        """x of the same shape on all ranks -> [ranks, ...]. A collective when there are several."""
         if self.exchange.size == 1:
             return x.unsqueeze(0)
         return self.exchange.all_gather(x.contiguous(), f"gathering for pikv.routing.method = {self.config.method!r}")

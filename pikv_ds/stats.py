@@ -67,7 +67,7 @@ def attention_impl(cache: PiKVCache) -> str:
 
     torch also where some layer holds un-rotated keys (turned_reader.py).
     """
-    code = "torch" if any(cache.tables.turned) else load.ensured(cache.device.type)
+    code = "torch" if any(store.turned is not None for store in cache.tables.all_stores) else load.ensured(cache.device.type)
     formats = [fmt.name for fmt in (cache.tables.formats[0], cache.tables.far_formats[0]) if fmt is not None]
     return f"pikv {code} {'+'.join(formats)}"
 

@@ -13,6 +13,8 @@ from pikv_ds import ops
 from pikv_ds.ops import PageFormat
 from pikv_ds.ops.memory import aligned_bytes
 
+from .transform import Transform
+
 GROWTH = 32
 """Pages are added in slabs of at least P // GROWTH, and given back once more than that share is free. Growing copies the layer: with n
 entries per table once in n / GROWTH steps or more, each of which reads every entry, so 2 * GROWTH / n of what attention moves at most."""
@@ -36,10 +38,14 @@ class LayerStore:
         heads: int = 1,
         *,
         no_tail: Tensor | None = None,
+        turned: Transform | None = None,
     ) -> None:
-        """no_tail: entries come in full pages only, so there is no open group; [1, Hkv, group, Dk], what the ops are given all the same."""
+        """no_tail: entries come in full pages only, so there is no open group; [1, Hkv, group, Dk], what the ops are given all the same.
+
+        turned: pages hold coefficients of keys before their rotation, and who reads them meets what these stand for (turned_reader.py).
+        """
         self.fmt = fmt
-        self.full_pages = no_tail is not None
+        self.full_pages, self.turned = no_tail is not None, turned
         self.heads = heads  # S counts (shard, kv head) pairs when a page holds one head: its tables are shard * heads + head
         self.page_size = fmt.page_size
         self.dtype, self.device = dtype, device  # dtype of the model
@@ -76,6 +82,11 @@ class LayerStore:
         self.summaries[name] = torch.zeros((self.num_pages, *shape), dtype=dtype, device=self.device)
 
     # ---- host side: sizes ----------------------------------------------------------------------------------------------------
+
+    @property
+    def k_dim(self) -> int:
+        """Width of a key as queries meet it."""
+        return self.fmt.k_dim if self.turned is None else self.turned.k.decode.shape[2]
 
     @property
     def num_pages(self) -> int:

@@ -20,6 +20,7 @@ from .errors import ConfigError
 from .placement import local_shards
 from .plan import StepPlan
 from .recycle import expire, remap
+from .request_maps import PageMaps
 from .sizing import pages_to_open, shard_capacity
 from .spec import LayerSpec
 from .store import LayerStore, tail_dtype
@@ -41,6 +42,7 @@ class Tables:
         num_experts: int,
         dtype: torch.dtype,
         device: torch.device,
+        transforms: list[Transform | None],
     ) -> None:
         self.layers, self.storage, self.page_size = layers, config.storage, page_size
         per_head = config.scheduling.head_budget != "shared"
@@ -54,8 +56,10 @@ class Tables:
             _page_format(codec, spec, page_size, dtype, self.heads) if two else None for spec, two in zip(layers, far, strict=True)
         ]
         self.two_pools = any(far)
-        self.far_maps: list[Transform | None] = [None] * len(layers)  # from near entries to what far pages hold; None: the same
-        self.turned: list[Transform | None] = [None] * len(layers)  # of layers whose pages hold keys before their rotation
+        self.far_maps: list[PageMaps | None] = [None] * len(layers)  # from near entries to what far pages hold; None: the same
+        # Of layers whose pages hold keys before their rotation; with two pools the far ones.
+        self.undone = [None if maps is None or maps.inv_freq is None else maps for maps in transforms]
+        self.turns = codec.per_request  # what is stored of a request gets another basis while it grows (request_basis.py)
         self.dtype, self.device, self.num_shards = dtype, device, num_shards
         shards = local_shards(rank, num_shards, num_ranks)
         self.shard_begin, self.num_local = shards.start, len(shards)
@@ -71,7 +75,8 @@ class Tables:
         self.counts = torch.zeros(len(self.layers), num_rows, self.num_local * self.heads, dtype=torch.int32, device=self.device)
         self.free_top = torch.zeros(len(self.layers), dtype=torch.int64, device=self.device)
         self.stores = [
-            LayerStore(fmt, self.dtype, self.device, self.counts[i], self.free_top[i], self.heads) for i, fmt in enumerate(self.formats)
+            LayerStore(fmt, self.dtype, self.device, self.counts[i], self.free_top[i], self.heads, turned=None if far else self.undone[i])
+            for i, (fmt, far) in enumerate(zip(self.formats, self.far_formats, strict=True))
         ]
         self.far_counts, self.far_free_top = torch.zeros_like(self.counts), torch.zeros_like(self.free_top)
         no_tails = {fmt: self._no_tail(fmt) for fmt in self.far_formats if fmt is not None}
@@ -79,7 +84,9 @@ class Tables:
         self.far = [
             None
             if fmt is None
-            else LayerStore(fmt, self.dtype, self.device, self.far_counts[i], self.far_free_top[i], no_tail=no_tails[fmt])
+            else LayerStore(
+                fmt, self.dtype, self.device, self.far_counts[i], self.far_free_top[i], no_tail=no_tails[fmt], turned=self.undone[i]
+            )
             for i, fmt in enumerate(self.far_formats)
         ]
         for store in self.far:

@@ -21,10 +21,11 @@ def check_tiers(config: PiKVConfig, codec: Codec, layers: list[LayerSpec], page_
         raise ConfigError(
             f"{given} on a model whose layers all have a sliding window: these keep one pool of pages, in the codec's format; leave it out"
         )
-    if codec.per_request:
+    if codec.per_request and config.routing.method != "all":
         raise ConfigError(
-            f"{given} with pikv.compression.method = {codec.name!r}: its bases turn with every chunk of a prompt, and pages of two pools "
-            f"would have to turn apart; use a calibrated codec ('lora', 'crop'), or leave the raw window out"
+            f"{given} with pikv.compression.method = {codec.name!r} and pikv.routing.method = {config.routing.method!r}: a router "
+            f"is told of keys when they are stored, and here they have no coefficients before they leave the raw window, as the basis of a "
+            f"request is fitted after its forward; use routing 'all', a calibrated codec ('lora', 'crop'), or leave the raw window out"
         )
     if config.scheduling.head_budget != "shared":
         raise ConfigError(

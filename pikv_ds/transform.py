@@ -99,6 +99,22 @@ class Transform:
         folded, shift = self.fold(q, scale)
         return folded, self.k.apply(k), c_v, shift
 
+    def keys(self, c: Tensor, positions: Tensor) -> Tensor:
+        """The rotated keys [..., H, D] f32 that coefficients [..., H, r] of un-rotated ones stand for at positions [...]. With inv_freq."""
+        return turn(self.k.invert(c), positions, self.inv_freq)
+
+    def of(self, rows: slice) -> Self:
+        """The maps of some rows: here the same for all (request_basis.py has others)."""
+        return self
+
+    def encode_pages(self, k: Tensor, v: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Coefficients of entries k, v [n * P, H, D] of n pages, which are of rows [n] int64."""
+        return self.k.apply(k), self.v.apply(v)
+
+    def decode_pages(self, x: Tensor, side: str) -> Tensor:
+        """What coefficients x [R, S, C, H, P, r] of all rows stand for, f32; side "k" or "v"."""
+        return getattr(self, side).invert(x.transpose(3, 4)).transpose(3, 4)
+
     def fold(self, q: Tensor, scale: float) -> tuple[Tensor, Tensor | None]:
         """q' and the shift of the lse, as in `enter`."""
         by_head = q.float().unflatten(2, (self.k.decode.shape[0], -1))  # [B, T, H, G, D]

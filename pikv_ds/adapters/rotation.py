@@ -32,10 +32,10 @@ def inv_freq_of(config: PreTrainedConfig, spec: LayerSpec) -> Tensor:
     return default_inv_freq(parameters["rope_theta"], spec.k_dim)
 
 
-def check_rotations(model: nn.Module, layers: list[LayerSpec], transforms: list[Transform | None]) -> None:
+def check_rotations(model: nn.Module, layers: list[LayerSpec], undone: list[Transform | None]) -> None:
     """Raises: ConfigError when a codec undoes another rotation than the model's."""
-    for spec, maps in zip(layers, transforms, strict=True):
-        if maps is None or maps.inv_freq is None:
+    for spec, maps in zip(layers, undone, strict=True):
+        if maps is None:
             continue
         try:
             own = inv_freq_of(model.config, spec)

@@ -71,6 +71,10 @@ class Codec(ABC):
         """The maps for a request that computes just these heads: `transform`, but for codecs that fit each request."""
         return self.transform(spec)
 
+    def request_rotation(self, spec: LayerSpec) -> tuple[Tensor, Tensor] | None:
+        """Of a codec that fits each request: what its coefficients of keys and values are turned by, [H, r, r] each; None: nothing."""
+        return None
+
     def request_bytes(self, spec: LayerSpec) -> int:
         """Bytes that a request takes in a layer besides its pages, at the rank that runs it."""
         return 0

@@ -26,7 +26,8 @@ class LinearCodec(Codec):
 
     The maps are folded into queries and outputs (pikv_ds/transform.py): pages are read by the compiled ops of `store`, r / D of the bytes.
     rope "pre": coefficients are of keys before their rotation, which has a lower rank to it (ShadowKV, arXiv 2410.21465; KVQuant, arXiv
-    2401.18079) but can't be folded: pages are decoded and read in torch (pikv_ds/turned_reader.py).
+    2401.18079) but can't be folded: pages are decoded in torch, and attention, policies and routers meet keys that are put together
+    again (pikv_ds/turned_reader.py).
     """
 
     calibrated = True

@@ -24,6 +24,8 @@ class Rotated(Codec):
         self.name, self.calibrated, self.group = inner.name, inner.calibrated, inner.group
         self.light, self.light_ratio = inner.light, inner.light_ratio  # light pages hold what is turned as well
         self.per_request = inner.per_request
+        if inner.per_request:
+            self.fit_tokens = inner.fit_tokens
 
     @property
     def preferred_page_size(self) -> int:
@@ -51,7 +53,16 @@ class Rotated(Codec):
         rounding = torch.finfo(dtype).eps + 2.0**-20  # of the rotated numbers to the model's dtype, of the maps
         return tuple(error + rounding for error in self.inner.declared_errors(spec, page_size, dtype))
 
-    def transform(self, spec: LayerSpec) -> Transform:
+    def request_bytes(self, spec: LayerSpec) -> int:
+        return self.inner.request_bytes(spec)
+
+    def request_rotation(self, spec: LayerSpec) -> tuple[Tensor, Tensor]:
+        stored = self.inner.stored(spec)
+        return self._rotation(spec, stored.k_dim, salt=0), self._rotation(spec, stored.v_dim, salt=1)
+
+    def transform(self, spec: LayerSpec) -> Transform | None:
+        if self.per_request:  # its maps are those of requests, turned by request_rotation
+            return None
         stored = self.inner.stored(spec)
         inner = self.inner.transform(spec) or Transform(unchanged(spec.num_kv_heads, spec.k_dim), unchanged(spec.num_kv_heads, spec.v_dim))
         if spec.latent:

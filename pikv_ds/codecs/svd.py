@@ -7,7 +7,7 @@ import torch
 from pikv_ds.codecs import CODECS
 from pikv_ds.codecs.base import Codec, Heads
 from pikv_ds.codecs.linear import check_rank, record_codec, refuse_latent
-from pikv_ds.request_basis import leading
+from pikv_ds.request_maps import leading
 from pikv_ds.spec import LayerSpec
 from pikv_ds.transform import Linear, Transform
 

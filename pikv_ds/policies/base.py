@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from pikv_ds.entries import decoded
+from pikv_ds.entries import read_back
 from pikv_ds.spec import LayerSpec
 from pikv_ds.store import LayerStore
 
@@ -106,11 +106,10 @@ class Pages:
 
     @cached_property
     def _decoded(self) -> tuple[Tensor, Tensor]:
-        tail = None if self.store.tail is None or self.tail_rows is None else self.store.tail[self.tail_rows.flatten()]
-        decoded_tables = decoded(self.store, self.table.flatten(0, 1), self.counts.flatten(), tail)  # [R * S, Hkv, L, D]
+        read = read_back(self.store, self.table, self.counts, self.tail_rows)  # [R * S, Hkv, L, D]
         filled = self.filled[:, :, :, None, :, None]
         shape = (*self.table.shape[:2], -1, filled.shape[2], filled.shape[4])  # R, S, Hkv, C, page_size
-        return tuple(torch.where(filled, x.view(*shape, x.shape[-1]).transpose(2, 3), 0) for x in decoded_tables)
+        return tuple(torch.where(filled, x.view(*shape, x.shape[-1]).transpose(2, 3), 0) for x in read)
 
     @property
     def keys(self) -> Tensor:
@@ -156,6 +155,8 @@ class RetentionPolicy(ABC):
     """One number per page (or entry) each, kept in the store; a policy that has any is shown what queries attend to."""
     observes_queries: ClassVar[bool] = False
     """True: row_values are kept, and observe_queries() is shown the queries themselves."""
+    row_queries: ClassVar[tuple[str, ...]] = ()
+    """Names of row_values that are queries, [Hq, Dk]: where keys change their basis (codec svd) the cache turns them along."""
     reads_positions_only: ClassVar[bool] = False
     """True: a score follows from positions, counts and lengths alone, whatever is stored."""
     reads_model_queries: ClassVar[bool] = False

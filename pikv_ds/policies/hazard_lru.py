@@ -23,6 +23,7 @@ class HazardLRU(LeastRecentlyUsed):
 
     page_values: ClassVar[dict[str, torch.dtype]] = {"used": torch.int32, "uses": torch.int32, "asked": torch.int32}
     observes_queries = True
+    row_queries: ClassVar[tuple[str, ...]] = ("query",)
 
     def __init__(
         self,

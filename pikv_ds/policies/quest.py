@@ -1,3 +1,5 @@
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,7 @@ class Bounds(RetentionPolicy):
     """
 
     observes_queries = True
+    row_queries: ClassVar[tuple[str, ...]] = ("query",)
 
     def row_values(self, num_q_heads: int, k_dim: int) -> dict[str, tuple[int, ...]]:
         return {"query": (num_q_heads, k_dim), "lse": (num_q_heads,)}

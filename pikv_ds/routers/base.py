@@ -14,6 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from pikv_ds.reader import Stored
 from pikv_ds.store import LayerStore
 
 
@@ -35,6 +36,20 @@ class NewEntries:
     """[N] int32 page * page_size + offset; -1 = not stored here."""
     table: Tensor
     """[N] int32 row * S + local shard, 0 where not stored here: the tail row of a token."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TurnedEntries:
+    """Rows whose keys, and queries, were turned: x -> x turn, x [..., H, r] one or a group of heads of a row."""
+
+    rows: Tensor
+    """[n] int64, ascending: the same on all ranks."""
+    turn: Tensor
+    """[n, H, r, r] f32, of all ranks' rows."""
+    entries: NewEntries
+    """All entries of these rows on this rank, keys as they are read from now on."""
+    gather: Callable[[Tensor], Tensor]
+    """[...] of the same shape on all ranks -> [ranks, ...]. A collective when there are several: call it on all or none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +92,11 @@ class PageQuery:
 
     near_lse: Tensor | None = None
     """[Q, Hq] f32 lse of the entries of this rank that every query reads besides these pages (tiers.py); None = there are none."""
+
+    @property
+    def stored(self) -> Stored:
+        """The tables, as readers take them."""
+        return Stored(self.block_table, self.seqlens, self.tail, self.tail_rows)
 
     def over_shards(self, x: Tensor) -> Tensor:
         """[Q, S, ...] of the local shards -> [Q, shards, ...] of all, by `gather`."""
@@ -128,6 +148,14 @@ class Router(ABC):
         What is kept per page must be made for them; what is kept per request or shard has them already. `new` has these pages of this
         rank from their first slot on, keys as they are read. Host phase.
         """
+
+    def turned(self, layer: int, store: LayerStore, new: TurnedEntries) -> None:
+        """Keys of some rows have another basis (request_basis.py): what is kept of keys or queries must be in it too. Host phase.
+
+        By default what is kept per page is made for these entries, as for pages that moved. Override it where keys or queries are kept
+        per request or shard.
+        """
+        self.moved(layer, store, new.entries)
 
     @property
     def nbytes(self) -> int:

@@ -7,6 +7,7 @@ from pikv_ds import ops
 from pikv_ds.routers import ROUTERS
 from pikv_ds.routers.base import NewEntries, PageQuery, Router
 from pikv_ds.store import LayerStore
+from pikv_ds.turned_bounds import bounds_shape, page_bounds
 
 SUMMARY = "bounds"
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
@@ -32,14 +33,13 @@ class PageBounds(Router):
         self.spread, self.heads, self.dtype = spread, heads, _DTYPES[metadata]
 
     def open(self, layer: int, store: LayerStore, num_shards: int) -> None:
-        store.add_summary(SUMMARY, ops.bounds_shape(store.fmt, self.dtype), self.dtype)
+        store.add_summary(SUMMARY, bounds_shape(store, self.dtype), self.dtype)
 
     def wrote(self, layer: int, store: LayerStore, new: NewEntries) -> None:
         self.moved(layer, store, new)
 
     def moved(self, layer: int, store: LayerStore, new: NewEntries) -> None:
-        options = {} if store.tail is None else {"tail": store.tail, "tail_rows": new.table}
-        ops.page_bounds(store.summaries[SUMMARY], store.pages, store.fmt, new.slot_mapping, **options)
+        page_bounds(store.summaries[SUMMARY], store, new.slot_mapping, new.table)
 
     def score(self, asked: PageQuery) -> Tensor:
         return self.score_with(asked.q, asked)

@@ -2,7 +2,7 @@ import torch
 from torch import Tensor
 
 from pikv_ds.routers import ROUTERS
-from pikv_ds.routers.base import NewEntries, PageQuery, Router
+from pikv_ds.routers.base import NewEntries, PageQuery, Router, TurnedEntries
 from pikv_ds.store import LayerStore
 
 SUMMARY = "clusters"
@@ -34,7 +34,7 @@ class KeyCentroids(Router):
     def open(self, layer: int, store: LayerStore, num_shards: int) -> None:
         num_heads, num_rows = store.fmt.num_kv_heads, store.counts.shape[0]
         store.add_summary(SUMMARY, (num_heads, self.clusters), torch.int16)
-        self.mean[layer] = torch.zeros(num_rows, num_heads, self.clusters, store.fmt.k_dim, device=store.device)
+        self.mean[layer] = torch.zeros(num_rows, num_heads, self.clusters, store.k_dim, device=store.device)
         self.weight[layer] = torch.zeros(num_rows, num_heads, self.clusters, device=store.device)
         self.seeded[layer] = torch.zeros(num_rows, dtype=torch.int64, device=store.device)
         self.fresh.add(layer)
@@ -59,6 +59,11 @@ class KeyCentroids(Router):
     def moved(self, layer: int, store: LayerStore, new: NewEntries) -> None:
         """Counted in the clusters as they are now."""
         _count_in(store.summaries[SUMMARY], new.slot_mapping, self._nearest(layer, new.k, new.rows), store.page_size)
+
+    def turned(self, layer: int, store: LayerStore, new: TurnedEntries) -> None:
+        """Means are linear in the keys, and which cluster a key was counted in stays."""
+        mean = self.mean[layer]
+        mean[new.rows] = torch.einsum("nhkr,nhrs->nhks", mean[new.rows], new.turn)
 
     def _seeds_or_nearest(self, layer: int, new: NewEntries) -> Tensor:
         """[N, H] int64 cluster of each key."""

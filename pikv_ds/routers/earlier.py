@@ -1,8 +1,9 @@
 """What the latest queries of every request were or did, to take another one's: what popularity-matched controls need."""
 
+import torch
 from torch import Tensor
 
-from pikv_ds.routers.base import PageQuery
+from pikv_ds.routers.base import PageQuery, TurnedEntries
 from pikv_ds.routers.scramble import scramble
 
 KEPT = 128
@@ -21,6 +22,13 @@ class Earlier:
         if layer in self.kept:
             old = self.kept[layer]
             self.kept[layer] = old[parent.clamp_min(0)] * (parent >= 0).view(-1, *[1] * (old.dim() - 1))
+
+    def turned(self, layer: int, new: TurnedEntries) -> None:
+        """Where queries are kept, [R, KEPT + 1, Hq, r]."""
+        if layer in self.kept:
+            kept = self.kept[layer]
+            by_head = kept[new.rows].float().unflatten(2, (new.turn.shape[1], -1))
+            kept[new.rows] = torch.einsum("nkhgr,nhrs->nkhgs", by_head, new.turn).flatten(2, 3).to(kept.dtype)
 
     def swap(self, asked: PageQuery, own: Tensor) -> Tensor:
         """own [Q, ...] -> for each query that of one drawn from the latest KEPT of its row, 0 where there is none yet. Keeps own."""

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from pikv_ds.routers import ROUTERS
-from pikv_ds.routers.base import NewEntries, PageQuery
+from pikv_ds.routers.base import NewEntries, PageQuery, TurnedEntries
 from pikv_ds.routers.bounds import PageBounds
 from pikv_ds.store import LayerStore
 
@@ -16,8 +16,9 @@ class Hierarchical(PageBounds):
     """First the shards whose keys could score highest, then the best pages inside these, both by min and max key.
 
     Shards by the bound of `bounds` with spread 1 and "max", pages by its score with the options given here.
-    A shard's bounds cover all entries that a request ever stored in it. A rank is visited when it holds a chosen shard. With no more shards
-    than `top_shards` this is `bounds`. Chosen per kv head. Bytes: those of bounds; as metadata, which does not grow with the context,
+    A shard's bounds cover all entries that a request ever stored in it (with codec svd: that lay there when its basis last changed, and
+    later ones). A rank is visited when it holds a chosen shard. With no more shards than `top_shards` this is `bounds`. Chosen per kv
+    head. Bytes: those of bounds; as metadata, which does not grow with the context,
     2 * num_kv_heads * k_dim f32 per request, layer and shard, on every rank so that choosing shards needs no message.
     """
 
@@ -37,7 +38,7 @@ class Hierarchical(PageBounds):
 
     def open(self, layer: int, store: LayerStore, num_shards: int) -> None:
         super().open(layer, store, num_shards)
-        shape = (store.counts.shape[0], num_shards, store.fmt.num_kv_heads, 2, store.fmt.k_dim)
+        shape = (store.counts.shape[0], num_shards, store.fmt.num_kv_heads, 2, store.k_dim)
         self.shard_bounds[layer] = self._empty(torch.empty(shape, device=store.device))
 
     @staticmethod
@@ -52,12 +53,25 @@ class Hierarchical(PageBounds):
 
     def wrote(self, layer: int, store: LayerStore, new: NewEntries) -> None:
         super().wrote(layer, store, new)
-        bounds, valid = self.shard_bounds[layer].flatten(0, 1), new.valid.view(-1, 1, 1)
-        at = torch.where(new.valid, new.rows * self.shard_bounds[layer].shape[1] + new.shard, 0)
+        self._widen(self.shard_bounds[layer], new)
+
+    @staticmethod
+    def _widen(shard_bounds: Tensor, new: NewEntries) -> None:
+        bounds, valid = shard_bounds.flatten(0, 1), new.valid.view(-1, 1, 1)
+        at = torch.where(new.valid, new.rows * shard_bounds.shape[1] + new.shard, 0)
         k = new.k.float()
         at = at.view(-1, 1, 1).expand_as(k)
         bounds[:, :, 0] = bounds[:, :, 0].scatter_reduce(0, at, torch.where(valid, k, torch.inf), "amin")
         bounds[:, :, 1] = bounds[:, :, 1].scatter_reduce(0, at, torch.where(valid, k, -torch.inf), "amax")
+
+    def turned(self, layer: int, store: LayerStore, new: TurnedEntries) -> None:
+        """A box does not turn: bounds are made of what is stored, of all shards by one collective when there are several ranks."""
+        super().turned(layer, store, new)
+        bounds = self.shard_bounds[layer]
+        bounds[new.rows] = self._empty(torch.empty_like(bounds[new.rows]))
+        self._widen(bounds, new.entries)
+        found = new.gather(bounds[new.rows])
+        bounds[new.rows] = torch.stack((found[..., 0, :].amin(0), found[..., 1, :].amax(0)), -2)
 
     def score(self, asked: PageQuery) -> Tensor:
         scores, num_shards = super().score(asked), self.shard_bounds[asked.layer].shape[1]

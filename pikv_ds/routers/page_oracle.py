@@ -1,9 +1,9 @@
 import torch
 from torch import Tensor
 
-from pikv_ds import ops
 from pikv_ds.routers import ROUTERS
 from pikv_ds.routers.base import PageQuery, Router
+from pikv_ds.turned_reader import decode
 
 
 @ROUTERS.register("page_oracle")
@@ -16,10 +16,9 @@ class PageOracle(Router):
 
     def score(self, asked: PageQuery) -> Tensor:
         store, num_heads = asked.store, asked.store.fmt.num_kv_heads
-        _, lse, page_lse = ops.decode(
-            asked.q, store.pages, store.fmt, asked.block_table, asked.seqlens, scale=asked.scale, q_positions=asked.positions,
-            window=asked.window, tail=asked.tail, tail_rows=asked.tail_rows, with_page_lse=True,
-        )  # fmt: skip
+        _, lse, page_lse = decode(
+            store, asked.q, asked.stored, scale=asked.scale, q_positions=asked.positions, window=asked.window, with_page_lse=True
+        )
         lse = lse if asked.near_lse is None else torch.logaddexp(lse, asked.near_lse)
         total = asked.gather(lse).logsumexp(0).repeat_interleave(page_lse.shape[0] // lse.shape[0], 0).unsqueeze(-1)
         mass = torch.exp(page_lse - total.clamp_min(torch.finfo(torch.float32).min))  # [N, Hq, C]

@@ -7,7 +7,7 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
-from pikv_ds.routers.base import NewEntries, PageQuery, Router
+from pikv_ds.routers.base import NewEntries, PageQuery, Router, TurnedEntries
 from pikv_ds.store import LayerStore
 
 
@@ -28,7 +28,7 @@ class ShardRouter(Router):
 
     def open(self, layer: int, store: LayerStore, num_shards: int) -> None:
         shape = (store.counts.shape[0], num_shards)
-        self.sums[layer] = torch.zeros(*shape, store.fmt.num_kv_heads, store.fmt.k_dim, device=store.device)
+        self.sums[layer] = torch.zeros(*shape, store.fmt.num_kv_heads, store.k_dim, device=store.device)
         self.counts[layer] = torch.zeros(shape, device=store.device)
 
     def remap(self, layer: int, parent: Tensor) -> None:
@@ -40,6 +40,11 @@ class ShardRouter(Router):
         at = torch.where(new.valid, new.rows * self.counts[layer].shape[1] + new.shard, 0)
         self.counts[layer].view(-1).index_add_(0, at, new.valid.float())
         self.sums[layer].flatten(0, 1).index_add_(0, at, new.k.float().masked_fill(~new.valid.view(-1, 1, 1), 0))
+
+    def turned(self, layer: int, store: LayerStore, new: TurnedEntries) -> None:
+        """Sums are linear in the keys, those of evicted entries included."""
+        sums = self.sums[layer]
+        sums[new.rows] = torch.einsum("nshr,nhrt->nsht", sums[new.rows], new.turn)
 
     def mean_logits(self, q: Tensor, asked: PageQuery) -> Tensor:
         """[Q, S] f32: scale q mu_s, mean over query heads; -inf for a shard without entries of the request."""

@@ -3,7 +3,7 @@ from typing import Literal
 from torch import Tensor
 
 from pikv_ds.routers import ROUTERS
-from pikv_ds.routers.base import PageQuery
+from pikv_ds.routers.base import PageQuery, TurnedEntries
 from pikv_ds.routers.bounds import PageBounds
 from pikv_ds.routers.earlier import Earlier
 from pikv_ds.store import LayerStore
@@ -29,6 +29,10 @@ class Shuffle(PageBounds):
 
     def remap(self, layer: int, parent: Tensor) -> None:
         self.earlier.remap(layer, parent)
+
+    def turned(self, layer: int, store: LayerStore, new: TurnedEntries) -> None:
+        super().turned(layer, store, new)
+        self.earlier.turned(layer, new)
 
     def score(self, asked: PageQuery) -> Tensor:
         return self.score_with(self.earlier.swap(asked, asked.q), asked)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pikv_ds.routers import ROUTERS
-from pikv_ds.routers.base import NewEntries, PageQuery, Router
+from pikv_ds.routers.base import NewEntries, PageQuery, Router, TurnedEntries
 from pikv_ds.routers.earlier import Earlier
 from pikv_ds.routers.scramble import scramble
 from pikv_ds.routers.shard_router import ShardRouter, scores_of
@@ -49,6 +49,9 @@ class ShuffleShards(Router):
 
     def moved(self, layer: int, store: LayerStore, new: NewEntries) -> None:
         self.base.moved(layer, store, new)
+
+    def turned(self, layer: int, store: LayerStore, new: TurnedEntries) -> None:
+        self.base.turned(layer, store, new)
 
     def missed(self, layer: int) -> Tensor | None:
         return self.base.missed(layer)

@@ -122,11 +122,10 @@ def test_what_svd_cannot_be_combined_with(models):
     svd = {"method": "svd", "rank": 16}
     for block, said in (
         ({"compression": {"rank": 24, "method": "svd"}}, "rank = 24 is larger than k_dim = 16"),
-        ({"compression": {**svd, "rotate": "hadamard"}}, "pikv.compression.rotate"),
-        ({"compression": {"v": svd}}, "another codec in pikv.compression.v"),
-        ({"compression": {"layers": {"0": svd}}}, "another codec in pikv.compression.layers.0"),
-        ({"compression": svd, "page_size": 4, "routing": {"method": "bounds", "budget_ratio": 0.5}}, "pikv.routing.method = 'bounds'"),
-        ({"compression": svd, "scheduling": {"method": "quest", "budget_tokens": 128}}, "pikv.scheduling.method = 'quest'"),
+        ({"compression": {**svd, "k": {"method": "int8"}}}, "another codec in pikv.compression.k.* its bases belong to requests"),
+        ({"compression": {"v": svd}}, "another codec in pikv.compression.v.* its bases belong to requests"),
+        ({"compression": {"layers": {"0": svd}}}, "another codec in pikv.compression.layers.0.* its bases belong to requests"),
+        ({"compression": svd, "scheduling": {"method": "expected_attention", "budget_tokens": 128}}, "it needs the model's own queries"),
     ):
         with pytest.raises(ConfigError, match=said):
             pikv_ds.attach(models["qwen3_moe"][0], block)

@@ -47,6 +47,23 @@ def test_full_rank_is_exact(family, options, tmp_path):
     assert run.stats["attention_impl"] == "pikv torch fp32"
 
 
+@pytest.mark.parametrize("blocks", [
+    {"routing": {"method": "bounds", "budget_pages": 60}}, {"scheduling": {"method": "h2o", "budget_tokens": 40}},
+    {"compression": {"raw_sink_tokens": 2, "raw_recent_tokens": 5}, "routing": {"method": "centroids", "budget_pages": 60}},
+], ids=["bounds", "h2o", "raw window, centroids"])  # fmt: skip
+def test_full_rank_is_exact_with_what_looks_at_keys(blocks, tmp_path):
+    """Beams, left padding, shards; a budget that holds everything."""
+    model, ids = tiny_model("qwen3_moe"), prompt(21, seed=2, batch=2)
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    pins = {"sink_tokens": 2, "recent_tokens": 6}
+    config = block(calibration_of(model, tmp_path), **blocks.get("compression", {})) | {"storage": {"num_shards": 3}}
+    config |= {name: blocks[name] | pins for name in ("routing", "scheduling") if name in blocks}
+    run = generate_sharded(model, ids, mask, new_tokens=10, config=config, num_beams=3)
+    assert_same(run, generate(model, ids, mask, new_tokens=10, num_beams=3), 1e-5)
+    assert run.stats["attention_impl"].startswith("pikv torch")
+
+
 @pytest.fixture(scope="module")
 def calibrated():
     """The bundled model, a window of text, and the calibration on it."""
@@ -110,8 +127,9 @@ def test_other_rotations_are_refused_by_name(tmp_path):
         ({"rope_theta": 20_000.0}, "undoes another rotation than layer 0 has"),
     ):
         model.config.rope_parameters = {"rope_type": "default", "rope_theta": 10_000.0} | change
-        with pytest.raises(ConfigError, match=said):
-            pikv_ds.attach(model, block(path))
+        for window in ({}, {"raw_recent_tokens": 4}):  # un-rotated keys in the only pool, or in the far one
+            with pytest.raises(ConfigError, match=said):
+                pikv_ds.attach(model, block(path, **window))
     with pytest.raises(UnsupportedError, match="a latent"):
         inv_freq_of(model.config, replace(spec, latent=True))
     yarn = tiny_model("gpt_oss")

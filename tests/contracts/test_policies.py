@@ -9,10 +9,11 @@ from pikv_ds.errors import ConfigError
 from pikv_ds.policies import POLICIES
 from pikv_ds.policies.base import Pages, RetentionPolicy
 from tests.retention_blocks import needed
-from tests.unit.driver import Driver, layer, ragged
+from tests.unit.driver import Driver, layer, ragged, rel_error
 from tests.unit.evicting import EvictingDriver
 from tests.unit.invariants import poison
 from tests.unit.stores import fill, make_store
+from tests.unrotated import held, unrotated
 
 EVICTING = [name for name, policy in POLICIES.items() if not policy.keeps_all]
 
@@ -59,6 +60,30 @@ def test_budget_pins_and_attention(name, num_shards, granularity, tmp_path):
         poison(driver)
         driver.forward(mask)
     assert driver.evicted > 60
+
+
+@pytest.mark.parametrize("granularity", ["page", "token"])
+@pytest.mark.parametrize("name", EVICTING)
+def test_keys_before_their_rotation_are_no_other_choice(name, granularity, tmp_path):
+    """Pages that hold coefficients of un-rotated keys, all of them: attention, keys and so the entries kept are those of raw pages."""
+    kinds = [layer(0)]
+    scheduling = {"method": name, "budget_tokens": 22, "sink_tokens": 2, "recent_tokens": 3, "granularity": granularity}
+    scheduling |= needed(name, tmp_path, layers=1, heads=2, width=16)
+    shards = 1 if POLICIES.get(name).needs_one_shard else 2
+    found = []
+    for compression in ({}, unrotated(kinds, tmp_path)):
+        driver = Driver(kinds, page_size=2, num_shards=shards, placement="position", scheduling=scheduling, compression=compression)
+        driver._compare, seen = lambda *_: None, []
+        driver.prefill([40, 3])
+        for mask in (ragged([1, 1]), ragged([9, 6]), *[ragged([1, 1])] * 2):
+            poison(driver)
+            outputs = driver.forward(mask)
+            seen.append(held(driver))
+        found.append((seen, outputs))
+    (raw, outputs), (kept, others) = found
+    assert kept == raw and len(raw[-1][0][0]) < 30
+    for want, got in zip(outputs, others, strict=True):
+        assert all(rel_error(x, y) < 1e-5 for x, y in zip(got, want, strict=True))
 
 
 @pytest.mark.parametrize("name", [name for name in EVICTING if POLICIES.get(name).reads_positions_only])

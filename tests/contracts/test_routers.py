@@ -11,6 +11,7 @@ from pikv_ds.routers.base import Router
 from pikv_ds.stats import stats
 from tests.routing_blocks import placement, routing
 from tests.unit.driver import Driver, layer, ragged
+from tests.unrotated import unrotated
 
 pytestmark = pytest.mark.parametrize("name", ROUTERS.names())
 LAYERS = [layer(0), layer(1, window=24)]
@@ -19,14 +20,24 @@ LAYERS = [layer(0), layer(1, window=24)]
 class Recording(Driver):
     """Keeps the outputs and compares nothing: a router may read less than dense attention does."""
 
-    def __init__(self, name: str, folder, num_shards: int = 1, placed: str | None = None, **own) -> None:
+    def __init__(self, name: str, folder, num_shards: int = 1, placed: str | None = None, compression: dict | None = None, **own) -> None:
         """placed: the router for which entries are placed, if that is another; own: options of the router."""
         block = routing(name, folder, layers=len(LAYERS), shards=num_shards, query_width=4 * 8, **own)
-        super().__init__(LAYERS, routing=block, num_shards=num_shards, **placement(placed or own.get("base", name)))
+        placed = placement(placed or own.get("base", name))
+        super().__init__(LAYERS, routing=block, num_shards=num_shards, compression=compression, **placed)
 
     def _compare(self, i, q, positions, out, lse) -> None:
         real = positions >= 0
         assert bool(out[real].isfinite().all()) and bool(lse[real].isfinite().all())
+
+
+def choices(driver: Recording) -> list:
+    """The pages read."""
+    selection, found = driver.cache.selection, []
+    if selection is not None:
+        choose = selection.choose
+        selection.choose = lambda *given: found.append(choose(*given)) or found[-1]
+    return found
 
 
 def outputs(driver: Recording) -> list:
@@ -63,6 +74,21 @@ def test_rows_that_grow_fork_and_start_anew(name, num_shards, tmp_path):
     for forward, again in zip(first, second, strict=True):
         for (out, lse), (out_again, lse_again) in zip(forward, again, strict=True):
             assert torch.equal(out, out_again) and torch.equal(lse, lse_again)
+
+
+def test_keys_before_their_rotation_are_no_other_choice(name, tmp_path):
+    """Pages that hold coefficients of un-rotated keys, all of them: every query reads the pages that it reads of raw ones."""
+    found = []
+    for compression in ({}, unrotated(LAYERS, tmp_path)):
+        driver = Recording(name, tmp_path, num_shards=4, compression=compression)
+        pages = choices(driver)
+        driver.prefill([40, 23])
+        found.append(([driver.forward(ragged(new)) for new in ([5, 3], [1, 1], [1, 1])], pages))
+    (raw, pages), (others, also) = found
+    assert len(pages) == len(also) and all(torch.equal(x, y) for x, y in zip(pages, also, strict=True))
+    for forward, other in zip(raw, others, strict=True):
+        for want, got in zip(forward, other, strict=True):
+            assert all(torch.allclose(x, y, atol=1e-5, equal_nan=True) for x, y in zip(got, want, strict=True))
 
 
 def test_bytes_are_reported(name, tmp_path):

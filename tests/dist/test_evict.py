@@ -15,7 +15,16 @@ METHODS = [
 ]
 HEADS = [f"{method} {head_budget} heads" for method in HEAD_METHODS for head_budget in ("uniform", "adaptive")]
 ENTRIES = [*(f"{method} entries" for method in TOKEN_METHODS), "entries of heads", "entries of beams"]
-CHECKS = [*HEADS, *ENTRIES, "beams", "assisted", "beams of heads", *(f"h2o with {router}" for router in ROUTING)]
+CHECKS = [
+    *HEADS,
+    *ENTRIES,
+    "beams",
+    "assisted",
+    "beams of heads",
+    "quest svd",
+    "quest svd heads",
+    *(f"h2o with {router}" for router in ROUTING),
+]
 # Short, on 4 ranks: one policy for each thing that ranks must agree on. All of them are held to the same on 2.
 OF_FOUR = [
     "streaming_llm",  # positions
@@ -40,7 +49,7 @@ def job(world: int) -> JobResult:
 
 
 KEPT = [(check, world) for world in (1, 2, 4) for check in (*methods(world), *CHECKS)]
-BY_RANK = [("distinct", 2), ("distinct, by head", 2), ("distinct", 4), ("distinct, by head", 4)]
+BY_RANK = [(check, world) for world in (2, 4) for check in ("distinct", "distinct, by head", "distinct, quest svd")]
 BY_RANK += [(f"distinct, {method}, {how}", world) for world in (2, 4) for method, how in distinct_cases(world)]
 
 

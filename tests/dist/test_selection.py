@@ -3,6 +3,7 @@
 import pytest
 
 from pikv_ds.routers import ROUTERS
+from tests.dist.jobs.selection import UNROTATED
 from tests.dist.launcher import JobResult, run_gloo
 from tests.long_form import short_or_long
 
@@ -33,6 +34,20 @@ CASES = [(name, world) for world in (2, 4) for name in names(world)]
 @pytest.mark.parametrize(("name", "world"), CASES, ids=[f"{name}-world{world}" for name, world in CASES])
 def test_the_same_pages_as_on_one_rank(name: str, requests: str, world: int):
     job(world).check(f"{name} {requests}")
+
+
+@REQUESTS
+@pytest.mark.parametrize("name", ["bounds", "hierarchical", "centroids", "topk", "shuffle"])
+def test_the_same_pages_as_on_one_rank_while_bases_change(name: str, requests: str):
+    job(2).check(f"{name} {requests} svd")
+
+
+@WORLDS
+@REQUESTS
+@pytest.mark.parametrize("name", UNROTATED)
+def test_the_same_pages_of_keys_before_their_rotation(name: str, requests: str, world: int):
+    """All directions are kept: the pages that one rank reads of raw keys."""
+    job(world).check(f"{name} {requests} unrotated")
 
 
 @WORLDS

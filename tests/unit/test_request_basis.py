@@ -6,11 +6,17 @@ import torch
 from pikv_ds import ops
 from pikv_ds.agreement import Agreed
 from pikv_ds.codecs import CODECS
+from pikv_ds.config import PiKVConfig
 from pikv_ds.exchange import Exchange
 from pikv_ds.plan import LocalStep, StepPlan
-from pikv_ds.request_basis import NEVER, RequestBases, reproject
+from pikv_ds.reproject import reproject
+from pikv_ds.request_basis import NEVER, RequestBases
 from pikv_ds.spec import LayerSpec
 from pikv_ds.store import LayerStore
+from pikv_ds.tables import Tables
+from tests.unit.driver import Driver, layer, ragged
+from tests.unit.evicting import entries_of
+from tests.unit.turning import svd
 
 SPEC = LayerSpec(layer_idx=0, num_kv_heads=2, k_dim=16, v_dim=16)
 
@@ -66,10 +72,9 @@ class Run:
     """Forwards of one rank through the bases, with the agreement's part done by hand and nothing stored."""
 
     def __init__(self, fit_tokens=16):
-        codec = CODECS.build("svd", rank=8)
-        self.bases = RequestBases([SPEC], [codec.stored(SPEC)], fit_tokens, Exchange(None, 10.0), torch.device("cpu"))
-        fmt = codec.page_format(SPEC, 4, torch.float32)
-        self.fmt, self.seen = fmt, {}
+        codec = CODECS.build("svd", rank=8, fit_tokens=fit_tokens)
+        self.tables = Tables([SPEC], PiKVConfig(), codec, 4, 1, 0, 1, 8, torch.float32, torch.device("cpu"))
+        self.bases = RequestBases([SPEC], codec, self.tables, Exchange(None, 10.0))
 
     def forward(self, num_new, parent, keep, seed):
         step = local(num_new, parent, keep)
@@ -81,8 +86,8 @@ class Run:
         maps = self.bases.maps(0, k, k.clone())
         after = [a + b for a, b in zip(keep, num_new, strict=True)]
         plan = StepPlan([(step.num_rows, 4)], 0, keep, after, torch.device("cpu"))
-        counts, top = torch.zeros(len(num_new), 1, dtype=torch.int32), torch.zeros((), dtype=torch.int64)
-        self.bases.settle(plan, [LayerStore(self.fmt, torch.float32, torch.device("cpu"), counts, top)])
+        self.tables.allocate(len(num_new))
+        self.bases.settle(plan)
         return k, maps
 
 
@@ -136,3 +141,22 @@ def test_keys_that_are_not_finite_leave_other_requests_alone():
     other = Run()
     other.bases.begin(step)
     assert torch.equal(run.bases.bases[0][0][1], other.bases.maps(0, clean, clean).k[1])
+
+
+@pytest.mark.parametrize("window", [{}, {"raw_recent_tokens": 5}], ids=["one pool", "two pools"])
+def test_a_rotation_turns_the_coefficients_and_nothing_else(window):
+    """Through changes of the bases; with all directions attention is exact, which Driver checks."""
+    kept = []
+    for rotate in ("none", "hadamard"):
+        compression = svd()["compression"] | {"rotate": rotate} | window
+        driver = Driver([layer(3, dim=16)], codec="svd", compression=compression)
+        driver.tolerance = 1e-5
+        driver.prefill([20, 9])
+        for mask in (ragged([21, 12]), *[ragged([1, 1])] * 4):
+            driver.forward(mask)
+        assert driver.cache.bases.fitted_at == [41, 21]
+        kept.append([entries_of(driver.cache.tables.pools(0)[-1], row, 0)[:2] for row in range(2)])
+    for plain, rotated in zip(*kept, strict=True):
+        for x, y, turn in zip(plain, rotated, driver.cache.bases.rotations[0], strict=True):
+            assert len(x) > 10 and torch.allclose(torch.einsum("nhr,hrs->nhs", x, turn), y, atol=1e-4)
+            assert (turn - torch.eye(16)).abs().max() > 0.1

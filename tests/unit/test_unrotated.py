@@ -112,9 +112,8 @@ def test_it_attends_to_what_is_decoded(calibration, store, page_size):
 
 @pytest.mark.parametrize("granularity", ["page", "token"])
 @pytest.mark.parametrize("method", ["streaming_llm", "random"])
-def test_entries_keep_their_positions_when_others_leave(calibration, method, granularity, monkeypatch):
+def test_entries_keep_their_positions_when_others_leave(calibration, method, granularity):
     """Attention is that over the kept entries, at the positions they had."""
-    monkeypatch.setattr("tests.unit.evicting.check_evicting", lambda driver: None)  # it compares stored keys with raw ones
     scheduling = {"method": method, "budget_tokens": 20, "sink_tokens": 2, "recent_tokens": 5, "granularity": granularity}
     options = {"codec": "lora", "compression": block(calibration), "page_size": 4, "num_shards": 2}
     driver = EvictingDriver([LAYERS[0], LAYERS[2]], None, scheduling, **options)
@@ -132,21 +131,6 @@ def test_keys_alone_and_layers_of_their_own(calibration):
         driver = Driver(LAYERS, page_size=4, num_shards=2, compression=compression)
         driver.tolerance = 1e-5
         run_mix(driver)
-
-
-@pytest.mark.parametrize(("blocks", "said"), [
-    ({"routing": {"method": "bounds", "budget_pages": 30}}, "no rotated query can be compared with"),
-    ({"scheduling": {"method": "h2o", "budget_tokens": 80}}, "it looks at stored keys or at the attention they get"),
-    ({"scheduling": {"method": "knorm", "budget_tokens": 80}}, "'streaming_llm'"),
-    ({"scheduling": {"method": "streaming_llm", "budget_tokens": 80, "head_budget": "uniform"}}, "legal is 'shared'"),
-    ({"compression": {"raw_recent_tokens": 4}}, "two pools of pages"),
-], ids=str)  # fmt: skip
-def test_what_is_refused(calibration, blocks, said):
-    compression = block(calibration) | blocks.get("compression", {})
-    rest = {name: blocks[name] for name in ("routing", "scheduling") if name in blocks}
-    with pytest.raises(ConfigError, match="rope = 'pre'") as error:
-        Driver(LAYERS[::2], page_size=4, codec="lora", compression=compression, **rest)
-    assert said in str(error.value)
 
 
 def test_values_and_files_that_can_not_serve_are_refused(calibration, tmp_path):

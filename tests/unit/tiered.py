@@ -69,7 +69,9 @@ def check_tiers(driver: TieredDriver) -> None:
     if driver.cache.exchange.size == 1:
         assert live + expired + evicted + cropped == appended + forked
     tensors = [t for s in held for t in (s.pages, None if s.full_pages else s.tail, *s.summaries.values()) if t is not None]
-    assert numbers["kv_bytes_allocated"] == sum(t.untyped_storage().nbytes() for t in tensors), "bytes reported are not the bytes held"
+    of_requests = 0 if driver.cache.bases is None else driver.cache.bases.nbytes
+    held_bytes = sum(t.untyped_storage().nbytes() for t in tensors) + of_requests
+    assert numbers["kv_bytes_allocated"] == held_bytes, "bytes reported are not the bytes held"
 
 
 def poison(driver: Driver) -> int:

@@ -3,7 +3,8 @@
 // What made it fast, in the order of what it brought (docs/results holds the runs):
 //   - the next tiles are prefetched line by line inside the arithmetic, not in a burst: one core then keeps the memory busy;
 //   - rows of a kv head are computed together, so a key or value is loaded and widened once for all of them;
-//   - int8, int4: (q * scale) is split into two int8 parts, hi + lo / 256, so u8 x s8 dot products keep 16 bits of the query.
+//   - integers: (q * scale) is split into two int8 parts, hi + lo / 256, so u8 x s8 dot products keep 16 bits of the query; likewise the
+//     weights of values, four tokens of a column to a lane.
 // No sum or maximum across lanes is taken between tiles. Value sums stay in f32; those of formats that unpack in pairs are kept as even and
 // odd columns and put in order at the end. What the zeros of int8 and int4 values add is taken in page by page: codes are all positive, and
 // the rounding of a sum of thousands of them would be large beside the result.
@@ -106,13 +107,12 @@ inline void take_in_zeros(Work& w, int M) {
 }
 
 void finish(const Attend& a, const Unit& u, const Work& w) {
-  const bool pairs = in_pairs(a.f.v_format);
   for (int row = 0; row < a.rows(); ++row) {
     const float l = lanes(w.l, row), inverse = l > 0 ? 1 / l : 0.0f;
     const float* acc = w.acc + (size_t)row * w.Dv;
     float* out = u.out + (int64_t)row * a.f.v_dim;
     for (int d = 0; d < a.f.v_dim; ++d) {
-      out[d] = acc[pairs ? column_of(d) : d] * inverse;
+      out[d] = acc[sum_of(a.f.v_format, a.f.v_dim, d)] * inverse;
     }
     u.lse[row] = l > 0 ? (w.m[row] + std::log2(l)) * kLn2 : -kInf;
   }

@@ -5,6 +5,11 @@
 #include <cstdint>
 
 namespace pikv {
+
+// The first level of AMD's processors waits for so few lines that reading through it reaches a third of the memory's rate: 10 instead of
+// 20 GB/s of 30 on Zen 4, one query row in bf16. On Intel's the first level is as fast as any.
+extern const bool kPrefetchToL2;  // cpu.cpp
+
 namespace {
 
 // 2^x for x <= 0, about 1e-7 relative; anything below -126 counts as -126.
@@ -43,6 +48,13 @@ inline __m512i sums16(const __m512i* a) {
   return _mm512_add_epi32(_mm512_shuffle_i32x4(d0, d1, 0x88), _mm512_shuffle_i32x4(d0, d1, 0xdd));
 }
 
+// The same four bytes in every lane.
+inline __m512i four_bytes(const int8_t* p) {
+  int x;
+  __builtin_memcpy(&x, p, 4);
+  return _mm512_set1_epi32(x);
+}
+
 // bf16 pairs to f32: the even elements, the odd elements.
 inline __m512 even_bf16(__m512i w) { return _mm512_castsi512_ps(_mm512_slli_epi32(w, 16)); }
 inline __m512 odd_bf16(__m512i w) { return _mm512_castsi512_ps(_mm512_and_si512(w, _mm512_set1_epi32((int)0xffff0000))); }
@@ -73,7 +85,11 @@ inline __m512i split_crumbs(__m128i w) {
   return _mm512_and_si512(_mm512_or_si512(x, _mm512_slli_epi32(x, 6)), _mm512_set1_epi32(0x03030303));
 }
 
-inline void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
+inline void prefetch(const uint8_t* p) {
+  const char* line = reinterpret_cast<const char*>(p);
+  if (kPrefetchToL2) _mm_prefetch(line, _MM_HINT_T1);
+  else _mm_prefetch(line, _MM_HINT_T0);
+}
 
 }  // namespace
 }  // namespace pikv

@@ -44,6 +44,11 @@ int level() {
 
 }  // namespace
 
+#if PK_X86
+extern const bool kPrefetchToL2;
+const bool kPrefetchToL2 = (__builtin_cpu_init(), __builtin_cpu_is("amd") != 0);
+#endif
+
 AttendUnit generic_attend() {
 #if PK_X86
   const int best = level();

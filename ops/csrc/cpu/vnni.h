@@ -18,6 +18,16 @@ constexpr bool in_pairs(int F) { return F == kBf16 || F == kInt4 || F == kFp4; }
 constexpr bool query_in_pairs(int F) { return F == kBf16 || F == kFp4; }
 constexpr int column_of(int d) { return d / 32 * 32 + d % 2 * 16 + d % 32 / 2; }
 
+// Values that are summed as bytes, four tokens to a lane. Rows of 32 fill half a register of bytes: they are faster as f32.
+constexpr bool byte_values(int F, int v_dim) { return integers(F) && v_dim != 32; }
+// Where the sum of a column of values lies. Of 64 bytes, in the order of split_nibbles for int4, byte 16 a + 4 j + i is in lane 4 a + i of
+// register j.
+constexpr int sum_of(int F, int v_dim, int d) {
+  if (!byte_values(F, v_dim)) return in_pairs(F) ? column_of(d) : d;
+  const int e = d % 64, b = F == kInt4 ? e % 2 * 32 + e / 2 : e;
+  return d / 64 * 64 + b % 16 / 4 * 16 + b / 16 * 4 + b % 4;
+}
+
 // Rows [first, first + count) share one query token.
 struct Chunk {
   int first, count, t;

@@ -20,6 +20,7 @@ constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr float kFp8Factor = 256.0f;  // fp8_to_half leaves it out
 
 inline __mmask16 mask16(int left) { return left >= 16 ? 0xffff : left <= 0 ? 0 : (1u << left) - 1; }
+inline __mmask64 mask64(int left) { return left >= 64 ? ~0ull : (1ull << left) - 1; }
 inline __mmask32 mask32(int left) { return left >= 32 ? ~0u : left <= 0 ? 0 : (1u << left) - 1; }
 
 // e4m3 bytes as floats, for the scales of fp4 blocks, which have no sign. Made by the compiler: code that runs when the library is loaded

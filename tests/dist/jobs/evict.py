@@ -26,6 +26,7 @@ ROOMY = {"capacity_tokens": 1000}  # no shard is ever full: where entries go doe
 ENTRIES = {"page_size": 8, "scheduling": {"granularity": "token", "interval": 4}, "waiting": 3}
 FOLDER = tempfile.TemporaryDirectory()
 SCHEDULING = {"budget_tokens": 40, "sink_tokens": 2, "recent_tokens": 6}
+SVD = {"compression": {"method": "svd", "rank": 16}, "scheduling": {"budget_tokens": 24}}  # short prompts double while they are decoded
 HEAD_METHODS, TOKEN_METHODS = ["knorm", "tova"], ["snapkv", "h2o"]
 
 
@@ -56,13 +57,13 @@ def kept(cache: HFCache) -> list[list[list[list[int]]]]:
 
 def held(
     model, ids, group, method: str, *, waiting: int = 0, requests: str = "replicated", scheduling: dict | None = None,
-    storage: dict | None = None, routing: dict | None = None, page_size: int = 2, **options,
+    storage: dict | None = None, routing: dict | None = None, compression: dict | None = None, page_size: int = 2, **options,
 ) -> dict:  # fmt: skip
     """A run's tokens, the entries it kept in every table, its collectives. waiting: entries that may be there beyond the budget."""
     scheduling = {"method": method, **SCHEDULING, **(scheduling or {})}
     scheduling |= needed(method, Path(FOLDER.name), **geometry(model))
     block = {"page_size": page_size, "storage": {**STORAGE, "requests": requests, **(storage or {})}, "routing": routing or {}}
-    block["scheduling"] = scheduling
+    block |= {"scheduling": scheduling, "compression": compression or {}}
     with pikv_ds.attach(model, block, group) as cache:
         run = generate(model, ids, new_tokens=24, **options)
         stats, own, load, heads = cache.stats(), kept(cache), cache.core.tables.directory.load.tolist(), cache.core.tables.heads
@@ -135,6 +136,10 @@ def main() -> None:
         row |= held(model, prompt(50, seed=4, batch=1), group, "knorm", page_size=8, **beams)
     with report.check("beams of heads") as row:
         row |= held(model, prompt(50, seed=4, batch=1), group, "knorm", scheduling={"head_budget": "uniform"}, num_beams=3)
+    for name, more in (("quest svd", {}), ("quest svd heads", {"head_budget": "uniform"})):
+        with report.check(name) as row:
+            options = SVD | {"scheduling": SVD["scheduling"] | more}
+            row |= held(model, prompt(22, seed=3, batch=2), group, "quest", **options)
     with report.check("distinct, by head"):
         own = prompt(40 + 10 * report.rank, seed=6 + report.rank, batch=1)
         held(model, own, group, "knorm", requests="distinct", scheduling={"head_budget": "adaptive"})
@@ -143,6 +148,13 @@ def main() -> None:
         held(model, own, group, "streaming_llm", requests="distinct")
     rank = report.rank
     own = prompt(40 + 10 * report.rank, seed=6 + report.rank, batch=1)
+    if dist.get_world_size() > 1:
+        with report.check("distinct, quest svd"):
+            short, options = prompt(20 + 2 * rank, seed=6 + rank, batch=1), SVD | {"storage": ROOMY}
+            several = held(model, short, group, "quest", requests="distinct", **options)
+            alone = held(model, short, None, "quest", requests="auto", **options)
+            assert several["tokens"] == alone["tokens"]
+            assert [rows[rank : rank + 1] for rows in several["kept"]] == alone["kept"], "another choice than alone"
     for method, how in distinct_cases(dist.get_world_size()) if dist.get_world_size() > 1 else ():
         with report.check(f"distinct, {method}, {how}") as row:
             router, entries = ("all", ENTRIES) if how == "entries" else (how, {})

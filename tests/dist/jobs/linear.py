@@ -15,9 +15,12 @@ from pikv_ds.adapters.model_spec import read_model_spec
 from pikv_ds.adapters.rotation import inv_freq_of
 from pikv_ds.stats import decode_bytes_sent
 from tests.calibrations import random_calibration
+from tests.dist.jobs.evict import ROOMY, held
 from tests.dist.jobs.exact import assert_conserved, assert_same, generate, generate_sharded
 from tests.dist.jobs.report import Report
 from tests.tiny_models import prompt, tiny_model
+
+KEPT_BY = ["h2o", "quest"]
 
 
 def check_exact(report: Report, model, group, name: str, requests: str, ids: torch.Tensor, block: dict, **options) -> None:
@@ -44,6 +47,16 @@ def check_wire(report: Report, model, group, requests: str, ids: torch.Tensor, c
         assert sent == decode_bytes_sent(requests, rows, dist.get_rank(), 4, stored, 4) and stored[0].k_dim == 8, sent
 
 
+def check_kept(report: Report, model, group, method: str, requests: str, ids: torch.Tensor, compression: dict) -> None:
+    """Coefficients of un-rotated keys over the group: kept is what one rank keeps of raw keys."""
+    with report.check(f"kept by {method} {requests}"):
+        several = held(model, ids, group, method, requests=requests, storage=ROOMY, compression=compression)
+        alone = held(model, ids, None, method, requests="auto", storage=ROOMY)
+        rows = slice(dist.get_rank(), dist.get_rank() + 1) if requests == "distinct" else slice(None)
+        assert several["tokens"] == alone["tokens"]
+        assert [layer[rows] for layer in several["kept"]] == alone["kept"]
+
+
 def main() -> None:
     report = Report()
     dist.init_process_group("gloo")
@@ -59,6 +72,8 @@ def main() -> None:
         svd = {"compression": {"method": "svd", "rank": 16, "fit_tokens": 64}}  # requests double while they are decoded
         for requests, ids in (("replicated", same), ("distinct", own)):
             check_exact(report, model, group, f"{family} svd", requests, ids, svd)
+            window = {"compression": svd["compression"] | {"raw_sink_tokens": 2, "raw_recent_tokens": 5}}
+            check_exact(report, model, group, f"{family} svd window", requests, ids, window)
         compression = {"method": "lora_plus", "rank": 16, "calibration": path, "rotate": "hadamard"}
         for requests, ids in (("replicated", same), ("distinct", own)):
             check_exact(report, model, group, family, requests, ids, {"compression": compression})
@@ -66,7 +81,11 @@ def main() -> None:
                 true = {"compression": compression, "storage": {"expert_ids": "true"}}
                 check_exact(report, model, group, f"{family} ids true", requests, ids, true)
                 check_exact(report, model, group, f"{family} beams", requests, ids, {"compression": compression}, num_beams=2)
-                check_exact(report, model, group, f"{family} rope pre", requests, ids, {"compression": compression | {"rope": "pre"}})
+                pre = compression | {"rope": "pre"}
+                check_exact(report, model, group, f"{family} rope pre", requests, ids, {"compression": pre})
+                longer = prompt(60, seed=5, batch=2) if requests == "replicated" else prompt(40 + 10 * rank, seed=6 + rank, batch=1)
+                for method in KEPT_BY:
+                    check_kept(report, model, group, method, requests, longer, pre)
                 check_wire(report, model, group, requests, ids[:, :11], compression | {"rotate": "none"})
     dist.destroy_process_group()
 

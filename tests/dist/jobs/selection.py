@@ -18,8 +18,10 @@ from pikv_ds.spec import LayerSpec
 from pikv_ds.stats import choice_bytes, needed_bytes, partial_bytes
 from tests.dist.jobs.report import Report
 from tests.routing_blocks import routing
+from tests.unrotated import unrotated
 
 FOLDER = tempfile.TemporaryDirectory(prefix="pikv_gate_")  # goes with the process
+UNROTATED = ["bounds", "centroids"]  # over coefficients of keys before their rotation
 SHARDS, HEADS, KV_HEADS, DIM, EXPERTS = 4, 4, 2, 16, 8
 LAYERS = [
     LayerSpec(layer_idx=0, num_kv_heads=KV_HEADS, k_dim=DIM, v_dim=DIM),
@@ -30,9 +32,10 @@ LAYERS = [
 class Side:
     """A cache fed with the requests `rows` of all: row r of forward f has tokens that only r, f and the layer decide."""
 
-    def __init__(self, name: str, requests: str, rows: list[int], group, **more) -> None:
+    def __init__(self, name: str, requests: str, rows: list[int], group, compression: dict | None = None, **more) -> None:
         method = routing(name, Path(FOLDER.name), layers=len(LAYERS), shards=SHARDS, query_width=HEADS * DIM, **more)
         block = {"page_size": 4, "routing": method, "storage": {"num_shards": SHARDS, "requests": requests}}
+        block["compression"] = compression or {}
         self.cache = PiKVCache(
             LAYERS, PiKVConfig(**block), num_experts=EXPERTS, dtype=torch.float32, device=torch.device("cpu"), group=group
         )
@@ -91,14 +94,17 @@ def drive(side: Side, own: slice, idle: bool) -> list[torch.Tensor]:
     return outs
 
 
-def check_same_pages(report: Report, name: str, requests: str, group) -> None:
+def check_same_pages(
+    report: Report, name: str, requests: str, group, compression: dict | None = None, lone: dict | None = None, label: str = ""
+) -> None:
+    """compression: of the cache over the group; lone: of the one beside it, None = it stores keys as they are."""
     rank, size = dist.get_rank(), dist.get_world_size()
-    with report.check(f"{name} {requests}") as row:
+    with report.check(f"{name} {requests}" + f" {label}" * bool(label)) as row:
         replicated = requests == "replicated"
         per_rank = 4 // size
         own = slice(0, 4) if replicated else slice(rank * per_rank, (rank + 1) * per_rank)
         idle = not replicated and size == 4  # one request per rank
-        alone, several = Side(name, "auto", list(range(4)), None), Side(name, requests, list(range(4))[own], group)
+        alone, several = Side(name, "auto", list(range(4)), None, lone), Side(name, requests, list(range(4))[own], group, compression)
         expected, found = drive(alone, slice(0, 4), idle), drive(several, own, idle)
         local = several.cache.tables.local
         for key, places in alone.chosen.items():
@@ -206,6 +212,11 @@ def main() -> None:
     for requests in ("replicated", "distinct"):
         for name in sys.argv[1:]:
             check_same_pages(report, name, requests, group)
+        for name in UNROTATED:
+            check_same_pages(report, name, requests, group, unrotated(LAYERS, Path(FOLDER.name)), label="unrotated")
+        svd = {"method": "svd", "rank": 8}
+        for name in ("bounds", "hierarchical", "centroids", "topk", "shuffle") if dist.get_world_size() == 2 else ():
+            check_same_pages(report, name, requests, group, svd, svd, "svd")  # bases change with the forwards of drive()
         check_bytes(report, requests, group)
     check_needed(report, group)
     check_diverged(report, group)

@@ -148,8 +148,10 @@ def check_linear(report: Report, model, layout: str, own, own_pieces, own_refere
             with pytest.raises(ConfigError, match="made with other weights"):
                 PiKVInferenceContext(ROWS, LENGTH, model=model, config={"compression": compression})
             random_calibration(whole, norms, [default_inv_freq(10_000.0, spec.k_dim) for spec in whole]).save(path)
-            with pytest.raises(ConfigError, match="under Megatron-Core this version does not undo rotations"):
-                PiKVInferenceContext(ROWS, LENGTH, model=model, config={"compression": compression | {"rope": "pre"}})
+            for window in ({}, {"raw_recent_tokens": 4}):  # un-rotated keys in the only pool, or in the far one
+                pre = compression | {"rope": "pre"} | window
+                with pytest.raises(ConfigError, match="under Megatron-Core this version does not undo rotations"):
+                    PiKVInferenceContext(ROWS, LENGTH, model=model, config={"page_size": 4, "compression": pre})
 
 
 def main() -> None:
