@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ import torch
 
 from pikv_ds import ops
 from pikv_ds.ops import library, load, nvrtc, ptxas, ref_attend, ref_formats
-from pikv_ds.ops.compile import BuildError, Library, ToolMissing, build, compiler_name, cpu_library
-from pikv_ds.ops.cuda_build import ARCHITECTURES, cuda_library, emu_library
+from pikv_ds.ops.compile import BuildError, Library, ToolMissing, build, compiler_name, cpu_library, text_digest
+from pikv_ds.ops.cuda_build import architectures, cuda_library, emu_library
 from pikv_ds.ops.formats import FORMATS
 from pikv_ds.ops.kernel_formats import KERNEL_FORMATS
 from pikv_ds.ops.ptxas import KernelUse
@@ -31,6 +32,11 @@ def kernel_table(uses: list[KernelUse]) -> list[dict[str, Any]]:
         row = rows.setdefault(use.kernel, {"kernel": shown})
         row |= {use.arch: use.registers, f"{use.arch} spilled": use.spill_bytes}
     return list(rows.values())
+
+
+def kernel_digest() -> str:
+    """Of the CUDA sources and the headers that kernels see: what a table of registers is about. Launchers include some of csrc/cpu."""
+    return text_digest(replace(cuda_library(), headers=("include", "kernels", "cuda"))).hexdigest()[:16]
 
 
 def _failure(error: BuildError) -> str:
@@ -84,7 +90,7 @@ def _nvrtc() -> tuple[dict[str, Any], list[KernelUse]]:
     row, started, uses = _row("nvrtc", None), time.monotonic(), []
     try:
         row["compiler"] = nvrtc.version()
-        for arch in ARCHITECTURES:
+        for arch in architectures():
             uses += nvrtc.check(arch)
     except BuildError as error:
         return row | {"status": _failure(error), "detail": str(error)}, []

@@ -22,7 +22,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from pikv_ds.launch.build_targets import build_target, kernel_table
+    from pikv_ds.launch.build_targets import build_target, kernel_digest, kernel_table
 
     rows, kernels = [], []
     for name in TARGETS if args.target == "all" else (args.target,):
@@ -34,5 +34,5 @@ def run(args: argparse.Namespace) -> int:
         if uses:
             print_table(f"Kernels of {name}: registers and bytes spilled", kernel_table(uses))
     print_table("Ops", rows)
-    write_json(args.json, "build", rows + kernels)
+    write_json(args.json, f"build {args.target}", rows + kernels, sources=[{"target": "cuda", "digest": kernel_digest()}])
     return 0 if all(row["status"] in ("ok", "skipped") for row in rows) else 1

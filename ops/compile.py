@@ -92,14 +92,18 @@ def library_key(library: Library, with_compiler: bool = True) -> str:
     """Without the compiler: what an installed library is known by, on a machine that may have none."""
     import torch
 
-    digest = hashlib.sha256()
     compiler = compiler_version(library.compiler) if with_compiler else ""
-    for part in (torch.__version__, compiler, repr((library.flags, library.sources, library.link_flags))):
-        digest.update(part.encode() + b"\0")
+    parts = (torch.__version__, compiler, repr((library.flags, library.sources, library.link_flags)))
+    return text_digest(library, hashlib.sha256(b"".join(part.encode() + b"\0" for part in parts))).hexdigest()[:16]
+
+
+def text_digest(library: Library, digest: hashlib._Hash | None = None) -> hashlib._Hash:
+    """Digest of the sources and the headers, after what it has seen already; no flags, no compiler, no path of this machine."""
+    digest = hashlib.sha256() if digest is None else digest
     headers = {path for folder in library.headers for path in (CSRC / folder).glob("*") if path.suffix in _HEADERS}
     for path in sorted({CSRC / s.path for s in library.sources} | headers):
         digest.update(str(path.relative_to(CSRC)).encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()[:16]
+    return digest
 
 
 def compiler_version(command: str) -> str:

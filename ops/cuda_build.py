@@ -18,12 +18,20 @@ _TORCH_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # torch 2.11 and later
 
 
 def cuda_library() -> Library:
-    """sm_80 and sm_90 code, registered for CUDA tensors. It loads beside a CPU torch and without a driver."""
+    """Code of `architectures()`, registered for CUDA tensors. It loads beside a CPU torch and without a driver."""
     torch_root = _torch_root()
     flags = ("-O3", "-std=c++17", "-Xcompiler=-fPIC", "-Xptxas=-v", "-DUSE_CUDA", _TORCH_ABI, f"-I{torch_root / 'include'}",
-             *(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHITECTURES))  # fmt: skip
+             *(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in architectures()))  # fmt: skip
     link = ("-cudart=static", f"-L{torch_root / 'lib'}", f"-Xlinker=-rpath={torch_root / 'lib'}", "-ltorch_cpu", "-lc10")
     return Library("pikv_cuda", nvcc(), flags, _sources(), link, HEADERS, keep_log=True)
+
+
+def architectures() -> tuple[str, ...]:
+    """Those in PIKV_CUDA_ARCH ("80", "90" or "80,90"), by default all. A library runs on the GPUs that it was built for, and only there."""
+    given = os.environ.get("PIKV_CUDA_ARCH", ",".join(ARCHITECTURES)).split(",")
+    if not given or set(given) - set(ARCHITECTURES):
+        raise ValueError(f"PIKV_CUDA_ARCH={','.join(given)!r}: legal are {', '.join(ARCHITECTURES)}, or both with a comma between them")
+    return tuple(arch for arch in ARCHITECTURES if arch in given)
 
 
 def emu_library() -> Library:

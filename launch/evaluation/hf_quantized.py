@@ -14,30 +14,37 @@ from transformers.cache_utils import CacheLayerMixin
 from pikv_ds.errors import ConfigError
 from pikv_ds.stats import dense_bytes
 
-from .backend import Memory
+from .backend import Memory, Session
 from .hf import HFBackend, _Dense
-from .spec import EvalSpec
 
 PACKAGES = {"quanto": "optimum-quanto", "hqq": "hqq", "fp8": None}
 BITS = {"quanto": (4, 2), "hqq": (8, 4, 3, 2, 1), "fp8": (None,)}
+AXES = {"quanto": (0, -1), "hqq": (0, 1), "fp8": ()}
 
 
 @dataclass(frozen=True, slots=True)
 class HFCacheKind:
-    """A backend of QuantizedCache and its bits; the rest are transformers' defaults (groups of 64, the last 128 tokens raw)."""
+    """A backend of QuantizedCache, its bits and its axis; the rest are transformers' defaults (groups of 64, the last 128 tokens raw).
+
+    axis: of keys and values, None = transformers' default, 0. hqq groups 64 elements that follow one another (axis 1), or 64 that lie
+    1/64 of the tensor [B, H, L, D] apart, of other tokens, heads and requests (axis 0).
+    """
 
     backend: str
     nbits: int | None
+    axis: int | None = None
 
     @classmethod
     def parse(cls, text: str) -> HFCacheKind:
-        """From "quanto:4", "hqq:2", "fp8"."""
-        backend, _, bits = text.partition(":")
-        nbits = int(bits) if bits.isdigit() else None
-        if backend not in BITS or nbits not in BITS[backend] or (bits and nbits is None):
-            legal = [name if count is None else f"{name}:{count}" for name, counts in BITS.items() for count in counts]
-            raise ConfigError(f"--caches {text!r}: legal are {', '.join(legal)}")
-        return cls(backend, nbits)
+        """From "quanto:4", "hqq:2", "hqq:2:1" (backend:bits:axis), "fp8"."""
+        backend, *numbers = text.split(":")
+        for nbits in BITS.get(backend, ()):
+            for axis in (None, *AXES[backend]):
+                if numbers == [str(number) for number in (nbits, axis) if number is not None]:
+                    return cls(backend, nbits, axis)
+        legal = [name if count is None else f"{name}:{count}" for name, counts in BITS.items() for count in counts]
+        axes = "; ".join(f"{name} {' or '.join(map(str, axes))}" for name, axes in AXES.items() if axes)
+        raise ConfigError(f"--caches {text!r}: legal are {', '.join(legal)}, pikv:METHOD; a third field is the axis ({axes})")
 
     @property
     def package(self) -> str | None:
@@ -45,27 +52,28 @@ class HFCacheKind:
 
     @property
     def name(self) -> str:
-        return f"QuantizedCache {self.backend}" + ("" if self.nbits is None else f" int{self.nbits}")
+        axis = "" if self.axis is None else f" axis {self.axis}"
+        return f"QuantizedCache {self.backend}" + ("" if self.nbits is None else f" int{self.nbits}") + axis
 
     def make(self, model_config: Any) -> QuantizedCache:
         """An empty cache. Raises ImportError with the package to install."""
         options = {} if self.nbits is None else {"nbits": self.nbits}
+        options |= {} if self.axis is None else {"axis_key": self.axis, "axis_value": self.axis}
         return QuantizedCache(self.backend, model_config, **options)
 
 
-class QuantizedBackend(HFBackend):
-    """A session with a block is transformers' quantised cache, whatever the block; without one the dense cache, as in HFBackend."""
+class BaselineBackend(HFBackend):
+    """A session with a block is the quantised cache of `kind`, whatever the block; with kind None the block's own, as in HFBackend."""
 
-    def __init__(self, spec: EvalSpec, kind: HFCacheKind) -> None:
-        super().__init__(spec, 300)
-        self.kind = kind
+    kind: HFCacheKind | None = None
 
     @contextlib.contextmanager
-    def session(self, block: dict[str, Any] | None, rows: int, length: int) -> Iterator[_Dense]:
-        session = _Dense(self.model)
-        if block is not None:
-            session = _Quantized(self.model, self.kind.make(self.model.config), self.layers)
-        yield session
+    def session(self, block: dict[str, Any] | None, rows: int, length: int) -> Iterator[Session]:
+        if block is not None and self.kind is not None:
+            yield _Quantized(self.model, self.kind.make(self.model.config), self.layers)
+            return
+        with super().session(block, rows, length) as session:
+            yield session
 
 
 class _Quantized(_Dense):
@@ -78,10 +86,15 @@ class _Quantized(_Dense):
         return super().feed(ids)
 
     def memory(self) -> Memory:
-        held = {tensor.data_ptr(): tensor.untyped_storage().nbytes() for layer in self.cache.layers for tensor in tensors_of(layer)}
+        held = bytes_of(self.cache.layers)
         columns, itemsize = self.cache.get_seq_length(), self.model.dtype.itemsize
         dense = sum(dense_bytes(spec, self.rows, columns, itemsize) for spec in self.layers)
-        return Memory(sum(held.values()), dense, f"{type(self.cache.layers[0]).__name__} + {self.model.config._attn_implementation}")
+        return Memory(held, dense, f"{type(self.cache.layers[0]).__name__} + {self.model.config._attn_implementation}")
+
+
+def bytes_of(holder: Any) -> int:
+    """Bytes of the storages under a holder's tensors, each storage once."""
+    return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors_of(holder)}.values())
 
 
 def tensors_of(holder: Any) -> Iterator[Tensor]:

@@ -3,8 +3,9 @@
 import pytest
 
 from pikv_ds.policies import POLICIES
-from tests.dist.jobs.evict import DISTINCT, HEAD_METHODS, ROUTING, TOKEN_METHODS
+from tests.dist.jobs.evict import HEAD_METHODS, ROUTING, TOKEN_METHODS, distinct_cases
 from tests.dist.launcher import JobResult, run_gloo
+from tests.long_form import short_or_long
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(300)]
 METHODS = [
@@ -15,7 +16,6 @@ METHODS = [
 HEADS = [f"{method} {head_budget} heads" for method in HEAD_METHODS for head_budget in ("uniform", "adaptive")]
 ENTRIES = [*(f"{method} entries" for method in TOKEN_METHODS), "entries of heads", "entries of beams"]
 CHECKS = [
-    *METHODS,
     *HEADS,
     *ENTRIES,
     "beams",
@@ -25,27 +25,42 @@ CHECKS = [
     "quest svd heads",
     *(f"h2o with {router}" for router in ROUTING),
 ]
-BY_RANK = ["distinct", "distinct, by head", "distinct, quest svd", "distinct, knorm, entries", "distinct, h2o, entries"]
-BY_RANK += [f"distinct, {method}, {router}" for method, router in DISTINCT]
+# Short, on 4 ranks: one policy for each thing that ranks must agree on. All of them are held to the same on 2.
+OF_FOUR = [
+    "streaming_llm",  # positions
+    "lru",  # when an entry was last written or read
+    "h2o",  # sums of attention, a collective of their own
+    "adakv",  # a budget that heads share
+    "quest",  # bounds of pages
+    "knorm",  # keys
+    "kvzip",  # a file
+]
 _jobs: dict[int, JobResult] = {}
+
+
+def methods(world: int) -> list[str]:
+    return METHODS if world < 4 else short_or_long(OF_FOUR, METHODS)
 
 
 def job(world: int) -> JobResult:
     if world not in _jobs:
-        _jobs[world] = run_gloo("evict.py", METHODS, ranks=world, timeout_s=280)
+        _jobs[world] = run_gloo("evict.py", methods(world), ranks=world, timeout_s=280)
     return _jobs[world]
 
 
-@pytest.mark.parametrize("world", [1, 2, 4], ids="world{}".format)
-@pytest.mark.parametrize("check", CHECKS)
+KEPT = [(check, world) for world in (1, 2, 4) for check in (*methods(world), *CHECKS)]
+BY_RANK = [(check, world) for world in (2, 4) for check in ("distinct", "distinct, by head", "distinct, quest svd")]
+BY_RANK += [(f"distinct, {method}, {how}", world) for world in (2, 4) for method, how in distinct_cases(world)]
+
+
+@pytest.mark.parametrize(("check", "world"), KEPT, ids=[f"{check}-world{world}" for check, world in KEPT])
 def test_kept_sets_depend_on_shards_not_on_ranks(check: str, world: int):
     rows, alone = job(world).check(check), job(1).check(check)[0]
     for row in rows:
         assert row["kept"] == alone["kept"] and row["tokens"] == alone["tokens"]
 
 
-@pytest.mark.parametrize("world", [2, 4], ids="world{}".format)
-@pytest.mark.parametrize("check", BY_RANK)
+@pytest.mark.parametrize(("check", "world"), BY_RANK, ids=[f"{check}-world{world}" for check, world in BY_RANK])
 def test_requests_that_differ_between_ranks(check: str, world: int):
     """Policies that look at attention keep of every request what they keep of it alone."""
     job(world).check(check)

@@ -23,7 +23,8 @@ def test_the_first_command_runs(tmp_path, monkeypatch):
 
 
 def test_options_exist():
-    usage = build_parser()._subparsers._group_actions[0].choices["eval"].format_help()
+    commands = build_parser()._subparsers._group_actions[0].choices
+    usage = commands["eval"].format_help() + commands["baseline"].format_help()
     listed = set(re.findall(r"`(--[a-z]+)", TEXT.partition("## lm-eval")[0]))
     assert len(listed) > 10 and [option for option in listed if option not in usage and option != "--out"] == []
 
@@ -72,6 +73,19 @@ def test_the_table_of_compressed_pages_is_that_of_the_committed_results():
             found[-1] += [f"{rows[method, 'recall']['recall']:.2f}", f"{ppl['bytes_per_token']:,.0f}", f"{ppl['compression']:.2f}"]
             found[-1].append(ppl["attention_impl"])
     assert found == shown("hf |", "megatron |")
+
+
+def test_the_table_beside_transformers_is_that_of_the_committed_results():
+    found, rows = [], results("baseline_quantized")
+    for method, task in rows:
+        if task == "ppl":
+            ppl, recall = rows[method, "ppl"], rows[method, "recall"]["recall"]
+            name = {"dense": "dense bf16"}.get(method, method if "Quantized" in method else f"pikv {method}").replace(" axis", ", axis")
+            found.append([name, f"{ppl['ppl_change_pct']:+.2f} %", small(ppl["kl"]), f"{recall:.2f}", f"{ppl['bytes_per_token']:,.0f}"])
+            times = ppl["detail"]
+            found[-1] += [f"{ppl['compression']:.2f}", f"{times['prompt_cpu_ms']:,.0f}", f"{times['step_cpu_ms_mean']:.1f}"]
+    found[0][1] = f"{rows['dense', 'ppl']['ppl']:.3f}"
+    assert found == shown("dense bf16", "QuantizedCache", "pikv ")
 
 
 def test_both_backends_reach_the_same_quality_in_fewer_bytes():

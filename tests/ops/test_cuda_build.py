@@ -5,13 +5,17 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from pikv_ds.launch import build_targets, cmd_build
 from pikv_ds.ops import nvrtc, ptxas
-from pikv_ds.ops.compile import BuildError, ToolMissing
+from pikv_ds.ops.compile import BuildError, ToolMissing, build, compiler_name
 from pikv_ds.ops.cuda_build import ARCHITECTURES, cuda_library, nvcc
+from pikv_ds.ops.kernel_formats import KERNEL_FORMATS
+from tests.long_form import LONG
 
 needs_nvcc = pytest.mark.skipif(shutil.which(nvcc()) is None, reason="nvcc is not installed")
 
@@ -21,26 +25,76 @@ def _python(code, **environment):
     return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=1400)
 
 
+RECORD = Path(__file__).resolve().parents[2] / "docs" / "results" / "build.json"
+COMPILED = ARCHITECTURES if LONG else ("90",)  # for all kernels; of the others FULLEST
+FULLEST = [f"-DPK_FORMAT={KERNEL_FORMATS[name]}" for name in ("int8", "fp4_e2m1", "fp8_e4m3/int4")]  # most registers on sm_80, by kind
+ATTENTION, OTHERS = 47, 11
+KERNELS = ATTENTION + OTHERS
+
+
+@pytest.fixture(scope="module")
+def record() -> dict:
+    return json.loads(RECORD.read_text())
+
+
+@pytest.fixture
+def compiled(monkeypatch) -> None:
+    monkeypatch.setenv("PIKV_CUDA_ARCH", ",".join(COMPILED))
+
+
+def assert_as_recorded(uses: list[ptxas.KernelUse], record: dict) -> None:
+    """The registers of docs/results/build.json, when this is the nvcc that it was made with."""
+    if record["rows"][0]["compiler"] == compiler_name(nvcc()):
+        rows = {(row["kernel"], row["arch"]): row for row in record["rows"] if row.get("arch")}
+        assert [use.row() | {"target": "cuda"} for use in uses] == [rows[use.kernel, use.arch] for use in uses]
+
+
+def test_the_record_is_of_these_kernels(record):
+    """What the short form does not compile was compiled when the record was made; after a change of the kernels:
+    pikv build cuda --json docs/results/build.json."""
+    assert record["sources"] == [{"target": "cuda", "digest": build_targets.kernel_digest()}], "the kernels changed: make the record again"
+    row, *uses = record["rows"]
+    assert row["target"] == "cuda" and row["status"] == "ok" and not any(use["breach"] or use["spill_bytes"] for use in uses)
+    assert len({(use["kernel"], use["arch"]) for use in uses}) == len(uses) == len(ARCHITECTURES) * KERNELS
+    assert max(use["registers"] for use in uses) <= ptxas.MAX_REGISTERS
+
+
 @needs_nvcc
 @pytest.mark.slow
 @pytest.mark.timeout(1500)  # nvcc, once for all kernels
-def test_every_kernel_keeps_the_limits(monkeypatch):
+def test_every_kernel_keeps_the_limits(monkeypatch, compiled, record):
     row, uses = build_targets.build_target("cuda")
     assert row["status"] == "ok", row["detail"]
     attend = {use.kernel for use in uses if use.kernel.startswith("attend_kernel")}
-    assert len(attend) == 50 and len(uses) == len(ARCHITECTURES) * (50 + 11), sorted(attend)
-    assert {use.arch for use in uses} == {f"sm_{arch}" for arch in ARCHITECTURES}
+    assert len(attend) == ATTENTION and len(uses) == len(COMPILED) * KERNELS, sorted(attend)
+    assert {use.arch for use in uses} == {f"sm_{arch}" for arch in COMPILED}
     print({use.kernel: use.registers for use in uses if use.arch == "sm_90"})
+    assert_as_recorded(uses, record)
     # The same log against a lower limit: the command fails and names the kernel.
     monkeypatch.setattr(ptxas, "MAX_REGISTERS", 100)
     row, _ = build_targets.build_target("cuda")
-    assert row["status"] == "over the limits" and "attend_kernel<1, 128> on sm_90: 15" in row["detail"]
+    assert row["status"] == "over the limits" and f"attend_kernel<1, 128> on sm_{COMPILED[0]}: 15" in row["detail"]
+
+
+@needs_nvcc
+@pytest.mark.slow
+@pytest.mark.skipif(COMPILED == ARCHITECTURES, reason="all kernels are compiled for sm_80")
+@pytest.mark.timeout(600)
+def test_the_fullest_kernels_keep_the_limits_on_sm_80(monkeypatch, record):
+    monkeypatch.setenv("PIKV_CUDA_ARCH", "80")
+    whole = cuda_library()
+    chosen = [s for s in whole.sources if s.path == "cuda/page_kernels.cu" or any(flag in FULLEST for flag in s.flags)]
+    assert len(chosen) == 1 + len(FULLEST)
+    uses = ptxas.parse(build(replace(whole, name="pikv_cuda_fullest", sources=tuple(chosen))).with_suffix(".log").read_text())
+    assert len(uses) == OTHERS + 4 + 4 + 3 and {use.arch for use in uses} == {"sm_80"}
+    assert not [use for use in uses if use.breach()]
+    assert_as_recorded(uses, record)
 
 
 @needs_nvcc
 @pytest.mark.slow
 @pytest.mark.timeout(1500)  # nvcc, once for all kernels
-def test_a_breach_is_the_exit_status(monkeypatch, tmp_path):
+def test_a_breach_is_the_exit_status(monkeypatch, tmp_path, compiled):
     monkeypatch.setattr(ptxas, "MAX_REGISTERS", 100)
     import argparse
 
@@ -53,13 +107,20 @@ def test_a_breach_is_the_exit_status(monkeypatch, tmp_path):
 @needs_nvcc
 @pytest.mark.slow
 @pytest.mark.timeout(1500)  # nvcc, once for all kernels
-def test_it_loads_beside_a_cpu_torch():
+def test_it_loads_beside_a_cpu_torch(compiled):
     code = (
         "import torch; from pikv_ds.ops import library, load; load.load_cuda(); "
         "print([n for n in library.SCHEMAS if not torch._C._dispatch_has_kernel_for_dispatch_key(f'pikv::{n}', 'CUDA')])"
     )
     result = _python(code)
     assert result.returncode == 0 and result.stdout.strip() == "[]", result.stderr
+
+
+@pytest.mark.parametrize("given", ["", "70", "80,", "sm_90"])
+def test_unknown_architectures_are_refused(monkeypatch, given):
+    monkeypatch.setenv("PIKV_CUDA_ARCH", given)
+    with pytest.raises(ValueError, match="legal are 80, 90"):
+        cuda_library()
 
 
 def test_no_fast_math():

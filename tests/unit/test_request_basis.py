@@ -73,7 +73,7 @@ class Run:
 
     def __init__(self, fit_tokens=16):
         codec = CODECS.build("svd", rank=8, fit_tokens=fit_tokens)
-        self.tables = Tables([SPEC], PiKVConfig(), codec, 4, 1, 0, 1, 8, torch.float32, torch.device("cpu"))
+        self.tables = Tables([SPEC], PiKVConfig(), codec, 4, 1, 0, 1, 8, torch.float32, torch.device("cpu"), [None])
         self.bases = RequestBases([SPEC], codec, self.tables, Exchange(None, 10.0))
 
     def forward(self, num_new, parent, keep, seed):

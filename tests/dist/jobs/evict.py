@@ -12,12 +12,12 @@ from pikv_ds.adapters.hf_cache import HFCache
 from pikv_ds.stats import decode_bytes_sent
 from tests.dist.jobs.exact import assert_conserved, counted_collectives, generate, generate_sharded
 from tests.dist.jobs.report import Report
+from tests.long_form import short_or_long
 from tests.retention_blocks import needed
 from tests.tiny_models import prompt, tiny_model
 from tests.unit.invariants import slots_of
 
 STORAGE = {"num_shards": 4, "requests": "replicated"}
-DISTINCT = [("h2o", "all"), ("quest", "all"), ("snapkv", "all"), ("adakv", "all"), ("h2o", "bounds"), ("quest", "hash")]  # policy, router
 ROUTING = {
     "bounds": {"budget_pages": 12, "sink_tokens": 2, "recent_tokens": 4},
     "hash": {"top_k": 2, "sink_tokens": 2, "recent_tokens": 4},
@@ -28,6 +28,13 @@ FOLDER = tempfile.TemporaryDirectory()
 SCHEDULING = {"budget_tokens": 40, "sink_tokens": 2, "recent_tokens": 6}
 SVD = {"compression": {"method": "svd", "rank": 16}, "scheduling": {"budget_tokens": 24}}  # short prompts double while they are decoded
 HEAD_METHODS, TOKEN_METHODS = ["knorm", "tova"], ["snapkv", "h2o"]
+
+
+def distinct_cases(world: int) -> list[tuple[str, str]]:
+    """(policy, router, or "entries" where single entries go). Short, on 4 ranks: one of each kind, all of them are run on 2."""
+    whole = [("h2o", "all"), ("quest", "all"), ("snapkv", "all"), ("adakv", "all"), ("h2o", "bounds"), ("quest", "hash")]
+    whole += [("knorm", "entries"), ("h2o", "entries")]
+    return whole if world < 4 else short_or_long([("adakv", "all"), ("h2o", "bounds"), ("h2o", "entries")], whole)
 
 
 def geometry(model) -> dict:
@@ -148,9 +155,9 @@ def main() -> None:
             alone = held(model, short, None, "quest", requests="auto", **options)
             assert several["tokens"] == alone["tokens"]
             assert [rows[rank : rank + 1] for rows in several["kept"]] == alone["kept"], "another choice than alone"
-    cases = [(case, {}) for case in DISTINCT] + [((method, "all"), ENTRIES) for method in ("knorm", "h2o")]
-    for (method, router), entries in cases if dist.get_world_size() > 1 else ():
-        with report.check(f"distinct, {method}, {'entries' if entries else router}") as row:
+    for method, how in distinct_cases(dist.get_world_size()) if dist.get_world_size() > 1 else ():
+        with report.check(f"distinct, {method}, {how}") as row:
+            router, entries = ("all", ENTRIES) if how == "entries" else (how, {})
             options = {"storage": ROOMY, "routing": {"method": router} | ROUTING.get(router, {}), **entries}
             several = held(model, own, group, method, requests="distinct", **options)
             alone = held(model, own, None, method, requests="auto", **options)

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,12 +18,13 @@ class Report:
 
     @contextlib.contextmanager
     def check(self, name: str) -> Iterator[dict]:
-        """Run one check; values put in the yielded dict are in its row.
+        """Run one check; values put in the yielded dict are in its row, and how many seconds it took.
 
         A failed assertion is recorded and the job goes on, because asserting is local and every rank still
         makes the same collectives. Any other exception is recorded and ends the rank.
         """
         row: dict = {"check": name, "rank": self.rank, "ok": True}
+        started = time.monotonic()
         try:
             yield row
         except AssertionError:
@@ -30,7 +32,7 @@ class Report:
         except BaseException:
             self._write(row | {"ok": False, "error": traceback.format_exc()})
             raise
-        self._write(row)
+        self._write(row | {"seconds": round(time.monotonic() - started, 2)})
 
     def _write(self, row: dict) -> None:
         with self._path.open("a") as file:

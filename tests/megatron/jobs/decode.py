@@ -1,4 +1,4 @@
-"""Decoding through PiKVInferenceContext against StaticInferenceContext, on several layouts of ranks: prompt pieces, then 32 steps.
+"""Decoding through PiKVInferenceContext against StaticInferenceContext, on several layouts of ranks: prompt pieces, then decode steps.
 
 Arguments: tp,ep,etp of each layout. Batch of 3 with prompts of 12, 15 and 20 tokens. Experts are drawn per rank.
 """
@@ -19,10 +19,12 @@ from pikv_ds.megatron_patch.layers import find_layers, key_norms, layer_spec_of
 from pikv_ds.rope import default_inv_freq
 from tests.calibrations import random_calibration
 from tests.dist.jobs.report import Report
+from tests.long_form import LONG
 from tests.megatron.models import latent_config, start, tiny_config, tiny_model, tokens
 from tests.megatron.runs import assert_conserved, decode, dense_is_forbidden, full_forward
 
-ROWS, LONGEST_PROMPT, STEPS = 3, 20, 32
+ROWS, LONGEST_PROMPT = 3, 20
+STEPS = 32 if LONG else 16  # 16 tokens per row: pages of 4 fill and others are opened
 LENGTH = LONGEST_PROMPT + STEPS
 
 

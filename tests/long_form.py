@@ -1,0 +1,21 @@
+"""The long form of the tests: `bash launch/test.sh --long`, or PIKV_TEST_LONG=1.
+
+What it adds is said beside each use of LONG: products of things that the short form checks one by one. All of it:
+
+- tests/ops/test_cuda_build.py: every kernel for sm_80 too; short: all for sm_90, those with most registers for sm_80.
+- tests/dist/test_exact.py: every family on 4 ranks, short: a window, a latent, sinks; every family x source of expert ids x placement,
+  short: every placement with one family, and on 4 ranks that family; the error of bf16 over 16 windows of text, short: 5.
+- tests/dist/test_evict.py, tests/dist/test_selection.py: every policy and router on 4 ranks, short: one of each kind; all of them on 2.
+- tests/megatron/test_decode.py: 32 decode steps, short: 16.
+"""
+
+import os
+
+LONG = os.environ.get("PIKV_TEST_LONG") == "1"
+
+
+def short_or_long(short: list, whole: list) -> list:
+    """What this run checks: `whole`, or those of it that are in `short`, which must all be there."""
+    unknown = [item for item in short if item not in whole]
+    assert not unknown, f"not among what the long form checks: {unknown}"
+    return whole if LONG else [item for item in whole if item in short]
