@@ -134,6 +134,7 @@ _TABLE_COLUMNS = {
     "routing": ("entries read", "mass", "ppl change %", "KL", "recall", "bytes/token"),
     "scheduling": ("ppl change %", "KL", "recall", "asked after eviction", "bytes/token"),
     "presets": ("ppl change %", "KL", "recall", "2-byte cache / it"),
+    "together": ("2-byte cache / it", "ppl change %", "KL", "recall", "asked after eviction", "entries read", "attention"),
     "ranks": ("2-byte dense rank / fullest rank", "ppl change %", "KL", "recall", "asked after eviction", "bytes/token", "attention"),
     "selected": ("2-byte dense rank / fullest rank", "entries read", "mass", "ppl change %", "KL", "recall", "attention"),
     "megatron": ("ppl change %", "KL", "recall", "2-byte cache / it", "attention"),

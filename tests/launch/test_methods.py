@@ -100,7 +100,7 @@ def test_figures_are_drawn_of_what_was_measured(folder):
 
 def test_the_document_is_what_the_command_makes():
     text = DOC.read_text()
-    assert text.count("<!-- end -->") == 13 and written(text, Results(FOLDER)) == text, "run pikv methods --doc docs/METHODS.md"
+    assert text.count("<!-- end -->") == 14 and written(text, Results(FOLDER)) == text, "run pikv methods --doc docs/METHODS.md"
 
 
 def test_verdicts_are_about_registered_methods():
