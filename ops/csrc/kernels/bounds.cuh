@@ -58,8 +58,9 @@ __device__ __forceinline__ float stored_key(const PageFormat& f, const unsigned 
   return __fadd_rn(__fmul_rn((float)code, half_to_float(scale[grid])), half_to_float(reinterpret_cast<const unsigned short*>(head + f.k_zero)[grid]));
 }
 
+// Eight blocks to a multiprocessor leave 64 registers. Without a number NVRTC 13.5 spills a few to fit more blocks.
 // Grid: x = token, y = head. The first token of a page answers for all tokens of that page; every other block ends at once.
-__global__ void __launch_bounds__(kBlock) page_bounds_kernel(const PageBounds b) {
+__global__ void __launch_bounds__(kBlock, 8) page_bounds_kernel(const PageBounds b) {
   PK_SHARED(shared);
   int* newest = reinterpret_cast<int*>(shared);  // the last token of this call in the same table
   int* last = newest + 1;                        // the highest slot of the page with a token of this call
@@ -145,7 +146,7 @@ __device__ __forceinline__ float bound_at(const void* bounds, int type, long lon
 }
 
 // Grid: (table, kv head, 4 columns), columns fastest; a warp per column.
-__global__ void __launch_bounds__(kBlock) page_score_kernel(const PageScore s) {
+__global__ void __launch_bounds__(kBlock, 8) page_score_kernel(const PageScore s) {
   const int steps = (s.max_pages + kWarps - 1) / kWarps, lane = threadIdx.x % 32;
   const int c = (int)(blockIdx.x % steps) * kWarps + threadIdx.x / 32, h = (int)(blockIdx.x / steps % s.H), n = (int)(blockIdx.x / steps / s.H);
   if (c >= s.max_pages) return;
@@ -161,6 +162,7 @@ __global__ void __launch_bounds__(kBlock) page_score_kernel(const PageScore s) {
   float top = -kLargest;
   for (int g = 0; g < s.G; ++g) {
     float sum = 0;
+#pragma unroll 1
     for (int d = lane; d < s.D; d += 32) {
       const float x = load_float(s.q, s.q_type, queries + (long long)g * s.D + d) * s.scale;
       const float low = bound_at(s.bounds, s.bounds_type, row, 0, s.D, d), high = bound_at(s.bounds, s.bounds_type, row, 1, s.D, d);
