@@ -136,7 +136,7 @@ def test_svd(bundled_heads):
 
 
 def test_distill(bundled_heads):
-    """C_Dis: KL(teacher || student) of attention, which training lowers on a window that it has not seen."""
+    """C_Dis: KL(teacher || student) of attention, which training lowers on a window that it has not seen, and what that bounds."""
     model, tokenizer = bundled.load()
     ids = tokenizer(bundled.calibration_text()[40_000:52_000], add_special_tokens=False, verbose=False)["input_ids"][: 4 * TOKENS]
     *seen, unseen = heads_of(model, torch.tensor(ids).view(4, TOKENS))[1]
@@ -148,6 +148,21 @@ def test_distill(bundled_heads):
     before, after = (float(attention_kl(unseen, places, maps, 32**-0.5)) for maps in (start, trained))
     print(f"KL {before:.3f} -> {after:.3f}")
     assert 0 < after < 0.95 * before
+    # What the KL bounds: by Pinsker's inequality |o - o_hat| <= sum |p - p_hat| max |v| <= sqrt(2 KL) max |v|, query by query.
+    q, k, v = (x.double() for x in unseen)
+    kl, moved, largest = [], [], []
+    for place in places.tolist():
+        past = k[: place + 1]
+        weights = [
+            torch.einsum("hgd,thd->hgt", 32**-0.5 * q[place].unflatten(0, (k.shape[1], -1)), keys).softmax(-1)
+            for keys in (past, trained.invert(trained.apply(past.float())).double())
+        ]
+        kl.append(torch.xlogy(weights[0], weights[0] / weights[1]).sum(-1))
+        moved.append(torch.einsum("hgt,thd->hgd", weights[0] - weights[1], v[: place + 1]).norm(dim=-1))
+        largest.append(v[: place + 1].norm(dim=-1).amax(0).unsqueeze(1))
+    kl, moved, bound = torch.stack(kl), torch.stack(moved), (2 * torch.stack(kl)).sqrt() * torch.stack(largest)
+    print(f"|o - o_hat| up to {float((moved / bound).max()):.2f} of its bound")
+    assert abs(float(kl.mean()) - after) <= 1e-4 * after and bool((moved <= bound).all()) and float((moved / bound).max()) > 0.05
 
 
 def test_what_attention_loses_is_less_when_that_is_fitted(bundled_heads):
