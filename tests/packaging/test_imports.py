@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 HOSTS = {"deepspeed", "megatron", "transformers"}
 HEAVY = HOSTS | {"torch", "pydantic", "numpy", "rich"}
 # The bundled model's loader is data access for tests and commands; PiKVOpBuilder is DeepSpeed's side of the ops, loaded on register().
-HOST_EXCEPTIONS = {"pikv_ds.bundled", "pikv_ds.ops.builder", "pikv_ds.ops.deepspeed_builder"}
+HOST_EXCEPTIONS = {"pikv_ds.bundled", "pikv_ds.ops.build.builder", "pikv_ds.ops.build.deepspeed_builder"}
 LAYERS = ["ops", "core", "hosts", "launch", "examples"]
 FOLDERS = ("ops", "pikv_ds", "megatron_patch", "launch", "examples")
 FILES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))

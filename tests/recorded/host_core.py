@@ -6,10 +6,10 @@ B rows, T columns, H heads, D head_dim. Rows are numbered over all ranks; with d
 import torch
 from torch import Tensor
 
-from pikv_ds.cache import PiKVCache
-from pikv_ds.config import PiKVConfig
-from pikv_ds.plan import LocalStep
+from pikv_ds.cache.cache import PiKVCache
+from pikv_ds.config.pikv import PiKVConfig
 from pikv_ds.spec import LayerSpec
+from pikv_ds.step.step import LocalStep
 from tests.recorded import probe
 from tests.recorded.files import with_files
 from tests.recorded.result import Result

@@ -6,13 +6,13 @@ When the inside changes, this file follows, and outcomes.json does not: what is 
 import hashlib
 import json
 
-from pikv_ds.adapters.fingerprint import key_norms
-from pikv_ds.adapters.hf import find_attentions
-from pikv_ds.adapters.model_spec import read_model_spec
-from pikv_ds.adapters.rotation import inv_freq_of
-from pikv_ds.cache import PiKVCache
-from pikv_ds.ops import load
-from pikv_ds.stats import stats
+from pikv_ds.adapters.hf.attach import find_attentions
+from pikv_ds.adapters.hf.fingerprint import key_norms
+from pikv_ds.adapters.hf.model_spec import read_model_spec
+from pikv_ds.adapters.hf.rotation import inv_freq_of
+from pikv_ds.cache.cache import PiKVCache
+from pikv_ds.cache.stats import stats
+from pikv_ds.ops.build import load
 
 
 def kernel() -> str:
