@@ -44,8 +44,11 @@ def _not_refused(case: Case, found: dict) -> str:
 
 def _of_rank(case: Case, found: dict, recorded: dict, same_machine: bool) -> list[str]:
     if same_machine:
-        bits = [] if found["digest"] == recorded["digest"] else [f"bits, samples by up to {_furthest(found, recorded):.1e}"]
-        return bits + [line for group in ("samples", *EXACT) for line in _unequal(found[group], recorded[group], group)]
+        if found["digest"] == recorded["digest"]:
+            bits = _unequal(found["samples"], recorded["samples"], "samples")
+        else:
+            bits = [f"bits, samples by up to {_furthest(found, recorded):.1e}"]
+        return bits + [line for group in EXACT for line in _unequal(found[group], recorded[group], group)]
     lines = []
     if "samples" not in case.by_score and not _furthest(found, recorded) <= case.tolerance:
         lines.append(f"samples by up to {_furthest(found, recorded):.1e}, tolerance {case.tolerance:.0e}")
