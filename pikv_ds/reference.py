@@ -6,6 +6,7 @@ One process plays G virtual ranks that hold S shards. Nothing else in the packag
 from __future__ import annotations
 
 from collections.abc import Callable
+from fractions import Fraction
 from math import ceil
 from typing import NamedTuple
 
@@ -125,7 +126,8 @@ class ReferenceCache:
         """Entries a shard may hold: ceil(1.1 x the balanced share of what stays visible) + one page, or the fixed number."""
         if self.capacity_tokens is not None:
             return self.capacity_tokens
-        return ceil(1.1 * sum(self.layers[layer].tokens_kept(n) for n in self.lens) / self.num_shards) + self.page_size
+        visible = sum(self.layers[layer].tokens_kept(n) for n in self.lens)
+        return ceil(Fraction(11, 10) * visible / self.num_shards) + self.page_size
 
     def load(self, layer: int) -> list[int]:
         """Entries per shard that queries after this forward still see."""

@@ -59,7 +59,7 @@ def router_bytes(cache: PiKVCache) -> int:
 
 def dense_bytes(spec: LayerSpec, rows: int, columns: int, itemsize: int) -> int:
     """Bytes the ordinary (Hugging Face DynamicCache) layer holds: every column, padding included; W - 1 columns in a window layer."""
-    return rows * spec.tokens_kept(columns) * spec.values_per_token * itemsize
+    return rows * spec.dense_bytes(columns, itemsize)
 
 
 def attention_impl(cache: PiKVCache) -> str:
