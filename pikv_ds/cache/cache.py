@@ -172,6 +172,14 @@ class PiKVCache:
         if self.selection is not None:
             self.selection.open()
 
+    def clear_column(self, name: str) -> None:
+        """Zero the policy's number `name` of every page, in all pools of all layers that keep it. Between forwards; no collective."""
+        if name not in self.tables.page_values:
+            raise ValueError(f"no policy of this cache keeps {name!r} per page; kept are {sorted(self.tables.page_values)}")
+        for store in self.tables.all_stores:
+            if name in store.summaries:  # layers with a window keep none
+                store.summaries[name].zero_()
+
     def settle(self, headers: list[list[int]], k: Tensor) -> None:
         """Agree on a forward that is not plain decoding; k: this rank's keys of the first layer, compared only if the inputs are equal."""
         self.hold = self.agreement.any_hold(headers)
