@@ -96,8 +96,9 @@ class PiKVCache:
 
     def reset(self) -> None:
         """Drop every entry, return all memory, zero the entry counters. All ranks must call it at the same point of their loops."""
-        self.staged = self.plan = None
-        self._allocate(0)
+        self.staged = self.waiting = self.plan = self.local = self.hold_margin = None
+        self.hold = False
+        self._start(0)
         self.agreement.forget()
         if self.bases is not None:
             self.bases.reset()
@@ -117,7 +118,7 @@ class PiKVCache:
             (self.distinct if self.agreement.mode == "distinct" else self.replicated).flush_staged()
         self.distinct.flush_watched()
         if self.selection is not None:
-            self.selection.news.settle()
+            self.selection.end_step()
         expired = 0
         if not (self.hold and self.agreement.mode == "distinct"):
             # How far another rank may crop is not known here: while it may, window layers of distinct requests keep everything.
@@ -132,7 +133,7 @@ class PiKVCache:
             self.tables.shrink()
         if self.config.storage.overflow == "error":
             self.tables.counters.raise_if_overflowed(self.plan.capacity)
-        self.plan = None
+        self.plan = self.local = None
 
     def _turn(self) -> None:
         """Bases of requests that have grown; what is kept of keys and queries beside the pages follows them."""
@@ -149,11 +150,7 @@ class PiKVCache:
         if self.bases is not None and not agreed.identity:
             self.bases.remap(agreed)
         if agreed.restart:
-            self._allocate(len(before))
-            if self.retention is not None:
-                self.retention.reset()
-            if self.tiers is not None:
-                self.tiers.reset(len(before))
+            self._start(len(before))
         elif not agreed.identity:
             if self.tiers is not None:
                 self.tiers.remap(agreed, old_lens)
@@ -167,10 +164,15 @@ class PiKVCache:
             self.retention.before_forward(self.plan)
         self.tables.reserve(self.plan, self.hold)
 
-    def _allocate(self, num_rows: int) -> None:
+    def _start(self, num_rows: int) -> None:
+        """A generation of `num_rows` requests begins: nothing of the last one stays. Bases follow their rows (tiers/bases.py)."""
         self.tables.allocate(num_rows)
         if self.selection is not None:
             self.selection.open()
+        if self.retention is not None:
+            self.retention.reset()
+        if self.tiers is not None:
+            self.tiers.reset(num_rows)
 
     def clear_column(self, name: str) -> None:
         """Zero the policy's number `name` of every page, in all pools of all layers that keep it. Between forwards; no collective."""

@@ -121,6 +121,13 @@ class Tables:
         """0-d int64, entries in all tables of this rank. Sync: none."""
         return self.counts.sum() + self.far_counts.sum()
 
+    @property
+    def metadata_nbytes(self) -> int:
+        """Bytes of what says where entries lie, and of their counters."""
+        sizes = (self.counts, self.far_counts, self.free_top, self.far_free_top)
+        own = sum(x.nbytes for x in sizes) + self.no_tail_nbytes + sum(store.metadata_nbytes for store in self.all_stores)
+        return own + self.directory.nbytes + self.counters.nbytes
+
     def mirror(self) -> None:
         """Host copies of the sizes that plan the next forward. Sync: one read in forwards that are not quiet; free on CPU."""
         self.stale = False

@@ -57,7 +57,13 @@ class Mass:
         self.rows: dict[int, dict[str, Tensor]] = {}  # layer -> what the policy keeps per row, [R, ...]
 
     def reset(self) -> None:
-        self.times, self.rows, self.page_lse = [], {}, {}
+        """A new generation begins."""
+        self.times, self.num_rows, self.rows, self.page_lse = [], [], {}, {}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what the policy keeps per row; what it keeps per page is the stores'."""
+        return sum(x.nbytes for values in self.rows.values() for x in values.values())
 
     def remap(self, parent: Tensor) -> None:
         """Row i continues row parent[i] [R'], -1 = a new row."""
@@ -131,10 +137,12 @@ class Mass:
 
     def _kept(self, store: LayerStore, q: Tensor, row0: int, stored: Stored, scale: float, page_lse: Tensor | None) -> None:
         """page_lse [R, T, S, Hq, C], not read where entries are counted."""
-        if not self.tables.by_entry:
-            self.keep(store, row0, page_lse)
-        elif any(policy.watches for policy in self.policies):
+        if not any(policy.watches for policy in self.policies):
+            return
+        if self.tables.by_entry:
             self.page_lse[store, row0] = EntryLse(store, q, stored, scale)
+        else:
+            self.keep(store, row0, page_lse)
 
     def observe(self, asked: Waiting, plan: StepPlan, lse: Tensor | None) -> None:
         """Account for the queries of one layer, once their partials have been merged over the ranks.

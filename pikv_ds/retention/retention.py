@@ -45,6 +45,11 @@ class Retention:
         self.on_compact: Callable[[int, Compacted], None] | None = None  # told, per layer, which pages changed
         self.due = False  # an eviction waits for the next forward: a crop is announced, or the prompt is kept whole
 
+    @property
+    def metadata_nbytes(self) -> int:
+        """Bytes of what is kept per row."""
+        return self.mass.nbytes + sum(theta.nbytes for theta in self.threshold.values())
+
     def watches(self, layer: int) -> bool:
         """Whether the policy wants to see what the queries of this layer attend to."""
         return self.policy.watches and self.tables.layers[layer].window is None

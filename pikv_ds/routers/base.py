@@ -7,7 +7,7 @@ heads, D key width, P entries per page.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -157,11 +157,17 @@ class Router(ABC):
         """
         self.moved(layer, store, new.entries)
 
+    def kept(self) -> Iterable[Tensor]:
+        """The tensors kept from one forward to the next, per request, shard or layer: a router that has any must name them all.
+
+        Summaries are the store's, and weights read from a file count as little as the model's.
+        """
+        return ()
+
     @property
     def nbytes(self) -> int:
-        """Bytes of what is kept per request and shard, in dictionaries by layer; summaries are the store's."""
-        kept = (value for value in vars(self).values() if isinstance(value, dict))
-        return sum(tensor.nbytes for by_layer in kept for tensor in by_layer.values())
+        """Bytes of what is kept besides summaries."""
+        return sum(tensor.nbytes for tensor in self.kept())
 
     def missed(self, layer: int) -> Tensor | None:
         """[shards of all ranks] f32: reads of each shard that were in vain; None = not counted."""

@@ -1,3 +1,4 @@
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
@@ -40,6 +41,9 @@ class Hierarchical(PageBounds):
         super().open(layer, store, num_shards)
         shape = (store.counts.shape[0], num_shards, store.fmt.num_kv_heads, 2, store.k_dim)
         self.shard_bounds[layer] = self._empty(torch.empty(shape, device=store.device))
+
+    def kept(self) -> Iterable[Tensor]:
+        return self.shard_bounds.values()
 
     @staticmethod
     def _empty(bounds: Tensor) -> Tensor:

@@ -50,6 +50,8 @@ class Tiers:
         self.floor = [0] * num_rows  # positions of a row that may have been demoted lie below it; the same on every rank
         self.due = [0] * num_rows  # tokens of a row at which a page can become old enough; of this rank's shards
         self.seen = [0] * num_rows  # tokens of a row when importance was last compared; the same on every rank
+        if self.mass is not None:
+            self.mass.reset()
 
     def remap(self, agreed: Agreed, lens: list[int]) -> None:
         """Rows are forked, cropped or dropped. Raises: RuntimeError for a crop that may reach a demoted entry, on all ranks alike."""

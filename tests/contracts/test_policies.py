@@ -1,6 +1,7 @@
 """What every registered retention policy keeps."""
 
 import inspect
+import math
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 from pikv_ds.errors import ConfigError
 from pikv_ds.policies import POLICIES
 from pikv_ds.policies.base import Pages, RetentionPolicy
+from tests.held import check_bytes
 from tests.retention_blocks import needed
 from tests.unit.driver import Driver, layer, ragged, rel_error
 from tests.unit.evicting import EvictingDriver
@@ -97,6 +99,26 @@ def test_what_reads_positions_only_reads_nothing_else(name, tmp_path):
     pages.store.positions.copy_(positions)
     again = policy.score(Pages(store=pages.store, table=pages.table, counts=pages.counts, lens=pages.lens))
     assert torch.equal(score, again) and pages.keys.isnan().any()
+
+
+@pytest.mark.parametrize("name", POLICIES.names())
+def test_bytes_are_reported(name, tmp_path):
+    """What a policy keeps per page is KV bytes, what it keeps per row is metadata, and it keeps nothing else."""
+    kinds, scheduling = [layer(0), layer(1)], {"method": name} | needed(name, tmp_path, layers=2, heads=2, width=16)
+    if not POLICIES.get(name).keeps_all:
+        scheduling |= {"budget_tokens": 22, "sink_tokens": 2, "recent_tokens": 3}
+    driver = Driver(kinds, page_size=2, scheduling=scheduling)
+    driver._compare = lambda *_: None
+    driver.prefill([40, 3])
+    for mask in (ragged([9, 6]), *[ragged([1, 1])] * 3):
+        driver.forward(mask)
+        check_bytes(driver.cache)
+    retention = driver.cache.retention
+    if retention is None:
+        assert POLICIES.get(name).keeps_all
+        return
+    shapes = retention.policy.row_values(driver.num_q_heads, kinds[0].k_dim).values()
+    assert retention.mass.nbytes == 4 * len(kinds) * len(driver.lens) * sum(math.prod(shape) for shape in shapes), "f32 per layer and row"
 
 
 @pytest.mark.parametrize("name", EVICTING)

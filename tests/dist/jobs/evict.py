@@ -12,6 +12,7 @@ from pikv_ds.adapters.hf.cache import HFCache
 from pikv_ds.cache.stats import decode_bytes_sent
 from tests.dist.jobs.exact import assert_conserved, counted_collectives, generate, generate_sharded
 from tests.dist.jobs.report import Report
+from tests.held import check_bytes
 from tests.long_form import short_or_long
 from tests.retention_blocks import needed
 from tests.tiny_models import prompt, tiny_model
@@ -69,6 +70,7 @@ def held(
         stats, own, load, heads = cache.stats(), kept(cache), cache.core.tables.directory.load.tolist(), cache.core.tables.heads
         evicted, lens = cache.core.tables.directory.evicted_by_head(), cache.core.agreement.lens
         allocated = [store.num_pages for store in cache.core.tables.stores]
+        check_bytes(cache.core)
     assert_conserved(stats, group)
     ranks = [own]
     if group is not None:
