@@ -80,8 +80,6 @@ class PiKVCache:
             self.selection = Selection(
                 config.routing, router, layers, self.tables, self.exchange, self.stages, policy.keeps_all, self.tiers
             )
-            if self.retention is not None:
-                self.retention.on_compact = self.selection.news.compacted
         self.reader = PoolReader(self.tables, self.selection, self.retention, self.tiers, self.stages)
         self.staged: Staged | None = None
         self.waiting: Waiting | None = None  # distinct requests: a layer whose merged lse rides in the next record

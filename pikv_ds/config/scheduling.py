@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, field_validator
 
 from .block import Block
+from .wording import problem
 
 if TYPE_CHECKING:
     from pikv_ds.policies.base import RetentionPolicy
@@ -28,15 +29,25 @@ class SchedulingConfig(Block):
         description="One choice for all KV heads; the same number of entries of each head; or more for heads that need more (Ada-KV).",
     )
     head_floor: float = Field(0.2, ge=0, le=1, description="Share of its uniform budget that an adaptive head has at least.")
-    granularity: Literal["page", "token"] = Field(
-        "page", description="Whole pages leave, or single entries, and the others close up into fewer pages."
-    )
+    granularity: Literal["page"] = Field("page", description="What leaves together; with page_size 1 a page is one entry.")
     interval: int = Field(1, ge=1, description="Decode steps between two evictions; a prefill chunk is always followed by one.")
     prefill: Literal["evict", "keep"] = Field(
         "evict", description="Evict after every prefill chunk, or keep the whole prompt until the first decode step."
     )
     sink_tokens: int = Field(4, ge=0, description="First tokens of a request, never evicted; part of the budget.")
     recent_tokens: int = Field(64, ge=0, description="Latest tokens of a request, never evicted; part of the budget.")
+
+    @field_validator("granularity", mode="before")
+    @classmethod
+    def _check_granularity(cls, value: Any) -> Any:
+        if value != "page":
+            legal = (
+                "'page': single entries no longer leave from inside pages. \"page_size\": 1 keeps the same entries and pads every record "
+                "to 64 bytes (not for int8, int4 and int2, whose pages are whole groups); pages of 8 were measured no worse "
+                "(docs/EVICTION.md)"
+            )
+            raise problem("scheduling.granularity", value, legal)
+        return value
 
     def build(self) -> RetentionPolicy:
         """The policy with its options."""

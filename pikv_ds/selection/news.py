@@ -9,12 +9,10 @@ import torch
 from torch import Tensor
 
 from pikv_ds.blueprint.compression import check_turning_router
-from pikv_ds.blueprint.retention import check_entry_router
 from pikv_ds.blueprint.window import check_router
 from pikv_ds.cache.writer import Written
 from pikv_ds.codecs.request_maps import Turn
 from pikv_ds.codecs.rope import turn
-from pikv_ds.pages.compact import Compacted
 from pikv_ds.pages.entries import keys_at
 from pikv_ds.pages.layers import Tables
 from pikv_ds.pages.move import Moved
@@ -43,8 +41,6 @@ class RouterNews:
             summarises = len(store.summaries) > others
             if self.tables.far[layer] is not None:
                 check_router(self.router, summarises=summarises)
-            if self.tables.by_entry:
-                check_entry_router(self.router, summarises=summarises)
             if self.tables.turns:
                 check_turning_router(self.router, summarises=summarises)
 
@@ -92,10 +88,6 @@ class RouterNews:
         for layer, pages in moved:
             store = self.store(layer)
             self.router.moved(layer, store, entries_moved(store, pages, self.tables.shard_begin))
-
-    def compacted(self, layer: int, changed: Compacted) -> None:
-        """Pages of a layer have other entries than before. Host phase."""
-        self.router.moved(layer, self.tables.stores[layer], self._stored(layer, changed.table, changed.index))
 
     def turned(self, layer: int, turn: Turn, gather: Callable[[Tensor], Tensor]) -> None:
         """Keys of some rows of a layer have another basis, and their pages hold other numbers. Host phase."""

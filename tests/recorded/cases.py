@@ -193,10 +193,12 @@ _add("core", "tova of heads, adaptive", ONE_TWO, _block(storage=SAME, scheduling
 _add("core", "adakv, layers of a pyramid", TWO, _block(storage=SAME, scheduling=_evicted("adakv", layer_budget="pyramid")),
      _drive(FULL, LONG), by_score=KEPT)  # fmt: skip
 _add("core", "single entries", ONE_TWO, _block(8, storage=SAME, scheduling=_evicted("h2o", granularity="token", interval=4)),
-     _drive(BOTH, LONG), by_score=KEPT, deleted="page_size 1 keeps the same entries")  # fmt: skip
+     _drive(BOTH, LONG), by_score=KEPT, deleted="entries leave page by page",
+     refused="pikv.scheduling.granularity = 'token'")  # fmt: skip
 _add("core", "single entries of heads", ONE,
      _block(8, storage=SAME, scheduling=_evicted("tova", granularity="token", head_budget="adaptive")),
-     _drive(FULL, LONG), by_score=KEPT, deleted="page_size 1 keeps the same entries")  # fmt: skip
+     _drive(FULL, LONG), by_score=KEPT, deleted="entries leave page by page",
+     refused="pikv.scheduling.granularity = 'token'")  # fmt: skip
 _add("core", "forks, h2o", ONE_FOUR, _block(storage=SAME, scheduling=_evicted("h2o")), _drive(BOTH, LONG[:2] + FORKS[2:]), by_score=KEPT)
 
 # ---- together ----

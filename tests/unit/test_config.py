@@ -107,6 +107,10 @@ BAD = {
     "router": ({"routing": {"method": "top"}}, ["pikv.routing.method = 'top'", "'all'", "'topk'"]),
     "codec": ({"compression": {"method": "zip"}}, ["pikv.compression.method = 'zip'", "'none'"]),
     "policy": ({"scheduling": {"method": "mru"}}, ["pikv.scheduling.method = 'mru'", "'none'"]),
+    "single entries": (
+        {"scheduling": {"method": "lru", "budget_tokens": 99, "granularity": "token"}},
+        ["pikv.scheduling.granularity = 'token'", "'page'", '"page_size": 1', "pads every record", "docs/EVICTION.md"],
+    ),
     "no eviction budget": ({"scheduling": {"method": "lru"}}, ["pikv.scheduling", "one of budget_tokens, budget_ratio, budget_bytes"]),
     "two eviction budgets": (
         {"scheduling": {"method": "lru", "budget_tokens": 99, "budget_ratio": 0.5}},
