@@ -15,11 +15,15 @@ class Registry:
     def __init__(self, kind: str) -> None:
         self.kind = kind
         self._classes: dict[str, type] = {}
+        self.removed: dict[str, str] = {}
+        """Names of earlier versions: why they are gone and what to use instead."""
 
     def register(self, name: str) -> Callable[[type], type]:
         """Class decorator: file the class under `name` and set its `name` attribute."""
 
         def add(cls: type) -> type:
+            if name in self.removed:
+                raise ValueError(f"{self.kind} {name!r} was removed and its name is not given again yet; use another name")
             if name in self._classes:
                 taken = self._classes[name]
                 raise ValueError(
@@ -32,7 +36,13 @@ class Registry:
 
         return add
 
+    def refuse(self, name: str, instead: str) -> None:
+        """Asking for `name`, which was a method once, says `instead`: why it is gone and what to use."""
+        self.removed[name] = instead
+
     def get(self, name: str) -> type:
+        if name in self.removed:
+            raise ValueError(f"{self.kind} {name!r} was removed: {self.removed[name]}")
         if name not in self._classes:
             raise ValueError(f"unknown {self.kind} {name!r}; legal: {', '.join(self.names())}")
         return self._classes[name]

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from pikv_ds.errors import ConfigError
 from pikv_ds.registry import Registry
 
-from .wording import legal_words, problem, unknown_key
+from .wording import legal_words, problem, removed, unknown_key
 
 
 def check_companion(key: str, value: Any, selector: str, chosen: str, needed: str) -> None:
@@ -63,6 +63,8 @@ def check_retention(block: BaseModel) -> None:
 
 def check_method(key: str, block: BaseModel, registry: Registry) -> None:
     """The method of a block is registered, and the block's other keys are options of its constructor with values it takes."""
+    if block.method in registry.removed:
+        raise removed(f"{key}.method", block.method, registry.removed[block.method])
     if block.method not in registry.names():
         raise problem(f"{key}.method", block.method, f"one of {', '.join(map(repr, registry.names()))}")
     given, method = block.model_extra or {}, registry.get(block.method)

@@ -7,10 +7,16 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import ConfigDict, Field, field_validator
 
 from .block import Block
-from .wording import problem
+from .wording import removed
 
 if TYPE_CHECKING:
     from pikv_ds.policies.base import RetentionPolicy
+
+
+_INSTEAD_OF_TOKEN = (
+    "pages leave whole, so 'page' is legal. \"page_size\": 1 keeps the same entries and pads every record to 64 bytes (not for int8, int4 "
+    "and int2, whose pages are whole groups); pages of 8 were measured no worse (docs/EVICTION.md)"
+)
 
 
 class SchedulingConfig(Block):
@@ -40,13 +46,8 @@ class SchedulingConfig(Block):
     @field_validator("granularity", mode="before")
     @classmethod
     def _check_granularity(cls, value: Any) -> Any:
-        if value != "page":
-            legal = (
-                "'page': single entries no longer leave from inside pages. \"page_size\": 1 keeps the same entries and pads every record "
-                "to 64 bytes (not for int8, int4 and int2, whose pages are whole groups); pages of 8 were measured no worse "
-                "(docs/EVICTION.md)"
-            )
-            raise problem("scheduling.granularity", value, legal)
+        if value == "token":
+            raise removed("scheduling.granularity", value, _INSTEAD_OF_TOKEN)
         return value
 
     def build(self) -> RetentionPolicy:

@@ -109,8 +109,9 @@ BAD = {
     "policy": ({"scheduling": {"method": "mru"}}, ["pikv.scheduling.method = 'mru'", "'none'"]),
     "single entries": (
         {"scheduling": {"method": "lru", "budget_tokens": 99, "granularity": "token"}},
-        ["pikv.scheduling.granularity = 'token'", "'page'", '"page_size": 1', "pads every record", "docs/EVICTION.md"],
+        ["pikv.scheduling.granularity = 'token' was removed", "'page'", '"page_size": 1', "pads every record", "docs/EVICTION.md"],
     ),
+    "granularity": ({"scheduling": {"granularity": "head"}}, ["pikv.scheduling.granularity = 'head'", "'page'"]),
     "no eviction budget": ({"scheduling": {"method": "lru"}}, ["pikv.scheduling", "one of budget_tokens, budget_ratio, budget_bytes"]),
     "two eviction budgets": (
         {"scheduling": {"method": "lru", "budget_tokens": 99, "budget_ratio": 0.5}},
