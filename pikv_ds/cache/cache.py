@@ -137,7 +137,7 @@ class PiKVCache:
         """Bases of requests that have grown; what is kept of keys and queries beside the pages follows them."""
         for layer, turn in self.bases.settle(self.plan):
             if self.selection is not None:
-                self.selection.news.turned(layer, turn, self.selection.gather)
+                self.selection.news.turned(layer, turn)
             if self.retention is not None:
                 self.retention.mass.turned(layer, turn)
 

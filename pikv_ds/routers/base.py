@@ -48,8 +48,6 @@ class TurnedEntries:
     """[n, H, r, r] f32, of all ranks' rows."""
     entries: NewEntries
     """All entries of these rows on this rank, keys as they are read from now on."""
-    gather: Callable[[Tensor], Tensor]
-    """[...] of the same shape on all ranks -> [ranks, ...]. A collective when there are several: call it on all or none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

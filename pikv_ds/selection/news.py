@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -89,7 +88,7 @@ class RouterNews:
             store = self.store(layer)
             self.router.moved(layer, store, entries_moved(store, pages, self.tables.shard_begin))
 
-    def turned(self, layer: int, turn: Turn, gather: Callable[[Tensor], Tensor]) -> None:
+    def turned(self, layer: int, turn: Turn) -> None:
         """Keys of some rows of a layer have another basis, and their pages hold other numbers. Host phase."""
         store = self.tables.stores[layer]
         counts, num_local = store.counts[turn.rows].flatten(), self.tables.num_local
@@ -97,7 +96,7 @@ class RouterNews:
         cell, index = torch.nonzero(held, as_tuple=True)
         table = turn.rows[cell // num_local] * num_local + cell % num_local
         entries = self._stored(layer, table, index)
-        self.router.turned(layer, store, TurnedEntries(rows=turn.rows, turn=turn.by, entries=entries, gather=gather))
+        self.router.turned(layer, store, TurnedEntries(rows=turn.rows, turn=turn.by, entries=entries))
 
     def _stored(self, layer: int, table: Tensor, index: Tensor) -> NewEntries:
         """The entries `index` [n] of tables `table` [n] (row * local shards + shard, ascending)."""

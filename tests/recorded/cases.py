@@ -171,7 +171,8 @@ _add("core", "hash, what is needed", FOUR, _block(storage=OWN, routing=_routed("
 _add("core", "topk", TWO, _block(storage=OWN, routing=_routed("topk", top_k=2)), _drive(BOTH, LONG), by_score=READ)
 _add("core", "two_stage", TWO, _block(storage=SAME, routing=_routed("two_stage", top_k=1)), _drive(BOTH, LONG), by_score=READ)
 _add("core", "hierarchical", ONE_TWO, _block(storage=SAME, routing=_pages("hierarchical")), _drive(BOTH, LONG), by_score=READ,
-     deleted="bounds finds more, and the paper's hierarchical router is two_stage")  # fmt: skip
+     deleted="bounds chooses better, and two_stage is the paper's R_H",
+     refused="pikv.routing.method = 'hierarchical' was removed")  # fmt: skip
 _add("core", "learned", TWO, _block(storage=SAME, routing=_routed("learned", top_k=2, path="FILE:router_gate")), _drive(BOTH, LONG),
      by_score=READ)  # fmt: skip
 _add("core", "shuffle", ONE_TWO, _block(storage=SAME, routing=_pages("shuffle")), _drive(BOTH, FORKS), by_score=READ)

@@ -105,6 +105,10 @@ BAD = {
     "nvme tier": ({"offload": {"nvme_path": "d"}}, ["pikv.offload.nvme_path = 'd'", "not available in this version"]),
     "budget": ({"scheduling": {"budget_tokens": 9}}, ["pikv.scheduling.budget_tokens = 9", "method = 'none'"]),
     "router": ({"routing": {"method": "top"}}, ["pikv.routing.method = 'top'", "'all'", "'topk'"]),
+    "removed router": (
+        {"routing": {"method": "hierarchical", "budget_ratio": 0.1}},
+        ["pikv.routing.method = 'hierarchical' was removed", "worse than 'bounds'", "R_H is 'two_stage'", "use 'bounds' or 'two_stage'"],
+    ),
     "codec": ({"compression": {"method": "zip"}}, ["pikv.compression.method = 'zip'", "'none'"]),
     "policy": ({"scheduling": {"method": "mru"}}, ["pikv.scheduling.method = 'mru'", "'none'"]),
     "single entries": (

@@ -199,7 +199,7 @@ def test_eviction_keeps_what_it_keeps_with_one_pool(method):
             assert rel_error(torch.nan_to_num(also_out), torch.nan_to_num(out)) < 1e-5
 
 
-@pytest.mark.parametrize("method", ["bounds", "bounds int8", "centroids", "hierarchical", "page_oracle"])
+@pytest.mark.parametrize("method", ["bounds", "bounds int8", "centroids", "page_oracle"])
 def test_routers_choose_among_far_pages_what_they_choose_with_one_pool(method):
     """Near pages are the ones that are pinned anyway; raw formats, so scores are the same and so is what is read."""
     routing = {"method": method.removesuffix(" int8"), "budget_pages": 7, "sink_tokens": 2, "recent_tokens": 9}
@@ -225,7 +225,7 @@ def test_routers_choose_among_far_pages_what_they_choose_with_one_pool(method):
         assert also_counted[0] < counted[1]
 
 
-@pytest.mark.parametrize("method", ["bounds", "topk", "hierarchical", "centroids", "sinks_recent"])
+@pytest.mark.parametrize("method", ["bounds", "topk", "centroids", "sinks_recent"])
 def test_a_budget_of_everything_reads_everything(method):
     """Chunks, forks and crops with a router that has nothing to leave out: dense attention, on the pages of both pools."""
     routing = {"method": method, "sink_tokens": 0, "recent_tokens": 1000} | ({} if method == "topk" else {"budget_ratio": 1.0})
