@@ -1,6 +1,6 @@
 """The slow, obviously right cache: Python lists of entries, softmax in float64. What tests compare the real cache to.
 
-One process plays G virtual ranks that hold S shards. Nothing else in the package imports this file.
+One process plays G virtual ranks that hold S shards. Only tests import this file.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .spec import LayerSpec
+from pikv_ds.spec import LayerSpec
 
 
 class Entry(NamedTuple):
