@@ -21,7 +21,7 @@ def check_tiers(config: PiKVConfig, codec: Codec, layers: list[LayerSpec], page_
         raise ConfigError(
             f"{given} on a model whose layers all have a sliding window: these keep one pool of pages, in the codec's format; leave it out"
         )
-    if codec.per_request and codec.refit and config.routing.method != "all":
+    if codec.per_request and config.routing.method != "all":
         raise ConfigError(
             f"{given} with pikv.compression.method = {codec.name!r} and pikv.routing.method = {config.routing.method!r}: a router "
             f"is told of keys when they are stored, and here they have no coefficients before they leave the raw window, as the basis of a "

@@ -124,10 +124,7 @@ class PiKVCache:
         evicted = self.retention is not None and self.retention.after_forward(self.plan, self.agreement.lens, self.hold)
         if self.bases is not None:
             self._turn()
-        lens = self.agreement.lens
-        if self.bases is not None and self.bases.once:
-            lens = [n if at else 0 for n, at in zip(lens, self.bases.fitted_at, strict=True)]
-        demoted = [] if self.tiers is None else self.tiers.after_forward(self.plan, lens, self.hold)
+        demoted = [] if self.tiers is None else self.tiers.after_forward(self.plan, self.agreement.lens, self.hold)
         if self.selection is not None:
             self.selection.news.demoted(demoted)
         if expired or evicted or demoted or not self.plan.quiet:

@@ -25,7 +25,7 @@ class Rotated(Codec):
         self.light, self.light_ratio = inner.light, inner.light_ratio  # light pages hold what is turned as well
         self.per_request, self.rope_raw = inner.per_request, inner.rope_raw
         if inner.per_request:
-            self.fit_tokens, self.refit = inner.fit_tokens, inner.refit
+            self.fit_tokens = inner.fit_tokens
 
     @property
     def preferred_page_size(self) -> int:

@@ -27,11 +27,11 @@ class SVD(Codec):
 
     per_request = True
 
-    def __init__(self, *, rank: int, store: str = "none", group: int | None = None, fit_tokens: int = 1024, refit: bool = True) -> None:
+    def __init__(self, *, rank: int, store: str = "none", group: int | None = None, fit_tokens: int = 1024) -> None:
         check_rank(rank)
         if fit_tokens < 1:
             raise ValueError(f"fit_tokens = 1 or more, got {fit_tokens}")
-        self.rank, self.record, self.fit_tokens, self.refit = rank, record_codec(store, group), fit_tokens, refit
+        self.rank, self.record, self.fit_tokens = rank, record_codec(store, group), fit_tokens
         self.group = self.record.group
 
     @classmethod

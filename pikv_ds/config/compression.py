@@ -79,7 +79,6 @@ class CompressionConfig(LayerCompressionConfig):
         from pikv_ds.codecs import CODECS
 
         codec = self.build()
-        once = codec.per_request and not codec.refit
-        if codec.light is None and not once and not (self.raw_sink_tokens or self.raw_recent_tokens):
+        if codec.light is None and not (self.raw_sink_tokens or self.raw_recent_tokens):
             return None
         return codec.light or CODECS.build("none")

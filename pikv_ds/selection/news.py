@@ -10,7 +10,7 @@ from torch import Tensor
 from pikv_ds.blueprint.compression import check_turning_router
 from pikv_ds.blueprint.window import check_router
 from pikv_ds.cache.writer import Written
-from pikv_ds.codecs.request_maps import RequestMaps, Turn
+from pikv_ds.codecs.request_maps import Turn
 from pikv_ds.codecs.rope import turn
 from pikv_ds.pages.entries import keys_at
 from pikv_ds.pages.layers import Tables
@@ -52,9 +52,7 @@ class RouterNews:
         self.settle()
         shard, table = written.shard, plan.rows
         maps, turned = self.tables.far_maps[layer], self.store(layer).turned
-        if isinstance(maps, RequestMaps):
-            k = torch.einsum("nhd,nhdr->nhr", k.float(), maps.k[plan.rows]).to(k.dtype)
-        elif maps is not None:
+        if maps is not None:
             k = maps.k.apply(k if turned is None else turn(k, plan.positions, turned.inv_freq, back=True))
         if turned is not None:  # what queries will meet
             k = turned.keys(k, plan.positions)

@@ -33,7 +33,6 @@ class RequestBases:
 
     def __init__(self, layers: list[LayerSpec], codec: Codec, tables: Tables, exchange: Exchange) -> None:
         self.fit_tokens, self.exchange, self.tables, self.device = codec.fit_tokens, exchange, tables, tables.device
-        self.once = not codec.refit
         self.far = [i for i, far in enumerate(tables.far) if far is not None]  # layers with a raw window: bases of all rows, on every rank
         # Per layer and side (k, v): heads, D, r.
         self.shapes = [
@@ -105,11 +104,6 @@ class RequestBases:
         first, doubled = [], []
         for row, (before, after) in enumerate(zip(plan.lens_before_host, plan.lens_after_host, strict=True)):
             at = self.fitted_at[row]
-            if self.once:
-                if at == 0 and after >= self.fit_tokens:
-                    first.append(row)
-                    self.fitted_at[row] = NEVER
-                continue
             if before == 0 and after > 0:
                 first.append(row)
             elif after > before and at < self.fit_tokens and after >= 2 * at:
