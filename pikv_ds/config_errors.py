@@ -48,6 +48,8 @@ def describe(error: ValidationError, block: type[BaseModel]) -> str:
 def _line(item: ErrorDetails, block: type[BaseModel]) -> str:
     if item["type"] == "pikv":
         return item["msg"]
+    if item["type"] == "value_error":  # raised by what a check called, with a message of its own
+        return str(item["ctx"]["error"])
     model, field, path = _locate(item["loc"], block)
     key = ".".join(["pikv", *path])
     if item["type"] == "extra_forbidden":
