@@ -54,6 +54,7 @@ def _line(item: ErrorDetails, block: type[BaseModel]) -> str:
     key = ".".join(["pikv", *path])
     if item["type"] == "extra_forbidden":
         return _unknown(key, item["input"], ".".join(["pikv", *path[:-1]]), list(model.model_fields))
+    assert field is not None, item
     legal = "a finite number" if item["type"] == "finite_number" else _legal(field)
     return f"{key} = {_show(item['input'])}: legal is {legal}"
 
