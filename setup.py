@@ -41,10 +41,10 @@ def torch_has_cuda():
 
 
 def _module(name):
-    """ops/<name>.py without the package around it, which imports more than a build has."""
+    """ops/build/<name>.py without the package around it, which imports more than a build has."""
     if "pikv_build" not in sys.modules:
         sys.modules["pikv_build"] = package = types.ModuleType("pikv_build")
-        package.__path__ = [str(Path(__file__).parent / "ops")]
+        package.__path__ = [str(Path(__file__).parent / "ops" / "build")]
     return importlib.import_module(f"pikv_build.{name}")
 
 

@@ -13,7 +13,7 @@ import torch
 
 import pikv_ds
 from pikv_ds import bundled
-from pikv_ds.adapters.rehearse import rehearse
+from pikv_ds.adapters.hf.rehearse import rehearse
 from pikv_ds.bundled.recall import KINDS, Prose, RecallPrompt, recall_prompt
 from pikv_ds.launch.output import print_table, write_json
 

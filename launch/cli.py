@@ -1,4 +1,4 @@
-"""The `pikv` command. Each subcommand is a file cmd_<name>.py beside this one with two functions:
+"""The `pikv` command. Each subcommand is a file of commands/ with two functions:
 
 add_parser(subparsers): declare the subcommand and its arguments. Import nothing heavy at the top: each start runs it.
 run(args) -> int: do the work and return the exit status. `args.json` is there for every subcommand.
@@ -12,8 +12,8 @@ import pkgutil
 import sys
 
 import pikv_ds
-from pikv_ds import launch
 from pikv_ds.errors import CapacityError, ConfigError, DivergedError, PeerError, UnsupportedError
+from pikv_ds.launch import commands
 
 # Errors that tell the user what to do; anything else is a bug and keeps its traceback.
 TOLD = (
@@ -31,10 +31,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="pikv", description=pikv_ds.__doc__.splitlines()[0])
     parser.add_argument("--version", action="version", version=f"pikv-ds {pikv_ds.__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for found in pkgutil.iter_modules(launch.__path__):
-        if not found.name.startswith("cmd_"):
+    for found in pkgutil.iter_modules(commands.__path__):
+        if found.name.startswith("_"):
             continue
-        command = importlib.import_module(f"{launch.__name__}.{found.name}")
+        command = importlib.import_module(f"{commands.__name__}.{found.name}")
         known = set(subparsers.choices)
         command.add_parser(subparsers)
         for name in set(subparsers.choices) - known:

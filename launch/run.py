@@ -31,7 +31,7 @@ def main() -> None:
     if not os.path.isfile(script):
         raise SystemExit(f"{USAGE}\nno such file: {script}")
     # Before the script runs, so that its own `from deepspeed import ...` finds the functions that know the block.
-    from pikv_ds.adapters.deepspeed import install
+    from pikv_ds.adapters.deepspeed.initialize import install
 
     install()
     sys.argv = [script, *arguments]

@@ -11,12 +11,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pikv_ds.cache import PiKVCache
-from pikv_ds.config import PiKVConfig
-from pikv_ds.config_checks import check_has_experts
-from pikv_ds.digest import digest
+from pikv_ds.cache.cache import PiKVCache
+from pikv_ds.cache.stats import stats
+from pikv_ds.config.checks import check_has_experts
+from pikv_ds.config.pikv import PiKVConfig
 from pikv_ds.errors import UnsupportedError
-from pikv_ds.stats import stats
+from pikv_ds.exchange.digest import digest
 
 from .chunk import finish_attention
 from .expert_ids import ExpertIds

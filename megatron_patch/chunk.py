@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pikv_ds.cache import Partial
+from pikv_ds.cache.cache import Partial
 from pikv_ds.ops import add_sink, merge_partials, sdpa_lse
 
 

@@ -8,7 +8,7 @@ from megatron.core.inference.contexts import StaticInferenceContext
 from torch import Tensor, nn
 
 from pikv_ds.errors import UnsupportedError
-from pikv_ds.plan import LocalStep
+from pikv_ds.step.step import LocalStep
 
 from .base_context import PiKVContext, check_length, positions_digest
 from .masks import padding_of
@@ -43,7 +43,7 @@ class PiKVInferenceContext(PiKVContext, StaticInferenceContext):
     # ---- the caller's controls -----------------------------------------------------------------------------------------------
 
     def stats(self) -> dict:
-        """Plain numbers of this rank, see pikv_ds.stats.stats. Sync: reads the device. Needs no other rank."""
+        """Plain numbers of this rank, see pikv_ds.cache.stats.stats. Sync: reads the device. Needs no other rank."""
         return self._stats(len(self.rows), self.columns)
 
     def reset(self) -> None:

@@ -8,7 +8,7 @@ from megatron.core.inference.contexts.dynamic_context import DynamicInferenceCon
 from torch import Tensor, nn
 
 from pikv_ds.errors import UnsupportedError
-from pikv_ds.plan import LocalStep
+from pikv_ds.step.step import LocalStep
 
 from .base_context import PiKVContext, positions_digest
 from .layers import is_latent
@@ -50,7 +50,7 @@ class PiKVDynamicInferenceContext(PiKVContext, DynamicInferenceContext):
     # ---- the caller's controls -----------------------------------------------------------------------------------------------
 
     def stats(self) -> dict:
-        """Plain numbers of this rank, see pikv_ds.stats.stats; kv_bytes_dense = the blocks in use. Sync: reads the device."""
+        """Plain numbers of this rank, see pikv_ds.cache.stats.stats; kv_bytes_dense = the blocks in use. Sync: reads the device."""
         return self._stats(0, 0) | {"kv_bytes_dense": self.block_allocator.get_total_used() * self.block_size_bytes}
 
     def reset(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import nn
 
-from pikv_ds.config import PiKVConfig
+from pikv_ds.config.pikv import PiKVConfig
 from pikv_ds.errors import UnsupportedError
 
 from .attention import core_attention_class, self_attention_class

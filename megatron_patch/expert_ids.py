@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pikv_ds.cache import PiKVCache
+from pikv_ds.cache.cache import PiKVCache
 from pikv_ds.errors import UnsupportedError
-from pikv_ds.placement import hash_expert
+from pikv_ds.placement.placement import hash_expert
 
 from .tokens import Tokens
 

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import nn
 
-from pikv_ds.config import PiKVConfig
+from pikv_ds.config.pikv import PiKVConfig
 from pikv_ds.errors import ConfigError, UnsupportedError
 
 from .layers import Layer, is_latent

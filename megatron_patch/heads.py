@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pikv_ds.cache import Partial, PiKVCache
+from pikv_ds.cache.cache import Partial, PiKVCache
 
 from .groups import Peers
 from .layers import is_latent

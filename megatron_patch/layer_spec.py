@@ -14,7 +14,7 @@ from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
-from pikv_ds.config import PiKVConfig
+from pikv_ds.config.pikv import PiKVConfig
 from pikv_ds.errors import UnsupportedError
 
 from .attention import self_attention_class

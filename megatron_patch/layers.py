@@ -14,7 +14,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor, nn
 
-from pikv_ds.cache import PiKVCache
+from pikv_ds.cache.cache import PiKVCache
 from pikv_ds.errors import ConfigError, UnsupportedError
 from pikv_ds.spec import LayerSpec
 

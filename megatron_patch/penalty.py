@@ -1,4 +1,4 @@
-"""The penalty of pikv_ds.host_penalty on Megatron's TopKRouter: what it can't be combined with, and the weights of a chosen set."""
+"""The penalty of RouterPenalty on Megatron's TopKRouter: what it can't be combined with, and the weights of a chosen set."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
-from pikv_ds.config import PiKVConfig
+from pikv_ds.config.pikv import PiKVConfig
 from pikv_ds.errors import ConfigError, UnsupportedError
-from pikv_ds.host_penalty import RouterPenalty
+from pikv_ds.selection.host_penalty import RouterPenalty
 
 
 def chosen_penalty(config: PiKVConfig, given: RouterPenalty | None) -> RouterPenalty | None:

@@ -6,7 +6,7 @@ import torch
 from megatron.core.transformer import TransformerConfig
 from torch import nn
 
-from pikv_ds.config import PiKVConfig
+from pikv_ds.config.pikv import PiKVConfig
 from pikv_ds.errors import ConfigError, UnsupportedError
 
 EXPERT_IDS = ("previous_layer", "lookahead", "true", "hash")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pikv_ds.placement import primary_expert
+from pikv_ds.placement.placement import primary_expert
 
 from .layers import Link
 from .penalty import RouterPenalty, check_penalty, model_weights

@@ -3,23 +3,24 @@
 Each has a plain torch version: the reference that every compiled version is checked against.
 """
 
+from pikv_ds.ops.build.builder import register, unregister
+from pikv_ds.ops.format.bound_codes import bounds_shape
+from pikv_ds.ops.format.formats import PageFormat
+from pikv_ds.ops.reference.formats import decode_pages, new_pages, positions, views
+from pikv_ds.ops.reference.merge_partials import add_sink, merge_partials
+from pikv_ds.ops.reference.paged_attention import paged_attention
+from pikv_ds.ops.reference.sdpa_lse import sdpa_lse
+
 from .append import append
 from .assign_slots import assign_slots
-from .bound_codes import bounds_shape
-from .builder import register, unregister
 from .checksum import checksum
 from .decode import decode
-from .formats import PageFormat
 from .merge import merge
-from .merge_partials import add_sink, merge_partials
 from .migrate import migrate
 from .pack import pack, record_layout, unpack
 from .page_bounds import page_bounds
 from .page_score import page_score
-from .paged_attention import paged_attention
 from .prefill_cached import prefill_cached
-from .ref_formats import decode_pages, new_pages, positions, views
-from .sdpa_lse import sdpa_lse
 
 __all__ = [
     "PageFormat",

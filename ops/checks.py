@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .bound_codes import SCALE_BYTES, bounds_shape
-from .formats import PageFormat
+from pikv_ds.ops.format.bound_codes import SCALE_BYTES, bounds_shape
+from pikv_ds.ops.format.formats import PageFormat
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _PACKED = (*_FLOATS, torch.float64, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .formats import PageFormat
+from pikv_ds.ops.format.formats import PageFormat
+
 from .library import OPS
 
 

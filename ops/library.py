@@ -15,10 +15,17 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from . import checks, ref_append, ref_attend, ref_bounds, ref_pack, ref_pages, ref_slots
-from .formats import PageFormat
-from .kernel_formats import MIXED, ROPE
-from .merge_partials import merge_partials
+from pikv_ds.ops.format.formats import PageFormat
+from pikv_ds.ops.format.kernels import MIXED, ROPE
+from pikv_ds.ops.reference.merge_partials import merge_partials
+
+from . import checks
+from .reference import append as ref_append
+from .reference import attend as ref_attend
+from .reference import bounds as ref_bounds
+from .reference import pack as ref_pack
+from .reference import pages as ref_pages
+from .reference import slots as ref_slots
 
 _LAYOUT = "int format, int num_kv_heads, int k_dim, int v_dim, int page_size, int group, bool latent"
 _CACHE = "Tensor q, Tensor pages, Tensor block_table, Tensor seqlens"
@@ -171,7 +178,7 @@ def _fallback(name: str):
     """The kernel below the compiled ones: load those on first use, else run the reference."""
 
     def call(*args):
-        from . import load
+        from .build import load
 
         device = next(arg.device.type for arg in args if isinstance(arg, Tensor))
         if load.ensure(device):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .formats import PageFormat
+from pikv_ds.ops.format.formats import PageFormat
+
 from .library import OPS
 
 
@@ -24,7 +25,7 @@ def page_bounds(
     Args:
         bounds: [num_pages, fmt.num_kv_heads, 2, Dk] f32, bf16 or fp16, changed; minima, then maxima, rounded away from the keys. What it
             holds at first does not matter: an entry in the first slot of a page starts that page anew. Or int8 [..., Dk + 2], see
-            bound_codes.py: the box of a page is then made from all its keys, from the first slot to the last new one.
+            format/bound_codes.py: the box of a page is then made from all its keys, from the first slot to the last new one.
         pages, slot_mapping, tail, tail_rows: those of the `append` call, after it. -1 = not stored here.
 
     int8 and int4: an entry of the open group is read raw from the tail; when its group is full, the bounds also take in the group's codes.

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from pikv_ds.adapters.router_output import find_router
+from pikv_ds.adapters.hf.router_output import find_router
 
 PREFILL, STEPS = 96, 32
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from pikv_ds.calibration import Calibration, Moments
+from pikv_ds.codecs.calibration import Calibration, Moments
 from pikv_ds.spec import LayerSpec
 
 

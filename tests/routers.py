@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from pikv_ds.adapters.hf_cache import HFCache
-from pikv_ds.adapters.router_output import is_gate, output_of
+from pikv_ds.adapters.hf.cache import HFCache
+from pikv_ds.adapters.hf.router_output import is_gate, output_of
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from pikv_ds.rope import default_inv_freq
+from pikv_ds.codecs.rope import default_inv_freq
 from pikv_ds.spec import LayerSpec
 from tests.calibrations import random_calibration
 from tests.unit.driver import Driver

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from pikv_ds.cache import PiKVCache
+    from pikv_ds.cache.cache import PiKVCache
     from pikv_ds.spec import LayerSpec
 
 

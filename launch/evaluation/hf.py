@@ -11,10 +11,10 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-from pikv_ds.adapters.groups import all_ranks, own_group
-from pikv_ds.adapters.hf import attach
-from pikv_ds.adapters.model_spec import read_model_spec
-from pikv_ds.stats import dense_bytes
+from pikv_ds.adapters.deepspeed.groups import all_ranks, own_group
+from pikv_ds.adapters.hf.attach import attach
+from pikv_ds.adapters.hf.model_spec import read_model_spec
+from pikv_ds.cache.stats import dense_bytes
 
 from .backend import Memory, counts_of, watch
 from .spec import EvalSpec
@@ -81,8 +81,8 @@ def _shard_experts(model: Any, spec: EvalSpec) -> tuple[Any, tuple[int, ...]]:
     """The model with AutoEP's expert layers, and the ranks of its expert-parallel group."""
     import deepspeed
 
-    from pikv_ds.adapters.autoep import check_expert_parallel, expert_group_members
-    from pikv_ds.adapters.autoep_shim import registry_shim
+    from pikv_ds.adapters.deepspeed.autoep import check_expert_parallel, expert_group_members
+    from pikv_ds.adapters.deepspeed.autoep_shim import registry_shim
 
     config = {"train_micro_batch_size_per_gpu": 1, "expert_parallel": {"enabled": True, "autoep_size": spec.ep}}
     check_expert_parallel(config, model)

@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import QuantizedCache
 from transformers.cache_utils import CacheLayerMixin
 
+from pikv_ds.cache.stats import dense_bytes
 from pikv_ds.errors import ConfigError
-from pikv_ds.stats import dense_bytes
 
 from .backend import Memory, Session
 from .hf import HFBackend, _Dense

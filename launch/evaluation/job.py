@@ -72,7 +72,7 @@ def open_backend(spec: EvalSpec, units: list[Unit]) -> Iterator[Any]:
 
 
 def _config(unit: Unit) -> Any:
-    from pikv_ds.config import PiKVConfig
+    from pikv_ds.config.pikv import PiKVConfig
 
     return None if unit.block is None else PiKVConfig.parse(unit.block)
 

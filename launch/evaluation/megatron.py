@@ -13,7 +13,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from pikv_ds.adapters.model_spec import read_model_spec
+from pikv_ds.adapters.hf.model_spec import read_model_spec
 from pikv_ds.megatron_patch import PiKVInferenceContext, cpu_compat, disable_pikv, enable_pikv
 from pikv_ds.megatron_patch.checkpoint import load_checkpoint
 from pikv_ds.megatron_patch.hf_config import build_gpt

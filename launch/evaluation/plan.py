@@ -7,9 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pikv_ds.adapters.model_spec import load_model_config, read_model_spec
+from pikv_ds.adapters.hf.model_spec import load_model_config, read_model_spec
 from pikv_ds.bundled import model_path
-from pikv_ds.config import PiKVConfig
+from pikv_ds.config.pikv import PiKVConfig
 from pikv_ds.errors import ConfigError
 
 from .report import check_matplotlib

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from pikv_ds.bundled.recall import KINDS, Prose, RecallPrompt, recall_prompt
-from pikv_ds.config import PiKVConfig
+from pikv_ds.config.pikv import PiKVConfig
 from pikv_ds.errors import ConfigError
 
 from .backend import Backend, Memory, Session, first_of

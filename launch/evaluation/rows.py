@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from statistics import median
 from typing import Any, NamedTuple
 
-from pikv_ds.config import PiKVConfig
+from pikv_ds.cache.stats import dense_bytes
+from pikv_ds.config.pikv import PiKVConfig
 from pikv_ds.launch.ranks import gather
-from pikv_ds.stats import dense_bytes
 
 from .backend import Backend, Memory
 from .ppl import PplSums

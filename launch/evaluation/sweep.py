@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pikv_ds.bundled import model_path
-from pikv_ds.config import PiKVConfig
+from pikv_ds.config.pikv import PiKVConfig
 from pikv_ds.errors import ConfigError
 
 from .plan import read_spec

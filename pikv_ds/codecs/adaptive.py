@@ -2,7 +2,7 @@ import torch
 
 from pikv_ds.codecs import CODECS
 from pikv_ds.codecs.base import Codec
-from pikv_ds.ops.formats import PageFormat
+from pikv_ds.ops.format.formats import PageFormat
 from pikv_ds.spec import LayerSpec
 
 
@@ -12,7 +12,7 @@ class Adaptive(Codec):
 
     New entries are stored by `light`. Full pages that are no sinks and not recent (raw_sink_tokens, raw_recent_tokens) are encoded again by
     `heavy`, those with the least attention so far first, until at most light_ratio of the request is left light; they never come back.
-    Source: PiKV, arXiv 2508.06526, section 3.3; which entries are important is left open there: importance.py.
+    Source: PiKV, arXiv 2508.06526, section 3.3; which entries are important is left open there: tiers/importance.py.
     Bytes per token and layer: those of light times the share that is light, those of heavy times the rest, and 4 bytes per page.
     """
 

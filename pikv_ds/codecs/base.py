@@ -9,9 +9,9 @@ from typing import ClassVar, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from pikv_ds.ops.formats import PageFormat
+from pikv_ds.codecs.maps import Transform
+from pikv_ds.ops.format.formats import PageFormat
 from pikv_ds.spec import LayerSpec
-from pikv_ds.transform import Transform
 
 
 class Heads(NamedTuple):
@@ -32,15 +32,15 @@ class Codec(ABC):
     name: ClassVar[str]
     lossless: ClassVar[bool] = False
     calibrated: ClassVar[bool] = False
-    """Whether it needs a file of statistics, its option `calibration` (pikv_ds/calibration.py)."""
+    """Whether it needs a file of statistics, its option `calibration` (pikv_ds/codecs/calibration.py)."""
     per_request: ClassVar[bool] = False
-    """Whether its maps follow from each request's own keys and values (pikv_ds/request_basis.py); `transform` is None then."""
+    """Whether its maps follow from each request's own keys and values (pikv_ds/tiers/bases.py); `transform` is None then."""
     group: int = 0
     """Tokens that share a scale of K, so that a page must hold whole groups and a row keeps a raw tail; 0 = none do."""
     rope_raw: bool | None = False
     """Whether the rotary columns of an MLA latent, its last k_dim - v_dim, stay fp16 beside the codes; None: wherever a layer has some."""
     light: Codec | None = None
-    """The codec of new and of important entries, when the codec keeps two kinds of pages (tiers.py)."""
+    """The codec of new and of important entries, when the codec keeps two kinds of pages (tiers/window.py)."""
     light_ratio: float = 0.0
     """Share of a request's entries that may stay in the light codec."""
 
@@ -56,7 +56,7 @@ class Codec(ABC):
 
     @abstractmethod
     def format_name(self, dtype: torch.dtype) -> str:
-        """The record format (ops/formats.py) for a model whose keys have this dtype. Raises: ValueError for a dtype it cannot hold."""
+        """The record format (formats.py) for a model whose keys have this dtype. Raises: ValueError for a dtype it cannot hold."""
 
     def ready(self) -> None:  # noqa: B027
         """Read what the codec needs from disk. Raises: ValueError when that is missing or of something else."""

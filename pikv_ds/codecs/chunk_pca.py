@@ -3,11 +3,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pikv_ds.calibration import Moments
 from pikv_ds.codecs import CODECS
+from pikv_ds.codecs.calibration import Moments
 from pikv_ds.codecs.linear import LinearCodec, top_directions
+from pikv_ds.codecs.maps import Linear, Transform
 from pikv_ds.spec import LayerSpec
-from pikv_ds.transform import Linear, Transform
 
 
 @CODECS.register("chunk_pca")

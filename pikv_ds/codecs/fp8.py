@@ -2,7 +2,7 @@ import torch
 
 from pikv_ds.codecs import CODECS
 from pikv_ds.codecs.base import Codec
-from pikv_ds.ops.formats import FORMATS
+from pikv_ds.ops.format.formats import FORMATS
 
 
 @CODECS.register("fp8_e4m3")

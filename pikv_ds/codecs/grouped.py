@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from pikv_ds.codecs.base import Codec
-from pikv_ds.ops.format_checks import MIN_GROUP
-from pikv_ds.ops.formats import FORMATS, GROUP
+from pikv_ds.ops.format.checks import MIN_GROUP
+from pikv_ds.ops.format.formats import FORMATS, GROUP
 
 
 class GroupedIntegers(Codec):

@@ -13,21 +13,21 @@ from typing import ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
-from pikv_ds import calibration as calibrations
-from pikv_ds.calibration import Calibration, Moments
 from pikv_ds.codecs import CODECS
+from pikv_ds.codecs import calibration as calibrations
 from pikv_ds.codecs.base import Codec, Heads
+from pikv_ds.codecs.calibration import Calibration, Moments
+from pikv_ds.codecs.maps import Linear, Transform
 from pikv_ds.spec import LayerSpec
-from pikv_ds.transform import Linear, Transform
 
 
 class LinearCodec(Codec):
     """Stores coefficients of width `rank` in the record format of another codec, `store` ("none": the model's dtype).
 
-    The maps are folded into queries and outputs (pikv_ds/transform.py): pages are read by the compiled ops of `store`, r / D of the bytes.
+    The maps are folded into queries and outputs (maps.py): pages are read by the compiled ops of `store`, r / D of the bytes.
     rope "pre": coefficients are of keys before their rotation, which has a lower rank to it (ShadowKV, arXiv 2410.21465; KVQuant, arXiv
     2401.18079) but can't be folded: pages are decoded in torch, and attention, policies and routers meet keys that are put together
-    again (pikv_ds/turned_reader.py).
+    again (pikv_ds/pages/unrotated.py).
     """
 
     calibrated = True

@@ -1,9 +1,9 @@
 from typing import Literal
 
-from pikv_ds.calibration import Moments
 from pikv_ds.codecs import CODECS
+from pikv_ds.codecs.calibration import Moments
 from pikv_ds.codecs.linear import LinearCodec, top_directions
-from pikv_ds.transform import Linear
+from pikv_ds.codecs.maps import Linear
 
 
 @CODECS.register("lora_plus")

@@ -5,12 +5,12 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from pikv_ds.calibration import Calibration, Moments
 from pikv_ds.codecs import CODECS
 from pikv_ds.codecs.base import Heads
+from pikv_ds.codecs.calibration import Calibration, Moments
 from pikv_ds.codecs.linear import LinearCodec, squared_error, top_directions
+from pikv_ds.codecs.maps import Linear, Transform
 from pikv_ds.spec import LayerSpec
-from pikv_ds.transform import Linear, Transform
 
 
 @CODECS.register("pyramid")

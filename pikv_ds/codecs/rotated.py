@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from pikv_ds.codecs.base import Codec
+from pikv_ds.codecs.maps import Linear, Transform, unchanged
 from pikv_ds.ops import PageFormat
 from pikv_ds.spec import LayerSpec
-from pikv_ds.transform import Linear, Transform, unchanged
 
 
 class Rotated(Codec):

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from pikv_ds.entries import read_back
+from pikv_ds.pages.entries import read_back
+from pikv_ds.pages.pool import LayerStore
 from pikv_ds.spec import LayerSpec
-from pikv_ds.store import LayerStore
 
 if TYPE_CHECKING:
-    from pikv_ds.config import SchedulingConfig
+    from pikv_ds.config.pikv import SchedulingConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from pikv_ds.policies.base import Pages, RetentionPolicy
 class TierPlan(RetentionPolicy):
     """Keep the first tier's share of a placement plan over device, host and disk: the latest entries of each layer.
 
-    The plan is `pikv plan --tiers` (pikv_ds/tier_plan.py); its device share is the budget_ratio to give here.
+    The plan is `pikv plan --tiers` (pikv_ds/tiers/plan.py); its device share is the budget_ratio to give here.
     score(page) = position of its last entry: within a layer the plan says how much lies in each tier, not what; the latest stays.
     This version has no slower tiers (pikv.offload is refused), so entries that the plan puts there are evicted, not moved: say so with
     `drop_lower_tiers` true. Costs no memory, and keeps what `streaming_llm` keeps.

@@ -12,7 +12,7 @@ class Reconstruction(RetentionPolicy):
     """Keep what the model looks at when it repeats the prompt, whatever will be asked about it.
 
     score(page) = the largest share of attention that a query gave the page since the last rehearsal, mean over heads; since it was stored
-    when there was none. A rehearsal feeds the prompt a second time and takes it back (pikv_ds/adapters/rehearse.py); it costs a second
+    when there was none. A rehearsal feeds the prompt a second time and takes it back (pikv_ds/adapters/hf/rehearse.py); it costs a second
     prefill, and needs `prefill` "keep". Without one this is the peak of ordinary attention. Costs 4 bytes per page.
     Source: Kim et al., KVzip, arXiv 2505.23416, section 3 (the largest attention per entry and head there, per page here).
     """

@@ -14,8 +14,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from pikv_ds.reader import Stored
-from pikv_ds.store import LayerStore
+from pikv_ds.pages.pool import LayerStore
+from pikv_ds.pages.view import Stored
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +91,7 @@ class PageQuery:
     """[...] of the same shape on all ranks -> [ranks, ...]. A collective when there are several: call it on all or none."""
 
     near_lse: Tensor | None = None
-    """[Q, Hq] f32 lse of the entries of this rank that every query reads besides these pages (tiers.py); None = there are none."""
+    """[Q, Hq] f32 lse of the entries of this rank that every query reads besides these pages (tiers/window.py); None = there are none."""
 
     @property
     def stored(self) -> Stored:
@@ -142,15 +142,15 @@ class Router(ABC):
         """Entries were appended. Those of a forward of several tokens are reported after its queries, which must not see them."""
 
     def moved(self, layer: int, store: LayerStore, new: NewEntries) -> None:  # noqa: B027
-        """Pages have other entries than before: they came from another store, in which `wrote` gave their entries no slot (tiers.py), or
-        closed up after single entries had left (compact.py).
+        """Pages have other entries than before: they came from another store, in which `wrote` gave their entries no slot (window.py), or
+        closed up after single entries had left (pages/compact.py).
 
         What is kept per page must be made for them; what is kept per request or shard has them already. `new` has these pages of this
         rank from their first slot on, keys as they are read. Host phase.
         """
 
     def turned(self, layer: int, store: LayerStore, new: TurnedEntries) -> None:
-        """Keys of some rows have another basis (request_basis.py): what is kept of keys or queries must be in it too. Host phase.
+        """Keys of some rows have another basis (tiers/bases.py): what is kept of keys or queries must be in it too. Host phase.
 
         By default what is kept per page is made for these entries, as for pages that moved. Override it where keys or queries are kept
         per request or shard.

@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 
 from pikv_ds import ops
+from pikv_ds.pages.pool import LayerStore
+from pikv_ds.pages.unrotated_bounds import bounds_shape, page_bounds
 from pikv_ds.routers import ROUTERS
 from pikv_ds.routers.base import NewEntries, PageQuery, Router
-from pikv_ds.store import LayerStore
-from pikv_ds.turned_bounds import bounds_shape, page_bounds
 
 SUMMARY = "bounds"
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
@@ -21,7 +21,7 @@ class PageBounds(Router):
     spread 1 with "max" is Quest: no logit of the page exceeds its score. It prefers pages with spread keys; a smaller spread trusts that
     keys lie near the middle of their box, and holds more of the attention. Chosen per kv head. Bytes per page and layer:
     num_kv_heads * 2 * k_dim * 2 (4 with metadata fp32), and num_kv_heads * (2 * k_dim + 4) with int8, a scale for the minima of a page and
-    head and one for its maxima (ops/bound_codes.py). Smaller bounds than f32 are rounded outwards.
+    head and one for its maxima (ops/format/bound_codes.py). Smaller bounds than f32 are rounded outwards.
     Source: Quest, arXiv 2406.10774, section 3.3; spread and mean are ours.
     """
 

@@ -1,10 +1,10 @@
 import torch
 from torch import Tensor
 
+from pikv_ds.pages.pool import LayerStore
 from pikv_ds.routers import ROUTERS
 from pikv_ds.routers.base import PageQuery
 from pikv_ds.routers.shard_router import ShardRouter
-from pikv_ds.store import LayerStore
 
 
 @ROUTERS.register("cache_aware")

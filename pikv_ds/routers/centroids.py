@@ -1,9 +1,9 @@
 import torch
 from torch import Tensor
 
+from pikv_ds.pages.pool import LayerStore
 from pikv_ds.routers import ROUTERS
 from pikv_ds.routers.base import NewEntries, PageQuery, Router, TurnedEntries
-from pikv_ds.store import LayerStore
 
 SUMMARY = "clusters"
 FIRST_ROUNDS = 4  # of k-means over the first forward of a row; later keys move the centroids once

@@ -3,10 +3,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from pikv_ds.pages.pool import LayerStore
 from pikv_ds.routers import ROUTERS
 from pikv_ds.routers.base import NewEntries, PageQuery, TurnedEntries
 from pikv_ds.routers.bounds import PageBounds
-from pikv_ds.store import LayerStore
 
 _MAX = torch.finfo(torch.float32).max
 

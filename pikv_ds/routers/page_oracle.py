@@ -1,9 +1,9 @@
 import torch
 from torch import Tensor
 
+from pikv_ds.pages.unrotated import decode
 from pikv_ds.routers import ROUTERS
 from pikv_ds.routers.base import PageQuery, Router
-from pikv_ds.turned_reader import decode
 
 
 @ROUTERS.register("page_oracle")

@@ -7,8 +7,8 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
+from pikv_ds.pages.pool import LayerStore
 from pikv_ds.routers.base import NewEntries, PageQuery, Router, TurnedEntries
-from pikv_ds.store import LayerStore
 
 
 class ShardRouter(Router):

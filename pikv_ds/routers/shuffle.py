@@ -2,11 +2,11 @@ from typing import Literal
 
 from torch import Tensor
 
+from pikv_ds.pages.pool import LayerStore
 from pikv_ds.routers import ROUTERS
 from pikv_ds.routers.base import PageQuery, TurnedEntries
 from pikv_ds.routers.bounds import PageBounds
 from pikv_ds.routers.earlier import Earlier
-from pikv_ds.store import LayerStore
 
 
 @ROUTERS.register("shuffle")

@@ -5,12 +5,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pikv_ds.pages.pool import LayerStore
 from pikv_ds.routers import ROUTERS
 from pikv_ds.routers.base import NewEntries, PageQuery, Router, TurnedEntries
 from pikv_ds.routers.earlier import Earlier
 from pikv_ds.routers.scramble import scramble
 from pikv_ds.routers.shard_router import ShardRouter, scores_of
-from pikv_ds.store import LayerStore
 
 
 @ROUTERS.register("shuffle_shards")

@@ -2,7 +2,7 @@
 
 from transformers.utils import output_capturing
 
-from pikv_ds.adapters import autoep_shim
+from pikv_ds.adapters.deepspeed import autoep_shim
 from tests.tiny_models import tiny_model
 
 METHODS = ("get", "__setitem__")

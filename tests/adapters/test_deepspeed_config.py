@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from pikv_ds.adapters.autoep import LEGAL_KEYS, check_expert_parallel
-from pikv_ds.adapters.ds_config import inference_block, initialize_config, pikv_config, without_block
-from pikv_ds.adapters.ds_refusals import check_inference, check_initialize, check_model
+from pikv_ds.adapters.deepspeed.autoep import LEGAL_KEYS, check_expert_parallel
+from pikv_ds.adapters.deepspeed.config import inference_block, initialize_config, pikv_config, without_block
+from pikv_ds.adapters.deepspeed.refusals import check_inference, check_initialize, check_model
 from pikv_ds.errors import ConfigError, UnsupportedError
 from tests.tiny_models import tiny_model
 

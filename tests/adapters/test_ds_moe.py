@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from pikv_ds.adapters.hf import attach
-from pikv_ds.adapters.router_output import count_gate_experts, output_of
+from pikv_ds.adapters.hf.attach import attach
+from pikv_ds.adapters.hf.router_output import count_gate_experts, output_of
 from pikv_ds.errors import UnsupportedError
 from tests.dist.launcher import run_deepspeed
 from tests.ds_moe_models import NUM_EXPERTS, gates, moe_model

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pikv_ds.config import PiKVConfig
+from pikv_ds.config.pikv import PiKVConfig
 from tests.dist.launcher import run_gloo
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -168,7 +168,7 @@ def test_failed_forward_must_be_reset(model, cache):
 
 
 def test_unknown_mask_overlay(model, cache, monkeypatch):
-    from pikv_ds.adapters.hf_attention import pikv_mask
+    from pikv_ds.adapters.hf.attention import pikv_mask
 
     with pytest.raises(UnsupportedError, match="or_mask_function / and_mask_function"):
         pikv_mask(1, 4, 4, use_vmap=True)

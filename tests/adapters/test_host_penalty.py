@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from pikv_ds.adapters.hf import attach
-from pikv_ds.adapters.router_output import find_router
+from pikv_ds.adapters.hf.attach import attach
+from pikv_ds.adapters.hf.router_output import find_router
 from pikv_ds.errors import ConfigError, UnsupportedError
 from tests.ds_moe_models import gates, moe_model
 from tests.routers import check_calls, watch

@@ -5,9 +5,9 @@ import torch
 from safetensors.torch import save_file
 
 import pikv_ds
-from pikv_ds.adapters.fingerprint import key_norms
-from pikv_ds.adapters.hf import find_attentions
-from pikv_ds.adapters.model_spec import read_model_spec
+from pikv_ds.adapters.hf.attach import find_attentions
+from pikv_ds.adapters.hf.fingerprint import key_norms
+from pikv_ds.adapters.hf.model_spec import read_model_spec
 from pikv_ds.errors import ConfigError
 from tests.calibrations import random_calibration
 from tests.dist.jobs.exact import assert_same, generate, generate_sharded

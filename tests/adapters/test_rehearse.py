@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM
 
 import pikv_ds
 from pikv_ds import bundled
-from pikv_ds.adapters.rehearse import rehearse
+from pikv_ds.adapters.hf.rehearse import rehearse
 from pikv_ds.errors import ConfigError
 
 SMALL = {"sink_tokens": 2, "recent_tokens": 8, "prefill": "keep"}

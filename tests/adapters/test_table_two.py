@@ -9,13 +9,13 @@ import torch
 
 import pikv_ds
 from pikv_ds import bundled
-from pikv_ds.adapters.calibrate import calibrate, heads_of, heads_shown
-from pikv_ds.adapters.hf import find_attentions
-from pikv_ds.adapters.model_spec import read_model_spec
+from pikv_ds.adapters.hf.attach import find_attentions
+from pikv_ds.adapters.hf.calibrate import calibrate, heads_of, heads_shown
+from pikv_ds.adapters.hf.model_spec import read_model_spec
 from pikv_ds.codecs import CODECS
 from pikv_ds.codecs.distill import attention_kl
+from pikv_ds.codecs.maps import Linear
 from pikv_ds.ops import decode_pages
-from pikv_ds.transform import Linear
 
 RANK, TOKENS = 16, 512
 

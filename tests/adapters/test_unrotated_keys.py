@@ -7,13 +7,13 @@ import torch
 
 import pikv_ds
 from pikv_ds import bundled
-from pikv_ds.adapters.calibrate import calibrate, check_turns
-from pikv_ds.adapters.fingerprint import key_norms
-from pikv_ds.adapters.hf import find_attentions
-from pikv_ds.adapters.model_spec import read_model_spec
-from pikv_ds.adapters.rotation import inv_freq_of
+from pikv_ds.adapters.hf.attach import find_attentions
+from pikv_ds.adapters.hf.calibrate import calibrate, check_turns
+from pikv_ds.adapters.hf.fingerprint import key_norms
+from pikv_ds.adapters.hf.model_spec import read_model_spec
+from pikv_ds.adapters.hf.rotation import inv_freq_of
+from pikv_ds.codecs.rope import turn
 from pikv_ds.errors import ConfigError, UnsupportedError
-from pikv_ds.rope import turn
 from tests.calibrations import random_calibration
 from tests.dist.jobs.exact import assert_same, generate, generate_sharded
 from tests.tiny_models import prompt, tiny_model

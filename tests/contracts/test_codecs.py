@@ -10,12 +10,12 @@ import torch
 from pikv_ds import ops
 from pikv_ds.codecs import CODECS
 from pikv_ds.codecs.base import Codec, Heads
+from pikv_ds.codecs.maps import Transform
 from pikv_ds.errors import ConfigError
-from pikv_ds.reader import read_pages
+from pikv_ds.pages.pool import LayerStore
+from pikv_ds.pages.view import read_pages
 from pikv_ds.spec import LayerSpec
-from pikv_ds.step import Partial
-from pikv_ds.store import LayerStore
-from pikv_ds.transform import Transform
+from pikv_ds.step.query import Partial
 
 pytestmark = pytest.mark.parametrize("name", CODECS.names())
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

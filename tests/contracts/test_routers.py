@@ -5,10 +5,10 @@ import inspect
 import pytest
 import torch
 
-from pikv_ds.config import PiKVConfig
+from pikv_ds.cache.stats import stats
+from pikv_ds.config.pikv import PiKVConfig
 from pikv_ds.routers import ROUTERS
 from pikv_ds.routers.base import Router
-from pikv_ds.stats import stats
 from tests.routing_blocks import placement, routing
 from tests.unit.driver import Driver, layer, ragged
 from tests.unrotated import unrotated

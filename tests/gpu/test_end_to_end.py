@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from pikv_ds.launch.bench_ops import FORMATS
+from pikv_ds.launch.bench.ops import FORMATS
 from tests.gpu.marks import needs_gpu
 
 pytestmark = needs_gpu

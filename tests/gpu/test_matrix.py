@@ -8,9 +8,9 @@ import sys
 import pytest
 import torch
 
-from pikv_ds.ops import load
-from pikv_ds.ops.compile import ToolMissing
-from pikv_ds.ops.nvrtc import compiler
+from pikv_ds.ops.build import load
+from pikv_ds.ops.build.compile import ToolMissing
+from pikv_ds.ops.nvrtc.compiler import compiler
 from tests.gpu.marks import needs_gpu
 from tests.ops.matrix import points
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from pikv_ds import ops
-from pikv_ds.ops import library, load
-from pikv_ds.ops.formats import FORMATS
+from pikv_ds.ops import library
+from pikv_ds.ops.build import load
+from pikv_ds.ops.format.formats import FORMATS
 from tests.gpu.marks import gpu
 
 R, H, G, D, P, PAGES = 4, 2, 4, 128, 64, 40
@@ -122,7 +123,7 @@ def test_no_op_waits_for_the_device(name):
 def test_no_layer_of_a_model_waits_for_the_device(monkeypatch):
     """From the second attention layer on; the first reads the header of the forward, end_step the sizes."""
     import pikv_ds
-    from pikv_ds.cache import PiKVCache
+    from pikv_ds.cache.cache import PiKVCache
     from tests.tiny_models import prompt, tiny_model
 
     attend, steps = PiKVCache.attend, []

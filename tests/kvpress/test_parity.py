@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from pikv_ds.cache import PiKVCache
-from pikv_ds.config import PiKVConfig
-from pikv_ds.plan import LocalStep
+from pikv_ds.cache.cache import PiKVCache
+from pikv_ds.config.pikv import PiKVConfig
 from pikv_ds.spec import LayerSpec
+from pikv_ds.step.step import LocalStep
 from tests.kvpress.inputs import HEAD_DIM, Case, digest, rotated, tensors
 from tests.unit.invariants import slots_of
 

@@ -40,7 +40,7 @@ def test_a_missing_package_is_an_error_of_one_line_and_left_out_of_the_default_l
     assert main(["baseline", *SMALL, "--caches", f"fp8,{backend}:4"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"pikv baseline: --caches: QuantizedCache {backend} int4 needs the package {PACKAGES[backend]}: You need to")
-    monkeypatch.setattr("pikv_ds.launch.cmd_baseline.CACHES", f"{backend}:4,{backend}:2")
+    monkeypatch.setattr("pikv_ds.launch.commands.baseline.CACHES", f"{backend}:4,{backend}:2")
     assert main(["baseline", *SMALL]) == 0
     seen = capsys.readouterr()
     assert f"left out: QuantizedCache {backend} int4" in seen.err and f"left out: QuantizedCache {backend} int2" in seen.err

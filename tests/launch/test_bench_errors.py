@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from pikv_ds.launch.bench_errors import CASES, breaches
+from pikv_ds.launch.bench.errors import CASES, breaches
 from pikv_ds.launch.cli import main
-from pikv_ds.ops.formats import FORMATS
-from pikv_ds.ops.kernel_formats import MIXED
+from pikv_ds.ops.format.formats import FORMATS
+from pikv_ds.ops.format.kernels import MIXED
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from pikv_ds.launch.cli import main
-from pikv_ds.ops import load
+from pikv_ds.ops.build import load
 
 
 def test_the_table(tmp_path):

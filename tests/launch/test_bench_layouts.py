@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pikv_ds.errors import ConfigError
-from pikv_ds.launch.bench_layouts import GROUP, RESIDUAL, attention, kivi, ours
+from pikv_ds.launch.bench.layouts import GROUP, RESIDUAL, attention, kivi, ours
 from pikv_ds.launch.cli import build_parser, main
 
 

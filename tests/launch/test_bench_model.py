@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from pikv_ds.launch.bench.latency_model import Point, fit, predict
 from pikv_ds.launch.cli import main
-from pikv_ds.launch.latency_model import Point, fit, predict
 
 BETA, GAMMA = 20e9, 5e9  # bytes/s
 BYTES = {"bfloat16": 4096, "int8": 2144, "int4": 1120}  # per token and layer, 8 heads of 128

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from pikv_ds.launch.bench_ops import FORMATS, Times, _rows_of
-from pikv_ds.launch.bench_targets import judge
+from pikv_ds.launch.bench.ops import FORMATS, Times, _rows_of
+from pikv_ds.launch.bench.targets import judge
 from pikv_ds.launch.cli import main
 
 COLUMNS = [

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from pikv_ds.launch import bench_ops_cuda as bench
-from pikv_ds.launch.bench_ops import FORMATS
-from pikv_ds.launch.bench_runs import DIM, GROUP, HEADS
+from pikv_ds.launch.bench import ops_cuda as bench
+from pikv_ds.launch.bench.ops import FORMATS
+from pikv_ds.launch.bench.runs import DIM, GROUP, HEADS
 from pikv_ds.launch.cli import main
 
 B, L = 2, 512

@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from pikv_ds import bundled, calibration
-from pikv_ds.codecs import CODECS
+from pikv_ds import bundled
+from pikv_ds.codecs import CODECS, calibration
 from pikv_ds.launch.cli import main
-from pikv_ds.launch.cmd_calibrate import error_row
+from pikv_ds.launch.commands.calibrate import error_row
 from pikv_ds.spec import LayerSpec
 
 SPEC = LayerSpec(layer_idx=1, num_kv_heads=2, k_dim=32, v_dim=32)

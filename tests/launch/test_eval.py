@@ -10,9 +10,8 @@ import torch
 from transformers import DynamicCache
 
 from pikv_ds import bundled
-from pikv_ds.adapters.hf import attach
+from pikv_ds.adapters.hf.attach import attach
 from pikv_ds.bundled.recall import Prose
-from pikv_ds.launch import megatron_eval
 from pikv_ds.launch.cli import main
 from pikv_ds.launch.evaluation import hf, ppl
 from pikv_ds.launch.evaluation.job import progress_bar
@@ -21,6 +20,7 @@ from pikv_ds.launch.evaluation.ppl import measure_ppl
 from pikv_ds.launch.evaluation.recall import measure_recall
 from pikv_ds.launch.evaluation.rows import COLUMNS
 from pikv_ds.launch.evaluation.spec import EvalSpec, Unit, fit_chunk, scored_queries, store_share
+from pikv_ds.launch.jobs import megatron_eval
 from pikv_ds.spec import LayerSpec
 from tests.launch.test_demo_and_generate import pikv
 
@@ -272,7 +272,7 @@ def test_mistakes_of_ranks_that_torchrun_started(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["megatron_eval", "--ep", "3"])
     with pytest.raises(SystemExit, match="2"):
         megatron_eval.main()
-    assert "started without a launcher; use torchrun --nproc-per-node R -m pikv_ds.launch.megatron_eval" in capsys.readouterr().err
+    assert "started without a launcher; use torchrun --nproc-per-node R -m pikv_ds.launch.jobs.megatron_eval" in capsys.readouterr().err
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank, told in (("0", "megatron_eval: --ep 3: legal with --ranks 2 are its divisors"), ("1", "")):
         monkeypatch.setenv("RANK", rank)

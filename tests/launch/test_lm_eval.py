@@ -8,8 +8,8 @@ import torch
 
 from pikv_ds import bundled
 from pikv_ds.errors import ConfigError, UnsupportedError
-from pikv_ds.launch.lm_eval import _greedy_options, open_scorer
-from pikv_ds.launch.lm_eval import main as lm_eval_main
+from pikv_ds.launch.evaluation.lm_eval import _greedy_options, open_scorer
+from pikv_ds.launch.evaluation.lm_eval import main as lm_eval_main
 from tests.dist.launcher import run_commands
 
 TEXT = bundled.evaluation_text()
@@ -124,7 +124,7 @@ def test_lm_eval_gives_the_scores_of_its_own_model(tasks):
     names = ["--tasks", *TASKS]
     args = f"pretrained={bundled.model_path()},dtype=float32,max_length=120"
     own = lm_eval(tasks, ["lm_eval"], "hf", args, *names)
-    ours = lm_eval(tasks, ["pikv_ds.launch.lm_eval"], "pikv_ds", args + ",chunk=2", *names)
+    ours = lm_eval(tasks, ["pikv_ds.launch.evaluation.lm_eval"], "pikv_ds", args + ",chunk=2", *names)
     assert ours["pikv_passkey"]["exact_match,digits"] == own["pikv_passkey"]["exact_match,digits"]
     assert ours["pikv_choice"]["acc,none"] == own["pikv_choice"]["acc,none"]
     assert ours["pikv_rolling"]["bits_per_byte,none"] == pytest.approx(own["pikv_rolling"]["bits_per_byte,none"], rel=1e-4)
@@ -134,7 +134,7 @@ def test_lm_eval_gives_the_scores_of_its_own_model(tasks):
 @pytest.mark.dist
 @pytest.mark.timeout(400)
 def test_lm_eval_on_two_megatron_ranks_finds_the_pass_keys(tasks):
-    program = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "pikv_ds.launch.lm_eval"]
+    program = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "pikv_ds.launch.evaluation.lm_eval"]
     results = lm_eval(tasks, program, "pikv_megatron", "max_length=256,ep=2", "--tasks", "pikv_passkey", "pikv_choice")
     assert results["pikv_passkey"]["exact_match,digits"] == 1.0 and results["pikv_choice"]["acc,none"] == 1.0
 
@@ -149,6 +149,6 @@ def test_without_lm_eval_the_package_is_named(monkeypatch, capsys):
 @pytest.mark.slow
 @pytest.mark.dist
 def test_a_missing_task_is_named(tasks):
-    command = [sys.executable, "-m", "pikv_ds.launch.lm_eval", "--model", "pikv_ds", "--tasks", "no_such_task"]
+    command = [sys.executable, "-m", "pikv_ds.launch.evaluation.lm_eval", "--model", "pikv_ds", "--tasks", "no_such_task"]
     result = run_commands([command], ranks=1, timeout_s=150)
     assert result.returncode == 2 and "lm_eval: Tasks not found: no_such_task" in result.output, result.describe()

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from pikv_ds.launch import cmd_methods
 from pikv_ds.launch.cli import main
+from pikv_ds.launch.commands import methods as cmd_methods
+from pikv_ds.launch.commands._methods_table import Results, attend_path, method_rows, registries, written
 from pikv_ds.launch.evaluation.spec import COLUMNS
 from pikv_ds.launch.evaluation.sweep_figures import write_figures
 from pikv_ds.launch.evaluation.sweep_table import records_of, shown
-from pikv_ds.launch.methods_table import Results, attend_path, method_rows, registries, written
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER, DOC = ROOT / "docs" / "results", ROOT / "docs" / "METHODS.md"

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from pikv_ds.codecs import CODECS
+from pikv_ds.config.presets import PRESETS
 from pikv_ds.errors import ConfigError
 from pikv_ds.launch.cli import build_parser, main
 from pikv_ds.launch.evaluation.partial import Partial, key_of
@@ -15,7 +16,6 @@ from pikv_ds.launch.evaluation.spec import Unit
 from pikv_ds.launch.evaluation.sweep import files_needed, items_of, read_sweep
 from pikv_ds.launch.evaluation.workers import measure_all
 from pikv_ds.policies import POLICIES
-from pikv_ds.presets import PRESETS
 from pikv_ds.routers import ROUTERS
 from tests.launch.test_methods import row
 

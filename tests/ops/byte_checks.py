@@ -9,9 +9,10 @@ from collections.abc import Callable
 
 import torch
 
-from pikv_ds.ops import library, ref_formats
-from pikv_ds.ops.bound_codes import encode_box
+from pikv_ds.ops import library
+from pikv_ds.ops.format.bound_codes import encode_box
 from pikv_ds.ops.pack import record_layout
+from pikv_ds.ops.reference import formats as ref_formats
 from tests.ops.cases import compare, compare_lse, format_of
 from tests.ops.grown import Grown
 

@@ -7,8 +7,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pikv_ds.ops import library, load, ref_append, ref_attend, ref_formats
-from pikv_ds.ops.formats import FORMATS, GROUP, PageFormat
+from pikv_ds.ops import library
+from pikv_ds.ops.build import load
+from pikv_ds.ops.format.formats import FORMATS, GROUP, PageFormat
+from pikv_ds.ops.reference import append as ref_append
+from pikv_ds.ops.reference import attend as ref_attend
+from pikv_ds.ops.reference import formats as ref_formats
 
 # The reference, the CPU version capped at an instruction set, the CUDA kernels under the host emulation.
 IMPLEMENTATIONS = ("torch", "baseline", "avx2", "avx512", "vnni", "emu")

@@ -2,8 +2,10 @@
 
 import torch
 
-from pikv_ds.ops import library, ref_append, ref_formats
-from pikv_ds.ops.bound_codes import bounds_shape
+from pikv_ds.ops import library
+from pikv_ds.ops.format.bound_codes import bounds_shape
+from pikv_ds.ops.reference import append as ref_append
+from pikv_ds.ops.reference import formats as ref_formats
 from tests.ops.cases import format_of
 
 P = 64  # page size

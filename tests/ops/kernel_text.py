@@ -7,7 +7,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from pikv_ds.ops.compile import CSRC
+from pikv_ds.ops.build.compile import CSRC
 
 FORMAT = 3  # int8: scales, zeros, tail
 

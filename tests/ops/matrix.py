@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from pikv_ds.ops import library
-from pikv_ds.ops.formats import FORMATS
+from pikv_ds.ops.format.formats import FORMATS
 from tests.ops.byte_checks import (
     check_append,
     check_bounds,

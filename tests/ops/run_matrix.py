@@ -20,8 +20,9 @@ from collections.abc import Callable, Iterator
 import torch
 
 from pikv_ds.launch.output import print_table, write_json
-from pikv_ds.ops import library, load
-from pikv_ds.ops.compile import build, cpu_library
+from pikv_ds.ops import library
+from pikv_ds.ops.build import load
+from pikv_ds.ops.build.compile import build, cpu_library
 from tests.ops.matrix import points
 
 IMPLEMENTATIONS = ("torch", "cpu", "emu", "cuda", "nvrtc")

@@ -13,7 +13,7 @@ import os
 import subprocess
 import sys
 
-from pikv_ds.ops.compile import build, cpu_library
+from pikv_ds.ops.build.compile import build, cpu_library
 from tests.ops.run_matrix import CPU_LIBRARY
 
 FLAGS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-O1")

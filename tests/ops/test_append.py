@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from pikv_ds import ops
-from pikv_ds.ops import library, load, ref_formats
-from pikv_ds.ops.formats import FORMATS, PageFormat
+from pikv_ds.ops import library
+from pikv_ds.ops.build import load
+from pikv_ds.ops.format.formats import FORMATS, PageFormat
+from pikv_ds.ops.reference import formats as ref_formats
 from tests.ops.byte_checks import check_append
 from tests.ops.cases import make_case
 

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from pikv_ds.ops import library, load
-from pikv_ds.ops.formats import PageFormat
+from pikv_ds.ops import library
+from pikv_ds.ops.build import load
+from pikv_ds.ops.format.formats import PageFormat
 from tests.ops.cases import make_case
 
 ALL = pytest.mark.parametrize("which", ["torch", "cpu", "emu"])

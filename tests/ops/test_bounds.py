@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pikv_ds import ops
-from pikv_ds.ops.bound_codes import decode_box, encode_box
-from pikv_ds.ops.formats import FORMATS, PageFormat
+from pikv_ds.ops.format.bound_codes import decode_box, encode_box
+from pikv_ds.ops.format.formats import FORMATS, PageFormat
 from tests.ops.cases import IMPLEMENTATIONS, call
 from tests.ops.grown import Grown, P
 

@@ -10,8 +10,8 @@ import sys
 import pytest
 
 from pikv_ds import ops
-from pikv_ds.ops import compile as building
-from pikv_ds.ops import load
+from pikv_ds.ops.build import compile as building
+from pikv_ds.ops.build import load
 
 
 def test_register_and_unregister():
@@ -38,7 +38,7 @@ def test_register_and_unregister():
 
 def test_under_a_cuda_accelerator_it_is_the_cuda_library(monkeypatch):
     pytest.importorskip("deepspeed")
-    from pikv_ds.ops.deepspeed_builder import PiKVOpBuilder
+    from pikv_ds.ops.build.deepspeed_builder import PiKVOpBuilder
 
     builder = PiKVOpBuilder()
     assert not [path for path in builder.sources() if path.endswith(".cu")]
@@ -47,7 +47,7 @@ def test_under_a_cuda_accelerator_it_is_the_cuda_library(monkeypatch):
     monkeypatch.setattr(PiKVOpBuilder, "_loaded_ops", {})
     monkeypatch.setattr(load, "_loaded", {})
     monkeypatch.setenv("CUDA_HOME", "/nonexistent")
-    monkeypatch.setattr("pikv_ds.ops.nvrtc.compiler", lambda: (_ for _ in ()).throw(building.ToolMissing("no cupy")))
+    monkeypatch.setattr("pikv_ds.ops.nvrtc.compiler.compiler", lambda: (_ for _ in ()).throw(building.ToolMissing("no cupy")))
     assert not builder.is_compatible()
     with pytest.raises(RuntimeError, match="nothing is here to build cuda or nvrtc with"), pytest.warns(UserWarning, match="plain torch"):
         builder.load()

@@ -7,8 +7,9 @@ import struct
 import pytest
 import torch
 
-from pikv_ds.ops import ref_codes, ref_formats
-from pikv_ds.ops.formats import FORMATS, PageFormat
+from pikv_ds.ops.format.formats import FORMATS, PageFormat
+from pikv_ds.ops.reference import codes as ref_codes
+from pikv_ds.ops.reference import formats as ref_formats
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from pikv_ds.launch import build_targets, cmd_build
-from pikv_ds.ops import nvrtc, ptxas
-from pikv_ds.ops.compile import BuildError, ToolMissing, build, compiler_name
-from pikv_ds.ops.cuda_build import ARCHITECTURES, cuda_library, nvcc
-from pikv_ds.ops.kernel_formats import KERNEL_FORMATS
+from pikv_ds.launch.commands import _build_targets as build_targets
+from pikv_ds.launch.commands import build as cmd_build
+from pikv_ds.ops.build import ptxas
+from pikv_ds.ops.build.compile import BuildError, ToolMissing, build, compiler_name
+from pikv_ds.ops.build.cuda_build import ARCHITECTURES, cuda_library, nvcc
+from pikv_ds.ops.format.kernels import KERNEL_FORMATS
+from pikv_ds.ops.nvrtc import compiler as nvrtc
 from tests.long_form import LONG
 
 needs_nvcc = pytest.mark.skipif(shutil.which(nvcc()) is None, reason="nvcc is not installed")

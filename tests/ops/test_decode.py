@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from pikv_ds.ops import library, ref_append
-from pikv_ds.ops.formats import FORMATS
+from pikv_ds.ops import library
+from pikv_ds.ops.format.formats import FORMATS
+from pikv_ds.ops.reference import append as ref_append
 from tests.ops.cases import IMPLEMENTATIONS, answer, call, compare, compare_lse, make_case, run
 
 PAIRS = ("int8/int4", "int4/int2", "int8/int2", "int8/fp8_e4m3", "fp8_e4m3/int4", "bf16/int4", "fp4_e2m1/int8")

@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 
-from pikv_ds.ops import load
+from pikv_ds.ops.build import load
 from tests.ops.matrix import points
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")

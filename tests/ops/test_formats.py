@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pikv_ds.ops import ref_formats
-from pikv_ds.ops.formats import FORMATS, PageFormat
+from pikv_ds.ops.format.formats import FORMATS, PageFormat
+from pikv_ds.ops.reference import formats as ref_formats
 
 NAMES = list(FORMATS)
 LOSSY = ["int8", "int4", "int2", "fp8_e4m3", "fp4_e2m1"]

@@ -1,4 +1,4 @@
-"""The CUDA kernels one by one on the host: with arguments made by ops/nvrtc_ops.py, and with bugs planted in their text."""
+"""The CUDA kernels one by one on the host: with arguments made by ops/nvrtc/ops.py, and with bugs planted in their text."""
 
 import ctypes
 import shutil
@@ -6,7 +6,9 @@ import shutil
 import pytest
 import torch
 
-from pikv_ds.ops import kernel_params, library, nvrtc_ops
+from pikv_ds.ops import library
+from pikv_ds.ops.nvrtc import ops as nvrtc_ops
+from pikv_ds.ops.nvrtc import params as kernel_params
 from tests.ops.byte_checks import check_bounds, check_pack, check_score, check_slots
 from tests.ops.cases import answer, compare, compare_lse, make_case
 from tests.ops.kernel_text import Fault, compile_kernels, launcher

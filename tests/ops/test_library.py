@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from pikv_ds import ops
-from pikv_ds.ops import library, load
+from pikv_ds.ops import library
+from pikv_ds.ops.build import load
 from tests.ops.cases import make_case
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")

@@ -4,9 +4,9 @@ import json
 import re
 from pathlib import Path
 
-from pikv_ds.launch.bench_errors import CASES
+from pikv_ds.launch.bench.errors import CASES
 from pikv_ds.launch.cli import build_parser
-from pikv_ds.ops.formats import FORMATS
+from pikv_ds.ops.format.formats import FORMATS
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "docs" / "OPS.md").read_text()
@@ -27,7 +27,7 @@ def test_the_table_of_formats_is_the_committed_result():
 def test_every_variable_that_the_ops_read_is_explained():
     sources = [path for pattern in ("ops/*.py", "ops/csrc/*/*", "setup.py") for path in ROOT.glob(pattern)]
     read = set().union(*(re.findall(r'(?:environ\b[^"\n]{0,8}|getenv\()"(\w+)"', path.read_text()) for path in sources))
-    read |= set(re.findall(r'"(\w+)" in os.environ', (ROOT / "ops/compile.py").read_text()))
+    read |= set(re.findall(r'"(\w+)" in os.environ', (ROOT / "ops/build/compile.py").read_text()))
     assert {"PIKV_OPS", "PIKV_CPU", "CXX"} <= read
     assert {name for name in read if f"`{name}`" not in TEXT} == set()
 

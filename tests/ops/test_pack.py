@@ -1,4 +1,4 @@
-"""pack, unpack: bytes where they belong, padding that says so, and the buffers of pikv_ds/wire.py to the byte."""
+"""pack, unpack: bytes where they belong, padding that says so, and the buffers of pikv_ds/exchange/wire.py to the byte."""
 
 import pytest
 import torch
@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pikv_ds import ops
-from pikv_ds.ops import library, load
-from pikv_ds.wire import HEADER, Layout
+from pikv_ds.exchange.wire import HEADER, Layout
+from pikv_ds.ops import library
+from pikv_ds.ops.build import load
 
 SHAPES = [((3, 5), torch.bfloat16), ((2,), torch.float32), ((), torch.int32), ((0,), torch.float16), ((7,), torch.uint8), ((), torch.int64)]
 ALL = pytest.mark.parametrize("which", ["torch", "cpu", "emu"])
@@ -101,7 +102,7 @@ def test_the_buffers_of_the_exchange_to_the_byte(which, tokens):
 
 @ALL
 def test_partials_without_a_copy_of_their_own(which):
-    """[out | lse] as replicated.py concatenates them, from the two tensors."""
+    """[out | lse] as cache/replicated.py concatenates them, from the two tensors."""
     out, lse = torch.randn(6, 4 * 16), torch.randn(6, 4)
     expected = torch.cat([out, lse], 1)
     buffer = torch.zeros(6, 4 * 17 * 4, dtype=torch.uint8)

@@ -10,8 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pikv_ds.ops import library, load, merge_partials
-from pikv_ds.ops.formats import FORMATS
+from pikv_ds.ops import library, merge_partials
+from pikv_ds.ops.build import load
+from pikv_ds.ops.format.formats import FORMATS
 from tests.ops.cases import IMPLEMENTATIONS, answer, compare, compare_lse, make_case, run
 
 LONG = os.environ.get("PIKV_HYPOTHESIS") == "long"

@@ -7,7 +7,7 @@ import subprocess
 import pytest
 import torch
 
-from pikv_ds.ops.compile import CSRC
+from pikv_ds.ops.build.compile import CSRC
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
 

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pikv_ds.ops import library, load
+from pikv_ds.ops import library
+from pikv_ds.ops.build import load
 
 ALL = pytest.mark.parametrize("which", ["torch", "cpu", "emu"])
 

@@ -1,13 +1,15 @@
-"""docs/ARCHITECTURE.md names every file of the core."""
-
-from pathlib import Path
+"""The list of files in the documents is what the files say of themselves, and each says something."""
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-MAP = (ROOT / "docs" / "ARCHITECTURE.md").read_text()
+from tests.packaging import file_map
+from tests.packaging.imports import FILES, ROOT
 
 
-@pytest.mark.parametrize("file", sorted(path.name for path in (ROOT / "pikv_ds").glob("[a-z]*.py")))
-def test_every_file_of_the_core_is_on_the_map(file):
-    assert f"`{file}`" in MAP or f"/{file}`" in MAP, f"docs/ARCHITECTURE.md does not say what {file} is for"
+@pytest.mark.parametrize("path", [path for path in FILES if path.name != "__init__.py"], ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_file_says_what_it_is_for(path):
+    assert file_map.says(path), f"{path.relative_to(ROOT)} has no docstring, nor has its class"
+
+
+def test_the_list_is_up_to_date():
+    assert file_map.TARGET.read_text(encoding="utf-8") == file_map.written(), "python -m tests.packaging.file_map --write"

@@ -12,13 +12,13 @@ ROOT = Path(__file__).resolve().parents[2]
 NEEDED = [
     "pikv_ds/__init__.py",
     "pikv_ds/py.typed",
-    "pikv_ds/config.py",
+    "pikv_ds/config/pikv.py",
     "pikv_ds/codecs/none.py",
-    "pikv_ds/adapters/model_spec.py",
+    "pikv_ds/adapters/hf/model_spec.py",
     "pikv_ds/ops/__init__.py",
     "pikv_ds/megatron_patch/__init__.py",
     "pikv_ds/launch/cli.py",
-    "pikv_ds/launch/cmd_plan.py",
+    "pikv_ds/launch/commands/plan.py",
     "pikv_ds/bundled/PROVENANCE.md",
     "pikv_ds/bundled/haystack.txt",
     "pikv_ds/bundled/wikitext2_test.txt",
@@ -33,7 +33,7 @@ NEEDED = [
 def wheel(tmp_path_factory):
     """Built from a copy: setuptools leaves build/ and *.egg-info in the folder it builds."""
     work = tmp_path_factory.mktemp("wheel")
-    ignore = shutil.ignore_patterns(".git", ".venv", ".mypy_cache", "build", "*.egg-info", "__pycache__", "tests")
+    ignore = shutil.ignore_patterns(".git", ".venv", ".mypy_cache", "*.egg-info", "__pycache__", "tests")
     shutil.copytree(ROOT, work / "source", ignore=ignore)
     command = [
         sys.executable,

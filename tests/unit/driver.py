@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor
 
-from pikv_ds.cache import PiKVCache
-from pikv_ds.config import PiKVConfig
+from pikv_ds.cache.cache import PiKVCache
+from pikv_ds.config.pikv import PiKVConfig
 from pikv_ds.ops import merge_partials, sdpa_lse
-from pikv_ds.plan import LocalStep
 from pikv_ds.reference import ReferenceCache, merge, wanted_shard
 from pikv_ds.spec import LayerSpec
+from pikv_ds.step.step import LocalStep
 
 TOLERANCE = 1e-6  # relative error norm of f32 attention against float64
 # Entries of 0 and this are stored without loss by a compressed format: what differs then is a wrong entry, not a rounded one.

@@ -8,9 +8,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from pikv_ds.entries import decoded, read_back
-from pikv_ds.stats import stats
-from pikv_ds.store import LayerStore
+from pikv_ds.cache.stats import stats
+from pikv_ds.pages.entries import decoded, read_back
+from pikv_ds.pages.pool import LayerStore
 from tests.unit.driver import Driver, dense_over, rel_error
 from tests.unit.invariants import check_pages, check_unshared, slots_of
 from tests.unit.stores import stored

@@ -3,9 +3,9 @@
 import torch
 
 from pikv_ds import ops
-from pikv_ds.directory import Directory
-from pikv_ds.stats import stats
-from pikv_ds.store import GROWTH, LayerStore
+from pikv_ds.cache.stats import stats
+from pikv_ds.pages.pool import GROWTH, LayerStore
+from pikv_ds.placement.directory import Directory
 from tests.unit.driver import Driver
 from tests.unit.stores import stored
 

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import torch
 
-from pikv_ds.cache import PiKVCache
-from pikv_ds.config import PiKVConfig
-from pikv_ds.plan import LocalStep
+from pikv_ds.cache.cache import PiKVCache
+from pikv_ds.cache.stats import stats
+from pikv_ds.config.pikv import PiKVConfig
 from pikv_ds.spec import LayerSpec
-from pikv_ds.stats import stats
+from pikv_ds.step.step import LocalStep
 
 NUM_TOKENS = 24_576
 

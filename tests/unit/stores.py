@@ -5,8 +5,8 @@ from torch import Tensor
 
 from pikv_ds import ops
 from pikv_ds.codecs import CODECS
+from pikv_ds.pages.pool import LayerStore
 from pikv_ds.spec import LayerSpec
-from pikv_ds.store import LayerStore
 
 SPEC = LayerSpec(layer_idx=0, num_kv_heads=2, k_dim=16, v_dim=8)
 Lists = dict[tuple[int, int], list[int]]  # (row, shard) -> positions

@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pikv_ds.budgets import Budgets, least_entries, pyramid
-from pikv_ds.config import SchedulingConfig
+from pikv_ds.config.pikv import SchedulingConfig
 from pikv_ds.errors import ConfigError
+from pikv_ds.retention.budgets import Budgets, least_entries, pyramid
 
 
 def budgets(num_layers: int = 4, page_size: int = 4, num_shards: int = 1, entry_bytes: float = 64.0, **block) -> Budgets:

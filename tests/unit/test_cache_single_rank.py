@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from pikv_ds.cache import PiKVCache
-from pikv_ds.config import PiKVConfig
+from pikv_ds.cache.cache import PiKVCache
+from pikv_ds.config.pikv import PiKVConfig
 from pikv_ds.errors import CapacityError
-from pikv_ds.plan import LocalStep
+from pikv_ds.step.step import LocalStep
 from tests.unit.driver import Driver, layer, ragged
 from tests.unit.invariants import check, check_pages, poison
 

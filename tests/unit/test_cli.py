@@ -5,9 +5,9 @@ import torch
 
 from pikv_ds import bundled
 from pikv_ds.codecs import CODECS
-from pikv_ds.estimate import dense_bytes, pikv_bytes
 from pikv_ds.launch.cli import build_parser, main
 from pikv_ds.launch.output import human_bytes, print_table
+from pikv_ds.pages.estimate import dense_bytes, pikv_bytes
 from pikv_ds.policies import POLICIES
 from pikv_ds.routers import ROUTERS
 
@@ -58,7 +58,7 @@ def test_config_check(tmp_path, capsys):
 
 def test_plan_of_the_bundled_model_is_the_estimate(tmp_path):
     rows = run_json(tmp_path, "plan", "--context", "1024", "--ranks", "2", "--dtype", "float32")
-    from pikv_ds.adapters.model_spec import load_model_config, read_model_spec
+    from pikv_ds.adapters.hf.model_spec import load_model_config, read_model_spec
 
     layers = read_model_spec(load_model_config(bundled.model_path()))
     made = pikv_bytes(layers, [1024], ranks=2, codec=CODECS.build("none"), page_size=32, dtype=torch.float32)

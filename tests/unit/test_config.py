@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from pikv_ds.config import PiKVConfig
+from pikv_ds.config.pikv import PiKVConfig
 from pikv_ds.errors import ConfigError
 
 DEFAULTS = {

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pikv_ds.digest import digest
+from pikv_ds.exchange.digest import digest
 
 BASE = torch.arange(24, dtype=torch.float32).view(4, 6)
 

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pikv_ds.directory import Directory
+from pikv_ds.placement.directory import Directory
 from tests.unit.driver import layer
 
 WINDOWS = [None, 1, 2, 5]

@@ -6,14 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pikv_ds.codecs import CODECS
-from pikv_ds.estimate import (
-    capacity_slots,
-    dense_bytes,
-    max_pages,
-    paper_min_bytes,
-    paper_shard_capacity,
-    pikv_bytes,
-)
+from pikv_ds.pages.estimate import capacity_slots, dense_bytes, max_pages, paper_min_bytes, paper_shard_capacity, pikv_bytes
 from pikv_ds.spec import LayerSpec
 
 FULL = LayerSpec(layer_idx=0, num_kv_heads=2, k_dim=32, v_dim=32)

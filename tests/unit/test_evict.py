@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from pikv_ds.cache.stats import stats
 from pikv_ds.errors import ConfigError
-from pikv_ds.stats import stats
 from tests.unit.driver import Driver, layer, ragged
 from tests.unit.evicting import (
     EvictingDriver,

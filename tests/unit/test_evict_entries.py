@@ -5,10 +5,10 @@ import itertools
 import pytest
 import torch
 
-from pikv_ds.compact import compact
-from pikv_ds.entries import decoded
-from pikv_ds.ops.bound_codes import encode_box
-from pikv_ds.recycle import remap
+from pikv_ds.ops.format.bound_codes import encode_box
+from pikv_ds.pages.compact import compact
+from pikv_ds.pages.entries import decoded
+from pikv_ds.pages.recycle import remap
 from tests.unit.driver import Driver, layer, ragged, rel_error
 from tests.unit.evicting import EvictingDriver, entries_of, last_position
 from tests.unit.invariants import check_pages, poison

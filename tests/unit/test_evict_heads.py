@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from pikv_ds.cache import PiKVCache
+from pikv_ds.cache.cache import PiKVCache
+from pikv_ds.cache.stats import stats
 from pikv_ds.errors import ConfigError
-from pikv_ds.stats import stats
 from tests.unit.driver import Driver, dense_over, layer, ragged, rel_error
 from tests.unit.invariants import check_pages, check_unshared, poison, slots_of
 from tests.unit.stores import stored

@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 
 from pikv_ds.codecs import CODECS
+from pikv_ds.pages.pool import LayerStore
 from pikv_ds.spec import LayerSpec
-from pikv_ds.store import LayerStore
 
 LATENT = LayerSpec(layer_idx=0, num_kv_heads=1, k_dim=576, v_dim=512, latent=True)
 CONTEXT = 4096

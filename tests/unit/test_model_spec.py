@@ -2,7 +2,7 @@ import pytest
 from transformers import AutoConfig
 
 from pikv_ds import bundled
-from pikv_ds.adapters.model_spec import load_model_config, read_model_spec
+from pikv_ds.adapters.hf.model_spec import load_model_config, read_model_spec
 from pikv_ds.errors import UnsupportedError
 
 # model_type, options -> (num_kv_heads, k_dim, v_dim, latent), windows of the first two layers

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from pikv_ds.config import PiKVConfig
+from pikv_ds.config.pikv import PiKVConfig
 from pikv_ds.errors import ConfigError
 from pikv_ds.routers import ROUTERS
 from pikv_ds.routers.scramble import scramble

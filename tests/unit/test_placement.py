@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pikv_ds.placement import Placement, hash_expert, local_shards, primary_expert, shard_rank
+from pikv_ds.placement.placement import Placement, hash_expert, local_shards, primary_expert, shard_rank
 from pikv_ds.reference import wanted_shard
 
 POSITIONS = torch.arange(40)

@@ -4,12 +4,12 @@ import json
 
 import pytest
 
-from pikv_ds.adapters.model_spec import load_model_config, read_model_spec
+from pikv_ds.adapters.hf.model_spec import load_model_config, read_model_spec
 from pikv_ds.bundled import model_path
-from pikv_ds.config import PiKVConfig
+from pikv_ds.config.pikv import PiKVConfig
+from pikv_ds.config.presets import PRESETS, overlay
 from pikv_ds.errors import ConfigError
 from pikv_ds.launch.cli import main
-from pikv_ds.presets import PRESETS, overlay
 from tests.calibrations import random_calibration
 
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from pikv_ds.store import LayerStore
-from pikv_ds.tables import Tables
+from pikv_ds.pages.layers import Tables
+from pikv_ds.pages.pool import LayerStore
 from tests.unit.driver import Driver, layer, ragged
 from tests.unit.invariants import check
 

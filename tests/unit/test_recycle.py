@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pikv_ds.recycle import expire, remap
+from pikv_ds.pages.recycle import expire, remap
 from tests.unit.invariants import check_pages, check_unshared
 from tests.unit.stores import append, contents, fill, make_store, stored
 

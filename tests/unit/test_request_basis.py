@@ -4,16 +4,16 @@ import pytest
 import torch
 
 from pikv_ds import ops
-from pikv_ds.agreement import Agreed
 from pikv_ds.codecs import CODECS
-from pikv_ds.config import PiKVConfig
-from pikv_ds.exchange import Exchange
-from pikv_ds.plan import LocalStep, StepPlan
-from pikv_ds.reproject import reproject
-from pikv_ds.request_basis import NEVER, RequestBases
+from pikv_ds.config.pikv import PiKVConfig
+from pikv_ds.exchange.exchange import Exchange
+from pikv_ds.pages.layers import Tables
+from pikv_ds.pages.pool import LayerStore
+from pikv_ds.pages.reproject import reproject
 from pikv_ds.spec import LayerSpec
-from pikv_ds.store import LayerStore
-from pikv_ds.tables import Tables
+from pikv_ds.step.agreement import Agreed
+from pikv_ds.step.step import LocalStep, StepPlan
+from pikv_ds.tiers.bases import NEVER, RequestBases
 from tests.unit.driver import Driver, layer, ragged
 from tests.unit.evicting import entries_of
 from tests.unit.turning import svd

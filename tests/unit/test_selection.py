@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from pikv_ds import ops
-from pikv_ds.ops.bound_codes import decode_box, encode_box, not_above
+from pikv_ds.ops.format.bound_codes import decode_box, encode_box, not_above
 from tests.unit.driver import Driver, layer, ragged, rel_error
 
 LAYERS = [layer(0), layer(1, window=24)]

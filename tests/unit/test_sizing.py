@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pikv_ds.errors import CapacityError
-from pikv_ds.sizing import pages_to_open, shard_capacity
+from pikv_ds.pages.sizing import pages_to_open, shard_capacity
 from tests.unit.driver import layer
 
 LAYERS = [layer(0), layer(1, window=8), layer(2, window=1)]

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pikv_ds import reference
-from pikv_ds.ops.ref_slots import entry_index
-from pikv_ds.slots import spill, water_fill
+from pikv_ds.ops.reference.slots import entry_index
+from pikv_ds.placement.spill import spill, water_fill
 
 
 @st.composite

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from pikv_ds.cache import PiKVCache
-from pikv_ds.config import PiKVConfig
-from pikv_ds.exchange import Exchange
-from pikv_ds.plan import LocalStep
-from pikv_ds.stats import decode_bytes_sent, dense_bytes, partial_bytes, share_bytes, stats
-from pikv_ds.wire import HEADER, Layout
+from pikv_ds.cache.cache import PiKVCache
+from pikv_ds.cache.stats import decode_bytes_sent, dense_bytes, partial_bytes, share_bytes, stats
+from pikv_ds.config.pikv import PiKVConfig
+from pikv_ds.exchange.exchange import Exchange
+from pikv_ds.exchange.wire import HEADER, Layout
+from pikv_ds.step.step import LocalStep
 from tests.unit.driver import Driver, layer, ragged
 
 LAYERS = [layer(0, dim=8), layer(1, dim=8, window=8), layer(2, dim=8, latent=True)]
@@ -127,6 +127,6 @@ def test_numbers_of_a_cache():
 
 
 def test_attention_impl_names_the_code_and_the_format(monkeypatch):
-    from pikv_ds.ops import load
+    from pikv_ds.ops.build import load
 
     assert stats(Driver([layer(0)]).cache, 1, 1)["attention_impl"] == f"pikv {load.ensured('cpu')} fp32"

@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pikv_ds.recycle import remap
+from pikv_ds.pages.pool import GROWTH
+from pikv_ds.pages.recycle import remap
 from pikv_ds.spec import LayerSpec
-from pikv_ds.store import GROWTH
 from tests.unit.invariants import check_pages
 from tests.unit.stores import SPEC, append, contents, fill, make_store, stored
 

@@ -6,7 +6,7 @@ import random
 import pytest
 
 from pikv_ds.launch.cli import main
-from pikv_ds.tier_plan import Tier, plan_tiers
+from pikv_ds.tiers.plan import Tier, plan_tiers
 
 GRID = 24
 

@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from pikv_ds import ops
-from pikv_ds.cache import PiKVCache
-from pikv_ds.config import PiKVConfig
+from pikv_ds.blueprint.window import check_router
+from pikv_ds.cache.cache import PiKVCache
+from pikv_ds.cache.stats import stats
+from pikv_ds.config.pikv import PiKVConfig
 from pikv_ds.errors import ConfigError
-from pikv_ds.estimate import pikv_bytes
+from pikv_ds.pages.estimate import pikv_bytes
 from pikv_ds.routers.random import RandomPages
-from pikv_ds.stats import stats
-from pikv_ds.tier_checks import check_router
 from tests.unit.driver import Driver, dense_over, layer, ragged, rel_error
 from tests.unit.tiered import KINDS, TieredDriver, attention_shares, pages_of, poison, positions_of, run_mix
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pikv_ds.transform import Transform
+from pikv_ds.codecs.maps import Transform
 from tests.calibrations import random_calibration
 from tests.unit.driver import dense_over, layer, ragged, rel_error
 from tests.unit.test_tiers import positions_of

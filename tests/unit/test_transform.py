@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from pikv_ds.codecs.lora_plus import LoRAPlus
+from pikv_ds.codecs.maps import Linear, Transform
 from pikv_ds.codecs.none import NoCodec
 from pikv_ds.codecs.rotated import Rotated, hadamard
 from pikv_ds.ops import sdpa_lse
 from pikv_ds.spec import LayerSpec
-from pikv_ds.step import Partial
-from pikv_ds.transform import Linear, Transform
+from pikv_ds.step.query import Partial
 from tests.calibrations import random_calibration
 
 HEADS, TOKENS, SCALE = 2, 9, 0.3

@@ -5,11 +5,11 @@ import cmath
 import pytest
 import torch
 
-from pikv_ds.calibration import Calibration, Moments
 from pikv_ds.codecs import CODECS
-from pikv_ds.entries import decoded
+from pikv_ds.codecs.calibration import Calibration, Moments
+from pikv_ds.codecs.rope import default_inv_freq, pair_metric, turn
 from pikv_ds.errors import ConfigError
-from pikv_ds.rope import default_inv_freq, pair_metric, turn
+from pikv_ds.pages.entries import decoded
 from tests.calibrations import random_calibration
 from tests.unit.driver import Driver, dense_over, layer, ragged, rel_error
 from tests.unit.evicting import EvictingDriver

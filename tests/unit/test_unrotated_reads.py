@@ -5,12 +5,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pikv_ds import ops
-from pikv_ds.entries import read_back
 from pikv_ds.errors import ConfigError
-from pikv_ds.ops.bound_codes import decode_box
-from pikv_ds.reader import Stored
-from pikv_ds.turned_bounds import page_bounds
-from pikv_ds.turned_reader import attend, decode
+from pikv_ds.ops.format.bound_codes import decode_box
+from pikv_ds.pages.entries import read_back
+from pikv_ds.pages.unrotated import attend, decode
+from pikv_ds.pages.unrotated_bounds import page_bounds
+from pikv_ds.pages.view import Stored
 from tests.unit.driver import Driver, dense_over, layer, ragged, rel_error
 from tests.unit.evicting import EvictingDriver, accumulated, bound, last_query, observed, short_keys
 from tests.unit.invariants import poison, slots_of
@@ -109,7 +109,7 @@ def test_queries_in_blocks_are_those_at_once(tmp_path, monkeypatch):
     stored, q = tables(pool), torch.randn(2, 7, 4, 16)
     whole = attend(pool, q, stored, scale=0.3)
     per_query = [decode(pool, q[:, t], stored, scale=0.3, with_page_lse=True) for t in range(7)]
-    monkeypatch.setattr("pikv_ds.turned_reader.NUMBERS_AT_ONCE", 2000)
+    monkeypatch.setattr("pikv_ds.pages.unrotated.NUMBERS_AT_ONCE", 2000)
     for x, y, part in zip(whole, attend(pool, q, stored, scale=0.3), zip(*per_query, strict=True), strict=True):
         assert torch.allclose(x, y, atol=1e-6)
         assert torch.allclose(x, torch.stack([p.unflatten(0, (2, -1)) for p in part], 1).view_as(x), atol=1e-5)

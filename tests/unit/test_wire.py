@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pikv_ds.wire import ALIGN, HEADER, Layout, headers_of
+from pikv_ds.exchange.wire import ALIGN, HEADER, Layout, headers_of
 
 pytestmark = pytest.mark.usefixtures("nan_filled_empty")
 

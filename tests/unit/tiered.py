@@ -1,11 +1,11 @@
-"""A Driver whose layers have two pools of pages, and what holds between its forwards, told from the definition and not from tiers.py."""
+"""A Driver whose layers have two pools of pages, and what holds between its forwards, told from the definition and not from window.py."""
 
 import torch
 from torch import Tensor
 
 from pikv_ds import ops
-from pikv_ds.stats import stats
-from pikv_ds.store import LayerStore
+from pikv_ds.cache.stats import stats
+from pikv_ds.pages.pool import LayerStore
 from tests.unit.driver import Driver, dense_over, layer, ragged
 from tests.unit.invariants import check_directory, check_pages, check_unshared, slots_of
 

@@ -1,4 +1,4 @@
-// append and migrate on the CPU. Encoding gives the bits of ops/ref_formats.py: one f32 rounding per step, no fused multiply-add.
+// append and migrate on the CPU. Encoding gives the bits of ops/reference/formats.py: one f32 rounding per step, no fused multiply-add.
 #include <torch/csrc/stable/library.h>
 
 #include <cstring>

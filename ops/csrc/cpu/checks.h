@@ -28,7 +28,7 @@ inline std::string shape(const Tensor& x) {
   return s + "]";
 }
 
-// As PageFormat.label of ops/formats.py.
+// As PageFormat.label of ops/format/formats.py.
 inline std::string format_name(const PageFormat& f) {
   static const char* const names[] = {"fp32", "bf16", "fp16", "int8", "int4", "fp8_e4m3", "int2", "fp4_e2m1"};
   const std::string keys = names[f.format];

@@ -1,4 +1,4 @@
-// assign_slots on the CPU: one pass over the tokens, in order. Pages come off the stack in the order of ops/ref_slots.py.
+// assign_slots on the CPU: one pass over the tokens, in order. Pages come off the stack in the order of ops/reference/slots.py.
 #include <torch/csrc/stable/library.h>
 
 #include "slot_checks.h"

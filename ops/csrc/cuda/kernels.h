@@ -4,7 +4,7 @@
 namespace pikv {
 
 // Formats with attention kernels, as a layout has them: K and V alike; then int8/int4, int8/int2, int4/int2, fp8/int4, bf16/int4; then int8,
-// int4 and fp8 of latents whose rotary columns are fp16. ops/kernel_formats.py has the same list.
+// int4 and fp8 of latents whose rotary columns are fp16. ops/format/kernels.py has the same list.
 #define PK_FORMATS(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(83) X(115) X(116) X(85) X(81) X(259) X(260) X(261)
 
 // width: 32, 64, 128 or 576, see kernels/attend.cuh.

@@ -1,5 +1,5 @@
 // Kernels by name, with grid and arguments from the caller: how tests run one kernel, also with a bug planted in its text, and check what
-// ops/nvrtc_ops.py hands over. Compiled by the tests for one -DPK_FORMAT.
+// ops/nvrtc/ops.py hands over. Compiled by the tests for one -DPK_FORMAT.
 #include "simt_host.h"
 
 #include <cstdio>

@@ -1,4 +1,4 @@
-// The page record of ops/formats.py for compiled code: no includes, plain data, so that g++, nvcc, NVRTC and host emulation share it.
+// The page record of ops/format/formats.py for compiled code: no includes, plain data, so that g++, nvcc, NVRTC and host emulation share it.
 #pragma once
 
 #if defined(__CUDACC__) || defined(__CUDACC_RTC__)
@@ -57,7 +57,7 @@ PK_HD inline long long row_scale_bytes(int format, int dim, int rows) {
 }
 PK_HD inline long long row_zero_bytes(int format, int rows) { return format == kFp4 ? rows : format_grouped(format) ? 2LL * rows : 0; }
 
-// Must agree with ops/formats.py byte for byte: tests/ops compares every offset. `packed`: the `format` of a layout, see ops/library.py.
+// Must agree with ops/format/formats.py byte for byte: tests/ops compares every offset. `packed`: the `format` of a layout, see ops/library.py.
 PK_HD inline PageFormat make_page_format(int packed, int num_kv_heads, int k_dim, int v_dim, int page_size, int group, int latent) {
   PageFormat f = {};
   const bool raw = rope_raw(packed);

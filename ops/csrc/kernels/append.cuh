@@ -1,5 +1,5 @@
 // New entries into their slots, in three launches: rows that need no other token; K groups that become full, from the tail and from this
-// call; then the tail. Encoding gives the bits of ops/ref_formats.py: one f32 rounding per step, hence no fused multiply-add.
+// call; then the tail. Encoding gives the bits of ops/reference/formats.py: one f32 rounding per step, hence no fused multiply-add.
 
 namespace pikv {
 

@@ -41,7 +41,7 @@ __device__ __forceinline__ int bound_code(float x, float scale) {
   return scale > 0 ? (int)(__fmul_rn(code, scale) > x ? code - 1.0f : code) : 0;
 }
 
-// Column d of the key in slot t, from its code: the bits of ops/ref_formats.py.
+// Column d of the key in slot t, from its code: the bits of ops/reference/formats.py.
 __device__ __forceinline__ float stored_key(const PageFormat& f, const unsigned char* head, int t, int d) {
   if (d >= f.k_coded) return load_float(head + f.rope, kFp16, (long long)t * (f.k_dim - f.k_coded) + d - f.k_coded);
   const unsigned char* row = head + f.k + (long long)t * f.k_row_bytes;

@@ -1,4 +1,4 @@
-// What a launch hands to a kernel: plain data, passed by value. ops/nvrtc.py has the same layouts in Python; tests/ops compares them.
+// What a launch hands to a kernel: plain data, passed by value. ops/nvrtc/compiler.py has the same layouts in Python; tests/ops compares them.
 //
 // Files in kernels/ include nothing: nvcc, NVRTC and the host emulation compile the same text. Whoever compiles them puts page_format.h and
 // then params, common, numbers in front.

@@ -1,4 +1,4 @@
-// Slots for new entries, in the order of ops/ref_slots.py. One block: the free stack serves the tokens one after another.
+// Slots for new entries, in the order of ops/reference/slots.py. One block: the free stack serves the tokens one after another.
 
 namespace pikv {
 

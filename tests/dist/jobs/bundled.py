@@ -6,9 +6,10 @@ import torch
 import torch.distributed as dist
 
 import pikv_ds
-from pikv_ds import bundled, estimate
+from pikv_ds import bundled
+from pikv_ds.cache.stats import decode_bytes_sent
 from pikv_ds.codecs import CODECS
-from pikv_ds.stats import decode_bytes_sent
+from pikv_ds.pages import estimate
 from tests.bf16_error import PREFILL, STEPS, fixed_routing, forced_logits, recorded_routing, rms
 from tests.dist.jobs.exact import assert_conserved, assert_same, counted_collectives, generate, generate_sharded
 from tests.dist.jobs.report import Report

@@ -4,7 +4,7 @@ import torch
 import torch.distributed as dist
 
 import pikv_ds
-from pikv_ds.adapters.hf import attach
+from pikv_ds.adapters.hf.attach import attach
 from pikv_ds.errors import UnsupportedError
 from tests.dist.jobs.ds_compare import MICRO, generate, ready
 from tests.dist.jobs.report import Report

@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 
 import pikv_ds
-from pikv_ds.adapters.autoep_shim import registry_shim
+from pikv_ds.adapters.deepspeed.autoep_shim import registry_shim
 from tests.dist.jobs.ds_compare import MICRO, assert_same_text, generate, rank_prompt
 from tests.dist.jobs.report import Report
 from tests.tiny_models import prompt, tiny_model

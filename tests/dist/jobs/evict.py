@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 
 import pikv_ds
-from pikv_ds.adapters.hf_cache import HFCache
-from pikv_ds.stats import decode_bytes_sent
+from pikv_ds.adapters.hf.cache import HFCache
+from pikv_ds.cache.stats import decode_bytes_sent
 from tests.dist.jobs.exact import assert_conserved, counted_collectives, generate, generate_sharded
 from tests.dist.jobs.report import Report
 from tests.long_form import short_or_long

@@ -9,11 +9,11 @@ import torch
 import torch.distributed as dist
 
 import pikv_ds
-from pikv_ds.adapters.fingerprint import key_norms
-from pikv_ds.adapters.hf import find_attentions
-from pikv_ds.adapters.model_spec import read_model_spec
-from pikv_ds.adapters.rotation import inv_freq_of
-from pikv_ds.stats import decode_bytes_sent
+from pikv_ds.adapters.hf.attach import find_attentions
+from pikv_ds.adapters.hf.fingerprint import key_norms
+from pikv_ds.adapters.hf.model_spec import read_model_spec
+from pikv_ds.adapters.hf.rotation import inv_freq_of
+from pikv_ds.cache.stats import decode_bytes_sent
 from tests.calibrations import random_calibration
 from tests.dist.jobs.evict import ROOMY, held
 from tests.dist.jobs.exact import assert_conserved, assert_same, generate, generate_sharded

@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from pikv_ds.cache import PiKVCache
-from pikv_ds.config import PiKVConfig
-from pikv_ds.ops import load
-from pikv_ds.plan import LocalStep
+from pikv_ds.cache.cache import PiKVCache
+from pikv_ds.cache.stats import choice_bytes, needed_bytes, partial_bytes
+from pikv_ds.config.pikv import PiKVConfig
+from pikv_ds.ops.build import load
 from pikv_ds.spec import LayerSpec
-from pikv_ds.stats import choice_bytes, needed_bytes, partial_bytes
+from pikv_ds.step.step import LocalStep
 from tests.dist.jobs.report import Report
 from tests.routing_blocks import routing
 from tests.unrotated import unrotated

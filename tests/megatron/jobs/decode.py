@@ -13,10 +13,10 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.inference.contexts import StaticInferenceContext
 
+from pikv_ds.codecs.rope import default_inv_freq
 from pikv_ds.errors import ConfigError
 from pikv_ds.megatron_patch import PiKVInferenceContext, cpu_compat, enable_pikv
 from pikv_ds.megatron_patch.layers import find_layers, key_norms, layer_spec_of
-from pikv_ds.rope import default_inv_freq
 from tests.calibrations import random_calibration
 from tests.dist.jobs.report import Report
 from tests.long_form import LONG

@@ -1,0 +1,1 @@
+"""What `pikv bench` times, and the targets it is held to."""

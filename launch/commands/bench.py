@@ -1,0 +1,160 @@
+"""`pikv bench`: comparisons in one process.
+
+`decode`: a step against the ordinary cache; `ops`: the ops; `errors`: their accuracy; `select`: reading some pages against reading all;
+`model`: the source paper's latency model, fitted; `layouts`: the page formats beside KIVI's; `latents`: decode over MLA latents.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from statistics import median, quantiles
+from typing import Any
+
+from pikv_ds.launch.bench import errors as bench_errors
+from pikv_ds.launch.bench import latents as bench_latents
+from pikv_ds.launch.bench import layouts as bench_layouts
+from pikv_ds.launch.bench import model as bench_model
+from pikv_ds.launch.bench import ops as bench_ops
+from pikv_ds.launch.bench import page_choice as bench_select
+from pikv_ds.launch.output import print_table, write_json
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser("bench", help="speed and accuracy against the hosts' own caches and torch")
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
+    decode = kinds.add_parser("decode", help="one decode step of one rank: DynamicCache + SDPA against PiKV, exact mode")
+    decode.add_argument(
+        "--model",
+        metavar="PATH",
+        help="model folder, or 'wide': one random layer of 32 heads, 8 KV heads, width 128 (default: the bundled model)",
+    )
+    decode.add_argument("--config", metavar="JSON", help='file with a "pikv" block (default: the defaults)')
+    decode.add_argument("--context", type=int, nargs="+", default=[1024], metavar="N", help="tokens in the cache at the first step")
+    decode.add_argument("--batch", type=int, default=1, metavar="B", help="requests")
+    decode.add_argument("--steps", type=int, default=20, metavar="N", help="timed steps of each (default 20)")
+    decode.add_argument("--warmup", type=int, default=5, metavar="N", help="steps of each before the timed ones (default 5)")
+    decode.add_argument("--threads", type=int, default=1, metavar="N", help="torch threads (default 1)")
+    decode.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    decode.add_argument("--json", metavar="FILE", help="write the rows to FILE")
+    ops = kinds.add_parser("ops", help="the compiled ops against torch's attention")
+    bench_ops.add_arguments(ops)
+    ops.add_argument("--json", metavar="FILE", help="write the rows and the table of targets to FILE")
+    select = kinds.add_parser("select", help="a step that reads some of the pages against one that reads all, choosing included")
+    bench_select.add_arguments(select)
+    select.add_argument("--json", metavar="FILE", help="write the rows to FILE")
+    model = kinds.add_parser("model", help="the source paper's latency model of a step, fitted to steps measured here")
+    bench_model.add_arguments(model)
+    model.add_argument("--json", metavar="FILE", help="write the rows and the fit to FILE")
+    layouts = kinds.add_parser("layouts", help="bytes and error of the page formats beside KIVI's layout, on a model's keys and values")
+    bench_layouts.add_arguments(layouts)
+    layouts.add_argument("--json", metavar="FILE", help="write the rows to FILE")
+    latents = kinds.add_parser("latents", help="decode over MLA latents in each record format, plain C++ and by hand")
+    bench_latents.add_arguments(latents)
+    latents.add_argument("--json", metavar="FILE", help="write the rows to FILE")
+    errors = kinds.add_parser("errors", help="errors of the page formats and of the op that reads them, against fp64")
+    errors.add_argument("--json", metavar="FILE", help="write the rows to FILE")
+
+
+def run(args: argparse.Namespace) -> int:
+    kinds = {"ops": bench_ops, "select": bench_select, "model": bench_model, "layouts": bench_layouts, "latents": bench_latents}
+    kinds["errors"] = bench_errors
+    return _run_decode(args) if args.kind == "decode" else kinds[args.kind].run(args)
+
+
+def _run_decode(args: argparse.Namespace) -> int:
+    import torch
+
+    torch.set_num_threads(args.threads)
+    rows = [row for context in args.context for row in _decode_rows(args, context)]
+    shown = ("name", "context_tokens", "step_ms", "cpu_ms", "ratio", "ratio_p20", "ratio_p80", "max_logit_diff", "kv_bytes")
+    print_table(
+        f"Decode step, {args.dtype}, batch {args.batch}, {args.threads} thread(s): median of {args.steps}, interleaved",
+        [{key: _round(row[key]) for key in shown} for row in rows],
+    )
+    write_json(args.json, "bench decode", rows)
+    return 0
+
+
+def _decode_rows(args: argparse.Namespace, context: int) -> list[dict[str, Any]]:
+    import torch
+
+    import pikv_ds
+
+    dense, pikv = _load(args), _load(args)
+    ids = torch.randint(3, dense.config.vocab_size, (args.batch, context), generator=torch.Generator().manual_seed(0))
+    times: dict[str, list[float]] = {"dense": [], "pikv": []}
+    cpu_times: dict[str, list[float]] = {"dense": [], "pikv": []}
+    difference = 0.0
+    with torch.no_grad(), pikv_ds.attach(pikv, args.config) as cache:
+        past = dense(ids, use_cache=True).past_key_values
+        pikv(ids)
+        token = ids[:, -1:]
+        for step in range(args.warmup + args.steps):
+            logits = {}
+            # The order alternates, so that neither always runs on the other's warm caches.
+            for name in ("dense", "pikv") if step % 2 else ("pikv", "dense"):
+                started, cpu_started = time.perf_counter(), time.process_time()
+                out = (dense(token, past_key_values=past) if name == "dense" else pikv(token, past_key_values=cache)).logits
+                elapsed, cpu = 1e3 * (time.perf_counter() - started), 1e3 * (time.process_time() - cpu_started)
+                logits[name] = out
+                if step >= args.warmup:
+                    times[name].append(elapsed)
+                    cpu_times[name].append(cpu)
+            difference = max(difference, (logits["dense"] - logits["pikv"]).abs().max().item())
+            token = logits["dense"][:, -1].argmax(-1, keepdim=True)
+        stats = cache.stats()
+    dense_bytes = sum(t.nbytes for layer in past.layers for t in (layer.keys, layer.values))
+    ratios = [p / d for p, d in zip(times["pikv"], times["dense"], strict=True)]
+    common = {"context_tokens": context, "batch": args.batch, "dtype": args.dtype, "threads": args.threads, "steps": args.steps}
+    return [
+        {
+            "name": "DynamicCache + sdpa",
+            **common,
+            **_spread("step_ms", times["dense"]),
+            "cpu_ms": median(cpu_times["dense"]),
+            **_spread("ratio", [1.0] * len(ratios)),
+            "max_logit_diff": 0.0,
+            "kv_bytes": dense_bytes,
+            "attention_impl": "sdpa",
+        },
+        {
+            "name": "pikv exact",
+            **common,
+            **_spread("step_ms", times["pikv"]),
+            "cpu_ms": median(cpu_times["pikv"]),
+            **_spread("ratio", ratios),
+            "max_logit_diff": difference,
+            "kv_bytes": stats["kv_bytes_allocated"],
+            "attention_impl": stats["attention_impl"],
+        },
+    ]
+
+
+def _load(args: argparse.Namespace):
+    import torch
+    from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    from pikv_ds.bundled import model_path
+
+    if args.model == "wide":
+        torch.manual_seed(0)
+        shape = Qwen3MoeConfig(
+            num_hidden_layers=1, hidden_size=1024, num_attention_heads=32, num_key_value_heads=8, head_dim=128, num_experts=4,
+            num_experts_per_tok=2, moe_intermediate_size=256, intermediate_size=256, vocab_size=512, max_position_embeddings=1 << 17,
+            attn_implementation="sdpa",
+        )  # fmt: skip
+        return Qwen3MoeForCausalLM(shape).to(getattr(torch, args.dtype)).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        args.model or model_path(), dtype=getattr(torch, args.dtype), attn_implementation="sdpa", local_files_only=True
+    )
+    return model.eval()
+
+
+def _spread(name: str, values: list[float]) -> dict[str, float]:
+    fifths = quantiles(values, n=5) if len(values) > 1 else [values[0]] * 4
+    return {name: median(values), f"{name}_p20": fifths[0], f"{name}_p80": fifths[3]}
+
+
+def _round(value: Any) -> Any:
+    return float(f"{value:.4g}") if isinstance(value, float) else value

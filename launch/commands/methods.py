@@ -1,0 +1,46 @@
+"""`pikv methods`: every registered codec, router and retention policy, with what the committed sweep measured of it."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from pikv_ds.launch.output import print_table, write_json
+
+from .sweep import RESULTS
+
+_FORMS = {"ppl_change_pct": "+.2f", "kl": ".1e", "recall": ".2f", "recall_after": ".2f", "entries_read": ".3f", "mass_recall": ".2f"}
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser("methods", help="list codecs, routers and retention policies, and what was measured of them")
+    parser.add_argument("--doc", metavar="FILE", help="make the tables between the markers of docs/METHODS.md anew, and its figures")
+
+
+def run(args: argparse.Namespace) -> int:
+    from pikv_ds.launch.evaluation.sweep_figures import write_figures
+
+    from ._methods_table import Results, method_rows, written
+
+    results = Results(RESULTS)
+    if args.doc:
+        file = Path(args.doc)
+        for figure in write_figures(RESULTS, results.rows):
+            print(f"wrote {figure.name}")
+        file.write_text(written(file.read_text(encoding="utf-8"), results), encoding="utf-8")
+        print(f"tables of {file} are those of {len(results.rows)} rows")
+        return 0
+    rows = method_rows(results)
+    for key in dict.fromkeys(row["key"] for row in rows):
+        shown = [{name: _cell(name, value) for name, value in row.items() if name != "key"} for row in rows if row["key"] == key]
+        names = [name for name in shown[0] if any(line[name] is not None for line in shown)]
+        print_table(key, [{name: line[name] for name in names} for line in shown])
+    if not results.rows:
+        where = "docs/results/methods.json is not there: make it with `pikv sweep --json docs/results/methods.json`"
+        print("no results of a sweep: " + (where if results.installed else "they are part of the repository, not of the wheel"))
+    write_json(args.json, "methods", rows)
+    return 0
+
+
+def _cell(name: str, value):
+    return format(value, _FORMS[name]) if value is not None and name in _FORMS else value

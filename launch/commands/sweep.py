@@ -1,0 +1,170 @@
+"""`pikv sweep`: every registered method on one model, from a committed list of configurations, on several processes."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pikv_ds
+
+RESULTS = Path(pikv_ds.__file__).resolve().parents[1] / "docs" / "results"
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser("sweep", help="quality and bytes of all methods, with their controls (docs/METHODS.md)")
+    parser.add_argument("file", nargs="?", metavar="FILE", help="families of configurations (default: docs/results/methods_sweep.json)")
+    parser.add_argument("--only", metavar="LIST", help="comma-separated names of families, such as compression,routing (default: all)")
+    parser.add_argument("--quick", action="store_true", help="two entries of each family on short contexts: shows that it runs")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes of one thread each (default: one per core)")
+    parser.add_argument("--report", metavar="DIR", help="also write report.html and its figures to DIR")
+
+
+def run(args: argparse.Namespace) -> int:
+    from pikv_ds.launch.cli import build_parser
+    from pikv_ds.launch.evaluation.partial import Partial, key_of
+    from pikv_ds.launch.evaluation.report import check_matplotlib
+    from pikv_ds.launch.evaluation.sweep import files_needed, items_of, read_sweep, sweep_row
+
+    if args.report:
+        check_matplotlib()
+    file = Path(args.file) if args.file else RESULTS / "methods_sweep.json"
+    document, only = read_sweep(file), args.only.split(",") if args.only else None
+    output = Path(args.json).resolve() if args.json else None
+    # What the sweep makes lies beside --json, so that a sweep that was stopped finds it again.
+    folder = output.with_name(output.name + ".made") if output else Path(tempfile.mkdtemp(prefix="pikv_sweep_"))
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        # Made files are named relative to their folder, so that rows hold no path of this machine.
+        with contextlib.chdir(folder):
+            made = make_files(files_needed(document, only, args.quick), folder)
+            items = items_of(document, only, args.quick, build_parser().parse_args, made)
+            partial = Partial(output.with_name(output.name + ".partial") if output else folder / "rows.json")
+            refused = _measure(items, partial, args.workers or len(os.sched_getaffinity(0)), folder)
+            rows = [] if refused else [sweep_row(item, partial.rows[key_of(item.spec, item.unit)]) for item in items]
+    finally:
+        if output is None:
+            shutil.rmtree(folder)
+    for item, text in refused:
+        print(f"pikv sweep: {item.family}/{item.label}, {item.unit.task}: {text}", file=sys.stderr)
+    if refused:
+        return 1
+    words = ["pikv sweep", *([os.path.relpath(file)] if args.file else []), *(["--only", args.only] if args.only else [])]
+    _finish(args, output, " ".join(words + ["--quick"] * args.quick), rows)
+    partial.remove()
+    shutil.rmtree(folder, ignore_errors=True)
+    return 0
+
+
+def _finish(args: argparse.Namespace, output: Path | None, command: str, rows: list[dict[str, Any]]) -> None:
+    from pikv_ds.launch.evaluation.report import write_report
+    from pikv_ds.launch.evaluation.sweep_table import families_of, table_of
+    from pikv_ds.launch.output import document_of, print_table, write_json
+
+    for family in families_of(rows):
+        print_table(family, table_of(rows, family))
+    write_json(output and str(output), command, rows)
+    if args.report:
+        print(f"report: {write_report(args.report, [document_of(command, rows)])}")
+
+
+def make_files(commands: dict[str, list[str]], folder: Path) -> dict[str, str]:
+    """Run the commands that make files which are not there yet; {file} in a command is the file's path. Returns names in `folder`."""
+    programs = {"python": [sys.executable], "pikv": [sys.executable, "-m", "pikv_ds.launch.cli"]}
+    for name, command in commands.items():
+        if (folder / name).exists():
+            continue
+        print(f"making {name}: {' '.join(command)}", flush=True)
+        words = [str(folder / name) if word == "{file}" else word for word in command]
+        done = subprocess.run([*programs[words[0]], *words[1:]], cwd=RESULTS.parents[1], capture_output=True, text=True)
+        if done.returncode:
+            raise FileNotFoundError(f"{name} could not be made by {' '.join(command)}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    return {name: name for name in commands}
+
+
+def _measure(items: list, partial: Any, workers: int, folder: Path) -> list[tuple[Any, str]]:
+    """Bring every item's row into `partial`; returns those that were refused, with the reason."""
+    from pikv_ds.launch.evaluation.partial import key_of
+    from pikv_ds.launch.evaluation.workers import measure_all
+
+    todo = {key: item for item in items if (key := key_of(item.spec, item.unit)) not in partial.rows}
+    print(f"{len(items)} units, {len(items) - len(todo)} of them measured already or twice in the list", flush=True)
+    single = sorted((item for item in todo.values() if _is_single(item.spec)), key=lambda item: (item.spec.model, item.spec.dtype))
+    refused = []
+    with _progress(len(todo)) as advance:
+
+        def done(idx: int, answer: dict[str, Any]) -> None:
+            item = single[idx]
+            if "row" in answer:
+                answer["row"]["detail"]["seconds"] = answer["seconds"]
+                partial.add(key_of(item.spec, item.unit), answer["row"])
+            else:
+                refused.append((item, answer["refused"]))
+            advance(item, answer.get("row"))
+
+        if single:
+            measure_all([(item.spec, item.unit) for item in single], workers, folder, done)
+        refused += _measure_on_ranks([item for item in todo.values() if not _is_single(item.spec)], partial, folder, advance)
+    return refused
+
+
+def _is_single(spec: Any) -> bool:
+    return spec.backend == "hf" and spec.ranks == 1
+
+
+def _measure_on_ranks(items: list, partial: Any, folder: Path, advance: Callable) -> list[tuple[Any, str]]:
+    """Items that need several ranks or another host, those of the same options in one job."""
+    from pikv_ds.errors import UnsupportedError
+    from pikv_ds.launch.evaluation.partial import Partial, key_of
+
+    from .eval import run_units
+
+    refused = []
+    for spec in dict.fromkeys(item.spec for item in items):
+        own = [item for item in items if item.spec == spec]
+        try:
+            status = run_units(spec, [item.unit for item in own], partial, folder)
+        except UnsupportedError as error:
+            refused += [(own[0], str(error))]
+            status = 0
+        if status:
+            raise RuntimeError(f"{spec.ranks} rank(s) of {spec.backend} ended with status {status}")
+        partial.rows = Partial(partial.path).rows
+        for item in own:
+            advance(item, partial.rows.get(key_of(spec, item.unit)))
+    return refused
+
+
+@contextlib.contextmanager
+def _progress(total: int) -> Iterator[Callable]:
+    """A function that is told of finished items: a bar with the time left on a terminal, a line per item elsewhere."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    started, count = time.monotonic(), 0
+
+    def line(item: Any, row: dict[str, Any] | None) -> None:
+        nonlocal count
+        count += 1
+        left = (time.monotonic() - started) / count * (total - count)
+        print(f"{count}/{total}, about {left / 60:.0f} min left: {_said(item)}{'' if row else ': refused'}", flush=True)
+
+    if not sys.stdout.isatty():
+        yield line
+        return
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=Console(), redirect_stdout=False, redirect_stderr=False) as progress:
+        task = progress.add_task("", total=total)
+        yield lambda item, row: progress.update(task, advance=1, description=_said(item))
+
+
+def _said(item: Any) -> str:
+    return f"{item.family or 'all'}, {item.label}, {item.unit.task} at {item.spec.context}"

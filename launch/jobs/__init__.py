@@ -1,0 +1,1 @@
+"""Programs that commands start on every rank."""

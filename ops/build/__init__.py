@@ -1,0 +1,1 @@
+"""Compiling, loading and choosing the implementation of the ops."""

@@ -1,0 +1,158 @@
+"""Which implementation of the ops runs. Nothing happens at import: `ensure` is called by the first op on a device.
+
+PIKV_OPS=torch|cpu|cuda|nvrtc|emu forces one, and then a failure is an error. Unset: the compiled one of the device, and the torch
+reference, with one warning, where that cannot be built.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from .compile import BuildError, build, cpu_library
+from .cuda_build import cuda_library, emu_library
+
+CHOICES = ("torch", "cpu", "cuda", "nvrtc", "emu")
+
+
+@dataclass(frozen=True)
+class Backend:
+    device: str  # type of the tensors it serves
+    load: Callable[[], None]  # build if needed, then register; raises BuildError
+
+
+def load_cpu() -> None:
+    torch.ops.load_library(str(build(cpu_library())))
+
+
+def load_cuda() -> None:
+    torch.ops.load_library(str(build(cuda_library())))
+
+
+def load_nvrtc() -> None:
+    from pikv_ds.ops import library
+    from pikv_ds.ops.nvrtc import compiler as nvrtc
+    from pikv_ds.ops.nvrtc import ops as nvrtc_ops
+
+    nvrtc.compiler()  # says what is missing; kernels are compiled when they are first launched
+    for name, op in nvrtc_ops.OPS.items():
+        library._library.impl(name, op, "CUDA")
+
+
+def load_emu() -> None:
+    """The CUDA kernels on the host, for CPU tensors."""
+    from pikv_ds.ops import library
+
+    define_emu()
+    for name in library.SCHEMAS:
+        library._library.impl(name, getattr(torch.ops.pikv_emu, name), "CPU")
+
+
+def define_emu() -> None:
+    """torch.ops.pikv_emu: the ops of `pikv` by the emulated kernels, beside whatever serves `pikv`. Builds if needed; raises BuildError."""
+    from pikv_ds.ops import library
+
+    if "pikv_emu" in _namespaces:
+        return
+    path = _emu()
+    _namespaces["pikv_emu"] = torch.library.Library("pikv_emu", "DEF")
+    for name, schema in library.SCHEMAS.items():
+        _namespaces["pikv_emu"].define(name + schema, tags=(torch.Tag.needs_fixed_stride_order,))
+    torch.ops.load_library(str(path))
+
+
+def emu_in_reverse(reverse: bool) -> None:
+    """The order of the emulated threads of a block and of the blocks: a result that depends on it is a race. Builds if needed."""
+    ctypes.CDLL(str(_emu())).pikv_emu_in_reverse(int(reverse))
+
+
+@cache
+def _emu() -> Path:
+    return build(emu_library())
+
+
+_namespaces: dict[str, torch.library.Library] = {}  # torch forgets a Library that nobody holds
+BACKENDS: dict[str, Backend] = {
+    "cpu": Backend("cpu", load_cpu),
+    "cuda": Backend("cuda", load_cuda),
+    "nvrtc": Backend("cuda", load_nvrtc),
+    "emu": Backend("cpu", load_emu),
+}
+_PREFERRED = {"cpu": ("cpu",), "cuda": ("cuda", "nvrtc")}
+_loaded: dict[str, str] = {}  # device type -> the implementation that serves it
+
+
+def ensure(device: str) -> bool:
+    """Load the compiled ops for a device type unless that was tried before. True when they have just been loaded."""
+    if device in _loaded:
+        return False
+    _loaded[device] = "torch"
+    wanted = os.environ.get("PIKV_OPS")
+    if wanted == "torch":
+        return False
+    if wanted is not None:
+        return _force(wanted, device)
+    reasons = []
+    for name in _PREFERRED.get(device, ()):
+        try:
+            BACKENDS[name].load()
+        except BuildError as error:
+            reasons.append(f"{name}: {error}")
+            continue
+        _loaded[device] = name
+        return True
+    why = "; ".join(reasons) or f"there is no compiled version for {device!r} tensors"
+    warnings.warn(f"pikv: the ops run in plain torch, slower: {why}", stacklevel=2)
+    return False
+
+
+def _force(wanted: str, device: str) -> bool:
+    if wanted not in CHOICES:
+        del _loaded[device]
+        raise ValueError(f"PIKV_OPS={wanted!r} is not one of {', '.join(CHOICES)}")
+    backend = BACKENDS[wanted]
+    if backend.device != device:
+        del _loaded[device]
+        raise RuntimeError(
+            f"PIKV_OPS={wanted} serves {backend.device!r} tensors, the tensors are on {device!r}; unset it or choose another"
+        )
+    try:
+        backend.load()
+    except BuildError:
+        del _loaded[device]
+        raise
+    _loaded[device] = wanted
+    return True
+
+
+def ensured(device: str) -> str:
+    """The implementation that serves a device type; loads it if no op has done so yet."""
+    ensure(device)
+    return _loaded[device]
+
+
+def candidates(device: str) -> list[str]:
+    """Implementations that are tried for a device, in order; the torch reference is always the last. Builds and loads nothing."""
+    wanted = os.environ.get("PIKV_OPS")
+    names = _PREFERRED.get(device, ()) if wanted is None else (wanted,)
+    found = [name for name in names if name in BACKENDS and BACKENDS[name].device == device]
+    return [*found, "torch"] if wanted in (None, "torch") else found
+
+
+def cpu_instruction_set() -> str:
+    """baseline, avx2, avx512 (without integer dot products) or vnni, as PIKV_CPU caps it. Builds the library."""
+    function = ctypes.CDLL(str(build(cpu_library()))).pikv_cpu_instruction_set
+    function.restype = ctypes.c_char_p
+    return function().decode()
+
+
+def loaded() -> dict[str, str]:
+    """Implementation per device type that has been used so far."""
+    return dict(_loaded)

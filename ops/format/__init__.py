@@ -1,0 +1,1 @@
+"""The page record: layouts, the formats that kernels know, bounds in one byte. What is refused."""

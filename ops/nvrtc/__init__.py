@@ -1,0 +1,1 @@
+"""The CUDA kernels compiled at run time, through cupy."""

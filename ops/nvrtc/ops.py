@@ -1,0 +1,217 @@
+"""The ops on kernels compiled by NVRTC: what csrc/cuda/*.cu does, in Python, for CUDA tensors. Launches go through CuPy.
+
+Not run on a GPU yet: tests/ops/test_kernel_text.py sends the launches to the host emulation. Shapes and dtypes are checked as everywhere;
+page ids, slots and lengths, which are on the device, with PIKV_DEBUG=1.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from pikv_ds.ops import checks, library
+from pikv_ds.ops.format.kernels import KERNEL_FORMATS, kernel_width
+
+from . import params as kp
+from .launch import BLOCK, WARPS, launch, num_processors
+from .params import BOUND_TYPES, FLOAT_TYPES, address, index, page_record
+
+
+def shared_floats(width: int) -> int:
+    """Tile::shared of csrc/kernels/attend.cuh."""
+    rows, value_width = (2, 512) if width == 576 else (4, width)
+    return 2 * rows * BLOCK + WARPS * rows * (value_width + 2)
+
+
+def _values_are_checked() -> bool:
+    return os.environ.get("PIKV_DEBUG") == "1"
+
+
+def decode(q, pages, block_table, seqlens, q_positions, page_list, tail, tail_rows, *rest):
+    fmt, (scale, window, with_page_lse, num_splits) = library._format(rest[:7]), rest[7:]
+    if not kernel_width(fmt):
+        return torch.ops.pikv.decode_reference(q, pages, block_table, seqlens, q_positions, page_list, tail, tail_rows, *rest)
+    checks.attend(q, pages, block_table, seqlens, q_positions, page_list, tail, tail_rows, fmt, window, values=_values_are_checked())
+    columns = block_table.shape[2] if page_list is None else page_list.shape[2]
+    page_lse = q.new_empty((block_table.shape[0], q.shape[1], columns) if with_page_lse else (0,), dtype=torch.float32)
+    out, lse = _attend(q.unsqueeze(1), pages, block_table, seqlens, q_positions, page_list, tail, tail_rows, fmt, scale, window, False,
+                       page_lse if with_page_lse else None, num_splits)  # fmt: skip
+    return out.squeeze(1), lse.squeeze(1), page_lse
+
+
+def prefill_cached(q, pages, block_table, seqlens, q_positions, tail, tail_rows, *rest):
+    fmt, (scale, window, causal, num_splits) = library._format(rest[:7]), rest[7:]
+    if not kernel_width(fmt):
+        return torch.ops.pikv.prefill_cached_reference(q, pages, block_table, seqlens, q_positions, tail, tail_rows, *rest)
+    checks.prefill_cached(q, pages, block_table, seqlens, q_positions, tail, tail_rows, fmt, values=_values_are_checked())
+    return _attend(q, pages, block_table, seqlens, q_positions, None, tail, tail_rows, fmt, scale, window, causal, None, num_splits)
+
+
+def _attend(q, pages, block_table, seqlens, q_positions, page_list, tail, tail_rows, fmt, scale, window, causal, page_lse, num_splits):
+    """q is [R, T, Hq, Dk]."""
+    R, T, Hq, _ = q.shape
+    width, H = kernel_width(fmt), max(block_table.shape[1], fmt.num_kv_heads)
+    out, lse = q.new_empty((R, T, Hq, fmt.v_dim), dtype=torch.float32), q.new_empty((R, T, Hq), dtype=torch.float32)
+    if not lse.numel():
+        return out, lse
+    checks.aligned("pages", pages)
+    a = kp.Attend(f=page_record(fmt), pages=pages.data_ptr(), table=index(block_table), seqlens=index(seqlens), asked=index(q_positions),
+               list=index(page_list), tail_rows=index(tail_rows), tail=address(tail), q=q.data_ptr(), page_lse=address(page_lse),
+               q_type=FLOAT_TYPES[q.dtype], R=R, T=T, S=block_table.shape[0] // R, H=H, G=Hq // H, max_pages=block_table.shape[2],
+               num_columns=block_table.shape[2], table_heads=block_table.shape[1], seqlen_heads=seqlens.shape[1], list_heads=1,
+               window=window, causal=causal, scale=scale)  # fmt: skip
+    if page_list is not None:
+        a.num_columns, a.list_heads = page_list.shape[2], page_list.shape[1]
+    if tail is not None:
+        checks.aligned("tail", tail)
+        a.tail_type, a.tail_heads = FLOAT_TYPES[tail.dtype], tail_rows.shape[1] if tail_rows.dim() == 2 else 1
+    blocks = R * a.S * H * -(-T * a.G // (2 if fmt.latent else 4))
+    a.splits = choose_splits(a.num_columns, fmt.page_size, blocks, num_splits, num_processors(q.device))
+    partial, partial_lse = out, lse
+    if a.S * a.splits > 1:
+        partial, partial_lse = q.new_empty((a.S * a.splits, *out.shape), dtype=torch.float32), lse.new_empty((a.S * a.splits, *lse.shape))
+    a.out, a.lse = partial.data_ptr(), partial_lse.data_ptr()
+    launch(fmt.label, f"attend_kernel<{KERNEL_FORMATS[fmt.label]}, {width}>", (blocks, a.splits), 4 * shared_floats(width), a, q.device)
+    if partial is not out:
+        _merge_into(partial, partial_lse, out, lse)
+    return out, lse
+
+
+def choose_splits(num_columns: int, page_size: int, blocks: int, num_splits: int, processors: int) -> int:
+    """As choose_splits of csrc/cuda/attend.cu."""
+    if num_splits > 0:
+        return min(num_splits, max(1, num_columns))
+    most = min(max(num_columns // max(4, 256 // page_size), 1), 128)
+    return min(max(-(-3 * processors // blocks), 1), most)
+
+
+def merge(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    checks.merge(out, lse)
+    merged, merged_lse = out.new_empty(out.shape[1:]), lse.new_empty(lse.shape[1:])
+    _merge_into(out, lse, merged, merged_lse)
+    return merged, merged_lse
+
+
+def _merge_into(out: Tensor, lse: Tensor, merged: Tensor, merged_lse: Tensor) -> None:
+    rows = merged_lse.numel()
+    if rows:
+        m = kp.Merge(out.data_ptr(), lse.data_ptr(), merged.data_ptr(), merged_lse.data_ptr(), rows, lse.shape[0], out.shape[-1])
+        launch("pages", "merge_kernel", (-(-rows // WARPS), 1), 0, m, out.device)
+
+
+def append(pages, tail, k, v, positions, slot_mapping, tail_rows, *rest):
+    fmt = library._format(rest)
+    checks.append(pages, tail, k, v, positions, slot_mapping, tail_rows, fmt, values=_values_are_checked())
+    T, H = slot_mapping.shape[0], fmt.num_kv_heads
+    if not T:
+        return
+    a = kp.Append(f=page_record(fmt), pages=pages.data_ptr(), tail=address(tail), k=k.data_ptr(), v=None if fmt.latent else v.data_ptr(),
+               positions=index(positions), slots=index(slot_mapping), tail_rows=index(tail_rows), T=T, type=FLOAT_TYPES[k.dtype],
+               tail_type=0 if tail is None else FLOAT_TYPES[tail.dtype])  # fmt: skip
+    launch("pages", "append_rows_kernel", (-(-T * H // WARPS), 2), 0, a, pages.device)
+    if fmt.grouped:
+        launch("pages", "append_groups_kernel", (T, H), 4 * fmt.group, a, pages.device)
+        launch("pages", "append_tail_kernel", (T, 1), 0, a, pages.device)
+
+
+def page_bounds(bounds, pages, slot_mapping, tail, tail_rows, *rest):
+    fmt = library._format(rest)
+    checks.page_bounds(bounds, pages, slot_mapping, tail, tail_rows, fmt, values=_values_are_checked())
+    T = slot_mapping.shape[0]
+    if T:
+        b = kp.PageBounds(f=page_record(fmt), pages=pages.data_ptr(), bounds=bounds.data_ptr(), tail=address(tail),
+                          slots=index(slot_mapping), tail_rows=index(tail_rows), T=T, type=BOUND_TYPES[bounds.dtype],
+                          tail_type=0 if tail is None else FLOAT_TYPES[tail.dtype])  # fmt: skip
+        box = 2 * fmt.k_dim if bounds.dtype == torch.int8 else 0
+        launch("pages", "page_bounds_kernel", (T, fmt.num_kv_heads), 4 * (4 + fmt.page_size + box), b, pages.device)
+
+
+def page_score(q, bounds, block_table, seqlens, width, page_size, scale):
+    checks.page_score(q, bounds, block_table, seqlens, width, page_size, values=_values_are_checked())
+    N, table_heads, columns = block_table.shape
+    H = max(table_heads, bounds.shape[1])
+    scores = q.new_empty((N, H, columns), dtype=torch.float32)
+    if scores.numel():
+        s = kp.PageScore(q=q.data_ptr(), width=address(width), bounds=bounds.data_ptr(), table=index(block_table), seqlens=index(seqlens),
+                         scores=scores.data_ptr(), q_type=FLOAT_TYPES[q.dtype], bounds_type=BOUND_TYPES[bounds.dtype], S=N // q.shape[0],
+                         H=H, G=q.shape[1] // H, D=q.shape[2], max_pages=columns, page_size=page_size, bound_heads=bounds.shape[1],
+                         table_heads=table_heads, seqlen_heads=seqlens.shape[1], scale=scale)  # fmt: skip
+        launch("pages", "page_score_kernel", (N * H * -(-columns // WARPS), 1), 0, s, q.device)
+    return scores
+
+
+def pack(buffer, fields, rows_of, offsets, strides, rows):
+    checks.packed("pack", buffer, fields, rows_of, offsets, strides, rows, values=_values_are_checked())
+    _move_rows("pack_kernel", buffer, fields, rows_of, offsets, strides, rows)
+
+
+def unpack(buffer, fields, rows_of, offsets, strides):
+    rows = [field.shape[0] if rows_of is None else rows_of.shape[0] for field in fields]
+    checks.packed("unpack", buffer, fields, rows_of, offsets, strides, rows, values=_values_are_checked())
+    _move_rows("unpack_kernel", buffer, fields, rows_of, offsets, strides, rows)
+
+
+def _move_rows(kernel: str, buffer: Tensor, fields: list[Tensor], rows_of: Tensor | None, offsets, strides, rows) -> None:
+    described = [
+        kp.PackedField(x.data_ptr(), x.shape[0], x.shape[1:].numel() * x.element_size(), offset, stride, count, _padding(x.dtype))
+        for x, offset, stride, count in zip(fields, offsets, strides, rows, strict=True)
+    ]
+    most = len(kp.Packed().fields)
+    for first in range(0, len(described), most):
+        part = described[first : first + most]
+        blocks = min(max(field.num_packed for field in part), 8 * num_processors(buffer.device))
+        if blocks:
+            p = kp.Packed(buffer=buffer.data_ptr(), index=index(rows_of))
+            p.fields[: len(part)] = part
+            launch("pages", kernel, (blocks, len(part)), 0, p, buffer.device)
+
+
+@cache
+def _padding(dtype: torch.dtype) -> int:
+    """-1 in this dtype, repeated to 8 bytes."""
+    return int.from_bytes(torch.full((8 // dtype.itemsize,), -1, dtype=torch.int64).to(dtype).view(torch.uint8).numpy().tobytes(), "little")
+
+
+def migrate(target: Tensor, source: Tensor, target_ids: Tensor, source_ids: Tensor) -> None:
+    checks.migrate(target, source, target_ids, source_ids, values=_values_are_checked())
+    record_bytes, count = target.shape[1], target_ids.numel()
+    if count:
+        m = kp.Migrate(target.data_ptr(), source.data_ptr(), index(target_ids), index(source_ids), record_bytes)
+        launch("pages", "migrate_kernel", (count, min(max(-(-(record_bytes // 16) // (4 * BLOCK)), 1), 64)), 0, m, target.device)
+
+
+def assign_slots(counts, block_table, free_stack, free_top, refcount, rows, shard, here, page_size, one_per_row, may_open):
+    checks.assign_slots(counts, block_table, free_stack, free_top, refcount, rows, shard, here)
+    slots, tables = (counts.new_empty(rows.shape) for _ in range(2))
+    if rows.numel():
+        given = (counts, block_table, free_stack, free_top, refcount, rows, shard, here, slots, tables)
+        a = kp.AssignSlots(*map(address, given), rows.numel(), *block_table.shape, page_size, may_open)
+        launch("pages", "assign_slots_kernel", (1, 1), 8 * BLOCK, a, counts.device)
+    return slots, tables
+
+
+def checksum(data: Tensor) -> Tensor:
+    checks.words(data)
+    result, count = data.new_zeros((), dtype=torch.int64), data.nbytes // 8
+    if count:
+        blocks = min(-(-count // 1024), 16 * num_processors(data.device))
+        launch("pages", "checksum_kernel", (blocks, 1), 0, kp.Checksum(data.data_ptr(), count, result.data_ptr()), data.device)
+    return result
+
+
+OPS = {
+    "decode": decode,
+    "prefill_cached": prefill_cached,
+    "append": append,
+    "merge": merge,
+    "migrate": migrate,
+    "page_bounds": page_bounds,
+    "page_score": page_score,
+    "pack": pack,
+    "unpack": unpack,
+    "assign_slots": assign_slots,
+    "checksum": checksum,
+}

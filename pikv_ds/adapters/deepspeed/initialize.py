@@ -1,0 +1,137 @@
+"""deepspeed.initialize and deepspeed.init_inference with the "pikv" block.
+
+Without the block, or with pikv.enabled false, the call goes to DeepSpeed as it came and nothing is patched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import os
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import deepspeed
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+
+from pikv_ds.adapters.hf.attach import attach
+from pikv_ds.config.pikv import PiKVConfig
+
+from .autoep import check_expert_parallel, expert_group_members
+from .autoep_shim import registry_shim
+from .config import inference_block, inference_config, initialize_config, pikv_config, without_block
+from .groups import all_ranks, own_group
+from .install import host_function, replace, restore
+from .moe import check_moe_layers, moe_group_members, open_groups
+from .monitor import MonitorWriter
+from .refusals import check_inference, check_initialize, check_model
+from .register import register, unregister
+
+
+def initialize(*args: Any, **kwargs: Any) -> tuple:
+    """deepspeed.initialize; with the block, the returned engine has the KV cache handle as `engine.pikv`.
+
+    The cache is sharded over AutoEP's expert-parallel group ("expert_parallel" block), over that of DeepSpeed's own MoE layers, or,
+    with replicated experts, over all data-parallel ranks. No optimizer is needed for inference.
+
+    Args and returns: those of deepspeed.initialize.
+
+    Raises:
+        ConfigError: the block, or the expert_parallel block beside it, is not legal.
+        UnsupportedError: the model, or a DeepSpeed feature that is on, cannot be served exactly.
+    """
+    host = host_function("initialize")
+    call = inspect.signature(host).bind(*args, **kwargs).arguments
+    ds_config = initialize_config(call)
+    config = pikv_config(ds_config)
+    if config is None:
+        return host(*args, **kwargs)
+    model = call.get("model")
+    check_model(model)
+    check_initialize(ds_config, model, call.get("mpu"))
+    autoep_size = check_expert_parallel(ds_config, model)
+    moe_size = check_moe_layers(model, _world_size())
+    register()
+    with registry_shim() if autoep_size else contextlib.nullcontext():
+        returned = host(*args, **kwargs)
+    engine = returned[0]
+    if autoep_size:
+        _add_cache(engine, config, expert_group_members(engine.module), f"ep_size_{autoep_size}")
+    elif moe_size:
+        _add_cache(engine, config, moe_group_members(engine.module), f"ep_size_{moe_size}")
+    else:
+        _add_cache(engine, config, all_ranks(), f"dp_size_{len(all_ranks())}")
+    return returned
+
+
+def init_inference(model: Any, config: str | dict | None = None, **kwargs: Any) -> deepspeed.InferenceEngine:
+    """deepspeed.init_inference; with the block, the returned engine has the KV cache handle as `engine.pikv`.
+
+    Experts are replicated (DeepSpeed shards no Hugging Face experts here) and the cache is sharded over all ranks; with DeepSpeed's own
+    MoE layers of ep_size > 1 over their group, which they are given here.
+    torch.distributed is initialised if the launcher started more than one rank and the script has not done it.
+
+    Args and returns: those of deepspeed.init_inference, which does not get to see the block.
+
+    Raises: as `initialize`.
+    """
+    host = host_function("init_inference")
+    ds_config = inference_config(config)
+    block = inference_block(ds_config, kwargs)
+    pikv = pikv_config(block or ds_config)
+    if not block:
+        return host(model, config, **kwargs)
+    # The host refuses keys it does not know, and updates the dict it is given: it gets a copy.
+    ds_config, kwargs = without_block(ds_config), without_block(kwargs)
+    if pikv is None:
+        return host(model, ds_config, **kwargs)
+    check_model(model)
+    check_inference({**(ds_config or {}), **kwargs})
+    moe_size = check_moe_layers(model, _world_size())
+    register()
+    _init_distributed(pikv.timeout_s)
+    engine = host(model, ds_config, **kwargs)
+    if moe_size:
+        open_groups(engine.module)
+        _add_cache(engine, pikv, moe_group_members(engine.module), f"ep_size_{moe_size}")
+    else:
+        _add_cache(engine, pikv, all_ranks(), f"dp_size_{len(all_ranks())}")
+    return engine
+
+
+def install() -> None:
+    """Make scripts that call deepspeed.initialize or deepspeed.init_inference honour the block. Idempotent.
+
+    Call it before a script does `from deepspeed import initialize`: a name bound earlier is not reached.
+    """
+    replace({"initialize": initialize, "init_inference": init_inference})
+    register()
+
+
+def uninstall() -> None:
+    """Undo install(), and the registration of the ops by any engine. Engines that exist keep their cache until `engine.pikv.detach()`."""
+    restore()
+    unregister()
+
+
+def _add_cache(engine: Any, config: PiKVConfig, members: Sequence[int], group_name: str) -> None:
+    group = own_group(members, config.timeout_s)
+    engine.pikv = attach(engine.module, config, group)
+    # Both answers come from the configuration, so all ranks agree on making the writer's collective.
+    monitor = getattr(engine, "monitor", None)
+    if config.monitor.enabled and monitor is not None and monitor.enabled:
+        writer = MonitorWriter(monitor, engine.pikv, group, group_name, config.monitor.interval)
+        engine.pikv.end_of_step_callbacks.append(writer)
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _init_distributed(timeout_s: float) -> None:
+    if dist.is_initialized() or _world_size() == 1:
+        return
+    get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    deepspeed.init_distributed(timeout=timedelta(seconds=timeout_s))

@@ -1,0 +1,34 @@
+"""Hugging Face transformers: `attach`, and the Cache that it returns."""
+
+from pikv_ds.moved import moved
+
+from .attach import attach, find_attentions
+
+__all__ = ["attach", "find_attentions"]
+
+__getattr__ = moved(
+    __name__,
+    {
+        "ConfigError": "pikv_ds.errors",
+        "ExpertIds": "pikv_ds.adapters.hf.expert_ids",
+        "ForwardHooks": "pikv_ds.adapters.hf.forward_hooks",
+        "GenerateHooks": "pikv_ds.adapters.hf.generate_hooks",
+        "HFCache": "pikv_ds.adapters.hf.cache",
+        "HostPenalty": "pikv_ds.adapters.hf.host_penalty",
+        "PiKVCache": "pikv_ds.cache.cache",
+        "PiKVConfig": "pikv_ds.config.pikv",
+        "UnsupportedError": "pikv_ds.errors",
+        "bindings": "pikv_ds.adapters.hf:binding",
+        "check_calibration": "pikv_ds.adapters.hf.fingerprint",
+        "check_gates": "pikv_ds.adapters.hf.router_output",
+        "check_has_experts": "pikv_ds.config.checks",
+        "check_rotations": "pikv_ds.adapters.hf.rotation",
+        "count_experts": "pikv_ds.adapters.hf.expert_ids",
+        "count_gate_experts": "pikv_ds.adapters.hf.router_output",
+        "find_router": "pikv_ds.adapters.hf.router_output",
+        "load_gate": "pikv_ds.adapters.hf.expert_ids",
+        "pikv_attention": "pikv_ds.adapters.hf.attention",
+        "pikv_mask": "pikv_ds.adapters.hf.attention",
+        "read_model_spec": "pikv_ds.adapters.hf.model_spec",
+    },
+)

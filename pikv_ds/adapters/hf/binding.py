@@ -1,0 +1,108 @@
+"""Which cache and which layer an attention module belongs to, while its model is attached."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from pikv_ds.cache.cache import PiKVCache
+from pikv_ds.errors import UnsupportedError
+from pikv_ds.spec import LayerSpec
+
+from .expert_ids import ExpertIds
+
+if TYPE_CHECKING:
+    from .cache import HFCache
+
+
+@dataclass(slots=True)
+class Chunk:
+    """Positions of the running forward: [B, T] int32, -1 = padding; unpadded: no -1 among them and known so on the host."""
+
+    positions: Tensor | None = None
+    unpadded: bool = True
+
+
+@dataclass(slots=True)
+class Binding:
+    """One attention module's place in the cache."""
+
+    cache: HFCache
+    layer: int
+    spec: LayerSpec
+    expert_ids: ExpertIds
+    chunk: Chunk = field(default_factory=Chunk)
+    unverified: bool = True  # a latent layer's expansion has not been compared with its weights yet
+
+    @property
+    def core(self) -> PiKVCache:
+        return self.cache.core
+
+    def entries(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """New entries as [B, T, Hkv, D]; a latent layer stores [c_kv | k_rot] once, its value has no columns of its own.
+
+        Args: key, value as the attention function got them: what the model gave to the cache, or (MLA) expanded from it.
+        """
+        new = self.cache.layers[self.layer].take()
+        if new is None:
+            raise UnsupportedError(
+                f"layer {self.layer} reached attention without updating the cache; a model must call past_key_values.update"
+            )
+        k, v = ((t.detach() if t.requires_grad else t).transpose(1, 2) for t in new)
+        if k.dtype != self.core.dtype:
+            raise UnsupportedError(
+                f"layer {self.layer}: keys arrive as {k.dtype}, the cache was attached for parameters of {self.core.dtype} (autocast?); "
+                f"convert the model with model.to({k.dtype}) and attach again"
+            )
+        if self.spec.latent:
+            k = self._latent(k, v)
+            return k, k.new_empty(*k.shape[:3], 0)
+        shapes = (self.spec.num_kv_heads, self.spec.k_dim), (self.spec.num_kv_heads, self.spec.v_dim)
+        if (k.shape[2:], v.shape[2:]) != shapes:
+            raise UnsupportedError(
+                f"layer {self.layer}: keys and values have (heads, width) "
+                f"{tuple(k.shape[2:])} and {tuple(v.shape[2:])}, "
+                f"the model's configuration says {shapes[0]} and {shapes[1]}"
+            )
+        if any(a.data_ptr() != b.data_ptr() or a.shape != b.shape for a, b in zip((key, value), new, strict=True)):
+            raise UnsupportedError(
+                f"layer {self.layer}: the model changes keys or values between the cache and attention ({tuple(new[0].shape)} became "
+                f"{tuple(key.shape)}); PiKV attends to what is stored and can't honour that"
+            )
+        return k, v
+
+    def _latent(self, c: Tensor, k_rot: Tensor) -> Tensor:
+        if c.shape[-1] + k_rot.shape[-1] != self.spec.k_dim or c.shape[2] != 1:
+            raise UnsupportedError(
+                f"layer {self.layer}: this transformers version caches expanded MLA keys {tuple(c.shape)}, not the latent of width "
+                f"{self.spec.v_dim}; use a version whose cache receives the latent (5.23 does)"
+            )
+        return torch.cat([c, k_rot], -1)
+
+
+_BINDINGS: WeakKeyDictionary[nn.Module, Binding] = WeakKeyDictionary()
+
+
+def bind(module: nn.Module, binding: Binding) -> None:
+    _BINDINGS[module] = binding
+
+
+def unbind(module: nn.Module) -> None:
+    _BINDINGS.pop(module, None)
+
+
+def is_bound(module: nn.Module) -> bool:
+    return module in _BINDINGS
+
+
+def binding_of(module: nn.Module) -> Binding:
+    binding = _BINDINGS.get(module)
+    if binding is None:
+        raise UnsupportedError(
+            f"{type(module).__name__} runs with attention 'pikv' but is not attached; call pikv_ds.attach(model, config)"
+        )
+    return binding

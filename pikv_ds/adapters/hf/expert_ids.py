@@ -1,0 +1,130 @@
+"""Expert ids of a forward, taken from the model's own routers by hooks. T tokens (B * columns, padding included), K experts per token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from pikv_ds.errors import ConfigError
+from pikv_ds.placement.placement import Routed
+
+from .host_penalty import HostPenalty
+from .router_output import output_of
+
+
+class ExpertIds:
+    """Supplies the expert ids of each attention layer from one of the sources of `storage.expert_ids`.
+
+    previous_layer: the router of the nearest earlier MoE layer; lookahead: layer l's own router on the input of attention l;
+    true: layer l's router when it runs, reported through `on_routed`; gate: argmax of a learned gate on the key; hash: position mod E.
+    Where the source has no answer (no earlier router, dense layer) ids are None and the core hashes.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        routers: list[nn.Module | None],
+        attentions: list[nn.Module],
+        gate: Tensor | None,
+        penalty: HostPenalty | None = None,
+    ) -> None:
+        self.source, self.routers, self.penalty = source, routers, penalty
+        self.gate = gate  # [layers, E, Hkv * Dk]
+        self.on_routed: Callable[[int, Tensor], None] | None = None
+        self._latest: Routed | Tensor | None = None
+        self._looked_ahead: dict[int, Routed | Tensor] = {}
+        self._handles = []
+        if source in ("previous_layer", "true"):
+            for i, router in enumerate(self.routers):
+                if router is not None:
+                    self._handles.append(router.register_forward_hook(self._router_hook(i)))
+        if source == "lookahead":
+            for i, (router, attention) in enumerate(zip(self.routers, attentions, strict=True)):
+                if router is not None:
+                    self._handles.append(attention.register_forward_pre_hook(self._lookahead_hook(i, router), with_kwargs=True))
+        self.active = False  # only while a forward runs through the cache
+
+    def begin(self) -> None:
+        self._latest = None
+        self._looked_ahead.clear()
+        self._run(True)
+
+    def end(self) -> None:
+        self._run(False)
+
+    def _run(self, active: bool) -> None:
+        self.active = active
+        if self.penalty is not None:
+            self.penalty.active = active
+
+    def _penalty(self, layer: int) -> Tensor | None:
+        return None if self.penalty is None else self.penalty.of(layer)
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def of(self, layer: int, k: Tensor) -> Routed | Tensor | None:
+        """A router's choice, or ids [T] int64, for the entries of one layer; or None. k: [B, columns, Hkv, Dk]. Sync: none."""
+        if self.source == "previous_layer":
+            return self._latest
+        if self.source == "lookahead":
+            return self._looked_ahead.get(layer)
+        if self.source == "gate":
+            keys = k.flatten(2).flatten(0, 1)
+            return (keys.to(self.gate.dtype) @ self.gate[layer].T).argmax(-1)
+        return None
+
+    def _router_hook(self, layer: int):
+        found = output_of(self.routers[layer])
+
+        def hook(router: nn.Module, args: tuple, output: tuple) -> None:
+            if not self.active:
+                return
+            choice = found.entry_experts(args[0] if args else None, output, self._penalty(layer))
+            if self.source == "true":
+                self.on_routed(layer, choice.primary() if isinstance(choice, Routed) else choice)
+            else:
+                self._latest = choice
+
+        return hook
+
+    def _lookahead_hook(self, layer: int, router: nn.Module):
+        found = output_of(router)
+
+        def hook(attention: nn.Module, args: tuple, kwargs: dict) -> None:
+            if not self.active:
+                return
+            hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+            with torch.no_grad():
+                self._looked_ahead[layer] = found.look_ahead(hidden.detach().flatten(0, 1), self._penalty(layer))
+
+        return hook
+
+
+def count_experts(config) -> int | None:
+    """Experts per MoE layer as the model's configuration names them; None for a dense model."""
+    for name in ("num_experts", "num_local_experts", "n_routed_experts"):
+        value = getattr(config, name, None)
+        if value:
+            return int(value)
+    return None
+
+
+def load_gate(path: str, num_layers: int, num_experts: int, key_width: int) -> Tensor:
+    """Read a learned KV gate: safetensors file with "gate" [num_layers, num_experts, num_kv_heads * k_dim]."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"pikv.storage.gate_path = {path!r} can't be read as safetensors: {error}") from error
+    wanted = (num_layers, num_experts, key_width)
+    if "gate" not in tensors or tuple(tensors["gate"].shape) != wanted:
+        found = {name: tuple(t.shape) for name, t in tensors.items()}
+        raise ConfigError(f"pikv.storage.gate_path = {path!r} holds {found}; this model needs 'gate' of shape {wanted}")
+    return tensors["gate"]

@@ -1,0 +1,37 @@
+"""A rehearsal for the policy kvzip: the model reads its prompt a second time, and forgets that it did."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from pikv_ds.errors import ConfigError
+
+from .cache import HFCache
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@torch.no_grad()
+def rehearse(model: PreTrainedModel, cache: HFCache, ids: torch.Tensor, *, chunk: int = 32) -> None:
+    """Feed `ids` [B, T] after the prompt that the cache holds, count only what these queries attend to, and crop them again.
+
+    Give the prompt without its first token, and call this before the first decode step. Positions go on after the prompt, so prompt and
+    repetition together must fit the model's range. Every row has T tokens; all ranks call it alike.
+    Raises: ConfigError for another policy, or when the prompt has been evicted from already.
+    """
+    core = cache.core
+    if core.retention is None or "peak" not in core.retention.policy.page_values:
+        raise ConfigError("rehearse() needs pikv.scheduling.method = 'kvzip': no other policy scores by it")
+    if core.config.scheduling.prefill != "keep":
+        raise ConfigError("rehearse() needs pikv.scheduling.prefill = 'keep': a prompt that was evicted from can't be repeated")
+    for store in core.tables.stores:
+        store.summaries["peak"].zero_()
+    margin = core.hold_margin
+    cache.activate_past_recording()
+    for part in ids.split(chunk, 1):
+        model(part, past_key_values=cache, logits_to_keep=1)
+    cache.crop(-ids.shape[1])
+    core.hold_margin = margin

@@ -1,0 +1,1 @@
+"""From a configuration and a model's layers to what a cache is made of; which methods combine."""

@@ -1,0 +1,91 @@
+"""A step in which every rank has the same tokens (or there is one rank): entries are stored once, partials meet in one collective."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from pikv_ds.exchange.wire import Layout, headers_of
+from pikv_ds.ops import merge_partials
+from pikv_ds.step.query import Partial, Query, Staged
+
+from .reader import nothing
+
+if TYPE_CHECKING:
+    from .cache import PiKVCache
+
+
+class ReplicatedStep:
+    """The way of a layer for replicated and single-rank requests. Holds nothing of its own; works on the cache."""
+
+    def __init__(self, cache: PiKVCache) -> None:
+        self.cache = cache
+
+    def attend(self, query: Query) -> Partial:
+        cache = self.cache
+        unchecked = self._open(query) if cache.plan is None else False
+        if cache.agreement.mode == "distinct":  # the requests of the new generation differ between the ranks
+            return cache.distinct.attend(query)
+        plan = cache.plan
+        if plan.positions is None:
+            plan.set_positions(cache.local.positions.flatten())
+        before = cache.reader.before(plan, query.layer)
+        if cache.stages:
+            self.flush_staged()
+            cache.staged, written = Staged(query.layer, query.k, query.v), None
+        else:
+            written = cache.append(query.layer, query.k, query.v, query.expert_ids)
+        source = plan.sources[0]
+        if not cache.reader.reads(plan, source):
+            cache.watch(query, written, None)
+            return nothing(query.q, query.v_dim)
+        out, lse = cache.reader.read(plan, query, query.q, source.row0, source.num_rows, before)
+        if cache.exchange.size > 1:
+            out, lse = self._merge(out, lse, unchecked)
+        cache.watch(query, written, lse)
+        return Partial(out, lse, plan.decode and not cache.stages)
+
+    def flush_staged(self) -> None:
+        cache = self.cache
+        if cache.staged is not None:
+            staged, cache.staged = cache.staged, None
+            cache.append(staged.layer, staged.k, staged.v, staged.expert_ids)
+
+    def _open(self, query: Query) -> bool:
+        """Plan the forward. Returns True when the other ranks' headers are still to be compared, in this layer's own collective."""
+        cache, agreement, local = self.cache, self.cache.agreement, self.cache.local
+        selects = cache.selection is not None
+        if agreement.is_plain(local):
+            if selects and cache.exchange.size > 1:
+                # Choosing pages is a collective before that of the partials: the headers can't ride in the latter.
+                agreement.check_replicated(self._gather(query.q.new_zeros(agreement.num_rows[0], 0, dtype=torch.float32), True)[1])
+            cache.adopt(agreement.continue_plain(local))
+            return cache.exchange.size > 1 and not selects
+        if cache.exchange.size == 1:
+            cache.settle([agreement.header(local, cache.hold)], query.k)
+            return False
+        # Other ranks may be in plain decoding: answer their collective, then all see that this forward is not plain.
+        width = 0 if selects else query.q.shape[2] * (query.v_dim + 1)
+        headers = self._gather(query.q.new_zeros(agreement.num_rows[0], width, dtype=torch.float32), True)[1]
+        if not agreement.all_fresh(headers):
+            agreement.check_replicated(headers)
+        cache.settle(headers, query.k)
+        return False
+
+    def _merge(self, out: Tensor, lse: Tensor, unchecked: bool) -> tuple[Tensor, Tensor]:
+        B, T, Hq, Dv = out.shape
+        gathered, headers = self._gather(torch.cat([out.reshape(B * T, -1), lse.reshape(B * T, -1)], 1), unchecked)
+        if unchecked:
+            self.cache.agreement.check_replicated(headers)
+        outs, lses = gathered.split([Hq * Dv, Hq], -1)
+        return merge_partials(outs.reshape(-1, B, T, Hq, Dv), lses.reshape(-1, B, T, Hq))
+
+    def _gather(self, partials: Tensor, read_headers: bool) -> tuple[Tensor, list[list[int]] | None]:
+        """[N, Hq * (Dv + 1)] of every rank, in rank order: all ranks merge the same numbers in the same order."""
+        cache = self.cache
+        header = torch.tensor(cache.agreement.header(cache.local, cache.hold), dtype=torch.int32).to(cache.device)
+        layout = Layout([("partials", tuple(partials.shape), torch.float32)])
+        gathered = cache.exchange.all_gather(layout.pack(header, {"partials": partials}, cache.device), "merging partial attention")
+        return layout.unpack(gathered)["partials"], headers_of(gathered) if read_headers else None

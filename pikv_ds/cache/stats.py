@@ -1,0 +1,128 @@
+"""What a rank reports about its cache, as plain numbers; and the formulas that the byte counters are checked against."""
+
+from __future__ import annotations
+
+from pikv_ds.exchange.wire import ALIGN, HEADER
+from pikv_ds.ops.build import load
+from pikv_ds.placement.placement import shard_rank
+from pikv_ds.spec import LayerSpec
+
+from .cache import PiKVCache
+
+
+def stats(cache: PiKVCache, dense_rows: int, dense_columns: int) -> dict:
+    """Plain numbers of this rank, bytes from storage sizes. With budgets per head an entry is the K and V of one kv head.
+
+    Args: dense_rows, dense_columns: the batch and the token columns (padding included) that the ordinary cache would hold on this rank.
+    entries_read and entries_visible are None where every query reads everything. Sync: reads the device.
+    """
+    tables, exchange = cache.tables, cache.exchange
+    counters = tables.counters
+    born_expired, spilled_here, spilled = counters.device_counts.tolist()
+    by_shard = tables.directory.load.sum(0).tolist() if cache.num_shards > 1 else [int(tables.entries_live)]
+    load_per_rank = [0] * exchange.size
+    for shard, entries in enumerate(by_shard):
+        load_per_rank[shard_rank(shard, cache.num_shards, exchange.size)] += entries
+    return {
+        "kv_bytes_allocated": sum(s.nbytes for s in tables.all_stores) + (0 if cache.bases is None else cache.bases.nbytes),
+        "kv_bytes_live": sum(s.live_nbytes for s in tables.all_stores),
+        "kv_bytes_dense": sum(dense_bytes(spec, dense_rows, dense_columns, cache.dtype.itemsize) for spec in cache.layers),
+        "metadata_bytes": metadata_bytes(cache),
+        "entries_live": int(tables.entries_live),
+        "entries_appended": int(counters.by_expert.sum()) * tables.heads,
+        "entries_expired": counters.expired + born_expired,
+        "entries_evicted": counters.evicted,
+        "entries_cropped": counters.cropped,
+        "entries_forked": counters.forked,
+        "entries_read": None if cache.selection is None else float(cache.selection.entries[0]),
+        "entries_visible": None if cache.selection is None else float(cache.selection.entries[1]),
+        "exchange_bytes_sent": exchange.bytes_sent,
+        "exchange_collectives": exchange.collectives,
+        "load_per_rank": load_per_rank,
+        "load_per_expert": counters.by_expert.tolist(),
+        "spilled": spilled_here,
+        "spilled_group": spilled,
+        "requests": cache.agreement.mode,
+        "attention_impl": attention_impl(cache),
+    }
+
+
+def metadata_bytes(cache: PiKVCache) -> int:
+    tables = cache.tables
+    own = tables.directory.nbytes + tables.no_tail_nbytes + sum(s.metadata_nbytes for s in tables.all_stores)
+    return own + router_bytes(cache)
+
+
+def router_bytes(cache: PiKVCache) -> int:
+    return 0 if cache.selection is None else cache.selection.router.nbytes
+
+
+def dense_bytes(spec: LayerSpec, rows: int, columns: int, itemsize: int) -> int:
+    """Bytes the ordinary (Hugging Face DynamicCache) layer holds: every column, padding included; W - 1 columns in a window layer."""
+    return rows * spec.tokens_kept(columns) * spec.values_per_token * itemsize
+
+
+def attention_impl(cache: PiKVCache) -> str:
+    """Which code reads the pages, and their format: "pikv cpu int8", "pikv torch fp32"; "pikv cpu fp32+int4" with two pools.
+
+    torch also where some layer holds un-rotated keys (pages/unrotated.py).
+    """
+    code = "torch" if any(store.turned is not None for store in cache.tables.all_stores) else load.ensured(cache.device.type)
+    formats = [fmt.name for fmt in (cache.tables.formats[0], cache.tables.far_formats[0]) if fmt is not None]
+    return f"pikv {code} {'+'.join(formats)}"
+
+
+def share_bytes(num_tokens: int, num_q_heads: int, spec: LayerSpec, q_dim: int, itemsize: int, lse: int = 0) -> int:
+    """Bytes of one rank's record [q | k | v | expert ids | positions]: the first collective of a layer, distinct requests.
+
+    lse: bytes of the last layer's lse, which come along when a policy watches it.
+    """
+    values = [num_tokens * 4, num_tokens * num_q_heads * q_dim * itemsize, *[lse] * (lse > 0)]
+    values += [num_tokens * spec.num_kv_heads * d * itemsize for d in (spec.k_dim, spec.stored_v_dim)]
+    return _sections([*values, num_tokens * 4])
+
+
+def partial_bytes(num_tokens: int, num_q_heads: int, v_dim: int) -> int:
+    """Bytes of (out, lse) of `num_tokens` queries in f32: one block of the second collective."""
+    return num_tokens * num_q_heads * (v_dim + 1) * 4
+
+
+def needed_bytes(num_blocks: int, num_q_heads: int, num_kv_heads: int, v_dim: int) -> int:
+    """Bytes of the second collective with routing.exchange "needed": num_blocks = pairs of another rank's query and a kv head of which this
+    rank has read something (with a router of shards, of whose shards it has one)."""
+    return num_blocks * partial_bytes(1, num_q_heads // num_kv_heads, v_dim)
+
+
+def choice_bytes(num_queries: int, num_kv_heads: int, width: int) -> int:
+    """Bytes of one rank's best page keys: the collective that chooses pages over all ranks; width: most pages that a query can get."""
+    return num_queries * num_kv_heads * width * 8
+
+
+def decode_bytes_sent(
+    mode: str,
+    rows: list[int],
+    rank: int,
+    num_q_heads: int,
+    layers: list[LayerSpec],
+    itemsize: int,
+    watched: list[bool] | None = None,
+) -> int:
+    """Bytes one rank sends in a decode step of one token per row; `rows` per rank (replicated: the same batch everywhere).
+
+    watched: per layer, a policy looks at its attention; with distinct requests its lse rides in the next record, the last one's alone.
+    """
+    others = len(rows) - 1
+    if mode == "replicated":
+        return sum(others * _sections([partial_bytes(rows[rank], num_q_heads, spec.v_dim)]) for spec in layers)
+    total, lse = 0, [max(rows) * num_q_heads * 4 * seen for seen in watched or [False] * len(layers)]
+    for spec, of_last_layer in zip(layers, [0, *lse], strict=False):
+        total += others * share_bytes(max(rows), num_q_heads, spec, spec.k_dim, itemsize, lse=of_last_layer)
+        total += partial_bytes(sum(rows) - rows[rank], num_q_heads, spec.v_dim)
+    return total + (others * _sections([lse[-1]]) if lse[-1] else 0)
+
+
+def _sections(sizes: list[int]) -> int:
+    end = HEADER * 4
+    for size in sizes:
+        end = -(-end // ALIGN) * ALIGN + size
+    return -(-end // ALIGN) * ALIGN

@@ -1,0 +1,49 @@
+"""The "routing" block: a router, what every query reads besides, and the penalty on the model's own routers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from .block import Block, MethodBlock
+
+if TYPE_CHECKING:
+    from pikv_ds.routers.base import Router
+    from pikv_ds.selection.host_penalty import RouterPenalty
+
+
+class HostPenaltyConfig(Block):
+    """What the model's own expert routers take off their logits, from the state of the cache; 0 and 0: nothing is installed."""
+
+    load: float = Field(0, ge=0, allow_inf_nan=False, description="Strength: shard of the expert fuller than the mean of the shards.")
+    miss: float = Field(0, ge=0, allow_inf_nan=False, description="Strength: log(1 + misses of the expert).")
+    applies_to: Literal["selection", "selection_and_weights"] = Field(
+        "selection", description="Choose experts by lowered logits and weigh them by the model's own, or lower both."
+    )
+
+    def build(self) -> RouterPenalty | None:
+        """The penalty, or None when both strengths are 0."""
+        from pikv_ds.selection.host_penalty import RouterPenalty
+
+        return RouterPenalty(load=self.load, miss=self.miss, applies_to=self.applies_to) if self.load or self.miss else None
+
+
+class RoutingConfig(MethodBlock):
+    """Which pages a query reads. Other keys are the options of the router, see `pikv methods`."""
+
+    method: str = Field("all", description="KV router, see `pikv methods`.")
+    budget_ratio: float | None = Field(None, gt=0, le=1, description="Pages a query reads per kv head, as a share of its request's tokens.")
+    budget_pages: int | None = Field(None, ge=1, description="Pages a query reads per kv head and layer; in place of budget_ratio.")
+    sink_tokens: int = Field(4, ge=0, description="First tokens of a request that every query reads, inside the budget.")
+    recent_tokens: int = Field(64, ge=0, description="Latest tokens before a query that it always reads, inside the budget.")
+    exchange: Literal["all", "needed"] = Field(
+        "all", description="Distinct requests: the ranks that send back partial attention, all or those that read something (fewer bytes)."
+    )
+    host_penalty: HostPenaltyConfig = Field(HostPenaltyConfig(), description=HostPenaltyConfig.__doc__)
+
+    def build(self) -> Router:
+        """The router with its options."""
+        from pikv_ds.routers import ROUTERS
+
+        return ROUTERS.build(self.method, **self.options)

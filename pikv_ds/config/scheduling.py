@@ -1,0 +1,44 @@
+"""The "scheduling" block: a retention policy and its budgets."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from .block import MethodBlock
+
+if TYPE_CHECKING:
+    from pikv_ds.policies.base import RetentionPolicy
+
+
+class SchedulingConfig(MethodBlock):
+    """Which entries stay. Other keys are the options of the retention policy, see `pikv methods`."""
+
+    method: str = Field("none", description="Retention policy, see `pikv methods`.")
+    budget_tokens: int | None = Field(None, ge=1, description="Entries kept per request and full-attention layer.")
+    budget_ratio: float | None = Field(None, gt=0, le=1, description="Entries kept, as a share of those appended; 0.25 evicts 4x.")
+    budget_bytes: int | None = Field(None, ge=1, description="KV bytes kept per request, over all full-attention layers and ranks.")
+    layer_budget: Literal["uniform", "pyramid"] = Field(
+        "uniform", description="The same budget for every layer, or more for the first and less for the last (PyramidKV)."
+    )
+    head_budget: Literal["shared", "uniform", "adaptive"] = Field(
+        "shared",
+        description="One choice for all KV heads; the same number of entries of each head; or more for heads that need more (Ada-KV).",
+    )
+    head_floor: float = Field(0.2, ge=0, le=1, description="Share of its uniform budget that an adaptive head has at least.")
+    granularity: Literal["page", "token"] = Field(
+        "page", description="Whole pages leave, or single entries, and the others close up into fewer pages."
+    )
+    interval: int = Field(1, ge=1, description="Decode steps between two evictions; a prefill chunk is always followed by one.")
+    prefill: Literal["evict", "keep"] = Field(
+        "evict", description="Evict after every prefill chunk, or keep the whole prompt until the first decode step."
+    )
+    sink_tokens: int = Field(4, ge=0, description="First tokens of a request, never evicted; part of the budget.")
+    recent_tokens: int = Field(64, ge=0, description="Latest tokens of a request, never evicted; part of the budget.")
+
+    def build(self) -> RetentionPolicy:
+        """The policy with its options."""
+        from pikv_ds.policies import POLICIES
+
+        return POLICIES.build(self.method, **self.options)

@@ -1,0 +1,75 @@
+"""Entry counters of one rank: device tensors, added to in place, read when somebody asks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pikv_ds.errors import CapacityError
+from pikv_ds.placement.placement import Routed
+
+PENDING_TOKENS = 4096  # counted in one go: a decode step of a model adds a few per layer
+
+
+class Counters:
+    """appended + forked = live + expired + evicted + cropped, summed over the ranks of the group; forked is 0 without beam search."""
+
+    def __init__(self, num_experts: int, device: torch.device) -> None:
+        self._by_expert = torch.zeros(num_experts, dtype=torch.int64, device=device)
+        self._pending: list[tuple[Routed | Tensor, Tensor]] = []
+        self._pending_tokens = 0
+        self.device_counts = torch.zeros(3, dtype=torch.int64, device=device)  # expired at birth, spilled to here, spilled anywhere
+        self.clear()
+
+    def clear(self) -> None:
+        self._by_expert.zero_()
+        self._pending.clear()
+        self._pending_tokens = 0
+        self.device_counts.zero_()
+        self.expired = 0
+        self.evicted = 0
+        self.cropped = 0
+        self.forked = 0  # entries that beam forks added to this rank's tables, less those they dropped; sums to 0 over the ranks
+
+    @property
+    def by_expert(self) -> Tensor:
+        """[E] int64, entries appended here, by primary expert. Sync: none."""
+        self._settle()
+        return self._by_expert
+
+    def count_appended(self, experts: Routed | Tensor, stored: Tensor) -> None:
+        """experts: of N tokens; stored: [N] bool, which of them count. Both are kept and must not change any more. Sync: none."""
+        self._pending.append((experts, stored))
+        self._pending_tokens += stored.numel()
+        if self._pending_tokens >= PENDING_TOKENS:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Add up what is pending: one reduction for all layers and steps in it, not one each."""
+        pending, self._pending, self._pending_tokens = self._pending, [], 0
+        routed = [(choice, stored) for choice, stored in pending if isinstance(choice, Routed)]
+        for width in {choice.ids.shape[-1] for choice, _ in routed}:
+            same = [(choice, stored) for choice, stored in routed if choice.ids.shape[-1] == width]
+            choice = Routed(torch.cat([c.ids for c, _ in same]), torch.cat([c.weights for c, _ in same]))
+            self._by_expert.index_add_(0, choice.primary(), torch.cat([stored for _, stored in same]).to(torch.int64))
+        for experts, stored in pending:
+            if not isinstance(experts, Routed):
+                self._by_expert.index_add_(0, experts, stored.to(torch.int64))
+
+    def expire_at_birth(self, unseen: Tensor, experts: Tensor) -> None:
+        """Tokens of a chunk longer than the window: appended and expired in one, at the home they would have had."""
+        unseen = unseen.to(torch.int64)
+        self._by_expert.index_add_(0, experts, unseen)
+        self.device_counts[0] += unseen.sum()
+
+    def count_spilled(self, over: Tensor, here: Tensor) -> None:
+        self.device_counts[1] += here.sum()
+        self.device_counts[2] += over.sum()
+
+    def raise_if_overflowed(self, capacity: list[int]) -> None:
+        spilled = int(self.device_counts[2])
+        if spilled:
+            raise CapacityError(
+                f"{spilled} entries did not fit into the shard of their expert (pikv.storage.capacity_tokens: {max(capacity)} entries per "
+                f"layer and shard) and pikv.storage.overflow = 'error'; raise capacity_tokens, or set overflow = 'spill'"
+            )

@@ -1,0 +1,58 @@
+"""Host-side sizes: how much a shard may hold, how many pages a forward may open. No tensors of the device."""
+
+from __future__ import annotations
+
+from math import ceil
+
+import torch
+from torch import Tensor
+
+from pikv_ds.errors import CapacityError
+from pikv_ds.spec import LayerSpec
+
+
+def shard_capacity(
+    layers: list[LayerSpec],
+    window: int | None,
+    lens_after: list[int],
+    num_shards: int,
+    page_size: int,
+    fixed: int | None,
+    evicted: int = 0,
+) -> int:
+    """Entries one shard of a layer with this window may hold: `fixed`, or ceil(1.1 x the balanced share) + one page.
+
+    evicted: entries of the rows that a budget has taken out of the layer.
+
+    Raises: CapacityError when even perfectly balanced shards cannot hold the live tokens.
+    """
+    spec = next(spec for spec in layers if spec.window == window)
+    total = sum(spec.tokens_kept(n) for n in lens_after) - evicted
+    if fixed is None:
+        return ceil(1.1 * total / num_shards) + page_size
+    if total > fixed * num_shards:
+        raise CapacityError(
+            f"layer {spec.layer_idx} must hold {total} entries, but pikv.storage.capacity_tokens = {fixed} x {num_shards} shards "
+            f"is {fixed * num_shards}; raise capacity_tokens to at least {ceil(total / num_shards)}, add ranks, or set it to null"
+        )
+    return fixed
+
+
+def pages_to_open(counts: Tensor, new_tokens: Tensor, room: Tensor | None, page_size: int) -> int:
+    """Upper bound of the pages one forward can open in a layer on this rank.
+
+    Args: counts [R, S] int64 host, entries per row and local shard; new_tokens [R] int64 host, entries each row may store;
+        room [S] int64 host, entries each local shard may still take, or None when nothing bounds it.
+    """
+    num_shards = counts.shape[1]
+    free_slots = -counts % page_size  # [R, S] unused slots of open pages
+    if num_shards == 1:
+        by_row = int(((new_tokens - free_slots[:, 0]).clamp_min(0) + page_size - 1).div(page_size, rounding_mode="floor").sum())
+    else:
+        startable = torch.minimum(torch.full_like(new_tokens, num_shards), new_tokens)
+        by_row = int((startable + new_tokens // page_size).sum())
+    if room is None:
+        return by_row
+    writers = int((new_tokens > 0).sum())
+    by_room = sum(int(r) // page_size + min(writers, int(r)) for r in room.clamp_min(0).tolist())
+    return min(by_row, by_room)

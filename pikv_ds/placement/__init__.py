@@ -1,0 +1,1 @@
+"""Which shard an entry belongs to, and which rank holds it."""

@@ -1,0 +1,121 @@
+"""What every rank knows about the homes of all entries, derived from the gathered expert ids alone. L layers, R rows, S shards, H tables
+of a row and shard (one, or one per KV head)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pikv_ds.spec import LayerSpec
+
+
+class Directory:
+    """The shard of every position of every row, per layer, and how many visible entries each shard holds.
+
+    It is the same on all ranks: spill decisions, crops and forks need no message. int16 per token and layer, on the device;
+    reported as metadata, not as KV bytes. With one shard it stores nothing.
+    """
+
+    def __init__(self, layers: list[LayerSpec], num_shards: int, device: torch.device, heads: int = 1) -> None:
+        """heads: tables of a row and shard. A token is then as many entries, which a budget takes out one by one."""
+        self.layers, self.heads = layers, heads
+        self.num_shards = num_shards
+        self.device = device
+        self.load = torch.zeros(len(layers), num_shards, dtype=torch.int64, device=device)  # entries inside the window
+        self.evicted = torch.zeros(len(layers), 0, num_shards * heads, dtype=torch.int64, device=device)  # [L, R, S * H] taken by a budget
+        self.shard_at: list[Tensor] = []
+        self.reset(0)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in self.shard_at)
+
+    def reset(self, num_rows: int) -> None:
+        self.load.zero_()
+        self.evicted = self.evicted.new_zeros(len(self.layers), num_rows, self.num_shards * self.heads)
+        self.shard_at = [torch.zeros(num_rows, 0, dtype=torch.int16, device=self.device) for _ in self.layers]
+
+    def reserve(self, length: int) -> None:
+        """Make room for positions 0..length-1. Host side."""
+        if self.num_shards > 1 and length >= self.shard_at[0].shape[1]:  # one spare column takes the writes of padding
+            grown = max(length + 1, 64) + length // 2
+            self.shard_at = [torch.nn.functional.pad(t, (0, grown - t.shape[1])) for t in self.shard_at]
+
+    def leave(self, layer: int, rows: Tensor, positions: Tensor, valid: Tensor, before: Tensor, after: Tensor, one_per_row: bool) -> None:
+        """Take out of the load what this forward pushes out of the window: it must not keep new entries from their shards.
+
+        Args: rows [N] int64; positions [N] int; valid [N] bool; before, after [R] int64 tokens of every row. Sync: none.
+        """
+        window = self.layers[layer].window
+        if window is None:
+            return
+        homes, load = self.shard_at[layer], self.load[layer]
+        if not one_per_row:
+            load.copy_(self._count(homes, after - (window - 1), before))
+        elif window > 1:  # with a window of 1 the entry leaves with the forward that brings it
+            leaving = positions.to(torch.int64) - (window - 1)
+            gone = valid & (leaving >= 0)
+            shard = homes.view(-1)[rows * homes.shape[1] + leaving.clamp_min(0)].to(torch.int64)
+            load.index_add_(0, shard, -gone.to(torch.int64))
+
+    def record(self, layer: int, rows: Tensor, positions: Tensor, valid: Tensor, shard: Tensor, lens: Tensor) -> None:
+        """Note the homes of new entries, after `leave`.
+
+        Args: rows, shard [N] int64; positions [N] int; valid [N] bool; lens [R] int64 after this step.
+        Sync: none.
+        """
+        homes, window = self.shard_at[layer], self.layers[layer].window
+        capacity = homes.shape[1]
+        cell = rows * capacity + torch.where(valid, positions.to(torch.int64), capacity - 1)
+        homes.view(-1).index_put_((cell,), torch.where(valid, shard, 0).to(torch.int16))
+        seen = valid if window is None else valid & (positions > (lens - window)[rows])
+        self.load[layer].index_add_(0, shard.clamp_min(0), seen.to(torch.int64) * self.heads)
+
+    def evict(self, layer: int, entries: Tensor) -> None:
+        """Take evicted entries out of the load; `shard_at` still names the last home of their positions. Host phase.
+
+        Args: entries [R, S * H] int64, entries that left each table: shard * H + head, H = 1 when heads share tables.
+        """
+        self.load[layer] -= self._by_shard(entries.sum(0))
+        self.evicted[layer] += entries
+
+    def evicted_by_head(self) -> list[list[list[int]]]:
+        """[L][R][H] entries of each row that a budget has taken, in all shards. Host phase."""
+        return self.evicted.unflatten(-1, (self.num_shards, self.heads)).sum(2).tolist()
+
+    def _by_shard(self, tables: Tensor) -> Tensor:
+        return tables.view(self.num_shards, self.heads).sum(-1)
+
+    def _count(self, homes: Tensor, start: Tensor, stop: Tensor) -> Tensor:
+        return self.per_row(homes, start, stop).sum(0)
+
+    def per_row(self, homes: Tensor, start: Tensor, stop: Tensor) -> Tensor:
+        """Tokens of each row with start <= position < stop, per shard: [R, S] int64."""
+        position = torch.arange(homes.shape[1], device=homes.device)
+        inside = (position >= start.unsqueeze(-1)) & (position < stop.unsqueeze(-1))
+        counts = torch.zeros(homes.shape[0], self.num_shards, dtype=torch.int64, device=homes.device)
+        return counts.scatter_add_(1, homes.to(torch.int64), inside.to(torch.int64))
+
+    def remap(self, parent: Tensor, keep: Tensor, lens: Tensor) -> list[Tensor]:
+        """Fork rows: new row i continues row parent[i] up to position keep[i]. Host phase.
+
+        Args: parent [R'] int64, -1 = fresh (keep 0); keep [R'] int64; lens [R] int64 before.
+        Returns: per layer, [R', S] int64: tokens of each parent's shard at positions >= keep (what a crop removes).
+        """
+        source = parent.clamp_min(0)
+        if self.evicted.shape[1]:
+            self.evicted = torch.where((parent >= 0)[:, None], self.evicted[:, source], 0)
+        else:
+            self.evicted = self.evicted.new_zeros(len(self.layers), parent.numel(), self.num_shards * self.heads)
+        stop = torch.where(parent >= 0, lens[source], 0) if lens.numel() else torch.zeros_like(parent)
+        if self.num_shards == 1:
+            return [(stop - keep).unsqueeze(-1) for _ in self.layers]
+        removed = []
+        for i, spec in enumerate(self.layers):
+            old = self.shard_at[i]
+            homes = old[source] if old.shape[0] else old.new_zeros(parent.numel(), old.shape[1])
+            removed.append(self.per_row(homes, keep, stop))
+            self.shard_at[i] = homes
+            start = torch.zeros_like(keep) if spec.window is None else keep - (spec.window - 1)
+            self.load[i] = self._count(homes, start, keep) * self.heads - self._by_shard(self.evicted[i].sum(0))
+        return removed

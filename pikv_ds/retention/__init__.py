@@ -1,0 +1,1 @@
+"""The "scheduling" block at work: which pages stay."""

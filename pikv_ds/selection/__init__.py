@@ -1,0 +1,1 @@
+"""The "routing" block at work: which pages a query reads."""

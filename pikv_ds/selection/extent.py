@@ -1,0 +1,49 @@
+"""Where the pages of a query lie: positions, what is inside its window, what it reads in any case.
+
+Q queries, S local shards, C table columns.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pikv_ds.config.pikv import RoutingConfig
+from pikv_ds.pages.pool import LayerStore
+
+
+class Extent(NamedTuple):
+    """Where pages lie, [Q, S, C] each: entries (0 = not visible), positions of the first and the last, which are hidden, which pinned."""
+
+    entries: Tensor
+    visible: Tensor
+    hidden: Tensor
+    first: Tensor
+    last: Tensor
+    pinned: Tensor
+
+
+def extent_of(
+    store: LayerStore, table: Tensor, lens: Tensor, at: Tensor, config: RoutingConfig, window: int | None, in_order: bool
+) -> Extent:
+    """Pages as queries at positions `at` [Q, 1, 1] see them. Sync: none.
+
+    Args: table [Q * S, 1, C] int32, lens [Q, S, 1] int32 entries; in_order: without a window entry i of a table is at position i.
+    """
+    page_size, columns = store.page_size, table.shape[-1]
+    begin = torch.arange(columns, device=table.device, dtype=torch.int32) * page_size
+    entries = (lens - begin).clamp_(0, page_size)
+    visible = entries > 0
+    if window is None and in_order:
+        first, last = begin.expand(entries.shape), begin + (entries - 1)
+    else:
+        held = store.positions if store.num_pages else torch.zeros(1, page_size, dtype=torch.int32, device=table.device)
+        page = torch.where(visible, table.view(entries.shape), 0)
+        first, last = held[page, 0], held[page, (entries - 1).clamp_min(0)]
+    if window is not None:
+        visible = visible & (last > at - window)
+        entries = torch.where(visible, entries, 0)
+    pinned = (first < config.sink_tokens) | (last > at - config.recent_tokens)
+    return Extent(entries, visible, ~visible, first, last, pinned)

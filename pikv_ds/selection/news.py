@@ -1,0 +1,130 @@
+"""What a router is told: entries that were stored, have moved, are others or in another basis now, and which row continues which."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from pikv_ds.blueprint.compression import check_turning_router
+from pikv_ds.blueprint.retention import check_entry_router
+from pikv_ds.blueprint.window import check_router
+from pikv_ds.cache.writer import Written
+from pikv_ds.codecs.request_maps import Turn
+from pikv_ds.codecs.rope import turn
+from pikv_ds.pages.compact import Compacted
+from pikv_ds.pages.entries import keys_at
+from pikv_ds.pages.layers import Tables
+from pikv_ds.pages.move import Moved
+from pikv_ds.pages.pool import LayerStore
+from pikv_ds.routers.base import NewEntries, Router, TurnedEntries
+from pikv_ds.step.step import StepPlan
+
+from .window_news import entries_moved
+
+
+class RouterNews:
+    """Owns the entries that a router is not told of yet; borrows router and tables."""
+
+    def __init__(self, router: Router, tables: Tables, stages: bool) -> None:
+        """stages: entries are stored after the queries of their layer."""
+        self.router, self.tables, self.stages = router, tables, stages
+        self._waiting: list[tuple[int, NewEntries]] = []
+
+    def open(self) -> None:
+        """The stores are new and empty. Host phase."""
+        self._waiting.clear()
+        for layer in range(len(self.tables.layers)):
+            store = self.store(layer)
+            others = len(store.summaries)
+            self.router.open(layer, store, self.tables.num_shards)
+            summarises = len(store.summaries) > others
+            if self.tables.far[layer] is not None:
+                check_router(self.router, summarises=summarises)
+            if self.tables.by_entry:
+                check_entry_router(self.router, summarises=summarises)
+            if self.tables.turns:
+                check_turning_router(self.router, summarises=summarises)
+
+    def store(self, layer: int) -> LayerStore:
+        """The pages that a router chooses from."""
+        return self.tables.pools(layer)[-1]
+
+    def wrote(self, layer: int, plan: StepPlan, k: Tensor, written: Written) -> None:
+        """Entries of a layer were stored: those that queries of their own forward must not see wait until these have been answered."""
+        self.settle()
+        shard, table = written.shard, plan.rows
+        maps, turned = self.tables.far_maps[layer], self.store(layer).turned
+        if maps is not None:
+            k = maps.k.apply(k if turned is None else turn(k, plan.positions, turned.inv_freq, back=True))
+        if turned is not None:  # what queries will meet
+            k = turned.keys(k, plan.positions)
+        if shard is not None:
+            table = torch.where(written.here, table * self.tables.num_local + shard - self.tables.shard_begin, 0)
+        new = NewEntries(
+            k=k, rows=plan.rows, positions=plan.positions, shard=torch.zeros_like(plan.rows) if shard is None else shard,
+            valid=written.valid, slot_mapping=written.slot_mapping, table=table.to(torch.int32),
+        )  # fmt: skip
+        if self.tables.far[layer] is not None:  # in no page that the router chooses from yet
+            new = replace(new, slot_mapping=torch.full_like(new.slot_mapping, -1), table=torch.zeros_like(new.table))
+        if plan.decode or self.stages:  # staged entries are stored after the queries of their layer
+            self._report(layer, new)
+        elif any(source.num_columns == 1 and source.num_rows for source in plan.sources):
+            now = plan.one_column[plan.rows]
+            self._report(layer, _those(new, now))
+            self._waiting.append((layer, _those(new, ~now)))
+        else:
+            self._waiting.append((layer, new))
+
+    def settle(self) -> None:
+        """Report the entries that the queries of their own forward must not see. Call it before pages move."""
+        for layer, new in self._waiting:
+            self._report(layer, new)
+        self._waiting.clear()
+
+    def _report(self, layer: int, new: NewEntries) -> None:
+        self.router.wrote(layer, self.store(layer), new)
+
+    def demoted(self, moved: list[tuple[int, Moved]]) -> None:
+        """Pages have come into the far pools of layers. Host phase."""
+        for layer, pages in moved:
+            store = self.store(layer)
+            self.router.moved(layer, store, entries_moved(store, pages, self.tables.shard_begin))
+
+    def compacted(self, layer: int, changed: Compacted) -> None:
+        """Pages of a layer have other entries than before. Host phase."""
+        self.router.moved(layer, self.tables.stores[layer], self._stored(layer, changed.table, changed.index))
+
+    def turned(self, layer: int, turn: Turn, gather: Callable[[Tensor], Tensor]) -> None:
+        """Keys of some rows of a layer have another basis, and their pages hold other numbers. Host phase."""
+        store = self.tables.stores[layer]
+        counts, num_local = store.counts[turn.rows].flatten(), self.tables.num_local
+        held = torch.arange(int(counts.max()), device=counts.device) < counts.unsqueeze(-1)
+        cell, index = torch.nonzero(held, as_tuple=True)
+        table = turn.rows[cell // num_local] * num_local + cell % num_local
+        entries = self._stored(layer, table, index)
+        self.router.turned(layer, store, TurnedEntries(rows=turn.rows, turn=turn.by, entries=entries, gather=gather))
+
+    def _stored(self, layer: int, table: Tensor, index: Tensor) -> NewEntries:
+        """The entries `index` [n] of tables `table` [n] (row * local shards + shard, ascending)."""
+        store = self.tables.stores[layer]
+        page = store.block_table.flatten(0, 1)[table, index // self.tables.page_size].to(torch.int64)
+        offset, num_local = index % self.tables.page_size, self.tables.num_local
+        k, positions = keys_at(store, table, index), store.positions[page, offset]
+        return NewEntries(
+            k=k if store.turned is None else store.turned.keys(k, positions), rows=table // num_local, positions=positions,
+            shard=table % num_local + self.tables.shard_begin, valid=torch.ones_like(page, dtype=torch.bool),
+            slot_mapping=(page * self.tables.page_size + offset).to(torch.int32), table=table.to(torch.int32),
+        )  # fmt: skip
+
+    def remap(self, parent: list[int]) -> None:
+        """Row i continues row parent[i], -1 = a fresh row. Host phase."""
+        rows = torch.tensor(parent, dtype=torch.int64).to(self.tables.device)
+        for layer in range(len(self.tables.layers)):
+            self.router.remap(layer, rows)
+
+
+def _those(new: NewEntries, mask: Tensor) -> NewEntries:
+    return replace(new, valid=new.valid & mask, slot_mapping=torch.where(mask, new.slot_mapping, -1))

@@ -1,0 +1,146 @@
+"""How the ranks agree, once per forward, on whose tokens are in it. Host side; the only file that compares ranks.
+
+A forward in steady decoding needs no collective of its own: every record carries a header, and the header of the first record of
+the forward is read by all ranks. If it says that some rank does something else (a new request, several tokens, a beam fork, a crop),
+all ranks see that and exchange the rows of all requests before they go on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from pikv_ds.errors import DivergedError
+from pikv_ds.exchange.exchange import Exchange
+from pikv_ds.exchange.wire import HEADER
+
+from .step import LocalStep
+
+PLAIN, IDLE, FRESH, HOLD = 1, 2, 4, 8
+
+
+@dataclass(slots=True)
+class Agreed:
+    """One forward as all ranks see it. Per source: B, T, and per row parent (global row of the last forward or -1), keep, new tokens."""
+
+    shapes: list[tuple[int, int]]
+    parent: list[int]
+    keep: list[int]
+    num_new: list[int]
+    restart: bool  # every request is new
+    identity: bool  # rows continue themselves
+
+
+class Agreement:
+    """Holds the mode (replicated or distinct) and the row counts of the last forward; borrows the exchange."""
+
+    def __init__(self, exchange: Exchange, requests: str, device: torch.device) -> None:
+        self.exchange = exchange
+        self.requests = requests
+        self.device = device
+        self.mode: str | None = None
+        self.num_rows: list[int] = []  # per source
+        self.lens: list[int] = []  # per global row, after the last forward
+
+    @property
+    def steady(self) -> bool:
+        return self.mode is not None
+
+    @property
+    def own(self) -> int:
+        return self.exchange.rank if self.mode == "distinct" else 0
+
+    def forget(self) -> None:
+        self.mode, self.num_rows, self.lens = None, [], []
+
+    def header(self, step: LocalStep, hold: bool) -> list[int]:
+        flags = PLAIN * self.is_plain(step) | IDLE * step.idle | FRESH * step.fresh | HOLD * hold
+        low, high = step.digest & 0x7FFFFFFF, (step.digest >> 31) & 0x7FFFFFFF
+        header = [flags, step.num_rows, step.num_columns, low, high, step.digest >> 62]
+        return header + [0] * (HEADER - len(header))
+
+    def is_plain(self, step: LocalStep) -> bool:
+        """This rank's part of the forward fits the record that all ranks expect in steady decoding."""
+        plain = step.plain_decode if self.mode == "distinct" else step.num_columns == 1 and not step.fresh
+        return plain and self.steady and step.num_rows == self.num_rows[self.own]
+
+    @staticmethod
+    def all_plain(headers: list[list[int]]) -> bool:
+        return all(h[0] & PLAIN for h in headers)
+
+    @staticmethod
+    def all_fresh(headers: list[list[int]]) -> bool:
+        return all(h[0] & FRESH for h in headers)
+
+    @staticmethod
+    def any_hold(headers: list[list[int]]) -> bool:
+        return any(h[0] & HOLD for h in headers)
+
+    def check_replicated(self, headers: list[list[int]]) -> None:
+        """All ranks call this with the same headers, so all of them raise or none."""
+        if any(h != headers[0] for h in headers):
+            raise DivergedError(
+                "the ranks hold replicated requests (pikv.storage.requests), but this forward differs between them: "
+                + "; ".join(f"rank {r}: {h[1]} rows x {h[2]} tokens, digest {h[3]:08x}{h[4]:08x}" for r, h in enumerate(headers))
+                + ". Sampling with different seeds makes ranks diverge: seed them alike, or set pikv.storage.requests = 'distinct'"
+            )
+
+    def continue_plain(self, step: LocalStep, headers: list[list[int]] | None = None) -> Agreed:
+        """A forward of one column that needs no message: replicated (the headers are compared), or one token per row and idle ranks."""
+        shapes = [(b, 1) for b in self.num_rows]
+        if self.mode != "distinct":
+            return Agreed(shapes, step.parent, step.keep, step.num_new, False, step.identity)
+        assert headers is not None, "distinct ranks are told apart by their headers"
+        num_new = [0 if headers[g][0] & IDLE else 1 for g, b in enumerate(self.num_rows) for _ in range(b)]
+        return Agreed(shapes, list(range(len(self.lens))), list(self.lens), num_new, False, True)
+
+    def settle(self, step: LocalStep, headers: list[list[int]], layer0_digest: Callable[[], int]) -> Agreed:
+        """Agree on a forward that is not plain. `layer0_digest()` is called on all ranks or on none. Host phase, 0 to 2 collectives."""
+        restart = self.all_fresh(headers)
+        if restart:
+            self.mode = self._decide(headers, layer0_digest)
+        elif self.mode == "replicated":
+            self.check_replicated(headers)
+        if self.mode in ("replicated", "local"):
+            return Agreed([(step.num_rows, step.num_columns)], step.parent, step.keep, step.num_new, restart, step.identity)
+        return self._settle_distinct(step, headers, restart)
+
+    def _decide(self, headers: list[list[int]], layer0_digest: Callable[[], int]) -> str:
+        if self.exchange.size == 1:
+            return "local"
+        if self.requests == "distinct":
+            return "distinct"
+        if self.requests == "replicated":
+            self.check_replicated(headers)
+            return "replicated"
+        if any(h != headers[0] for h in headers):
+            return "distinct"
+        value = layer0_digest()
+        keys = self.exchange.gather_ints([value], self.device, "comparing the first layer's keys")
+        return "replicated" if all(k == keys[0] for k in keys) else "distinct"
+
+    def _settle_distinct(self, step: LocalStep, headers: list[list[int]], restart: bool) -> Agreed:
+        widest = max(h[1] for h in headers)
+        rows = [*zip(step.parent, step.keep, step.num_new, strict=True)]
+        rows += [(-1, 0, 0)] * (widest - len(rows))
+        gathered = self.exchange.gather_ints([x for row in rows for x in row], self.device, "exchanging the rows of all requests")
+        parent, keep, num_new, row0 = [], [], [], 0
+        for rank, (header, flat) in enumerate(zip(headers, gathered, strict=True)):
+            for b in range(header[1]):
+                p, n, new = flat[3 * b : 3 * b + 3]
+                parent.append(-1 if p < 0 or restart else p + row0)
+                keep.append(n)
+                num_new.append(new)
+            row0 += self.num_rows[rank] if self.num_rows and len(self.num_rows) == len(headers) else 0
+        shapes = [(h[1], h[2]) for h in headers]
+        identity = not restart and parent == list(range(len(self.lens))) and keep == self.lens
+        return Agreed(shapes, parent, keep, num_new, restart, identity)
+
+    def commit(self, agreed: Agreed) -> tuple[list[int], list[int]]:
+        """Take over the rows; returns the tokens of every row before and after the forward."""
+        self.num_rows = [b for b, _ in agreed.shapes]
+        before = list(agreed.keep)
+        self.lens = [n + new for n, new in zip(before, agreed.num_new, strict=True)]
+        return before, list(self.lens)

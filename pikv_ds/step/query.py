@@ -1,0 +1,43 @@
+"""What passes between the parts of a step: one layer's input, its result, entries that wait for their expert."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from pikv_ds.placement.placement import Routed
+
+
+class Partial(NamedTuple):
+    """Attention over stored entries, merged over ranks: out [B, T, Hq, Dv] f32, lse [B, T, Hq] f32; 0 and -inf where nothing is stored.
+
+    includes_self: this forward's own tokens are among them (one column); else the caller attends inside its chunk and merges.
+    empty: nothing was stored for these requests, known on the host: out is 0 and lse -inf.
+    """
+
+    out: Tensor
+    lse: Tensor
+    includes_self: bool
+    empty: bool = False
+
+
+class Query(NamedTuple):
+    """One layer's share of a forward: q [B, T, Hq, Dk] (MLA: absorbed), entries k [B * T, Hkv, Dk] and v [B * T, Hkv, Dv]."""
+
+    layer: int
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    scale: float
+    v_dim: int
+    expert_ids: Routed | Tensor | None
+
+
+class Staged(NamedTuple):
+    """Entries of a layer whose router has not run yet (storage.expert_ids "true"): k, v [N, Hkv, D]; expert_ids once known."""
+
+    layer: int
+    k: Tensor
+    v: Tensor
+    expert_ids: Tensor | None = None

@@ -1,0 +1,135 @@
+"""The plan of one forward: whose tokens are in it, how long every request is before and after. Host side, once per forward."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from pikv_ds.placement.placement import hash_expert
+
+
+@dataclass(slots=True, kw_only=True)
+class LocalStep:
+    """What this rank brings to a forward. B request rows, T token columns.
+
+    num_new: real (not padding) tokens per row; parent and keep: which earlier row each row continues and up to which position
+    (parent -1 = a new request). positions: [B, T] int32 on the device, -1 = padding.
+    """
+
+    num_rows: int
+    num_columns: int
+    num_new: list[int]
+    parent: list[int]
+    keep: list[int]
+    positions: Tensor
+    digest: int
+    identity: bool  # rows continue themselves, nothing cropped
+    fresh: bool  # all rows are new requests
+
+    @property
+    def idle(self) -> bool:
+        """No token of this forward is stored: a finished rank, or one without requests, that only keeps step."""
+        return not any(self.num_new)
+
+    @property
+    def plain_decode(self) -> bool:
+        """One stored token per row, or none at all, and the rows unchanged: nothing that other ranks need to be told."""
+        return self.num_columns == 1 and self.identity and (self.idle or all(self.num_new))
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """The tokens one rank brings: B rows of T columns; its rows are row0 .. row0 + B - 1 of the tables."""
+
+    num_rows: int
+    num_columns: int
+    row0: int
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_rows * self.num_columns
+
+
+class StepPlan:
+    """What all ranks agreed on for one forward. R rows in all, N tokens per source after padding to the largest.
+
+    Device tensors, made when first asked for: rows [sources * N] int64 ascending; lens_before, lens_after [R] int64; one_column [R]
+    bool, rows whose source has T == 1. positions [sources * N] int32 (-1 = padding) and valid come with the first record of the forward.
+    """
+
+    def __init__(self, shapes: list[tuple[int, int]], own: int, before: list[int], after: list[int], device: torch.device) -> None:
+        """shapes: (B, T) per source; own: index of this rank's source; before, after: tokens of every row, in source order."""
+        self.sources: list[Source] = []
+        row0 = 0
+        for num_rows, num_columns in shapes:
+            self.sources.append(Source(num_rows, num_columns, row0))
+            row0 += num_rows
+        self.own, self.device = own, device
+        self.lens_before_host, self.lens_after_host = before, after
+        self.num_new = [a - b for a, b in zip(after, before, strict=True)]
+        self.num_tokens = max(s.num_tokens for s in self.sources)
+        self.decode = all(s.num_columns == 1 for s in self.sources)  # no row has two tokens
+        self.all_valid = len(self.sources) == 1 and sum(self.num_new) == self.num_tokens  # no padding, no idle rank
+        self.positions: Tensor | None = None
+        self.valid: Tensor | None = None
+        self._hashed: Tensor | None = None
+        self.capacity: list[int] = []  # per layer: entries a shard may hold
+        self.may_spill: list[bool] = []  # per layer
+        self.may_open: list[bool] = []  # per layer: a new page may be needed
+        self.quiet = False  # no page is opened, so no sizes change but the counts
+
+    @cached_property
+    def rows(self) -> Tensor:
+        token = torch.arange(self.num_tokens)
+        if len(self.sources) == 1:
+            columns = self.sources[0].num_columns
+            return (token if columns == 1 else token // columns).to(self.device)
+        return torch.cat([s.row0 + (token // s.num_columns).clamp_max(s.num_rows - 1) for s in self.sources]).to(self.device)
+
+    @cached_property
+    def lens_before(self) -> Tensor:
+        return torch.tensor(self.lens_before_host, dtype=torch.int64).to(self.device)
+
+    @cached_property
+    def lens_after(self) -> Tensor:
+        return torch.tensor(self.lens_after_host, dtype=torch.int64).to(self.device)
+
+    @cached_property
+    def one_column(self) -> Tensor:
+        return torch.tensor([s.num_columns == 1 for s in self.sources for _ in range(s.num_rows)]).to(self.device)
+
+    def has_past(self, source: Source) -> bool:
+        return any(self.lens_before_host[source.row0 : source.row0 + source.num_rows])
+
+    def set_positions(self, positions: Tensor) -> None:
+        self.positions = positions.contiguous()
+        self.valid = positions >= 0
+        self._hashed = None
+
+    def hashed_experts(self, num_experts: int) -> Tensor:
+        """[sources * N] int64: position mod num_experts, for entries that no router has seen."""
+        if self._hashed is None:
+            assert self.positions is not None, "set_positions comes first"
+            self._hashed = hash_expert(self.positions, num_experts)
+        return self._hashed
+
+    def query_positions(self, row0: int, num_rows: int) -> Tensor:
+        """[num_rows, T] positions of the queries of neighbouring sources with equal shapes, the first of which starts at row0."""
+        first = next(i for i, source in enumerate(self.sources) if source.row0 == row0)
+        source = self.sources[first]
+        assert self.positions is not None, "set_positions comes first"
+        run = self.positions.view(len(self.sources), -1)[first : first + num_rows // source.num_rows, : source.num_tokens]
+        return run.reshape(num_rows, source.num_columns)
+
+    def same_shape_runs(self) -> list[list[Source]]:
+        """Neighbouring sources with equal B and T: their queries are one batch."""
+        runs: list[list[Source]] = []
+        for source in self.sources:
+            if runs and (runs[-1][0].num_rows, runs[-1][0].num_columns) == (source.num_rows, source.num_columns):
+                runs[-1].append(source)
+            else:
+                runs.append([source])
+        return runs

@@ -1,0 +1,203 @@
+"""Bases that are fitted to each request's own keys and values while it runs (codec svd), and what is stored when a basis changes.
+
+A request's basis is the first r eigenvectors of the sum of x x^T over its tokens so far, that is the first right singular vectors of its
+keys (values). It is fitted to the first forward of the request before anything is stored, and again after the forwards in which
+the request has doubled, until it has `fit_tokens` tokens or is forked: then the pages of the request are turned, c' = c W^T W', on
+whatever rank they lie. Each turn loses what the old basis had not kept; a prompt that comes in one forward loses only the tail of its
+spectrum.
+
+The bases lie at the rank that runs the request, as queries and outputs are mapped there. With a raw window (tiers/window.py) entries are
+projected when they leave it, and queries are folded where far pages lie: then every rank has the bases of all rows, fitted at the end of
+the first forward and shared. B rows of this rank, R of all ranks, H kv heads, D head_dim, r rank.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pikv_ds.codecs.base import Codec
+from pikv_ds.codecs.request_maps import RequestMaps, Turn, leading
+from pikv_ds.exchange.exchange import Exchange
+from pikv_ds.pages.layers import Tables
+from pikv_ds.pages.reproject import reproject
+from pikv_ds.spec import LayerSpec
+from pikv_ds.step.agreement import Agreed
+from pikv_ds.step.step import LocalStep, StepPlan
+
+NEVER = 1 << 62
+
+
+class RequestBases:
+    """Owns the bases of this rank's rows and, while they may still change, the sums that they follow from. Borrows the exchange."""
+
+    def __init__(self, layers: list[LayerSpec], codec: Codec, tables: Tables, exchange: Exchange) -> None:
+        self.fit_tokens, self.exchange, self.tables, self.device = codec.fit_tokens, exchange, tables, tables.device
+        self.far = [i for i, far in enumerate(tables.far) if far is not None]  # layers with a raw window: bases of all rows, on every rank
+        # Per layer and side (k, v): heads, D, r.
+        self.shapes = [
+            ((spec.num_kv_heads, spec.k_dim, own.k_dim), (spec.num_kv_heads, spec.v_dim, own.v_dim))
+            for spec, own in ((spec, codec.stored(spec)) for spec in layers)
+        ]
+        rotations = (codec.request_rotation(spec) for spec in layers)
+        self.rotations = [None if pair is None else [x.to(self.device) for x in pair] for pair in rotations]  # [layer][side] [H, r, r]
+        self.reset()
+
+    def reset(self) -> None:
+        self.bases: list[list[Tensor]] = []  # [layer][side] [B, H, D, r]; of layers with far pages [R, H, D, r]
+        self.sums: list[list[Tensor]] | None = None  # [layer][side] [B, H, D, D]; None: no row of this rank is fitted again
+        self.new: list[int] = []  # rows of this rank whose first tokens the running forward brings
+        self.num_rows = 0  # B
+        self.positions: Tensor | None = None
+        self.fitted_at: list[int] = []  # [R] tokens of a request when its basis was fitted; NEVER = not again; the same on all ranks
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of bases and sums of this rank's requests: they are part of its KV cache."""
+        return sum(x.nbytes for layer in [*self.bases, *(self.sums or [])] for x in layer)
+
+    # ---- host phase ----------------------------------------------------------------------------------------------------------
+
+    def begin(self, local: LocalStep) -> None:
+        """Bring the rows of this rank in line with what it brings to the next forward."""
+        self.positions = local.positions
+        self.new = [row for row, keep in enumerate(local.keep) if keep == 0]
+        if local.identity and not self.new and self.bases:
+            return
+        parent = [-1] * local.num_rows if local.fresh or not self.bases else local.parent
+        index = torch.tensor(parent, dtype=torch.int64).to(self.device)
+        if self.sums is None and self.new:
+            self.sums = [[torch.zeros(self.num_rows, h, d, d, device=self.device) for h, d, _ in sides] for sides in self.shapes]
+        self.bases = self.bases or [[torch.zeros(0, h, d, r, device=self.device) for h, d, r in sides] for sides in self.shapes]
+        new = torch.zeros(local.num_rows, dtype=torch.bool)
+        new[self.new] = True
+        new, self.num_rows = new.to(self.device), local.num_rows
+        self.bases = [x if i in self.far else [_take(side, index, new) for side in x] for i, x in enumerate(self.bases)]
+        self.sums = None if self.sums is None else [[_take(x, index, new) for x in layer] for layer in self.sums]
+
+    def remap(self, agreed: Agreed) -> None:
+        """Follow the rows of all ranks: a row that is forked keeps its basis from then on, as its pages are another row's too."""
+        parents = [] if agreed.restart else agreed.parent
+        self.fitted_at = [
+            0 if p < 0 or agreed.keep[row] == 0 else NEVER if parents.count(p) > 1 else self.fitted_at[p]
+            for row, p in enumerate(parents or [-1] * len(agreed.parent))
+        ]
+        if self.far:
+            index = torch.tensor(parents or [-1] * len(agreed.parent), dtype=torch.int64).to(self.device)
+            new = torch.tensor([keep == 0 for keep in agreed.keep]).to(self.device)
+            for layer in self.far:
+                self._place(layer, [_take(x, index, new) for x in self.bases[layer]])
+
+    def _place(self, layer: int, sides: list[Tensor]) -> None:
+        """The bases of all rows of a layer with far pages."""
+        self.bases[layer] = sides
+        self.tables.far_maps[layer] = RequestMaps(*sides)
+
+    def settle(self, plan: StepPlan) -> list[tuple[int, Turn]]:
+        """Fit again what has doubled, and turn what is stored. Call it before pages are demoted.
+
+        Returns: layers whose queries are folded at the entrance of attend, and how their keys were turned; the same on every rank.
+        Collectives with several ranks' requests: one when some have doubled; one for layers with far pages, then and with a new request.
+        """
+        first, doubled = [], []
+        for row, (before, after) in enumerate(zip(plan.lens_before_host, plan.lens_after_host, strict=True)):
+            at = self.fitted_at[row]
+            if before == 0 and after > 0:
+                first.append(row)
+            elif after > before and at < self.fit_tokens and after >= 2 * at:
+                doubled.append(row)
+            else:
+                continue
+            self.fitted_at[row] = after
+        turned = []
+        near = [layer for layer in range(len(self.shapes)) if layer not in self.far]
+        if doubled and near:
+            rows = torch.tensor(doubled, dtype=torch.int64).to(self.device)
+            for layer, (turn_k, turn_v) in zip(near, self._turns(plan, near, doubled), strict=True):
+                reproject(self.tables.stores[layer], rows, turn_k, turn_v)
+                turned.append((layer, Turn(rows, turn_k)))
+        if self.far and (first or doubled):
+            self._share(plan, sorted(first + doubled))
+        own = plan.sources[plan.own]
+        if self.sums is not None and all(at >= self.fit_tokens for at in self.fitted_at[own.row0 : own.row0 + own.num_rows]):
+            self.sums = None
+        return turned
+
+    def _turns(self, plan: StepPlan, layers: list[int], rows: list[int]) -> list[list[Tensor]]:
+        """Of some layers [side] [len(rows), H, r, r]: from old coefficients to new ones. The new bases are in place afterwards."""
+        index, turns = self._own(plan, rows), []
+        for layer in layers:
+            for side, basis in enumerate(self.bases[layer]):
+                old = basis[index]
+                new = self._fitted(layer, side, index)
+                turns.append(old.mT @ new)
+                basis[index] = new
+        turns = self._of_all(plan, rows, turns, "turning what is stored of requests with a new basis")
+        return [turns[i : i + 2] for i in range(0, len(turns), 2)]
+
+    def _share(self, plan: StepPlan, rows: list[int]) -> None:
+        """New bases of `rows` for far pages, on every rank, and far pages turned into them."""
+        index = self._own(plan, rows)
+        new = [self._fitted(layer, side, index) for layer in self.far for side in range(2)]
+        new = self._of_all(plan, rows, new, "sharing the bases of requests for their far pages")
+        rows = torch.tensor(rows, dtype=torch.int64).to(self.device)
+        for layer, *sides in zip(self.far, new[::2], new[1::2], strict=True):
+            old = [x[rows] for x in self.bases[layer]]
+            reproject(self.tables.far[layer], rows, *(x.mT @ y for x, y in zip(old, sides, strict=True)))  # a new row has no far page
+            self._place(layer, [x.index_copy(0, rows, y) for x, y in zip(self.bases[layer], sides, strict=True)])
+
+    def _own(self, plan: StepPlan, rows: list[int]) -> Tensor:
+        """Those of some rows of all ranks that are this rank's, counted from its first."""
+        source = plan.sources[plan.own]
+        own = [row - source.row0 for row in rows if source.row0 <= row < source.row0 + source.num_rows]
+        return torch.tensor(own, dtype=torch.int64).to(self.device)
+
+    def _fitted(self, layer: int, side: int, index: Tensor | list[int]) -> Tensor:
+        """[n, H, D, r] bases of the rows `index` of this rank, after all their tokens so far."""
+        heads, dim, rank = self.shapes[layer][side]
+        if not len(index):
+            return torch.zeros(0, heads, dim, rank, device=self.device)
+        basis = leading(self.sums[layer][side][index], rank)
+        return basis if self.rotations[layer] is None else basis @ self.rotations[layer][side]
+
+    def _of_all(self, plan: StepPlan, rows: list[int], parts: list[Tensor], what: str) -> list[Tensor]:
+        """parts [n, ...] of this rank's among `rows` -> [len(rows), ...] of all ranks', in the order of the rows."""
+        if len(plan.sources) == 1:
+            return parts
+        counts = [sum(s.row0 <= row < s.row0 + s.num_rows for row in rows) for s in plan.sources]
+        most = max(counts)
+        blocks = self.exchange.all_gather(torch.cat([_padded(part, most).flatten() for part in parts]), what)
+        sizes = [most * part.shape[1:].numel() for part in parts]
+        found = []
+        for part, block in zip(parts, blocks.split(sizes, 1), strict=True):
+            by_rank = block.view(len(counts), most, *part.shape[1:])
+            found.append(torch.cat([x[:count] for x, count in zip(by_rank, counts, strict=True)]))
+        return found
+
+    # ---- the step ------------------------------------------------------------------------------------------------------------
+
+    def maps(self, layer: int, k: Tensor, v: Tensor) -> RequestMaps | None:
+        """The maps of this forward, k and v [B, T, H, D]; None: entries are stored as they are (far pages are mapped by their readers).
+
+        Sync: where a request is new, an eigendecomposition reads the device.
+        """
+        if self.sums is not None:
+            real = (self.positions >= 0).view(*k.shape[:2], 1, 1)
+            for side, x in enumerate((k, v)):
+                x = torch.where(real, x.float(), 0).nan_to_num(0.0, 0.0, 0.0)  # what is not finite stays in its own entry
+                self.sums[layer][side] += torch.einsum("bthi,bthj->bhij", x, x)
+                if self.new and layer not in self.far:
+                    self.bases[layer][side][self.new] = self._fitted(layer, side, self.new)
+        return None if layer in self.far else RequestMaps(*self.bases[layer])
+
+
+def _take(x: Tensor, index: Tensor, new: Tensor) -> Tensor:
+    """Rows `index` of x, -1 and new ones = 0."""
+    if x.shape[0] == 0:
+        return x.new_zeros(len(index), *x.shape[1:])
+    kept = x.index_select(0, index.clamp_min(0))
+    return torch.where(((index < 0) | new).view(-1, 1, 1, 1), 0, kept)
+
+
+def _padded(x: Tensor, rows: int) -> Tensor:
+    return torch.cat([x, x.new_zeros(rows - x.shape[0], *x.shape[1:])])

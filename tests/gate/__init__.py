@@ -1,0 +1,1 @@
+"""The bench gate: `python -m tests.gate`, see __main__.py."""
