@@ -83,7 +83,7 @@ setup(
     ],
     extras_require={
         "cuda": ["cupy-cuda13x"],
-        "test": ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "matplotlib", "ruff"],
+        "test": ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "matplotlib", "ruff", "mypy"],
     },
     entry_points={"console_scripts": ["pikv=pikv_ds.launch.cli:main"]},
 )

@@ -1,7 +1,9 @@
-# Sourced by demo.sh and test.sh: enters the repository, prepares a Python environment and installs the package into it.
-#   PYTHON   interpreter that makes .venv when no environment is active (default: the first of python3, 3.12, 3.11 that is >= 3.11)
+# shellcheck shell=bash
+# Sourced by demo.sh, test.sh and dev.sh: enters the repository, prepares a Python environment and installs the package into it.
+#   PYTHON            interpreter that makes .venv when no environment is active (default: the first of python3, 3.12, 3.11 that is >= 3.11)
+#   PIKV_NO_INSTALL   1: the environment is taken as it is, nothing is installed
 
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || return
 
 have_version() { # have_version INTERPRETER: is it there, and new enough?
     "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1
@@ -79,12 +81,19 @@ install() {
     fi
 }
 
-stamp=$(python -c 'import sys; print(sys.prefix)')/.pikv-installed
-wanted=$(cat setup.py constraints.txt <(pwd) | python -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())')
-if [[ ! -f "$stamp" || "$(cat "$stamp")" != "$wanted" ]]; then
-    echo "pikv: installing into $(dirname "$stamp") (a few minutes the first time)"
-    install
-    echo "$wanted" >"$stamp"
+install_if_changed() { # since the last time, in this environment: the requirements, or where the repository lies
+    local stamp wanted
+    stamp=$(python -c 'import sys; print(sys.prefix)')/.pikv-installed
+    wanted=$(cat setup.py constraints.txt <(pwd) | python -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())')
+    if [[ ! -f "$stamp" || "$(cat "$stamp")" != "$wanted" ]]; then
+        echo "pikv: installing into $(dirname "$stamp") (a few minutes the first time)"
+        install
+        echo "$wanted" >"$stamp"
+    fi
+}
+
+if [[ "${PIKV_NO_INSTALL:-}" != 1 ]]; then
+    install_if_changed
 fi
 
 if [[ -z "${DS_ACCELERATOR:-}" ]] && ! python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then

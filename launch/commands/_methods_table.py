@@ -102,6 +102,7 @@ def method_rows(results: Results) -> list[dict[str, Any]]:
                 {
                     "key": f"{family}.method",
                     "name": name,
+                    "from": registry.origin(name),
                     "options": ", ".join(options),
                     **size,
                     **results.of_method(family, name),

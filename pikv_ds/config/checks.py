@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any, get_type_hints
+from typing import TYPE_CHECKING, Any, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from pikv_ds.errors import ConfigError
 from pikv_ds.registry import Registry
 
+from .block import MethodBlock
 from .wording import legal_words, problem, removed, unknown_key
+
+if TYPE_CHECKING:
+    from .compression import CodecConfig
+    from .pikv import StorageConfig
+    from .routing import RoutingConfig
+    from .scheduling import SchedulingConfig
 
 
 def check_companion(key: str, value: Any, selector: str, chosen: str, needed: str) -> None:
@@ -43,7 +50,7 @@ def check_table(table: tuple, num_shards: int | None) -> None:
             raise problem(f"{key}[{layer_idx}][{expert}]", shards, legal)
 
 
-def check_retention(block: BaseModel) -> None:
+def check_retention(block: SchedulingConfig) -> None:
     """`scheduling` names a budget in exactly one unit when its method evicts, and room for what is never evicted."""
     given = {name: getattr(block, name) for name in ("budget_tokens", "budget_ratio", "budget_bytes")}
     given = {name: value for name, value in given.items() if value is not None}
@@ -61,13 +68,13 @@ def check_retention(block: BaseModel) -> None:
         )
 
 
-def check_method(key: str, block: BaseModel, registry: Registry) -> None:
+def check_method(key: str, block: MethodBlock, registry: Registry) -> None:
     """The method of a block is registered, and the block's other keys are options of its constructor with values it takes."""
     if block.method in registry.removed:
         raise removed(f"{key}.method", block.method, registry.removed[block.method])
     if block.method not in registry.names():
         raise problem(f"{key}.method", block.method, f"one of {', '.join(map(repr, registry.names()))}")
-    given, method = block.model_extra or {}, registry.get(block.method)
+    given, method = block.options, registry.get(block.method)
     parameters = [p for p in inspect.signature(method.__init__).parameters.values() if p.kind is p.KEYWORD_ONLY]
     options = [parameter.name for parameter in parameters]
     for parameter in parameters:
@@ -90,16 +97,16 @@ def check_method(key: str, block: BaseModel, registry: Registry) -> None:
         raise problem(key, {"method": block.method, **given}, str(error)) from None
 
 
-def check_ready(key: str, block: BaseModel) -> None:
-    """The files that a codec reads are there and hold what it needs; block: a CodecConfig."""
+def check_ready(key: str, block: CodecConfig) -> None:
+    """The files that a codec reads are there and hold what it needs."""
     try:
         block.own().ready()
     except ValueError as error:
-        raise problem(key, {"method": block.method, **(block.model_extra or {})}, str(error)) from None
+        raise problem(key, {"method": block.method, **block.options}, str(error)) from None
 
 
-def check_pools(key: str, block: BaseModel) -> None:
-    """Only the codec of all layers, keys and values can keep two pools of pages, or fit requests; block: a CodecConfig."""
+def check_pools(key: str, block: CodecConfig) -> None:
+    """Only the codec of all layers, keys and values can keep two pools of pages, or fit requests."""
     own = block.own()
     if own.light is None and not own.per_request:
         return
@@ -110,7 +117,7 @@ def check_pools(key: str, block: BaseModel) -> None:
         raise problem(f"{key}.method", block.method, f"another codec in {where}: this one serves keys and values of all layers, {why}")
 
 
-def check_experts(routing: BaseModel, storage: BaseModel) -> None:
+def check_experts(routing: RoutingConfig, storage: StorageConfig) -> None:
     """A router that follows the model's experts finds entries where their experts are."""
     if not routing.build().needs_experts:
         return
@@ -123,7 +130,7 @@ def check_experts(routing: BaseModel, storage: BaseModel) -> None:
         )  # fmt: skip
 
 
-def check_host_penalty(routing: BaseModel, storage: BaseModel) -> None:
+def check_host_penalty(routing: RoutingConfig, storage: StorageConfig) -> None:
     """A penalty on the model's routers acts on routers that name the entries' homes."""
     if routing.host_penalty.build() is None:
         return
@@ -135,7 +142,7 @@ def check_host_penalty(routing: BaseModel, storage: BaseModel) -> None:
         )  # fmt: skip
 
 
-def check_has_experts(routing: BaseModel, num_experts: int | None, model: str) -> None:
+def check_has_experts(routing: RoutingConfig, num_experts: int | None, model: str) -> None:
     """num_experts: of the model, None or 0 for a dense one. Raises: ConfigError when the router follows experts that do not exist."""
     if not num_experts and routing.build().needs_experts:
         raise ConfigError(
@@ -144,7 +151,7 @@ def check_has_experts(routing: BaseModel, num_experts: int | None, model: str) -
         )
 
 
-def check_budget(routing: BaseModel, page_size: int) -> None:
+def check_budget(routing: RoutingConfig, page_size: int) -> None:
     """A router that reads less than everything has exactly one budget, and the pages that every query reads fit into it."""
     given = {name: getattr(routing, name) for name in ("budget_ratio", "budget_pages") if getattr(routing, name) is not None}
     router = routing.build()
@@ -166,7 +173,7 @@ def check_budget(routing: BaseModel, page_size: int) -> None:
         )  # fmt: skip
 
 
-def check_exchange(routing: BaseModel, storage: BaseModel) -> None:
+def check_exchange(routing: RoutingConfig, storage: StorageConfig) -> None:
     """Partials that need not come back exist where queries read a part, for requests of their own."""
     if routing.exchange == "all":
         return

@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import Field
 
-from .block import Block
+from .block import MethodBlock
 
 if TYPE_CHECKING:
     from pikv_ds.codecs.base import Codec
 
 
-class CodecConfig(Block):
+class CodecConfig(MethodBlock):
     """A codec: its method, a rotation before it, and as other keys the options of the method, see `pikv methods`."""
 
-    model_config = ConfigDict(frozen=True, extra="allow", strict=True, validate_default=True)
     method: str = Field("none", description="Codec, see `pikv methods`.")
     rotate: Literal["none", "hadamard"] = Field("none", description="Rotation of what is stored, before it is rounded to few bits.")
     rotate_seed: int = Field(0, ge=0, lt=1 << 31, description="Chooses the random signs of the rotation.")
@@ -26,7 +25,7 @@ class CodecConfig(Block):
         from pikv_ds.codecs import CODECS
         from pikv_ds.codecs.rotated import Rotated
 
-        codec = CODECS.build(self.method, **self.model_extra)
+        codec = CODECS.build(self.method, **self.options)
         return codec if self.rotate == "none" else Rotated(codec, self.rotate_seed)
 
 

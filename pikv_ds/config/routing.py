@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import Field
 
-from .block import Block
+from .block import Block, MethodBlock
 
 if TYPE_CHECKING:
     from pikv_ds.routers.base import Router
@@ -29,10 +29,9 @@ class HostPenaltyConfig(Block):
         return RouterPenalty(load=self.load, miss=self.miss, applies_to=self.applies_to) if self.load or self.miss else None
 
 
-class RoutingConfig(Block):
+class RoutingConfig(MethodBlock):
     """Which pages a query reads. Other keys are the options of the router, see `pikv methods`."""
 
-    model_config = ConfigDict(frozen=True, extra="allow", strict=True, validate_default=True)
     method: str = Field("all", description="KV router, see `pikv methods`.")
     budget_ratio: float | None = Field(None, gt=0, le=1, description="Pages a query reads per kv head, as a share of its request's tokens.")
     budget_pages: int | None = Field(None, ge=1, description="Pages a query reads per kv head and layer; in place of budget_ratio.")
@@ -47,4 +46,4 @@ class RoutingConfig(Block):
         """The router with its options."""
         from pikv_ds.routers import ROUTERS
 
-        return ROUTERS.build(self.method, **self.model_extra)
+        return ROUTERS.build(self.method, **self.options)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
 
-from .block import Block
+from .block import MethodBlock
 from .wording import removed
 
 if TYPE_CHECKING:
@@ -19,10 +19,9 @@ _INSTEAD_OF_TOKEN = (
 )
 
 
-class SchedulingConfig(Block):
+class SchedulingConfig(MethodBlock):
     """Which entries stay. Other keys are the options of the retention policy, see `pikv methods`."""
 
-    model_config = ConfigDict(frozen=True, extra="allow", strict=True, validate_default=True)
     method: str = Field("none", description="Retention policy, see `pikv methods`.")
     budget_tokens: int | None = Field(None, ge=1, description="Entries kept per request and full-attention layer.")
     budget_ratio: float | None = Field(None, gt=0, le=1, description="Entries kept, as a share of those appended; 0.25 evicts 4x.")
@@ -54,4 +53,4 @@ class SchedulingConfig(Block):
         """The policy with its options."""
         from pikv_ds.policies import POLICIES
 
-        return POLICIES.build(self.method, **self.model_extra)
+        return POLICIES.build(self.method, **self.options)

@@ -53,10 +53,13 @@ def describe(error: ValidationError, block: type[BaseModel]) -> str:
 def _line(item: ErrorDetails, block: type[BaseModel]) -> str:
     if item["type"] == "pikv":
         return item["msg"]
+    if item["type"] == "value_error":  # raised by what a check called, with a message of its own
+        return str(item["ctx"]["error"])
     model, field, path = _locate(item["loc"], block)
     key = ".".join(["pikv", *path])
     if item["type"] == "extra_forbidden":
         return _unknown(key, item["input"], ".".join(["pikv", *path[:-1]]), list(model.model_fields))
+    assert field is not None, item
     legal = "a finite number" if item["type"] == "finite_number" else _legal(field)
     return f"{key} = {_show(item['input'])}: legal is {legal}"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import timedelta
 
 import torch
@@ -62,7 +63,7 @@ class Exchange:
         self.collectives += 1
         self.bytes_sent += num_bytes
 
-    def _run(self, what: str, start) -> None:
+    def _run(self, what: str, start: Callable[[], dist.Work]) -> None:
         try:
             work = start()
             if self._timed:

@@ -65,13 +65,15 @@ class Placement:
         self.num_shards = num_shards
         self.n_tok = n_tok
         self.expert_mask = (1 << max(num_experts - 1, 0).bit_length()) - 1
-        self.table = _checked_table(table, num_experts, num_shards) if method == "table" else None
-        if method == "experts":
+        self.table: Tensor | None = None
+        if method == "table":
+            self.table = _checked_table(table or [], num_experts, num_shards)
+        elif method == "experts":
             self.table = (torch.arange(num_experts) * num_shards // num_experts).view(1, -1, 1)
         self.replicas = None if self.table is None else (self.table >= 0).sum(-1)  # [layers or 1, E]
 
     def to(self, device: torch.device) -> Placement:
-        if self.table is not None:
+        if self.table is not None and self.replicas is not None:
             self.table, self.replicas = self.table.to(device), self.replicas.to(device)
         return self
 
@@ -81,6 +83,7 @@ class Placement:
             return positions.to(torch.int64) % self.num_shards
         if self.method == "xor":
             return ((positions.to(torch.int64) % self.n_tok) ^ (expert_ids & self.expert_mask)) % self.num_shards
+        assert self.table is not None and self.replicas is not None, self.method
         layer = layer_idx if self.table.shape[0] > 1 else 0
         if self.table.shape[-1] == 1:
             return self.table[layer, :, 0][expert_ids]

@@ -1,8 +1,8 @@
 """ROUTERS: rules for which shards a query reads. One method, one file, one decorator."""
 
-from pikv_ds.registry import Registry, load_siblings
+from pikv_ds.registry import OUTSIDE, Registry, load_siblings
 
-ROUTERS = Registry("router")
+ROUTERS = Registry("router", OUTSIDE)
 load_siblings(__name__)
 ROUTERS.refuse(
     "hierarchical",

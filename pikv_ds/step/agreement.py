@@ -7,6 +7,7 @@ all ranks see that and exchange the rows of all requests before they go on.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -91,10 +92,11 @@ class Agreement:
         shapes = [(b, 1) for b in self.num_rows]
         if self.mode != "distinct":
             return Agreed(shapes, step.parent, step.keep, step.num_new, False, step.identity)
+        assert headers is not None, "distinct ranks are told apart by their headers"
         num_new = [0 if headers[g][0] & IDLE else 1 for g, b in enumerate(self.num_rows) for _ in range(b)]
         return Agreed(shapes, list(range(len(self.lens))), list(self.lens), num_new, False, True)
 
-    def settle(self, step: LocalStep, headers: list[list[int]], layer0_digest) -> Agreed:
+    def settle(self, step: LocalStep, headers: list[list[int]], layer0_digest: Callable[[], int]) -> Agreed:
         """Agree on a forward that is not plain. `layer0_digest()` is called on all ranks or on none. Host phase, 0 to 2 collectives."""
         restart = self.all_fresh(headers)
         if restart:
@@ -105,7 +107,7 @@ class Agreement:
             return Agreed([(step.num_rows, step.num_columns)], step.parent, step.keep, step.num_new, restart, step.identity)
         return self._settle_distinct(step, headers, restart)
 
-    def _decide(self, headers: list[list[int]], layer0_digest) -> str:
+    def _decide(self, headers: list[list[int]], layer0_digest: Callable[[], int]) -> str:
         if self.exchange.size == 1:
             return "local"
         if self.requests == "distinct":

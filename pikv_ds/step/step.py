@@ -112,6 +112,7 @@ class StepPlan:
     def hashed_experts(self, num_experts: int) -> Tensor:
         """[sources * N] int64: position mod num_experts, for entries that no router has seen."""
         if self._hashed is None:
+            assert self.positions is not None, "set_positions comes first"
             self._hashed = hash_expert(self.positions, num_experts)
         return self._hashed
 
@@ -119,6 +120,7 @@ class StepPlan:
         """[num_rows, T] positions of the queries of neighbouring sources with equal shapes, the first of which starts at row0."""
         first = next(i for i, source in enumerate(self.sources) if source.row0 == row0)
         source = self.sources[first]
+        assert self.positions is not None, "set_positions comes first"
         run = self.positions.view(len(self.sources), -1)[first : first + num_rows // source.num_rows, : source.num_tokens]
         return run.reshape(num_rows, source.num_columns)
 

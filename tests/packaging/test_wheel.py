@@ -33,7 +33,7 @@ NEEDED = [
 def wheel(tmp_path_factory):
     """Built from a copy: setuptools leaves build/ and *.egg-info in the folder it builds."""
     work = tmp_path_factory.mktemp("wheel")
-    ignore = shutil.ignore_patterns(".git", ".venv", "*.egg-info", "__pycache__", "tests")
+    ignore = shutil.ignore_patterns(".git", ".venv", ".mypy_cache", "*.egg-info", "__pycache__", "tests")
     shutil.copytree(ROOT, work / "source", ignore=ignore)
     command = [
         sys.executable,
