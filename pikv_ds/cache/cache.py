@@ -43,10 +43,17 @@ class PiKVCache:
     """
 
     def __init__(
-        self, layers: list[LayerSpec], config: PiKVConfig, *, num_experts: int, dtype: torch.dtype, device: torch.device, group=None,
+        self,
+        layers: list[LayerSpec],
+        config: PiKVConfig,
+        *,
+        num_experts: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        group=None,
         holders: tuple[tuple[int, ...], ...] | None = None,
     ) -> None:
-        """holders: per shard the ranks that hold it, the same on all ranks; None = neighbouring shards on a rank (placement/shard_map.py)."""
+        """holders: per shard the ranks that hold it (placement/shard_map.py), equal on all ranks; None = neighbouring shards on a rank."""
         self.layers, self.config, self.dtype, self.device = layers, config, dtype, device
         self.exchange = Exchange(group, config.timeout_s)
         load.ensure(device.type)  # built here if at all, not in the first forward
