@@ -17,6 +17,7 @@ from pikv_ds.exchange.digest import digest
 from pikv_ds.exchange.exchange import Exchange
 from pikv_ds.ops.build import load
 from pikv_ds.pages.layers import Tables
+from pikv_ds.pages.rows import RowChange
 from pikv_ds.placement.placement import Placement, Routed
 from pikv_ds.placement.shard_map import ShardMap
 from pikv_ds.retention.attention import Waiting
@@ -155,32 +156,29 @@ class PiKVCache:
         """Bring tables and sizes in line with what the ranks agreed on, before any entry of the forward is written."""
         old_lens = self.agreement.lens
         before, after = self.agreement.commit(agreed)
-        if self.bases is not None and not agreed.identity:
-            self.bases.remap(agreed)
         if agreed.restart:
             self._start(len(before))
         elif not agreed.identity:
-            if self.tiers is not None:
-                self.tiers.remap(agreed, old_lens)
-            self.tables.remap(agreed, old_lens)
-            if self.retention is not None:
-                self.retention.remap(agreed.parent)
-            if self.selection is not None:
-                self.selection.news.remap(agreed.parent)
+            change = RowChange.of(agreed, old_lens, self.device)
+            self.tables.change(change)
+            if self.bases is not None:
+                self.bases.rows.change(change)
         self.plan = StepPlan(agreed.shapes, self.agreement.own, before, after, self.device)
         if self.retention is not None:
             self.retention.before_forward(self.plan)
         self.tables.reserve(self.plan, self.hold)
 
     def _start(self, num_rows: int) -> None:
-        """A generation of `num_rows` requests begins: nothing of the last one stays. Bases follow their rows (tiers/bases.py)."""
+        """A generation of `num_rows` requests begins: nothing of the last one stays."""
         self.tables.allocate(num_rows)
         if self.selection is not None:
             self.selection.open()
         if self.retention is not None:
             self.retention.reset()
         if self.tiers is not None:
-            self.tiers.reset(num_rows)
+            self.tiers.reset()
+        if self.bases is not None:
+            self.bases.rows.start(num_rows)
 
     def clear_column(self, name: str) -> None:
         """Zero the policy's number `name` of every page, in all pools of all layers that keep it. Between forwards; no collective."""

@@ -5,7 +5,7 @@ B rows, T columns, H kv heads, G query heads of each, D head_dim, r rank, S shar
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +21,12 @@ class Turn(NamedTuple):
     rows: Tensor
     by: Tensor
     """[n, H, r, r] f32, the same on all ranks."""
+
+
+class Column(Protocol):
+    """What a row keeps, [R, ...]."""
+
+    value: Tensor
 
 
 class RequestMaps:
@@ -53,6 +59,21 @@ class RequestMaps:
 
     def decode_pages(self, x: Tensor, side: str) -> Tensor:
         return torch.einsum("bschpr,bhdr->bschpd", x.float(), getattr(self, side))
+
+
+class RowMaps(RequestMaps):
+    """The maps of all rows, wherever these have moved to: k and v are columns of pages/rows.py."""
+
+    def __init__(self, k: Column, v: Column) -> None:
+        self._k, self._v = k, v
+
+    @property
+    def k(self) -> Tensor:
+        return self._k.value
+
+    @property
+    def v(self) -> Tensor:
+        return self._v.value
 
 
 def _encode(x: Tensor, basis: Tensor) -> Tensor:

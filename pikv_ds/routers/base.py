@@ -7,7 +7,7 @@ heads, D key width, P entries per page.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pikv_ds.pages.pool import LayerStore
+from pikv_ds.pages.rows import Rows
 from pikv_ds.pages.view import Stored
 from pikv_ds.placement.shard_map import ShardMap
 
@@ -131,11 +132,21 @@ class Router(ABC):
     reads_model_queries: ClassVar[bool] = False
     """True: it needs queries as the model computes them, not what codecs that fold maps into them pass on."""
 
-    def open(self, layer: int, store: LayerStore, num_shards: int) -> None:  # noqa: B027
-        """A new, empty store of a layer, of store.counts.shape[0] rows: add summaries, forget rows. num_shards: on all ranks."""
+    def __init_subclass__(cls, **kwargs) -> None:
+        super().__init_subclass__(**kwargs)
+        gone = [name for name in ("remap", "kept", "nbytes") if name in vars(cls)]
+        if gone:
+            raise TypeError(
+                f"router {cls.__name__} defines {', '.join(gone)}, which nobody calls any more: declare what it keeps per request in "
+                f"open(layer, store, num_shards, rows), with rows.tensor or rows.beside, and it is moved and counted"
+            )
 
-    def remap(self, layer: int, parent: Tensor) -> None:  # noqa: B027
-        """Row i continues row parent[i], -1 = a fresh row. Host phase. What is kept per page follows its page by itself."""
+    def open(self, layer: int, store: LayerStore, num_shards: int, rows: Rows) -> None:  # noqa: B027
+        """A new, empty store of a layer: declare what is kept. num_shards: on all ranks.
+
+        Per page: store.add_summary; per request: rows.tensor; else, for example per shard: rows.beside. What is declared is counted,
+        follows pages and rows wherever they go, and is 0 for new ones. Names begin with the layer.
+        """
 
     def wrote(self, layer: int, store: LayerStore, new: NewEntries) -> None:  # noqa: B027
         """Entries were appended. Those of a forward of several tokens are reported after its queries, which must not see them."""
@@ -154,18 +165,6 @@ class Router(ABC):
         per request or shard.
         """
         self.moved(layer, store, new.entries)
-
-    def kept(self) -> Iterable[Tensor]:
-        """The tensors kept from one forward to the next, per request, shard or layer: a router that has any must name them all.
-
-        Summaries are the store's, and weights read from a file count as little as the model's.
-        """
-        return ()
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of what is kept besides summaries."""
-        return sum(tensor.nbytes for tensor in self.kept())
 
     def missed(self, layer: int) -> Tensor | None:
         """[shards of all ranks] f32: reads of each shard that were in vain; None = not counted."""

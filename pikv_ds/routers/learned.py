@@ -5,6 +5,7 @@ from torch import Tensor
 
 from pikv_ds.errors import ConfigError
 from pikv_ds.pages.pool import LayerStore
+from pikv_ds.pages.rows import Rows
 from pikv_ds.routers import ROUTERS
 from pikv_ds.routers.base import PageQuery
 from pikv_ds.routers.shard_router import ShardRouter
@@ -25,8 +26,8 @@ class LearnedGate(ShardRouter):
         super().__init__(top_k=top_k)
         self.path, self.gate = path, _read(path)
 
-    def open(self, layer: int, store: LayerStore, num_shards: int) -> None:
-        super().open(layer, store, num_shards)
+    def open(self, layer: int, store: LayerStore, num_shards: int, rows: Rows) -> None:
+        super().open(layer, store, num_shards, rows)
         if layer >= self.gate.shape[0] or num_shards != self.gate.shape[1]:
             raise ConfigError(
                 f"pikv.routing.path = {self.path!r} holds a gate of {self.gate.shape[0]} layers and {self.gate.shape[1]} shards; this "
@@ -41,7 +42,7 @@ class LearnedGate(ShardRouter):
                 f"pikv.routing.path = {self.path!r} holds a gate of width {gate.shape[1]}; the queries of layer {asked.layer} have "
                 f"{q.shape[1]} numbers (query heads x head_dim, of this tensor-parallel rank)"
             )
-        empty = self.counts[asked.layer][asked.row_of_query()] == 0
+        empty = self.counts[asked.layer].value[asked.row_of_query()] == 0
         return (q @ gate.T).masked_fill(empty, -torch.inf)
 
 

@@ -36,7 +36,7 @@ class RouterNews:
         for layer in range(len(self.tables.layers)):
             store = self.store(layer)
             others = len(store.summaries)
-            self.router.open(layer, store, self.tables.num_shards)
+            self.router.open(layer, store, self.tables.num_shards, self.tables.rows)
             summarises = len(store.summaries) > others
             if self.tables.far[layer] is not None:
                 check_router(self.router, summarises=summarises)
@@ -109,12 +109,6 @@ class RouterNews:
             shard=self.tables.map.shards[table % num_local], valid=torch.ones_like(page, dtype=torch.bool),
             slot_mapping=(page * self.tables.page_size + offset).to(torch.int32), table=table.to(torch.int32),
         )  # fmt: skip
-
-    def remap(self, parent: list[int]) -> None:
-        """Row i continues row parent[i], -1 = a fresh row. Host phase."""
-        rows = torch.tensor(parent, dtype=torch.int64).to(self.tables.device)
-        for layer in range(len(self.tables.layers)):
-            self.router.remap(layer, rows)
 
 
 def _those(new: NewEntries, mask: Tensor) -> NewEntries:

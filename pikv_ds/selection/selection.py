@@ -85,8 +85,8 @@ class Selection:
 
     @property
     def metadata_nbytes(self) -> int:
-        """Bytes of what the router keeps besides summaries, and of the counters."""
-        return self.router.nbytes + self.entries.nbytes + self.mass.nbytes
+        """Bytes of the counters; what the router keeps is counted with pages and rows."""
+        return self.entries.nbytes + self.mass.nbytes
 
     def read(
         self,

@@ -117,8 +117,10 @@ def test_bytes_are_reported(name, tmp_path):
     if retention is None:
         assert POLICIES.get(name).keeps_all
         return
+    thresholds = sum(column.nbytes for column in retention.threshold.values())
     shapes = retention.policy.row_values(driver.num_q_heads, kinds[0].k_dim).values()
-    assert retention.mass.nbytes == 4 * len(kinds) * len(driver.lens) * sum(math.prod(shape) for shape in shapes), "f32 per layer and row"
+    per_row = sum(math.prod(shape) for shape in shapes)
+    assert driver.cache.tables.rows.nbytes - thresholds == 4 * len(kinds) * len(driver.lens) * per_row, "f32 per layer and row"
 
 
 @pytest.mark.parametrize("name", EVICTING)

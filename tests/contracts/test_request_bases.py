@@ -86,7 +86,7 @@ def kept(name: str, folder, codec: dict, **scheduling) -> tuple[list, list]:
         outputs += driver.forward(mask)
         entries.append(held(driver))
     if codec:
-        assert min(driver.cache.bases.fitted_at) >= 75, "every request was fitted again"
+        assert min(driver.cache.bases.fitted_at.values) >= 75, "every request was fitted again"
     return entries, outputs
 
 

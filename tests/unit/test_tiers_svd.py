@@ -27,7 +27,7 @@ def test_all_directions_are_exact(num_shards):
     driver.prefill([30, 9])
     for mask in (ragged([30, 5]), *[ragged([1, 1])] * 6, ragged([50, 0]), ragged([1, 1])):
         driver.forward(mask)
-    assert driver.cache.bases.fitted_at == [60, 18]
+    assert driver.cache.bases.fitted_at.values == [60, 18]
 
 
 @pytest.mark.parametrize("store", ["none", "int8"])
@@ -41,7 +41,7 @@ def test_far_entries_are_projected_by_the_basis_of_their_time_and_turned_with_it
     for mask in (None, ragged([7 * unit, 11 * unit]), ragged([30 * unit, 1]), *[ragged([1, 1])] * 3):
         if mask is not None:
             driver.forward(mask)
-        far, (k_basis, v_basis) = driver.cache.tables.far[0], driver.cache.bases.bases[0]
+        far, (k_basis, v_basis) = driver.cache.tables.far[0], [x.value for x in driver.cache.bases.shared[0]]
         for row in range(2):
             held = {p for page in pages_of(far, row) for p in page}
             for at in mine:

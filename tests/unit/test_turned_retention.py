@@ -50,7 +50,7 @@ def test_quest_scores_boxes_of_coefficients_with_the_query_in_their_basis(page_s
                         want += bound.clamp_max(30).exp().tolist()
                     assert scores[row, table, column].item() == pytest.approx(sum(want) / len(want), rel=1e-4)
                     checked += 1
-    assert checked > 100 and driver.cache.bases.fitted_at[0] == 84
+    assert checked > 100 and driver.cache.bases.fitted_at.values[0] == 84
 
 
 def test_queries_that_are_kept_under_no_name_are_refused(monkeypatch):
