@@ -16,6 +16,7 @@ from pikv_ds.config.pikv import PiKVConfig
 from pikv_ds.exchange.digest import digest
 from pikv_ds.exchange.exchange import Exchange
 from pikv_ds.ops.build import load
+from pikv_ds.pages.events import Written
 from pikv_ds.pages.layers import Tables
 from pikv_ds.pages.rows import RowChange
 from pikv_ds.placement.placement import Placement, Routed
@@ -33,7 +34,7 @@ from pikv_ds.tiers.window import Tiers
 from .distinct import DistinctStep
 from .reader import PoolReader
 from .replicated import ReplicatedStep
-from .writer import Writer, Written
+from .writer import Writer
 
 
 class PiKVCache:

@@ -9,13 +9,13 @@ from torch import Tensor
 
 from pikv_ds.exchange.wire import HEADER, Layout, headers_of
 from pikv_ds.ops import merge_partials
+from pikv_ds.pages.events import Written
 from pikv_ds.pages.view import Before
 from pikv_ds.retention.attention import Waiting
 from pikv_ds.selection.returns import return_needed
 from pikv_ds.step.query import Partial, Query, Staged
 
 from .reader import nothing
-from .writer import Written
 
 if TYPE_CHECKING:
     from .cache import PiKVCache

@@ -10,9 +10,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from pikv_ds.step.query import Partial
-
-from .maps import Transform
+from .maps import Attended, Transform
 
 
 class Turn(NamedTuple):
@@ -49,7 +47,7 @@ class RequestMaps:
         by_head = q.float().unflatten(2, (self.k.shape[1], -1))
         return torch.einsum("bthgd,bhdr->bthgr", by_head, self.k).flatten(2, 3).to(q.dtype), None
 
-    def leave(self, partial: Partial, shift: None) -> Partial:
+    def leave(self, partial: Attended, shift: None) -> Attended:
         by_head = partial.out.unflatten(2, (self.v.shape[1], -1))
         return partial._replace(out=torch.einsum("bthgr,bhdr->bthgd", by_head, self.v).flatten(2, 3))
 

@@ -12,15 +12,15 @@ from torch import Tensor
 from pikv_ds.config.pikv import PiKVConfig
 from pikv_ds.exchange.exchange import Exchange
 from pikv_ds.pages.layers import Tables
-from pikv_ds.pages.listing import JoinedPages
+from pikv_ds.pages.listing import JoinedPages, Pages, fit
 from pikv_ds.pages.pool import LayerStore
 from pikv_ds.pages.recycle import drop
-from pikv_ds.policies.base import Pages, RetentionPolicy
+from pikv_ds.policies.base import RetentionPolicy
 from pikv_ds.step.step import StepPlan
 
 from .attention import Mass
 from .budgets import Budgets
-from .choose import Candidates, choose, fit, protect
+from .choose import Candidates, choose, protect
 
 
 class Retention:

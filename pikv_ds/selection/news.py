@@ -9,14 +9,14 @@ from torch import Tensor
 
 from pikv_ds.blueprint.compression import check_turning_router
 from pikv_ds.blueprint.window import check_router
-from pikv_ds.cache.writer import Written
 from pikv_ds.codecs.request_maps import Turn
 from pikv_ds.codecs.rope import turn
 from pikv_ds.pages.entries import keys_at
+from pikv_ds.pages.events import NewEntries, TurnedEntries, Written
 from pikv_ds.pages.layers import Tables
 from pikv_ds.pages.move import Moved
 from pikv_ds.pages.pool import LayerStore
-from pikv_ds.routers.base import NewEntries, Router, TurnedEntries
+from pikv_ds.routers.base import Router
 from pikv_ds.step.step import StepPlan
 
 from .window_news import entries_moved

@@ -19,10 +19,9 @@ from pikv_ds.routers.base import PageQuery, Router
 from pikv_ds.spec import LayerSpec
 from pikv_ds.step.query import Query
 from pikv_ds.step.step import StepPlan
-from pikv_ds.tiers.window import Tiers
 
 from .best_pages import best_pages, by_column, listed_pages, page_keys
-from .budget import Budget, lens_seen, page_budget
+from .budget import Budget, NearPages, lens_seen, page_budget
 from .extent import Extent, extent_of
 from .news import RouterNews
 from .returns import readers_of_shards
@@ -46,7 +45,7 @@ class Selection:
         exchange: Exchange,
         stages: bool,
         keeps_all: bool,
-        tiers: Tiers | None,
+        tiers: NearPages | None,
     ) -> None:
         """stages: entries are stored after the queries of their layer. keeps_all: nothing is ever evicted.
 

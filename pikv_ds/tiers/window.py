@@ -15,14 +15,14 @@ from torch import Tensor
 from pikv_ds.config.pikv import PiKVConfig
 from pikv_ds.exchange.exchange import Exchange
 from pikv_ds.pages.layers import Tables
+from pikv_ds.pages.listing import Pages, fit
 from pikv_ds.pages.move import Moved, demote
 from pikv_ds.pages.pool import LayerStore
 from pikv_ds.pages.rows import RowChange, forgets, least
 from pikv_ds.pages.sizing import light_pages
-from pikv_ds.policies.base import Pages
 from pikv_ds.policies.h2o import HeavyHitters
 from pikv_ds.retention.attention import Mass
-from pikv_ds.retention.choose import Candidates, choose, fit
+from pikv_ds.retention.choose import Candidates, choose
 from pikv_ds.step.step import StepPlan
 
 
