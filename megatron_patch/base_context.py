@@ -11,9 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from pikv_ds.adapters.penalty import penalty_of
+from pikv_ds.blueprint.routing import check_has_experts
 from pikv_ds.cache.cache import PiKVCache
 from pikv_ds.cache.stats import stats
-from pikv_ds.config.checks import check_has_experts
 from pikv_ds.config.pikv import PiKVConfig
 from pikv_ds.errors import UnsupportedError
 from pikv_ds.exchange.digest import digest
@@ -64,10 +65,10 @@ class PiKVContext(ABC):
         refuse_dtype(weight.dtype)
         num_shards = config.storage.num_shards or (1 if group is None else group.size())
         check_installed(config, attention.config, [layer.router for layer in self.layers])
-        check_has_experts(config.routing, attention.config.num_moe_experts, type(model).__name__)
         num_experts = attention.config.num_moe_experts or num_shards
         specs = [layer_spec_of(layer, i, self.shared is not None) for i, layer in enumerate(self.layers)]
         self.core = PiKVCache(specs, config, num_experts=num_experts, dtype=weight.dtype, device=weight.device, group=group)
+        check_has_experts(self.core.blueprint.router, attention.config.num_moe_experts, type(model).__name__)
         check_calibration(self.core, self.layers)
         self.heads = [stored_heads(layer.attention, self.core, i, self.shared) for i, layer in enumerate(self.layers)]
         self.expert_ids = ExpertIds(config.storage.expert_ids, self.core, num_experts)
@@ -117,7 +118,7 @@ class PiKVContext(ABC):
 
     def router_penalty(self, layer: int, penalty: RouterPenalty) -> Tensor:
         """[E] f32, what the router of a layer takes off its logits."""
-        return penalty.of(self.core, layer, self._misses)
+        return penalty_of(penalty, self.core, layer, self._misses)
 
     def _stats(self, num_rows: int, context: int) -> dict:
         return stats(self.core, num_rows, context)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pikv_ds.config.pikv import PiKVConfig
+from pikv_ds.config.scheduling import SchedulingConfig
 from pikv_ds.exchange.exchange import Exchange
 from pikv_ds.pages.layers import Tables
 from pikv_ds.pages.listing import JoinedPages, Pages, fit
@@ -26,14 +26,9 @@ from .choose import Candidates, choose, protect
 class Retention:
     """Applies the "scheduling" block to the tables. Owns when and how much is evicted; borrows tables and exchange."""
 
-    def __init__(self, config: PiKVConfig, policy: RetentionPolicy, tables: Tables, exchange: Exchange) -> None:
-        self.policy, self.tables, self.exchange = policy, tables, exchange
-        self.config = config = config.scheduling
+    def __init__(self, config: SchedulingConfig, policy: RetentionPolicy, budgets: Budgets, tables: Tables, exchange: Exchange) -> None:
+        self.config, self.policy, self.budgets, self.tables, self.exchange = config, policy, budgets, tables, exchange
         self.layers = [i for i, spec in enumerate(tables.layers) if spec.window is None]
-        tables.page_values = policy.page_values
-        values = sum(dtype.itemsize for dtype in policy.page_values.values()) / tables.page_size
-        entry_bytes = tables.heads * sum(tables.formats[i].record_bytes / tables.page_size + values for i in self.layers)
-        self.budgets = Budgets(config, len(self.layers), tables.page_size, tables.num_shards, entry_bytes)
         self.mass = Mass(policy, tables)
         self.threshold = {layer: tables.rows.tensor(f"threshold.{layer}") for layer in self.layers}  # theta [R] of an adaptive policy
         self.last_eviction: list[int] = []  # per source: query columns before it

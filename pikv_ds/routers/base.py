@@ -19,6 +19,7 @@ from pikv_ds.pages.pool import LayerStore
 from pikv_ds.pages.rows import Rows
 from pikv_ds.pages.view import Stored
 from pikv_ds.placement.shard_map import ShardMap
+from pikv_ds.spec import LayerSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,6 +101,21 @@ class Router(ABC):
     """True: it follows the model's experts, and a dense model is refused."""
     reads_model_queries: ClassVar[bool] = False
     """True: it needs queries as the model computes them, not what codecs that fold maps into them pass on."""
+    summarises: ClassVar[bool] = False
+    """True: it keeps something per page, a summary that `open` adds to the store."""
+
+    @property
+    def rebuilds_moved(self) -> bool:
+        """Whether what is kept per page can be made for pages that were encoded again."""
+        return not self.summarises or type(self).moved is not Router.moved
+
+    @property
+    def rebuilds_rebased(self) -> bool:
+        """Whether what is kept per page can be made for keys in another basis."""
+        return self.rebuilds_moved or type(self).turned is not Router.turned
+
+    def check(self, layers: list[LayerSpec], num_shards: int) -> None:  # noqa: B027
+        """Refuse a model or a number of shards, on all ranks, that the router cannot serve. Raises: ConfigError."""
 
     def __init_subclass__(cls, **kwargs) -> None:
         super().__init_subclass__(**kwargs)

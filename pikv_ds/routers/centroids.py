@@ -23,6 +23,8 @@ class KeyCentroids(Router):
     num_kv_heads * clusters * (k_dim + 1) * 4.
     """
 
+    summarises = True
+
     def __init__(self, *, clusters: int = 16) -> None:
         if not 2 <= clusters <= 256:
             raise ValueError(f"clusters from 2 to 256, got {clusters}")

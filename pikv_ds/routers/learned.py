@@ -9,6 +9,7 @@ from pikv_ds.pages.rows import Rows
 from pikv_ds.routers import ROUTERS
 from pikv_ds.routers.base import PageQuery
 from pikv_ds.routers.shard_router import ShardRouter
+from pikv_ds.spec import LayerSpec
 
 
 @ROUTERS.register("learned")
@@ -26,13 +27,16 @@ class LearnedGate(ShardRouter):
         super().__init__(top_k=top_k)
         self.path, self.gate = path, _read(path)
 
+    def check(self, layers: list[LayerSpec], num_shards: int) -> None:
+        for layer in range(len(layers)):
+            if layer >= self.gate.shape[0] or num_shards != self.gate.shape[1]:
+                raise ConfigError(
+                    f"pikv.routing.path = {self.path!r} holds a gate of {self.gate.shape[0]} layers and {self.gate.shape[1]} shards; this "
+                    f"cache has layer {layer} and {num_shards} shards (pikv.storage.num_shards): use a gate fitted for them"
+                )
+
     def open(self, layer: int, store: LayerStore, num_shards: int, rows: Rows) -> None:
         super().open(layer, store, num_shards, rows)
-        if layer >= self.gate.shape[0] or num_shards != self.gate.shape[1]:
-            raise ConfigError(
-                f"pikv.routing.path = {self.path!r} holds a gate of {self.gate.shape[0]} layers and {self.gate.shape[1]} shards; this "
-                f"cache has layer {layer} and {num_shards} shards (pikv.storage.num_shards): use a gate fitted for them"
-            )
         self.gate = self.gate.to(store.device)
 
     def logits(self, asked: PageQuery) -> Tensor:

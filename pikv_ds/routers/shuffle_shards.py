@@ -12,6 +12,7 @@ from pikv_ds.routers.base import NewEntries, PageQuery, Router, TurnedEntries
 from pikv_ds.routers.earlier import Earlier
 from pikv_ds.routers.scramble import scramble
 from pikv_ds.routers.shard_router import ShardRouter, scores_of
+from pikv_ds.spec import LayerSpec
 
 
 @ROUTERS.register("shuffle_shards")
@@ -34,8 +35,11 @@ class ShuffleShards(Router):
         except TypeError as error:
             raise ValueError(f"base_options = options of the router {base!r}, got {base_options}: {error}") from None
         self.earlier = Earlier()
-        for capability in ("needs_experts", "wants_page_lse", "reads_model_queries"):
+        for capability in ("needs_experts", "wants_page_lse", "reads_model_queries", "summarises"):
             setattr(self, capability, getattr(self.base, capability))
+
+    def check(self, layers: list[LayerSpec], num_shards: int) -> None:
+        self.base.check(layers, num_shards)
 
     def open(self, layer: int, store: LayerStore, num_shards: int, rows: Rows) -> None:
         self.base.open(layer, store, num_shards, rows)

@@ -7,8 +7,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from pikv_ds.blueprint.compression import check_turning_router
-from pikv_ds.blueprint.window import check_router
 from pikv_ds.codecs.request_maps import Turn
 from pikv_ds.codecs.rope import turn
 from pikv_ds.pages.entries import keys_at
@@ -37,11 +35,7 @@ class RouterNews:
             store = self.store(layer)
             others = len(store.summaries)
             self.router.open(layer, store, self.tables.num_shards, self.tables.rows)
-            summarises = len(store.summaries) > others
-            if self.tables.far[layer] is not None:
-                check_router(self.router, summarises=summarises)
-            if self.tables.turns:
-                check_turning_router(self.router, summarises=summarises)
+            assert len(store.summaries) == others or self.router.summarises, f"router {self.router.name!r} adds summaries: declare it"
 
     def store(self, layer: int) -> LayerStore:
         """The pages that a router chooses from."""

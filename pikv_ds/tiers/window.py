@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pikv_ds.config.pikv import PiKVConfig
+from pikv_ds.blueprint.blueprint import Blueprint
 from pikv_ds.exchange.exchange import Exchange
 from pikv_ds.pages.layers import Tables
 from pikv_ds.pages.listing import Pages, fit
@@ -29,17 +29,16 @@ from pikv_ds.step.step import StepPlan
 class Tiers:
     """Decides when and which pages are demoted. Owns what crops may still take back; borrows tables and exchange."""
 
-    def __init__(self, config: PiKVConfig, tables: Tables, exchange: Exchange, watching: Mass | None) -> None:
+    def __init__(self, blueprint: Blueprint, tables: Tables, exchange: Exchange, watching: Mass | None) -> None:
         """watching: what a retention policy is shown already, for the attention to pages to be counted on."""
         self.tables, self.exchange = tables, exchange
-        block, codec = config.compression, config.compression.build()
+        block, codec = blueprint.config.compression, blueprint.codec
         self.sinks, self.recent = block.raw_sink_tokens or 0, block.raw_recent_tokens or 0
         self.light_ratio = None if codec.light is None else codec.light_ratio
         self.layers = [i for i, far in enumerate(tables.far_formats) if far is not None]
-        self.attended = HeavyHitters()  # whose score says which pages stay near under a light_ratio; the paper leaves the measure open
+        self.attended = blueprint.attended  # whose score says which pages stay near under a light_ratio
         self.mass: Mass | None = None  # None: pages go by their age alone, or attention is counted on `watching`
         if self.light_ratio is not None:
-            tables.page_values = tables.page_values | self.attended.page_values
             if watching is None:
                 self.mass = Mass(self.attended, tables)
             elif not any(isinstance(policy, HeavyHitters) for policy in watching.policies):  # these count it already

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from pikv_ds import ops
+from pikv_ds.blueprint.blueprint import Blueprint
 from pikv_ds.codecs import CODECS
 from pikv_ds.config.pikv import PiKVConfig
 from pikv_ds.exchange.exchange import Exchange
@@ -76,9 +77,10 @@ class Run:
     """Forwards of one rank through the bases, with the agreement's part done by hand and nothing stored."""
 
     def __init__(self, fit_tokens=16):
-        codec = CODECS.build("svd", rank=8, fit_tokens=fit_tokens)
-        self.tables = Tables([SPEC], PiKVConfig(), codec, 4, ShardMap.blocks(1, 0, 1, CPU), 8, torch.float32, torch.device("cpu"), [None])
-        self.bases = RequestBases([SPEC], codec, self.tables, Exchange(None, 10.0))
+        config = PiKVConfig(page_size=4, compression={"method": "svd", "rank": 8, "fit_tokens": fit_tokens})
+        blueprint = Blueprint.of(config, [SPEC], torch.float32, num_experts=8)
+        self.tables = Tables(blueprint.pages, config.storage, ShardMap.blocks(1, 0, 1, CPU), 8, CPU)
+        self.bases = RequestBases([SPEC], blueprint.codec, self.tables, Exchange(None, 10.0))
 
     def forward(self, num_new, parent, keep, seed):
         step = local(num_new, parent, keep)

@@ -1,4 +1,4 @@
-"""The penalty of pikv_ds.selection.host_penalty on the routers of a transformers model: its own, AutoEP's, DeepSpeed's TopKGate.
+"""The penalty of pikv_ds.adapters.penalty on the routers of a transformers model: its own, AutoEP's, DeepSpeed's TopKGate.
 
 A router's own code chooses: while it runs, the penalty is taken off what its one F.linear returns (a torch function mode, entered and left
 by hooks). Where only the choice may change, the weights of the chosen experts are formed again from the untouched logits.
@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from pikv_ds.adapters.penalty import RouterPenalty, penalty_of
 from pikv_ds.cache.cache import PiKVCache
 from pikv_ds.errors import ConfigError, UnsupportedError
-from pikv_ds.selection.host_penalty import RouterPenalty
 
 from .router_output import RouterOutput, is_gate, output_of
 
@@ -62,8 +62,8 @@ class HostPenalty:
                 self._handles.append(router.register_forward_hook(self._after(layer, *how), always_call=True))
 
     def of(self, layer: int) -> Tensor:
-        """[E] f32, see RouterPenalty.of."""
-        return self.penalty.of(self.core, layer, self.misses)
+        """[E] f32, see `penalty_of`."""
+        return penalty_of(self.penalty, self.core, layer, self.misses)
 
     def remove(self) -> None:
         for handle in self._handles:
