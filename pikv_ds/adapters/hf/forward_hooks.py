@@ -100,7 +100,8 @@ class ForwardHooks:
             fresh=cache.fresh,
         )
         cache.core.begin_step(local)
-        self.chunk.positions, self.chunk.unpadded = local.positions, all(n == columns for n in num_new)
+        self.chunk.positions = local.positions
+        self.chunk.hidden = None if all(n == columns for n in num_new) else local.positions < 0
         self._running = (columns, new_mask, num_new, last_position)
         self.expert_ids.begin()
         self._host_attention, self.config._attn_implementation = self.config._attn_implementation, "pikv"
