@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 NAMES = json.loads((Path(__file__).parent / "public_names.json").read_text())["modules"]
-GONE = {("pikv_ds.policies.base", "Entries"): "single entries no longer leave pages (granularity \"token\")"}
+GONE = {("pikv_ds.policies.base", "Entries"): 'single entries no longer leave pages (granularity "token")'}
 """(module, name) -> why it is gone: names of settings that were deleted, and names that a module had imported for its own use."""
 
 

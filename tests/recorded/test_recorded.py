@@ -112,7 +112,7 @@ def test_every_case_is_recorded_and_no_other(recorded):
     assert list(recorded["cases"]) == [name for name, case in CASES.items() if case.refused is None]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.refused is None])
 def test_a_case_does_what_it_is_there_for(name: str, recorded):
     """A router that leaves nothing out, a budget that evicts nothing, a window that demotes nothing would guard nothing."""
     case, ranks = CASES[name], recorded["cases"][name]

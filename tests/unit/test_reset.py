@@ -22,7 +22,7 @@ CASES = {
     "groups": {"compression": {"method": "int4", "group": 32}, "page_size": 32},
     "h2o": {"scheduling": {"method": "h2o"} | EVICTING},
     "adakv": {"scheduling": {"method": "adakv"} | EVICTING},
-    "entries": {"scheduling": {"method": "expected_attention", "granularity": "token"} | EVICTING},
+    "pages of one": {"page_size": 1, "scheduling": {"method": "expected_attention"} | EVICTING},
     "heads": {"scheduling": {"method": "streaming_llm", "head_budget": "uniform"} | EVICTING},
     "watched heads": {"scheduling": {"method": "quest", "head_budget": "adaptive"} | EVICTING},
     "shuffle": {"routing": {"method": "shuffle"} | READING},
