@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.identity_op import IdentityOp
@@ -18,20 +17,8 @@ from pikv_ds.cache.cache import PiKVCache
 from pikv_ds.errors import ConfigError, UnsupportedError
 from pikv_ds.spec import LayerSpec
 
+from .link import Link
 from .subclass import is_pikv
-
-if TYPE_CHECKING:
-    from .base_context import PiKVContext
-
-
-@dataclass(slots=True)
-class Link:
-    """Shared by the attention and the router of one layer: which context the running forward uses. Not a module, so in no checkpoint."""
-
-    layer: int
-    router: nn.Module | None  # a PiKV router: it tells the context which experts it chose
-    context: PiKVContext | None = None
-    serving: PiKVContext | None = None  # joins forwards that come without a context
 
 
 @dataclass(frozen=True, slots=True)
