@@ -177,7 +177,7 @@ class PiKVContext(ABC):
             hidden=self.tokens.padding, sink=softmax_offset(self.layers[layer].attention),
         )  # fmt: skip
         self._next_layer = layer + 1
-        if self._next_layer == len(self.layers) and not (self.core.stages and self.links[layer].router is not None):
+        if self._next_layer == len(self.layers) and not (self.expert_ids.source == "true" and self.links[layer].router is not None):
             self._finish()
         return self.tokens.host(out).to(query.dtype)
 
@@ -207,7 +207,7 @@ class PiKVContext(ABC):
 def positions_digest(core: PiKVCache, shared: bool, key: Tensor, positions: Tensor) -> int:
     """What replicated ranks compare. Keys of the first layer are a function of token and position alone; tensor-parallel peers see the same
     tokens by construction, and compute a shared KV head in GEMMs of their own, so theirs are not compared bit by bit."""
-    return 0 if core.exchange.size == 1 else digest([positions] if shared else [key, positions])
+    return 0 if core.ranks.size == 1 else digest([positions] if shared else [key, positions])
 
 
 def check_length(length: int, limit: int) -> None:

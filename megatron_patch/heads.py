@@ -52,7 +52,7 @@ class SharedHeads(OwnHeads):
 
     def gather(self, x: Tensor) -> Tensor:
         """[B, T, H, D] -> [B, T, G * H, D], in the order of tensor-parallel ranks."""
-        gathered = self.core.exchange.all_gather(x.contiguous(), f"sharing the query heads of layer {self.layer}")
+        gathered = self.core.ranks.all_gather(x.contiguous(), f"sharing the query heads of layer {self.layer}")
         return gathered[self.peers.order].permute(1, 2, 0, 3, 4).flatten(2, 3)
 
 

@@ -140,8 +140,8 @@ def key_norms(attention: nn.Module) -> Tensor:
 
 def check_calibration(core: PiKVCache, layers: list[Layer]) -> None:
     """Raises: ConfigError when the codec's calibration was made with other weights; each rank looks at the heads that it computes."""
-    for spec, maps in zip(core.layers, core.tables.undone, strict=True):
-        if maps is not None:
+    for spec, rotation in zip(core.layers, core.rotations, strict=True):
+        if rotation is not None:
             raise ConfigError(
                 f"pikv.compression.rope = 'pre' (layer {spec.layer_idx}): under Megatron-Core this version does not undo rotations, whose "
                 f"positions count padding there; legal is 'post'"

@@ -72,7 +72,7 @@ def attach(model: PreTrainedModel, config=None, group: dist.ProcessGroup | None 
         gate = load_gate(config.storage.gate_path, len(specs), num_experts, specs[0].num_kv_heads * specs[0].k_dim).to(parameter.device)
     core = PiKVCache(specs, config, num_experts=num_experts, dtype=parameter.dtype, device=parameter.device, group=group)
     check_calibration(core, attentions)
-    check_rotations(model, specs, core.tables.undone)
+    check_rotations(model, specs, core.rotations)
     cache = HFCache(core)
     penalty = config.routing.host_penalty.build()
     if penalty is not None:  # its hooks come first: entry homes follow the routers' final choice

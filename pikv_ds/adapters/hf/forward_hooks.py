@@ -85,7 +85,7 @@ class ForwardHooks:
         last_position = self._check_positions(given.get("position_ids"), new_mask, rows, columns)
         identity = not cache.fresh and not cache.touched
         value = 0
-        if cache.core.exchange.size > 1 and (cache.fresh or cache.core.agreement.mode == "replicated"):
+        if cache.core.ranks.size > 1 and (cache.fresh or cache.core.replicated):
             value = digest([tokens, positions, torch.tensor(before), torch.tensor(cache.parent or [-1])])
         device = cache.core.device
         local = LocalStep(
