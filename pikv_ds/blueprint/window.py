@@ -1,4 +1,4 @@
-"""What two pools of pages (window.py) cannot do with this model, these blocks or these ranks: refused at construction, with the way out."""
+"""What two pools of pages (tiers/window.py) cannot do with this model, these blocks or ranks: refused at construction, with the way out."""
 
 from __future__ import annotations
 
