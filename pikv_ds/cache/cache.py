@@ -30,12 +30,13 @@ from pikv_ds.tiers.bases import RequestBases
 from pikv_ds.tiers.window import Tiers
 
 from .distinct import DistinctStep
+from .face import HostFace
 from .reader import PoolReader
 from .replicated import ReplicatedStep
 from .writer import Writer
 
 
-class PiKVCache:
+class PiKVCache(HostFace):
     """Expert-sharded KV cache of one model on one rank.
 
     Call order, the same on all ranks: begin_step(local), attend(layer 0), ..., attend(last layer), end_step(). reset() on all ranks or
@@ -87,7 +88,7 @@ class PiKVCache:
         self.staged: Staged | None = None
         self.waiting: Waiting | None = None  # distinct requests: a layer whose merged lse rides in the next record
         self.agreement = Agreement(self.exchange, config.storage.requests, device)
-        self.replicated, self.distinct = ReplicatedStep(self), DistinctStep(self)
+        self.replicated_way, self.distinct_way = ReplicatedStep(self), DistinctStep(self)
         self.hold_margin: int | None = None  # assisted decoding: tokens a crop may still take back; None = no crop is announced
         self.hold = False  # some rank whose requests are stored here announced crops
         self.plan: StepPlan | None = None
@@ -116,8 +117,8 @@ class PiKVCache:
     def end_step(self) -> None:
         """Finish a forward: staged entries go home, windows expire, slabs are returned, late errors are raised (on all ranks alike)."""
         if self.staged is not None:
-            (self.distinct if self.agreement.mode == "distinct" else self.replicated).flush_staged()
-        self.distinct.flush_watched()
+            (self.distinct_way if self.agreement.mode == "distinct" else self.replicated_way).flush_staged()
+        self.distinct_way.flush_watched()
         if self.selection is not None:
             self.selection.end_step()
         expired = 0
@@ -172,15 +173,6 @@ class PiKVCache:
         if self.bases is not None:
             self.bases.rows.start(num_rows)
 
-    def clear_column(self, name: str) -> None:
-        """Zero the policy's number `name` of every page, in all pools of all layers that keep it. Between forwards; no collective."""
-        kept = {known for columns in self.tables.columns for known in columns}
-        if name not in kept:
-            raise ValueError(f"no policy of this cache keeps {name!r} per page; kept are {sorted(kept)}")
-        for store in self.tables.all_stores:
-            if name in store.summaries:  # layers with a window keep none
-                store.summaries[name].zero_()
-
     def settle(self, headers: list[list[int]], k: Tensor) -> None:
         """Agree on a forward that is not plain decoding; k: this rank's keys of the first layer, compared only if the inputs are equal."""
         self.hold = self.agreement.any_hold(headers)
@@ -218,8 +210,8 @@ class PiKVCache:
             headers = self.exchange.gather_ints(self.agreement.header(self.local, self.hold), self.device, "opening the first forward")
             self.settle(headers, query.k)
         if self.agreement.mode == "distinct":
-            return self.distinct.attend(query)
-        return self.replicated.attend(query)
+            return self.distinct_way.attend(query)
+        return self.replicated_way.attend(query)
 
     def append(self, layer: int, k: Tensor, v: Tensor, expert_ids: Routed | Tensor | None) -> Written:
         written = self.writer.append(layer, self.plan, k, v, expert_ids, self.hold)

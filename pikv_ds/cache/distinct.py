@@ -31,7 +31,7 @@ class DistinctStep:
         cache = self.cache
         fields = self._open(query) if cache.plan is None else None
         if cache.agreement.mode == "replicated":  # the requests of the new generation are the same on all ranks
-            return cache.replicated.attend(query)
+            return cache.replicated_way.attend(query)
         plan = cache.plan
         wanted = any(cache.reader.reads(plan, source) for source in plan.sources)
         watched = cache.reader.watcher(query.layer) is not None

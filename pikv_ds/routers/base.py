@@ -137,7 +137,7 @@ class Router(ABC):
         """Entries were appended. Those of a forward of several tokens are reported after its queries, which must not see them."""
 
     def moved(self, layer: int, store: LayerStore, new: NewEntries) -> None:  # noqa: B027
-        """Pages have other entries than before: they came from another store, in which `wrote` gave their entries no slot (window.py).
+        """Pages have other entries than before: they came from another store, where `wrote` gave their entries no slot (tiers/window.py).
 
         What is kept per page must be made for them; what is kept per request or shard has them already. `new` has these pages of this
         rank from their first slot on, keys as they are read. Host phase.

@@ -1,8 +1,8 @@
 """Two pools of pages in a layer: `near` in a light format, where entries are appended, and `far` in the codec's. Host phase.
 
 After a forward, full near pages that hold no sink token and nothing of the recent window are demoted: encoded into far pages and freed
-(move.py). Both are read and merged by lse. With a light_ratio only the least important of them go. Layers with a sliding window have one
-pool, in the codec's format.
+(pages/move.py). Both are read and merged by lse. With a light_ratio only the least important of them go. Layers with a sliding window have
+one pool, in the codec's format.
 
 L layers with two pools, R request rows, S local and G * S global shards, C columns of a block table.
 """

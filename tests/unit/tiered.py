@@ -1,4 +1,4 @@
-"""A Driver whose layers have two pools of pages, and what holds between its forwards, told from the definition and not from window.py."""
+"""A Driver whose layers have two pools of pages, and what holds between its forwards, by the definition and not by tiers/window.py."""
 
 import torch
 from torch import Tensor
