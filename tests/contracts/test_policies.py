@@ -57,7 +57,7 @@ def test_budget_pins_and_attention(name, num_shards, page_size, tmp_path):
     driver = EvictingDriver(kinds, None, scheduling, **options)
     driver.prefill([50, 3, 21])
     if page_size == 1:  # then the budget is kept to the entry
-        assert len(driver.kept(0, 0)) == 30 or driver.cache.retention.policy.target_hit_rate is not None
+        assert len(driver.kept(0, 0)) == 30 or driver.probe.policy.target_hit_rate is not None
     for mask in [*[ragged([1, 1, 1])] * 6, ragged([9, 0, 13]), ragged([1, 0, 1]), *[ragged([1, 1, 1])] * 5]:
         poison(driver)
         driver.forward(mask)
@@ -83,7 +83,7 @@ def test_keys_before_their_rotation_are_no_other_choice(name, page_size, tmp_pat
             seen.append(held(driver))
         found.append((seen, outputs))
     (raw, outputs), (kept, others) = found
-    assert kept == raw and len(raw[-1][0][0]) < 30
+    assert kept == raw and len(raw[-1][0][0][0]) < 30
     for want, got in zip(outputs, others, strict=True):
         assert all(rel_error(x, y) < 1e-5 for x, y in zip(got, want, strict=True))
 
@@ -113,12 +113,13 @@ def test_bytes_are_reported(name, tmp_path):
     for mask in (ragged([9, 6]), *[ragged([1, 1])] * 3):
         driver.forward(mask)
         check_bytes(driver.cache)
-    retention = driver.cache.retention
-    if retention is None:
+    policy = driver.probe.policy
+    if policy is None:
         assert POLICIES.get(name).keeps_all
         return
-    shapes = retention.policy.row_values(driver.num_q_heads, kinds[0].k_dim).values()
-    assert retention.mass.nbytes == 4 * len(kinds) * len(driver.lens) * sum(math.prod(shape) for shape in shapes), "f32 per layer and row"
+    shapes = policy.row_values(driver.num_q_heads, kinds[0].k_dim).values()
+    numbers = len(kinds) * len(driver.lens) * sum(math.prod(shape) for shape in shapes)
+    assert driver.probe.watched_bytes == 4 * numbers, "f32 per layer and row"
 
 
 @pytest.mark.parametrize("name", EVICTING)
@@ -128,8 +129,6 @@ def test_scores_are_comparable_numbers(name, tmp_path):
     scheduling = {"method": name, "budget_tokens": 40, "sink_tokens": 2, "recent_tokens": 5} | own
     driver = Driver([layer(0)], scheduling=scheduling, page_size=4)
     driver.prefill([33, 2])
-    retention = driver.cache.retention
-    score = retention.policy.score(retention.pages(0, driver.lens))
-    table = retention.pages(0, driver.lens).table
+    score, table = driver.probe.scores(0), driver.probe.judged(0).table
     assert score.shape == table.shape and score.dtype == torch.float32
     assert score[table >= 0].isfinite().all() and not score.isnan().any()

@@ -16,6 +16,7 @@ from tests.unrotated import unrotated
 
 pytestmark = pytest.mark.parametrize("name", ROUTERS.names())
 LAYERS = [layer(0), layer(1, window=24)]
+COUNTERS = 4 * 8  # bytes: entries read and visible, attention read and queries, in f64
 
 
 class Recording(Driver):
@@ -34,10 +35,8 @@ class Recording(Driver):
 
 def choices(driver: Recording) -> list:
     """The pages read."""
-    selection, found = driver.cache.selection, []
-    if selection is not None:
-        choose = selection.choose
-        selection.choose = lambda *given: found.append(choose(*given)) or found[-1]
+    found = []
+    driver.probe.on_choice(lambda asked, page_list: found.append(page_list))
     return found
 
 
@@ -99,15 +98,15 @@ def test_bytes_are_reported(name, tmp_path):
         each.prefill([70])
         each.decode()
     own, dense = (stats(each.cache, 1, 71) for each in (driver, plain))
-    summaries = sum(x.nbytes for store in driver.cache.tables.stores for x in store.summaries.values())
+    summaries = sum(pool.column(column).nbytes for pool in driver.probe.all_pools for column in pool.columns)
     assert own["kv_bytes_allocated"] == dense["kv_bytes_allocated"] + summaries
-    selection = driver.cache.selection
-    if selection is None:
+    router = driver.probe.router
+    if router is None:
         assert own["metadata_bytes"] == dense["metadata_bytes"]
         return
-    kept = held_bytes(selection.router, without=getattr(selection.router, "gate", None))
-    assert kept == selection.router.nbytes, "the router keeps what kept() does not name"
-    assert own["metadata_bytes"] == dense["metadata_bytes"] + kept + selection.entries.nbytes + selection.mass.nbytes
+    kept = held_bytes(router, without=getattr(router, "gate", None))
+    assert kept == router.nbytes, "the router keeps what kept() does not name"
+    assert own["metadata_bytes"] == dense["metadata_bytes"] + kept + COUNTERS
     check_bytes(driver.cache)
 
 
@@ -115,25 +114,21 @@ def test_pinned_pages_are_always_read(name, tmp_path):
     """Sinks and the recent window, whatever the scores; a router that reads less than everything reads less than is stored."""
     driver = Recording(name, tmp_path, num_shards=4)
     driver.prefill([70])
-    selection = driver.cache.selection
-    if selection is None:
+    if driver.probe.router is None:
         assert ROUTERS.get(name).reads_all
         return
-    choose, seen = selection.choose, []
+    seen = []
 
-    def checking(asked, plan):
-        page_list = choose(asked, plan)
+    def checking(asked, page_list):
         listed = torch.zeros(*page_list.shape[:2], asked.block_table.shape[-1] + 1, dtype=torch.bool)
         listed.scatter_(2, torch.where(page_list >= 0, page_list, listed.shape[-1] - 1).long(), True)
         must = (asked.pinned & asked.visible).flatten(0, 1).unsqueeze(1)
         assert bool((listed[..., :-1] | ~must).all())
         assert bool((asked.visible.flatten(0, 1).unsqueeze(1) | ~listed[..., :-1]).all()), "a page beyond what is visible"
         seen.append(int(must.sum()))
-        return page_list
 
-    selection.choose = checking
+    driver.probe.on_choice(checking)
     for _ in range(4):
         driver.decode()
     assert min(seen) >= 2
-    read, visible = selection.entries.tolist()
-    assert 0 < read < visible
+    assert 0 < driver.probe.read_share < 1

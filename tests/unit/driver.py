@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from pikv_ds.cache.cache import PiKVCache
+from pikv_ds.cache.inspect import CacheProbe
 from pikv_ds.config.pikv import PiKVConfig
 from pikv_ds.ops import merge_partials, sdpa_lse
 from pikv_ds.spec import LayerSpec
@@ -83,6 +84,7 @@ class Driver:
             scheduling=scheduling or {},
         )
         self.cache = PiKVCache(layers, config, num_experts=num_experts, dtype=dtype, device=torch.device("cpu"), group=group)
+        self.probe = CacheProbe(self.cache)
         rule = {
             "num_experts": num_experts,
             "num_shards": self.cache.num_shards,
@@ -104,7 +106,7 @@ class Driver:
     def new_generation(self) -> None:
         self.fresh, self.touched, self.lens, self.parent = True, False, [], []
         self.history: list[list[list[tuple[Tensor, Tensor]]]] = []  # [layer][row][position] -> k, v: what a dense cache would hold
-        self.cache.hold_margin = None
+        self.end_crops()
 
     def reset(self) -> None:
         self.cache.reset()
@@ -121,11 +123,18 @@ class Driver:
         self.touched = self.touched or keep != self.lens
         self.lens = list(keep)
         self.history = [[row[:n] for row, n in zip(rows, keep, strict=True)] for rows in self.history]
-        if self.cache.hold_margin is not None:
-            self.cache.hold_margin = 0
+        if self.crops_announced:
+            self.announce_crops()
 
     def announce_crops(self) -> None:
         self.cache.hold_margin = 0
+
+    def end_crops(self) -> None:
+        self.cache.hold_margin = None
+
+    @property
+    def crops_announced(self) -> bool:
+        return self.cache.hold_margin is not None
 
     def decode(self) -> None:
         self.forward(torch.ones(len(self.lens), 1, dtype=torch.bool))

@@ -9,11 +9,8 @@ import torch
 from torch import Tensor
 
 from pikv_ds.cache.stats import stats
-from pikv_ds.pages.entries import decoded, read_back
-from pikv_ds.pages.pool import LayerStore
 from tests.unit.driver import Driver, dense_over, rel_error
-from tests.unit.invariants import check_pages, check_unshared, slots_of
-from tests.unit.stores import stored
+from tests.unit.invariants import check_pages, check_unshared
 
 
 @dataclass
@@ -34,17 +31,17 @@ class EvictingDriver(Driver):
 
     def new_generation(self) -> None:
         super().new_generation()
-        self.tables: list[list[list[list[Page]]]] = []  # [layer][row][shard] -> pages
+        self.held: list[list[list[list[Page]]]] = []  # [layer][row][shard] -> pages
         self.evicted, self.columns, self.forwards, self.since, self.waits = 0, 0, 0, 0, False
         self.queries: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # (layer, row) -> last query [Hq, D], its lse [Hq]
 
     def select(self, index: list[int]) -> None:
         super().select(index)
-        self.tables = [[[[Page(list(p.positions), p.shares) for p in shard] for shard in rows[i]] for i in index] for rows in self.tables]
+        self.held = [[[[Page(list(p.positions), p.shares) for p in shard] for shard in rows[i]] for i in index] for rows in self.held]
 
     def crop(self, keep: list[int]) -> None:
         super().crop(keep)
-        for rows in self.tables:
+        for rows in self.held:
             for row, n in zip(rows, keep, strict=True):
                 for shard in row:
                     for page in shard:
@@ -53,7 +50,7 @@ class EvictingDriver(Driver):
 
     def forward(self, mask: Tensor) -> list:
         if self.fresh:
-            self.tables = [[[[] for _ in range(self.cache.num_shards)] for _ in mask] for _ in self.layers]
+            self.held = [[[[] for _ in range(self.cache.num_shards)] for _ in mask] for _ in self.layers]
         self.staged: list[tuple[int, int, list[int]]] = []
         self.evict_late(mask)
         outputs = super().forward(mask)
@@ -63,7 +60,7 @@ class EvictingDriver(Driver):
         decode = mask.shape[1] == 1
         self.since = self.since + 1 if decode else 0
         if not (decode and self.since % self.scheduling["interval"]):
-            self.waits = self.cache.hold_margin is not None or (self.scheduling["prefill"] == "keep" and not decode)
+            self.waits = self.crops_announced or (self.scheduling["prefill"] == "keep" and not decode)
             if not self.waits:
                 self.evict()
         check_evicting(self)
@@ -76,7 +73,7 @@ class EvictingDriver(Driver):
             self.waits = False
 
     def kept(self, i: int, row: int) -> list[int]:
-        return sorted(p for shard in self.tables[i][row] for page in shard for p in page.positions)
+        return sorted(p for shard in self.held[i][row] for page in shard for p in page.positions)
 
     def budget(self, i: int, row: int) -> int:
         return self.scheduling["budget_tokens"]
@@ -91,7 +88,7 @@ class EvictingDriver(Driver):
                 num_pages = -(-(len(self.kept(i, row)) - self.budget(i, row)) // size)
                 free = [
                     (self.score(page, self, i, row), page.positions[-1], shard, page)
-                    for shard in self.tables[i][row]
+                    for shard in self.held[i][row]
                     for page in shard
                     if num_pages > 0
                     and len(page.positions) == size
@@ -104,11 +101,11 @@ class EvictingDriver(Driver):
 
     def _take_over(self) -> None:
         for i, spec in enumerate(self.layers):
-            store = self.cache.tables.stores[i]
+            pool = self.probe.near_pool(i)
             for row, length in enumerate(self.lens) if spec.window is None else ():
                 before = self.kept(i, row)
-                for shard, pages in enumerate(self.tables[i][row]):
-                    held = set(stored(store, slots_of(store, row, shard))[2].tolist())
+                for shard, pages in enumerate(self.held[i][row]):
+                    held = set(pool.positions(row, shard))
                     self.evicted += sum(len(page.positions) for page in pages if not held & set(page.positions))
                     pages[:] = [page for page in pages if held & set(page.positions)]
                 kept = self.kept(i, row)
@@ -127,7 +124,7 @@ class EvictingDriver(Driver):
                 self._append(i, row, new)
             if spec.window is not None:
                 old = list(range(new[0])) if new else []
-            page_of = {p: page for shard in self.tables[i][row] for page in shard for p in page.positions}
+            page_of = {p: page for shard in self.held[i][row] for page in shard for p in page.positions}
             entries = old + new
             for t in real:
                 query, at = q[row, t], int(positions[row, t])
@@ -150,56 +147,39 @@ class EvictingDriver(Driver):
         return dense_over(query, [self.history[i][row][p] for p in visible], scale)
 
     def _append(self, i: int, row: int, new: list[int]) -> None:
+        homes = self.probe.homes(i)
         for p in new:
-            directory = self.cache.tables.directory
-            shard = self.tables[i][row][int(directory.shard_at[i][row, p]) if directory.num_shards > 1 else 0]
+            shard = self.held[i][row][int(homes[row, p])]
             if not shard or len(shard[-1].positions) == self.cache.page_size:
                 shard.append(Page())
             shard[-1].positions.append(p)
 
 
-def entries_of(store: LayerStore, row: int, shard: int) -> tuple[Tensor, Tensor, Tensor]:
-    """k [n, Hkv, Dk], v [n, Hkv, Dv] and positions [n] of a table, as attention reads them."""
-    slots = slots_of(store, row, shard)
-    if store.fmt.raw and store.turned is None:
-        return stored(store, slots)
-    if store.turned is not None:  # what the coefficients stand for
-        tail_rows = torch.arange(store.counts.numel()).view_as(store.counts)[row : row + 1, shard : shard + 1]
-        at = (slice(row, row + 1), slice(shard, shard + 1))
-        k, v = read_back(store, store.block_table[at], store.counts[at], tail_rows)
-        return *(x[0, :, : len(slots)].transpose(0, 1) for x in (k, v)), store.positions.flatten()[slots.long()]
-    tail = store.tail
-    if tail is not None:
-        tail = None if store.full_pages else tail.view(*store.counts.shape, *tail.shape[1:])[row, shard].unsqueeze(0)
-    k, v = decoded(store, store.block_table[row, shard].unsqueeze(0), store.counts[row, shard].view(1), tail)
-    return *(x[0, :, : len(slots)].transpose(0, 1) for x in (k, v)), store.positions.flatten()[slots.long()]
-
-
 def check_evicting(driver: EvictingDriver) -> None:
     """What the store holds is what the oracle keeps; every entry appended is live, expired, evicted or cropped; loads, bytes, pages."""
-    tables = driver.cache.tables
-    for i, (spec, store) in enumerate(zip(driver.layers, tables.stores, strict=True)):
-        check_pages(store)
-        check_unshared(store)
+    probe = driver.probe
+    for i, spec in enumerate(driver.layers):
+        pool = probe.near_pool(i)
+        check_pages(pool)
+        check_unshared(pool)
         for row in range(len(driver.lens)) if spec.window is None else ():
-            for shard, pages in enumerate(driver.tables[i][row]):
-                k, v, positions = entries_of(store, row, shard)
+            for shard, pages in enumerate(driver.held[i][row]):
+                positions, k, v = pool.entries(row, shard)
                 want = [p for page in pages for p in page.positions]
                 assert positions.tolist() == want, f"layer {i}, row {row}, shard {shard}"
                 if want:
                     entries = [driver.history[i][row][p] for p in want]
-                    same = torch.equal if store.turned is None else partial(torch.allclose, atol=2e-5)
+                    same = torch.equal if not pool.holds_unrotated else partial(torch.allclose, atol=2e-5)
                     assert same(k, torch.stack([e[0] for e in entries])) and (spec.latent or same(v, torch.stack([e[1] for e in entries])))
         if spec.window is None and driver.cache.num_shards > 1:
-            loads = [sum(len(page.positions) for row in driver.tables[i] for page in row[s]) for s in range(driver.cache.num_shards)]
-            assert tables.directory.load[i].tolist() == loads, f"layer {i}: load"
+            loads = [sum(len(page.positions) for row in driver.held[i] for page in row[s]) for s in range(driver.cache.num_shards)]
+            assert probe.loads[i].tolist() == loads, f"layer {i}: load"
     numbers = stats(driver.cache, 1, 1)
     names = ("live", "expired", "evicted", "cropped", "appended", "forked")
     live, expired, evicted, cropped, appended, forked = (numbers[f"entries_{name}"] for name in names)
     assert live + expired + evicted + cropped == appended + forked
     assert forked or evicted == driver.evicted
-    held = [t for s in tables.stores for t in (s.pages, s.tail, *s.summaries.values()) if t is not None]
-    assert numbers["kv_bytes_allocated"] == sum(t.untyped_storage().nbytes() for t in held)
+    assert numbers["kv_bytes_allocated"] == probe.bytes
 
 
 # ---- the policies, in loops: (page, driver, layer, row) -> score ------------------------------------------------------------
@@ -247,7 +227,7 @@ def observed(page: Page, driver: EvictingDriver, i: int, row: int, window: int =
     """SnapKV with a window of 3: pooled over 5 pages of one entry, not pooled over larger ones."""
     if driver.cache.page_size > 1:
         kernel = 1
-    pages = next(shard for shard in driver.tables[i][row] if page in shard)
+    pages = next(shard for shard in driver.held[i][row] if page in shard)
     at = pages.index(page)
     beside = pages[max(0, at - kernel // 2) : at + kernel // 2 + 1]
     return math.fsum(fading(p, window) for p in beside if p.positions[-1] < driver.lens[row] - window) / kernel

@@ -17,11 +17,11 @@ CODECS = ["int8", "int4", "fp8_e4m3"]
 
 
 def check(driver: Driver) -> None:
-    for store in driver.cache.tables.stores:
-        check_pages(store)
-        check_unshared(store)
+    for pool in driver.probe.all_pools:
+        check_pages(pool)
+        check_unshared(pool)
     if driver.cache.num_shards > 1:
-        check_directory(driver, driver.cache.tables.directory)
+        check_directory(driver)
 
 
 @pytest.mark.parametrize("expert_ids", ["previous_layer", "true"])
@@ -67,7 +67,7 @@ def test_lost_bits_stay_lost_but_bounded(codec):
     driver.decode()
     (q, positions, out), spec = errors[-1], driver.layers[0]
     want, _ = dense_rows(q[0], positions[0], driver.history[0][0], driver._scale(q), spec.window)
-    fmt = driver.cache.tables.stores[0].fmt
+    fmt = driver.probe.formats[0]
     error = rel_error(out[0], want)
     assert 1e-4 < error <= fmt.k_rel_error * 4 + fmt.v_rel_error, error
     assert torch.isfinite(out).all()

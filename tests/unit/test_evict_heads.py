@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from pikv_ds.cache.cache import PiKVCache
+from pikv_ds.cache.inspect import CacheProbe
 from pikv_ds.cache.stats import stats
 from pikv_ds.errors import ConfigError
 from tests.unit.driver import Driver, dense_over, layer, ragged, rel_error
-from tests.unit.invariants import check_pages, check_unshared, poison, slots_of
-from tests.unit.stores import stored
+from tests.unit.invariants import check_pages, check_unshared, poison
 
 pytestmark = pytest.mark.usefixtures("nan_filled_empty")
 SMALL = {"sink_tokens": 2, "recent_tokens": 3}
@@ -23,9 +23,8 @@ class HeadDriver(Driver):
 
     def held(self, i: int, row: int, head: int) -> list[int]:
         """Positions that this head has in any shard."""
-        store = self.cache.tables.stores[i]
-        tables = range(head, store.counts.shape[1], HEADS)
-        return [p for table in tables for p in stored(store, slots_of(store, row, table))[2].tolist()]
+        pool = self.probe.near_pool(i)
+        return [p for table in range(head, pool.num_tables, HEADS) for p in pool.positions(row, table)]
 
     def forward(self, mask: Tensor) -> list:
         if self.fresh:
@@ -51,29 +50,28 @@ class HeadDriver(Driver):
                 assert rel_error(lse[row, column, query], want_lse) <= self.tolerance, (i, row, at, head)
 
     def check(self) -> None:
-        for i, store in enumerate(self.cache.tables.stores):
-            check_pages(store)
-            check_unshared(store)
+        evicted_by_head, loads = self.probe.evicted, self.probe.loads
+        for i, pool in enumerate(self.probe.all_pools):
+            check_pages(pool)
+            check_unshared(pool)
             for row, length in enumerate(self.lens):
-                for table in range(store.counts.shape[1]):
-                    k, v, positions = stored(store, slots_of(store, row, table))
+                for table in range(pool.num_tables):
+                    positions, k, v = pool.entries(row, table)
                     assert positions.tolist() == sorted(set(positions.tolist()))
                     entries, head = [self.history[i][row][p] for p in positions.tolist()], table % HEADS
                     if entries:
                         assert torch.equal(k[:, 0], torch.stack([e[0][head] for e in entries]))
                         assert torch.equal(v[:, 0], torch.stack([e[1][head] for e in entries]))
-                for head, evicted in enumerate(self.cache.tables.directory.evicted_by_head()[i][row]):
+                for head, evicted in enumerate(evicted_by_head[i][row]):
                     assert len(self.held(i, row, head)) + evicted == length, f"layer {i}, row {row}, head {head}: not live + evicted"
             if self.cache.num_shards > 1:
-                assert self.cache.tables.directory.load[i].tolist() == store.counts.sum(0).view(-1, HEADS).sum(1).tolist()
+                assert loads[i].tolist() == pool.counts.sum(0).view(-1, HEADS).sum(1).tolist()
         numbers = stats(self.cache, 1, 1)
         live, evicted, cropped, appended, forked = (
             numbers[f"entries_{name}"] for name in ("live", "evicted", "cropped", "appended", "forked")
         )
         assert live + evicted + cropped == appended + forked
-        assert numbers["kv_bytes_allocated"] == sum(
-            t.untyped_storage().nbytes() for s in self.cache.tables.stores for t in (s.pages, *s.summaries.values())
-        )
+        assert numbers["kv_bytes_allocated"] == self.probe.bytes
 
 
 def driver(head_budget: str, method: str = "h2o", page_size: int = 2, num_shards: int = 1, **scheduling) -> HeadDriver:
@@ -92,7 +90,7 @@ def test_each_head_attends_to_what_it_kept(num_shards, head_budget, page_size, m
         poison(d)
         d.forward(mask)
         for i in range(2):
-            counts = d.cache.tables.stores[i].counts.unflatten(1, (-1, HEADS)).sum(1)
+            counts = d.probe.near_pool(i).counts.unflatten(1, (-1, HEADS)).sum(1)
             assert (counts.sum(1) <= HEADS * BUDGET).all() and (head_budget == "adaptive" or counts.max() <= BUDGET)
             floor = torch.tensor([min(n, 4) for n in d.lens]).unsqueeze(1)
             assert (counts >= floor - page_size).all()
@@ -105,7 +103,7 @@ def test_adaptive_budgets_differ_between_heads_down_to_a_floor(num_shards):
     for floor in (0.1, 1.0):
         d = driver("adaptive", "knorm", 1, num_shards, head_floor=floor)
         d.prefill([60, 50])
-        counts = torch.stack([store.counts.unflatten(1, (-1, HEADS)).sum(1) for store in d.cache.tables.stores])
+        counts = torch.stack([pool.counts.unflatten(1, (-1, HEADS)).sum(1) for pool in d.probe.all_pools])
         assert (counts.sum(-1) == HEADS * BUDGET).all() and bool((counts != BUDGET).any()) == (floor < 1)
 
 
@@ -132,12 +130,11 @@ class TwinDriver(HeadDriver):
 
     def check(self) -> None:
         super().check()
-        for i, store in enumerate(self.cache.tables.stores):
+        for i, pool in enumerate(self.probe.all_pools):
             for row in range(len(self.lens)):
-                for table in range(store.counts.shape[1]):
-                    twin, shard = self.twins[table % HEADS].tables.stores[i], table // HEADS
-                    want = stored(twin, slots_of(twin, row, shard))[2].tolist()
-                    assert stored(store, slots_of(store, row, table))[2].tolist() == want, f"layer {i}, row {row}, table {table}"
+                for table in range(pool.num_tables):
+                    twin = CacheProbe(self.twins[table % HEADS]).near_pool(i)
+                    assert pool.positions(row, table) == twin.positions(row, table // HEADS), f"layer {i}, row {row}, table {table}"
 
 
 @pytest.mark.parametrize("method", ["h2o", "tova", "quest", "snapkv"])
@@ -171,9 +168,9 @@ def test_announced_crops_of_heads(num_shards):
         d.forward(ragged([5, 5]))
         poison(d)
         d.crop([n - taken_back for n in d.lens])
-    d.cache.hold_margin = None
+    d.end_crops()
     d.decode()
-    assert d.cache.tables.counters.cropped == 2 * 2 * HEADS * 7
+    assert stats(d.cache, 1, 1)["entries_cropped"] == 2 * 2 * HEADS * 7
 
 
 @pytest.mark.parametrize("num_shards", [1, 2], ids="S{}".format)
@@ -181,18 +178,18 @@ def test_memory_of_heads_follows_the_budget(num_shards):
     d = driver("uniform", "knorm", 4, num_shards, prefill="keep")
     d._compare = lambda *_: None  # what is evicted before a forward is not what it held after the last one
     d.prefill([200])
-    record = d.cache.tables.stores[0].fmt.record_bytes
-    assert d.cache.tables.stores[0].nbytes >= HEADS * 50 * record
+    record = d.probe.formats[0].record_bytes
+    assert d.probe.near_pool(0).nbytes >= HEADS * 50 * record
     d.decode()
-    assert d.cache.tables.stores[0].nbytes <= 1.25 * HEADS * (BUDGET // 4 + num_shards) * record + record
+    assert d.probe.near_pool(0).nbytes <= 1.25 * HEADS * (BUDGET // 4 + num_shards) * record + record
 
 
 def test_a_budget_in_bytes_is_that_of_all_heads():
     d = driver("uniform", "knorm", 1)
-    record = d.cache.tables.stores[0].fmt.record_bytes
+    record = d.probe.formats[0].record_bytes
     d = driver("uniform", "knorm", 1, budget_tokens=None, budget_bytes=2 * HEADS * 30 * record)  # two layers
     d.prefill([60])
-    assert [store.counts.tolist() for store in d.cache.tables.stores] == [[[30, 30]]] * 2
+    assert [pool.counts.tolist() for pool in d.probe.all_pools] == [[[30, 30]]] * 2
 
 
 REFUSED = {

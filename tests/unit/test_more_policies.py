@@ -42,7 +42,7 @@ def two_queues(page: Page, *_) -> float:
 
 def away_from_the_others(page: Page, driver: EvictingDriver, i: int, row: int) -> float:
     """By the anchor of the page's shard; a cosine is the same for a latent, whose key has one head."""
-    shard = next(pages for pages in driver.tables[i][row] if page in pages)
+    shard = next(pages for pages in driver.held[i][row] if page in pages)
     unit = {p: driver.history[i][row][p][0].double() for each in shard for p in each.positions}
     unit = {p: k / k.norm(dim=-1, keepdim=True) for p, k in unit.items()}
     anchor = sum(unit.values()) / len(unit)
@@ -103,7 +103,7 @@ def test_learned_scores_of_heads(head_budget, tmp_path):
     shared, apart = (Driver([layer(0)], page_size=4, scheduling=base | {"head_budget": which}) for which in ("shared", head_budget))
     for driver in (shared, apart):
         driver.prefill([33, 21])
-    both, each = (d.cache.retention.policy.score(d.cache.retention.pages(0, d.lens)).flatten(1)[:, :9] for d in (shared, apart))
+    both, each = (d.probe.scores(0).flatten(1)[:, :9] for d in (shared, apart))
     assert torch.allclose(both[0], (each[0] + each[1]) / 2, atol=1e-5) and torch.allclose(
         both[1, :6], (each[2] + each[3])[:6] / 2, atol=1e-5
     )

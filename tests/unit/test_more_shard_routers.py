@@ -84,7 +84,7 @@ def test_shuffle_reads_what_its_base_chose_for_another_query(base, tmp_path):
     block = routing(base, tmp_path, layers=2, shards=SHARDS, query_width=4 * 8)
     options = {key: value for key, value in block.items() if key not in ("method", "sink_tokens", "recent_tokens")}
     driver = Recording("shuffle_shards", tmp_path, num_shards=SHARDS, base=base, base_options=options)
-    router = driver.cache.selection.router
+    router = driver.probe.router
     choose, score, chosen, read = router.base.chosen_shards, router.score, {}, []
 
     def choosing(asked):
@@ -137,7 +137,7 @@ def test_cache_aware_leaves_a_shard_that_disappoints(tmp_path):
     """Over many steps: misses are counted in every forward and decay, and the penalty is that of the counter the step began with."""
     driver = Recording("cache_aware", tmp_path, num_shards=SHARDS)
     driver.prefill([37])
-    router = driver.cache.selection.router
+    router = driver.probe.router
     answered, penalised, moved = router.answered, [], 0
 
     def answering(asked, page_list, page_lse):

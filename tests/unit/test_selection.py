@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pikv_ds import ops
 from pikv_ds.ops.format.bound_codes import decode_box, encode_box, not_above
+from tests.unit.choices import by_row, recorded_choices
 from tests.unit.driver import Driver, layer, ragged, rel_error
 
 LAYERS = [layer(0), layer(1, window=24)]
@@ -35,20 +35,8 @@ class SelectingDriver(Driver):
         choice = {"metadata": metadata, "spread": spread, "heads": heads} if method == "bounds" else {}
         self.routing = {"method": method, "budget_pages": pages, "budget_ratio": ratio, "sink_tokens": SINKS, "recent_tokens": recent}
         super().__init__(layers, routing=self.routing | choice, page_size=page_size, num_shards=num_shards, placement="position", **options)
-        self.page_size, self.num_shards, self.chosen, self.left_out = page_size, num_shards, [], 0
+        self.page_size, self.num_shards, self.chosen, self.left_out = page_size, num_shards, recorded_choices(self.probe), 0
         self.born: list[list[list[int]]] = []  # [layer][row] positions ever stored: window layers drop those of a chunk nobody will see
-        choose = self.cache.selection.choose
-
-        def recording(asked, plan):
-            page_list = choose(asked, plan)
-            columns = page_list.view(asked.first.shape[0], -1, *page_list.shape[1:])  # [Q, S, H, K]
-            block = [[set() for _ in range(columns.shape[2])] for _ in columns]
-            for query, shard, head, k in (columns >= 0).nonzero().tolist():
-                block[query][head].add(int(asked.first[query, shard, columns[query, shard, head, k]]))
-            self.chosen.append(block)
-            return page_list
-
-        self.cache.selection.choose = recording
 
     def new_generation(self) -> None:
         super().new_generation()
@@ -96,7 +84,8 @@ class SelectingDriver(Driver):
 
     def _compare(self, i: int, q: Tensor, positions: Tensor, out: Tensor, lse: Tensor) -> None:
         num_rows, num_columns = positions.shape
-        chosen, self.chosen = self.chosen, []
+        chosen = by_row(self.chosen, num_rows)
+        self.chosen.clear()
         self.born = self.born or [[[] for _ in range(num_rows)] for _ in self.layers]
         new = [[p for p in row.tolist() if p >= 0] for row in positions]
         if self._sees_own(num_columns):
@@ -114,14 +103,10 @@ class SelectingDriver(Driver):
             held += [p for p in positions if p >= oldest]
 
     def _check(self, i: int, chosen: list, q: Tensor, positions: Tensor, out: Tensor, lse: Tensor) -> None:
-        spec, scale, (num_rows, num_columns) = self.layers[i], self._scale(q), positions.shape
-        if not chosen:
+        spec, scale, num_columns = self.layers[i], self._scale(q), positions.shape[1]
+        if not chosen[0]:
             assert max(self.lens) == 0 and num_columns > 1, "a query with a past chose nothing"
             return
-        widths = [len(block) // num_rows for block in chosen]
-        chosen = [
-            [heads for block, n in zip(chosen, widths, strict=True) for heads in block[row * n : row * n + n]] for row in range(num_rows)
-        ]
         for row, column in (positions >= 0).nonzero().tolist():
             at, seen = int(positions[row, column]), self.lens[row] + self._sees_own(num_columns)
             wanted = self.pages_of(i, row, at, seen, q[row, column], scale)
@@ -201,24 +186,21 @@ def test_pages_that_are_not_read_may_hold_anything(metadata):
     for poisoned in (False, True):
         driver = SelectingDriver([layer(0)], pages=5, num_shards=2, metadata=metadata)
         driver.prefill([60, 41])
-        selection, store = driver.cache.selection, driver.cache.tables.stores[0]
-        choose = selection.choose
+        pool = driver.probe.near_pool(0)
 
-        def poisoning(asked, plan, choose=choose, store=store):
-            page_list = choose(asked, plan)  # [N, H, K]
-            read = torch.zeros(store.num_pages, store.fmt.num_kv_heads, dtype=torch.bool)
+        def poisoning(asked, page_list, pool=pool):
+            """page_list [N, H, K]"""
+            read = torch.zeros(pool.num_pages, pool.fmt.num_kv_heads, dtype=torch.bool)
             for table, head, k in (page_list >= 0).nonzero().tolist():
                 read[asked.block_table[table, 0, page_list[table, head, k]], head] = True
-            k, v, _ = ops.views(store.pages, store.fmt)
+            k, v, _ = pool.fields
             k[~read], v[~read] = torch.nan, torch.nan
-            return page_list
 
         if poisoned:
-            selection.choose = poisoning
+            driver.probe.on_choice(poisoning)
         runs.append(driver.forward(torch.ones(2, 1, dtype=torch.bool)))
         if poisoned:
-            k = ops.views(store.pages, store.fmt)[0]
-            assert int(k.isnan().any(-1).any(-1).sum()) > 20
+            assert int(pool.fields[0].isnan().any(-1).any(-1).sum()) > 20
     for (out, lse), (other_out, other_lse) in zip(*runs, strict=True):
         assert torch.equal(out, other_out) and torch.equal(lse, other_lse)
 
@@ -227,9 +209,9 @@ def test_entries_read_are_counted():
     driver = SelectingDriver([layer(0)], pages=6, num_shards=2)
     driver.prefill([100])
     driver.decode()
-    read, visible = driver.cache.selection.entries.tolist()
-    assert visible == 101
-    assert 5 * PAGE < read <= 6 * PAGE
+    read = driver.probe.read
+    assert read.visible == 101
+    assert 5 * PAGE < read.entries <= 6 * PAGE
 
 
 @pytest.mark.parametrize("method", ["bounds", "shuffle"])
@@ -247,5 +229,5 @@ def test_bytes_of_int8_bounds(method):
     for _ in range(3):
         for out, lse in driver.forward(torch.ones(3, 1, dtype=torch.bool)):
             assert bool(out.isfinite().all()) and bool(lse.isfinite().all())
-    for store in driver.cache.tables.stores:
-        assert store.summaries["bounds"].nbytes == store.num_pages * store.fmt.num_kv_heads * (2 * store.fmt.k_dim + 4)
+    for pool in driver.probe.all_pools:
+        assert pool.column("bounds").nbytes == pool.num_pages * pool.fmt.num_kv_heads * (2 * pool.fmt.k_dim + 4)

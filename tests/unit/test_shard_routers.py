@@ -14,7 +14,7 @@ def run(name: str, folder, steps: int = 12, **options):
     """Per decode step of one request in layer 0: (asked, chosen shards [S] or None, scores, keys stored [n, H, D])."""
     driver = Recording(name, folder, num_shards=SHARDS)
     driver.prefill([37])
-    router, seen = driver.cache.selection.router, []
+    router, seen = driver.probe.router, []
     for option, value in options.items():
         assert hasattr(router, option)
         setattr(router, option, value)

@@ -12,7 +12,7 @@ from pikv_ds.errors import ConfigError
 from pikv_ds.pages.estimate import pikv_bytes
 from pikv_ds.routers.random import RandomPages
 from tests.unit.driver import Driver, dense_over, layer, ragged, rel_error
-from tests.unit.tiered import KINDS, TieredDriver, attention_shares, pages_of, poison, positions_of, run_mix
+from tests.unit.tiered import KINDS, TieredDriver, attention_shares, far_counts, poison, run_mix
 
 pytestmark = pytest.mark.usefixtures("nan_filled_empty")
 
@@ -35,7 +35,7 @@ def test_encoded_far_pages(codec, num_shards):
     """Entries that the formats hold without loss: what differs from dense attention is an entry missing, doubled or from elsewhere."""
     driver = TieredDriver(codec=codec, page_size=64, num_shards=num_shards, sinks=4, recent=20)
     run_mix(driver)
-    assert all(store.tail is None for store in driver.cache.tables.stores[::2]), "raw pages need no tail"
+    assert all(driver.probe.near_pool(i).tail is None for i in (0, 2)), "raw pages need no tail"
 
 
 @pytest.mark.parametrize("latent", [False, True], ids=["kv", "latent"])
@@ -45,20 +45,19 @@ def test_attention_is_that_over_what_both_pools_hold(latent):
     driver._compare = lambda i, q, positions, out, lse: found.append((q, out, lse))
     driver.prefill([200])
     driver.decode()
-    tables, spec = driver.cache.tables, driver.layers[0]
-    near, far = tables.pools(0)
+    near, far = driver.probe.pools(0)
     assert int(near.counts) == 201 - 64 and int(far.counts) == 64
     entries = []
-    for store in (far, near):
-        k, v = ops.decode_pages(store.pages[store.block_table[0, 0, :-1].clamp_min(0).long()], store.fmt)
-        k, v = (x.transpose(1, 2).flatten(0, 1)[: int(store.counts)] for x in (k, v))
+    for pool in (far, near):
+        k, v = ops.decode_pages(pool.records[pool.page_ids(0, 0)], pool.fmt)
+        k, v = (x.transpose(1, 2).flatten(0, 1)[: int(pool.counts)] for x in (k, v))
         entries += list(zip(k, v, strict=True))
     q, out, lse = found[-1]
     want_out, want_lse, _ = dense_over(q[0, 0], entries, driver._scale(q))
     assert rel_error(out[0, 0], want_out) < 2e-4 and rel_error(lse[0, 0], want_lse) < 2e-4
     exact, _, _ = dense_over(q[0, 0], driver.history[0][0], driver._scale(q))
     assert rel_error(out[0, 0], exact) > 1e-3, "the codes were not read"
-    assert spec.latent == latent
+    assert driver.layers[0].latent == latent
 
 
 def test_far_pages_hold_the_codes_of_a_plain_store():
@@ -70,12 +69,12 @@ def test_far_pages_hold_the_codes_of_a_plain_store():
     for driver in (plain, tiered):
         driver.steps, driver._compare = None, lambda *_: None
         driver.prefill([200])
-    one, far = plain.cache.tables.stores[0], tiered.cache.tables.far[0]
-    held = pages_of(far, 0)
+    one, far = plain.probe.near_pool(0), tiered.probe.far_pool(0)
+    held = far.pages(0)
     assert [page[0] for page in held] == [64, 128]
     for column, page in enumerate(held):
-        record = one.pages[one.block_table[0, 0, page[0] // 64]]
-        assert torch.equal(far.pages[far.block_table[0, 0, column]], record)
+        record = one.records[one.page_ids(0, 0)[page[0] // 64]]
+        assert torch.equal(far.records[far.page_ids(0, 0)[column]], record)
 
 
 def test_without_the_keys_nothing_changes():
@@ -84,7 +83,7 @@ def test_without_the_keys_nothing_changes():
         driver.steps, driver._compare = None, lambda *_: None
         driver.prefill([100])
         found = [driver.forward(ragged([1])) for _ in range(30)]
-        assert driver.cache.tiers is None
+        assert driver.probe.far_pool(0) is None
         return found, stats(driver.cache, 1, 130)
 
     (plain, numbers), (zero, also) = outputs({}), outputs({"raw_recent_tokens": 0, "raw_sink_tokens": 0})
@@ -110,9 +109,9 @@ def test_memory_follows_within_the_step():
     """A prompt of 800 tokens leaves the near pool with its forward: 13 pages of 64 raw, then one of sinks and those of the window."""
     driver = TieredDriver([layer(0, dim=32)], codec="int4", page_size=64, sinks=4, recent=64)
     driver.prefill([800])
-    near, far = driver.cache.tables.pools(0)
+    near, far = driver.probe.pools(0)
     window_pages, record = {11, 12}, near.fmt.record_bytes
-    assert near.num_pages <= 1 + len(window_pages) + 1 and near.nbytes == near.num_pages * record == near.pages.untyped_storage().nbytes()
+    assert near.num_pages <= 1 + len(window_pages) + 1 and near.nbytes == near.num_pages * record == near.records.untyped_storage().nbytes()
     assert int(far.counts) == 64 * 10 and far.num_pages in (10, 11) and far.tail.shape[0] == 1
     assert stats(driver.cache, 1, 800)["kv_bytes_allocated"] == near.nbytes + far.nbytes
 
@@ -143,14 +142,14 @@ def test_nothing_goes_while_a_crop_is_announced(num_shards):
     driver = TieredDriver([KINDS[0], KINDS[2]], page_size=4, num_shards=num_shards)
     driver.prefill([30, 30])
     driver.announce_crops()
-    held = driver.cache.tables.far_counts.clone()
+    held = far_counts(driver)
     for _ in range(3):
         driver.forward(ragged([9, 9]))
-        assert torch.equal(driver.cache.tables.far_counts, held)
+        assert far_counts(driver) == held
         driver.crop([n - 5 for n in driver.lens])
-    driver.cache.hold_margin = None
+    driver.end_crops()
     driver.decode()
-    assert int(driver.cache.tables.far_counts.sum()) > int(held.sum())
+    assert all(now > before for now, before in zip(far_counts(driver), held, strict=True))
 
 
 @pytest.mark.parametrize("num_shards", [1, 3], ids="S{}".format)
@@ -159,14 +158,15 @@ def test_forks_share_pages_of_both_pools(num_shards):
     driver.prefill([40])
     driver.select([0, 0, 0])
     driver.decode()
-    far = driver.cache.tables.far[0]
-    assert int(far.refcount.max()) == 3 and int((far.refcount[:-1] > 0).sum()) * 3 == int((far.block_table >= 0).sum())
+    far = driver.probe.far_pool(0)
+    assert int(far.uses.max()) == 3 and far.used_pages * 3 == int((far.page_table >= 0).sum())
     for _ in range(12):  # pages that the beams share move once, for all of them
         driver.decode()
     driver.select([2, 0])
     for _ in range(9):
         driver.decode()
-    assert int(far.refcount.max()) == 2 and far.num_pages < int((far.block_table >= 0).sum())
+    far = driver.probe.far_pool(0)
+    assert int(far.uses.max()) == 2 and far.num_pages < int((far.page_table >= 0).sum())
 
 
 METHODS = {"streaming_llm": {}, "knorm": {}, "h2o": {}, "snapkv": {"window": 9}, "quest": {}, "lru": {}, "expected_attention": {}}
@@ -182,11 +182,8 @@ def test_eviction_keeps_what_it_keeps_with_one_pool(method):
         driver.prefill([70, 12])
         for mask in (*[ragged([1, 1])] * 5, ragged([9, 20]), *[ragged([1, 1])] * 5):
             outputs = driver.forward(mask)
-            tables = driver.cache.tables
-            kept = [
-                [sorted(p for store in tables.pools(i) for page in pages_of(store, row) for p in page) for row in range(2)]
-                for i in range(len(driver.layers))
-            ]
+            probe = driver.probe
+            kept = [[sorted(p for page in probe.pages(i, row) for p in page) for row in range(2)] for i in range(probe.num_layers)]
             found.append((kept, outputs, stats(driver.cache, 2, 70)["entries_evicted"]))
         return found
 
@@ -210,8 +207,10 @@ def test_routers_choose_among_far_pages_what_they_choose_with_one_pool(method):
         driver._compare, found = lambda *_: None, []
         driver.prefill([70, 31])
         for _ in range(9):
-            driver.cache.selection.entries.zero_()
-            found.append((driver.forward(ragged([1, 1])), driver.cache.selection.entries.clone()))
+            before = driver.probe.read
+            outputs = driver.forward(ragged([1, 1]))
+            after = driver.probe.read
+            found.append((outputs, (after.entries - before.entries, after.visible - before.visible)))
         return found
 
     one = run(Driver([layer(0), layer(1, latent=True)], page_size=4, routing=routing))
@@ -238,7 +237,7 @@ class AdaptiveDriver(TieredDriver):
     def new_generation(self):
         super().new_generation()
         self.weight: list[list[list[float]]] = []  # [layer][row][position]
-        self.far: dict[tuple[int, int], set[int]] = {}  # first positions of the pages that were demoted
+        self.gone: dict[tuple[int, int], set[int]] = {}  # first positions of the pages that were demoted
 
     def _compare(self, i, q, positions, out, lse):
         super()._compare(i, q, positions, out, lse)
@@ -255,12 +254,12 @@ class AdaptiveDriver(TieredDriver):
     def check(self, ratio: float) -> None:
         size = self.cache.page_size
         for i in range(len(self.layers)):
-            near, far = self.cache.tables.pools(i)
+            near, far = self.probe.pools(i)
             for row, length in enumerate(self.lens):
-                held = {page[0]: page for page in pages_of(far, row)}
-                known = self.far.setdefault((i, row), set())
+                held = {page[0]: page for page in far.pages(row)}
+                known = self.gone.setdefault((i, row), set())
                 assert known <= set(held), "a page came back"
-                old = [page for page in pages_of(near, row) if not self.must_be_near(page, length)]
+                old = [page for page in near.pages(row) if not self.must_be_near(page, length)]
                 gained = [held[first] for first in set(held) - known]
                 importance = lambda page: sum(self.weight[i][row][p] for p in page)  # noqa: B023, E731
                 if gained:
@@ -280,7 +279,7 @@ def test_the_least_attended_pages_go(ratio, num_shards):
     for mask in (*[ragged([1, 1])] * 9, ragged([12, 3]), *[ragged([1, 1])] * 5):
         driver.forward(mask)
         driver.check(ratio)
-    assert int(driver.cache.tables.far_counts.sum()) > 0
+    assert sum(far_counts(driver)) > 0
 
 
 @pytest.mark.parametrize("codec", ["none", "adaptive"])
@@ -292,14 +291,14 @@ def test_rotated_entries(codec):
     )
     driver.tolerance = 1e-5
     run_mix(driver)
-    assert (driver.cache.tiers.light_ratio is not None) == (codec == "adaptive")
+    assert (driver.probe.keeps_light is not None) == (codec == "adaptive")
 
 
 def test_adaptive_formats_and_bytes():
     driver = TieredDriver([layer(0, dim=32)], codec="adaptive", compression={"light": "int8", "heavy": "int4"}, page_size=64, recent=64)
     driver._compare = lambda *_: None
     driver.prefill([1024])
-    near, far = driver.cache.tables.pools(0)
+    near, far = driver.probe.pools(0)
     assert (near.fmt.name, far.fmt.name) == ("int8", "int4")
     assert int(near.counts) == 64 + 256 + 64 and int(far.counts) == 1024 - 384  # sinks, a quarter, the window
     plain = TieredDriver(
@@ -307,12 +306,12 @@ def test_adaptive_formats_and_bytes():
     )
     plain._compare = lambda *_: None
     plain.prefill([1024 + 9])
-    codec, pools = plain.cache.config.compression.build(), plain.cache.tables.pools(0)
+    codec, pools = plain.cache.config.compression.build(), plain.probe.pools(0)
     planned = pikv_bytes(plain.layers, [1033], ranks=1, codec=codec, page_size=64, dtype=torch.float32)
-    used = [int((store.refcount > 0).sum()) for store in pools]
+    used = [pool.used_pages for pool in pools]
     assert used == [4 + 1, 12]
     tail = pools[0].tail.nbytes
-    assert planned.balanced == sum(n * store.fmt.record_bytes for n, store in zip(used, pools, strict=True)) + tail < planned.worst
+    assert planned.balanced == sum(n * pool.fmt.record_bytes for n, pool in zip(used, pools, strict=True)) + tail < planned.worst
     run_mix(TieredDriver([layer(0), layer(1, latent=True)], codec="adaptive", compression={"light": "none", "heavy": "none"}, page_size=4))
 
 
@@ -324,15 +323,14 @@ def test_adaptive_pages_can_be_evicted_and_selected():
     driver.prefill([100])
     for _ in range(6):
         driver.decode()
-        kept = [p for store in driver.cache.tables.pools(0) for p in positions_of(store, 0, 0)]
+        kept = [p for store in driver.probe.pools(0) for p in store.positions(0, 0)]
         assert len(kept) <= 40 and {0, 1, driver.lens[0] - 1} <= set(kept)
     routing = {"method": "bounds", "budget_pages": 12, "sink_tokens": 2, "recent_tokens": 6}
     driver = TieredDriver([layer(0)], codec="adaptive", compression=light, page_size=4, routing=routing)
     driver._compare = lambda *_: None
     driver.prefill([100])
     driver.decode()
-    read, visible = driver.cache.selection.entries.tolist()
-    assert read < visible
+    assert 0 < driver.probe.read_share < 1
 
 
 @pytest.mark.parametrize("method", ["h2o", "snapkv", "quest"])
@@ -346,11 +344,11 @@ def test_adaptive_beside_a_policy_that_looks_at_attention(method):
         driver.prefill([100, 30])
         for mask in (*[ragged([1, 1])] * 3, ragged([9, 20]), *[ragged([1, 1])] * 3):
             driver.forward(mask)
-            pools = driver.cache.tables.pools(0)
-            kept.append([sorted(p for store in pools for p in positions_of(store, row, 0)) for row in range(2)])
-            for store in pools if method == "h2o" else ():
-                used = store.refcount[:-1] > 0
-                mass += zip(store.positions[used, 0].tolist(), store.summaries["mass"][used].tolist(), strict=True)
+            pools = driver.probe.pools(0)
+            kept.append(driver.probe.kept(0))
+            for pool in pools if method == "h2o" else ():
+                used = pool.uses > 0
+                mass += zip(pool.fields[2][used, 0].tolist(), pool.column("mass")[used].tolist(), strict=True)
         return kept, mass
 
     adaptive = {"light": "none", "heavy": "none", "light_ratio": 0.2, "raw_recent_tokens": 6}

@@ -5,8 +5,7 @@ import pytest
 from pikv_ds.codecs.maps import Transform
 from tests.calibrations import random_calibration
 from tests.unit.driver import dense_over, layer, ragged, rel_error
-from tests.unit.test_tiers import positions_of
-from tests.unit.tiered import TieredDriver, pages_of, run_mix
+from tests.unit.tiered import TieredDriver, run_mix
 
 pytestmark = pytest.mark.usefixtures("nan_filled_empty")
 LAYERS = [layer(0, dim=16), layer(1, dim=16, window=70), layer(2, dim=16)]
@@ -35,8 +34,8 @@ def test_far_entries_are_projected_and_near_ones_are_not(calibration):
     driver._compare = lambda i, q, positions, out, lse: found.append((q, out, lse))
     driver.prefill([60])
     driver.decode()
-    maps: Transform = driver.cache.tables.far_maps[0]
-    far = {p for page in pages_of(driver.cache.tables.far[0], 0) for p in page}
+    maps: Transform = driver.probe.maps(0)
+    far = {p for page in driver.probe.far_pool(0).pages(0) for p in page}
     assert 40 < len(far) < 56
     entries = [
         (maps.k.invert(maps.k.apply(k)), maps.v.invert(maps.v.apply(v))) if p in far else (k, v)
@@ -59,19 +58,18 @@ def test_choices_are_those_of_raw_pages(calibration, blocks):
     """With all directions kept: attention of far pages is measured with what the maps leave out of the lse, and keys are the model's."""
 
     def run(driver):
-        driver._compare, seen, selection = lambda *_: None, [], driver.cache.selection
-        if selection is not None:
-            selection.measures_mass = True
+        driver._compare, seen = lambda *_: None, []
+        driver.probe.measure_mass(True)
         driver.prefill([70, 31])
         for mask in (*[ragged([1, 1])] * 5, ragged([9, 20]), *[ragged([1, 1])] * 5):
             driver.forward(mask)
-            pools = driver.cache.tables.pools(0)
-            seen.append([sorted(p for store in pools for p in positions_of(store, row, 0)) for row in range(2)])
+            seen.append(driver.probe.kept(0))
         mass = {}  # what h2o counted, by the first position of a page of row 0
-        for store in pools if "mass" in pools[0].summaries else ():
-            ids = store.block_table[0, 0, : int(store.counts[0, 0]) // 4].long()
-            mass |= dict(zip(store.positions[ids, 0].tolist(), store.summaries["mass"][ids].tolist(), strict=True))
-        entries = None if selection is None else [*selection.entries.tolist(), *(selection.mass * 1e3).round().tolist()]
+        for pool in driver.probe.pools(0):
+            ids = pool.page_ids(0, 0)[: int(pool.counts[0, 0]) // 4] if "mass" in pool.columns else []
+            mass |= dict(zip([held[0] for held in pool.pages(0)], pool.column("mass")[ids].tolist(), strict=False)) if ids else {}
+        read = driver.probe.read
+        entries = None if read is None else [read.entries, read.visible, round(1e3 * read.mass), round(1e3 * read.queries)]
         return seen, entries, mass, driver.forward(ragged([1, 1]))
 
     raw = TieredDriver(LAYERS[:1], page_size=4, **blocks)

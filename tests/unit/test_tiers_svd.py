@@ -5,9 +5,7 @@ import torch
 
 from pikv_ds.errors import ConfigError
 from tests.unit.driver import dense_over, layer, ragged, rel_error
-from tests.unit.evicting import entries_of
-from tests.unit.test_tiers import positions_of
-from tests.unit.tiered import TieredDriver, pages_of, run_mix
+from tests.unit.tiered import TieredDriver, run_mix
 
 pytestmark = pytest.mark.usefixtures("nan_filled_empty")
 LAYERS = [layer(0, dim=16), layer(1, dim=16, window=70), layer(2, dim=16)]
@@ -27,7 +25,7 @@ def test_all_directions_are_exact(num_shards):
     driver.prefill([30, 9])
     for mask in (ragged([30, 5]), *[ragged([1, 1])] * 6, ragged([50, 0]), ragged([1, 1])):
         driver.forward(mask)
-    assert driver.cache.bases.fitted_at == [60, 18]
+    assert driver.probe.fitted_at == [60, 18]
 
 
 @pytest.mark.parametrize("store", ["none", "int8"])
@@ -41,9 +39,9 @@ def test_far_entries_are_projected_by_the_basis_of_their_time_and_turned_with_it
     for mask in (None, ragged([7 * unit, 11 * unit]), ragged([30 * unit, 1]), *[ragged([1, 1])] * 3):
         if mask is not None:
             driver.forward(mask)
-        far, (k_basis, v_basis) = driver.cache.tables.far[0], driver.cache.bases.bases[0]
+        far, (k_basis, v_basis) = driver.probe.far_pool(0), driver.probe.bases(0)
         for row in range(2):
-            held = {p for page in pages_of(far, row) for p in page}
+            held = {p for page in far.pages(row) for p in page}
             for at in mine:
                 if at[0] == row:
                     mine[at] = tuple(
@@ -53,12 +51,12 @@ def test_far_entries_are_projected_by_the_basis_of_their_time_and_turned_with_it
             for p in held - {p for r, p in mine if r == row}:
                 entry = driver.history[0][row][p]
                 mine[row, p] = tuple(torch.einsum("hd,hdr->hr", x, b[row]) for x, b in zip(entry, (k_basis, v_basis), strict=True))
-            k, v, positions = entries_of(far, row, 0)
+            positions, k, v = far.entries(row, 0)
             for side, x in enumerate((k, v)):
                 want = torch.stack([mine[row, p][side] for p in positions.tolist()]) if len(positions) else x
                 assert rel_error(x, want) < (1e-5 if store == "none" else 0.03), (row, side)
         old = k_basis.clone(), v_basis.clone()
-        far_now = {p for page in pages_of(far, 0) for p in page}  # what the next forward reads
+        far_now = {p for page in far.pages(0) for p in page}  # what the next forward reads
         read = [
             tuple(torch.einsum("hr,hdr->hd", x, b[0]) for x, b in zip(mine[0, p], old, strict=True)) if p in far_now else entry
             for p, entry in enumerate(driver.history[0][0])
@@ -83,7 +81,7 @@ def test_policies_keep_what_they_keep_of_raw_pages(method):
         driver.prefill([30, 14])
         for mask in (*[ragged([1, 1])] * 3, ragged([40, 20]), *[ragged([1, 1])] * 5):
             driver.forward(mask)
-            seen.append([sorted(p for store in driver.cache.tables.pools(0) for p in positions_of(store, row, 0)) for row in range(2)])
+            seen.append(driver.probe.kept(0))
         kept.append((seen, driver.forward(ragged([1, 1]))))
     (ours, found), (plain, want) = kept
     assert ours == plain and rel_error(found[0][0], want[0][0]) < 1e-4

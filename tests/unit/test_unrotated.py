@@ -9,7 +9,6 @@ from pikv_ds.codecs import CODECS
 from pikv_ds.codecs.calibration import Calibration, Moments
 from pikv_ds.codecs.rope import default_inv_freq, pair_metric, turn
 from pikv_ds.errors import ConfigError
-from pikv_ds.pages.entries import decoded
 from tests.calibrations import random_calibration
 from tests.unit.driver import Driver, dense_over, layer, ragged, rel_error
 from tests.unit.evicting import EvictingDriver
@@ -94,8 +93,8 @@ def test_it_attends_to_what_is_decoded(calibration, store, page_size):
     driver._compare = lambda i, q, positions, out, lse: found.append((q, out, lse))
     driver.prefill([70])
     driver.decode()
-    maps, pool = driver.cache.transforms[0], driver.cache.tables.stores[0]
-    c_k, c_v = decoded(pool, pool.block_table[0], pool.counts.flatten(), pool.tail)
+    maps, pool = driver.probe.maps(0), driver.probe.near_pool(0)
+    _, c_k, c_v = (x if x.dim() == 1 else x.transpose(0, 1).unsqueeze(0) for x in pool.stored(0, 0))
     entries = []
     for p in range(71):
         if store == "none":

@@ -3,26 +3,11 @@
 import torch
 from torch import Tensor
 
-from pikv_ds import ops
 from pikv_ds.cache.stats import stats
-from pikv_ds.pages.pool import LayerStore
 from tests.unit.driver import Driver, dense_over, layer, ragged
-from tests.unit.invariants import check_directory, check_pages, check_unshared, slots_of
+from tests.unit.invariants import check_directory, check_pages, check_unshared
 
 KINDS = [layer(0, dim=16), layer(1, dim=16, window=70), layer(2, dim=16, latent=True)]
-
-
-def positions_of(store: LayerStore, row: int, shard: int) -> list[int]:
-    return store.positions.flatten()[slots_of(store, row, shard).long()].tolist()
-
-
-def pages_of(store: LayerStore, row: int) -> list[list[int]]:
-    """Positions of every page of a row, shard after shard."""
-    size, found = store.page_size, []
-    for shard in range(store.counts.shape[1]):
-        held = positions_of(store, row, shard)
-        found += [held[begin : begin + size] for begin in range(0, len(held), size)]
-    return found
 
 
 class TieredDriver(Driver):
@@ -40,57 +25,52 @@ class TieredDriver(Driver):
         return len(page) < self.cache.page_size or page[0] < self.sinks or page[-1] >= length - self.recent
 
 
+def far_counts(driver: Driver) -> list[int]:
+    """Entries in the far pool of every layer that has one."""
+    pools = [driver.probe.far_pool(i) for i in range(driver.probe.num_layers)]
+    return [int(pool.counts.sum()) for pool in pools if pool is not None]
+
+
 def check_tiers(driver: TieredDriver) -> None:
-    tables = driver.cache.tables
-    assert tables.two_pools
+    probe = driver.probe
+    assert any(probe.far_pool(i) for i in range(probe.num_layers))
     for i, spec in enumerate(driver.layers):
-        near, far = tables.stores[i], tables.far[i]
-        for store in tables.pools(i):
-            check_pages(store)
-            check_unshared(store)
+        near, far = probe.near_pool(i), probe.far_pool(i)
+        for pool in probe.pools(i):
+            check_pages(pool)
+            check_unshared(pool)
         assert (far is None) == (spec.window is not None)
         if far is None:
             continue
         assert bool((far.counts % far.page_size == 0).all()), "a far page is not full"
         for row, length in enumerate(driver.lens):
-            pages = pages_of(near, row), pages_of(far, row)
-            if driver.cache.exchange.size == 1 and driver.cache.retention is None:
+            pages = near.pages(row), far.pages(row)
+            if driver.cache.exchange.size == 1 and probe.policy is None:
                 assert sorted(p for pool in pages for page in pool for p in page) == list(range(length)), f"layer {i}, row {row}"
-            if driver.cache.hold_margin is None and driver.cache.tiers.light_ratio is None:
+            if not driver.crops_announced and probe.keeps_light is None:
                 assert all(driver.must_be_near(page, length) for page in pages[0]), f"layer {i}, row {row}: a page stayed near"
             assert all(page[0] >= driver.sinks for page in pages[1])
-    if driver.cache.num_shards > 1 and driver.cache.retention is None:
-        check_directory(driver, tables.directory)
+    if driver.cache.num_shards > 1 and probe.policy is None:
+        check_directory(driver)
     numbers = stats(driver.cache, 1, 1)
     names = ("live", "expired", "evicted", "cropped", "appended", "forked")
     live, expired, evicted, cropped, appended, forked = (numbers[f"entries_{name}"] for name in names)
-    held = [s for s in (*tables.stores, *tables.far) if s is not None]
-    assert live == sum(int(s.counts.sum()) for s in held)
+    assert live == sum(int(pool.counts.sum()) for pool in probe.all_pools)
     if driver.cache.exchange.size == 1:
         assert live + expired + evicted + cropped == appended + forked
-    tensors = [t for s in held for t in (s.pages, None if s.full_pages else s.tail, *s.summaries.values()) if t is not None]
-    of_requests = 0 if driver.cache.bases is None else driver.cache.bases.nbytes
-    held_bytes = sum(t.untyped_storage().nbytes() for t in tensors) + of_requests
-    assert numbers["kv_bytes_allocated"] == held_bytes, "bytes reported are not the bytes held"
+    assert numbers["kv_bytes_allocated"] == probe.bytes, "bytes reported are not the bytes held"
 
 
 def poison(driver: Driver) -> int:
     """NaN into the slots of both pools that no table names, raw formats. Returns how many pages were hit."""
     hit = 0
-    for store in driver.cache.tables.all_stores:
-        free = (store.refcount[:-1] == 0).nonzero().squeeze(-1)
-        k, v, _ = ops.views(store.pages, store.fmt)
-        for field in (k, v):
-            field[free] = torch.nan
-        hit += free.numel()
-        rows, shards = store.counts.shape
-        for row in range(rows):
-            for shard in range(shards):
-                used = int(store.counts[row, shard])
-                if used % store.page_size:
-                    page = int(store.block_table[row, shard, used // store.page_size])
-                    k[page, :, used % store.page_size :] = torch.nan
-                    v[page, :, used % store.page_size :] = torch.nan
+    for pool in driver.probe.all_pools:
+        free, (k, v, _) = pool.free, pool.fields
+        k[free] = v[free] = torch.nan
+        hit += len(free)
+        for row, table in (pool.counts % pool.page_size).nonzero().tolist():
+            page, used = pool.page_ids(row, table)[-1], int(pool.counts[row, table]) % pool.page_size
+            k[page, :, used:] = v[page, :, used:] = torch.nan
     return hit
 
 
@@ -108,7 +88,7 @@ def run_mix(driver: Driver) -> None:
     driver.crop([n - 4 for n in driver.lens])
     driver.forward(ragged([5, 5, 5]))
     driver.crop([n - 3 for n in driver.lens])
-    driver.cache.hold_margin = None
+    driver.end_crops()
     driver.decode()
     driver.select([1, 1])
     if all(spec.window is None for spec in driver.layers):  # windows take back nothing that was not announced

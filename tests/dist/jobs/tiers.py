@@ -5,7 +5,7 @@ import torch.distributed as dist
 
 from tests.dist.jobs.report import Report
 from tests.unit.driver import Driver, layer, ragged, rel_error
-from tests.unit.tiered import KINDS, TieredDriver, pages_of, run_mix
+from tests.unit.tiered import KINDS, TieredDriver, far_counts, run_mix
 
 STORAGE = {"num_shards": 4, "requests": "replicated"}
 LIGHT = {"light": "none", "heavy": "none", "light_ratio": 0.3}
@@ -26,12 +26,8 @@ class Recording(TieredDriver):
 
     def forward(self, mask):
         outputs = super().forward(mask)
-        tables, group = self.cache.tables, self.cache.exchange.group
-        own = [
-            [[sorted(page) for page in pages_of(store, row)] for row in range(len(mask))]
-            for i in range(len(self.layers))
-            for store in tables.pools(i)
-        ]
+        group = self.cache.exchange.group
+        own = [[[sorted(page) for page in pool.pages(row)] for row in range(len(mask))] for pool in self.probe.all_pools]
         ranks = [own]
         if self.cache.exchange.size > 1:
             ranks = [None] * dist.get_world_size(group)
@@ -70,7 +66,7 @@ def main() -> None:
         same_as_alone(decode_mix, group, both, codec="adaptive", compression=LIGHT, **pages)
     with report.check("routing") as row:
         driver = same_as_alone(decode_mix, group, both, compares=False, routing=ROUTING, recent=6, placement="position", **pages)
-        entries = driver.cache.selection.entries.clone()
+        entries = torch.tensor(driver.probe.read[:2], dtype=torch.float64)
         dist.all_reduce(entries, group=group)
         row["entries"] = entries.tolist()
     with report.check("eviction"):
@@ -89,7 +85,7 @@ def main() -> None:
         driver.prefill([30 + 8 * report.rank] * (1 + report.rank))
         for _ in range(9):
             driver.decode()
-        assert int(driver.cache.tables.far_counts.sum()) > 0
+        assert sum(far_counts(driver)) > 0
     with report.check("adaptive, distinct"):
         # The importance of a request's pages is what it is when the request runs alone.
         options = {"num_shards": 4, "codec": "adaptive", "compression": LIGHT, "capacity_tokens": 1000, **pages}
@@ -99,11 +95,11 @@ def main() -> None:
             for _ in range(9):
                 driver.decode()
         ranks = [None] * dist.get_world_size()
-        own = [[sorted(pages_of(several.cache.tables.pools(i)[1], row)) for row in range(len(ranks))] for i in range(len(both))]
+        own = [[sorted(several.probe.pools(i)[1].pages(row)) for row in range(len(ranks))] for i in range(len(both))]
         dist.all_gather_object(ranks, own, group=group)
         for i in range(len(both)):
             far = sorted(page for rank in ranks for page in rank[i][report.rank])
-            assert far == sorted(pages_of(alone.cache.tables.pools(i)[1], 0)) and far, f"layer {i}"
+            assert far == sorted(alone.probe.pools(i)[1].pages(0)) and far, f"layer {i}"
     dist.destroy_process_group()
 
 
