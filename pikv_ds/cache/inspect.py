@@ -118,9 +118,10 @@ class CacheProbe:
 
     def homes(self, layer: int) -> Tensor:
         """[R, most tokens] int64: the shard that each position was last stored in."""
-        length = max(self.lens, default=0)
-        homes = self.cache.tables.directory.shard_at[layer]
-        return homes[:, :length].long() if self.cache.num_shards > 1 else homes.new_zeros(len(homes), length, dtype=torch.int64)
+        lens = self.lens
+        if self.cache.num_shards == 1:  # the directory keeps none
+            return torch.zeros(len(lens), max(lens, default=0), dtype=torch.int64)
+        return self.cache.tables.directory.shard_at[layer][:, : max(lens, default=0)].long()
 
     @property
     def evicted(self) -> list[list[list[int]]]:

@@ -11,8 +11,10 @@ from pikv_ds.policies import POLICIES
 from pikv_ds.policies.base import Pages, RetentionPolicy
 from tests.held import check_bytes
 from tests.retention_blocks import needed
-from tests.unit.driver import Driver, layer, ragged, rel_error
-from tests.unit.evicting import EvictingDriver
+from tests.unit.checks import Dense
+from tests.unit.dense import rel_error
+from tests.unit.driver import Driver, layer, ragged
+from tests.unit.evicting import evicting
 from tests.unit.invariants import poison
 from tests.unit.stores import fill, make_store
 from tests.unrotated import held, unrotated
@@ -48,20 +50,20 @@ def test_budget_pins_and_attention(name, num_shards, page_size, tmp_path):
     kinds, options = [layer(0), layer(1, window=7), layer(2)], {"page_size": page_size, "num_shards": num_shards, "placement": "position"}
     if POLICIES.get(name).needs_one_shard and num_shards > 1:
         with pytest.raises(ConfigError, match="one shard on one rank"):
-            EvictingDriver(kinds, None, scheduling, **options)
+            evicting(kinds, None, scheduling, **options)
         return
     if POLICIES.get(name).needs_head_budget:  # its entries are those of a head: tests/unit/test_evict_heads.py holds it to the rest
         with pytest.raises(ConfigError, match="head_budget = 'shared'"):
-            EvictingDriver(kinds, None, scheduling | {"head_budget": "shared"}, **options)
+            evicting(kinds, None, scheduling | {"head_budget": "shared"}, **options)
         return
-    driver = EvictingDriver(kinds, None, scheduling, **options)
+    driver, kept = evicting(kinds, None, scheduling, **options)
     driver.prefill([50, 3, 21])
     if page_size == 1:  # then the budget is kept to the entry
-        assert len(driver.kept(0, 0)) == 30 or driver.probe.policy.target_hit_rate is not None
+        assert len(kept.kept(0, 0)) == 30 or driver.probe.policy.target_hit_rate is not None
     for mask in [*[ragged([1, 1, 1])] * 6, ragged([9, 0, 13]), ragged([1, 0, 1]), *[ragged([1, 1, 1])] * 5]:
         poison(driver)
         driver.forward(mask)
-    assert driver.evicted > 60
+    assert kept.evicted > 60
 
 
 @pytest.mark.parametrize("page_size", [2, 1])
@@ -75,7 +77,8 @@ def test_keys_before_their_rotation_are_no_other_choice(name, page_size, tmp_pat
     found = []
     for compression in ({}, unrotated(kinds, tmp_path)):
         driver = Driver(kinds, page_size=page_size, num_shards=shards, placement="position", scheduling=scheduling, compression=compression)
-        driver._compare, seen = lambda *_: None, []
+        driver.without(Dense)
+        seen = []
         driver.prefill([40, 3])
         for mask in (ragged([1, 1]), ragged([9, 6]), *[ragged([1, 1])] * 2):
             poison(driver)
@@ -108,7 +111,7 @@ def test_bytes_are_reported(name, tmp_path):
     if not POLICIES.get(name).keeps_all:
         scheduling |= {"budget_tokens": 22, "sink_tokens": 2, "recent_tokens": 3}
     driver = Driver(kinds, page_size=2, scheduling=scheduling)
-    driver._compare = lambda *_: None
+    driver.checks.clear()
     driver.prefill([40, 3])
     for mask in (ragged([9, 6]), *[ragged([1, 1])] * 3):
         driver.forward(mask)

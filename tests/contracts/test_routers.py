@@ -11,6 +11,7 @@ from pikv_ds.routers import ROUTERS
 from pikv_ds.routers.base import Router
 from tests.held import check_bytes, held_bytes
 from tests.routing_blocks import placement, routing
+from tests.unit.checks import Finite
 from tests.unit.driver import Driver, layer, ragged
 from tests.unrotated import unrotated
 
@@ -19,28 +20,24 @@ LAYERS = [layer(0), layer(1, window=24)]
 COUNTERS = 4 * 8  # bytes: entries read and visible, attention read and queries, in f64
 
 
-class Recording(Driver):
-    """Keeps the outputs and compares nothing: a router may read less than dense attention does."""
+def recording(name: str, folder, num_shards: int = 1, placed: str | None = None, compression: dict | None = None, **own) -> Driver:
+    """Compares nothing: a router may read less than dense attention does.
 
-    def __init__(self, name: str, folder, num_shards: int = 1, placed: str | None = None, compression: dict | None = None, **own) -> None:
-        """placed: the router for which entries are placed, if that is another; own: options of the router."""
-        block = routing(name, folder, layers=len(LAYERS), shards=num_shards, query_width=4 * 8, **own)
-        placed = placement(placed or own.get("base", name))
-        super().__init__(LAYERS, routing=block, num_shards=num_shards, compression=compression, **placed)
-
-    def _compare(self, i, q, positions, out, lse) -> None:
-        real = positions >= 0
-        assert bool(out[real].isfinite().all()) and bool(lse[real].isfinite().all())
+    placed: the router for which entries are placed, if that is another; own: options of the router.
+    """
+    block = routing(name, folder, layers=len(LAYERS), shards=num_shards, query_width=4 * 8, **own)
+    options = placement(placed or own.get("base", name))
+    return Driver(LAYERS, routing=block, num_shards=num_shards, compression=compression, checks=[Finite()], **options)
 
 
-def choices(driver: Recording) -> list:
+def choices(driver: Driver) -> list:
     """The pages read."""
     found = []
     driver.probe.on_choice(lambda asked, page_list: found.append(page_list))
     return found
 
 
-def outputs(driver: Recording) -> list:
+def outputs(driver: Driver) -> list:
     driver.prefill([40, 23])
     found = [driver.forward(ragged([5, 5]))]
     driver.select([1, 1, 0])
@@ -70,7 +67,7 @@ def test_options_are_keywords_that_a_block_may_hold(name, tmp_path):
 @pytest.mark.parametrize("num_shards", [1, 4], ids="shards{}".format)
 def test_rows_that_grow_fork_and_start_anew(name, num_shards, tmp_path):
     """Finite throughout, and twice the same: nothing depends on the state of a random generator."""
-    first, second = (outputs(Recording(name, tmp_path, num_shards=num_shards)) for _ in range(2))
+    first, second = (outputs(recording(name, tmp_path, num_shards=num_shards)) for _ in range(2))
     for forward, again in zip(first, second, strict=True):
         for (out, lse), (out_again, lse_again) in zip(forward, again, strict=True):
             assert torch.equal(out, out_again) and torch.equal(lse, lse_again)
@@ -80,7 +77,7 @@ def test_keys_before_their_rotation_are_no_other_choice(name, tmp_path):
     """Pages that hold coefficients of un-rotated keys, all of them: every query reads the pages that it reads of raw ones."""
     found = []
     for compression in ({}, unrotated(LAYERS, tmp_path)):
-        driver = Recording(name, tmp_path, num_shards=4, compression=compression)
+        driver = recording(name, tmp_path, num_shards=4, compression=compression)
         pages = choices(driver)
         driver.prefill([40, 23])
         found.append(([driver.forward(ragged(new)) for new in ([5, 3], [1, 1], [1, 1])], pages))
@@ -93,7 +90,7 @@ def test_keys_before_their_rotation_are_no_other_choice(name, tmp_path):
 
 def test_bytes_are_reported(name, tmp_path):
     """Summaries are KV bytes, what is kept per request or shard is metadata."""
-    driver, plain = Recording(name, tmp_path, num_shards=4), Recording("all", tmp_path, num_shards=4, placed=name)
+    driver, plain = recording(name, tmp_path, num_shards=4), recording("all", tmp_path, num_shards=4, placed=name)
     for each in (driver, plain):
         each.prefill([70])
         each.decode()
@@ -112,7 +109,7 @@ def test_bytes_are_reported(name, tmp_path):
 
 def test_pinned_pages_are_always_read(name, tmp_path):
     """Sinks and the recent window, whatever the scores; a router that reads less than everything reads less than is stored."""
-    driver = Recording(name, tmp_path, num_shards=4)
+    driver = recording(name, tmp_path, num_shards=4)
     driver.prefill([70])
     if driver.probe.router is None:
         assert ROUTERS.get(name).reads_all

@@ -4,8 +4,10 @@ import pytest
 
 from pikv_ds.codecs.maps import Transform
 from tests.calibrations import random_calibration
-from tests.unit.driver import dense_over, layer, ragged, rel_error
-from tests.unit.tiered import TieredDriver, run_mix
+from tests.unit.checks import Answers, Dense
+from tests.unit.dense import dense_over, rel_error
+from tests.unit.driver import Driver, layer, ragged
+from tests.unit.tiered import run_mix, tiered
 
 pytestmark = pytest.mark.usefixtures("nan_filled_empty")
 LAYERS = [layer(0, dim=16), layer(1, dim=16, window=70), layer(2, dim=16)]
@@ -18,20 +20,20 @@ def calibration(tmp_path_factory) -> str:
     return str(path)
 
 
-def tiered(calibration: str, layers=LAYERS, *, rank: int = 16, **options) -> TieredDriver:
-    return TieredDriver(layers, codec="lora_plus", compression={"rank": rank, "calibration": calibration}, page_size=4, **options)
+def coefficients(calibration: str, layers=LAYERS, *, rank: int = 16, **options) -> Driver:
+    return tiered(layers, codec="lora_plus", compression={"rank": rank, "calibration": calibration}, page_size=4, **options)
 
 
 @pytest.mark.parametrize("num_shards", [1, 3], ids="S{}".format)
 def test_all_directions_are_exact(calibration, num_shards):
-    driver = tiered(calibration, num_shards=num_shards)
+    driver = coefficients(calibration, num_shards=num_shards)
     driver.tolerance = 1e-5
     run_mix(driver)
 
 
 def test_far_entries_are_projected_and_near_ones_are_not(calibration):
-    driver, found = tiered(calibration, LAYERS[:1], rank=8), []
-    driver._compare = lambda i, q, positions, out, lse: found.append((q, out, lse))
+    driver = coefficients(calibration, LAYERS[:1], rank=8)
+    answers = driver.without(Dense).add(Answers())
     driver.prefill([60])
     driver.decode()
     maps: Transform = driver.probe.maps(0)
@@ -41,10 +43,10 @@ def test_far_entries_are_projected_and_near_ones_are_not(calibration):
         (maps.k.invert(maps.k.apply(k)), maps.v.invert(maps.v.apply(v))) if p in far else (k, v)
         for p, (k, v) in enumerate(driver.history[0][0])
     ]
-    q, out, lse = found[-1]
-    want_out, want_lse, _ = dense_over(q[0, 0], entries, driver._scale(q))
+    q, out, lse = answers.last
+    want_out, want_lse, _ = dense_over(q[0, 0], entries, driver.scale(q))
     assert rel_error(out[0, 0], want_out) < 1e-5 and rel_error(lse[0, 0], want_lse) < 1e-5
-    exact, _, _ = dense_over(q[0, 0], driver.history[0][0], driver._scale(q))
+    exact, _, _ = dense_over(q[0, 0], driver.history[0][0], driver.scale(q))
     assert rel_error(out[0, 0], exact) > 1e-2
 
 
@@ -58,7 +60,8 @@ def test_choices_are_those_of_raw_pages(calibration, blocks):
     """With all directions kept: attention of far pages is measured with what the maps leave out of the lse, and keys are the model's."""
 
     def run(driver):
-        driver._compare, seen = lambda *_: None, []
+        driver.without(Dense)
+        seen = []
         driver.probe.measure_mass(True)
         driver.prefill([70, 31])
         for mask in (*[ragged([1, 1])] * 5, ragged([9, 20]), *[ragged([1, 1])] * 5):
@@ -72,9 +75,9 @@ def test_choices_are_those_of_raw_pages(calibration, blocks):
         entries = None if read is None else [read.entries, read.visible, round(1e3 * read.mass), round(1e3 * read.queries)]
         return seen, entries, mass, driver.forward(ragged([1, 1]))
 
-    raw = TieredDriver(LAYERS[:1], page_size=4, **blocks)
+    raw = tiered(LAYERS[:1], page_size=4, **blocks)
     kept, read, mass, outputs = run(raw)
-    also_kept, also_read, also_mass, also_outputs = run(tiered(calibration, LAYERS[:1], **blocks))
+    also_kept, also_read, also_mass, also_outputs = run(coefficients(calibration, LAYERS[:1], **blocks))
     assert kept == also_kept and also_mass == pytest.approx(mass, rel=1e-3) and bool(mass) == ("h2o" in str(blocks))
     if blocks.get("routing", {}).get("method") != "bounds":  # bounds of coefficients are other boxes than those of keys
         assert read == also_read and rel_error(also_outputs[0][0], outputs[0][0]) < 1e-4

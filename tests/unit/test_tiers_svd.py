@@ -4,22 +4,24 @@ import pytest
 import torch
 
 from pikv_ds.errors import ConfigError
-from tests.unit.driver import dense_over, layer, ragged, rel_error
-from tests.unit.tiered import TieredDriver, run_mix
+from tests.unit.checks import Answers, Dense
+from tests.unit.dense import dense_over, rel_error
+from tests.unit.driver import Driver, layer, ragged
+from tests.unit.tiered import run_mix, tiered
 
 pytestmark = pytest.mark.usefixtures("nan_filled_empty")
 LAYERS = [layer(0, dim=16), layer(1, dim=16, window=70), layer(2, dim=16)]
 
 
-def tiered(layers=LAYERS, *, rank: int = 16, fit_tokens: int = 10**6, store: str = "none", page_size: int = 4, **options) -> TieredDriver:
+def projected(layers=LAYERS, *, rank: int = 16, fit_tokens: int = 10**6, store: str = "none", page_size: int = 4, **options) -> Driver:
     compression = {"rank": rank, "fit_tokens": fit_tokens, "store": store}
-    return TieredDriver(layers, codec="svd", compression=compression, page_size=page_size, **options)
+    return tiered(layers, codec="svd", compression=compression, page_size=page_size, **options)
 
 
 @pytest.mark.parametrize("num_shards", [1, 3], ids="S{}".format)
 def test_all_directions_are_exact(num_shards):
     """Chunks, forks, crops, new generations, with bases that change in between."""
-    driver = tiered(num_shards=num_shards)
+    driver = projected(num_shards=num_shards)
     driver.tolerance = 1e-5
     run_mix(driver)
     driver.prefill([30, 9])
@@ -31,9 +33,9 @@ def test_all_directions_are_exact(num_shards):
 @pytest.mark.parametrize("store", ["none", "int8"])
 def test_far_entries_are_projected_by_the_basis_of_their_time_and_turned_with_it(store):
     """Truncated, beside a loop that keeps each far entry as coefficients: projected once, then turned at every change."""
-    driver = tiered(LAYERS[:1], rank=8, store=store, page_size=4 if store == "none" else 64, recent=6)
-    unit, found, mine = driver.cache.page_size // 4, [], {}
-    driver._compare = lambda i, q, positions, out, lse: found.append((q, out, lse))
+    driver = projected(LAYERS[:1], rank=8, store=store, page_size=4 if store == "none" else 64, recent=6)
+    unit, mine = driver.cache.page_size // 4, {}
+    answers = driver.without(Dense).add(Answers())
     old = None
     driver.prefill([20 * unit, 9 * unit])
     for mask in (None, ragged([7 * unit, 11 * unit]), ragged([30 * unit, 1]), *[ragged([1, 1])] * 3):
@@ -62,11 +64,11 @@ def test_far_entries_are_projected_by_the_basis_of_their_time_and_turned_with_it
             for p, entry in enumerate(driver.history[0][0])
         ]
     driver.decode()
-    q, out, lse = found[-1]
-    want_out, want_lse, _ = dense_over(q[0, 0], [*read, driver.history[0][0][-1]], driver._scale(q))
+    q, out, lse = answers.last
+    want_out, want_lse, _ = dense_over(q[0, 0], [*read, driver.history[0][0][-1]], driver.scale(q))
     most = 1e-5 if store == "none" else 0.03
     assert rel_error(out[0, 0], want_out) < most and rel_error(lse[0, 0], want_lse) < most
-    exact, _, _ = dense_over(q[0, 0], driver.history[0][0], driver._scale(q))
+    exact, _, _ = dense_over(q[0, 0], driver.history[0][0], driver.scale(q))
     assert rel_error(out[0, 0], exact) > 5e-2 and len(far_now) > 40 * unit
 
 
@@ -74,10 +76,10 @@ def test_far_entries_are_projected_by_the_basis_of_their_time_and_turned_with_it
 def test_policies_keep_what_they_keep_of_raw_pages(method):
     """All directions: keys are the model's in both pools, and so are the queries that a policy keeps."""
     kept = []
-    for make in (tiered, lambda layers, **options: TieredDriver(layers, page_size=4, **options)):
+    for make in (projected, lambda layers, **options: tiered(layers, page_size=4, **options)):
         scheduling = {"method": method, "budget_tokens": 40, "sink_tokens": 2, "recent_tokens": 3}
         driver, seen = make(LAYERS[:1], scheduling=scheduling), []
-        driver._compare = lambda *_: None
+        driver.without(Dense)
         driver.prefill([30, 14])
         for mask in (*[ragged([1, 1])] * 3, ragged([40, 20]), *[ragged([1, 1])] * 5):
             driver.forward(mask)
@@ -89,4 +91,4 @@ def test_policies_keep_what_they_keep_of_raw_pages(method):
 
 def test_a_router_is_refused():
     with pytest.raises(ConfigError, match="routing.method = 'topk': a router is told of keys when they are stored"):
-        tiered(LAYERS[:1], routing={"method": "topk", "sink_tokens": 2, "recent_tokens": 7})
+        projected(LAYERS[:1], routing={"method": "topk", "sink_tokens": 2, "recent_tokens": 7})

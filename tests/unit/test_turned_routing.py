@@ -12,7 +12,7 @@ from pikv_ds.routers import ROUTERS
 from pikv_ds.routers.bounds import PageBounds
 from tests.routing_blocks import placement, routing
 from tests.unit.driver import Driver, layer, ragged
-from tests.unit.test_selection import PAGE, SelectingDriver
+from tests.unit.selecting import PAGE, selecting
 from tests.unit.turning import svd, turned_rows
 
 LAYERS = [layer(0, dim=16), layer(1, dim=16, window=24)]
@@ -28,16 +28,11 @@ def coefficients(driver: Driver, i: int, row: int) -> dict[int, Tensor]:
     return found
 
 
-class TurnedDriver(SelectingDriver):
-    """The oracle scores what lies in the pages with queries that it folds itself."""
-
-    def pages_of(self, i, row, at, seen, q, scale):
-        stored, basis, kept = coefficients(self, i, row), self.probe.bases(i)[0][row], self.history[i][row]
-        folded = torch.einsum("hgd,hdr->hgr", q.unflatten(0, (basis.shape[0], -1)), basis).flatten(0, 1)
-        self.history[i][row] = [(stored.get(p), None) for p in range(len(kept))]
-        found = super().pages_of(i, row, at, seen, folded, scale)
-        self.history[i][row] = kept
-        return found
+def folded(driver: Driver, i: int, row: int, q: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
+    """What the oracle scores: the query, folded here, and what lies in the pages."""
+    basis = driver.probe.bases(i)[0][row]
+    q = torch.einsum("hgd,hdr->hgr", q.unflatten(0, (basis.shape[0], -1)), basis).flatten(0, 1)
+    return q, coefficients(driver, i, row)
 
 
 def grow(driver: Driver) -> int:
@@ -53,9 +48,9 @@ def grow(driver: Driver) -> int:
 
 @pytest.mark.parametrize(("num_shards", "options"), [(4, {"pages": 6}), (1, {"ratio": 0.3, "spread": 1.0, "heads": "max"})], ids=str)
 def test_pages_are_those_of_an_oracle_over_the_stored_coefficients(num_shards, options):
-    driver = TurnedDriver(LAYERS, num_shards=num_shards, **options, **svd())
+    driver, selected = selecting(LAYERS, num_shards=num_shards, scored=folded, **options, **svd())
     driver.tolerance = 1e-5
-    assert grow(driver) >= 3 and driver.left_out > 0
+    assert grow(driver) >= 3 and selected.left_out > 0
 
 
 @pytest.mark.parametrize("store", ["none", "int8"])
@@ -64,8 +59,8 @@ def test_metadata_after_a_turn_are_those_made_from_scratch(name, store, tmp_path
     """Truncated bases; page bounds of the pages as they are."""
     page = PAGE if store == "none" else 64
     block = routing(name, tmp_path, layers=2, shards=2, query_width=64, metadata="fp32")
-    driver = Driver(LAYERS, routing=block, num_shards=2, page_size=page, **placement(name), **svd(rank=8, fit_tokens=10**6, store=store))
-    driver._compare = lambda i, q, positions, out, lse: None
+    options = placement(name) | svd(rank=8, fit_tokens=10**6, store=store)
+    driver = Driver(LAYERS, routing=block, num_shards=2, page_size=page, checks=[], **options)
     turned = []
     for mask in (ragged([20, 9]), ragged([7, 7]), ragged([14, 20]), *[ragged([1, 1])] * 2, ragged([100, 90]), ragged([1, 1])):
         before = driver.probe.fitted_at

@@ -11,11 +11,13 @@ from pikv_ds.ops.format.bound_codes import decode_box
 from pikv_ds.pages.unrotated import attend, decode
 from pikv_ds.pages.unrotated_bounds import page_bounds
 from pikv_ds.pages.view import Stored
-from tests.unit.driver import Driver, dense_over, layer, ragged, rel_error
-from tests.unit.evicting import EvictingDriver, accumulated, bound, last_query, observed, short_keys
+from tests.unit.checks import Dense
+from tests.unit.dense import dense_over, rel_error
+from tests.unit.driver import Driver, layer, ragged
+from tests.unit.evicting import accumulated, bound, evicting, last_query, observed, short_keys
+from tests.unit.heads import HeadAttention
 from tests.unit.invariants import poison
-from tests.unit.test_evict_heads import HeadDriver
-from tests.unit.tiered import TieredDriver, run_mix
+from tests.unit.tiered import run_mix, tiered
 from tests.unrotated import held, unrotated
 
 pytestmark = pytest.mark.usefixtures("nan_filled_empty")
@@ -23,15 +25,10 @@ LAYERS = [layer(0, dim=16), layer(1, dim=16, window=70), layer(2, dim=16)]
 STORES = [("none", 4), ("fp8_e4m3", 4), ("int8", 64), ("int4", 64)]
 
 
-class Quiet(Driver):
-    def _compare(self, *_) -> None:
-        pass
-
-
-def lossy(folder, store: str, page_size: int, *, lens=(150, 70), shards: int = 2, **options) -> Quiet:
+def lossy(folder, store: str, page_size: int, *, lens=(150, 70), shards: int = 2, **options) -> Driver:
     """Coefficients of half the width; open groups in the tails."""
     compression = unrotated(LAYERS[:1], folder, rank=8, store=store)
-    driver = Quiet(LAYERS[:1], page_size=page_size, num_shards=shards, compression=compression, placement="position", **options)
+    driver = Driver(LAYERS[:1], page_size=page_size, num_shards=shards, compression=compression, placement="position", checks=[], **options)
     driver.prefill(list(lens))
     driver.decode()
     return driver
@@ -180,20 +177,13 @@ def test_what_is_kept_is_what_loops_keep(tmp_path, method, score):
         {"window": 3} if method == "snapkv" else {}
     )
     layers = [layer(0, dim=16), layer(1, dim=16)]
-    driver = EvictingDriver(layers, score, scheduling, page_size=4, num_shards=2, compression=unrotated(layers, tmp_path))
+    driver, kept = evicting(layers, score, scheduling, page_size=4, num_shards=2, compression=unrotated(layers, tmp_path))
     driver.tolerance = 1e-5
     driver.prefill([33, 3])
     for mask in (ragged([1, 1]), ragged([9, 12]), *[ragged([1, 1])] * 3):
         poison(driver)
         driver.forward(mask)
-    assert driver.evicted > 30
-
-
-class HeadsOfRaw(HeadDriver):
-    """Compares attention alone: what the tables hold are coefficients."""
-
-    def check(self) -> None:
-        pass
+    assert kept.evicted > 30
 
 
 @pytest.mark.parametrize(("head_budget", "method", "page_size"), [
@@ -204,7 +194,8 @@ def test_heads_keep_what_they_keep_of_raw_keys(tmp_path, head_budget, method, pa
     layers, kept = [layer(0), layer(1)], []
     scheduling = {"method": method, "budget_tokens": 22, "head_budget": head_budget, "sink_tokens": 2, "recent_tokens": 3}
     for compression in ({}, unrotated(layers, tmp_path)):
-        driver, seen = HeadsOfRaw(layers, page_size=page_size, num_shards=2, scheduling=scheduling, compression=compression), []
+        options, seen = {"page_size": page_size, "num_shards": 2, "scheduling": scheduling, "compression": compression}, []
+        driver = Driver(layers, checks=[HeadAttention()], **options)  # what the tables hold are coefficients: attention alone
         driver.tolerance = 1e-5
         driver.prefill([40, 25])
         for mask in (*[ragged([1, 1])] * 2, ragged([4, 9]), ragged([1, 1])):
@@ -221,8 +212,8 @@ def test_open_groups_of_one_head(tmp_path, method):
     outputs, compression = [], unrotated(LAYERS[:1], tmp_path, rank=8, store="int8")
     for head_budget in ("uniform", "shared"):
         scheduling = {"method": method, "budget_tokens": 400, "head_budget": head_budget, "sink_tokens": 2, "recent_tokens": 3}
-        driver = Quiet(LAYERS[:1], page_size=64, num_shards=2, placement="position", scheduling=scheduling, compression=compression)
-        driver.prefill([150, 70])
+        driver = Driver(LAYERS[:1], page_size=64, num_shards=2, placement="position", scheduling=scheduling, compression=compression)
+        driver.without(Dense).prefill([150, 70])
         outputs.append([driver.forward(ragged(new))[0] for new in ([1, 1], [3, 3], [1, 1])])
         pages = driver.probe.judged(0)
         outputs[-1].append([driver.probe.policy.score(pages).sum() / (len(pages.lens) / 2)])  # of a head, or their mean
@@ -233,7 +224,7 @@ def test_open_groups_of_one_head(tmp_path, method):
 
 @pytest.mark.parametrize("num_shards", [1, 3], ids="S{}".format)
 def test_far_pages_beside_raw_ones_are_exact(tmp_path, num_shards):
-    driver = TieredDriver(LAYERS, page_size=4, num_shards=num_shards, codec="lora_plus", compression=unrotated(LAYERS, tmp_path))
+    driver = tiered(LAYERS, page_size=4, num_shards=num_shards, codec="lora_plus", compression=unrotated(LAYERS, tmp_path))
     driver.tolerance = 1e-5
     run_mix(driver)
 
@@ -241,12 +232,12 @@ def test_far_pages_beside_raw_ones_are_exact(tmp_path, num_shards):
 def test_demoted_keys_are_turned_back_and_projected(tmp_path):
     """At half the width: far keys are what a cache without a raw window holds of them, near ones as computed."""
     compression = unrotated(LAYERS[:1], tmp_path, rank=8)
-    tiered, plain = (kind(LAYERS[:1], page_size=4, codec="lora_plus", compression=compression) for kind in (TieredDriver, Quiet))
-    tiered._compare = lambda *_: None
-    for driver in (tiered, plain):
+    windowed, plain = (kind(LAYERS[:1], page_size=4, codec="lora_plus", compression=compression) for kind in (tiered, Driver))
+    for driver in (windowed, plain):
+        driver.without(Dense)
         driver.prefill([61])
         driver.decode()
-    far, whole = tiered.probe.far_pool(0), plain.probe.near_pool(0)
+    far, whole = windowed.probe.far_pool(0), plain.probe.near_pool(0)
     found = []
     for pool in (far, whole):
         positions, k, v = pool.entries(0, 0)
@@ -254,7 +245,7 @@ def test_demoted_keys_are_turned_back_and_projected(tmp_path):
     assert 40 < len(found[0]) < 56 and len(found[1]) == 62
     for p, (k, v) in found[0].items():
         assert torch.allclose(k, found[1][p][0], atol=1e-5) and torch.allclose(v, found[1][p][1], atol=1e-5)
-        assert rel_error(k, tiered.history[0][0][p][0]) > 1e-2
+        assert rel_error(k, windowed.history[0][0][p][0]) > 1e-2
 
 
 @pytest.mark.parametrize("blocks", [
@@ -266,8 +257,8 @@ def test_demoted_keys_are_turned_back_and_projected(tmp_path):
 def test_choices_among_far_pages_are_those_of_raw_ones(tmp_path, blocks):
     found = []
     for codec, compression in (("none", {}), ("lora_plus", unrotated(LAYERS[:1], tmp_path))):
-        driver, seen = TieredDriver(LAYERS[:1], page_size=4, codec=codec, compression=compression, **blocks), []
-        driver._compare = lambda *_: None
+        driver, seen = tiered(LAYERS[:1], page_size=4, codec=codec, compression=compression, **blocks), []
+        driver.checks.clear()
         driver.prefill([70, 31])
         for mask in (*[ragged([1, 1])] * 3, ragged([9, 20]), *[ragged([1, 1])] * 3):
             driver.forward(mask)
