@@ -5,6 +5,7 @@ R rows, T queries per row, Q = R * T, S local shards, N = Q * S tables, C table 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -58,6 +59,7 @@ class Selection:
         self.entries = torch.zeros(2, dtype=torch.float64, device=self.device)  # read (mean over kv heads), visible: sums over queries
         self.mass = torch.zeros(2, dtype=torch.float64, device=self.device)  # share of attention read, queries
         self.measures_mass = False
+        self.onlookers: tuple[Callable[[PageQuery, Tensor], None], ...] = ()  # shown every choice before it is read: tests, evaluation
         self.readers: Tensor | None = None  # of the latest read with returns_needed: [G, R * T, H] bool, ranks whose partials count
         self._plan: StepPlan | None = None
         self._budgets: dict[int | None, Budget] = {}
@@ -121,6 +123,8 @@ class Selection:
                 asked = replace(asked, near_lse=near[1][:, begin : begin + QUERIES_AT_ONCE].flatten(0, 1))
                 self.entries += held.flatten(1).sum(1, dtype=torch.float64) @ real_queries(asked)
             page_list = self.choose(asked, plan) if near is None else self.choose(asked, plan, held)
+            for look in self.onlookers:
+                look(asked, page_list)
             self._count(asked, page_list)
             if self.readers is not None:
                 readers.append(self.readers.unflatten(1, (num_rows, -1)))

@@ -18,7 +18,6 @@ from pikv_ds.step.agreement import Agreed
 from pikv_ds.step.step import LocalStep, StepPlan
 from pikv_ds.tiers.bases import NEVER, RequestBases
 from tests.unit.driver import Driver, layer, ragged
-from tests.unit.evicting import entries_of
 from tests.unit.turning import svd
 
 CPU = torch.device("cpu")
@@ -166,9 +165,9 @@ def test_a_rotation_turns_the_coefficients_and_nothing_else(window):
         driver.prefill([20, 9])
         for mask in (ragged([21, 12]), *[ragged([1, 1])] * 4):
             driver.forward(mask)
-        assert driver.cache.bases.fitted_at.values == [41, 21]
-        kept.append([entries_of(driver.cache.tables.pools(0)[-1], row, 0)[:2] for row in range(2)])
+        assert driver.probe.fitted_at == [41, 21]
+        kept.append([driver.probe.pools(0)[-1].entries(row, 0)[1:] for row in range(2)])
     for plain, rotated in zip(*kept, strict=True):
-        for x, y, turn in zip(plain, rotated, driver.cache.bases.rotations[0], strict=True):
+        for x, y, turn in zip(plain, rotated, driver.probe.rotations(0), strict=True):
             assert len(x) > 10 and torch.allclose(torch.einsum("nhr,hrs->nhs", x, turn), y, atol=1e-4)
             assert (turn - torch.eye(16)).abs().max() > 0.1

@@ -5,16 +5,16 @@ import math
 import pytest
 import torch
 
-from tests.contracts.test_routers import Recording
+from tests.contracts.test_routers import recording as routed
 
 SHARDS, HEADS, GROUP = 4, 2, 2
 
 
 def run(name: str, folder, steps: int = 12, **options):
     """Per decode step of one request in layer 0: (asked, chosen shards [S] or None, scores, keys stored [n, H, D])."""
-    driver = Recording(name, folder, num_shards=SHARDS)
+    driver = routed(name, folder, num_shards=SHARDS)
     driver.prefill([37])
-    router, seen = driver.cache.selection.router, []
+    router, seen = driver.probe.router, []
     for option, value in options.items():
         assert hasattr(router, option)
         setattr(router, option, value)
