@@ -55,10 +55,9 @@ class CacheProbe:
         return self.cache.tables.heads
 
     @property
-    def local_shards(self) -> range:
-        """This rank's shards among all."""
-        local = self.cache.tables.local
-        return range(local.start, local.stop)
+    def local_shards(self) -> tuple[int, ...]:
+        """This rank's shards among all, in the order of its tables."""
+        return self.cache.map.local
 
     def pools(self, layer: int) -> list[PoolProbe]:
         """Nearest first: entries are appended to the first; the second holds what a raw window has let go."""

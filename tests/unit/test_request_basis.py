@@ -10,6 +10,7 @@ from pikv_ds.exchange.exchange import Exchange
 from pikv_ds.pages.layers import Tables
 from pikv_ds.pages.pool import LayerStore
 from pikv_ds.pages.reproject import reproject
+from pikv_ds.placement.shard_map import ShardMap
 from pikv_ds.spec import LayerSpec
 from pikv_ds.step.agreement import Agreed
 from pikv_ds.step.step import LocalStep, StepPlan
@@ -72,7 +73,8 @@ class Run:
 
     def __init__(self, fit_tokens=16):
         codec = CODECS.build("svd", rank=8, fit_tokens=fit_tokens)
-        self.tables = Tables([SPEC], PiKVConfig(), codec, 4, 1, 0, 1, 8, torch.float32, torch.device("cpu"), [None])
+        shards = ShardMap.blocks(1, 0, 1, torch.device("cpu"))
+        self.tables = Tables([SPEC], PiKVConfig(), codec, 4, shards, 8, torch.float32, torch.device("cpu"), [None])
         self.bases = RequestBases([SPEC], codec, self.tables, Exchange(None, 10.0))
 
     def forward(self, num_new, parent, keep, seed):

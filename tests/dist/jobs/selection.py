@@ -49,7 +49,7 @@ class Side:
             first_row, per_row = asked.rows.start, len(asked.positions) // (asked.rows.stop - asked.rows.start)
             for query, shard, head, k in (listed >= 0).nonzero().tolist():
                 key = (self.forwards, asked.layer, first_row + query // per_row, int(asked.positions[query]), head)
-                place = (shard + asked.shards.start, int(asked.first[query, shard, listed[query, shard, head, k]]))
+                place = (asked.map.local[shard], int(asked.first[query, shard, listed[query, shard, head, k]]))
                 if asked.positions[query] >= 0:
                     self.chosen.setdefault(key, set()).add(place)
 
