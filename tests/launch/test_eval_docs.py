@@ -1,4 +1,4 @@
-"""docs/guide/measuring.md: its commands parse, the first one runs, its columns are the rows', its tables are the committed results'."""
+"""docs/guide/measuring.md, docs/results/evaluation.md: commands parse, the first one runs, columns are the rows', tables the results'."""
 
 import json
 import re
@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # What a sweep runs lay beside its rows when these runs were made; their commands are kept as they were.
 MOVED = re.compile(r"docs/results/(\w+)_sweep(\w*)\.json")
 TEXT = (ROOT / "docs" / "guide" / "measuring.md").read_text()
+RESULTS = (ROOT / "docs" / "results" / "evaluation.md").read_text()
 
 
 def test_the_first_command_runs(tmp_path, monkeypatch):
@@ -32,7 +33,7 @@ def test_options_exist():
 
 
 def test_every_column_is_explained():
-    table = TEXT.partition("## Columns")[2].partition("## Results")[0]
+    table = TEXT.partition("## Columns")[2].partition("\n## ")[0]
     assert set(re.findall(r"`(\w+)`", "".join(line.split("|")[1] for line in table.splitlines() if line.startswith("| `")))) == set(COLUMNS)
 
 
@@ -42,7 +43,7 @@ def results(name: str) -> dict:
 
 
 def shown(*backends: str) -> list[list[str]]:
-    lines = [line for line in TEXT.splitlines() if line.startswith(tuple(f"| {backend}" for backend in backends))]
+    lines = [line for line in RESULTS.splitlines() if line.startswith(tuple(f"| {backend}" for backend in backends))]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
@@ -107,7 +108,7 @@ FITTED = [(1, True), *((tokens, False) for tokens in (128, 256, 512, 1024))]  # 
 
 
 def test_the_table_of_bases_that_are_fitted_once_is_that_of_the_committed_results(svd_changes):
-    table = (ROOT / "docs" / "concepts" / "compression.md").read_text().partition("| tokens | rank | re-fitted |")[2].partition("\n\n")[0]
+    table = (ROOT / "docs" / "results" / "compression.md").read_text().partition("| tokens | rank | re-fitted |")[2].partition("\n\n")[0]
     found = []
     for (context, seed, rank, beside), changes in svd_changes.items():
         if seed == 0:
@@ -118,7 +119,7 @@ def test_the_table_of_bases_that_are_fitted_once_is_that_of_the_committed_result
 
 
 def test_the_ranges_of_bases_that_are_fitted_once_are_those_of_the_committed_results(svd_changes):
-    table = (ROOT / "docs" / "concepts" / "compression.md").read_text().partition("| fitted after |")[2].partition("\n\n")[0]
+    table = (ROOT / "docs" / "results" / "compression.md").read_text().partition("| fitted after |")[2].partition("\n\n")[0]
     found = []
     for way in FITTED:
         cells = []

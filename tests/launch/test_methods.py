@@ -144,15 +144,15 @@ NAMES = (
 
 def names_of_the_paper() -> list[list[str]]:
     """[name, served or not, configuration, note] of each row of that section."""
-    section = DOC.read_text().partition("## Names of the paper\n")[2].partition("\n## ")[0]
-    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line.startswith("| ")]
+    text = (ROOT / "docs" / "reference" / "paper.md").read_text()
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| ")]
     return [line for line in lines if line[0] != "name"]
 
 
 def test_every_name_of_the_paper_is_served_or_the_reason_is_given():
     rows = names_of_the_paper()
     named = {word for row in rows for word in re.split(r"[\s,()]+", row[0])}
-    assert not set(NAMES) - named, f"docs/results/methods.md does not say where {sorted(set(NAMES) - named)} are"
+    assert not set(NAMES) - named, f"docs/reference/paper.md does not say where {sorted(set(NAMES) - named)} are"
     for name, state, configuration, note in rows:
         assert state in ("served", "by another name", "left out"), name
         assert (configuration or note) if state != "left out" else (note and not configuration), name

@@ -1,4 +1,4 @@
-"""docs/results/ops.md: its table is the committed result, its variables are those that the ops read."""
+"""docs/reference/formats.md, docs/results/ops.md: the table is the committed result, its variables are those that the ops read."""
 
 import json
 import re
@@ -9,7 +9,7 @@ from pikv_ds.launch.cli import build_parser
 from pikv_ds.ops.format.formats import FORMATS
 
 ROOT = Path(__file__).resolve().parents[2]
-TEXT = (ROOT / "docs" / "results" / "ops.md").read_text()
+TEXT = "".join((ROOT / "docs" / name).read_text() for name in ("reference/formats.md", "results/ops.md"))
 
 
 def test_the_table_of_formats_is_the_committed_result():
