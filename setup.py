@@ -68,6 +68,7 @@ setup(
     package_data={
         "pikv_ds": ["py.typed"],
         "pikv_ds.bundled": ["PROVENANCE.md", "haystack.txt", "wikitext2_test.txt", "wikitext2_valid.txt", "model/*"],
+        "pikv_ds.launch": ["sweeps/*.json"],
         "pikv_ds.ops": [f"csrc/**/*.{ext}" for ext in ("cu", "cuh", "cpp", "h")],
     },
     python_requires=">=3.11",
