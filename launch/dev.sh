@@ -15,6 +15,7 @@ COMMANDS=(
 
 # Generated documents, one line each: what is written, and the command that writes it.
 DOCUMENTS=(
+    "docs/reference/files.md|python -m tests.packaging.file_map --write"
     "docs/METHODS.md docs/results/*.png|pikv methods --doc docs/METHODS.md"
 )
 

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Self
 
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from pikv_ds.errors import ConfigError
 
 from .block import Block
 from .checks import (
     check_budget,
-    check_companion,
     check_exchange,
     check_experts,
     check_host_penalty,
@@ -21,64 +20,13 @@ from .checks import (
     check_pools,
     check_ready,
     check_retention,
-    check_table,
 )
 from .compression import CompressionConfig
 from .presets import PRESETS, expand
 from .routing import RoutingConfig
 from .scheduling import SchedulingConfig
+from .storage import StorageConfig
 from .wording import describe, problem
-
-
-def _as_tuples(value: Any) -> Any:
-    return tuple(_as_tuples(item) for item in value) if isinstance(value, list | tuple) else value
-
-
-Table = Annotated[tuple[tuple[tuple[int, ...], ...], ...], BeforeValidator(_as_tuples)]
-
-
-class StorageConfig(Block):
-    """Where each entry is stored."""
-
-    requests: Literal["auto", "replicated", "distinct"] = Field(
-        "auto", description="Whether the ranks run the same requests; auto compares a digest of them at prefill."
-    )
-    num_shards: int | None = Field(None, ge=1, description="Logical shards per layer; null = number of EP ranks.")
-    placement: Literal["experts", "xor", "position", "table"] = Field(
-        "experts",
-        description="How an entry finds its shard: its expert, (t mod n_tok) XOR expert, its position, or `table`.",
-    )
-    expert_ids: Literal["previous_layer", "lookahead", "true", "gate", "hash"] = Field(
-        "previous_layer", description="Which router names the expert of an entry."
-    )
-    n_tok: int = Field(1, ge=1, description="Token modulus of the xor placement; a power of two.")
-    table: Table | None = Field(
-        None,
-        description="Shard ids [num_layers or 1][num_experts][max_replicas], -1 = none; for placement table only.",
-    )
-    gate_path: str | None = Field(None, min_length=1, description="safetensors file of a learned KV gate; for expert_ids gate only.")
-    capacity_tokens: int | None = Field(
-        None, ge=1, description="Entries per layer and shard; null = ceil(1.1 x the balanced share) + one page."
-    )
-    overflow: Literal["spill", "error"] = Field(
-        "spill", description="What happens when a shard is full: use the least loaded one, or stop."
-    )
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.n_tok & (self.n_tok - 1):
-            raise problem("storage.n_tok", self.n_tok, "a power of two (1, 2, 4, ...): the XOR must stay in range")
-        if self.n_tok != 1 and self.placement != "xor":
-            raise problem(
-                "storage.n_tok",
-                self.n_tok,
-                f"1 with pikv.storage.placement = {self.placement!r}; n_tok only acts in 'xor'",
-            )
-        check_companion("table", self.table, "placement", self.placement, "table")
-        check_companion("gate_path", self.gate_path, "expert_ids", self.expert_ids, "gate")
-        if self.table is not None:
-            check_table(self.table, self.num_shards)
-        return self
 
 
 class OffloadConfig(Block):

@@ -21,7 +21,7 @@ from pikv_ds.pages.pool import LayerStore
 from pikv_ds.spec import LayerSpec
 
 if TYPE_CHECKING:
-    from pikv_ds.config.pikv import SchedulingConfig
+    from pikv_ds.config.scheduling import SchedulingConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from pikv_ds.policies.base import Pages, RetentionPolicy
 from pikv_ds.spec import LayerSpec
 
 if TYPE_CHECKING:
-    from pikv_ds.config.pikv import SchedulingConfig
+    from pikv_ds.config.scheduling import SchedulingConfig
 
 _ABOVE = 1 << 22
 """Above every position that f32 tells apart."""

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pikv_ds.config.pikv import RoutingConfig
+from pikv_ds.config.routing import RoutingConfig
 from pikv_ds.step.step import StepPlan
 from pikv_ds.tiers.window import Tiers
 

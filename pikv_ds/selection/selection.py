@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from pikv_ds.config.pikv import RoutingConfig
+from pikv_ds.config.routing import RoutingConfig
 from pikv_ds.exchange.exchange import Exchange
 from pikv_ds.pages.layers import Tables
 from pikv_ds.pages.unrotated import decode
