@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pikv_ds import bundled
 from pikv_ds.bundled.recall import KINDS, Prose, recall_prompt
+from pikv_ds.policies.quest_mlp import mlp_scores
 
 FLOOR = 1e-6  # of a share, before its logarithm
 
@@ -51,8 +52,7 @@ def fit(x: torch.Tensor, target: torch.Tensor, hidden: int, steps: int) -> dict[
     optimizer = torch.optim.Adam([w1, b1, w2], lr=5e-3)
     for _ in range(steps):
         batch = torch.randint(x.shape[2], (512,), generator=generator)
-        out = torch.einsum("lhpn,lhn->lhp", F.relu(torch.einsum("lhpw,lhnw->lhpn", x[:, :, batch], w1) + b1.unsqueeze(2)), w2)
-        loss = F.mse_loss(out + centre.unsqueeze(-1), target[:, :, batch])
+        loss = F.mse_loss(mlp_scores(x[:, :, batch], w1, b1, w2, centre), target[:, :, batch])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -63,11 +63,6 @@ def fit(x: torch.Tensor, target: torch.Tensor, hidden: int, steps: int) -> dict[
         "w2": w2.detach(),
         "b2": centre,
     }
-
-
-def predict(weights: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    hidden = F.relu(torch.einsum("lhpw,lhnw->lhpn", x, weights["w1"]) + weights["b1"].unsqueeze(2))
-    return torch.einsum("lhpn,lhn->lhp", hidden, weights["w2"]) + weights["b2"].unsqueeze(-1)
 
 
 def main() -> None:
@@ -91,7 +86,7 @@ def main() -> None:
     weights = fit(x, target, args.hidden, args.steps)
     save_file({name: tensor.contiguous() for name, tensor in weights.items()}, args.output)
     test_x, test_target = (torch.cat(part, 2) for part in zip(*data[kept:] or data, strict=True))
-    left = (predict(weights, test_x) - test_target).square().mean(-1) / test_target.var(-1)
+    left = (mlp_scores(test_x, **weights) - test_target).square().mean(-1) / test_target.var(-1)
     print(
         f"wrote {args.output}: w1 {tuple(weights['w1'].shape)}, fitted on {x.shape[2]} entries; variance explained on {test_x.shape[2]} "
         f"others, by layer: {', '.join(f'{1 - float(part):.2f}' for part in left.mean(-1))}"

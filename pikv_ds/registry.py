@@ -71,11 +71,15 @@ class Registry:
         self.kind = kind
         self.outside = outside
         self._classes: dict[str, type[Any]] = {}
+        self.removed: dict[str, str] = {}
+        """Names of earlier versions: why they are gone and what to use instead."""
 
     def register(self, name: str) -> Callable[[type], type]:
         """Class decorator: file the class under `name` and set its `name` attribute."""
 
         def add(cls: type[Any]) -> type[Any]:
+            if name in self.removed:
+                raise ValueError(f"{self.kind} {name!r} was removed and its name is not given again yet; use another name")
             if name in self._classes:
                 taken = self._classes[name]
                 raise ValueError(
@@ -87,7 +91,13 @@ class Registry:
 
         return add
 
+    def refuse(self, name: str, instead: str) -> None:
+        """Asking for `name`, which was a method once, says `instead`: why it is gone and what to use."""
+        self.removed[name] = instead
+
     def get(self, name: str) -> type[Any]:
+        if name in self.removed:
+            raise ValueError(f"{self.kind} {name!r} was removed: {self.removed[name]}")
         classes = self._loaded()
         if name not in classes:
             raise ValueError(f"unknown {self.kind} {name!r}; legal: {', '.join(self.names())}")

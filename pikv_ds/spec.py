@@ -35,3 +35,7 @@ class LayerSpec:
     def tokens_kept(self, context: int) -> int:
         """Tokens of a `context` that later queries can still see: W - 1 in a sliding-window layer."""
         return context if self.window is None else min(context, self.window - 1)
+
+    def dense_bytes(self, context: int, itemsize: int) -> int:
+        """Bytes of the ordinary cache of one request of `context` tokens, with no unused space."""
+        return self.tokens_kept(context) * self.values_per_token * itemsize

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pikv_ds.config.pikv import PiKVConfig
 from pikv_ds.errors import ConfigError
 from pikv_ds.policies.base import RetentionPolicy
-from pikv_ds.routers.base import Router
 from pikv_ds.spec import LayerSpec
 
 
@@ -25,8 +24,6 @@ def check_retention(config: PiKVConfig, policy: RetentionPolicy, layers: list[La
         )
     if config.scheduling.head_budget != "shared":
         _check_heads(config, policy, layers)
-    if config.scheduling.granularity == "token":
-        _check_entries(config, policy, method)
     policy.check(config.scheduling, [spec for spec in layers if spec.window is None])
     if not policy.watches:
         return
@@ -52,29 +49,6 @@ def _check_shards(config: PiKVConfig, policy: RetentionPolicy, num_shards: int, 
         raise ConfigError(
             f"pikv.scheduling.layer_budget = {config.scheduling.layer_budget!r} with method {policy.name!r}, which keeps the same entries "
             f"in every layer: legal is 'uniform'"
-        )
-
-
-def _check_entries(config: PiKVConfig, policy: RetentionPolicy, method: str) -> None:
-    given = "pikv.scheduling.granularity = 'token'"
-    if config.compression.build_near() is not None:
-        raise ConfigError(
-            f"{given} with two formats of pages (pikv.compression.method = {config.compression.method!r}, raw_sink_tokens, "
-            f"raw_recent_tokens): demoted pages are full ones and stay so; use 'page', or one format"
-        )
-    if policy.watches and config.routing.method != "all":
-        raise ConfigError(
-            f"{given} with {method} and pikv.routing.method = {config.routing.method!r}: attention to single entries is measured on all "
-            f"that is stored; use 'page', routing 'all', or a method that looks at positions or keys"
-        )
-
-
-def check_entry_router(router: Router, *, summarises: bool) -> None:
-    """summarises: it keeps something per page. Raises: ConfigError when it can't do so for pages whose entries have closed up."""
-    if summarises and type(router).moved is Router.moved:
-        raise ConfigError(
-            f"pikv.scheduling.granularity = 'token' with pikv.routing.method = {router.name!r}, which keeps summaries of pages and can't "
-            f"make them anew when entries have left (Router.moved); use 'page', or another router"
         )
 
 

@@ -50,10 +50,10 @@ def check_tiers(config: PiKVConfig, codec: Codec, layers: list[LayerSpec], page_
             f"router of shards does not say where these are; use exchange 'all', or a router with a budget"
         )
     if codec.light is not None:
-        _check_importance(config, given)
+        _check_attention(config, given)
 
 
-def _check_importance(config: PiKVConfig, given: str) -> None:
+def _check_attention(config: PiKVConfig, given: str) -> None:
     if config.storage.expert_ids == "true":
         raise ConfigError(
             f"{given} with pikv.storage.expert_ids = 'true': entries are stored after the queries of their forward have read, so the "

@@ -80,8 +80,6 @@ class PiKVCache:
             self.selection = Selection(
                 config.routing, router, layers, self.tables, self.exchange, self.stages, policy.keeps_all, self.tiers
             )
-            if self.retention is not None:
-                self.retention.on_compact = self.selection.news.compacted
         self.reader = PoolReader(self.tables, self.selection, self.retention, self.tiers, self.stages)
         self.staged: Staged | None = None
         self.waiting: Waiting | None = None  # distinct requests: a layer whose merged lse rides in the next record
@@ -96,8 +94,9 @@ class PiKVCache:
 
     def reset(self) -> None:
         """Drop every entry, return all memory, zero the entry counters. All ranks must call it at the same point of their loops."""
-        self.staged = self.plan = None
-        self._allocate(0)
+        self.staged = self.waiting = self.plan = self.local = self.hold_margin = None
+        self.hold = False
+        self._start(0)
         self.agreement.forget()
         if self.bases is not None:
             self.bases.reset()
@@ -117,7 +116,7 @@ class PiKVCache:
             (self.distinct if self.agreement.mode == "distinct" else self.replicated).flush_staged()
         self.distinct.flush_watched()
         if self.selection is not None:
-            self.selection.news.settle()
+            self.selection.end_step()
         expired = 0
         if not (self.hold and self.agreement.mode == "distinct"):
             # How far another rank may crop is not known here: while it may, window layers of distinct requests keep everything.
@@ -132,13 +131,13 @@ class PiKVCache:
             self.tables.shrink()
         if self.config.storage.overflow == "error":
             self.tables.counters.raise_if_overflowed(self.plan.capacity)
-        self.plan = None
+        self.plan = self.local = None
 
     def _turn(self) -> None:
         """Bases of requests that have grown; what is kept of keys and queries beside the pages follows them."""
         for layer, turn in self.bases.settle(self.plan):
             if self.selection is not None:
-                self.selection.news.turned(layer, turn, self.selection.gather)
+                self.selection.news.turned(layer, turn)
             if self.retention is not None:
                 self.retention.mass.turned(layer, turn)
 
@@ -149,11 +148,7 @@ class PiKVCache:
         if self.bases is not None and not agreed.identity:
             self.bases.remap(agreed)
         if agreed.restart:
-            self._allocate(len(before))
-            if self.retention is not None:
-                self.retention.reset()
-            if self.tiers is not None:
-                self.tiers.reset(len(before))
+            self._start(len(before))
         elif not agreed.identity:
             if self.tiers is not None:
                 self.tiers.remap(agreed, old_lens)
@@ -167,10 +162,23 @@ class PiKVCache:
             self.retention.before_forward(self.plan)
         self.tables.reserve(self.plan, self.hold)
 
-    def _allocate(self, num_rows: int) -> None:
+    def _start(self, num_rows: int) -> None:
+        """A generation of `num_rows` requests begins: nothing of the last one stays. Bases follow their rows (tiers/bases.py)."""
         self.tables.allocate(num_rows)
         if self.selection is not None:
             self.selection.open()
+        if self.retention is not None:
+            self.retention.reset()
+        if self.tiers is not None:
+            self.tiers.reset(num_rows)
+
+    def clear_column(self, name: str) -> None:
+        """Zero the policy's number `name` of every page, in all pools of all layers that keep it. Between forwards; no collective."""
+        if name not in self.tables.page_values:
+            raise ValueError(f"no policy of this cache keeps {name!r} per page; kept are {sorted(self.tables.page_values)}")
+        for store in self.tables.all_stores:
+            if name in store.summaries:  # layers with a window keep none
+                store.summaries[name].zero_()
 
     def settle(self, headers: list[list[int]], k: Tensor) -> None:
         """Agree on a forward that is not plain decoding; k: this rank's keys of the first layer, compared only if the inputs are equal."""

@@ -48,18 +48,15 @@ def stats(cache: PiKVCache, dense_rows: int, dense_columns: int) -> dict:
 
 
 def metadata_bytes(cache: PiKVCache) -> int:
-    tables = cache.tables
-    own = tables.directory.nbytes + tables.no_tail_nbytes + sum(s.metadata_nbytes for s in tables.all_stores)
-    return own + router_bytes(cache)
-
-
-def router_bytes(cache: PiKVCache) -> int:
-    return 0 if cache.selection is None else cache.selection.router.nbytes
+    """Bytes on the device that a cache keeps between forwards besides KV bytes. Weights of codecs, routers and policies are not among them:
+    they do not grow with what is stored."""
+    owners = (cache.tables, cache.selection, cache.retention)
+    return sum(owner.metadata_nbytes for owner in owners if owner is not None)
 
 
 def dense_bytes(spec: LayerSpec, rows: int, columns: int, itemsize: int) -> int:
     """Bytes the ordinary (Hugging Face DynamicCache) layer holds: every column, padding included; W - 1 columns in a window layer."""
-    return rows * spec.tokens_kept(columns) * spec.values_per_token * itemsize
+    return rows * spec.dense_bytes(columns, itemsize)
 
 
 def attention_impl(cache: PiKVCache) -> str:

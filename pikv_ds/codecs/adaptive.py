@@ -12,7 +12,7 @@ class Adaptive(Codec):
 
     New entries are stored by `light`. Full pages that are no sinks and not recent (raw_sink_tokens, raw_recent_tokens) are encoded again by
     `heavy`, those with the least attention so far first, until at most light_ratio of the request is left light; they never come back.
-    Source: PiKV, arXiv 2508.06526, section 3.3; which entries are important is left open there: tiers/importance.py.
+    Source: PiKV, arXiv 2508.06526, section 3.3; which entries are important is left open there: policies/h2o.py.
     Bytes per token and layer: those of light times the share that is light, those of heavy times the rest, and 4 bytes per page.
     """
 

@@ -15,7 +15,7 @@ from .compression import CodecConfig
 from .routing import RoutingConfig
 from .scheduling import SchedulingConfig
 from .storage import StorageConfig
-from .wording import legal_words, problem, unknown_key
+from .wording import legal_words, problem, removed, unknown_key
 
 
 def check_retention(block: SchedulingConfig) -> None:
@@ -38,6 +38,8 @@ def check_retention(block: SchedulingConfig) -> None:
 
 def check_method(key: str, block: MethodBlock, registry: Registry) -> None:
     """The method of a block is registered, and the block's other keys are options of its constructor with values it takes."""
+    if block.method in registry.removed:
+        raise removed(f"{key}.method", block.method, registry.removed[block.method])
     if block.method not in registry.names():
         raise problem(f"{key}.method", block.method, f"one of {', '.join(map(repr, registry.names()))}")
     given, method = block.options, registry.get(block.method)

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from .block import MethodBlock
+from .wording import removed
 
 if TYPE_CHECKING:
     from pikv_ds.policies.base import RetentionPolicy
+
+
+_INSTEAD_OF_TOKEN = (
+    "pages leave whole, so 'page' is legal. \"page_size\": 1 keeps the same entries and pads every record to 64 bytes (not for int8, int4 "
+    "and int2, whose pages are whole groups); pages of 8 were measured no worse (docs/EVICTION.md)"
+)
 
 
 class SchedulingConfig(MethodBlock):
@@ -27,15 +34,20 @@ class SchedulingConfig(MethodBlock):
         description="One choice for all KV heads; the same number of entries of each head; or more for heads that need more (Ada-KV).",
     )
     head_floor: float = Field(0.2, ge=0, le=1, description="Share of its uniform budget that an adaptive head has at least.")
-    granularity: Literal["page", "token"] = Field(
-        "page", description="Whole pages leave, or single entries, and the others close up into fewer pages."
-    )
+    granularity: Literal["page"] = Field("page", description="What leaves together; with page_size 1 a page is one entry.")
     interval: int = Field(1, ge=1, description="Decode steps between two evictions; a prefill chunk is always followed by one.")
     prefill: Literal["evict", "keep"] = Field(
         "evict", description="Evict after every prefill chunk, or keep the whole prompt until the first decode step."
     )
     sink_tokens: int = Field(4, ge=0, description="First tokens of a request, never evicted; part of the budget.")
     recent_tokens: int = Field(64, ge=0, description="Latest tokens of a request, never evicted; part of the budget.")
+
+    @field_validator("granularity", mode="before")
+    @classmethod
+    def _check_granularity(cls, value: Any) -> Any:
+        if value == "token":
+            raise removed("scheduling.granularity", value, _INSTEAD_OF_TOKEN)
+        return value
 
     def build(self) -> RetentionPolicy:
         """The policy with its options."""

@@ -19,6 +19,11 @@ def problem(key: str, value: Any, legal: str) -> PydanticCustomError:
     return PydanticCustomError("pikv", "{text}", {"text": f"pikv.{key} = {_show(value)}: legal is {legal}"})
 
 
+def removed(key: str, value: Any, instead: str) -> PydanticCustomError:
+    """An error to raise inside a validator for a value of an earlier version; `instead` says why it is gone and what to use."""
+    return PydanticCustomError("pikv", "{text}", {"text": f"pikv.{key} = {_show(value)} was removed: {instead}"})
+
+
 def unknown_key(key: str, value: Any, parent: str, known: list[str]) -> PydanticCustomError:
     """An error to raise inside a validator for a key that nobody reads."""
     return PydanticCustomError("pikv", "{text}", {"text": _unknown(f"pikv.{key}", value, parent, known)})

@@ -37,6 +37,11 @@ class Counters:
         self._settle()
         return self._by_expert
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the counters, once what is pending has been added up."""
+        return self.by_expert.nbytes + self.device_counts.nbytes
+
     def count_appended(self, experts: Routed | Tensor, stored: Tensor) -> None:
         """experts: of N tokens; stored: [N] bool, which of them count. Both are kept and must not change any more. Sync: none."""
         self._pending.append((experts, stored))

@@ -1,6 +1,6 @@
-"""Single entries read back from pages: keys and values as attention sees them, and the lse of each entry.
+"""Single entries read back from pages: keys and values as attention sees them.
 
-N tables, C columns of a table, L = C * page_size slots of it, H kv heads of a page, R rows, T queries, S local shards, Hq query heads.
+N tables, C columns of a table, L = C * page_size slots of it, H kv heads of a page, R rows, S local shards.
 """
 
 from __future__ import annotations
@@ -62,49 +62,3 @@ def keys_at(store: LayerStore, table: Tensor, index: Tensor) -> Tensor:
     tail = None if store.tail is None else store.tail[tables]
     k, _ = decoded(store, store.block_table.flatten(0, 1)[tables], store.counts.reshape(-1)[tables], tail)
     return k[of, :, index]
-
-
-class PageLse:
-    """The lse of pages as the op returns it."""
-
-    def __init__(self, values: Tensor) -> None:
-        """values [R, T, S, Hq, C], -inf where nothing was read."""
-        self.values = values
-
-    def __getitem__(self, rows: slice) -> PageLse:
-        return PageLse(self.values[rows])
-
-    def of(self, columns: Tensor) -> Tensor:
-        """[R, b, S, Hq, C] of the queries in `columns` [R, b]."""
-        if self.values.shape[1] == 1:
-            return self.values
-        return self.values.gather(1, columns[:, :, None, None, None].expand(-1, -1, *self.values.shape[2:]))
-
-
-class EntryLse:
-    """The logits of queries against every stored entry, made for some of the queries at a time: all of a long chunk's take much room."""
-
-    def __init__(self, store: LayerStore, q: Tensor, stored: Stored, scale: float) -> None:
-        """q [R, T, Hq, Dk]; stored: the tables of the R rows, as they were read."""
-        self.q, self.scale = q, scale
-        num_rows, table = q.shape[0], stored.block_table
-        held = torch.arange(table.shape[-1] * store.page_size, device=q.device) < stored.seqlens.unsqueeze(-1)  # [R * S, tables, L]
-        self.held = held.view(num_rows, 1, -1, table.shape[1], 1, held.shape[2])
-        if store.turned is not None:
-            self.k = rebuild(store, stored).k.flatten(2, 3).unflatten(0, (num_rows, -1))
-            return
-        tail = None if stored.tail is None else stored.tail[stored.tail_rows.flatten().long()]
-        k = decoded(store, table.flatten(0, 1), stored.seqlens.flatten(), tail)[0]  # [R * S * tables, H of a page, L, Dk]
-        self.k = k.view(num_rows, -1, table.shape[1] * k.shape[1], *k.shape[2:])  # [R, S, Hkv, L, Dk]
-
-    def __getitem__(self, rows: slice) -> EntryLse:
-        part = object.__new__(EntryLse)
-        part.q, part.scale, part.k, part.held = self.q[rows], self.scale, self.k[rows], self.held[rows]
-        return part
-
-    def of(self, columns: Tensor) -> Tensor:
-        """[R, b, S, Hq, L] f32, -inf where no entry is, of the queries in `columns` [R, b]. Sync: none."""
-        q = self.q.gather(1, columns[:, :, None, None].expand(-1, -1, *self.q.shape[2:])).float().unflatten(2, (self.k.shape[2], -1))
-        logits = self.scale * torch.einsum("rbhgd,rshld->rbshgl", q, self.k).flatten(3, 4)
-        tables = self.held.shape[3]
-        return torch.where(self.held, logits.unflatten(3, (tables, -1)), -torch.inf).flatten(3, 4)

@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING
 
 from pikv_ds.spec import LayerSpec
 
+from .sizing import default_capacity
+
 if TYPE_CHECKING:
     import torch
 
     from pikv_ds.codecs.base import Codec
-
-CAPACITY_FACTOR = 1.1
-"""A shard holds up to this multiple of its balanced share, plus one page, when `storage.capacity_tokens` is null."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,18 +32,8 @@ class RankBytes:
 
 
 def dense_bytes(layers: Sequence[LayerSpec], contexts: Sequence[int], itemsize: int) -> int:
-    """Bytes of an ordinary cache that holds requests of these lengths on one rank, with no unused space.
-
-    sum over layers and requests of tokens_kept * values_per_token * itemsize. Sliding-window layers keep W - 1 tokens.
-    """
-    return sum(layer.tokens_kept(n) * layer.values_per_token * itemsize for layer in layers for n in contexts)
-
-
-def capacity_slots(tokens: int, num_shards: int, page_size: int) -> int:
-    """Entries that one layer's shard may hold by default, when `tokens` entries are spread over `num_shards`."""
-    share = tokens / num_shards
-    # The product is rounded first: 1.1 * 320 is 352.00000000000006 in floating point and must stay 352.
-    return math.ceil(round(CAPACITY_FACTOR * share, 6)) + page_size
+    """Bytes of an ordinary cache that holds requests of these lengths on one rank. Sliding-window layers keep W - 1 tokens."""
+    return sum(layer.dense_bytes(n, itemsize) for layer in layers for n in contexts)
 
 
 def max_pages(entries: int, page_size: int, *, requests: int = 1, sliding: bool = False) -> int:
@@ -91,7 +80,7 @@ def pikv_bytes(
         slides = [layer.tokens_kept(n) < n for n in contexts]
         kept = [layer.tokens_kept(n) for n in contexts]
         pages = sum(max_pages(math.ceil(tokens / num_shards), page_size, sliding=moved) for tokens, moved in zip(kept, slides, strict=True))
-        slots = capacity_slots(sum(kept), num_shards, page_size)
+        slots = default_capacity(sum(kept), num_shards, page_size)
         full = max_pages(slots, page_size, requests=len(contexts), sliding=any(slides))
         # Rounding up per request can exceed the capacity when requests are shorter than the number of shards.
         light = pages

@@ -65,8 +65,7 @@ class Tables:
         self.shard_begin, self.num_local = shards.start, len(shards)
         self.directory = Directory(layers, num_shards, device, self.heads)
         self.counters = Counters(num_experts, device)
-        self.page_values: dict[str, torch.dtype] = {}  # one number per page each, or per entry, for the retention policy
-        self.by_entry = config.scheduling.granularity == "token"
+        self.page_values: dict[str, torch.dtype] = {}  # one number per page each, for the retention policy
         self.crops = CropLimits(layers)
         self.allocate(0)
 
@@ -95,8 +94,7 @@ class Tables:
         for i, spec in enumerate(self.layers):
             for name, dtype in self.page_values.items() if spec.window is None else ():
                 for store in self.pools(i):
-                    shape = (self.page_size,) if self.by_entry else ()
-                    store.add_summary(name, shape, dtype, cleared=True, by_entry=self.by_entry)
+                    store.add_summary(name, (), dtype, cleared=True)
         self.quiet = 0  # decode steps that surely open no page: nothing to reserve, mirror or give back
         self.crops.reset(num_rows)
         self.directory.reset(num_rows)
@@ -120,6 +118,13 @@ class Tables:
     def entries_live(self) -> Tensor:
         """0-d int64, entries in all tables of this rank. Sync: none."""
         return self.counts.sum() + self.far_counts.sum()
+
+    @property
+    def metadata_nbytes(self) -> int:
+        """Bytes of what says where entries lie, and of their counters."""
+        sizes = (self.counts, self.far_counts, self.free_top, self.far_free_top)
+        own = sum(x.nbytes for x in sizes) + self.no_tail_nbytes + sum(store.metadata_nbytes for store in self.all_stores)
+        return own + self.directory.nbytes + self.counters.nbytes
 
     def mirror(self) -> None:
         """Host copies of the sizes that plan the next forward. Sync: one read in forwards that are not quiet; free on CPU."""

@@ -55,7 +55,6 @@ class LayerStore:
         self.tail = (no_tail if fmt.grouped else None) if self.full_pages else self.new_tail(counts.numel())
         self.summaries: dict[str, Tensor] = {}  # name -> [P, ...]: what selection or retention keeps per page; travels with the page
         self.cleared: list[str] = []  # names of summaries that a freed page loses
-        self.by_entry: list[str] = []  # names of those with a value per slot
         # One spare element each, never read as a page: tokens that open no page index it.
         self.refcount = torch.zeros(1, dtype=torch.int32, device=device)  # [P + 1] tables that name a page; > 1 after a beam fork
         self.free_stack = torch.zeros(1, dtype=torch.int32, device=device)  # [P + 1] free page ids, free_top of them valid
@@ -68,16 +67,14 @@ class LayerStore:
         shape = (rows, self.fmt.num_kv_heads, self.fmt.group, self.fmt.k_dim)
         return torch.empty(shape, dtype=tail_dtype(self.dtype), device=self.device)
 
-    def add_summary(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, *, cleared: bool = False, by_entry: bool = False) -> None:
+    def add_summary(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, *, cleared: bool = False) -> None:
         """Keep `shape` values of `dtype` per page under `name`, in summaries[name] [P, *shape]; 0 in pages that are new.
 
-        cleared: also 0 in pages that are used again. by_entry: shape is (page_size,), a value moves with its entry, and slots without
-        one have 0.
+        cleared: also 0 in pages that are used again.
         """
         if name in self.summaries:
             raise ValueError(f"the store already keeps a summary {name!r}; use another name")
         self.cleared += [name] * cleared
-        self.by_entry += [name] * by_entry
         self.summaries[name] = torch.zeros((self.num_pages, *shape), dtype=dtype, device=self.device)
 
     # ---- host side: sizes ----------------------------------------------------------------------------------------------------

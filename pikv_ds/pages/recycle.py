@@ -68,19 +68,6 @@ def remap(store: LayerStore, parent: Tensor, counts: Tensor) -> None:
     store.refcount = torch.bincount(table[table >= 0], minlength=store.num_pages + 1).to(torch.int32)
     store.rebuild_free_stack()
     _unshare_open_pages(store, num_kept)
-    clear_unfilled(store)
-
-
-def clear_unfilled(store: LayerStore) -> None:
-    """Values per entry are 0 in the slots of open pages that hold no entry: what comes there starts anew."""
-    if not store.by_entry:
-        return
-    row, table = torch.nonzero(store.counts % store.page_size, as_tuple=True)
-    counts = store.counts[row, table].to(torch.int64)
-    page = store.block_table[row, table, counts // store.page_size].to(torch.int64)
-    empty = torch.arange(store.page_size, device=page.device) >= (counts % store.page_size).unsqueeze(-1)
-    for name in store.by_entry:
-        store.summaries[name][page] = store.summaries[name][page].masked_fill(empty, 0)
 
 
 def _remap_tail(store: LayerStore, parent: Tensor, counts: Tensor, table: Tensor) -> None:

@@ -11,6 +11,14 @@ from pikv_ds.errors import CapacityError
 from pikv_ds.spec import LayerSpec
 
 
+def default_capacity(entries: int, num_shards: int, page_size: int) -> int:
+    """Of a layer's `entries`, those one shard may hold when storage.capacity_tokens is null: ceil(1.1 x the balanced share) + one page.
+
+    In integers: 1.1 * 50 is 55.00000000000001 in floating point, and its ceil one too many.
+    """
+    return -(-11 * entries // (10 * num_shards)) + page_size
+
+
 def shard_capacity(
     layers: list[LayerSpec],
     window: int | None,
@@ -20,7 +28,7 @@ def shard_capacity(
     fixed: int | None,
     evicted: int = 0,
 ) -> int:
-    """Entries one shard of a layer with this window may hold: `fixed`, or ceil(1.1 x the balanced share) + one page.
+    """Entries one shard of a layer with this window may hold: `fixed`, or `default_capacity`.
 
     evicted: entries of the rows that a budget has taken out of the layer.
 
@@ -29,7 +37,7 @@ def shard_capacity(
     spec = next(spec for spec in layers if spec.window == window)
     total = sum(spec.tokens_kept(n) for n in lens_after) - evicted
     if fixed is None:
-        return ceil(1.1 * total / num_shards) + page_size
+        return default_capacity(total, num_shards, page_size)
     if total > fixed * num_shards:
         raise CapacityError(
             f"layer {spec.layer_idx} must hold {total} entries, but pikv.storage.capacity_tokens = {fixed} x {num_shards} shards "

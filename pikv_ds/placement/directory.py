@@ -13,7 +13,7 @@ class Directory:
     """The shard of every position of every row, per layer, and how many visible entries each shard holds.
 
     It is the same on all ranks: spill decisions, crops and forks need no message. int16 per token and layer, on the device;
-    reported as metadata, not as KV bytes. With one shard it stores nothing.
+    reported as metadata, not as KV bytes. With one shard it stores no homes.
     """
 
     def __init__(self, layers: list[LayerSpec], num_shards: int, device: torch.device, heads: int = 1) -> None:
@@ -28,7 +28,7 @@ class Directory:
 
     @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for t in self.shard_at)
+        return self.load.nbytes + self.evicted.nbytes + sum(t.nbytes for t in self.shard_at)
 
     def reset(self, num_rows: int) -> None:
         self.load.zero_()

@@ -1,7 +1,5 @@
 """Retention policy (the paper's "scheduling"): which pages stay when a budget is full.
 
-When single entries leave (scheduling.granularity "token"), an entry is to a policy a page that holds one entry.
-
 Legend: P pages of the layer's store, R request rows, S local shards, C columns of a block table, T queries per row. With budgets per head
 a page holds one kv head, and every head of a request is a row of its own.
 """
@@ -122,26 +120,6 @@ class Pages:
         return self._decoded[1]
 
 
-class Entries(Pages):
-    """The entries of one layer, each as a page of its own: what a policy scores when single entries leave. C counts them."""
-
-    page_size = 1
-
-    @cached_property
-    def entries(self) -> Tensor:
-        """[R, S, C] int64, 1 or 0."""
-        return (torch.arange(self.table.shape[-1] * self.store.page_size, device=self.lens.device) < self.counts.unsqueeze(-1)).long()
-
-    @cached_property
-    def slot_positions(self) -> Tensor:
-        """[R, S, C, 1] int32."""
-        return self.store.positions[self.table.clamp_min(0)].flatten(2).unsqueeze(-1)
-
-    def value(self, name: str) -> Tensor:
-        """The policy's number of each entry, [R, S, C]."""
-        return torch.where(self.entries > 0, self.store.summaries[name][self.table.clamp_min(0)].flatten(2), 0)
-
-
 class RetentionPolicy(ABC):
     """Scores pages. The caller pins sinks, the recent window and open pages, then frees the lowest scores until the budget is met.
 
@@ -152,7 +130,7 @@ class RetentionPolicy(ABC):
     keeps_all: ClassVar[bool] = False
     """True: nothing is ever evicted, so the cache need not ask."""
     page_values: ClassVar[dict[str, torch.dtype]] = {}
-    """One number per page (or entry) each, kept in the store; a policy that has any is shown what queries attend to."""
+    """One number per page each, kept in the store; a policy that has any is shown what queries attend to."""
     observes_queries: ClassVar[bool] = False
     """True: row_values are kept, and observe_queries() is shown the queries themselves."""
     row_queries: ClassVar[tuple[str, ...]] = ()

@@ -48,14 +48,14 @@ class LearnedScore(TokenPolicy):
         w1, b1, w2, b2 = (self.weights[name][pages.layer].to(x.device) for name in ("w1", "b1", "w2", "b2"))
         if x.shape[3] < len(w1):  # a page holds one head: the heads of a request are rows
             x = x.squeeze(3).unflatten(0, (-1, len(w1)))  # [R / H, H, S, C, page_size, W]
-            return _scores(x.movedim(1, 3), w1, b1, w2, b2).movedim(3, 1).flatten(0, 1)
-        return _scores(x, w1, b1, w2, b2).mean(3)
+            return mlp_scores(x.movedim(1, 3), w1, b1, w2, b2).movedim(3, 1).flatten(0, 1)
+        return mlp_scores(x, w1, b1, w2, b2).mean(3)
 
 
-def _scores(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
-    """x [..., H, page_size, W] -> [..., H, page_size]."""
-    hidden = torch.relu(torch.einsum("...hpw,hnw->...hpn", x, w1) + b1.unsqueeze(1))
-    return torch.einsum("...hpn,hn->...hp", hidden, w2) + b2.unsqueeze(1)
+def mlp_scores(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+    """x [..., H, n, W] of n entries -> [..., H, n]. w1 [..., H, N, W], b1 and w2 [..., H, N], b2 [..., H]; leading dimensions broadcast."""
+    hidden = torch.relu(torch.einsum("...hpw,...hnw->...hpn", x, w1) + b1.unsqueeze(-2))
+    return torch.einsum("...hpn,...hn->...hp", hidden, w2) + b2.unsqueeze(-1)
 
 
 def _read(path: str) -> dict[str, Tensor]:

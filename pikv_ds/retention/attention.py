@@ -2,9 +2,6 @@
 
 R request rows, S local shards, T queries per row, Hq query heads, P pages of a layer's store, C columns of a block table, H head tables:
 the kv heads when a page holds the entries of one head, else 1. Nothing here reads the device back. Window layers are not watched.
-
-What is counted is pages, or single entries when these leave one by one ("by entry"): P is then the slots of all pages and C those of a
-table, each as a page that holds one entry. The op returns no lse of entries, so the keys are read once more for it, in torch.
 """
 
 from __future__ import annotations
@@ -16,7 +13,6 @@ from torch import Tensor
 
 from pikv_ds import ops
 from pikv_ds.codecs.request_maps import Turn
-from pikv_ds.pages.entries import EntryLse, PageLse
 from pikv_ds.pages.layers import Tables
 from pikv_ds.pages.pool import LayerStore
 from pikv_ds.pages.unrotated import attend
@@ -50,14 +46,20 @@ class Mass:
 
     def __init__(self, policy: RetentionPolicy, tables: Tables) -> None:
         self.policies, self.tables = [policy], tables
-        # By pool of pages and first row: what its queries saw, -inf where nothing was read; H > 1: of each head's own table.
-        self.page_lse: dict[tuple[LayerStore, int], PageLse | EntryLse] = {}
+        # By pool of pages and first row, [R, T, S, Hq, C]: what its queries saw, -inf where nothing was read. H > 1: of each head's table.
+        self.page_lse: dict[tuple[LayerStore, int], Tensor] = {}
         self.times: list[int] = []  # per source
         self.num_rows: list[int] = []  # per source
         self.rows: dict[int, dict[str, Tensor]] = {}  # layer -> what the policy keeps per row, [R, ...]
 
     def reset(self) -> None:
-        self.times, self.rows, self.page_lse = [], {}, {}
+        """A new generation begins."""
+        self.times, self.num_rows, self.rows, self.page_lse = [], [], {}, {}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what the policy keeps per row; what it keeps per page is the stores'."""
+        return sum(x.nbytes for values in self.rows.values() for x in values.values())
 
     def remap(self, parent: Tensor) -> None:
         """Row i continues row parent[i] [R'], -1 = a new row."""
@@ -100,11 +102,11 @@ class Mass:
 
     def keep(self, store: LayerStore, row0: int, page_lse: Tensor) -> None:
         """Page lse [R, T, S, Hq, C] of the queries of rows row0 ... in one store, for observe()."""
-        self.page_lse[store, row0] = PageLse(page_lse)
+        self.page_lse[store, row0] = page_lse
 
     def shift(self, store: LayerStore, row0: int, shift: Tensor) -> None:
         """Add what linear maps left out of the lse that was kept, [R, T, Hq]."""
-        self.keep(store, row0, self.page_lse[store, row0].values + shift[:, :, None, :, None])
+        self.page_lse[store, row0] = self.page_lse[store, row0] + shift[:, :, None, :, None]
 
     def read(self, store: LayerStore, q: Tensor, row0: int, stored: Stored, scale: float) -> tuple[Tensor, Tensor]:
         """Attention of q [R, T, Hq, Dk] to the entries of its rows in one store: out [R, T, Hq, Dv] f32, lse [R, T, Hq] f32.
@@ -114,27 +116,19 @@ class Mass:
         num_rows, num_queries = q.shape[:2]
         if store.turned is not None:  # keys are put together once for all queries of a row
             out, lse, page_lse = attend(store, q, stored, scale=scale)
-            self._kept(store, q, row0, stored, scale, page_lse)
+            self.keep(store, row0, page_lse)
             return out, lse
         table, seqlens, tail_rows = stored.block_table, stored.seqlens, stored.tail_rows
         if num_queries > 1:
             table, seqlens = (_per_query(x, num_rows, num_queries) for x in (table, seqlens))
             tail_rows = None if tail_rows is None else _per_query(tail_rows, num_rows, num_queries)
-        by_entry = self.tables.by_entry
         out, lse, page_lse = ops.decode(
             q.flatten(0, 1).contiguous(), store.pages, store.fmt, table, seqlens,
-            scale=scale, with_page_lse=not by_entry, tail=stored.tail, tail_rows=tail_rows,
+            scale=scale, with_page_lse=True, tail=stored.tail, tail_rows=tail_rows,
         )  # fmt: skip
-        page_lse = None if by_entry else page_lse.unflatten(0, (num_rows, num_queries, -1))
-        self._kept(store, q, row0, stored, scale, page_lse)
+        if any(policy.watches for policy in self.policies):
+            self.keep(store, row0, page_lse.unflatten(0, (num_rows, num_queries, -1)))
         return out.unflatten(0, (num_rows, num_queries)), lse.unflatten(0, (num_rows, num_queries))
-
-    def _kept(self, store: LayerStore, q: Tensor, row0: int, stored: Stored, scale: float, page_lse: Tensor | None) -> None:
-        """page_lse [R, T, S, Hq, C], not read where entries are counted."""
-        if not self.tables.by_entry:
-            self.keep(store, row0, page_lse)
-        elif any(policy.watches for policy in self.policies):
-            self.page_lse[store, row0] = EntryLse(store, q, stored, scale)
 
     def observe(self, asked: Waiting, plan: StepPlan, lse: Tensor | None) -> None:
         """Account for the queries of one layer, once their partials have been merged over the ranks.
@@ -144,7 +138,7 @@ class Mass:
         """
         pools, num_sources = self.tables.pools(asked.layer), len(plan.sources)
         evicted = self.tables.directory.evicted[asked.layer].unflatten(-1, (-1, pools[0].heads)).sum(1)
-        facts = [_Facts(store, self.tables.by_entry, plan, evicted) for store in pools]
+        facts = [_Facts(store, plan, evicted) for store in pools]
         positions, slots = plan.positions.view(num_sources, -1), asked.slots.view(num_sources, -1, pools[0].heads)
         times = self.times or [0] * num_sources
         for sources in plan.same_shape_runs():
@@ -163,7 +157,7 @@ class Mass:
 
     def _observe(
         self, policy: RetentionPolicy, asked: Waiting, plan: StepPlan, facts: list[_Facts], run: _Run, positions: Tensor, slots: Tensor,
-        page_lse: list[PageLse | EntryLse | None], lse: Tensor | None,
+        page_lse: list[Tensor | None], lse: Tensor | None,
     ) -> None:  # fmt: skip
         """The queries of one run; facts and page_lse by pool."""
         pools, includes_self = self.tables.pools(asked.layer), run.num_columns == 1
@@ -185,12 +179,12 @@ class Mass:
             for store, fact, table, of_pages in zip(pools, facts, tables, page_lse, strict=True):
                 share = torch.zeros(fact.nowhere + 1, block.shape[1], device=valid.device)
                 if own is not None and store is pools[0]:  # new entries lie in the first pool
-                    page = torch.where(slots >= 0, slots if self.tables.by_entry else slots // store.page_size, fact.nowhere)
+                    page = torch.where(slots >= 0, slots // store.page_size, fact.nowhere)
                     share.index_add_(0, page.flatten(), own.flatten(0, 2))
                 if of_pages is not None:
-                    share.index_add_(0, table, share_of_pages(of_pages.of(block), total, real, store.heads))
+                    share.index_add_(0, table, share_of_pages(take(of_pages, block), total, real, store.heads))
                 if policy.page_values and store.num_pages:
-                    values = {name: store.summaries[name].view(-1) for name in policy.page_values}
+                    values = {name: store.summaries[name] for name in policy.page_values}
                     policy.observe(values, fact.seen(share[:-1], run, real, time + begin))
             if policy.observes_queries:
                 policy.observe_queries(rows, asked.scale * take(q, block).float(), total, positions.gather(1, block))
@@ -222,13 +216,9 @@ class _Run(NamedTuple):
 class _Facts:
     """What a Seen says about rows, the same for all its blocks of queries. With a page per head, the heads of a row count as rows."""
 
-    def __init__(self, store: LayerStore, by_entry: bool, plan: StepPlan, evicted: Tensor) -> None:
+    def __init__(self, store: LayerStore, plan: StepPlan, evicted: Tensor) -> None:
         """evicted: [R, H] int64."""
         table, heads, self.nowhere = store.block_table, store.heads, store.num_pages
-        if by_entry:
-            slot = torch.arange(store.page_size, device=table.device)
-            table = torch.where(table.unsqueeze(-1) >= 0, table.unsqueeze(-1) * store.page_size + slot, -1).flatten(2)
-            self.nowhere = store.num_pages * store.page_size
         self.table = torch.where(table >= 0, table, self.nowhere).view(-1).to(torch.int64)  # [R * S * H * C]
         num_rows = table.shape[0] * heads
         table = table.view(table.shape[0], -1, heads, table.shape[-1])
@@ -237,7 +227,7 @@ class _Facts:
         row = nobody.scatter_reduce_(0, self.table, rows, "amax")[:-1]
         self.row = torch.where(row >= 0, row, num_rows)
         self.entries = (plan.lens_after.unsqueeze(1) - evicted).flatten()
-        self.page_size, self.heads, self.num_rows = 1 if by_entry else store.page_size, heads, plan.lens_after.shape[0]
+        self.page_size, self.heads, self.num_rows = store.page_size, heads, plan.lens_after.shape[0]
 
     def tables_of(self, run: _Run) -> Tensor:
         """[R * S * H * C] of the rows of a run."""

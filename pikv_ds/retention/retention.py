@@ -1,4 +1,4 @@
-"""Eviction: pages or single entries leave until every request is within its budget. Host phase; the same decisions on every rank.
+"""Eviction: pages leave until every request is within its budget. Host phase; the same decisions on every rank.
 
 L full-attention layers, R request rows, S local and G * S global shards, C columns of a block table, H tables of a row and shard: the KV
 heads with budgets per head, else 1. Layers with a sliding window are not evicted from: they keep what their window shows.
@@ -6,19 +6,16 @@ heads with budgets per head, else 1. Layers with a sliding window are not evicte
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from pikv_ds.config.pikv import PiKVConfig
 from pikv_ds.exchange.exchange import Exchange
-from pikv_ds.pages.compact import Compacted, compact
 from pikv_ds.pages.layers import Tables
 from pikv_ds.pages.listing import JoinedPages
 from pikv_ds.pages.pool import LayerStore
 from pikv_ds.pages.recycle import drop
-from pikv_ds.policies.base import Entries, Pages, RetentionPolicy
+from pikv_ds.policies.base import Pages, RetentionPolicy
 from pikv_ds.step.step import StepPlan
 
 from .attention import Mass
@@ -34,16 +31,19 @@ class Retention:
         self.config = config = config.scheduling
         self.layers = [i for i, spec in enumerate(tables.layers) if spec.window is None]
         tables.page_values = policy.page_values
-        self.unit = 1 if tables.by_entry else tables.page_size  # entries that leave together
-        values = sum(dtype.itemsize for dtype in policy.page_values.values()) / self.unit
+        values = sum(dtype.itemsize for dtype in policy.page_values.values()) / tables.page_size
         entry_bytes = tables.heads * sum(tables.formats[i].record_bytes / tables.page_size + values for i in self.layers)
-        self.budgets = Budgets(config, len(self.layers), self.unit, tables.num_shards, entry_bytes)
+        self.budgets = Budgets(config, len(self.layers), tables.page_size, tables.num_shards, entry_bytes)
         self.mass = Mass(policy, tables)
         self.threshold: dict[int, Tensor] = {}  # layer -> theta [R] f32 of an adaptive policy
         self.last_eviction: list[int] = []  # per source: query columns before it
         self.steps = 0  # decode steps since an eviction was due
-        self.on_compact: Callable[[int, Compacted], None] | None = None  # told, per layer, which pages changed
         self.due = False  # an eviction waits for the next forward: a crop is announced, or the prompt is kept whole
+
+    @property
+    def metadata_nbytes(self) -> int:
+        """Bytes of what is kept per row."""
+        return self.mass.nbytes + sum(theta.nbytes for theta in self.threshold.values())
 
     def watches(self, layer: int) -> bool:
         """Whether the policy wants to see what the queries of this layer attend to."""
@@ -88,27 +88,16 @@ class Retention:
         over = [i for i, rows in enumerate(excess) if any(n > 0 for n in rows)]
         if not over:
             return False
-        num_pages = torch.tensor([[-(-max(n, 0) // self.unit) for n in excess[i]] for i in over]).to(self.tables.device)
+        num_pages = torch.tensor([[-(-max(n, 0) // self.tables.page_size) for n in excess[i]] for i in over]).to(self.tables.device)
         pages = self._gather([self._candidates(self.layers[i], lens) for i in over], lens)
         for i, gone in zip(over, self._choose(over, pages, num_pages, lens), strict=True):
             layer = self.layers[i]
             for pool, own in self._by_pool(layer, lens, gone[:, self.tables.local_tables]):
-                self._free(layer, pool, own)
-            self.tables.directory.evict(layer, gone.sum(-1) * self.unit)
+                self.tables.counters.evicted += drop(pool, own)
+            self.tables.directory.evict(layer, gone.sum(-1) * self.tables.page_size)
         self.tables.note_eviction(lens)
         self._note_time(over, excess)
         return True
-
-    def _free(self, layer: int, store: LayerStore, gone: Tensor) -> None:
-        """Take pages or entries, [R, S * H, C] bool, out of the tables of a pool."""
-        if not self.tables.by_entry:
-            self.tables.counters.evicted += drop(store, gone)
-            return
-        compacted = compact(store, gone)
-        self.tables.counters.evicted += compacted.dropped
-        self.tables.quiet = 0  # open pages have other entries now
-        if self.on_compact is not None and compacted.dropped:
-            self.on_compact(layer, compacted)
 
     def _note_time(self, over: list[int], excess: list[list[int]]) -> None:
         """Sources that had a row over its budget have lost entries now."""
@@ -129,11 +118,11 @@ class Retention:
         return excess
 
     def pages(self, layer: int, lens: list[int]) -> Pages:
-        """The pages of a layer, or its entries, as the policy sees them. lens: tokens of every row."""
+        """The pages of a layer as the policy sees them. lens: tokens of every row."""
         heads = self.tables.heads
         lens = torch.tensor(lens, dtype=torch.int64).to(self.tables.device).repeat_interleave(heads)
         pools = [
-            (Entries if self.tables.by_entry else Pages)(
+            Pages(
                 store=store,
                 table=_by_head(store.block_table, heads).contiguous(),
                 counts=_by_head(store.counts, heads),
@@ -151,10 +140,10 @@ class Retention:
         return pools[0] if self.tables.far[layer] is None else JoinedPages.of(pools, self.tables.far_maps[layer])
 
     def _by_pool(self, layer: int, lens: list[int], gone: Tensor) -> list[tuple[LayerStore, Tensor]]:
-        """gone [R, S * H, C] bool of the pages or entries that `pages` shows -> the layer's stores, and which of each."""
+        """gone [R, S * H, C] bool of the pages that `pages` shows -> the layer's stores, and which of each."""
         store = self.tables.stores[layer]
         if self.tables.far[layer] is None:
-            return [(store, fit(gone, store.block_table.shape[-1] * (self.tables.page_size // self.unit), False))]
+            return [(store, fit(gone, store.block_table.shape[-1], False))]
         return self.pages(layer, lens).by_pool(gone)
 
     def _candidates(self, layer: int, lens: list[int]) -> Candidates:
@@ -162,7 +151,7 @@ class Retention:
         pages = self.pages(layer, lens)
         recent = (pages.lens - self.config.recent_tokens)[:, None, None]
         first = pages.slot_positions[..., 0]
-        free = (pages.entries == self.unit) & (first >= self.config.sink_tokens) & (pages.last_position < recent)
+        free = (pages.entries == self.tables.page_size) & (first >= self.config.sink_tokens) & (pages.last_position < recent)
         adapts = self.policy.target_hit_rate is not None
         hit = self.policy.hits(pages) if adapts else torch.zeros_like(free)
         score = torch.where(free, self.policy.score(pages), torch.inf)
@@ -172,7 +161,7 @@ class Retention:
     def _gather(self, own: list[Candidates], lens: list[int]) -> Candidates:
         """The candidates of all shards in shard order, [L, R, S * H, C]: the same tensors on every rank, whatever their number."""
         most = max(n - min(min(self.tables.evicted[layer][row]) for layer in self.layers) for row, n in enumerate(lens))
-        columns = -(-most // self.unit) if self.exchange.size > 1 else max(c.score.shape[-1] for c in own)
+        columns = -(-most // self.tables.page_size) if self.exchange.size > 1 else max(c.score.shape[-1] for c in own)
         score = torch.stack([fit(c.score, columns, torch.inf) for c in own])
         last = torch.stack([fit(c.last_position, columns, -1) for c in own])
         hit = torch.stack([fit(c.hit, columns, False) for c in own])
@@ -192,7 +181,7 @@ class Retention:
             return _by_table(gone.flatten(0, 1), heads).view_as(pages.score)
         if self.config.head_budget == "adaptive":
             floor = [int(self.config.head_floor * self.budgets.of(n)[i]) for i in over for n in lens]
-            safe = [max(1, entries // self.unit) if entries else 0 for entries in floor]
+            safe = [max(1, entries // self.tables.page_size) if entries else 0 for entries in floor]
             best = protect(*(_by_head(x.flatten(0, 1), heads) for x in pages[:2]), torch.tensor(safe).repeat_interleave(heads))
             pages = pages._replace(score=_by_table(best, heads).view_as(pages.score))
         return choose(pages, num_pages, self._thresholds(over, pages, num_pages), sum_layers=sum_layers)

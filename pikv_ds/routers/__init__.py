@@ -4,3 +4,8 @@ from pikv_ds.registry import OUTSIDE, Registry, load_siblings
 
 ROUTERS = Registry("router", OUTSIDE)
 load_siblings(__name__)
+ROUTERS.refuse(
+    "hierarchical",
+    "it was a method of our own and chose worse than 'bounds' (docs/METHODS.md); the paper's hierarchical router R_H is 'two_stage'; use "
+    "'bounds' or 'two_stage'",
+)

@@ -7,7 +7,7 @@ heads, D key width, P entries per page.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -48,8 +48,6 @@ class TurnedEntries:
     """[n, H, r, r] f32, of all ranks' rows."""
     entries: NewEntries
     """All entries of these rows on this rank, keys as they are read from now on."""
-    gather: Callable[[Tensor], Tensor]
-    """[...] of the same shape on all ranks -> [ranks, ...]. A collective when there are several: call it on all or none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,8 +140,7 @@ class Router(ABC):
         """Entries were appended. Those of a forward of several tokens are reported after its queries, which must not see them."""
 
     def moved(self, layer: int, store: LayerStore, new: NewEntries) -> None:  # noqa: B027
-        """Pages have other entries than before: they came from another store, in which `wrote` gave their entries no slot (window.py), or
-        closed up after single entries had left (pages/compact.py).
+        """Pages have other entries than before: they came from another store, in which `wrote` gave their entries no slot (window.py).
 
         What is kept per page must be made for them; what is kept per request or shard has them already. `new` has these pages of this
         rank from their first slot on, keys as they are read. Host phase.
@@ -157,11 +154,17 @@ class Router(ABC):
         """
         self.moved(layer, store, new.entries)
 
+    def kept(self) -> Iterable[Tensor]:
+        """The tensors kept from one forward to the next, per request, shard or layer: a router that has any must name them all.
+
+        Summaries are the store's, and weights read from a file count as little as the model's.
+        """
+        return ()
+
     @property
     def nbytes(self) -> int:
-        """Bytes of what is kept per request and shard, in dictionaries by layer; summaries are the store's."""
-        kept = (value for value in vars(self).values() if isinstance(value, dict))
-        return sum(tensor.nbytes for by_layer in kept for tensor in by_layer.values())
+        """Bytes of what is kept besides summaries."""
+        return sum(tensor.nbytes for tensor in self.kept())
 
     def missed(self, layer: int) -> Tensor | None:
         """[shards of all ranks] f32: reads of each shard that were in vain; None = not counted."""

@@ -1,3 +1,5 @@
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -28,6 +30,9 @@ class BudgetAware(ShardRouter):
     def open(self, layer: int, store: LayerStore, num_shards: int) -> None:
         super().open(layer, store, num_shards)
         self.allowance[layer] = torch.tensor(self.share, device=store.device)
+
+    def kept(self) -> Iterable[Tensor]:
+        return [*super().kept(), *self.allowance.values()]
 
     def logits(self, asked: PageQuery) -> Tensor:
         return self.mean_logits(asked.q, asked)

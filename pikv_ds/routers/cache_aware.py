@@ -1,3 +1,5 @@
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -29,6 +31,9 @@ class CacheAware(ShardRouter):
     def open(self, layer: int, store: LayerStore, num_shards: int) -> None:
         super().open(layer, store, num_shards)
         self.misses[layer] = torch.zeros(num_shards, device=store.device)
+
+    def kept(self) -> Iterable[Tensor]:
+        return [*super().kept(), *self.misses.values()]
 
     def logits(self, asked: PageQuery) -> Tensor:
         return self.mean_logits(asked.q, asked) - self.penalty * torch.log1p(self.misses[asked.layer])

@@ -1,3 +1,5 @@
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -38,6 +40,9 @@ class KeyCentroids(Router):
         self.weight[layer] = torch.zeros(num_rows, num_heads, self.clusters, device=store.device)
         self.seeded[layer] = torch.zeros(num_rows, dtype=torch.int64, device=store.device)
         self.fresh.add(layer)
+
+    def kept(self) -> Iterable[Tensor]:
+        return [*self.mean.values(), *self.weight.values(), *self.seeded.values()]
 
     def remap(self, layer: int, parent: Tensor) -> None:
         for kept in (self.mean, self.weight, self.seeded):

@@ -1,3 +1,5 @@
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -26,6 +28,9 @@ class LoadBalanced(ShardRouter):
     def open(self, layer: int, store: LayerStore, num_shards: int) -> None:
         super().open(layer, store, num_shards)
         self.load[layer] = torch.zeros(num_shards, device=store.device)
+
+    def kept(self) -> Iterable[Tensor]:
+        return [*super().kept(), *self.load.values()]
 
     def logits(self, asked: PageQuery) -> Tensor:
         load = self.load[asked.layer]

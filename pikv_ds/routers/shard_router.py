@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -30,6 +31,9 @@ class ShardRouter(Router):
         shape = (store.counts.shape[0], num_shards)
         self.sums[layer] = torch.zeros(*shape, store.fmt.num_kv_heads, store.k_dim, device=store.device)
         self.counts[layer] = torch.zeros(shape, device=store.device)
+
+    def kept(self) -> Iterable[Tensor]:
+        return [*self.sums.values(), *self.counts.values()]
 
     def remap(self, layer: int, parent: Tensor) -> None:
         for kept in (self.sums, self.counts):

@@ -1,3 +1,4 @@
+from collections.abc import Iterable
 from typing import Literal
 
 from torch import Tensor
@@ -14,7 +15,8 @@ class Shuffle(PageBounds):
     """Control: page bounds asked with the query of another position of the request, so that pages keep their popularity.
 
     score as in `bounds`, for a query drawn from the latest 128 of its row (same layer and heads). What `bounds` holds more of the attention
-    than this, it owes to the query. Bytes: those of bounds.
+    than this, it owes to the query. Bytes: those of bounds; as metadata 129 queries per request and
+    layer.
     """
 
     def __init__(
@@ -26,6 +28,9 @@ class Shuffle(PageBounds):
     def open(self, layer: int, store: LayerStore, num_shards: int) -> None:
         super().open(layer, store, num_shards)
         self.earlier.open(layer)
+
+    def kept(self) -> Iterable[Tensor]:
+        return self.earlier.kept.values()
 
     def remap(self, layer: int, parent: Tensor) -> None:
         self.earlier.remap(layer, parent)

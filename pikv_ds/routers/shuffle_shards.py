@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -40,6 +41,9 @@ class ShuffleShards(Router):
         self.base.open(layer, store, num_shards)
         self.earlier.open(layer)
 
+    def kept(self) -> Iterable[Tensor]:
+        return [*self.base.kept(), *self.earlier.kept.values()]
+
     def remap(self, layer: int, parent: Tensor) -> None:
         self.base.remap(layer, parent)
         self.earlier.remap(layer, parent)
@@ -59,10 +63,6 @@ class ShuffleShards(Router):
     def answered(self, asked: PageQuery, page_list: Tensor, page_lse: Tensor) -> None:
         """Misses are those of the shards that were read: the ones that `base` chose and nobody read are not known."""
         self.base.answered(asked, page_list, page_lse)
-
-    @property
-    def nbytes(self) -> int:
-        return self.base.nbytes + sum(kept.nbytes for kept in self.earlier.kept.values())
 
     def score(self, asked: PageQuery) -> Tensor:
         own = self.base.chosen_shards(asked)

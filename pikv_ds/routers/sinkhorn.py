@@ -1,3 +1,5 @@
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -28,6 +30,9 @@ class Sinkhorn(ShardRouter):
     def open(self, layer: int, store: LayerStore, num_shards: int) -> None:
         super().open(layer, store, num_shards)
         self.potential[layer] = torch.zeros(num_shards, device=store.device)
+
+    def kept(self) -> Iterable[Tensor]:
+        return [*super().kept(), *self.potential.values()]
 
     def logits(self, asked: PageQuery) -> Tensor:
         potential = self.potential[asked.layer]

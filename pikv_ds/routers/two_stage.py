@@ -8,7 +8,7 @@ from pikv_ds.routers.shard_router import ShardRouter
 
 @ROUTERS.register("two_stage")
 class TwoStage(ShardRouter):
-    """First the groups of neighbouring shards, then the top-k shards inside these (the paper's R_H, hierarchical).
+    """First the groups of neighbouring shards, then the top-k shards inside these: the paper's R_H, hierarchical.
 
     g_group = mean of scale q mu_s over the group's entries; the top_groups groups stay, and of their shards the top_k by scale q mu_s.
     Source: PiKV, arXiv 2508.06526, table 1.

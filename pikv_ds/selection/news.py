@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from pikv_ds.blueprint.compression import check_turning_router
-from pikv_ds.blueprint.retention import check_entry_router
 from pikv_ds.blueprint.window import check_router
 from pikv_ds.cache.writer import Written
 from pikv_ds.codecs.request_maps import Turn
 from pikv_ds.codecs.rope import turn
-from pikv_ds.pages.compact import Compacted
 from pikv_ds.pages.entries import keys_at
 from pikv_ds.pages.layers import Tables
 from pikv_ds.pages.move import Moved
@@ -43,8 +40,6 @@ class RouterNews:
             summarises = len(store.summaries) > others
             if self.tables.far[layer] is not None:
                 check_router(self.router, summarises=summarises)
-            if self.tables.by_entry:
-                check_entry_router(self.router, summarises=summarises)
             if self.tables.turns:
                 check_turning_router(self.router, summarises=summarises)
 
@@ -93,11 +88,7 @@ class RouterNews:
             store = self.store(layer)
             self.router.moved(layer, store, entries_moved(store, pages, self.tables.shard_begin))
 
-    def compacted(self, layer: int, changed: Compacted) -> None:
-        """Pages of a layer have other entries than before. Host phase."""
-        self.router.moved(layer, self.tables.stores[layer], self._stored(layer, changed.table, changed.index))
-
-    def turned(self, layer: int, turn: Turn, gather: Callable[[Tensor], Tensor]) -> None:
+    def turned(self, layer: int, turn: Turn) -> None:
         """Keys of some rows of a layer have another basis, and their pages hold other numbers. Host phase."""
         store = self.tables.stores[layer]
         counts, num_local = store.counts[turn.rows].flatten(), self.tables.num_local
@@ -105,7 +96,7 @@ class RouterNews:
         cell, index = torch.nonzero(held, as_tuple=True)
         table = turn.rows[cell // num_local] * num_local + cell % num_local
         entries = self._stored(layer, table, index)
-        self.router.turned(layer, store, TurnedEntries(rows=turn.rows, turn=turn.by, entries=entries, gather=gather))
+        self.router.turned(layer, store, TurnedEntries(rows=turn.rows, turn=turn.by, entries=entries))
 
     def _stored(self, layer: int, table: Tensor, index: Tensor) -> NewEntries:
         """The entries `index` [n] of tables `table` [n] (row * local shards + shard, ascending)."""

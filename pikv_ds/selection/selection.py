@@ -71,7 +71,22 @@ class Selection:
         """The stores are new and empty. Host phase."""
         self.entries.zero_()
         self.mass.zero_()
+        self._forget_step()
         self.news.open()
+
+    def end_step(self) -> None:
+        """A forward ends: the router is told of its late entries, and what is the same in its layers is dropped."""
+        self.news.settle()
+        self._forget_step()
+
+    def _forget_step(self) -> None:
+        self.readers = self.router.chosen = self._plan = self._counted = None
+        self._budgets, self._extents = {}, {}
+
+    @property
+    def metadata_nbytes(self) -> int:
+        """Bytes of what the router keeps besides summaries, and of the counters."""
+        return self.router.nbytes + self.entries.nbytes + self.mass.nbytes
 
     def read(
         self,

@@ -50,6 +50,8 @@ class RequestBases:
         self.num_rows = 0  # B
         self.positions: Tensor | None = None
         self.fitted_at: list[int] = []  # [R] tokens of a request when its basis was fitted; NEVER = not again; the same on all ranks
+        for layer in self.far:
+            self.tables.far_maps[layer] = None
 
     @property
     def nbytes(self) -> int:
@@ -121,6 +123,7 @@ class RequestBases:
         own = plan.sources[plan.own]
         if self.sums is not None and all(at >= self.fit_tokens for at in self.fitted_at[own.row0 : own.row0 + own.num_rows]):
             self.sums = None
+        self.positions = None
         return turned
 
     def _turns(self, plan: StepPlan, layers: list[int], rows: list[int]) -> list[list[Tensor]]:

@@ -18,38 +18,40 @@ from pikv_ds.pages.layers import Tables
 from pikv_ds.pages.move import Moved, demote
 from pikv_ds.pages.pool import LayerStore
 from pikv_ds.policies.base import Pages
+from pikv_ds.policies.h2o import HeavyHitters
 from pikv_ds.retention.attention import Mass
 from pikv_ds.retention.choose import Candidates, choose, fit
 from pikv_ds.step.agreement import Agreed
 from pikv_ds.step.step import StepPlan
-
-from .importance import VALUE, Importance
 
 
 class Tiers:
     """Decides when and which pages are demoted. Owns what crops may still take back; borrows tables and exchange."""
 
     def __init__(self, config: PiKVConfig, tables: Tables, exchange: Exchange, watching: Mass | None) -> None:
-        """watching: what a retention policy is shown already, for importance to be measured on."""
+        """watching: what a retention policy is shown already, for the attention to pages to be counted on."""
         self.tables, self.exchange = tables, exchange
         block, codec = config.compression, config.compression.build()
         self.sinks, self.recent = block.raw_sink_tokens or 0, block.raw_recent_tokens or 0
         self.light_ratio = None if codec.light is None else codec.light_ratio
         self.layers = [i for i, far in enumerate(tables.far_formats) if far is not None]
-        self.mass: Mass | None = None  # None: pages go by their age alone, or importance is measured on `watching`
+        self.attended = HeavyHitters()  # whose score says which pages stay near under a light_ratio; the paper leaves the measure open
+        self.mass: Mass | None = None  # None: pages go by their age alone, or attention is counted on `watching`
         if self.light_ratio is not None:
-            tables.page_values = tables.page_values | Importance.page_values
+            tables.page_values = tables.page_values | self.attended.page_values
             if watching is None:
-                self.mass = Mass(Importance(), tables)
-            else:
-                watching.policies.append(Importance())
+                self.mass = Mass(self.attended, tables)
+            elif not any(isinstance(policy, HeavyHitters) for policy in watching.policies):  # these count it already
+                watching.policies.append(self.attended)
         self.reset(0)
 
     def reset(self, num_rows: int) -> None:
         """A new generation begins."""
         self.floor = [0] * num_rows  # positions of a row that may have been demoted lie below it; the same on every rank
         self.due = [0] * num_rows  # tokens of a row at which a page can become old enough; of this rank's shards
-        self.seen = [0] * num_rows  # tokens of a row when importance was last compared; the same on every rank
+        self.seen = [0] * num_rows  # tokens of a row when pages were last compared; the same on every rank
+        if self.mass is not None:
+            self.mass.reset()
 
     def remap(self, agreed: Agreed, lens: list[int]) -> None:
         """Rows are forked, cropped or dropped. Raises: RuntimeError for a crop that may reach a demoted entry, on all ranks alike."""
@@ -130,13 +132,13 @@ class Tiers:
         score, last = [], []
         for store in stores:
             old, pages = self._old(store, lens), self._pages(store, lens)
-            value = pages.value(VALUE) if store.num_pages else torch.zeros_like(old, dtype=torch.float32)
+            value = self.attended.score(pages) if store.num_pages else torch.zeros_like(old, dtype=torch.float32)
             score.append(fit(torch.where(old, value, torch.inf), columns, torch.inf))
             last.append(fit(pages.last_position if store.num_pages else torch.full_like(old, -1, dtype=torch.int32), columns, -1))
         score, last = torch.stack(score), torch.stack(last)
         if self.exchange.size > 1:
             block = torch.stack([score.view(torch.int32), last])
-            gathered = self.exchange.all_gather(block, "gathering the importance of pages")  # [G, 2, L, R, S, C]
+            gathered = self.exchange.all_gather(block, "gathering the attention to pages")  # [G, 2, L, R, S, C]
             score, last = gathered.permute(1, 2, 3, 0, 4, 5).flatten(3, 4)
             score = score.contiguous().view(torch.float32)
         allowed = torch.tensor([int(self.light_ratio * n) // self.tables.page_size for n in lens], device=score.device)

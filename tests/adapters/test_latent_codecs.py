@@ -78,15 +78,16 @@ def test_entries_are_coded_one_by_one_wherever_they_lie(models, block):
 
 
 def test_eviction_and_selection_over_groups_with_raw_columns(models):
-    """Entries leave from inside pages of int4 groups, and pages are read by int8 bounds: less is read and held, nothing is lost twice."""
+    """Pages of int4 groups leave and are read by int8 bounds: less is read and held."""
     model, ids, _ = models["deepseek_v3"]
-    block = {
-        "compression": {"method": "int4"},
+    own = {"page_size": 32, "compression": {"method": "int4", "group": 32}}
+    block = own | {
         "routing": {"method": "bounds", "metadata": "int8", "budget_pages": 2, "sink_tokens": 4, "recent_tokens": 32},
-        "scheduling": {"method": "streaming_llm", "granularity": "token", "budget_tokens": 120, "sink_tokens": 4, "recent_tokens": 64},
+        "scheduling": {"method": "streaming_llm", "budget_tokens": 100, "sink_tokens": 4, "recent_tokens": 32},
     }
-    whole = generate_sharded(model, ids, new_tokens=20, config={"compression": block["compression"]})
+    whole = generate_sharded(model, ids, new_tokens=20, config=own)
     run = generate_sharded(model, ids, new_tokens=20, config=block)
+    assert run.stats["entries_evicted"] > 0
     assert run.logits.isfinite().all() and run.stats["kv_bytes_allocated"] < whole.stats["kv_bytes_allocated"]
     assert_conserved(run.stats)
 

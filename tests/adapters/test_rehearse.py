@@ -8,6 +8,8 @@ import pikv_ds
 from pikv_ds import bundled
 from pikv_ds.adapters.hf.rehearse import rehearse
 from pikv_ds.errors import ConfigError
+from tests.tiny_models import prompt as random_prompt
+from tests.tiny_models import tiny_model
 
 SMALL = {"sink_tokens": 2, "recent_tokens": 8, "prefill": "keep"}
 TOKENS, PAGE = 100, 8
@@ -22,6 +24,11 @@ def prompt() -> tuple:
 
 def block(**scheduling) -> dict:
     return {"page_size": PAGE, "scheduling": {"method": "kvzip", "budget_ratio": 1.0, **SMALL} | scheduling}
+
+
+def peaks_of(attention: torch.Tensor, tokens: int, page: int = PAGE) -> torch.Tensor:
+    """Of dense attention [Hq, query, entry] the largest share, mean over heads, of a query after the prompt in each full page of it."""
+    return attention[:, tokens:, : tokens // page * page].mean(0).unflatten(1, (-1, page)).sum(-1).amax(0)
 
 
 @torch.no_grad()
@@ -44,11 +51,52 @@ def test_peaks_are_those_of_dense_attention_and_nothing_stays(prompt):
         rehearse(model, cache, ids[:, 1:])
         for layer, (store, attention) in enumerate(zip(cache.core.tables.stores, attentions, strict=True)):
             for row in range(len(ids)):
-                share = attention[row, :, TOKENS:, : TOKENS // PAGE * PAGE].mean(0).unflatten(1, (-1, PAGE)).sum(-1)
-                found = store.summaries["peak"][store.block_table[row, 0, : share.shape[1]].long()]
-                assert torch.allclose(found, share.amax(0), atol=1e-4), (layer, row)
+                peaks = peaks_of(attention[row], TOKENS)
+                found = store.summaries["peak"][store.block_table[row, 0, : len(peaks)].long()]
+                assert torch.allclose(found, peaks, atol=1e-4), (layer, row)
         assert torch.allclose(model(token, past_key_values=cache).logits, plain, atol=1e-4)
         assert cache.stats()["entries_live"] == len(ids) * 4 * (TOKENS + 1)
+
+
+@torch.no_grad()
+def test_layers_with_a_window_have_no_peaks():
+    model = tiny_model("qwen3_dense", use_sliding_window=True, sliding_window=16, layer_types=["sliding_attention", "full_attention"])
+    ids = random_prompt(48, seed=3, batch=2)
+    attention = model(torch.cat([ids, ids[:, 1:]], 1), output_attentions=True).attentions[1]
+    with pikv_ds.attach(model, block()) as cache:
+        token = fed(model, cache, ids)
+        plain = model(token, past_key_values=cache).logits
+    with pikv_ds.attach(model, block()) as cache:
+        token = fed(model, cache, ids)
+        rehearse(model, cache, ids[:, 1:])
+        store = cache.core.tables.stores[1]
+        for row in range(len(ids)):
+            found = store.summaries["peak"][store.block_table[row, 0, : 48 // PAGE].long()]
+            assert torch.allclose(found, peaks_of(attention[row], 48), atol=1e-4), row
+        assert torch.allclose(model(token, past_key_values=cache).logits, plain, atol=1e-4)
+
+
+@torch.no_grad()
+def test_peaks_of_far_pages_are_those_of_the_rehearsal(prompt):
+    """Pages that int8 has encoded: their first peaks, of the prompt itself, do not count any more."""
+    model, ids = prompt
+    eager = AutoModelForCausalLM.from_pretrained(bundled.model_path(), dtype=torch.float32, attn_implementation="eager").eval()
+    attentions = eager(torch.cat([ids, ids[:, 1:]], 1), output_attentions=True).attentions
+    coded = {"page_size": 32, "compression": {"method": "int8", "group": 32, "raw_recent_tokens": 16}}
+    with pikv_ds.attach(model, block() | coded) as cache:
+        fed(model, cache, ids)
+        rehearse(model, cache, ids[:, 1:])
+        for layer, (store, attention) in enumerate(zip(cache.core.tables.far, attentions, strict=True)):
+            for row in range(len(ids)):
+                pages = store.block_table[row, 0]
+                pages = pages[pages >= 0].long()
+                assert store.positions[pages][:, 0].tolist() == [0, 32]
+                assert torch.allclose(store.summaries["peak"][pages], peaks_of(attention[row], TOKENS, 32)[:2], atol=0.01), layer
+
+
+def test_a_column_that_nobody_keeps(prompt):
+    with pikv_ds.attach(prompt[0], block()) as cache, pytest.raises(ValueError, match=r"'used' per page; kept are \['peak'\]"):
+        cache.core.clear_column("used")
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """What every registered retention policy keeps."""
 
 import inspect
+import math
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 from pikv_ds.errors import ConfigError
 from pikv_ds.policies import POLICIES
 from pikv_ds.policies.base import Pages, RetentionPolicy
+from tests.held import check_bytes
 from tests.retention_blocks import needed
 from tests.unit.driver import Driver, layer, ragged, rel_error
 from tests.unit.evicting import EvictingDriver
@@ -37,13 +39,13 @@ def test_none_never_evicts():
     assert POLICIES.build("none").score(some_pages([5, 9])).eq(torch.inf).all()
 
 
-@pytest.mark.parametrize(("num_shards", "granularity"), [(1, "page"), (2, "page"), (1, "token"), (2, "token")])
+@pytest.mark.parametrize(("num_shards", "page_size"), [(1, 4), (2, 4), (1, 1), (2, 1)])
 @pytest.mark.parametrize("name", EVICTING)
-def test_budget_pins_and_attention(name, num_shards, granularity, tmp_path):
+def test_budget_pins_and_attention(name, num_shards, page_size, tmp_path):
     """Whatever a policy prefers: budgets hold, pins stay, attention is that over the kept entries, freed slots may hold NaN."""
     own = needed(name, tmp_path, layers=3, heads=2, width=16)
-    scheduling = {"method": name, "budget_tokens": 30, "sink_tokens": 2, "recent_tokens": 5, "granularity": granularity} | own
-    kinds, options = [layer(0), layer(1, window=7), layer(2)], {"page_size": 4, "num_shards": num_shards, "placement": "position"}
+    scheduling = {"method": name, "budget_tokens": 30, "sink_tokens": 2, "recent_tokens": 5} | own
+    kinds, options = [layer(0), layer(1, window=7), layer(2)], {"page_size": page_size, "num_shards": num_shards, "placement": "position"}
     if POLICIES.get(name).needs_one_shard and num_shards > 1:
         with pytest.raises(ConfigError, match="one shard on one rank"):
             EvictingDriver(kinds, None, scheduling, **options)
@@ -54,7 +56,7 @@ def test_budget_pins_and_attention(name, num_shards, granularity, tmp_path):
         return
     driver = EvictingDriver(kinds, None, scheduling, **options)
     driver.prefill([50, 3, 21])
-    if granularity == "token":
+    if page_size == 1:  # then the budget is kept to the entry
         assert len(driver.kept(0, 0)) == 30 or driver.cache.retention.policy.target_hit_rate is not None
     for mask in [*[ragged([1, 1, 1])] * 6, ragged([9, 0, 13]), ragged([1, 0, 1]), *[ragged([1, 1, 1])] * 5]:
         poison(driver)
@@ -62,17 +64,17 @@ def test_budget_pins_and_attention(name, num_shards, granularity, tmp_path):
     assert driver.evicted > 60
 
 
-@pytest.mark.parametrize("granularity", ["page", "token"])
+@pytest.mark.parametrize("page_size", [2, 1])
 @pytest.mark.parametrize("name", EVICTING)
-def test_keys_before_their_rotation_are_no_other_choice(name, granularity, tmp_path):
+def test_keys_before_their_rotation_are_no_other_choice(name, page_size, tmp_path):
     """Pages that hold coefficients of un-rotated keys, all of them: attention, keys and so the entries kept are those of raw pages."""
     kinds = [layer(0)]
-    scheduling = {"method": name, "budget_tokens": 22, "sink_tokens": 2, "recent_tokens": 3, "granularity": granularity}
+    scheduling = {"method": name, "budget_tokens": 22, "sink_tokens": 2, "recent_tokens": 3}
     scheduling |= needed(name, tmp_path, layers=1, heads=2, width=16)
     shards = 1 if POLICIES.get(name).needs_one_shard else 2
     found = []
     for compression in ({}, unrotated(kinds, tmp_path)):
-        driver = Driver(kinds, page_size=2, num_shards=shards, placement="position", scheduling=scheduling, compression=compression)
+        driver = Driver(kinds, page_size=page_size, num_shards=shards, placement="position", scheduling=scheduling, compression=compression)
         driver._compare, seen = lambda *_: None, []
         driver.prefill([40, 3])
         for mask in (ragged([1, 1]), ragged([9, 6]), *[ragged([1, 1])] * 2):
@@ -97,6 +99,26 @@ def test_what_reads_positions_only_reads_nothing_else(name, tmp_path):
     pages.store.positions.copy_(positions)
     again = policy.score(Pages(store=pages.store, table=pages.table, counts=pages.counts, lens=pages.lens))
     assert torch.equal(score, again) and pages.keys.isnan().any()
+
+
+@pytest.mark.parametrize("name", POLICIES.names())
+def test_bytes_are_reported(name, tmp_path):
+    """What a policy keeps per page is KV bytes, what it keeps per row is metadata, and it keeps nothing else."""
+    kinds, scheduling = [layer(0), layer(1)], {"method": name} | needed(name, tmp_path, layers=2, heads=2, width=16)
+    if not POLICIES.get(name).keeps_all:
+        scheduling |= {"budget_tokens": 22, "sink_tokens": 2, "recent_tokens": 3}
+    driver = Driver(kinds, page_size=2, scheduling=scheduling)
+    driver._compare = lambda *_: None
+    driver.prefill([40, 3])
+    for mask in (ragged([9, 6]), *[ragged([1, 1])] * 3):
+        driver.forward(mask)
+        check_bytes(driver.cache)
+    retention = driver.cache.retention
+    if retention is None:
+        assert POLICIES.get(name).keeps_all
+        return
+    shapes = retention.policy.row_values(driver.num_q_heads, kinds[0].k_dim).values()
+    assert retention.mass.nbytes == 4 * len(kinds) * len(driver.lens) * sum(math.prod(shape) for shape in shapes), "f32 per layer and row"
 
 
 @pytest.mark.parametrize("name", EVICTING)

@@ -59,8 +59,7 @@ def test_a_router_chooses_as_without_a_codec(name, tmp_path):
 @pytest.mark.parametrize("name", [name for name in ROUTED if ROUTERS.get(name).budgeted])
 def test_a_router_with_a_budget_of_everything_reads_everything(name, tmp_path):
     """Within rounding of the dense attention that Driver compares with: nothing is lost and nothing is read in another basis."""
-    more = {"budget_pages": 100} | ({"top_shards": 3} if name == "hierarchical" else {})
-    block = routing(name, tmp_path, layers=2, shards=3, query_width=64, **more)
+    block = routing(name, tmp_path, layers=2, shards=3, query_width=64, budget_pages=100)
     driver = Driver(LAYERS, routing=block, num_shards=3, **placement(name), **svd())
     driver.tolerance = 1e-5
     grow(driver)

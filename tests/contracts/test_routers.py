@@ -9,6 +9,7 @@ from pikv_ds.cache.stats import stats
 from pikv_ds.config.pikv import PiKVConfig
 from pikv_ds.routers import ROUTERS
 from pikv_ds.routers.base import Router
+from tests.held import check_bytes, held_bytes
 from tests.routing_blocks import placement, routing
 from tests.unit.driver import Driver, layer, ragged
 from tests.unrotated import unrotated
@@ -100,8 +101,14 @@ def test_bytes_are_reported(name, tmp_path):
     own, dense = (stats(each.cache, 1, 71) for each in (driver, plain))
     summaries = sum(x.nbytes for store in driver.cache.tables.stores for x in store.summaries.values())
     assert own["kv_bytes_allocated"] == dense["kv_bytes_allocated"] + summaries
-    kept = 0 if driver.cache.selection is None else driver.cache.selection.router.nbytes
-    assert own["metadata_bytes"] >= dense["metadata_bytes"] + kept
+    selection = driver.cache.selection
+    if selection is None:
+        assert own["metadata_bytes"] == dense["metadata_bytes"]
+        return
+    kept = held_bytes(selection.router, without=getattr(selection.router, "gate", None))
+    assert kept == selection.router.nbytes, "the router keeps what kept() does not name"
+    assert own["metadata_bytes"] == dense["metadata_bytes"] + kept + selection.entries.nbytes + selection.mass.nbytes
+    check_bytes(driver.cache)
 
 
 def test_pinned_pages_are_always_read(name, tmp_path):

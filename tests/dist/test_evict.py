@@ -3,7 +3,7 @@
 import pytest
 
 from pikv_ds.policies import POLICIES
-from tests.dist.jobs.evict import HEAD_METHODS, ROUTING, TOKEN_METHODS, distinct_cases
+from tests.dist.jobs.evict import HEAD_METHODS, ONE_METHODS, ROUTING, distinct_cases
 from tests.dist.launcher import JobResult, run_gloo
 from tests.long_form import short_or_long
 
@@ -14,10 +14,9 @@ METHODS = [
     if not (policy.keeps_all or policy.sums_layers or policy.needs_one_shard or policy.needs_head_budget)
 ]
 HEADS = [f"{method} {head_budget} heads" for method in HEAD_METHODS for head_budget in ("uniform", "adaptive")]
-ENTRIES = [*(f"{method} entries" for method in TOKEN_METHODS), "entries of heads", "entries of beams"]
 CHECKS = [
     *HEADS,
-    *ENTRIES,
+    *(f"{method} ones" for method in ONE_METHODS),
     "beams",
     "assisted",
     "beams of heads",

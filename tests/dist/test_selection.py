@@ -9,9 +9,9 @@ from tests.long_form import short_or_long
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(240)]
 NAMES = [name for name, router in ROUTERS.items() if not router.reads_all]
-# Short, on 4 ranks: pages by bounds, by centroids, in two levels, none chosen; shards by a table, by load, by what was missed, by a gate.
+# Short, on 4 ranks: pages by bounds, by centroids, none chosen; shards by a table, by load, by what was missed, by a gate.
 # All of them are held to the same on 2.
-OF_FOUR = ["bounds", "centroids", "hierarchical", "sinks_recent", "hash", "load_balanced", "cache_aware", "learned"]
+OF_FOUR = ["bounds", "centroids", "sinks_recent", "hash", "load_balanced", "cache_aware", "learned"]
 WORLDS = pytest.mark.parametrize("world", [2, 4], ids="world{}".format, scope="module")
 REQUESTS = pytest.mark.parametrize("requests", ["replicated", "distinct"])
 _jobs: dict[int, JobResult] = {}
@@ -37,7 +37,7 @@ def test_the_same_pages_as_on_one_rank(name: str, requests: str, world: int):
 
 
 @REQUESTS
-@pytest.mark.parametrize("name", ["bounds", "hierarchical", "centroids", "topk", "shuffle"])
+@pytest.mark.parametrize("name", ["bounds", "centroids", "topk", "shuffle"])
 def test_the_same_pages_as_on_one_rank_while_bases_change(name: str, requests: str):
     job(2).check(f"{name} {requests} svd")
 

@@ -88,6 +88,45 @@ def test_the_table_beside_transformers_is_that_of_the_committed_results():
     assert found == shown("dense bf16", "QuantizedCache", "pikv ")
 
 
+@pytest.fixture(scope="module")
+def svd_changes():
+    """Change of perplexity with svd in %, by context, seed, what else the configuration says, and how the basis was fitted."""
+    found = {}
+    for row in json.loads((ROOT / "docs/results/svd_fit_once.json").read_text())["rows"]:
+        block = dict((row["config"] or {}).get("compression", {}))
+        if block.get("method") == "svd":
+            fitted = block.pop("fit_tokens", None), block.pop("refit", True)
+            beside = "raw window" if "raw_recent_tokens" in block else (row["config"].get("routing") or {}).get("method")
+            found.setdefault((row["context"], row["seed"], block["rank"], beside), {})[fitted] = row["ppl_change_pct"]
+    return found
+
+
+FITTED = [(1, True), *((tokens, False) for tokens in (128, 256, 512, 1024))]  # at the first forward, then once after so many tokens
+
+
+def test_the_table_of_bases_that_are_fitted_once_is_that_of_the_committed_results(svd_changes):
+    table = (ROOT / "docs" / "COMPRESSION.md").read_text().partition("| tokens | rank | re-fitted |")[2].partition("\n\n")[0]
+    found = []
+    for (context, seed, rank, beside), changes in svd_changes.items():
+        if seed == 0:
+            cells = [f"{changes[way]:+.2f}" if way in changes else "-" for way in [(None, True), *FITTED]]
+            name = {None: "", "raw window": ", raw window"}.get(beside, f", `{beside}`")
+            found.append(f"| {context:,} | {rank}{name} | {' | '.join(cells)} |")
+    assert sorted(found) == sorted(table.splitlines()[2:])
+
+
+def test_the_ranges_of_bases_that_are_fitted_once_are_those_of_the_committed_results(svd_changes):
+    table = (ROOT / "docs" / "COMPRESSION.md").read_text().partition("| fitted after |")[2].partition("\n\n")[0]
+    found = []
+    for way in FITTED:
+        cells = []
+        for tokens in (1024, 2048):
+            ratios = [x[way] / x[None, True] for (context, *_), x in svd_changes.items() if context == tokens and way in x]
+            cells.append(f"{min(ratios):.2f} to {max(ratios):.2f}" if ratios else "-")
+        found.append(f"| {'the first 32' if way[0] == 1 else format(way[0], ',')} | {' | '.join(cells)} |")
+    assert found == table.splitlines()[2:]
+
+
 def test_both_backends_reach_the_same_quality_in_fewer_bytes():
     """The same command on both, two ranks with the same requests."""
     hf, megatron = results("eval_hf"), results("eval_megatron")

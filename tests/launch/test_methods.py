@@ -1,10 +1,14 @@
 """`pikv methods` and docs/METHODS.md: registries, results and verdicts put together; the document is what the command makes of them."""
 
 import json
+import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
+from pikv_ds.config.pikv import PiKVConfig
+from pikv_ds.config.presets import PRESETS
 from pikv_ds.launch.cli import main
 from pikv_ds.launch.commands import methods as cmd_methods
 from pikv_ds.launch.commands._methods_table import Results, attend_path, method_rows, registries, written
@@ -115,3 +119,45 @@ def test_every_measured_method_is_judged():
     for family, registry in registries().items():
         measured = {results.method_of(family, label) for label in results.records[family]}
         assert measured <= set(results.verdicts[family]) and measured <= set(registry.names())
+
+
+# Table 1, table 2, table 3 and the README of the authors.
+NAMES = (
+    "R_B R_T R_LB R_P R_E R_A R_H Sinkhorn PE BA FlexMoE TimeMoE FastMoE FasterMoE SmartMoE "
+    "C_Lo C_Lo+ C_Py C_Ch C_SVD C_F C_Dis C_Pr quantised unified "
+    "S_H2O S_SL S_QUEST S_Flex S_LRU S_LRU+ S_AdaKV S_Duo Belady Hazard-LRU two-queue "
+    "XOR FPGA DistillM DistillM-2 TTFT TBT ZeRO vLLM kvpress ablation A B C D E F G"
+).split()
+
+
+def names_of_the_paper() -> list[list[str]]:
+    """[name, served or not, configuration, note] of each row of that section."""
+    section = DOC.read_text().partition("## Names of the paper\n")[2].partition("\n## ")[0]
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line.startswith("| ")]
+    return [line for line in lines if line[0] != "name"]
+
+
+def test_every_name_of_the_paper_is_served_or_the_reason_is_given():
+    rows = names_of_the_paper()
+    named = {word for row in rows for word in re.split(r"[\s,()]+", row[0])}
+    assert not set(NAMES) - named, f"docs/METHODS.md does not say where {sorted(set(NAMES) - named)} are"
+    for name, state, configuration, note in rows:
+        assert state in ("served", "by another name", "left out"), name
+        assert (configuration or note) if state != "left out" else (note and not configuration), name
+    assert [sum(row[0].startswith(kind) for row in rows) for kind in ("R_", "C_", "S_")] == [7, 8, 8]
+
+
+def test_names_of_the_configuration_beside_those_of_the_paper_exist():
+    checked = 0
+    for row in names_of_the_paper():
+        assert not row[2] or re.fullmatch(r"`[\w.]+: \w+`", row[2]), row
+        for key, value in re.findall(r"`([\w.]+): (\w+)`", " ".join(row[2:])):
+            block, _, field = key.rpartition(".")
+            if key == "preset":
+                assert value in PRESETS, row
+            elif field == "method":
+                assert value in registries()[block].names(), row
+            else:
+                assert value in get_args(type(getattr(PiKVConfig(), block)).model_fields[field].annotation), row
+            checked += 1
+    assert checked > 45

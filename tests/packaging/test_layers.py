@@ -29,7 +29,6 @@ ALLOWED = {
     ("pikv_ds.pages.listing", "pikv_ds.retention.choose.fit"),
     ("pikv_ds.selection.budget", "pikv_ds.tiers.window.Tiers"),
     ("pikv_ds.selection.news", "pikv_ds.blueprint.compression.check_turning_router"),
-    ("pikv_ds.selection.news", "pikv_ds.blueprint.retention.check_entry_router"),
     ("pikv_ds.selection.news", "pikv_ds.blueprint.window.check_router"),
     ("pikv_ds.selection.host_penalty", "pikv_ds.cache.cache.PiKVCache"),
     ("pikv_ds.selection.news", "pikv_ds.cache.writer.Written"),

@@ -90,7 +90,7 @@ def _print(rows: list[dict], same: bool, about: dict, recorded: dict, wall: floa
         verdict = "[red]differs[/red]" if row["differs"] else "[green]equal[/green]"
         notes = row["differs"] + ([f"to be deleted: {row['deleted']}"] if row["deleted"] else [])
         table.add_row(row["case"], "" if row["seconds"] is None else f"{row['seconds']:.1f}", verdict, "\n".join(notes))
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 140)
     console.print(table)
     if not same:
         other = {name: f"{recorded.get(name)} -> {value}" for name, value in about.items() if recorded.get(name) != value}

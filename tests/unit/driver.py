@@ -6,9 +6,9 @@ from torch import Tensor
 from pikv_ds.cache.cache import PiKVCache
 from pikv_ds.config.pikv import PiKVConfig
 from pikv_ds.ops import merge_partials, sdpa_lse
-from pikv_ds.reference import ReferenceCache, merge, wanted_shard
 from pikv_ds.spec import LayerSpec
 from pikv_ds.step.step import LocalStep
+from tests.reference_cache import ReferenceCache, merge, wanted_shard
 
 TOLERANCE = 1e-6  # relative error norm of f32 attention against float64
 # Entries of 0 and this are stored without loss by a compressed format: what differs then is a wrong entry, not a rounded one.

@@ -75,11 +75,6 @@ class EvictingDriver(Driver):
             self.evict()
             self.waits = False
 
-    @property
-    def unit(self) -> int:
-        """Entries that leave together: to the oracle, the size of a page."""
-        return 1 if self.cache.tables.by_entry else self.cache.page_size
-
     def kept(self, i: int, row: int) -> list[int]:
         return sorted(p for shard in self.tables[i][row] for page in shard for p in page.positions)
 
@@ -90,7 +85,7 @@ class EvictingDriver(Driver):
         if self.score is None:
             self._take_over()
             return
-        size = self.unit
+        size = self.cache.page_size
         for i, spec in enumerate(self.layers):
             for row, length in enumerate(self.lens) if spec.window is None else ():
                 num_pages = -(-(len(self.kept(i, row)) - self.budget(i, row)) // size)
@@ -142,7 +137,7 @@ class EvictingDriver(Driver):
                 assert rel_error(lse[row, t], want_lse) <= self.tolerance, f"layer {i}, row {row}, position {at}: lse"
                 if spec.window is None and not self.cache.stages:
                     # Queries of a row count from the right edge of their forward.
-                    column, fair = self.columns + positions.shape[1] - len(real) + real.index(t), self.unit / len(entries)
+                    column, fair = self.columns + positions.shape[1] - len(real) + real.index(t), self.cache.page_size / len(entries)
                     got: dict[int, float] = {}
                     for p, x in zip(visible, share.mean(0).tolist(), strict=True):
                         got[id(page_of[p])] = got.get(id(page_of[p]), 0.0) + x
@@ -158,7 +153,7 @@ class EvictingDriver(Driver):
         for p in new:
             directory = self.cache.tables.directory
             shard = self.tables[i][row][int(directory.shard_at[i][row, p]) if directory.num_shards > 1 else 0]
-            if not shard or len(shard[-1].positions) == self.unit:
+            if not shard or len(shard[-1].positions) == self.cache.page_size:
                 shard.append(Page())
             shard[-1].positions.append(p)
 
@@ -250,7 +245,7 @@ def fading(page: Page, window: int) -> float:
 
 def observed(page: Page, driver: EvictingDriver, i: int, row: int, window: int = 3, kernel: int = 5) -> float:
     """SnapKV with a window of 3: pooled over 5 pages of one entry, not pooled over larger ones."""
-    if driver.unit > 1:
+    if driver.cache.page_size > 1:
         kernel = 1
     pages = next(shard for shard in driver.tables[i][row] if page in shard)
     at = pages.index(page)

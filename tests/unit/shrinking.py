@@ -27,10 +27,10 @@ def sizes(cache: PiKVCache) -> dict[str, int]:
     return {"allocated": stats(cache, 1, 1)["kv_bytes_allocated"], "resident": resident_bytes()}
 
 
-def main(granularity: str, head_budget: str, num_shards: int) -> None:
+def main(head_budget: str, num_shards: int) -> None:
     torch.use_deterministic_algorithms(True)  # fills what is allocated, so that all of it is resident
     spec = [LayerSpec(layer_idx=i, num_kv_heads=4, k_dim=64, v_dim=64) for i in range(2)]
-    scheduling = {"method": "streaming_llm", "budget_ratio": 0.125, "prefill": "keep", "granularity": granularity}
+    scheduling = {"method": "streaming_llm", "budget_ratio": 0.125, "prefill": "keep"}
     config = PiKVConfig(page_size=16, scheduling=scheduling | {"head_budget": head_budget}, storage={"num_shards": num_shards})
     cache = PiKVCache(spec, config, num_experts=1, dtype=torch.float32, device=torch.device("cpu"))
 
@@ -51,7 +51,6 @@ def main(granularity: str, head_budget: str, num_shards: int) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("granularity")
     parser.add_argument("head_budget")
     parser.add_argument("num_shards", type=int)
     main(**vars(parser.parse_args()))

@@ -105,8 +105,17 @@ BAD = {
     "nvme tier": ({"offload": {"nvme_path": "d"}}, ["pikv.offload.nvme_path = 'd'", "not available in this version"]),
     "budget": ({"scheduling": {"budget_tokens": 9}}, ["pikv.scheduling.budget_tokens = 9", "method = 'none'"]),
     "router": ({"routing": {"method": "top"}}, ["pikv.routing.method = 'top'", "'all'", "'topk'"]),
+    "removed router": (
+        {"routing": {"method": "hierarchical", "budget_ratio": 0.1}},
+        ["pikv.routing.method = 'hierarchical' was removed", "worse than 'bounds'", "R_H is 'two_stage'", "use 'bounds' or 'two_stage'"],
+    ),
     "codec": ({"compression": {"method": "zip"}}, ["pikv.compression.method = 'zip'", "'none'"]),
     "policy": ({"scheduling": {"method": "mru"}}, ["pikv.scheduling.method = 'mru'", "'none'"]),
+    "single entries": (
+        {"scheduling": {"method": "lru", "budget_tokens": 99, "granularity": "token"}},
+        ["pikv.scheduling.granularity = 'token' was removed", "'page'", '"page_size": 1', "pads every record", "docs/EVICTION.md"],
+    ),
+    "granularity": ({"scheduling": {"granularity": "head"}}, ["pikv.scheduling.granularity = 'head'", "'page'"]),
     "no eviction budget": ({"scheduling": {"method": "lru"}}, ["pikv.scheduling", "one of budget_tokens, budget_ratio, budget_bytes"]),
     "two eviction budgets": (
         {"scheduling": {"method": "lru", "budget_tokens": 99, "budget_ratio": 0.5}},

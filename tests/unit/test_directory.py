@@ -72,11 +72,16 @@ def forward(directory: Directory, homes: list[list[int]], new: list[list[int]], 
         directory.record(i, rows, positions, positions >= 0, shard, after)
 
 
-def test_one_shard_stores_nothing():
+def sums(directory: Directory) -> int:
+    """Bytes of 8 per shard, and per shard and row: loads and evicted entries, int64."""
+    return 8 * directory.num_shards * len(directory.layers) * (1 + directory.evicted.shape[1])
+
+
+def test_one_shard_stores_no_homes():
     directory = Directory(LAYERS, 1, torch.device("cpu"))
     directory.reset(3)
     directory.reserve(1000)
-    assert directory.nbytes == 0
+    assert directory.nbytes == sums(directory)
     removed = directory.remap(torch.tensor([1, -1]), torch.tensor([2, 0]), torch.tensor([5, 7, 9]))
     assert [of_layer.tolist() for of_layer in removed] == [[[5], [0]]] * len(LAYERS)
 
@@ -86,10 +91,10 @@ def test_the_table_costs_two_bytes_per_token_and_grows_by_half():
     directory.reset(3)
     directory.reserve(100)
     width = directory.shard_at[0].shape[1]
-    assert 101 <= width <= 160 and directory.nbytes == 3 * width * 2
+    assert 101 <= width <= 160 and directory.nbytes == 3 * width * 2 + sums(directory)
     directory.reserve(width - 1)
     assert directory.shard_at[0].shape[1] == width, "the last column is spare, so width - 1 positions fit"
     directory.reserve(width)
     assert directory.shard_at[0].shape[1] > width
     directory.reset(2)
-    assert directory.nbytes == 0
+    assert directory.nbytes == sums(directory)

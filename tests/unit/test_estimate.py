@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pikv_ds.codecs import CODECS
-from pikv_ds.pages.estimate import capacity_slots, dense_bytes, max_pages, paper_min_bytes, paper_shard_capacity, pikv_bytes
+from pikv_ds.pages.estimate import dense_bytes, max_pages, paper_min_bytes, paper_shard_capacity, pikv_bytes
 from pikv_ds.spec import LayerSpec
 
 FULL = LayerSpec(layer_idx=0, num_kv_heads=2, k_dim=32, v_dim=32)
@@ -57,11 +57,6 @@ def test_sliding_layers_may_touch_one_page_more():
 
 def test_empty_requests_cost_nothing_when_balanced():
     assert pikv_bytes([FULL], [0], ranks=2, codec=NONE, page_size=32, dtype=torch.float32).balanced == 0
-
-
-def test_capacity_is_exact_where_floating_point_is_not():
-    assert capacity_slots(640, 2, 32) == 352 + 32
-    assert capacity_slots(10, 3, 1) == math.ceil(11 / 3) + 1
 
 
 @given(

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pikv_ds.ops import add_sink, merge_partials
-from pikv_ds.reference import dense_attention, merge
+from tests.reference_cache import dense_attention, merge
 from tests.unit.driver import TOLERANCE, rel_error
 
 SCALE = 0.4

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pikv_ds.placement.placement import Placement, hash_expert, local_shards, primary_expert, shard_rank
-from pikv_ds.reference import wanted_shard
+from tests.reference_cache import wanted_shard
 
 POSITIONS = torch.arange(40)
 TABLE = [[[0, -1], [1, 2], [2, 0], [2, -1], [0, 1]]]

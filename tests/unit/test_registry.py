@@ -32,6 +32,17 @@ def test_duplicates_and_unknown_names_are_refused_by_name():
         registry.get("y")
 
 
+def test_a_removed_name_says_what_to_use_instead():
+    registry = Registry("codec")
+    registry.register("x")(type("First", (), {}))
+    registry.refuse("y", "x is as small and loses less; use 'x'")
+    with pytest.raises(ValueError, match="^codec 'y' was removed: x is as small and loses less; use 'x'$"):
+        registry.build("y", size=3)
+    with pytest.raises(ValueError, match="codec 'y' was removed and its name is not given again yet"):
+        registry.register("y")(type("Second", (), {}))
+    assert registry.names() == ["x"]
+
+
 def test_a_new_file_is_a_new_method(tmp_path, monkeypatch):
     package = tmp_path / "some_methods"
     package.mkdir()

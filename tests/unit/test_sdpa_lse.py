@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pikv_ds.ops import sdpa_lse
-from pikv_ds.reference import dense_attention
+from tests.reference_cache import dense_attention
 from tests.unit.driver import TOLERANCE, rel_error
 
 HEADS = [(4, 4), (8, 2), (8, 1)]

@@ -127,17 +127,6 @@ def test_cache_aware_counts_reads_in_vain(tmp_path):
     assert 0 < sum(missed) < SHARDS * HEADS * GROUP
 
 
-def test_hierarchical_reads_in_its_shards_only(tmp_path):
-    for asked, scores, keys in run("hierarchical", tmp_path)[1]:
-        for head in range(HEADS):
-            q = asked.scale * asked.q[0].double().view(HEADS, GROUP, -1)[head]
-            top = []
-            for shard in range(SHARDS):
-                low, high = (getattr(keys[shard::SHARDS, head], edge)(0).values for edge in ("min", "max"))
-                top.append(float(torch.maximum(q * low, q * high).sum(-1).max()))
-            assert {s for s in range(SHARDS) if bool((scores[s, head] > -torch.inf).any())} == best(top, 2)
-
-
 def test_page_oracle_scores_are_the_mass(tmp_path):
     for asked, scores, keys in run("page_oracle", tmp_path)[1]:
         q = asked.scale * asked.q[0].double().view(HEADS, GROUP, -1)

@@ -1,13 +1,18 @@
 """How much a shard may hold, and the bound on pages that a forward opens."""
 
+from fractions import Fraction
+from math import ceil
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pikv_ds.codecs import CODECS
 from pikv_ds.errors import CapacityError
-from pikv_ds.pages.sizing import pages_to_open, shard_capacity
-from tests.unit.driver import layer
+from pikv_ds.pages.estimate import pikv_bytes
+from pikv_ds.pages.sizing import default_capacity, pages_to_open, shard_capacity
+from tests.unit.driver import Driver, layer
 
 LAYERS = [layer(0), layer(1, window=8), layer(2, window=1)]
 
@@ -26,6 +31,27 @@ LAYERS = [layer(0), layer(1, window=8), layer(2, window=1)]
 )
 def test_the_balanced_share_a_tenth_more_and_one_page(window, lens, num_shards, capacity):
     assert shard_capacity(LAYERS, window, lens, num_shards, 16, None) == capacity
+
+
+def test_the_default_is_exact_where_floating_point_is_not():
+    """In 588 of these cases the ceil of a product with 1.1 is one more."""
+    for num_shards in range(1, 8):
+        for tokens in range(5000):
+            wanted = ceil(Fraction(11, 10) * Fraction(tokens, num_shards)) + 16
+            assert default_capacity(tokens, num_shards, 16) == wanted, (tokens, num_shards)
+            assert shard_capacity(LAYERS, None, [tokens], num_shards, 16, None) == wanted, (tokens, num_shards)
+
+
+@pytest.mark.parametrize(("tokens", "num_shards", "fullest"), [(100, 2, 56), (50, 5, 12), (40, 4, 12), (90, 3, 34), (64, 2, 37)])
+def test_a_store_fills_a_shard_to_what_is_estimated(tokens, num_shards, fullest):
+    """All tokens name one expert: its shard takes them up to the default capacity, whose bytes `pikv plan` prints as the worst case."""
+    driver = Driver([layer(0)], page_size=1, num_shards=num_shards)
+    driver.skewed = True
+    driver.prefill([tokens])
+    store = driver.cache.tables.stores[0]
+    held = int(store.counts.max())
+    worst = pikv_bytes(driver.layers, [tokens], ranks=num_shards, codec=CODECS.build("none"), page_size=1, dtype=torch.float32).worst
+    assert held == fullest and held * store.fmt.record_bytes == worst
 
 
 def test_a_fixed_capacity_holds_or_says_how_much_is_missing():

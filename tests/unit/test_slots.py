@@ -5,9 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pikv_ds import reference
 from pikv_ds.ops.reference.slots import entry_index
 from pikv_ds.placement.spill import spill, water_fill
+from tests import reference_cache
 
 
 @st.composite
@@ -25,7 +25,7 @@ def crowded(draw):
 def test_spill_equals_the_loop(case):
     wanted, valid, load, capacity = case
     got = spill(torch.tensor(wanted), torch.tensor(valid), torch.tensor(load), capacity)
-    want, over = reference.spill([w for w, real in zip(wanted, valid, strict=True) if real], load, capacity)
+    want, over = reference_cache.spill([w for w, real in zip(wanted, valid, strict=True) if real], load, capacity)
     assert got.shard[torch.tensor(valid)].tolist() == want
     real = [i for i, is_real in enumerate(valid) if is_real]
     assert got.spilled.nonzero().squeeze(-1).tolist() == [real[i] for i in over]
@@ -38,7 +38,7 @@ def test_spill_over_full_shards_still_balances(case, overfull):
     """More than capacity allows in all (the caller checks that): every token still gets a shard, and loads end as level as they can."""
     wanted, valid, load, _ = case
     got = spill(torch.tensor(wanted), torch.tensor(valid), torch.tensor(load), overfull)
-    want, _ = reference.spill([w for w, real in zip(wanted, valid, strict=True) if real], load, overfull)
+    want, _ = reference_cache.spill([w for w, real in zip(wanted, valid, strict=True) if real], load, overfull)
     assert got.shard[torch.tensor(valid)].tolist() == want
 
 

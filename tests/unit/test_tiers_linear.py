@@ -53,8 +53,8 @@ def test_far_entries_are_projected_and_near_ones_are_not(calibration):
     {"scheduling": {"method": "h2o", "budget_tokens": 40, "sink_tokens": 2, "recent_tokens": 3}},
     {"scheduling": {"method": "quest", "budget_tokens": 40, "sink_tokens": 2, "recent_tokens": 3}},
     {"routing": {"method": "page_oracle", "budget_pages": 7, "sink_tokens": 2, "recent_tokens": 7}},
-    {"routing": {"method": "hierarchical", "budget_pages": 9, "sink_tokens": 2, "recent_tokens": 7, "top_shards": 1}},
-], ids=["h2o", "quest", "page_oracle", "hierarchical"])  # fmt: skip
+    {"routing": {"method": "bounds", "budget_pages": 9, "sink_tokens": 2, "recent_tokens": 7}},
+], ids=["h2o", "quest", "page_oracle", "bounds"])  # fmt: skip
 def test_choices_are_those_of_raw_pages(calibration, blocks):
     """With all directions kept: attention of far pages is measured with what the maps leave out of the lse, and keys are the model's."""
 
@@ -78,5 +78,5 @@ def test_choices_are_those_of_raw_pages(calibration, blocks):
     kept, read, mass, outputs = run(raw)
     also_kept, also_read, also_mass, also_outputs = run(tiered(calibration, LAYERS[:1], **blocks))
     assert kept == also_kept and also_mass == pytest.approx(mass, rel=1e-3) and bool(mass) == ("h2o" in str(blocks))
-    if blocks.get("routing", {}).get("method") != "hierarchical":  # bounds of coefficients are other boxes than those of keys
+    if blocks.get("routing", {}).get("method") != "bounds":  # bounds of coefficients are other boxes than those of keys
         assert read == also_read and rel_error(also_outputs[0][0], outputs[0][0]) < 1e-4

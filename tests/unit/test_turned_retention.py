@@ -16,11 +16,11 @@ LAYERS = [layer(0, dim=16), layer(1, dim=16)]
 
 
 @pytest.mark.parametrize("head_budget", ["shared", "uniform"])
-@pytest.mark.parametrize("granularity", ["page", "token"])
-def test_quest_scores_boxes_of_coefficients_with_the_query_in_their_basis(granularity, head_budget):
+@pytest.mark.parametrize("page_size", [2, 1])
+def test_quest_scores_boxes_of_coefficients_with_the_query_in_their_basis(page_size, head_budget):
     """Beside loops over what is stored and the model's own latest query, folded here with the basis that the request has now."""
     block = {"method": "quest", "budget_tokens": 24, "sink_tokens": 2, "recent_tokens": 5, "head_budget": head_budget}
-    driver = Driver(LAYERS[:1], scheduling=block | {"granularity": granularity}, page_size=2, num_shards=2, **svd(fit_tokens=200))
+    driver = Driver(LAYERS[:1], scheduling=block, page_size=page_size, num_shards=2, **svd(fit_tokens=200))
     latest, checked = {}, 0
 
     def keep(i, q, positions, out, lse):
@@ -36,14 +36,13 @@ def test_quest_scores_boxes_of_coefficients_with_the_query_in_their_basis(granul
         retention, store = driver.cache.retention, driver.cache.tables.stores[0]
         pages, basis = retention.pages(0, driver.lens), driver.cache.bases.bases[0][0]
         scores = retention.policy.score(pages).view(2, store.heads, 2, -1).transpose(1, 2).flatten(1, 2)  # [rows, tables, columns]
-        size = 1 if granularity == "token" else 2
         for row in range(2):
             q, lse = latest[row]
             folded = torch.einsum("hgd,hdr->hgr", q.unflatten(0, (2, 2)), basis[row]) * 16**-0.5
             for table in range(store.counts.shape[1]):
                 heads = [table % 2] if store.heads == 2 else [0, 1]
                 k = entries_of(store, row, table)[0]
-                for column, page in enumerate(k[: len(k) // size * size].split(size)):  # open pages are pinned
+                for column, page in enumerate(k[: len(k) // page_size * page_size].split(page_size)):  # open pages are pinned
                     want = []
                     for of, head in enumerate(heads):
                         low, high = page[:, of].amin(0), page[:, of].amax(0)

@@ -198,16 +198,15 @@ class HeadsOfRaw(HeadDriver):
         pass
 
 
-@pytest.mark.parametrize(("head_budget", "method", "granularity"), [
-    ("uniform", "h2o", "page"), ("adaptive", "quest", "page"), ("uniform", "keydiff", "page"), ("adaptive", "tova", "token"),
+@pytest.mark.parametrize(("head_budget", "method", "page_size"), [
+    ("uniform", "h2o", 3), ("adaptive", "quest", 3), ("uniform", "keydiff", 3), ("adaptive", "tova", 1),
 ])  # fmt: skip
-def test_heads_keep_what_they_keep_of_raw_keys(tmp_path, head_budget, method, granularity):
+def test_heads_keep_what_they_keep_of_raw_keys(tmp_path, head_budget, method, page_size):
     """A page that holds one kv head is put together with the maps of that head."""
     layers, kept = [layer(0), layer(1)], []
     scheduling = {"method": method, "budget_tokens": 22, "head_budget": head_budget, "sink_tokens": 2, "recent_tokens": 3}
-    scheduling |= {"granularity": granularity}
     for compression in ({}, unrotated(layers, tmp_path)):
-        driver, seen = HeadsOfRaw(layers, page_size=3, num_shards=2, scheduling=scheduling, compression=compression), []
+        driver, seen = HeadsOfRaw(layers, page_size=page_size, num_shards=2, scheduling=scheduling, compression=compression), []
         driver.tolerance = 1e-5
         driver.prefill([40, 25])
         for mask in (*[ragged([1, 1])] * 2, ragged([4, 9]), ragged([1, 1])):
@@ -279,32 +278,6 @@ def test_choices_among_far_pages_are_those_of_raw_ones(tmp_path, blocks):
         found.append((seen, None if selection is None else selection.entries.tolist(), driver.forward(ragged([1, 1]))))
     (raw, read, outputs), (kept, also_read, others) = found
     assert kept == raw and read == also_read and rel_error(others[0][0], outputs[0][0]) < 1e-5
-
-
-def test_entries_that_leave_take_their_bounds_along(tmp_path):
-    """Single entries leave and pages close up: bounds are made anew from the keys that stay, at the positions they had."""
-    scheduling = {"method": "knorm", "budget_tokens": 30, "sink_tokens": 2, "recent_tokens": 3, "granularity": "token"}
-    routing = {"method": "bounds", "budget_pages": 9, "metadata": "fp32", "sink_tokens": 2, "recent_tokens": 3}
-    driver = lossy(tmp_path, "int8", 64, lens=(150, 90), shards=1, scheduling=scheduling, routing=routing)
-    pool = driver.cache.tables.stores[0]
-    for row in range(2):
-        assert int(pool.counts[row, 0]) == 30
-        keys = torch.stack([k for k, _ in reconstructed(driver, row, 0)]).float()
-        low, high = pool.summaries["bounds"][int(pool.block_table[row, 0, 0])].unbind(1)
-        assert torch.allclose(low, keys.amin(0), atol=1e-5) and torch.allclose(high, keys.amax(0), atol=1e-5)
-
-
-def test_entries_that_leave_are_counted_as_those_of_raw_keys(tmp_path):
-    """Pages that close up are told to a router with the keys that queries meet."""
-    scheduling = {"method": "knorm", "budget_tokens": 30, "sink_tokens": 2, "recent_tokens": 3, "granularity": "token"}
-    routing, counts = {"method": "centroids", "budget_pages": 9, "sink_tokens": 2, "recent_tokens": 3}, []
-    for compression in ({}, unrotated(LAYERS[:1], tmp_path)):
-        driver = Quiet(LAYERS[:1], page_size=4, scheduling=scheduling, routing=routing, compression=compression)
-        driver.prefill([90, 50])
-        driver.decode()
-        pool = driver.cache.tables.stores[0]
-        counts.append(pool.summaries["clusters"][pool.block_table[:, 0, :7].long()])
-    assert torch.equal(*counts) and int(counts[0].sum()) == 2 * 28 * 2
 
 
 def test_bounds_stay_where_nothing_was_stored(tmp_path):

@@ -86,6 +86,8 @@ class HFCache(Cache):
     def reset(self) -> None:
         """Drop all entries and return their memory. All ranks of the group must call it at the same point."""
         self.core.reset()
+        for layer in self.layers:
+            layer.reset()  # what a forward that broke off left between update() and attention
         self.begin_generation()
 
     def detach(self) -> None:

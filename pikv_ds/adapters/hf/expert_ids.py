@@ -47,12 +47,16 @@ class ExpertIds:
         self.active = False  # only while a forward runs through the cache
 
     def begin(self) -> None:
-        self._latest = None
-        self._looked_ahead.clear()
+        self._forget()
         self._run(True)
 
     def end(self) -> None:
         self._run(False)
+        self._forget()
+
+    def _forget(self) -> None:
+        self._latest = None
+        self._looked_ahead.clear()
 
     def _run(self, active: bool) -> None:
         self.active = active

@@ -109,6 +109,7 @@ class ForwardHooks:
         if self._running is None:
             return
         running, self._running = self._running, None
+        self.chunk.positions = None
         self._restore_attention()
         self.expert_ids.end()
         if output is None:  # the forward raised; its error is on its way up

@@ -27,8 +27,7 @@ def rehearse(model: PreTrainedModel, cache: HFCache, ids: torch.Tensor, *, chunk
         raise ConfigError("rehearse() needs pikv.scheduling.method = 'kvzip': no other policy scores by it")
     if core.config.scheduling.prefill != "keep":
         raise ConfigError("rehearse() needs pikv.scheduling.prefill = 'keep': a prompt that was evicted from can't be repeated")
-    for store in core.tables.stores:
-        store.summaries["peak"].zero_()
+    core.clear_column("peak")
     margin = core.hold_margin
     cache.activate_past_recording()
     for part in ids.split(chunk, 1):

@@ -12,6 +12,7 @@ from pikv_ds.adapters.hf.cache import HFCache
 from pikv_ds.cache.stats import decode_bytes_sent
 from tests.dist.jobs.exact import assert_conserved, counted_collectives, generate, generate_sharded
 from tests.dist.jobs.report import Report
+from tests.held import check_bytes
 from tests.long_form import short_or_long
 from tests.retention_blocks import needed
 from tests.tiny_models import prompt, tiny_model
@@ -23,18 +24,18 @@ ROUTING = {
     "hash": {"top_k": 2, "sink_tokens": 2, "recent_tokens": 4},
 }
 ROOMY = {"capacity_tokens": 1000}  # no shard is ever full: where entries go does not depend on other requests
-ENTRIES = {"page_size": 8, "scheduling": {"granularity": "token", "interval": 4}, "waiting": 3}
+ONES = {"page_size": 1, "scheduling": {"interval": 4}, "waiting": 3}  # the budget is kept to the entry
 FOLDER = tempfile.TemporaryDirectory()
 SCHEDULING = {"budget_tokens": 40, "sink_tokens": 2, "recent_tokens": 6}
 SVD = {"compression": {"method": "svd", "rank": 16}, "scheduling": {"budget_tokens": 24}}  # short prompts double while they are decoded
-HEAD_METHODS, TOKEN_METHODS = ["knorm", "tova"], ["snapkv", "h2o"]
+HEAD_METHODS, ONE_METHODS = ["knorm", "tova"], ["snapkv", "h2o"]
 
 
 def distinct_cases(world: int) -> list[tuple[str, str]]:
-    """(policy, router, or "entries" where single entries go). Short, on 4 ranks: one of each kind, all of them are run on 2."""
+    """(policy, router, or "ones" with pages of one entry). Short, on 4 ranks: one of each kind, all of them are run on 2."""
     whole = [("h2o", "all"), ("quest", "all"), ("snapkv", "all"), ("adakv", "all"), ("h2o", "bounds"), ("quest", "hash")]
-    whole += [("knorm", "entries"), ("h2o", "entries")]
-    return whole if world < 4 else short_or_long([("adakv", "all"), ("h2o", "bounds"), ("h2o", "entries")], whole)
+    whole += [("knorm", "ones"), ("h2o", "ones")]
+    return whole if world < 4 else short_or_long([("adakv", "all"), ("h2o", "bounds"), ("h2o", "ones")], whole)
 
 
 def geometry(model) -> dict:
@@ -69,6 +70,7 @@ def held(
         stats, own, load, heads = cache.stats(), kept(cache), cache.core.tables.directory.load.tolist(), cache.core.tables.heads
         evicted, lens = cache.core.tables.directory.evicted_by_head(), cache.core.agreement.lens
         allocated = [store.num_pages for store in cache.core.tables.stores]
+        check_bytes(cache.core)
     assert_conserved(stats, group)
     ranks = [own]
     if group is not None:
@@ -126,14 +128,9 @@ def main() -> None:
         for method in HEAD_METHODS:
             with report.check(f"{method} {head_budget} heads") as row:
                 row |= held(model, ids, group, method, scheduling={"head_budget": head_budget})
-    for method in TOKEN_METHODS:
-        with report.check(f"{method} entries") as row:
-            row |= held(model, ids, group, method, page_size=8, scheduling={"granularity": "token"})
-    with report.check("entries of heads") as row:
-        row |= held(model, ids, group, "tova", page_size=8, scheduling={"granularity": "token", "head_budget": "adaptive"})
-    with report.check("entries of beams") as row:
-        beams = {"scheduling": {"granularity": "token", "head_budget": "uniform"}, "num_beams": 3}
-        row |= held(model, prompt(50, seed=4, batch=1), group, "knorm", page_size=8, **beams)
+    for method in ONE_METHODS:
+        with report.check(f"{method} ones") as row:
+            row |= held(model, ids, group, method, page_size=1)
     with report.check("beams of heads") as row:
         row |= held(model, prompt(50, seed=4, batch=1), group, "knorm", scheduling={"head_budget": "uniform"}, num_beams=3)
     for name, more in (("quest svd", {}), ("quest svd heads", {"head_budget": "uniform"})):
@@ -157,8 +154,8 @@ def main() -> None:
             assert [rows[rank : rank + 1] for rows in several["kept"]] == alone["kept"], "another choice than alone"
     for method, how in distinct_cases(dist.get_world_size()) if dist.get_world_size() > 1 else ():
         with report.check(f"distinct, {method}, {how}") as row:
-            router, entries = ("all", ENTRIES) if how == "entries" else (how, {})
-            options = {"storage": ROOMY, "routing": {"method": router} | ROUTING.get(router, {}), **entries}
+            router, ones = ("all", ONES) if how == "ones" else (how, {})
+            options = {"storage": ROOMY, "routing": {"method": router} | ROUTING.get(router, {}), **ones}
             several = held(model, own, group, method, requests="distinct", **options)
             alone = held(model, own, None, method, requests="auto", **options)
             assert several["tokens"] == alone["tokens"]

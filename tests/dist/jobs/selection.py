@@ -215,7 +215,7 @@ def main() -> None:
         for name in UNROTATED:
             check_same_pages(report, name, requests, group, unrotated(LAYERS, Path(FOLDER.name)), label="unrotated")
         svd = {"method": "svd", "rank": 8}
-        for name in ("bounds", "hierarchical", "centroids", "topk", "shuffle") if dist.get_world_size() == 2 else ():
+        for name in ("bounds", "centroids", "topk", "shuffle") if dist.get_world_size() == 2 else ():
             check_same_pages(report, name, requests, group, svd, svd, "svd")  # bases change with the forwards of drive()
         check_bytes(report, requests, group)
     check_needed(report, group)

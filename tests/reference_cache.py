@@ -1,18 +1,19 @@
 """The slow, obviously right cache: Python lists of entries, softmax in float64. What tests compare the real cache to.
 
-One process plays G virtual ranks that hold S shards. Nothing else in the package imports this file.
+One process plays G virtual ranks that hold S shards. Only tests import this file.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from fractions import Fraction
 from math import ceil
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .spec import LayerSpec
+from pikv_ds.spec import LayerSpec
 
 
 class Entry(NamedTuple):
@@ -125,7 +126,8 @@ class ReferenceCache:
         """Entries a shard may hold: ceil(1.1 x the balanced share of what stays visible) + one page, or the fixed number."""
         if self.capacity_tokens is not None:
             return self.capacity_tokens
-        return ceil(1.1 * sum(self.layers[layer].tokens_kept(n) for n in self.lens) / self.num_shards) + self.page_size
+        visible = sum(self.layers[layer].tokens_kept(n) for n in self.lens)
+        return ceil(Fraction(11, 10) * visible / self.num_shards) + self.page_size
 
     def load(self, layer: int) -> list[int]:
         """Entries per shard that queries after this forward still see."""
