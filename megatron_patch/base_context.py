@@ -84,6 +84,8 @@ class PiKVContext(ABC):
         """reset(), and return all memory now. All ranks of the group must call it at the same point."""
         self.reset()
         self.core.reset()
+        self.tokens = self._after = None
+        self.expert_ids.begin(None)
 
     @contextlib.contextmanager
     def idle(self) -> Iterator[None]:

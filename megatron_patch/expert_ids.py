@@ -22,13 +22,13 @@ class ExpertIds:
 
     def __init__(self, source: str, core: PiKVCache, num_experts: int) -> None:
         self.source, self.core, self.num_experts = source, core, num_experts
+        self.begin(None)
+
+    def begin(self, tokens: Tokens | None) -> None:
+        """A forward starts, or None: there is none whose tensors are to be kept."""
+        self._tokens, self._layer = tokens, -1
         self._latest: Tensor | None = None
         self._chunks: list[Tensor] = []
-        self._layer = -1
-
-    def begin(self, tokens: Tokens) -> None:
-        """A forward starts."""
-        self._tokens, self._latest, self._chunks, self._layer = tokens, None, [], -1
 
     def of(self, layer: int, looked_ahead: Tensor | None) -> Tensor | None:
         """Ids [B * T] int64 for the entries of the layer whose attention runs now; looked_ahead [tokens], or None. Sync: none."""

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 from pikv_ds.spec import LayerSpec
 
-from .sizing import default_capacity
+from .pool import tail_dtype
+from .sizing import default_capacity, light_pages
 
 if TYPE_CHECKING:
     import torch
@@ -76,7 +77,7 @@ def pikv_bytes(
         far = codec.page_format(layer, page_size, dtype)
         two_pools = codec.light is not None and layer.window is None
         fmt = codec.light.page_format(layer, page_size, dtype) if two_pools else far
-        tails = shards_here * len(contexts) * fmt.tail_elements * 2 + len(contexts) * codec.request_bytes(layer)
+        tails = shards_here * len(contexts) * fmt.tail_elements * tail_dtype(dtype).itemsize + len(contexts) * codec.request_bytes(layer)
         slides = [layer.tokens_kept(n) < n for n in contexts]
         kept = [layer.tokens_kept(n) for n in contexts]
         pages = sum(max_pages(math.ceil(tokens / num_shards), page_size, sliding=moved) for tokens, moved in zip(kept, slides, strict=True))
@@ -85,7 +86,7 @@ def pikv_bytes(
         # Rounding up per request can exceed the capacity when requests are shorter than the number of shards.
         light = pages
         if two_pools:
-            light = min(pages, sum(math.ceil(int(codec.light_ratio * n) // page_size / num_shards) + 1 for n in kept if n))
+            light = min(pages, sum(math.ceil(light_pages(codec.light_ratio, n, page_size) / num_shards) + 1 for n in kept if n))
         balanced += shards_here * min(pages, full) * far.record_bytes + tails
         balanced += shards_here * min(light, full) * (fmt.record_bytes - far.record_bytes)
         worst += shards_here * full * fmt.record_bytes + tails

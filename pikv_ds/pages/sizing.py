@@ -46,6 +46,11 @@ def shard_capacity(
     return fixed
 
 
+def light_pages(ratio: float, tokens: int, page_size: int) -> int:
+    """Full pages of a request of `tokens` that may stay in the light codec of two (codecs/adaptive.py)."""
+    return int(ratio * tokens) // page_size
+
+
 def pages_to_open(counts: Tensor, new_tokens: Tensor, room: Tensor | None, page_size: int) -> int:
     """Upper bound of the pages one forward can open in a layer on this rank.
 

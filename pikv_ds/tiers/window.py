@@ -17,6 +17,7 @@ from pikv_ds.exchange.exchange import Exchange
 from pikv_ds.pages.layers import Tables
 from pikv_ds.pages.move import Moved, demote
 from pikv_ds.pages.pool import LayerStore
+from pikv_ds.pages.sizing import light_pages
 from pikv_ds.policies.base import Pages
 from pikv_ds.policies.h2o import HeavyHitters
 from pikv_ds.retention.attention import Mass
@@ -141,7 +142,7 @@ class Tiers:
             gathered = self.exchange.all_gather(block, "gathering the attention to pages")  # [G, 2, L, R, S, C]
             score, last = gathered.permute(1, 2, 3, 0, 4, 5).flatten(3, 4)
             score = score.contiguous().view(torch.float32)
-        allowed = torch.tensor([int(self.light_ratio * n) // self.tables.page_size for n in lens], device=score.device)
+        allowed = torch.tensor([light_pages(self.light_ratio, n, self.tables.page_size) for n in lens], device=score.device)
         excess = ((score < torch.inf).sum((-1, -2)) - allowed).clamp_min(0)
         gone = choose(Candidates(score, last, torch.zeros_like(last, dtype=torch.bool)), excess)[:, :, self.tables.local]
         return [fit(which, store.block_table.shape[-1], False) for which, store in zip(gone, stores, strict=True)]
