@@ -9,7 +9,7 @@ COMMANDS=(
     "quick|lint, then the unit, contract and packaging tests without slow ones and process groups"
     "full|every test, the short form (bash launch/test.sh)"
     "docs|make the generated documents anew and say which of them were not up to date"
-    "bench|time a decode step against its stored baseline (python -m tests.gate)"
+    "bench|time decode steps of this tree against those of a base commit (python -m tests.gate)"
     "hooks|check staged files at every commit of this clone (git config core.hooksPath .ci/hooks)"
 )
 
