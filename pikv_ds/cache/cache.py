@@ -18,6 +18,7 @@ from pikv_ds.exchange.exchange import Exchange
 from pikv_ds.ops.build import load
 from pikv_ds.pages.layers import Tables
 from pikv_ds.placement.placement import Placement, Routed
+from pikv_ds.placement.shard_map import ShardMap
 from pikv_ds.retention.attention import Waiting
 from pikv_ds.retention.retention import Retention
 from pikv_ds.selection.selection import Selection
@@ -42,8 +43,17 @@ class PiKVCache:
     """
 
     def __init__(
-        self, layers: list[LayerSpec], config: PiKVConfig, *, num_experts: int, dtype: torch.dtype, device: torch.device, group=None
+        self,
+        layers: list[LayerSpec],
+        config: PiKVConfig,
+        *,
+        num_experts: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        group=None,
+        holders: tuple[tuple[int, ...], ...] | None = None,
     ) -> None:
+        """holders: per shard the ranks that hold it (placement/shard_map.py), equal on all ranks; None = neighbouring shards on a rank."""
         self.layers, self.config, self.dtype, self.device = layers, config, dtype, device
         self.exchange = Exchange(group, config.timeout_s)
         load.ensure(device.type)  # built here if at all, not in the first forward
@@ -55,10 +65,10 @@ class PiKVCache:
         check_tiers(config, codec, layers, self.page_size)
         transforms = fit_transforms(codec, config, policy, layers)
         self.transforms = [None if transform is None else transform.to(device) for transform in transforms]
-        self.tables = Tables(
-            layers, config, codec, self.page_size, self.num_shards, self.exchange.rank, self.exchange.size, num_experts, dtype, device,
-            self.transforms,
-        )  # fmt: skip
+        self.map = ShardMap.blocks(self.num_shards, self.exchange.rank, self.exchange.size, device)
+        if holders is not None:
+            self.map = ShardMap(holders, self.exchange.rank, self.exchange.size, device)
+        self.tables = Tables(layers, config, codec, self.page_size, self.map, num_experts, dtype, device, self.transforms)
         if codec.light is None:  # near pages are as computed then: the maps are for far pages only
             self.tables.far_maps = [None if far is None else maps for far, maps in zip(self.tables.far, self.transforms, strict=True)]
             self.transforms = [maps if far is None else None for far, maps in zip(self.tables.far, self.transforms, strict=True)]

@@ -144,7 +144,7 @@ class DistinctStep:
             mine = return_needed(torch.cat(partials), torch.cat(readers, 1), sizes, cache.exchange, what)
         else:
             mine = cache.exchange.all_to_all(torch.cat(partials), sizes, what)
-        outs, lses = mine.unflatten(1, query.q.shape[:2]).split([query.v_dim, 1], -1)
+        outs, lses = cache.map.in_rank_order(mine).unflatten(1, query.q.shape[:2]).split([query.v_dim, 1], -1)
         out, lse = merge_partials(outs.contiguous(), lses.squeeze(-1).contiguous())
         T = query.q.shape[1]
         return Partial(out, lse, T == 1 and not cache.stages)

@@ -15,7 +15,7 @@ from pikv_ds.config.pikv import PiKVConfig
 from pikv_ds.errors import ConfigError
 from pikv_ds.ops import PageFormat
 from pikv_ds.placement.directory import Directory
-from pikv_ds.placement.placement import local_shards
+from pikv_ds.placement.shard_map import ShardMap
 from pikv_ds.spec import LayerSpec
 from pikv_ds.step.agreement import Agreed
 from pikv_ds.step.step import StepPlan
@@ -36,9 +36,7 @@ class Tables:
         config: PiKVConfig,
         codec: Codec,
         page_size: int,
-        num_shards: int,
-        rank: int,
-        num_ranks: int,
+        shard_map: ShardMap,
         num_experts: int,
         dtype: torch.dtype,
         device: torch.device,
@@ -60,10 +58,9 @@ class Tables:
         # Of layers whose pages hold keys before their rotation; with two pools the far ones.
         self.undone = [None if maps is None or maps.inv_freq is None else maps for maps in transforms]
         self.turns = codec.per_request  # what is stored of a request gets another basis while it grows (tiers/bases.py)
-        self.dtype, self.device, self.num_shards = dtype, device, num_shards
-        shards = local_shards(rank, num_shards, num_ranks)
-        self.shard_begin, self.num_local = shards.start, len(shards)
-        self.directory = Directory(layers, num_shards, device, self.heads)
+        self.dtype, self.device, self.map = dtype, device, shard_map
+        self.num_shards, self.num_local = shard_map.num_shards, shard_map.num_local
+        self.directory = Directory(layers, self.num_shards, device, self.heads)
         self.counters = Counters(num_experts, device)
         self.page_values: dict[str, torch.dtype] = {}  # one number per page each, for the retention policy
         self.crops = CropLimits(layers)
@@ -131,16 +128,6 @@ class Tables:
         self.stale = False
         self.counts_host, self.free_host, self.load_host = self.counts.cpu(), self.free_top.cpu(), self.directory.load.cpu()
 
-    @property
-    def local(self) -> slice:
-        """This rank's shards among all."""
-        return slice(self.shard_begin, self.shard_begin + self.num_local)
-
-    @property
-    def local_tables(self) -> slice:
-        """This rank's tables of a row among those of all shards, shard * heads + head."""
-        return slice(self.shard_begin * self.heads, (self.shard_begin + self.num_local) * self.heads)
-
     def remap(self, agreed: Agreed, lens: list[int]) -> None:
         """Fork, crop and drop rows as agreed. lens: tokens of every row before."""
         self.crops.remap(agreed, lens)
@@ -156,7 +143,7 @@ class Tables:
         some_end = bool((parent < 0).any())  # rows of another generation leave; among forks, dropped rows count as forked away
         for i, store in enumerate(self.stores):
             kept = torch.where(parent.unsqueeze(-1) >= 0, old[i][parent.clamp_min(0)], 0)
-            cut = removed[i][:, self.local].repeat_interleave(self.heads, 1)
+            cut = self.map.own(removed[i], 1).repeat_interleave(self.heads, 1)
             self.counts[i] = kept - cut
             remap(store, parent, self.counts[i])
             cropped = int(cut.sum()) + (int(old[i][childless].sum()) if some_end else 0)
@@ -216,7 +203,7 @@ class Tables:
     def _pages_for_chunk(self, layer: int, num_new: Tensor, capacity: int, hold: bool) -> int:
         window = self.layers[layer].window
         stored = num_new if window is None or hold else num_new.clamp_max(window - 1)
-        room = capacity - self._tokens(self.load_host[layer][self.local]) if self.num_shards > 1 and window is None else None
+        room = capacity - self._tokens(self.map.own(self.load_host[layer], 0)) if self.num_shards > 1 and window is None else None
         counts = self.counts_host[layer].view(-1, self.num_local, self.heads)
         if self.heads == 1:
             return pages_to_open(counts.squeeze(-1), stored, room, self.page_size)

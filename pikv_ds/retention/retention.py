@@ -92,7 +92,7 @@ class Retention:
         pages = self._gather([self._candidates(self.layers[i], lens) for i in over], lens)
         for i, gone in zip(over, self._choose(over, pages, num_pages, lens), strict=True):
             layer = self.layers[i]
-            for pool, own in self._by_pool(layer, lens, gone[:, self.tables.local_tables]):
+            for pool, own in self._by_pool(layer, lens, self.tables.map.own(gone, 1, self.tables.heads)):
                 self.tables.counters.evicted += drop(pool, own)
             self.tables.directory.evict(layer, gone.sum(-1) * self.tables.page_size)
         self.tables.note_eviction(lens)
@@ -169,7 +169,7 @@ class Retention:
             return Candidates(score, last, hit)
         block = torch.stack([score.view(torch.int32), last, hit.to(torch.int32)])
         gathered = self.exchange.all_gather(block, "gathering the scores of pages")  # [G, 3, L, R, S, C]
-        score, last, hit = gathered.permute(1, 2, 3, 0, 4, 5).flatten(3, 4)
+        score, last, hit = self.tables.map.in_shard_order(gathered.permute(1, 2, 3, 0, 4, 5).flatten(3, 4), 3, self.tables.heads)
         return Candidates(score.contiguous().view(torch.float32), last, hit > 0)
 
     def _choose(self, over: list[int], pages: Candidates, num_pages: Tensor, lens: list[int]) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pikv_ds.pages.pool import LayerStore
 from pikv_ds.pages.view import Stored
+from pikv_ds.placement.shard_map import ShardMap
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,8 +80,8 @@ class PageQuery:
     """[Q, S, C] int32: entries of each page, 0 where not visible."""
     pinned: Tensor
     """[Q, S, C] bool: holds a sink or recent token, and is read if visible, whatever its score."""
-    shards: slice
-    """The local shards among all."""
+    map: ShardMap
+    """Which shards are local, and in which order a gather brings those of all ranks."""
     homes: Tensor | None
     """[R, L] int16: global shard of every position of the rows; None = there is one shard."""
     window: int | None
@@ -98,7 +99,7 @@ class PageQuery:
 
     def over_shards(self, x: Tensor) -> Tensor:
         """[Q, S, ...] of the local shards -> [Q, shards, ...] of all, by `gather`."""
-        return self.gather(x).transpose(0, 1).flatten(1, 2)
+        return self.map.in_shard_order(self.gather(x).transpose(0, 1).flatten(1, 2), 1)
 
     def row_of_query(self) -> Tensor:
         """[Q] int64 request row of each query."""

@@ -76,6 +76,6 @@ class ShardRouter(Router):
 
 def scores_of(chosen: Tensor, asked: PageQuery) -> Tensor:
     """chosen [Q, S of all ranks] bool -> page scores [N, 1, C]: 0 in the local shards among them, -inf elsewhere."""
-    local = chosen[:, asked.shards]
+    local = asked.map.own(chosen, 1)
     score = torch.zeros_like(asked.visible, dtype=torch.float32).masked_fill(~local.unsqueeze(-1), -torch.inf)
     return score.flatten(0, 1).unsqueeze(1)

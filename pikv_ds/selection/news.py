@@ -57,7 +57,7 @@ class RouterNews:
         if turned is not None:  # what queries will meet
             k = turned.keys(k, plan.positions)
         if shard is not None:
-            table = torch.where(written.here, table * self.tables.num_local + shard - self.tables.shard_begin, 0)
+            table = torch.where(written.here, table * self.tables.num_local + self.tables.map.index[shard], 0)
         new = NewEntries(
             k=k, rows=plan.rows, positions=plan.positions, shard=torch.zeros_like(plan.rows) if shard is None else shard,
             valid=written.valid, slot_mapping=written.slot_mapping, table=table.to(torch.int32),
@@ -86,7 +86,7 @@ class RouterNews:
         """Pages have come into the far pools of layers. Host phase."""
         for layer, pages in moved:
             store = self.store(layer)
-            self.router.moved(layer, store, entries_moved(store, pages, self.tables.shard_begin))
+            self.router.moved(layer, store, entries_moved(store, pages, self.tables.map.shards))
 
     def turned(self, layer: int, turn: Turn) -> None:
         """Keys of some rows of a layer have another basis, and their pages hold other numbers. Host phase."""
@@ -106,7 +106,7 @@ class RouterNews:
         k, positions = keys_at(store, table, index), store.positions[page, offset]
         return NewEntries(
             k=k if store.turned is None else store.turned.keys(k, positions), rows=table // num_local, positions=positions,
-            shard=table % num_local + self.tables.shard_begin, valid=torch.ones_like(page, dtype=torch.bool),
+            shard=self.tables.map.shards[table % num_local], valid=torch.ones_like(page, dtype=torch.bool),
             slot_mapping=(page * self.tables.page_size + offset).to(torch.int32), table=table.to(torch.int32),
         )  # fmt: skip
 

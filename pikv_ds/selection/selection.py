@@ -152,7 +152,7 @@ class Selection:
         if near is not None:  # near pages take part as pinned ones, so that the budget is one over both pools and all ranks
             score = torch.nn.functional.pad(score, (0, near.shape[-1]))
             hidden, pinned = torch.cat([hidden, near == 0], -1), torch.cat([pinned, near > 0], -1)
-        page_list = self._listed(asked, plan, page_keys(score, hidden, pinned, asked.shards, self.num_shards), num_local)
+        page_list = self._listed(asked, plan, page_keys(score, hidden, pinned, self.tables.map), num_local)
         return page_list if near is None else torch.where(page_list < columns, page_list, -1)
 
     def _listed(self, asked: PageQuery, plan: StepPlan, keys: Tensor, num_local: int) -> Tensor:
@@ -160,7 +160,7 @@ class Selection:
         self.readers = None
         if not self.router.budgeted:
             if self.returns_needed(plan):
-                self.readers = readers_of_shards(self.router.chosen, asked, self.config, self.exchange.size)
+                self.readers = readers_of_shards(self.router.chosen, asked, self.config)
             return listed_pages(keys, num_local)
         budget = self._budget(asked.layer, plan)
         pages = (
@@ -200,7 +200,7 @@ class Selection:
         return PageQuery(
             layer=query.layer, rows=rows, q=q.reshape(-1, num_q_heads, dim).contiguous(), positions=at, store=store, block_table=table,
             seqlens=lens, tail=stored.tail, tail_rows=None if stored.tail is None else per_query(stored.tail_rows), **extent._asdict(),
-            shards=self.tables.local, homes=None if self.num_shards == 1 else self.tables.directory.shard_at[query.layer][rows],
+            map=self.tables.map, homes=None if self.num_shards == 1 else self.tables.directory.shard_at[query.layer][rows],
             window=window, scale=query.scale, gather=self.gather,
         )  # fmt: skip
 

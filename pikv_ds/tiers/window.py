@@ -140,9 +140,9 @@ class Tiers:
         if self.exchange.size > 1:
             block = torch.stack([score.view(torch.int32), last])
             gathered = self.exchange.all_gather(block, "gathering the attention to pages")  # [G, 2, L, R, S, C]
-            score, last = gathered.permute(1, 2, 3, 0, 4, 5).flatten(3, 4)
+            score, last = self.tables.map.in_shard_order(gathered.permute(1, 2, 3, 0, 4, 5).flatten(3, 4), 3)
             score = score.contiguous().view(torch.float32)
         allowed = torch.tensor([light_pages(self.light_ratio, n, self.tables.page_size) for n in lens], device=score.device)
         excess = ((score < torch.inf).sum((-1, -2)) - allowed).clamp_min(0)
-        gone = choose(Candidates(score, last, torch.zeros_like(last, dtype=torch.bool)), excess)[:, :, self.tables.local]
+        gone = self.tables.map.own(choose(Candidates(score, last, torch.zeros_like(last, dtype=torch.bool)), excess), 2)
         return [fit(which, store.block_table.shape[-1], False) for which, store in zip(gone, stores, strict=True)]
