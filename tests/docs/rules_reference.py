@@ -15,6 +15,8 @@ def written() -> str:
     parts, rows = [HEAD], rule_rows()
     for moment in dict.fromkeys(row["refused"] for row in rows):
         parts.append(f"## Refused {moment}\n")
-        cells = [(f"`{row['rule']}`", row["blocks"], row["not"], row["because"], row["instead"]) for row in rows if row["refused"] == moment]
+        cells = [
+            (f"`{row['rule']}`", row["blocks"], row["not"], row["because"], row["instead"]) for row in rows if row["refused"] == moment
+        ]
         parts.append(table(("rule", "blocks", "refused", "because", "instead"), cells))
     return "\n".join(parts)
