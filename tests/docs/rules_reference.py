@@ -7,7 +7,8 @@ from .tables import MADE, table
 HEAD = f"""# What does not combine
 
 {MADE}
-`pikv config --rules` prints the same. A refused block raises `ConfigError`, whose `rule` is the name below; everything that no rule names combines.
+`pikv config --rules` prints the same. A refused block raises `ConfigError`, whose `rule` is the name below.
+Everything that no rule names combines.
 """
 
 
