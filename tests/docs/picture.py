@@ -20,13 +20,11 @@ def _rows(name: str) -> list[dict]:
 
 
 def bytes_per_rank() -> Bars:
-    """Total over the ranks of what each allocates, as shares of a rank: the two pairs of the demo."""
-    found = {row["name"]: row["kv_bytes_per_rank"] for row in _rows("demo")}
-    names = {"dense": "dense, rank 0", "pikv": "PiKV, rank 0", "dense-distinct": "dense, rank 0", "pikv-distinct": "PiKV, rank 0"}
+    """What each rank allocates: dense and PiKV with the same requests, then with each rank its own."""
     bars = []
-    for name, sizes in ((name, found[name]) for name in names):
-        for rank, size in enumerate(sizes):
-            kind = "PiKV" if name.startswith("pikv") else "dense"
+    for row in _rows("demo"):
+        kind = "PiKV" if row["name"].startswith("pikv") else "dense"
+        for rank, size in enumerate(row["kv_bytes_per_rank"]):
             bars.append((f"{kind}, rank {rank}", size / 1024, f"{size / 1024:,.0f} KiB", OURS if kind == "PiKV" else DENSE))
     return bars
 
@@ -42,7 +40,7 @@ def decode_times() -> Bars:
     ours = [
         (f"PiKV {name}", rows[name]["ms"], f"{rows[name]['ms']:.1f} ms, {rows[name]['bytes'] / 2**20:,.0f} MiB", OURS) for name in FORMATS
     ]
-    return [("torch SDPA, bf16", dense, f"{dense:.1f} ms", DENSE), *ours]
+    return [(rows["bf16"]["baseline_ran"].replace("sdpa_grouped", "torch SDPA,"), dense, f"{dense:.1f} ms", DENSE), *ours]
 
 
 def panel(x: int, title: str, groups: Sequence[tuple[str, Bars]]) -> tuple[list[str], int]:

@@ -1,8 +1,11 @@
 """The rules for text: short paragraphs, and links that lead somewhere."""
 
 import re
+import shlex
 
 import pytest
+
+from pikv_ds.launch.cli import build_parser
 
 from .generated import ROOT
 
@@ -56,3 +59,19 @@ def test_every_document_is_in_an_index():
     linked = {(file.parent / link.partition("#")[0]).resolve() for file in indexes for link, _ in LINK.findall(file.read_text())}
     absent = [str(file.relative_to(ROOT)) for file in FILES[1:] if file not in linked and file != indexes[0]]
     assert not absent, f"neither docs/README.md nor docs/results/README.md links to {absent}"
+
+
+def commands(text: str) -> list[str]:
+    """Lines of code blocks that call pikv, without comments and what is chained behind them."""
+    blocks = re.findall(r"^ *```\w*\n(.*?)^ *```$", text, re.M | re.S)
+    return [re.split(r" +#| && ", line)[0] for block in blocks for line in block.splitlines() if line.startswith("pikv ")]
+
+
+def test_every_command_in_the_text_parses():
+    parser, found = build_parser(), [(name, line) for name, file in zip(NAMES, FILES, strict=True) for line in commands(file.read_text())]
+    for name, line in found:
+        try:
+            parser.parse_args(shlex.split(line)[1:])
+        except SystemExit:
+            pytest.fail(f"{name}: {line}")
+    assert len(found) > 20
