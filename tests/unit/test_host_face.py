@@ -14,7 +14,7 @@ def filled(**options) -> Driver:
 
 
 def live(driver: Driver) -> int:
-    return int(driver.cache.tables.entries_live)
+    return driver.probe.live
 
 
 def test_announced_crops_keep_what_would_leave_a_window():
