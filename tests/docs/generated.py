@@ -1,6 +1,6 @@
 """Which documents are made by a program, and by which function.
 
-What a command prints (`pikv config --rules`: docs/reference/rules.md) is one more line here: its file, a function that returns the text.
+A further one is a line in the table: its file, and a function that returns the text.
 """
 
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tests.packaging import file_map
 
-from . import commands_reference, config_reference, methods_reference, picture
+from . import commands_reference, config_reference, methods_reference, picture, rules_reference
 
 ROOT = Path(__file__).resolve().parents[2]
 REFERENCE = ROOT / "docs" / "reference"
@@ -16,6 +16,7 @@ REFERENCE = ROOT / "docs" / "reference"
 DOCUMENTS: dict[str, tuple[Path, Callable[[], str]]] = {
     "config": (REFERENCE / "config.md", config_reference.written),
     "methods": (REFERENCE / "methods.md", methods_reference.written),
+    "rules": (REFERENCE / "rules.md", rules_reference.written),
     "commands": (REFERENCE / "commands.md", commands_reference.written),
     "files": (file_map.TARGET, file_map.written),
     "picture": (ROOT / "docs" / "figures" / "readme.svg", picture.written),
