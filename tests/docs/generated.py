@@ -1,7 +1,4 @@
-"""Which documents are made by a program, and by which function.
-
-A further one is a line in the table: its file, and a function that returns the text.
-"""
+"""Which documents are made by a program, and by which function."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""docs/reference/rules.md, from the table that `pikv config --rules` prints."""
+"""docs/reference/rules.md, from the table of rules."""
 
 from pikv_ds.launch.commands.config import rule_rows
 
@@ -7,13 +7,17 @@ from .tables import MADE, table
 HEAD = f"""# What does not combine
 
 {MADE}
-Each rule is one refusal: what it refuses, why, and what to use instead. `pikv config --rules` prints the same. Asked in this order.
+`pikv config --rules` prints the same. A refused block raises `ConfigError`, whose `rule` is the name below.
+Everything that no rule names combines.
 """
 
 
 def written() -> str:
-    rows, parts = rule_rows(), [HEAD]
+    parts, rows = [HEAD], rule_rows()
     for moment in dict.fromkeys(row["refused"] for row in rows):
-        lines = [(f"`{x['rule']}`", x["blocks"], x["not"], x["because"], x["instead"]) for x in rows if x["refused"] == moment]
-        parts += [f"## Refused {moment}\n", table(("rule", "blocks", "refused", "because", "instead"), lines)]
+        parts.append(f"## Refused {moment}\n")
+        cells = [
+            (f"`{row['rule']}`", row["blocks"], row["not"], row["because"], row["instead"]) for row in rows if row["refused"] == moment
+        ]
+        parts.append(table(("rule", "blocks", "refused", "because", "instead"), cells))
     return "\n".join(parts)

@@ -85,4 +85,4 @@ ELSEWHERE = {"examples/inference/gpt/gpt_static_inference.py"}
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in OTHER])
 def test_files_that_the_text_names_exist(name):
     named = re.findall(r"`((?:pikv_ds|ops|launch|megatron_patch|examples|tests)/[\w/.]+)`", (ROOT / name).read_text(encoding="utf-8"))
-    assert not [path for path in named if path not in ELSEWHERE and not (ROOT / path).exists()]
+    assert not [path for path in named if path not in ELSEWHERE and "NAME" not in path and not (ROOT / path).exists()]
