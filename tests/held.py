@@ -43,7 +43,7 @@ def held_bytes(*roots: object, without: object = ()) -> int:
 
 def weights(cache: PiKVCache) -> list[object]:
     """What a cache has from its configuration and from files: it is the same whatever is stored."""
-    found = [cache.codec, cache.transforms, cache.tables.undone, cache.writer.placement]
+    found = [cache.codec, cache.blueprint.pages, cache.writer.placement]
     if cache.retention is not None:
         found.append(cache.retention.policy)
     if cache.selection is not None:

@@ -88,11 +88,9 @@ def _own_head_budget(facts: Facts) -> str | None:
 
 
 def _per_head(facts: Facts) -> str | None:
-    """The setting, where heads have budgets of their own."""
+    """The setting, where every head has pages of its own: also when nothing is evicted from them."""
     head_budget = facts.config.scheduling.head_budget
-    if facts.methods.policy.keeps_all or head_budget == "shared":
-        return None
-    return f"pikv.scheduling.head_budget = {head_budget!r}"
+    return None if head_budget == "shared" else f"pikv.scheduling.head_budget = {head_budget!r}"
 
 
 def _heads_of_layers(facts: Facts) -> str | None:
