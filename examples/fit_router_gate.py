@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, modeling_utils
 
 import pikv_ds
 from pikv_ds import bundled
+from pikv_ds.cache.inspect import CacheProbe
 
 SINKS, RECENT, CHUNK = 4, 16, 32
 
@@ -42,7 +43,8 @@ def homes(model, ids: Tensor, shards: int) -> list[Tensor]:
     with pikv_ds.attach(model, {"storage": {"num_shards": shards}}) as cache:
         for part in ids.split(CHUNK, 1):
             model(part, past_key_values=cache, use_cache=True)
-        return [at[0, : ids.shape[1]].long() for at in cache.core.tables.directory.shard_at]
+        probe = CacheProbe(cache.core)
+        return [probe.homes(layer)[0] for layer in range(probe.num_layers)]
 
 
 def shares(q: Tensor, k: Tensor, scale: float, home: Tensor, shards: int) -> Tensor:

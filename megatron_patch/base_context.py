@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from pikv_ds.adapters.penalty import penalty_of
 from pikv_ds.blueprint.routing import check_has_experts
 from pikv_ds.cache.cache import PiKVCache
+from pikv_ds.cache.chunk import finish
 from pikv_ds.cache.stats import stats
 from pikv_ds.config.pikv import PiKVConfig
 from pikv_ds.errors import UnsupportedError
 from pikv_ds.exchange.digest import digest
 
-from .chunk import finish_attention
 from .expert_ids import ExpertIds
 from .groups import expert_group, fit_requests
 from .heads import stored_heads
@@ -173,12 +173,12 @@ class PiKVContext(ABC):
         heads = self.heads[layer]
         latent = None if latent is None else self.tokens.rows(latent.detach())
         partial = heads.attend(q, k, v, latent, self.expert_ids.of(layer, looked_ahead))
-        sink = softmax_offset(self.layers[layer].attention)
-        out = finish_attention(
-            partial, q, k, v, scale=heads.scale, window=self.core.layers[layer].window, sink=sink, padding=self.tokens.padding
-        )
+        out = finish(
+            partial, *(t.transpose(1, 2) for t in (q, k, v)), scale=heads.scale, window=self.core.layers[layer].window,
+            hidden=self.tokens.padding, sink=softmax_offset(self.layers[layer].attention),
+        )  # fmt: skip
         self._next_layer = layer + 1
-        if self._next_layer == len(self.layers) and not (self.core.stages and self.links[layer].router is not None):
+        if self._next_layer == len(self.layers) and not (self.expert_ids.source == "true" and self.links[layer].router is not None):
             self._finish()
         return self.tokens.host(out).to(query.dtype)
 
@@ -208,7 +208,7 @@ class PiKVContext(ABC):
 def positions_digest(core: PiKVCache, shared: bool, key: Tensor, positions: Tensor) -> int:
     """What replicated ranks compare. Keys of the first layer are a function of token and position alone; tensor-parallel peers see the same
     tokens by construction, and compute a shared KV head in GEMMs of their own, so theirs are not compared bit by bit."""
-    return 0 if core.exchange.size == 1 else digest([positions] if shared else [key, positions])
+    return 0 if core.ranks.size == 1 else digest([positions] if shared else [key, positions])
 
 
 def check_length(length: int, limit: int) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pikv_ds.cache.cache import PiKVCache
+from pikv_ds.cache.inspect import CacheProbe
 from pikv_ds.cache.stats import stats
 
 
@@ -41,21 +42,9 @@ def held_bytes(*roots: object, without: object = ()) -> int:
     return sum(size for address, size in storages(*roots).items() if address not in borrowed)
 
 
-def weights(cache: PiKVCache) -> list[object]:
-    """What a cache has from its configuration and from files: it is the same whatever is stored."""
-    found = [cache.codec, cache.blueprint.pages, cache.writer.placement]
-    if cache.retention is not None:
-        found.append(cache.retention.policy)
-    if cache.selection is not None:
-        found.append(getattr(cache.selection.router, "gate", None))
-    if cache.bases is not None:
-        found.append(cache.bases.rotations)
-    return found
-
-
 def check_bytes(cache: PiKVCache) -> int:
     """Between forwards every tensor is counted, and what is counted is there. Returns the bytes."""
     numbers = stats(cache, 1, 1)
-    counted, held = numbers["kv_bytes_allocated"] + numbers["metadata_bytes"], held_bytes(cache, without=weights(cache))
+    counted, held = numbers["kv_bytes_allocated"] + numbers["metadata_bytes"], held_bytes(cache, without=CacheProbe(cache).weights)
     assert counted == held, f"{counted} bytes are reported, {held} are held"
     return held

@@ -6,7 +6,6 @@ from pikv_ds.codecs.rope import default_inv_freq
 from pikv_ds.spec import LayerSpec
 from tests.calibrations import random_calibration
 from tests.unit.driver import Driver
-from tests.unit.invariants import slots_of
 
 THETA = 100.0
 
@@ -20,10 +19,5 @@ def unrotated(layers: list[LayerSpec], folder: Path, *, rank: int | None = None,
 
 
 def held(driver: Driver) -> list:
-    """Positions in every table of both pools of all layers."""
-    tables = driver.cache.tables
-    return [
-        [store.positions.flatten()[slots_of(store, row, table).long()].tolist() for row in range(len(driver.lens)) for table in range(n)]
-        for store in tables.all_stores
-        for n in [store.counts.shape[1]]
-    ]
+    """Positions in every table of both pools of all layers: [pool][row][table]."""
+    return [pool.held for pool in driver.probe.all_pools]

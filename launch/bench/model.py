@@ -63,6 +63,7 @@ def run(args: argparse.Namespace) -> int:
 def _rows(args: argparse.Namespace, context: int, batch: int) -> list[dict[str, Any]]:
     import torch
 
+    from pikv_ds.cache.inspect import CacheProbe
     from pikv_ds.cache.stats import stats
 
     generator = torch.Generator().manual_seed(0)
@@ -81,7 +82,7 @@ def _rows(args: argparse.Namespace, context: int, batch: int) -> list[dict[str, 
                 times[name].append(1e3 * (time.perf_counter() - started))
     rows = []
     for name, cache in caches.items():
-        fmt = cache.tables.formats[0]
+        fmt = CacheProbe(cache).formats[0]
         stored = round(args.layers * batch * context * fmt.bytes_per_token)
         rows.append(
             {

@@ -71,23 +71,23 @@ def first_of(memories: list[Memory]) -> Memory:
 
 def counts_of(core: PiKVCache) -> tuple[float | None, ...]:
     """COUNTS of a cache, zeros when it reads everything; then fullest_shard and misses."""
-    counts = (0.0,) * len(COUNTS) if core.selection is None else (*core.selection.entries.tolist(), *core.selection.mass.tolist())
-    return *counts, _fullest_shard(core), _misses(core)
+    from pikv_ds.cache.inspect import CacheProbe
+
+    probe = CacheProbe(core)
+    return *(probe.read or (0.0,) * len(COUNTS)), _fullest_shard(core.num_shards, probe.loads.float()), _mean_of(probe.misses)
 
 
-def _fullest_shard(core: PiKVCache) -> float | None:
-    if core.num_shards == 1:
-        return None
-    load = core.tables.directory.load.float()
-    return float((load.amax(1) / load.mean(1).clamp_min(1)).mean())
+def _fullest_shard(num_shards: int, loads: Tensor) -> float | None:
+    """loads: [L, S] f32 entries."""
+    return None if num_shards == 1 else float((loads.amax(1) / loads.mean(1).clamp_min(1)).mean())
 
 
-def _misses(core: PiKVCache) -> float | None:
-    missed = [] if core.selection is None else [core.selection.router.missed(layer) for layer in range(len(core.layers))]
-    missed = [float(shards.mean()) for shards in missed if shards is not None]
-    return sum(missed) / len(missed) if missed else None
+def _mean_of(misses: list[Tensor | None]) -> float | None:
+    counted = [float(shards.mean()) for shards in misses if shards is not None]
+    return sum(counted) / len(counted) if counted else None
 
 
 def watch(core: PiKVCache, on: bool) -> None:
-    if core.selection is not None:
-        core.selection.measures_mass = on
+    from pikv_ds.cache.inspect import CacheProbe
+
+    CacheProbe(core).measure_mass(on)

@@ -27,7 +27,7 @@ class ReplicatedStep:
         cache = self.cache
         unchecked = self._open(query) if cache.plan is None else False
         if cache.agreement.mode == "distinct":  # the requests of the new generation differ between the ranks
-            return cache.distinct.attend(query)
+            return cache.distinct_way.attend(query)
         plan = cache.plan
         if plan.positions is None:
             plan.set_positions(cache.local.positions.flatten())
@@ -83,9 +83,9 @@ class ReplicatedStep:
         return merge_partials(outs.reshape(-1, B, T, Hq, Dv), lses.reshape(-1, B, T, Hq))
 
     def _gather(self, partials: Tensor, read_headers: bool) -> tuple[Tensor, list[list[int]] | None]:
-        """[N, Hq * (Dv + 1)] of every rank, in rank order: all ranks merge the same numbers in the same order."""
+        """[N, Hq * (Dv + 1)] of every rank, by its first shard: all ranks merge the same numbers in the same order."""
         cache = self.cache
         header = torch.tensor(cache.agreement.header(cache.local, cache.hold), dtype=torch.int32).to(cache.device)
         layout = Layout([("partials", tuple(partials.shape), torch.float32)])
         gathered = cache.exchange.all_gather(layout.pack(header, {"partials": partials}, cache.device), "merging partial attention")
-        return layout.unpack(gathered)["partials"], headers_of(gathered) if read_headers else None
+        return cache.map.in_rank_order(layout.unpack(gathered)["partials"]), headers_of(gathered) if read_headers else None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pikv_ds.exchange.wire import ALIGN, HEADER
 from pikv_ds.ops.build import load
-from pikv_ds.placement.placement import shard_rank
 from pikv_ds.spec import LayerSpec
 
 from .cache import PiKVCache
@@ -22,7 +21,7 @@ def stats(cache: PiKVCache, dense_rows: int, dense_columns: int) -> dict:
     by_shard = tables.directory.load.sum(0).tolist() if cache.num_shards > 1 else [int(tables.entries_live)]
     load_per_rank = [0] * exchange.size
     for shard, entries in enumerate(by_shard):
-        load_per_rank[shard_rank(shard, cache.num_shards, exchange.size)] += entries
+        load_per_rank[tables.map.home(shard)] += entries
     return {
         "kv_bytes_allocated": sum(s.nbytes for s in tables.all_stores) + (0 if cache.bases is None else cache.bases.nbytes),
         "kv_bytes_live": sum(s.live_nbytes for s in tables.all_stores),
@@ -50,7 +49,7 @@ def stats(cache: PiKVCache, dense_rows: int, dense_columns: int) -> dict:
 def metadata_bytes(cache: PiKVCache) -> int:
     """Bytes on the device that a cache keeps between forwards besides KV bytes. Weights of codecs, routers and policies are not among them:
     they do not grow with what is stored."""
-    owners = (cache.tables, cache.selection, cache.retention)
+    owners = (cache.tables, cache.selection)
     return sum(owner.metadata_nbytes for owner in owners if owner is not None)
 
 

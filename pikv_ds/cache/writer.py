@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
+from pikv_ds.pages.events import Written
 from pikv_ds.pages.layers import Tables
 from pikv_ds.placement.placement import Placement, Routed
 from pikv_ds.placement.spill import spill
 from pikv_ds.step.step import StepPlan
-
-
-class Written(NamedTuple):
-    """Where the N tokens of an append went."""
-
-    slot_mapping: Tensor  # [N] int32, page * page_size + offset; -1 = not stored here
-    shard: Tensor | None  # [N] int64 global shard; None = the only one
-    valid: Tensor  # [N] bool, stored on whatever rank
-    here: Tensor  # [N] bool, stored on this one
 
 
 class Writer:
@@ -39,7 +29,7 @@ class Writer:
             experts = experts.primary() if isinstance(experts, Routed) else experts
             # Entries that no query after this forward can see are not stored: they expire at birth.
             born = valid & (positions >= (plan.lens_after - (spec.window - 1))[plan.rows])
-            unseen_here = valid & ~born & self._is_local(self._wanted(layer, experts, positions))
+            unseen_here = valid & ~born & self.tables.map.is_local(self._wanted(layer, experts, positions))
             tables.counters.expire_at_birth(unseen_here, experts)
             valid = born
         store, all_valid = tables.stores[layer], plan.all_valid and valid is plan.valid
@@ -62,12 +52,12 @@ class Writer:
         tables.directory.leave(layer, plan.rows, positions, valid, plan.lens_before, plan.lens_after, plan.decode)
         shard = self._shards(layer, plan, experts, positions, valid)
         tables.directory.record(layer, plan.rows, positions, valid, shard, plan.lens_after)
-        here = valid & self._is_local(shard)
+        here = valid & self.tables.map.is_local(shard)
         if tables.heads > 1:
             return self._append_heads(layer, plan, experts, positions, shard, valid, here, k, v)
         slots = store.append(
             plan.rows,
-            shard - tables.shard_begin,
+            tables.map.index[shard],
             here,
             positions,
             k,
@@ -95,7 +85,7 @@ class Writer:
         heads = self.tables.heads
         table = torch.arange(heads, device=k.device).repeat(k.shape[0])
         if shard is not None:
-            table = table + (shard - self.tables.shard_begin).repeat_interleave(heads) * heads
+            table = table + self.tables.map.index[shard].repeat_interleave(heads) * heads
         rows, stored, positions = (x.repeat_interleave(heads) for x in (plan.rows, here, positions))
         slots = self.tables.stores[layer].append(
             rows,
@@ -121,15 +111,11 @@ class Writer:
     def _wanted(self, layer: int, experts: Tensor, positions: Tensor) -> Tensor:
         return self.placement.shard_of(layer, experts, positions.clamp_min(0))
 
-    def _is_local(self, shard: Tensor) -> Tensor:
-        begin = self.tables.shard_begin
-        return (shard >= begin) & (shard < begin + self.tables.num_local)
-
     def _shards(self, layer: int, plan: StepPlan, experts: Tensor, positions: Tensor, valid: Tensor) -> Tensor:
         wanted = self._wanted(layer, experts, positions)
         if not plan.may_spill[layer]:
             return wanted
         load = -(-self.tables.directory.load[layer] // self.tables.heads)  # in tokens
         shard, spilled = spill(wanted, valid, load, plan.capacity[layer])
-        self.tables.counters.count_spilled(spilled, spilled & self._is_local(shard))
+        self.tables.counters.count_spilled(spilled, spilled & self.tables.map.is_local(shard))
         return shard

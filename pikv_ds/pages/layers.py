@@ -10,15 +10,15 @@ from pikv_ds.codecs.request_maps import PageMaps
 from pikv_ds.config.storage import StorageConfig
 from pikv_ds.ops import PageFormat
 from pikv_ds.placement.directory import Directory
-from pikv_ds.placement.placement import local_shards
-from pikv_ds.step.agreement import Agreed
+from pikv_ds.placement.shard_map import ShardMap
 from pikv_ds.step.step import StepPlan
 
 from .counters import Counters
 from .crops import CropLimits
 from .plan import PagesPlan
 from .pool import LayerStore, tail_dtype
-from .recycle import expire, remap
+from .recycle import expire, fork
+from .rows import RowChange, Rows
 from .sizing import pages_to_open, shard_capacity
 
 
@@ -29,8 +29,7 @@ class Tables:
         self,
         plan: PagesPlan,
         storage: StorageConfig,
-        rank: int,
-        num_ranks: int,
+        shard_map: ShardMap,
         num_experts: int,
         device: torch.device,
     ) -> None:
@@ -43,13 +42,13 @@ class Tables:
         self.far_maps: list[PageMaps | None] = [layer.far_maps for layer in plan.layers]
         self.undone = [layer.undone for layer in plan.layers]
         self.turns = plan.rebased
-        self.dtype, self.device, self.num_shards = plan.dtype, device, plan.num_shards
-        shards = local_shards(rank, plan.num_shards, num_ranks)
-        self.shard_begin, self.num_local = shards.start, len(shards)
-        self.directory = Directory(layers, plan.num_shards, device, self.heads)
+        self.dtype, self.device, self.map = plan.dtype, device, shard_map
+        self.num_shards, self.num_local = shard_map.num_shards, shard_map.num_local
+        self.directory = Directory(layers, self.num_shards, device, self.heads)
         self.counters = Counters(num_experts, device)
         self.columns = [layer.columns for layer in plan.layers]  # one number per page each, for policies
-        self.crops = CropLimits(layers)
+        self.rows = Rows(device)
+        self.crops = CropLimits(layers, self.rows)
         self.allocate(0)
 
     def allocate(self, num_rows: int) -> None:
@@ -79,7 +78,7 @@ class Tables:
                 for store in self.pools(i):
                     store.add_summary(name, (), dtype, cleared=True)
         self.quiet = 0  # decode steps that surely open no page: nothing to reserve, mirror or give back
-        self.crops.reset(num_rows)
+        self.rows.start(num_rows)
         self.directory.reset(num_rows)
         self.evicted = self.directory.evicted_by_head()  # [L][R][H]
         self.counters.clear()
@@ -107,30 +106,20 @@ class Tables:
         """Bytes of what says where entries lie, and of their counters."""
         sizes = (self.counts, self.far_counts, self.free_top, self.far_free_top)
         own = sum(x.nbytes for x in sizes) + self.no_tail_nbytes + sum(store.metadata_nbytes for store in self.all_stores)
-        return own + self.directory.nbytes + self.counters.nbytes
+        return own + self.directory.nbytes + self.counters.nbytes + self.rows.nbytes
 
     def mirror(self) -> None:
         """Host copies of the sizes that plan the next forward. Sync: one read in forwards that are not quiet; free on CPU."""
         self.stale = False
         self.counts_host, self.free_host, self.load_host = self.counts.cpu(), self.free_top.cpu(), self.directory.load.cpu()
 
-    @property
-    def local(self) -> slice:
-        """This rank's shards among all."""
-        return slice(self.shard_begin, self.shard_begin + self.num_local)
-
-    @property
-    def local_tables(self) -> slice:
-        """This rank's tables of a row among those of all shards, shard * heads + head."""
-        return slice(self.shard_begin * self.heads, (self.shard_begin + self.num_local) * self.heads)
-
-    def remap(self, agreed: Agreed, lens: list[int]) -> None:
-        """Fork, crop and drop rows as agreed. lens: tokens of every row before."""
-        self.crops.remap(agreed, lens)
+    def change(self, change: RowChange) -> None:
+        """Rows are forked, cropped, dropped or new, with all that is kept of them. Raises: RuntimeError, before anything has moved."""
+        self.rows.check(change)
         self.quiet = 0
-        parent = torch.tensor(agreed.parent, dtype=torch.int64).to(self.device)
-        keep = torch.tensor(agreed.keep, dtype=torch.int64).to(self.device)
-        removed = self.directory.remap(parent, keep, torch.tensor(lens, dtype=torch.int64).to(self.device))
+        parent = change.index
+        keep, lens = (torch.tensor(x, dtype=torch.int64).to(self.device) for x in (change.keep, change.lens))
+        removed = self.directory.fork(parent, keep, lens)
         old, self.counts = self.counts, self.counts.new_zeros(len(self.layers), parent.numel(), self.num_local * self.heads)
         old_far, self.far_counts = self.far_counts, torch.zeros_like(self.counts)
         self.evicted = self.directory.evicted_by_head()
@@ -138,19 +127,20 @@ class Tables:
         childless[parent[parent >= 0]] = False
         some_end = bool((parent < 0).any())  # rows of another generation leave; among forks, dropped rows count as forked away
         for i, store in enumerate(self.stores):
-            kept = torch.where(parent.unsqueeze(-1) >= 0, old[i][parent.clamp_min(0)], 0)
-            cut = removed[i][:, self.local].repeat_interleave(self.heads, 1)
+            kept = change.tensor(old[i])
+            cut = self.map.own(removed[i], 1).repeat_interleave(self.heads, 1)
             self.counts[i] = kept - cut
-            remap(store, parent, self.counts[i])
+            fork(store, parent, self.counts[i])
             cropped = int(cut.sum()) + (int(old[i][childless].sum()) if some_end else 0)
             self.counters.cropped += cropped
             self.counters.forked += int(self.counts[i].sum()) + cropped - int(old[i].sum())
             if self.far[i] is not None:  # a crop never reaches what was demoted (tiers/window.py)
-                self.far_counts[i] = torch.where(parent.unsqueeze(-1) >= 0, old_far[i][parent.clamp_min(0)], 0)
-                remap(self.far[i], parent, self.far_counts[i])
+                self.far_counts[i] = change.tensor(old_far[i])
+                fork(self.far[i], parent, self.far_counts[i])
                 dropped = int(old_far[i][childless].sum()) if some_end else 0
                 self.counters.cropped += dropped
                 self.counters.forked += int(self.far_counts[i].sum()) + dropped - int(old_far[i].sum())
+        self.rows.change(change)
         self.mirror()
 
     def note_eviction(self, lens: list[int]) -> None:
@@ -199,7 +189,7 @@ class Tables:
     def _pages_for_chunk(self, layer: int, num_new: Tensor, capacity: int, hold: bool) -> int:
         window = self.layers[layer].window
         stored = num_new if window is None or hold else num_new.clamp_max(window - 1)
-        room = capacity - self._tokens(self.load_host[layer][self.local]) if self.num_shards > 1 and window is None else None
+        room = capacity - self._tokens(self.map.own(self.load_host[layer], 0)) if self.num_shards > 1 and window is None else None
         counts = self.counts_host[layer].view(-1, self.num_local, self.heads)
         if self.heads == 1:
             return pages_to_open(counts.squeeze(-1), stored, room, self.page_size)

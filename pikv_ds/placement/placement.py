@@ -37,17 +37,6 @@ def hash_expert(positions: Tensor, num_experts: int) -> Tensor:
     return positions.to(torch.int64) % num_experts
 
 
-def shard_rank(shard: int, num_shards: int, num_ranks: int) -> int:
-    """The rank that holds a shard: contiguous blocks of S / G shards, as AutoEP and Megatron lay out experts."""
-    return shard * num_ranks // num_shards
-
-
-def local_shards(rank: int, num_shards: int, num_ranks: int) -> range:
-    """Shards held by `rank`; num_shards must be a multiple of num_ranks."""
-    per_rank = num_shards // num_ranks
-    return range(rank * per_rank, (rank + 1) * per_rank)
-
-
 class Placement:
     """Maps (expert id, position) to a shard for every layer. Owns one small lookup table; no process group, no state.
 

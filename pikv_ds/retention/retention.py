@@ -12,15 +12,15 @@ from torch import Tensor
 from pikv_ds.config.scheduling import SchedulingConfig
 from pikv_ds.exchange.exchange import Exchange
 from pikv_ds.pages.layers import Tables
-from pikv_ds.pages.listing import JoinedPages
+from pikv_ds.pages.listing import JoinedPages, Pages, fit
 from pikv_ds.pages.pool import LayerStore
 from pikv_ds.pages.recycle import drop
-from pikv_ds.policies.base import Pages, RetentionPolicy
+from pikv_ds.policies.base import RetentionPolicy
 from pikv_ds.step.step import StepPlan
 
 from .attention import Mass
 from .budgets import Budgets
-from .choose import Candidates, choose, fit, protect
+from .choose import Candidates, choose, protect
 
 
 class Retention:
@@ -30,15 +30,10 @@ class Retention:
         self.config, self.policy, self.budgets, self.tables, self.exchange = config, policy, budgets, tables, exchange
         self.layers = [i for i, spec in enumerate(tables.layers) if spec.window is None]
         self.mass = Mass(policy, tables)
-        self.threshold: dict[int, Tensor] = {}  # layer -> theta [R] f32 of an adaptive policy
+        self.threshold = {layer: tables.rows.tensor(f"threshold.{layer}") for layer in self.layers}  # theta [R] of an adaptive policy
         self.last_eviction: list[int] = []  # per source: query columns before it
         self.steps = 0  # decode steps since an eviction was due
         self.due = False  # an eviction waits for the next forward: a crop is announced, or the prompt is kept whole
-
-    @property
-    def metadata_nbytes(self) -> int:
-        """Bytes of what is kept per row."""
-        return self.mass.nbytes + sum(theta.nbytes for theta in self.threshold.values())
 
     def watches(self, layer: int) -> bool:
         """Whether the policy wants to see what the queries of this layer attend to."""
@@ -47,14 +42,7 @@ class Retention:
     def reset(self) -> None:
         """A new generation begins."""
         self.steps, self.due, self.last_eviction = 0, False, []
-        self.threshold = {}
         self.mass.reset()
-
-    def remap(self, parent: list[int]) -> None:
-        """Row i continues row parent[i], -1 = a new row."""
-        index = torch.tensor(parent, dtype=torch.int64).to(self.tables.device)
-        self.mass.remap(index)
-        self.threshold = {layer: torch.where(index >= 0, x[index.clamp_min(0)], 0) for layer, x in self.threshold.items()}
 
     def before_forward(self, plan: StepPlan) -> None:
         """Evict what could not go after the last forward. A prompt that is kept whole waits for the first decode step."""
@@ -87,7 +75,7 @@ class Retention:
         pages = self._gather([self._candidates(self.layers[i], lens) for i in over], lens)
         for i, gone in zip(over, self._choose(over, pages, num_pages, lens), strict=True):
             layer = self.layers[i]
-            for pool, own in self._by_pool(layer, lens, gone[:, self.tables.local_tables]):
+            for pool, own in self._by_pool(layer, lens, self.tables.map.own(gone, 1, self.tables.heads)):
                 self.tables.counters.evicted += drop(pool, own)
             self.tables.directory.evict(layer, gone.sum(-1) * self.tables.page_size)
         self.tables.note_eviction(lens)
@@ -164,7 +152,7 @@ class Retention:
             return Candidates(score, last, hit)
         block = torch.stack([score.view(torch.int32), last, hit.to(torch.int32)])
         gathered = self.exchange.all_gather(block, "gathering the scores of pages")  # [G, 3, L, R, S, C]
-        score, last, hit = gathered.permute(1, 2, 3, 0, 4, 5).flatten(3, 4)
+        score, last, hit = self.tables.map.in_shard_order(gathered.permute(1, 2, 3, 0, 4, 5).flatten(3, 4), 3, self.tables.heads)
         return Candidates(score.contiguous().view(torch.float32), last, hit > 0)
 
     def _choose(self, over: list[int], pages: Candidates, num_pages: Tensor, lens: list[int]) -> Tensor:
@@ -189,9 +177,9 @@ class Retention:
         candidates = (pages.score < torch.inf).sum((-1, -2)).clamp_min(1)
         step = policy.threshold_rate * (policy.target_hit_rate - pages.hit.sum((-1, -2)) / candidates)
         for i, change, due in zip(over, step, num_pages > 0, strict=True):
-            old = self.threshold.get(self.layers[i], torch.zeros_like(change))
-            self.threshold[self.layers[i]] = torch.where(due, old + change, old)
-        theta = torch.stack([self.threshold[self.layers[i]] for i in over])
+            theta = self.threshold[self.layers[i]]
+            theta.value = torch.where(due, theta.value + change, theta.value)
+        theta = torch.stack([self.threshold[self.layers[i]].value for i in over])
         return torch.where(num_pages > 0, theta, -torch.inf)
 
 

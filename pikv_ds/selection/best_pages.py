@@ -12,15 +12,16 @@ import torch
 from torch import Tensor
 
 from pikv_ds.exchange.exchange import Exchange
+from pikv_ds.placement.shard_map import ShardMap
 
 PINNED = 0x7F800000  # upper half of the key of a page that must be read: that of +inf
 HIDDEN = ~0x7F800000 << 32 | 0xFFFFFFFF  # highest key of a page that must not be read: that of -inf
 
 
-def page_keys(score: Tensor, hidden: Tensor, pinned: Tensor, shards: slice, num_shards: int) -> Tensor:
+def page_keys(score: Tensor, hidden: Tensor, pinned: Tensor, shard_map: ShardMap) -> Tensor:
     """Order pages by (pinned, score, lower shard, lower column): total, and the same however the shards lie on ranks.
 
-    Args: score [Q, S, 1 or H, C] f32 below +inf; hidden, pinned [Q, S, C] bool; shards: the local ones among num_shards.
+    Args: score [Q, S, 1 or H, C] f32 below +inf; hidden, pinned [Q, S, C] bool of the local shards.
 
     Returns: [Q, 1 or H, S * C] int64, the higher the sooner read; <= HIDDEN where hidden, or not pinned with a score of -inf.
     """
@@ -28,14 +29,14 @@ def page_keys(score: Tensor, hidden: Tensor, pinned: Tensor, shards: slice, num_
     bits = score.view(torch.int32)
     keys = bits.new_empty((*score.shape, 2))
     torch.bitwise_xor(bits, (bits >> 31) & 0x7FFFFFFF, out=keys[..., 1])  # ascends with the float
-    keys[..., 0] = _turns(shards.start, shards.stop, num_shards, score.shape[-1], score.device)
+    keys[..., 0] = _tie_order(shard_map.local, shard_map.num_shards, score.shape[-1], score.device)
     return keys.view(torch.int64).squeeze(-1).transpose(1, 2).flatten(2)
 
 
 @lru_cache(maxsize=4)
-def _turns(start: int, stop: int, num_shards: int, columns: int, device: torch.device) -> Tensor:
+def _tie_order(shards: tuple[int, ...], num_shards: int, columns: int, device: torch.device) -> Tensor:
     """[S, 1, C] int32: the lower half of the keys, higher for lower shards and columns."""
-    shard = torch.arange(start, stop, dtype=torch.int32, device=device).view(-1, 1, 1)
+    shard = torch.tensor(shards, dtype=torch.int32, device=device).view(-1, 1, 1)
     return 0x7FFFFFFF - (shard * (2**31 // num_shards) + torch.arange(columns, dtype=torch.int32, device=device))
 
 

@@ -7,14 +7,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from pikv_ds.cache.writer import Written
 from pikv_ds.codecs.request_maps import Turn
 from pikv_ds.codecs.rope import turn
 from pikv_ds.pages.entries import keys_at
+from pikv_ds.pages.events import NewEntries, TurnedEntries, Written
 from pikv_ds.pages.layers import Tables
 from pikv_ds.pages.move import Moved
 from pikv_ds.pages.pool import LayerStore
-from pikv_ds.routers.base import NewEntries, Router, TurnedEntries
+from pikv_ds.routers.base import Router
 from pikv_ds.step.step import StepPlan
 
 from .window_news import entries_moved
@@ -34,7 +34,7 @@ class RouterNews:
         for layer in range(len(self.tables.layers)):
             store = self.store(layer)
             others = len(store.summaries)
-            self.router.open(layer, store, self.tables.num_shards)
+            self.router.open(layer, store, self.tables.num_shards, self.tables.rows)
             assert len(store.summaries) == others or self.router.summarises, f"router {self.router.name!r} adds summaries: declare it"
 
     def store(self, layer: int) -> LayerStore:
@@ -51,7 +51,7 @@ class RouterNews:
         if turned is not None:  # what queries will meet
             k = turned.keys(k, plan.positions)
         if shard is not None:
-            table = torch.where(written.here, table * self.tables.num_local + shard - self.tables.shard_begin, 0)
+            table = torch.where(written.here, table * self.tables.num_local + self.tables.map.index[shard], 0)
         new = NewEntries(
             k=k, rows=plan.rows, positions=plan.positions, shard=torch.zeros_like(plan.rows) if shard is None else shard,
             valid=written.valid, slot_mapping=written.slot_mapping, table=table.to(torch.int32),
@@ -80,7 +80,7 @@ class RouterNews:
         """Pages have come into the far pools of layers. Host phase."""
         for layer, pages in moved:
             store = self.store(layer)
-            self.router.moved(layer, store, entries_moved(store, pages, self.tables.shard_begin))
+            self.router.moved(layer, store, entries_moved(store, pages, self.tables.map.shards))
 
     def turned(self, layer: int, turn: Turn) -> None:
         """Keys of some rows of a layer have another basis, and their pages hold other numbers. Host phase."""
@@ -100,15 +100,9 @@ class RouterNews:
         k, positions = keys_at(store, table, index), store.positions[page, offset]
         return NewEntries(
             k=k if store.turned is None else store.turned.keys(k, positions), rows=table // num_local, positions=positions,
-            shard=table % num_local + self.tables.shard_begin, valid=torch.ones_like(page, dtype=torch.bool),
+            shard=self.tables.map.shards[table % num_local], valid=torch.ones_like(page, dtype=torch.bool),
             slot_mapping=(page * self.tables.page_size + offset).to(torch.int32), table=table.to(torch.int32),
         )  # fmt: skip
-
-    def remap(self, parent: list[int]) -> None:
-        """Row i continues row parent[i], -1 = a fresh row. Host phase."""
-        rows = torch.tensor(parent, dtype=torch.int64).to(self.tables.device)
-        for layer in range(len(self.tables.layers)):
-            self.router.remap(layer, rows)
 
 
 def _those(new: NewEntries, mask: Tensor) -> NewEntries:

@@ -35,7 +35,7 @@ def return_needed(partials: Tensor, readers: Tensor, sizes: list[int], exchange:
     return whole
 
 
-def readers_of_shards(named: Tensor, asked: PageQuery, config: RoutingConfig, num_ranks: int) -> Tensor:
+def readers_of_shards(named: Tensor, asked: PageQuery, config: RoutingConfig) -> Tensor:
     """Ranks with a shard that a router names, or that holds a sink or recent token, whether there are pages of it or not.
 
     Args: named [M, S] bool, shards of all ranks. Returns: [G, M, 1] bool, the same on every rank. Sync: none.
@@ -48,7 +48,8 @@ def readers_of_shards(named: Tensor, asked: PageQuery, config: RoutingConfig, nu
         row = (asked.row_of_query() - asked.rows.start).unsqueeze(1)
         home = torch.where(pinned >= 0, asked.homes[row, pinned.clamp_min(0).long()].long(), -1)
         named = named | (home.unsqueeze(-1) == torch.arange(num_shards, device=device)).any(1)
-    return named.unflatten(1, (num_ranks, -1)).any(-1).T.unsqueeze(-1)
+    by_rank = named if asked.map.contiguous else named.index_select(1, asked.map.by_rank)
+    return by_rank.unflatten(1, (asked.map.num_ranks, -1)).any(-1).T.unsqueeze(-1)
 
 
 def _first(mask: Tensor, count: int) -> Tensor:

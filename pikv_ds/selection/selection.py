@@ -5,6 +5,7 @@ R rows, T queries per row, Q = R * T, S local shards, N = Q * S tables, C table 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -19,10 +20,9 @@ from pikv_ds.routers.base import PageQuery, Router
 from pikv_ds.spec import LayerSpec
 from pikv_ds.step.query import Query
 from pikv_ds.step.step import StepPlan
-from pikv_ds.tiers.window import Tiers
 
 from .best_pages import best_pages, by_column, listed_pages, page_keys
-from .budget import Budget, lens_seen, page_budget
+from .budget import Budget, NearPages, lens_seen, page_budget
 from .extent import Extent, extent_of
 from .news import RouterNews
 from .returns import readers_of_shards
@@ -46,7 +46,7 @@ class Selection:
         exchange: Exchange,
         stages: bool,
         keeps_all: bool,
-        tiers: Tiers | None,
+        tiers: NearPages | None,
     ) -> None:
         """stages: entries are stored after the queries of their layer. keeps_all: nothing is ever evicted.
 
@@ -59,6 +59,7 @@ class Selection:
         self.entries = torch.zeros(2, dtype=torch.float64, device=self.device)  # read (mean over kv heads), visible: sums over queries
         self.mass = torch.zeros(2, dtype=torch.float64, device=self.device)  # share of attention read, queries
         self.measures_mass = False
+        self.onlookers: tuple[Callable[[PageQuery, Tensor], None], ...] = ()  # shown every choice before it is read: tests, evaluation
         self.readers: Tensor | None = None  # of the latest read with returns_needed: [G, R * T, H] bool, ranks whose partials count
         self._plan: StepPlan | None = None
         self._budgets: dict[int | None, Budget] = {}
@@ -85,8 +86,8 @@ class Selection:
 
     @property
     def metadata_nbytes(self) -> int:
-        """Bytes of what the router keeps besides summaries, and of the counters."""
-        return self.router.nbytes + self.entries.nbytes + self.mass.nbytes
+        """Bytes of the counters; what the router keeps is counted with pages and rows."""
+        return self.entries.nbytes + self.mass.nbytes
 
     def read(
         self,
@@ -122,6 +123,8 @@ class Selection:
                 asked = replace(asked, near_lse=near[1][:, begin : begin + QUERIES_AT_ONCE].flatten(0, 1))
                 self.entries += held.flatten(1).sum(1, dtype=torch.float64) @ real_queries(asked)
             page_list = self.choose(asked, plan) if near is None else self.choose(asked, plan, held)
+            for look in self.onlookers:
+                look(asked, page_list)
             self._count(asked, page_list)
             if self.readers is not None:
                 readers.append(self.readers.unflatten(1, (num_rows, -1)))
@@ -152,7 +155,7 @@ class Selection:
         if near is not None:  # near pages take part as pinned ones, so that the budget is one over both pools and all ranks
             score = torch.nn.functional.pad(score, (0, near.shape[-1]))
             hidden, pinned = torch.cat([hidden, near == 0], -1), torch.cat([pinned, near > 0], -1)
-        page_list = self._listed(asked, plan, page_keys(score, hidden, pinned, asked.shards, self.num_shards), num_local)
+        page_list = self._listed(asked, plan, page_keys(score, hidden, pinned, self.tables.map), num_local)
         return page_list if near is None else torch.where(page_list < columns, page_list, -1)
 
     def _listed(self, asked: PageQuery, plan: StepPlan, keys: Tensor, num_local: int) -> Tensor:
@@ -160,7 +163,7 @@ class Selection:
         self.readers = None
         if not self.router.budgeted:
             if self.returns_needed(plan):
-                self.readers = readers_of_shards(self.router.chosen, asked, self.config, self.exchange.size)
+                self.readers = readers_of_shards(self.router.chosen, asked, self.config)
             return listed_pages(keys, num_local)
         budget = self._budget(asked.layer, plan)
         pages = (
@@ -200,7 +203,7 @@ class Selection:
         return PageQuery(
             layer=query.layer, rows=rows, q=q.reshape(-1, num_q_heads, dim).contiguous(), positions=at, store=store, block_table=table,
             seqlens=lens, tail=stored.tail, tail_rows=None if stored.tail is None else per_query(stored.tail_rows), **extent._asdict(),
-            shards=self.tables.local, homes=None if self.num_shards == 1 else self.tables.directory.shard_at[query.layer][rows],
+            map=self.tables.map, homes=None if self.num_shards == 1 else self.tables.directory.shard_at[query.layer][rows],
             window=window, scale=query.scale, gather=self.gather,
         )  # fmt: skip
 

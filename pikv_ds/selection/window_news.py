@@ -1,4 +1,4 @@
-"""What a router is told of two pools of pages (window.py): pages that were demoted, and what queries read besides. P entries of a page."""
+"""What a router is told of two pools of pages (tiers/window.py): pages demoted, and what queries read besides. P entries of a page."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from pikv_ds.pages.view import Stored
 from pikv_ds.routers.base import NewEntries, PageQuery
 
 
-def entries_moved(far: LayerStore, moved: Moved, shard_begin: int) -> NewEntries:
-    """The entries of pages that have come into a far pool, keys as they are read from now on. shard_begin: the first local shard."""
+def entries_moved(far: LayerStore, moved: Moved, shards_here: Tensor) -> NewEntries:
+    """The entries of pages that have come into a far pool, keys as they are read from now on. shards_here [S] int64: the global
+    shard of each local one."""
     slots, k, positions = page_slots(moved.target, far.page_size), entries_of(far, moved.target)[0], far.positions[moved.target].flatten()
     rows, shards = (x.repeat_interleave(far.page_size) for x in (moved.rows, moved.shards))
     return NewEntries(
-        k=k if far.turned is None else far.turned.keys(k, positions), rows=rows, positions=positions, shard=shards + shard_begin,
+        k=k if far.turned is None else far.turned.keys(k, positions), rows=rows, positions=positions, shard=shards_here[shards],
         valid=torch.ones_like(slots, dtype=torch.bool), slot_mapping=slots, table=torch.zeros_like(slots),
     )  # fmt: skip
 

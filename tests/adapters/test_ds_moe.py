@@ -5,6 +5,7 @@ import torch
 
 from pikv_ds.adapters.hf.attach import attach
 from pikv_ds.adapters.hf.router_output import count_gate_experts, output_of
+from pikv_ds.cache.inspect import CacheProbe
 from pikv_ds.errors import UnsupportedError
 from tests.dist.launcher import run_deepspeed
 from tests.ds_moe_models import NUM_EXPERTS, gates, moe_model
@@ -29,7 +30,7 @@ def test_text_equals_dense_and_homes_are_what_the_gate_routed(k, source):
         for own, gate in zip(seen, gates(model), strict=True):
             gate.register_forward_hook(lambda _m, _a, out, own=own: own.append(out))
         out = generate(model)
-        homes = [at[:, :25].long() for at in cache.core.tables.directory.shard_at]
+        homes = [CacheProbe(cache.core).homes(layer)[:, :25] for layer in range(len(seen))]
     assert torch.equal(out.sequences, dense.sequences)
     assert max((a - b).abs().max() for a, b in zip(out.logits, dense.logits, strict=True)) < 1e-5
     # The expert of the largest weight that the gate routed to, by row and position.

@@ -4,12 +4,13 @@ import pytest
 import torch
 
 import pikv_ds
-from tests.held import held_bytes, weights
+from pikv_ds.cache.inspect import CacheProbe
+from tests.held import held_bytes
 from tests.tiny_models import prompt, tiny_model
 
 
 def held(model, cache) -> int:
-    return held_bytes(cache, without=[*model.parameters(), *model.buffers(), *weights(cache.core)])
+    return held_bytes(cache, without=[*model.parameters(), *model.buffers(), *CacheProbe(cache.core).weights])
 
 
 def breaks(*_) -> None:

@@ -6,6 +6,7 @@ from torch import nn
 
 from pikv_ds.adapters.hf.attach import attach
 from pikv_ds.adapters.hf.router_output import find_router
+from pikv_ds.cache.inspect import CacheProbe
 from pikv_ds.errors import ConfigError, UnsupportedError
 from tests.ds_moe_models import gates, moe_model
 from tests.routers import check_calls, watch
@@ -84,7 +85,7 @@ def test_load_penalty_evens_out_the_shards(applies_to):
     for penalty in ({}, {"load": 4.0, "applies_to": applies_to}):
         with attach(model, block(**penalty)) as cache:
             generate(model, length=100)
-            loads.append(cache.core.tables.directory.load.float())
+            loads.append(CacheProbe(cache.core).loads.float())
     assert torch.equal(loads[0].sum(1), loads[1].sum(1)), "entries were lost"
     assert (loads[1].std(1) < loads[0].std(1)).all(), loads
 
@@ -95,7 +96,7 @@ def test_the_penalised_router_is_the_one_that_names_the_entries():
     for penalty in ({}, {"load": 4.0}):
         with attach(model, block({**STORAGE, "expert_ids": "previous_layer"}, **penalty)) as cache:
             generate(model, length=100)
-            loads.append(cache.core.tables.directory.load.float())
+            loads.append(CacheProbe(cache.core).loads.float())
             if penalty:
                 assert not cache.penalty.of(2).any() and cache.penalty.of(1).any()
     assert (loads[1][1:].std(1) < loads[0][1:].std(1)).all(), loads
@@ -112,7 +113,7 @@ def test_miss_penalty_keeps_tokens_and_entries_from_an_expert(source):
         generate(model)
         chosen = [output[2] for router in calls[: 1 if source == "previous_layer" else 2] for _, output, _ in router.seen]
         assert not any((ids == 5).any() for ids in chosen)
-        assert (cache.core.tables.directory.load[1, 5] == 0).all(), "the homes follow the penalised choice"
+        assert (CacheProbe(cache.core).loads[1, 5] == 0).all(), "the homes follow the penalised choice"
 
 
 def test_misses_of_the_cache_aware_router_feed_the_penalty():
@@ -121,7 +122,7 @@ def test_misses_of_the_cache_aware_router_feed_the_penalty():
     config["routing"] |= {"method": "cache_aware", "top_k": 2, "sink_tokens": 0, "recent_tokens": 0}
     with attach(model, config) as cache:
         generate(model, length=60)
-        missed = cache.core.selection.router.misses[1]
+        missed = CacheProbe(cache.core).router.misses[1]
         assert missed.max() > missed.min()
         assert torch.allclose(cache.penalty.of(1), torch.log1p(missed[torch.arange(8) // 2]))
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import pikv_ds
+from pikv_ds.cache.inspect import CacheProbe
 from pikv_ds.errors import ConfigError
 from tests.dist.jobs.exact import assert_conserved, assert_same, generate_sharded
 from tests.tiny_models import prompt, tiny_model
@@ -40,10 +41,11 @@ def error(model, ids, dense, compression) -> tuple[float, dict]:
     """Of the logits of single steps after the prompt, relative, and the report of the cache with the formats of its pages."""
     with torch.no_grad(), pikv_ds.attach(model, {"compression": compression}) as cache:
         logits = [model(part, past_key_values=cache, use_cache=True).logits for part in ids.split([PROMPT, *[1] * STEPS], 1)]
-        stores = cache.core.tables.stores
-        stats = cache.stats() | {"formats": {store.fmt.label for store in stores}}
-        pages = [s.num_pages * s.fmt.page_size * (s.fmt.bytes_per_token + 4) for s in stores]
-        stats["declared"] = sum(pages) + sum(s.tail.element_size() * len(s.tail) * s.fmt.tail_elements for s in stores if s.fmt.grouped)
+        pools = CacheProbe(cache.core).all_pools
+        stats = cache.stats() | {"formats": {pool.fmt.label for pool in pools}}
+        pages = [pool.num_pages * pool.page_size * (pool.fmt.bytes_per_token + 4) for pool in pools]
+        tails = [pool.tail.element_size() * len(pool.tail) * pool.fmt.tail_elements for pool in pools if pool.fmt.grouped]
+        stats["declared"] = sum(pages) + sum(tails)
     return ((torch.cat(logits[1:], 1) - dense).norm() / dense.norm()).item(), stats
 
 
@@ -95,11 +97,11 @@ def test_eviction_and_selection_over_groups_with_raw_columns(models):
 def test_two_pools_and_a_rotation_keep_the_rotary_part(models):
     model, ids, dense = models["deepseek_v3"]
     with pikv_ds.attach(model, {"compression": {"method": "adaptive"}}) as cache:
-        formats = [store.fmt.label for layer in zip(cache.core.tables.stores, cache.core.tables.far, strict=True) for store in layer]
+        formats = [pool.fmt.label for pool in CacheProbe(cache.core).all_pools]
     assert set(formats) == {"int8+rope", "int4+rope"}
     turned = {"method": "int4", "rotate": "hadamard"}
     with pikv_ds.attach(model, {"compression": turned}) as cache:
-        encode = cache.core.transforms[0].k.encode[0]
+        encode = CacheProbe(cache.core).maps(0).k.encode[0]
     rotary = encode.shape[0] - V_DIM
     assert torch.equal(encode[V_DIM:, V_DIM:], torch.eye(rotary)) and not torch.equal(encode[:V_DIM, :V_DIM], torch.eye(V_DIM))
     for block in ({"method": "adaptive"}, turned, {"method": "int4", "raw_recent_tokens": 32}):
@@ -119,4 +121,4 @@ def test_asked_for_without_latents_it_is_refused():
     with pytest.raises(ConfigError, match="rope_raw = null or false: 'none' and 'none' keep all columns"):
         pikv_ds.attach(model, {"compression": {"method": "adaptive", "light": "none", "heavy": "none", "rope_raw": True}})
     with pikv_ds.attach(model, {"compression": {"method": "int8"}}) as cache:
-        assert {store.fmt.label for store in cache.core.tables.stores} == {"int8"}
+        assert {fmt.label for fmt in CacheProbe(cache.core).formats} == {"int8"}

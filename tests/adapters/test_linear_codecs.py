@@ -8,6 +8,7 @@ import pikv_ds
 from pikv_ds.adapters.hf.attach import find_attentions
 from pikv_ds.adapters.hf.fingerprint import key_norms
 from pikv_ds.adapters.hf.model_spec import read_model_spec
+from pikv_ds.cache.inspect import CacheProbe
 from pikv_ds.errors import ConfigError
 from tests.calibrations import random_calibration
 from tests.dist.jobs.exact import assert_same, generate, generate_sharded
@@ -104,9 +105,10 @@ def test_svd_of_full_rank_is_exact_through_its_turns(models, family, columns):
         want = model(ids).logits
         with pikv_ds.attach(model, block) as cache:
             found = torch.cat([model(part, past_key_values=cache, use_cache=True).logits for part in ids.split(columns, 1)], 1)
-            pages = sum(store.nbytes for store in cache.core.tables.stores)
+            probe = CacheProbe(cache.core)
+            pages = sum(pool.nbytes for pool in probe.all_pools)
             kept = 2 * 2 * 2 * 2 * 16 * 16 * 4  # layers, sides, rows, heads, head_dim, rank, bytes: the sums are gone
-            assert cache.stats()["kv_bytes_allocated"] == pages + cache.core.bases.nbytes == pages + kept
+            assert cache.stats()["kv_bytes_allocated"] == pages + probe.bases_bytes == pages + kept
     assert (found - want).abs().max() <= 2e-5
 
 
@@ -189,7 +191,7 @@ def test_another_geometry_and_a_latent_are_refused(models, tmp_path):
 def test_weights_in_another_dtype_are_the_same_model(models):
     model = tiny_model("qwen3_moe").to(torch.bfloat16)
     with pikv_ds.attach(model, {"compression": {"method": "lora", "rank": 16, "calibration": models["qwen3_moe"][2]}}) as cache:
-        assert cache.core.tables.formats[0].name == "bf16"
+        assert CacheProbe(cache.core).formats[0].name == "bf16"
 
 
 def test_keys_and_values_in_record_formats_of_their_own(models):
@@ -198,5 +200,5 @@ def test_keys_and_values_in_record_formats_of_their_own(models):
     for compression, label in (({"method": "int8", "v": {"method": "fp8_e4m3"}}, "int8/fp8_e4m3"), ({"v": low}, "fp32/int8")):
         with pikv_ds.attach(model, {"compression": compression}) as cache, torch.no_grad():
             found = torch.cat([model(part, past_key_values=cache, use_cache=True).logits for part in ids.split(7, 1)], 1)
-            formats = cache.core.tables.formats
+            formats = CacheProbe(cache.core).formats
         assert {fmt.label for fmt in formats} == {label} and bool(found.isfinite().all())

@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM
 import pikv_ds
 from pikv_ds import bundled
 from pikv_ds.adapters.hf.rehearse import rehearse
+from pikv_ds.cache.inspect import CacheProbe
 from pikv_ds.errors import ConfigError
 from tests.tiny_models import prompt as random_prompt
 from tests.tiny_models import tiny_model
@@ -49,10 +50,10 @@ def test_peaks_are_those_of_dense_attention_and_nothing_stays(prompt):
     with pikv_ds.attach(model, block()) as cache:
         token = fed(model, cache, ids)
         rehearse(model, cache, ids[:, 1:])
-        for layer, (store, attention) in enumerate(zip(cache.core.tables.stores, attentions, strict=True)):
+        for layer, (pool, attention) in enumerate(zip(CacheProbe(cache.core).all_pools, attentions, strict=True)):
             for row in range(len(ids)):
                 peaks = peaks_of(attention[row], TOKENS)
-                found = store.summaries["peak"][store.block_table[row, 0, : len(peaks)].long()]
+                found = pool.column("peak")[pool.page_ids(row, 0)[: len(peaks)]]
                 assert torch.allclose(found, peaks, atol=1e-4), (layer, row)
         assert torch.allclose(model(token, past_key_values=cache).logits, plain, atol=1e-4)
         assert cache.stats()["entries_live"] == len(ids) * 4 * (TOKENS + 1)
@@ -69,9 +70,9 @@ def test_layers_with_a_window_have_no_peaks():
     with pikv_ds.attach(model, block()) as cache:
         token = fed(model, cache, ids)
         rehearse(model, cache, ids[:, 1:])
-        store = cache.core.tables.stores[1]
+        pool = CacheProbe(cache.core).near_pool(1)
         for row in range(len(ids)):
-            found = store.summaries["peak"][store.block_table[row, 0, : 48 // PAGE].long()]
+            found = pool.column("peak")[pool.page_ids(row, 0)[: 48 // PAGE]]
             assert torch.allclose(found, peaks_of(attention[row], 48), atol=1e-4), row
         assert torch.allclose(model(token, past_key_values=cache).logits, plain, atol=1e-4)
 
@@ -86,12 +87,11 @@ def test_peaks_of_far_pages_are_those_of_the_rehearsal(prompt):
     with pikv_ds.attach(model, block() | coded) as cache:
         fed(model, cache, ids)
         rehearse(model, cache, ids[:, 1:])
-        for layer, (store, attention) in enumerate(zip(cache.core.tables.far, attentions, strict=True)):
+        for layer, attention in enumerate(attentions):
+            far = CacheProbe(cache.core).far_pool(layer)
             for row in range(len(ids)):
-                pages = store.block_table[row, 0]
-                pages = pages[pages >= 0].long()
-                assert store.positions[pages][:, 0].tolist() == [0, 32]
-                assert torch.allclose(store.summaries["peak"][pages], peaks_of(attention[row], TOKENS, 32)[:2], atol=0.01), layer
+                assert [page[0] for page in far.pages(row)] == [0, 32]
+                assert torch.allclose(far.column("peak")[far.page_ids(row, 0)], peaks_of(attention[row], TOKENS, 32)[:2], atol=0.01), layer
 
 
 def test_a_column_that_nobody_keeps(prompt):
@@ -105,12 +105,10 @@ def test_eviction_follows_the_peaks(prompt):
     with pikv_ds.attach(model, block(budget_ratio=0.5)) as cache:
         token = fed(model, cache, ids)
         rehearse(model, cache, ids[:, 1:])
-        store = cache.core.tables.stores[0]
-        peaks = store.summaries["peak"][store.block_table[0, 0, : TOKENS // PAGE].long()].tolist()
+        pool = CacheProbe(cache.core).near_pool(0)
+        peaks = pool.column("peak")[pool.page_ids(0, 0)[: TOKENS // PAGE]].tolist()
         model(token, past_key_values=cache)
-        store = cache.core.tables.stores[0]
-        pages = store.block_table[0, 0]
-        kept = {int(first) // PAGE for first in store.positions[pages[pages >= 0].long()][:, 0]}
+        kept = {page[0] // PAGE for page in CacheProbe(cache.core).pages(0, 0)}
     free = [i for i in range(1, TOKENS // PAGE) if (i + 1) * PAGE <= TOKENS + 1 - 8]
     gone = set(free) - kept
     assert gone == set(sorted(free, key=peaks.__getitem__)[: len(gone)]) and len(gone) >= 5

@@ -8,6 +8,7 @@ import torch
 import pikv_ds
 from pikv_ds import bundled
 from pikv_ds.bundled.recall import KINDS, Prose, recall_prompt
+from pikv_ds.cache.inspect import CacheProbe
 
 CONTEXT, CHUNK, PROMPTS = 1024, 32, 16
 EIGHTH = {"budget_ratio": 0.125, "sink_tokens": 4, "recent_tokens": 16}
@@ -39,26 +40,23 @@ def recall():
             return measured[method]
         routing = {"method": method} | ({} if method == "all" else EIGHTH)
         with torch.no_grad(), pikv_ds.attach(model, {"page_size": 4, "routing": routing}) as cache:
-            text = [0.0, 1.0]
+            probe = CacheProbe(cache.core)
             for start in range(0, length, CHUNK):
-                if cache.core.selection is not None:
-                    cache.core.selection.measures_mass = length - 4 * CHUNK <= start < length - CHUNK
+                probe.measure_mass(length - 4 * CHUNK <= start < length - CHUNK)
                 token = model(ids[:, start : start + CHUNK], past_key_values=cache, logits_to_keep=1).logits.argmax(-1)
-            before, answer, selection = cache.stats(), [token], cache.core.selection
-            if selection is not None:
-                text = selection.mass.tolist()
-                selection.measures_mass = True
-                selection.mass.zero_()
+            before, answer, text = cache.stats(), [token], probe.read
+            probe.measure_mass(True)
             for _ in range(prose.answer_tokens() - 1):
                 answer.append(model(answer[-1], past_key_values=cache).logits.argmax(-1))
-            after, mass = cache.stats(), None if selection is None else selection.mass.tolist()
+            after, read = cache.stats(), probe.read
         texts = [tokenizer.decode(row).strip() for row in torch.cat(answer, 1)]
         found = sum(text.startswith(prompt.answer) for text, prompt in zip(texts, prompts, strict=True)) / PROMPTS
-        if selection is None:
+        if read is None:
             measured[method] = Found(found, 1.0, 1.0, 1.0)
         else:
-            read, visible = (after[key] - before[key] for key in ("entries_read", "entries_visible"))
-            measured[method] = Found(found, read / visible, mass[0] / mass[1], text[0] / text[1])
+            entries, visible = (after[key] - before[key] for key in ("entries_read", "entries_visible"))
+            mass = (read.mass - text.mass) / (read.queries - text.queries)
+            measured[method] = Found(found, entries / visible, mass, text.mass / text.queries)
         print(method, measured[method])
         return measured[method]
 

@@ -12,6 +12,7 @@ from pikv_ds import bundled
 from pikv_ds.adapters.hf.attach import find_attentions
 from pikv_ds.adapters.hf.calibrate import calibrate, heads_of, heads_shown
 from pikv_ds.adapters.hf.model_spec import read_model_spec
+from pikv_ds.cache.inspect import CacheProbe
 from pikv_ds.codecs import CODECS
 from pikv_ds.codecs.distill import attention_kl
 from pikv_ds.codecs.maps import Linear
@@ -120,13 +121,12 @@ def test_svd(bundled_heads):
         with pikv_ds.attach(model, {"compression": {"method": "svd", "rank": RANK, "raw_recent_tokens": window}}) as cache, torch.no_grad():
             for part in torch.tensor([ids]).split(columns, 1):
                 model(part, past_key_values=cache, use_cache=True)
-            core, ratios = cache.core, []
+            probe, ratios = CacheProbe(cache.core), []
             # In one forward every layer computes what the model does; in chunks deeper layers see what the first one lost.
             for i in range(len(specs) if columns == TOKENS else 1):
-                store = core.tables.pools(i)[-1]
-                pages = store.block_table[0, 0][store.block_table[0, 0] >= 0].long()
-                at = store.positions[pages].flatten()[: int(store.counts)].long()
-                for c, basis, x in zip(decode_pages(store.pages[pages], store.fmt), core.bases.bases[i], heads[i], strict=True):
+                pool = probe.pools(i)[-1]
+                at = pool.positions(0, 0)
+                for c, basis, x in zip(decode_pages(pool.records[pool.page_ids(0, 0)], pool.fmt), probe.bases(i), heads[i], strict=True):
                     back = torch.einsum("nhr,hdr->nhd", c.transpose(1, 2).flatten(0, 1)[: len(at)].double(), basis[0].double())
                     for head in range(2):
                         own = x[at, head]

@@ -11,8 +11,10 @@ from pikv_ds.policies import POLICIES
 from pikv_ds.policies.base import Pages, RetentionPolicy
 from tests.held import check_bytes
 from tests.retention_blocks import needed
-from tests.unit.driver import Driver, layer, ragged, rel_error
-from tests.unit.evicting import EvictingDriver
+from tests.unit.checks import Dense
+from tests.unit.dense import rel_error
+from tests.unit.driver import Driver, layer, ragged
+from tests.unit.evicting import evicting
 from tests.unit.invariants import poison
 from tests.unit.stores import fill, make_store
 from tests.unrotated import held, unrotated
@@ -48,20 +50,20 @@ def test_budget_pins_and_attention(name, num_shards, page_size, tmp_path):
     kinds, options = [layer(0), layer(1, window=7), layer(2)], {"page_size": page_size, "num_shards": num_shards, "placement": "position"}
     if POLICIES.get(name).needs_one_shard and num_shards > 1:
         with pytest.raises(ConfigError, match="one shard on one rank"):
-            EvictingDriver(kinds, None, scheduling, **options)
+            evicting(kinds, None, scheduling, **options)
         return
     if POLICIES.get(name).needs_head_budget:  # its entries are those of a head: tests/unit/test_evict_heads.py holds it to the rest
         with pytest.raises(ConfigError, match="head_budget = 'shared'"):
-            EvictingDriver(kinds, None, scheduling | {"head_budget": "shared"}, **options)
+            evicting(kinds, None, scheduling | {"head_budget": "shared"}, **options)
         return
-    driver = EvictingDriver(kinds, None, scheduling, **options)
+    driver, kept = evicting(kinds, None, scheduling, **options)
     driver.prefill([50, 3, 21])
     if page_size == 1:  # then the budget is kept to the entry
-        assert len(driver.kept(0, 0)) == 30 or driver.cache.retention.policy.target_hit_rate is not None
+        assert len(kept.kept(0, 0)) == 30 or driver.probe.policy.target_hit_rate is not None
     for mask in [*[ragged([1, 1, 1])] * 6, ragged([9, 0, 13]), ragged([1, 0, 1]), *[ragged([1, 1, 1])] * 5]:
         poison(driver)
         driver.forward(mask)
-    assert driver.evicted > 60
+    assert kept.evicted > 60
 
 
 @pytest.mark.parametrize("page_size", [2, 1])
@@ -75,7 +77,8 @@ def test_keys_before_their_rotation_are_no_other_choice(name, page_size, tmp_pat
     found = []
     for compression in ({}, unrotated(kinds, tmp_path)):
         driver = Driver(kinds, page_size=page_size, num_shards=shards, placement="position", scheduling=scheduling, compression=compression)
-        driver._compare, seen = lambda *_: None, []
+        driver.without(Dense)
+        seen = []
         driver.prefill([40, 3])
         for mask in (ragged([1, 1]), ragged([9, 6]), *[ragged([1, 1])] * 2):
             poison(driver)
@@ -83,7 +86,7 @@ def test_keys_before_their_rotation_are_no_other_choice(name, page_size, tmp_pat
             seen.append(held(driver))
         found.append((seen, outputs))
     (raw, outputs), (kept, others) = found
-    assert kept == raw and len(raw[-1][0][0]) < 30
+    assert kept == raw and len(raw[-1][0][0][0]) < 30
     for want, got in zip(outputs, others, strict=True):
         assert all(rel_error(x, y) < 1e-5 for x, y in zip(got, want, strict=True))
 
@@ -108,17 +111,18 @@ def test_bytes_are_reported(name, tmp_path):
     if not POLICIES.get(name).keeps_all:
         scheduling |= {"budget_tokens": 22, "sink_tokens": 2, "recent_tokens": 3}
     driver = Driver(kinds, page_size=2, scheduling=scheduling)
-    driver._compare = lambda *_: None
+    driver.checks.clear()
     driver.prefill([40, 3])
     for mask in (ragged([9, 6]), *[ragged([1, 1])] * 3):
         driver.forward(mask)
         check_bytes(driver.cache)
-    retention = driver.cache.retention
-    if retention is None:
+    policy = driver.probe.policy
+    if policy is None:
         assert POLICIES.get(name).keeps_all
         return
-    shapes = retention.policy.row_values(driver.num_q_heads, kinds[0].k_dim).values()
-    assert retention.mass.nbytes == 4 * len(kinds) * len(driver.lens) * sum(math.prod(shape) for shape in shapes), "f32 per layer and row"
+    shapes = policy.row_values(driver.num_q_heads, kinds[0].k_dim).values()
+    numbers = len(kinds) * len(driver.lens) * sum(math.prod(shape) for shape in shapes)
+    assert driver.probe.watched_bytes == 4 * numbers, "f32 per layer and row"
 
 
 @pytest.mark.parametrize("name", EVICTING)
@@ -128,8 +132,6 @@ def test_scores_are_comparable_numbers(name, tmp_path):
     scheduling = {"method": name, "budget_tokens": 40, "sink_tokens": 2, "recent_tokens": 5} | own
     driver = Driver([layer(0)], scheduling=scheduling, page_size=4)
     driver.prefill([33, 2])
-    retention = driver.cache.retention
-    score = retention.policy.score(retention.pages(0, driver.lens))
-    table = retention.pages(0, driver.lens).table
+    score, table = driver.probe.scores(0), driver.probe.judged(0).table
     assert score.shape == table.shape and score.dtype == torch.float32
     assert score[table >= 0].isfinite().all() and not score.isnan().any()

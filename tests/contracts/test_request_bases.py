@@ -14,9 +14,9 @@ from pikv_ds.routers import ROUTERS
 from pikv_ds.routers.bounds import PageBounds
 from tests.retention_blocks import needed
 from tests.routing_blocks import placement, routing
+from tests.unit.checks import Dense
 from tests.unit.driver import Driver, layer, ragged
-from tests.unit.evicting import entries_of
-from tests.unit.turning import svd, turns
+from tests.unit.turning import svd
 
 ROUTED = [name for name, router in ROUTERS.items() if not (router.reads_all or router.reads_model_queries)]
 EVICTING = [name for name, policy in POLICIES.items() if not (policy.keeps_all or policy.reads_model_queries)]
@@ -40,18 +40,14 @@ def test_a_router_chooses_as_without_a_codec(name, tmp_path):
     for codec in ({}, svd()):
         block = routing(name, tmp_path, layers=2, shards=4, query_width=64)
         driver, own = Driver(LAYERS, routing=block, num_shards=4, page_size=4, **placement(name), **codec), []
-        driver._compare = lambda i, q, positions, out, lse: None
-        choose = driver.cache.selection.choose
+        driver.without(Dense)
 
-        def recording(asked, plan, choose=choose, own=own):
-            page_list = choose(asked, plan)
+        def look(asked, page_list, own=own):
             own.append(page_list[asked.positions.repeat_interleave(asked.visible.shape[1]) >= 0].sort(-1).values)
-            return page_list
 
-        driver.cache.selection.choose = recording
-        seen = turns(driver) if codec else [1]
+        driver.probe.on_choice(look)
         grow(driver)
-        assert seen
+        assert not codec or max(driver.probe.fitted_at) > 30, "no request was fitted again"
         chosen.append(own)
     assert len(chosen[0]) > 20 and all(torch.equal(plain, turned) for plain, turned in zip(*chosen, strict=True))
 
@@ -65,28 +61,20 @@ def test_a_router_with_a_budget_of_everything_reads_everything(name, tmp_path):
     grow(driver)
 
 
-def held(driver: Driver) -> list[list[list[int]]]:
-    """[layer][row of each table] positions."""
-    return [
-        [entries_of(store, row, table)[2].tolist() for row in range(len(driver.lens)) for table in range(store.counts.shape[1])]
-        for store in driver.cache.tables.stores
-    ]
-
-
 def kept(name: str, folder, codec: dict, **scheduling) -> tuple[list, list]:
     """Entries after every forward, and the outputs; requests double in chunks and while they are decoded."""
     own = needed(name, folder, layers=2, heads=2, width=32)
     block = {"method": name, "budget_tokens": 40, "sink_tokens": 2, "recent_tokens": 5} | own | scheduling
     shards = 1 if POLICIES.get(name).needs_one_shard else 2
     driver = Driver([layer(0, dim=16), layer(1, dim=16)], scheduling=block, page_size=2, num_shards=shards, placement="position", **codec)
-    driver._compare = lambda i, q, positions, out, lse: None
+    driver.without(Dense)
     driver.prefill([50, 16])
-    entries, outputs = [held(driver)], []
+    entries, outputs = [[pool.held for pool in driver.probe.all_pools]], []
     for mask in (ragged([13, 9]), *[ragged([1, 1])] * 8, ragged([33, 50]), *[ragged([1, 1])] * 2):
         outputs += driver.forward(mask)
-        entries.append(held(driver))
+        entries.append([pool.held for pool in driver.probe.all_pools])
     if codec:
-        assert min(driver.cache.bases.fitted_at) >= 75, "every request was fitted again"
+        assert min(driver.probe.fitted_at) >= 75, "every request was fitted again"
     return entries, outputs
 
 

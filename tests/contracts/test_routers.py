@@ -11,37 +11,33 @@ from pikv_ds.routers import ROUTERS
 from pikv_ds.routers.base import Router
 from tests.held import check_bytes, held_bytes
 from tests.routing_blocks import placement, routing
+from tests.unit.checks import Finite
 from tests.unit.driver import Driver, layer, ragged
 from tests.unrotated import unrotated
 
 pytestmark = pytest.mark.parametrize("name", ROUTERS.names())
 LAYERS = [layer(0), layer(1, window=24)]
+COUNTERS = 4 * 8  # bytes: entries read and visible, attention read and queries, in f64
 
 
-class Recording(Driver):
-    """Keeps the outputs and compares nothing: a router may read less than dense attention does."""
+def recording(name: str, folder, num_shards: int = 1, placed: str | None = None, compression: dict | None = None, **own) -> Driver:
+    """Compares nothing: a router may read less than dense attention does.
 
-    def __init__(self, name: str, folder, num_shards: int = 1, placed: str | None = None, compression: dict | None = None, **own) -> None:
-        """placed: the router for which entries are placed, if that is another; own: options of the router."""
-        block = routing(name, folder, layers=len(LAYERS), shards=num_shards, query_width=4 * 8, **own)
-        placed = placement(placed or own.get("base", name))
-        super().__init__(LAYERS, routing=block, num_shards=num_shards, compression=compression, **placed)
-
-    def _compare(self, i, q, positions, out, lse) -> None:
-        real = positions >= 0
-        assert bool(out[real].isfinite().all()) and bool(lse[real].isfinite().all())
+    placed: the router for which entries are placed, if that is another; own: options of the router.
+    """
+    block = routing(name, folder, layers=len(LAYERS), shards=num_shards, query_width=4 * 8, **own)
+    options = placement(placed or own.get("base", name))
+    return Driver(LAYERS, routing=block, num_shards=num_shards, compression=compression, checks=[Finite()], **options)
 
 
-def choices(driver: Recording) -> list:
+def choices(driver: Driver) -> list:
     """The pages read."""
-    selection, found = driver.cache.selection, []
-    if selection is not None:
-        choose = selection.choose
-        selection.choose = lambda *given: found.append(choose(*given)) or found[-1]
+    found = []
+    driver.probe.on_choice(lambda asked, page_list: found.append(page_list))
     return found
 
 
-def outputs(driver: Recording) -> list:
+def outputs(driver: Driver) -> list:
     driver.prefill([40, 23])
     found = [driver.forward(ragged([5, 5]))]
     driver.select([1, 1, 0])
@@ -71,7 +67,7 @@ def test_options_are_keywords_that_a_block_may_hold(name, tmp_path):
 @pytest.mark.parametrize("num_shards", [1, 4], ids="shards{}".format)
 def test_rows_that_grow_fork_and_start_anew(name, num_shards, tmp_path):
     """Finite throughout, and twice the same: nothing depends on the state of a random generator."""
-    first, second = (outputs(Recording(name, tmp_path, num_shards=num_shards)) for _ in range(2))
+    first, second = (outputs(recording(name, tmp_path, num_shards=num_shards)) for _ in range(2))
     for forward, again in zip(first, second, strict=True):
         for (out, lse), (out_again, lse_again) in zip(forward, again, strict=True):
             assert torch.equal(out, out_again) and torch.equal(lse, lse_again)
@@ -81,7 +77,7 @@ def test_keys_before_their_rotation_are_no_other_choice(name, tmp_path):
     """Pages that hold coefficients of un-rotated keys, all of them: every query reads the pages that it reads of raw ones."""
     found = []
     for compression in ({}, unrotated(LAYERS, tmp_path)):
-        driver = Recording(name, tmp_path, num_shards=4, compression=compression)
+        driver = recording(name, tmp_path, num_shards=4, compression=compression)
         pages = choices(driver)
         driver.prefill([40, 23])
         found.append(([driver.forward(ragged(new)) for new in ([5, 3], [1, 1], [1, 1])], pages))
@@ -94,54 +90,49 @@ def test_keys_before_their_rotation_are_no_other_choice(name, tmp_path):
 
 def test_what_is_kept_per_page_is_declared(name, tmp_path):
     """`summarises` says what `open` does, before there is a store; and summaries can be made for pages that move, or rules refuse that."""
-    driver = Recording(name, tmp_path)
+    driver = recording(name, tmp_path)
     router = driver.cache.blueprint.router
-    assert router.summarises == any(store.summaries for store in driver.cache.tables.all_stores)
+    assert router.summarises == any(pool.columns for pool in driver.probe.all_pools)
     assert router.rebuilds_moved and router.rebuilds_rebased, "no router of this package needs the rules for those that can't"
 
 
 def test_bytes_are_reported(name, tmp_path):
     """Summaries are KV bytes, what is kept per request or shard is metadata."""
-    driver, plain = Recording(name, tmp_path, num_shards=4), Recording("all", tmp_path, num_shards=4, placed=name)
+    driver, plain = recording(name, tmp_path, num_shards=4), recording("all", tmp_path, num_shards=4, placed=name)
     for each in (driver, plain):
         each.prefill([70])
         each.decode()
     own, dense = (stats(each.cache, 1, 71) for each in (driver, plain))
-    summaries = sum(x.nbytes for store in driver.cache.tables.stores for x in store.summaries.values())
+    summaries = sum(pool.column(column).nbytes for pool in driver.probe.all_pools for column in pool.columns)
     assert own["kv_bytes_allocated"] == dense["kv_bytes_allocated"] + summaries
-    selection = driver.cache.selection
-    if selection is None:
+    router = driver.probe.router
+    if router is None:
         assert own["metadata_bytes"] == dense["metadata_bytes"]
         return
-    kept = held_bytes(selection.router, without=getattr(selection.router, "gate", None))
-    assert kept == selection.router.nbytes, "the router keeps what kept() does not name"
-    assert own["metadata_bytes"] == dense["metadata_bytes"] + kept + selection.entries.nbytes + selection.mass.nbytes
+    assert not held_bytes(router, without=[driver.probe.rows, getattr(router, "gate", None)]), "it keeps what it has not declared"
+    assert own["metadata_bytes"] == dense["metadata_bytes"] + driver.probe.rows.nbytes + COUNTERS
     check_bytes(driver.cache)
 
 
 def test_pinned_pages_are_always_read(name, tmp_path):
     """Sinks and the recent window, whatever the scores; a router that reads less than everything reads less than is stored."""
-    driver = Recording(name, tmp_path, num_shards=4)
+    driver = recording(name, tmp_path, num_shards=4)
     driver.prefill([70])
-    selection = driver.cache.selection
-    if selection is None:
+    if driver.probe.router is None:
         assert ROUTERS.get(name).reads_all
         return
-    choose, seen = selection.choose, []
+    seen = []
 
-    def checking(asked, plan):
-        page_list = choose(asked, plan)
+    def checking(asked, page_list):
         listed = torch.zeros(*page_list.shape[:2], asked.block_table.shape[-1] + 1, dtype=torch.bool)
         listed.scatter_(2, torch.where(page_list >= 0, page_list, listed.shape[-1] - 1).long(), True)
         must = (asked.pinned & asked.visible).flatten(0, 1).unsqueeze(1)
         assert bool((listed[..., :-1] | ~must).all())
         assert bool((asked.visible.flatten(0, 1).unsqueeze(1) | ~listed[..., :-1]).all()), "a page beyond what is visible"
         seen.append(int(must.sum()))
-        return page_list
 
-    selection.choose = checking
+    driver.probe.on_choice(checking)
     for _ in range(4):
         driver.decode()
     assert min(seen) >= 2
-    read, visible = selection.entries.tolist()
-    assert 0 < read < visible
+    assert 0 < driver.probe.read_share < 1

@@ -18,7 +18,7 @@ EXPERTS, DIM, Q_HEADS = 8, 16, 4
 LAYERS: dict[str, list[LayerSpec]] = {
     "full": [layer(0, dim=DIM), layer(1, dim=DIM)],
     "window": [layer(0, dim=DIM), layer(1, dim=DIM, window=24)],
-    "latent": [layer(0, dim=DIM), layer(1, dim=DIM, latent=True)],
+    "latent": [layer(0, dim=DIM), layer(1, dim=DIM - 8, latent=True)],
     "windows": [layer(0, dim=DIM, window=24), layer(1, dim=DIM, window=40)],
 }
 CODECS = ("none", "int8", "int4", "int2", "fp8_e4m3", "fp4_e2m1", "adaptive", "svd", "lora", "lora_plus", "unrotated", "crop")
@@ -46,7 +46,8 @@ SETTINGS: dict[str, tuple] = {
     "interval": (1, 3),
     "prefill": ("evict", "keep"),
 }
-RAW = {"none": {}, "sinks": {"raw_sink_tokens": 3}, "recent": {"raw_recent_tokens": 8}, "both": {"raw_sink_tokens": 3, "raw_recent_tokens": 8}}
+SINKS, RECENT = {"raw_sink_tokens": 3}, {"raw_recent_tokens": 8}
+RAW = {"none": {}, "sinks": SINKS, "recent": RECENT, "both": SINKS | RECENT}
 Case = dict[str, object]
 
 

@@ -8,11 +8,11 @@ import torch
 from safetensors import safe_open
 
 from pikv_ds.cache.cache import PiKVCache
+from pikv_ds.cache.inspect import CacheProbe
 from pikv_ds.config.pikv import PiKVConfig
 from pikv_ds.spec import LayerSpec
 from pikv_ds.step.step import LocalStep
 from tests.kvpress.inputs import HEAD_DIM, Case, digest, rotated, tensors
-from tests.unit.invariants import slots_of
 
 FILE = Path(__file__).parent / "kept.safetensors"
 
@@ -63,9 +63,9 @@ def kept(case: Case, chunks: int) -> torch.Tensor:
         cache.attend(0, *own[1:], scale=HEAD_DIM**-0.5, v_dim=HEAD_DIM, expert_ids=None)
         cache.end_step()
     cache.retention.evict([case.length])
-    store, mask = cache.tables.stores[0], torch.zeros(case.num_kv_heads, case.length, dtype=torch.bool)
+    pool, mask = CacheProbe(cache).near_pool(0), torch.zeros(case.num_kv_heads, case.length, dtype=torch.bool)
     for head in range(case.num_kv_heads):
-        mask[head, store.positions.flatten()[slots_of(store, 0, head).long()].long()] = True
+        mask[head, pool.positions(0, head)] = True
     return mask
 
 

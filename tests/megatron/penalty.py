@@ -2,6 +2,7 @@
 
 import torch
 
+from pikv_ds.cache.inspect import CacheProbe
 from pikv_ds.errors import ConfigError, UnsupportedError
 from pikv_ds.megatron_patch import PiKVInferenceContext, RouterPenalty, disable_pikv, enable_pikv, pikv_layer_spec
 from pikv_ds.megatron_patch.penalty import model_weights
@@ -41,14 +42,14 @@ def run(model, ids: torch.Tensor, penalty: RouterPenalty | None, misses: dict[in
 def check_penalty(report: Report, ids: torch.Tensor) -> None:
     model = tiny_model(tiny_config())
     without, context = run(model, ids, None)
-    uneven = context.core.tables.directory.load.float()
+    uneven = CacheProbe(context.core).loads.float()
     with report.check("penalty of strength 0 changes nothing"):
         assert torch.equal(run(model, ids, RouterPenalty(applies_to="selection_and_weights"))[0], without)
         assert (run(model, ids, RouterPenalty())[0] - without).abs().max() <= 1e-5
     with report.check("load penalty evens out the shards"):
         for applies_to in ("selection", "selection_and_weights"):
             _, context = run(model, ids, RouterPenalty(load=2.0, applies_to=applies_to))
-            even = context.core.tables.directory.load.float()
+            even = CacheProbe(context.core).loads.float()
             assert torch.equal(even.sum(1), uneven.sum(1)), "entries were lost"
             assert (even.std(1) < uneven.std(1)).all(), (even.std(1), uneven.std(1))
     with report.check("miss penalty keeps tokens from an expert"):

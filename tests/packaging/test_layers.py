@@ -17,15 +17,8 @@ CORE = ORDER[ORDER.index("ops") + 1 : ORDER.index("bundled")]
 FACES = {"pikv_ds", "pikv_ds.plan"}  # public names of other rooms, given to users; nothing of ours imports them
 ALLOWED = {
     ("pikv_ds.config.pikv", "pikv_ds.blueprint.reading"),  # to stay: late, a block is refused when it is read
-    ("pikv_ds.codecs.maps", "pikv_ds.step.query.Partial"),
-    ("pikv_ds.codecs.request_maps", "pikv_ds.step.query.Partial"),
-    ("pikv_ds.pages.listing", "pikv_ds.policies.base.Pages"),
-    ("pikv_ds.pages.listing", "pikv_ds.retention.choose.fit"),
-    ("pikv_ds.selection.budget", "pikv_ds.tiers.window.Tiers"),
-    ("pikv_ds.selection.news", "pikv_ds.cache.writer.Written"),
-    ("pikv_ds.selection.selection", "pikv_ds.tiers.window.Tiers"),
 }
-MOST_FILES_IN_CIRCLES = 14  # may only shrink; 0 is the aim
+MOST_FILES_IN_CIRCLES = 3  # may only shrink; 0 is the aim
 MOST_FLOORS, MOST_FLAT_FILES = 9, 8
 
 

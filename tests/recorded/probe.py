@@ -11,6 +11,7 @@ from pikv_ds.adapters.hf.fingerprint import key_norms
 from pikv_ds.adapters.hf.model_spec import read_model_spec
 from pikv_ds.adapters.hf.rotation import inv_freq_of
 from pikv_ds.cache.cache import PiKVCache
+from pikv_ds.cache.inspect import CacheProbe
 from pikv_ds.cache.stats import stats
 from pikv_ds.ops.build import load
 
@@ -42,21 +43,10 @@ def end_crops(core: PiKVCache) -> None:
 
 def kept(core: PiKVCache) -> dict:
     """Which positions are stored. digest: of the sets; counts: [layer][pool][row][table], a table being a local shard (and head)."""
-    held = [[_positions(store) for store in core.tables.pools(layer)] for layer in range(len(core.layers))]
+    probe = CacheProbe(core)  # a set has no order
+    held = [[[list(map(sorted, tables)) for tables in pool.held] for pool in probe.pools(layer)] for layer in range(probe.num_layers)]
     counts = [[[[len(table) for table in row] for row in pool] for pool in pools] for pools in held]
     return {"digest": hashlib.sha256(json.dumps(held).encode()).hexdigest()[:16], "counts": counts}
-
-
-def _positions(store) -> list[list[list[int]]]:
-    """[row][table]: positions of the entries of one store, ascending: a set has no order."""
-    rows, tables = store.counts.shape
-    return [[_of_table(store, row, table) for table in range(tables)] for row in range(rows)]
-
-
-def _of_table(store, row: int, table: int) -> list[int]:
-    count = int(store.counts[row, table])
-    pages = store.block_table[row, table][: -(-count // store.page_size)].long()
-    return sorted(store.positions[pages].flatten()[:count].tolist())
 
 
 def numbers(host) -> dict:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-pytest.register_assert_rewrite("tests.unit.driver", "tests.unit.invariants")
+pytest.register_assert_rewrite(*(f"tests.unit.{name}" for name in ("checks", "evicting", "invariants", "tiered")))
 
 
 @pytest.fixture(scope="module")

@@ -1,14 +1,20 @@
-"""One PiKVCache on one rank, driven as a model would drive it, beside the oracles. B rows, T columns, H heads, D head_dim."""
+"""One PiKVCache on one rank, driven as a model would drive it, and what is checked of it. B rows, T columns, H heads, D head_dim."""
+
+from __future__ import annotations
+
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from pikv_ds.cache.cache import PiKVCache
+from pikv_ds.cache.inspect import CacheProbe
 from pikv_ds.config.pikv import PiKVConfig
 from pikv_ds.ops import merge_partials, sdpa_lse
 from pikv_ds.spec import LayerSpec
 from pikv_ds.step.step import LocalStep
-from tests.reference_cache import ReferenceCache, merge, wanted_shard
+from tests.reference_cache import ReferenceCache, wanted_shard
+from tests.unit.checks import Check, Dense
 
 TOLERANCE = 1e-6  # relative error norm of f32 attention against float64
 # Entries of 0 and this are stored without loss by a compressed format: what differs then is a wrong entry, not a rounded one.
@@ -21,12 +27,6 @@ def layer(idx: int, *, window: int | None = None, num_kv_heads: int = 2, dim: in
     return LayerSpec(layer_idx=idx, num_kv_heads=1 if latent else num_kv_heads, k_dim=k_dim, v_dim=v_dim, window=window, latent=latent)
 
 
-def rel_error(got: Tensor, want: Tensor) -> float:
-    """Norm of the difference over the norm of what is wanted, in float64; NaN counts as wrong."""
-    error = (got.double() - want.double()).norm() / want.double().norm().clamp_min(1e-30)
-    return float("inf") if bool(error.isnan()) else float(error)
-
-
 def ragged(num_new: list[int], left: bool = True) -> Tensor:
     """Column mask [B, max] of rows with these many tokens, padded on the left or on the right."""
     width = max(num_new)
@@ -34,25 +34,11 @@ def ragged(num_new: list[int], left: bool = True) -> Tensor:
     return torch.tensor(rows, dtype=torch.bool)
 
 
-def dense_rows(q: Tensor, at: Tensor, entries: list, scale: float, window: int | None) -> tuple[Tensor, Tensor]:
-    """float64 attention of queries q [T, Hq, Dk] at positions [T] to the entries 0, 1, ... of their row: out [T, Hq, Dv], lse [T, Hq]."""
-    k, v = (torch.stack(side).double().repeat_interleave(q.shape[1] // entries[0][0].shape[0], 1) for side in zip(*entries, strict=True))
-    of, at = torch.arange(len(entries)), at.unsqueeze(1)
-    visible = (of <= at) & (of > at - (window or len(entries) + 1))
-    scores = (scale * torch.einsum("thd,lhd->thl", q.double(), k)).masked_fill(~visible.unsqueeze(1), -torch.inf)
-    return torch.einsum("thl,lhd->thd", scores.softmax(-1), v), scores.logsumexp(-1)
-
-
-def dense_over(q: Tensor, entries: list, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """float64 attention of one query [Hq, Dk] to these entries: out [Hq, Dv], lse [Hq], weights [Hq, L]."""
-    k, v = (torch.stack(side).double().repeat_interleave(q.shape[0] // entries[0][0].shape[0], 1) for side in zip(*entries, strict=True))
-    scores = scale * torch.einsum("hd,lhd->hl", q.double(), k)
-    weights = scores.softmax(-1)
-    return torch.einsum("hl,lhd->hd", weights, v), scores.logsumexp(-1), weights
+C = TypeVar("C", bound=Check)
 
 
 class Driver:
-    """forward() runs every layer on random q, k, v and compares each query's output with dense attention in float64.
+    """forward() runs every layer on random q, k, v; `checks` say what must hold of it: dense attention unless others are given.
 
     Padding tokens carry NaN keys and values. Row changes (select, crop) wait for the next forward, as the host's caches do it.
     """
@@ -65,6 +51,7 @@ class Driver:
         num_experts: int = 8,
         num_q_heads: int = 4,
         seed: int = 0,
+        checks: list[Check] | None = None,
         dtype: torch.dtype = torch.float32,
         codec: str = "none",
         routing: dict | None = None,
@@ -83,6 +70,7 @@ class Driver:
             scheduling=scheduling or {},
         )
         self.cache = PiKVCache(layers, config, num_experts=num_experts, dtype=dtype, device=torch.device("cpu"), group=group)
+        self.probe = CacheProbe(self.cache)
         rule = {
             "num_experts": num_experts,
             "num_shards": self.cache.num_shards,
@@ -99,12 +87,29 @@ class Driver:
         )
         self.generator = torch.Generator().manual_seed(seed)
         self.skewed = False  # True: all tokens name expert 0
+        self.checks = [Dense()] if checks is None else checks
+        for check in self.checks:
+            check.opened(self)
         self.new_generation()
+
+    def add(self, check: C) -> C:
+        """From now on; before the first forward of a generation."""
+        check.opened(self)
+        check.generation()
+        self.checks = [*self.checks, check]
+        return check
+
+    def without(self, kind: type[Check]) -> Driver:
+        """Stop asking for what does not hold here: who leaves pages out, or drops them, does not answer as dense attention does."""
+        self.checks = [check for check in self.checks if not isinstance(check, kind)]
+        return self
 
     def new_generation(self) -> None:
         self.fresh, self.touched, self.lens, self.parent = True, False, [], []
         self.history: list[list[list[tuple[Tensor, Tensor]]]] = []  # [layer][row][position] -> k, v: what a dense cache would hold
-        self.cache.hold_margin = None
+        self.end_crops()
+        for check in self.checks:
+            check.generation()
 
     def reset(self) -> None:
         self.cache.reset()
@@ -116,16 +121,27 @@ class Driver:
         self.touched = self.touched or index != list(range(len(self.lens)))
         self.parent, self.lens = [self.parent[i] for i in index], [self.lens[i] for i in index]
         self.history = [[list(rows[i]) for i in index] for rows in self.history]
+        for check in self.checks:
+            check.select(index)
 
     def crop(self, keep: list[int]) -> None:
         self.touched = self.touched or keep != self.lens
         self.lens = list(keep)
         self.history = [[row[:n] for row, n in zip(rows, keep, strict=True)] for rows in self.history]
-        if self.cache.hold_margin is not None:
-            self.cache.hold_margin = 0
+        if self.crops_announced:
+            self.announce_crops()
+        for check in self.checks:
+            check.crop(keep)
 
     def announce_crops(self) -> None:
         self.cache.hold_margin = 0
+
+    def end_crops(self) -> None:
+        self.cache.hold_margin = None
+
+    @property
+    def crops_announced(self) -> bool:
+        return self.cache.hold_margin is not None
 
     def decode(self) -> None:
         self.forward(torch.ones(len(self.lens), 1, dtype=torch.bool))
@@ -136,27 +152,28 @@ class Driver:
         self.forward(ragged(num_new, left))
 
     def forward(self, mask: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """mask [B, T]: the real tokens. Returns (out [B, T, Hq, Dv], lse [B, T, Hq]) per layer, already checked."""
+        """mask [B, T]: the real tokens. Returns (out [B, T, Hq, Dv], lse [B, T, Hq]) per layer, checked."""
         num_rows, num_columns = mask.shape
         if self.fresh:
             self.lens, self.parent = [0] * num_rows, [-1] * num_rows
             self.history = [[[] for _ in range(num_rows)] for _ in self.layers]
+        for check in self.checks:
+            check.before(mask)
         num_new = mask.sum(1).tolist()
         positions = torch.where(mask, torch.tensor(self.lens).unsqueeze(1) + mask.cumsum(1) - 1, -1)
         self._move_rows(num_rows)
-        self.cache.begin_step(
-            LocalStep(
-                num_rows=num_rows,
-                num_columns=num_columns,
-                num_new=num_new,
-                parent=self.parent,
-                keep=self.lens,
-                positions=positions.to(torch.int32),
-                digest=0,
-                identity=not self.fresh and not self.touched,
-                fresh=self.fresh,
-            )
+        self.local = LocalStep(
+            num_rows=num_rows,
+            num_columns=num_columns,
+            num_new=num_new,
+            parent=self.parent,
+            keep=self.lens,
+            positions=positions.to(torch.int32),
+            digest=0,
+            identity=not self.fresh and not self.touched,
+            fresh=self.fresh,
         )
+        self.cache.begin_step(self.local)
         self.reference.begin(num_new, decode=num_columns == 1, hold=self.cache.hold)
         outputs = [self._layer(i, positions) for i in range(len(self.layers))]
         self.cache.end_step()
@@ -164,6 +181,8 @@ class Driver:
         self.fresh = self.touched = False
         self.lens = [n + new for n, new in zip(self.lens, num_new, strict=True)]
         self.parent = list(range(num_rows))
+        for check in self.checks:
+            check.after(mask)
         return outputs
 
     def _move_rows(self, num_rows: int) -> None:
@@ -189,17 +208,20 @@ class Driver:
             token = (k[row, column], v[row, column])
             self.history[i][row].append(token)
             self.reference.append(i, row, int(positions[row, column]), int(ids[row * num_columns + column]), *token)
+        for check in self.checks:
+            check.brought(i, q, k, v, ids)
         out, lse = self._attend(i, q, k, v, ids, positions)
-        self._compare(i, q, positions, out, lse)
+        for check in self.checks:
+            check.layer(i, q, positions, out, lse)
         self.reference.place(i)
         return out, lse
 
-    def _scale(self, q: Tensor) -> float:
+    def scale(self, q: Tensor) -> float:
         return q.shape[-1] ** -0.5 / (self.steps or 1)
 
     def _attend(self, i: int, q: Tensor, k: Tensor, v: Tensor, ids: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """What an attention layer of an adapter does."""
-        spec, scale, padding = self.layers[i], self._scale(q), (positions < 0)[..., None, None]
+        spec, scale, padding = self.layers[i], self.scale(q), (positions < 0)[..., None, None]
         given_k, given_v = k.masked_fill(padding, torch.nan), v.masked_fill(padding, torch.nan)[..., : spec.stored_v_dim]
         partial = self.cache.attend(i, q, given_k, given_v, scale=scale, v_dim=spec.v_dim, expert_ids=ids)
         if self.cache.stages:
@@ -210,24 +232,3 @@ class Driver:
         visible = (of >= 0) & (of <= at) & (of > at - (spec.window or 10**6))
         own, own_lse = sdpa_lse(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=scale, mask=visible.unsqueeze(1))
         return merge_partials(torch.stack([partial.out, own.transpose(1, 2)]), torch.stack([partial.lse, own_lse.transpose(1, 2)]))
-
-    def _compare(self, i: int, q: Tensor, positions: Tensor, out: Tensor, lse: Tensor) -> None:
-        spec, scale, wanted = self.layers[i], self._scale(q), []
-        rows = [row for row in range(len(positions)) if bool((positions[row] >= 0).any())]
-        for row in rows:
-            real = positions[row] >= 0
-            want = dense_rows(q[row, real], positions[row, real], self.history[i][row], scale, spec.window)
-            assert rel_error(out[row, real], want[0]) <= self.tolerance, f"layer {i}, row {row}: out"
-            assert rel_error(lse[row, real], want[1]) <= self.tolerance, f"layer {i}, row {row}: lse"
-            wanted.append(want)
-        if not rows or i != sum(self.lens) % len(self.layers):
-            return
-        column = int((positions[rows[-1]] >= 0).nonzero()[-1])  # the reference cache itself, on one query: whole, per shard, per rank
-        query = (i, rows[-1], q[rows[-1], column], int(positions[rows[-1], column]), scale, spec.window)
-        for by in (
-            self.reference.attend(*query),
-            merge(self.reference.partials(*query)),
-            merge(self.reference.partials(*query, by_rank=True)),
-        ):
-            for got, want in zip(by, wanted[-1], strict=True):
-                assert rel_error(got, want[-1]) <= 1e-12, f"layer {i}: reference"

@@ -7,7 +7,9 @@ into an encoded group, a fork that shares a tail, a chunk that reads the tail of
 import pytest
 import torch
 
-from tests.unit.driver import Driver, dense_rows, layer, ragged, rel_error
+from tests.unit.checks import Answers, Dense
+from tests.unit.dense import dense_rows, rel_error
+from tests.unit.driver import Driver, layer, ragged
 from tests.unit.invariants import check_directory, check_pages, check_unshared
 
 pytestmark = pytest.mark.usefixtures("nan_filled_empty")
@@ -17,11 +19,11 @@ CODECS = ["int8", "int4", "fp8_e4m3"]
 
 
 def check(driver: Driver) -> None:
-    for store in driver.cache.tables.stores:
-        check_pages(store)
-        check_unshared(store)
+    for pool in driver.probe.all_pools:
+        check_pages(pool)
+        check_unshared(pool)
     if driver.cache.num_shards > 1:
-        check_directory(driver, driver.cache.tables.directory)
+        check_directory(driver)
 
 
 @pytest.mark.parametrize("expert_ids", ["previous_layer", "true"])
@@ -61,13 +63,12 @@ def test_forks_and_crops_keep_the_open_group(codec, page_size):
 def test_lost_bits_stay_lost_but_bounded(codec):
     """Random entries: the error is not zero (the codes are read) and stays within what the format declares."""
     driver = Driver([layer(0, dim=32)], page_size=64, codec=codec)
-    driver.steps, errors = None, []
-    driver._compare = lambda i, q, positions, out, lse: errors.append((q, positions, out))
+    driver.steps, answers = None, driver.without(Dense).add(Answers())
     driver.prefill([400])
     driver.decode()
-    (q, positions, out), spec = errors[-1], driver.layers[0]
-    want, _ = dense_rows(q[0], positions[0], driver.history[0][0], driver._scale(q), spec.window)
-    fmt = driver.cache.tables.stores[0].fmt
+    (q, positions, out, _), spec = answers.found[-1], driver.layers[0]
+    want, _ = dense_rows(q[0], positions[0], driver.history[0][0], driver.scale(q), spec.window)
+    fmt = driver.probe.formats[0]
     error = rel_error(out[0], want)
     assert 1e-4 < error <= fmt.k_rel_error * 4 + fmt.v_rel_error, error
     assert torch.isfinite(out).all()

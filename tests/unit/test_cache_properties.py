@@ -80,7 +80,7 @@ class CacheMachine(RuleBasedStateMachine):
         """Rows that a window layer has not yet dropped anything of may be cut anywhere, with or without a fork."""
         parents = data.draw(st.lists(st.integers(0, len(self.driver.lens) - 1), min_size=1, max_size=MAX_ROWS))
         self.driver.select(parents)
-        settled = [self.driver.cache.tables.crops.settled[parent] for parent in parents]
+        settled = [self.driver.probe.uncroppable(parent) for parent in parents]
         lowest = [0 if at < self.window else at for at in settled]
         self.driver.crop([data.draw(st.integers(low, n)) for low, n in zip(lowest, self.driver.lens, strict=True)])
         self.driver.forward(ragged([1 + i for i in range(len(parents))]))
@@ -95,7 +95,7 @@ class CacheMachine(RuleBasedStateMachine):
             check(self.driver)
             self.driver.crop([n - data.draw(st.integers(0, width - 1)) for n in self.driver.lens])
         self.driver.decode()
-        self.driver.cache.hold_margin = None
+        self.driver.end_crops()
 
     @precondition(running)
     @rule()

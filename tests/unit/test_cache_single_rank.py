@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from pikv_ds.cache.cache import PiKVCache
+from pikv_ds.cache.inspect import CacheProbe
 from pikv_ds.config.pikv import PiKVConfig
 from pikv_ds.errors import CapacityError
 from pikv_ds.step.step import LocalStep
@@ -62,7 +63,7 @@ def test_windows_expire_pages_and_stay_dense(window, page_size):
         driver.decode()
     check(driver)
     partly_left = 3 * 2 * (page_size - 1)  # rows x shards: the rest of a page of which something is still visible
-    assert int(driver.cache.tables.counts.sum()) <= 3 * (window - 1) + partly_left
+    assert driver.probe.live <= 3 * (window - 1) + partly_left
 
 
 @pytest.mark.parametrize("expert_ids", ["previous_layer", "true"])
@@ -71,7 +72,7 @@ def test_a_hot_expert_spills_and_stays_dense(expert_ids):
     driver.skewed = True
     run_mix(driver)
     assert driver.reference.spilled > 20
-    load = driver.cache.tables.directory.load[0]
+    load = driver.probe.loads[0]
     assert int(load.max()) <= driver.reference.capacity(0)
 
 
@@ -84,7 +85,7 @@ def test_a_fixed_capacity_spills_until_it_is_full():
         check(driver)
     driver.forward(ragged([1, 0]))
     check(driver)
-    assert driver.cache.tables.directory.load[0].tolist() == [7, 7, 7, 7]
+    assert driver.probe.loads[0].tolist() == [7, 7, 7, 7]
     with pytest.raises(
         CapacityError, match=r"layer 0 must hold 30 entries, but pikv.storage.capacity_tokens = 7 x 4 shards is 28; raise .* at least 8"
     ):
@@ -108,21 +109,21 @@ def test_a_balanced_load_never_overflows():
     for _ in range(3):
         driver.decode()
     check(driver)
-    assert driver.cache.tables.directory.load[0].tolist() == [5, 5, 5, 5] and driver.reference.spilled == 0
+    assert driver.probe.loads[0].tolist() == [5, 5, 5, 5] and driver.reference.spilled == 0
 
 
 @pytest.mark.parametrize("page_size", [1, 3, 32], ids="page{}".format)
 def test_forks_share_pages_and_copy_only_what_is_written(page_size):
     driver = Driver([layer(0)], page_size=page_size, num_shards=2)
     driver.prefill([19, 8])
-    before = driver.cache.tables.stores[0].num_pages
+    before = driver.probe.near_pool(0).num_pages
     driver.select([0, 0, 0, 1])
     driver.decode()
     check(driver)
-    store = driver.cache.tables.stores[0]
+    pool = driver.probe.near_pool(0)
     if page_size == 3:
-        assert int(store.refcount.max()) == 3, "full pages of the prefix are shared by three forks"
-    assert store.num_pages - int(store.free_top) <= before + 3 * 2 + 2, "a fork copied full pages"
+        assert int(pool.uses.max()) == 3, "full pages of the prefix are shared by three forks"
+    assert pool.used_pages <= before + 3 * 2 + 2, "a fork copied full pages"
     for index in ([3, 0, 2, 2], [1, 1, 0, 0], [2, 3, 2, 0]):
         driver.select(index)
         driver.decode()
@@ -162,12 +163,12 @@ def test_announced_crops_find_what_left_the_window(page_size):
 
 def test_reset_returns_all_memory():
     driver = Driver(KINDS, page_size=4, num_shards=4)
-    empty, directory = [store.nbytes for store in driver.cache.tables.stores], driver.cache.tables.directory.nbytes
+    empty, directory = [pool.nbytes for pool in driver.probe.all_pools], driver.probe.directory_bytes
     driver.prefill([40, 7])
-    assert all(store.nbytes > bare for store, bare in zip(driver.cache.tables.stores, empty, strict=True))
+    assert all(pool.nbytes > bare for pool, bare in zip(driver.probe.all_pools, empty, strict=True))
     driver.reset()
-    assert [store.nbytes for store in driver.cache.tables.stores] == empty
-    assert driver.cache.tables.directory.nbytes == directory and int(driver.cache.tables.directory.load.sum()) == 0
+    assert [pool.nbytes for pool in driver.probe.all_pools] == empty
+    assert driver.probe.directory_bytes == directory and int(driver.probe.loads.sum()) == 0
     check(driver)
     run_mix(driver)
 
@@ -177,7 +178,7 @@ def test_a_new_generation_forgets_the_old_one():
     driver.prefill([40, 7])
     driver.prefill([3])
     check(driver)
-    assert driver.cache.tables.stores[0].num_pages <= 2
+    assert driver.probe.near_pool(0).num_pages <= 2
     driver.decode()
     check(driver)
 
@@ -208,12 +209,12 @@ def test_pages_add_up_inside_a_forward():
     q = torch.randn(1, 8, 2, 8)
     for i in range(2):
         cache.attend(i, q, q, q, scale=1.0, v_dim=8, expert_ids=torch.arange(8) % 4)
-        for store, live in zip(cache.tables.stores, [8, 8 * i], strict=True):
-            assert int(store.counts.sum()) == live
-            check_pages(store, shrunk=False)
+        for pool, live in zip(CacheProbe(cache).all_pools, [8, 8 * i], strict=True):
+            assert int(pool.counts.sum()) == live
+            check_pages(pool, shrunk=False)
     cache.end_step()
-    for store in cache.tables.stores:
-        check_pages(store)
+    for pool in CacheProbe(cache).all_pools:
+        check_pages(pool)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])

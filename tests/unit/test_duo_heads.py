@@ -6,8 +6,9 @@ from safetensors.torch import save_file
 
 from pikv_ds.errors import ConfigError
 from tests.unit.driver import Driver, layer, ragged
+from tests.unit.heads import HEADS, HeadAttention, HeadPages, held_by
 from tests.unit.invariants import poison
-from tests.unit.test_evict_heads import HEADS, SMALL, HeadDriver
+from tests.unit.test_evict_heads import SMALL
 
 pytestmark = pytest.mark.usefixtures("nan_filled_empty")
 
@@ -21,7 +22,8 @@ def block(folder, heads: list[list[float]], **more) -> dict:
 def test_budget_goes_to_retrieval_heads(tmp_path):
     """Layer 0: head 1 retrieves, layer 1: head 0. 2 x 32 entries hold one head whole and the pins of the other, until 59 tokens."""
     kinds = {(0, 0): False, (0, 1): True, (1, 0): True, (1, 1): False}
-    d = HeadDriver([layer(0), layer(1)], page_size=1, scheduling=block(tmp_path, [[0.1, 0.5], [0.9, 0.4]], budget_tokens=32))
+    scheduling = block(tmp_path, [[0.1, 0.5], [0.9, 0.4]], budget_tokens=32)
+    d = Driver([layer(0), layer(1)], page_size=1, checks=[HeadAttention(), HeadPages()], scheduling=scheduling)
     d.prefill([30, 12])
     for mask in [ragged([20, 4]), *[ragged([1, 1])] * 6, ragged([8, 0]), *[ragged([1, 1])] * 4]:
         poison(d)
@@ -30,7 +32,7 @@ def test_budget_goes_to_retrieval_heads(tmp_path):
             every, excess = set(range(n)), max(0, 2 * n - 64)
             pins = {p for p in every if p < 2 or p >= n - 3}
             for i in range(2):
-                held = {kinds[i, head]: set(d.held(i, row, head)) for head in range(HEADS)}
+                held = {kinds[i, head]: set(held_by(d, i, row, head)) for head in range(HEADS)}
                 assert len(held[False]) + len(held[True]) == 2 * n - excess
                 if excess <= n - len(pins):
                     assert held[True] == every and held[False] >= pins, "a retrieval head lost entries before a streaming head was empty"

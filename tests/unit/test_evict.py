@@ -13,9 +13,9 @@ from pikv_ds.cache.stats import stats
 from pikv_ds.errors import ConfigError
 from tests.unit.driver import Driver, layer, ragged
 from tests.unit.evicting import (
-    EvictingDriver,
     accumulated,
     bound,
+    evicting,
     features,
     last_and_frequent_use,
     last_position,
@@ -58,52 +58,52 @@ def run_mix(driver: Driver) -> None:
 def test_kept_sets_and_attention(num_shards, page_size, method):
     score, options = ORACLES[method]
     scheduling = {"method": method, "budget_tokens": 24 if num_shards == 1 else 29, **SMALL, **options}
-    driver = EvictingDriver(KINDS, score, scheduling, page_size=page_size, num_shards=num_shards)
+    driver, kept = evicting(KINDS, score, scheduling, page_size=page_size, num_shards=num_shards)
     run_mix(driver)
-    assert driver.evicted > 100
+    assert kept.evicted > 100
 
 
 def test_one_request_alone_fed_in_chunks():
     """Its only table is shown to every query of a chunk: the ops take no table that repeats by stride."""
-    driver = EvictingDriver([layer(0)], accumulated, {"method": "h2o", "budget_tokens": 12, **SMALL}, page_size=3)
+    driver, kept = evicting([layer(0)], accumulated, {"method": "h2o", "budget_tokens": 12, **SMALL}, page_size=3)
     driver.prefill([20])
     for columns in (9, 1, 5):
         driver.forward(ragged([columns]))
-    assert driver.evicted >= 15
+    assert kept.evicted >= 15
 
 
 @pytest.mark.parametrize("expert_ids", ["true", "hash"])
 def test_positions_only_needs_no_experts_in_time(expert_ids):
     scheduling = {"method": "streaming_llm", "budget_tokens": 24, **SMALL}
-    run_mix(EvictingDriver(KINDS, last_position, scheduling, page_size=2, num_shards=2, expert_ids=expert_ids))
+    run_mix(evicting(KINDS, last_position, scheduling, page_size=2, num_shards=2, expert_ids=expert_ids))
 
 
 def test_interval_lets_the_budget_be_exceeded_in_between():
-    driver = EvictingDriver(
+    driver, kept = evicting(
         [layer(0)], last_position, {"method": "streaming_llm", "budget_tokens": 12, "interval": 5, **SMALL}, page_size=1
     )
     driver.prefill([12])
     sizes = []
     for _ in range(11):
         driver.decode()
-        sizes.append(int(driver.cache.tables.counts.sum()))
+        sizes.append(driver.probe.live)
     assert sizes == [13, 14, 15, 16, 12, 13, 14, 15, 16, 12, 13]
 
 
 def test_a_prompt_that_is_kept_whole_is_evicted_before_the_first_decode_step():
     options = {"method": "streaming_llm", "budget_tokens": 12, "prefill": "keep", **SMALL}
-    driver = EvictingDriver([layer(0)], last_position, options, page_size=4)
+    driver, kept = evicting([layer(0)], last_position, options, page_size=4)
     driver.prefill([30])
     driver.forward(ragged([7]))
-    assert int(driver.cache.tables.counts.sum()) == 37
+    assert driver.probe.live == 37
     driver.decode()
-    assert int(driver.cache.tables.counts.sum()) <= 12
+    assert driver.probe.live <= 12
     driver.decode()
 
 
 @pytest.mark.parametrize("num_shards", [1, 4], ids="S{}".format)
 def test_forks_keep_what_their_parents_kept(num_shards):
-    driver = EvictingDriver(
+    driver, kept = evicting(
         KINDS, last_position, {"method": "streaming_llm", "budget_tokens": 24, **SMALL}, page_size=3, num_shards=num_shards
     )
     driver.prefill([40, 17])
@@ -118,20 +118,20 @@ def test_forks_keep_what_their_parents_kept(num_shards):
 def test_crops_that_were_announced_wait_with_eviction(num_shards):
     """As in assisted decoding: several columns, some taken back; what is evicted goes once the crop has happened."""
     options = {"method": "streaming_llm", "budget_tokens": 24, **SMALL}
-    driver = EvictingDriver(KINDS, last_position, options, page_size=3, num_shards=num_shards)
+    driver, kept = evicting(KINDS, last_position, options, page_size=3, num_shards=num_shards)
     driver.prefill([40, 17])
     driver.announce_crops()
     for taken_back in (3, 0, 4):
         driver.forward(ragged([5, 5]))
         poison(driver)
         driver.crop([n - taken_back for n in driver.lens])
-    driver.cache.hold_margin = None
+    driver.end_crops()
     driver.decode()
-    assert driver.evicted > 20
+    assert kept.evicted > 20
 
 
 def test_a_crop_behind_an_eviction_is_refused():
-    driver = EvictingDriver([layer(0)], last_position, {"method": "streaming_llm", "budget_tokens": 12, **SMALL}, page_size=4)
+    driver, kept = evicting([layer(0)], last_position, {"method": "streaming_llm", "budget_tokens": 12, **SMALL}, page_size=4)
     driver.prefill([30])
     driver.crop([29])
     with pytest.raises(RuntimeError, match="crop to 29 of 30 tokens: entries were evicted .* at 30 tokens"):
@@ -141,12 +141,12 @@ def test_a_crop_behind_an_eviction_is_refused():
 def test_memory_follows_the_budget_within_one_step():
     """Slabs are returned: what 400 tokens leave allocated is what 32 entries take, by the 1.25 x + one slab rule of the store."""
     driver = Driver([layer(0)], page_size=4, scheduling={"method": "streaming_llm", "budget_tokens": 32, "prefill": "keep", **SMALL})
-    driver._compare = lambda *_: None
+    driver.checks.clear()
     driver.prefill([400])
     full = stats(driver.cache, 1, 1)
     driver.decode()
     left = stats(driver.cache, 1, 1)
-    record = driver.cache.tables.stores[0].fmt.record_bytes
+    record = driver.probe.formats[0].record_bytes
     assert full["kv_bytes_allocated"] == 100 * record and left["kv_bytes_allocated"] <= 10 * record
     assert left["entries_evicted"] == 401 - left["entries_live"] and left["entries_live"] <= 33
 
@@ -156,11 +156,11 @@ def test_memory_follows_the_budget_within_one_step():
 def test_compressed_pages(method, codec, page_size, num_shards):
     """Entries of 0 and full scale lose nothing to a format: attention finds each where it should be, also in groups that were left open."""
     scheduling = {"method": method, "budget_tokens": 132, **SMALL}
-    driver = EvictingDriver([layer(0)], ORACLES[method][0], scheduling, page_size=page_size, num_shards=num_shards, codec=codec)
+    driver, kept = evicting([layer(0)], ORACLES[method][0], scheduling, page_size=page_size, num_shards=num_shards, codec=codec)
     driver.prefill([250, 70])
     for mask in [*[ragged([1, 1])] * 3, ragged([70, 5]), *[ragged([1, 1])] * 3]:
         driver.forward(mask)
-    assert driver.evicted > 140
+    assert kept.evicted > 140
 
 
 @pytest.mark.parametrize("head_budget", ["shared", "adaptive"])
@@ -170,14 +170,14 @@ def test_poisoned_slots_change_no_bit(head_budget):
     for poisoned in (False, True):
         scheduling = {"method": "h2o", "budget_tokens": 30, "head_budget": head_budget, **SMALL}
         driver = Driver([layer(0), layer(1)], page_size=4, num_shards=2, scheduling=scheduling)
-        driver._compare = lambda *_: None
+        driver.checks.clear()
         driver.prefill([40, 25])
         outputs.append([])
         for mask in [*[ragged([1, 1])] * 3, ragged([9, 4]), *[ragged([1, 1])] * 3]:
             if poisoned:
                 poison(driver)
             outputs[-1] += [x for pair in driver.forward(mask) for x in pair]
-        assert driver.cache.tables.counters.evicted > 60
+        assert stats(driver.cache, 1, 1)["entries_evicted"] > 60
     assert all(torch.equal(a, b) for a, b in zip(*outputs, strict=True)) and outputs[0][-1].isfinite().all()
 
 

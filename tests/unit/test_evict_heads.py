@@ -1,84 +1,23 @@
 """Budgets per KV head: every head keeps its own entries, attention is that of each head over what it kept, memory follows."""
 
-from dataclasses import replace
-
 import pytest
 import torch
-from torch import Tensor
 
-from pikv_ds.cache.cache import PiKVCache
 from pikv_ds.cache.stats import stats
 from pikv_ds.errors import ConfigError
-from tests.unit.driver import Driver, dense_over, layer, ragged, rel_error
-from tests.unit.invariants import check_pages, check_unshared, poison, slots_of
-from tests.unit.stores import stored
+from tests.unit.driver import Driver, layer, ragged
+from tests.unit.heads import HEADS, HeadAttention, HeadPages, Twins, held_by
+from tests.unit.invariants import poison
 
 pytestmark = pytest.mark.usefixtures("nan_filled_empty")
 SMALL = {"sink_tokens": 2, "recent_tokens": 3}
-HEADS, BUDGET = 2, 22
+BUDGET = 22
 
 
-class HeadDriver(Driver):
-    """Compares with attention of each head over the entries that its tables held before the forward, and the forward's own."""
-
-    def held(self, i: int, row: int, head: int) -> list[int]:
-        """Positions that this head has in any shard."""
-        store = self.cache.tables.stores[i]
-        tables = range(head, store.counts.shape[1], HEADS)
-        return [p for table in tables for p in stored(store, slots_of(store, row, table))[2].tolist()]
-
-    def forward(self, mask: Tensor) -> list:
-        if self.fresh:
-            self.before = {}
-        else:
-            rows = self.parent if self.touched else range(len(self.lens))
-            self.before = {
-                (i, r, h): self.held(i, old, h) for i in range(len(self.layers)) for r, old in enumerate(rows) for h in range(HEADS)
-            }
-        outputs = super().forward(mask)
-        self.check()
-        return outputs
-
-    def _compare(self, i: int, q: Tensor, positions: Tensor, out: Tensor, lse: Tensor) -> None:
-        for row, column in (positions >= 0).nonzero().tolist():
-            at, first = int(positions[row, column]), int(positions[row][positions[row] >= 0][0])
-            for head in range(HEADS):
-                kept = [*self.before.get((i, row, head), []), *range(first, at + 1)]
-                entries = [(k[head : head + 1], v[head : head + 1]) for k, v in (self.history[i][row][p] for p in kept)]
-                query = slice(head * q.shape[2] // HEADS, (head + 1) * q.shape[2] // HEADS)
-                want_out, want_lse, _ = dense_over(q[row, column, query], entries, self._scale(q))
-                assert rel_error(out[row, column, query], want_out) <= self.tolerance, (i, row, at, head)
-                assert rel_error(lse[row, column, query], want_lse) <= self.tolerance, (i, row, at, head)
-
-    def check(self) -> None:
-        for i, store in enumerate(self.cache.tables.stores):
-            check_pages(store)
-            check_unshared(store)
-            for row, length in enumerate(self.lens):
-                for table in range(store.counts.shape[1]):
-                    k, v, positions = stored(store, slots_of(store, row, table))
-                    assert positions.tolist() == sorted(set(positions.tolist()))
-                    entries, head = [self.history[i][row][p] for p in positions.tolist()], table % HEADS
-                    if entries:
-                        assert torch.equal(k[:, 0], torch.stack([e[0][head] for e in entries]))
-                        assert torch.equal(v[:, 0], torch.stack([e[1][head] for e in entries]))
-                for head, evicted in enumerate(self.cache.tables.directory.evicted_by_head()[i][row]):
-                    assert len(self.held(i, row, head)) + evicted == length, f"layer {i}, row {row}, head {head}: not live + evicted"
-            if self.cache.num_shards > 1:
-                assert self.cache.tables.directory.load[i].tolist() == store.counts.sum(0).view(-1, HEADS).sum(1).tolist()
-        numbers = stats(self.cache, 1, 1)
-        live, evicted, cropped, appended, forked = (
-            numbers[f"entries_{name}"] for name in ("live", "evicted", "cropped", "appended", "forked")
-        )
-        assert live + evicted + cropped == appended + forked
-        assert numbers["kv_bytes_allocated"] == sum(
-            t.untyped_storage().nbytes() for s in self.cache.tables.stores for t in (s.pages, *s.summaries.values())
-        )
-
-
-def driver(head_budget: str, method: str = "h2o", page_size: int = 2, num_shards: int = 1, **scheduling) -> HeadDriver:
+def driver(head_budget: str, method: str = "h2o", page_size: int = 2, num_shards: int = 1, attention=True, **scheduling) -> Driver:
     scheduling = {"method": method, "budget_tokens": BUDGET, "head_budget": head_budget, **SMALL, **scheduling}
-    return HeadDriver([layer(0), layer(1)], page_size=page_size, num_shards=num_shards, scheduling=scheduling)
+    checks = [HeadPages(), *[HeadAttention()] * attention]
+    return Driver([layer(0), layer(1)], page_size=page_size, num_shards=num_shards, scheduling=scheduling, checks=checks)
 
 
 @pytest.mark.parametrize("method", ["h2o", "knorm", "quest"])
@@ -92,11 +31,11 @@ def test_each_head_attends_to_what_it_kept(num_shards, head_budget, page_size, m
         poison(d)
         d.forward(mask)
         for i in range(2):
-            counts = d.cache.tables.stores[i].counts.unflatten(1, (-1, HEADS)).sum(1)
+            counts = d.probe.near_pool(i).counts.unflatten(1, (-1, HEADS)).sum(1)
             assert (counts.sum(1) <= HEADS * BUDGET).all() and (head_budget == "adaptive" or counts.max() <= BUDGET)
             floor = torch.tensor([min(n, 4) for n in d.lens]).unsqueeze(1)
             assert (counts >= floor - page_size).all()
-    sets = {tuple(d.held(0, 0, head)) for head in range(HEADS)}
+    sets = {tuple(held_by(d, 0, 0, head)) for head in range(HEADS)}
     assert len(sets) == HEADS, "both heads kept the same entries"
 
 
@@ -105,46 +44,16 @@ def test_adaptive_budgets_differ_between_heads_down_to_a_floor(num_shards):
     for floor in (0.1, 1.0):
         d = driver("adaptive", "knorm", 1, num_shards, head_floor=floor)
         d.prefill([60, 50])
-        counts = torch.stack([store.counts.unflatten(1, (-1, HEADS)).sum(1) for store in d.cache.tables.stores])
+        counts = torch.stack([pool.counts.unflatten(1, (-1, HEADS)).sum(1) for pool in d.probe.all_pools])
         assert (counts.sum(-1) == HEADS * BUDGET).all() and bool((counts != BUDGET).any()) == (floor < 1)
-
-
-class TwinDriver(HeadDriver):
-    """Beside it one cache per head, with that head's queries, keys and values alone: with uniform budgets each must keep the same."""
-
-    def __init__(self, layers, **options) -> None:
-        super().__init__(layers, **options)
-        singles = [replace(spec, num_kv_heads=1) for spec in layers]
-        config = self.cache.config.model_copy(
-            update={"scheduling": self.cache.config.scheduling.model_copy(update={"head_budget": "shared"})}
-        )
-        kind = {"num_experts": self.num_experts, "dtype": self.dtype, "device": torch.device("cpu")}
-        self.twins = [PiKVCache(singles, config, **kind) for _ in range(HEADS)]
-        for name in ("begin_step", "end_step"):
-            calls = [getattr(cache, name) for cache in (self.cache, *self.twins)]
-            setattr(self.cache, name, lambda *args, calls=calls: [call(*args) for call in calls])
-
-    def _attend(self, i: int, q: Tensor, k: Tensor, v: Tensor, ids: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        for head, (twin, queries) in enumerate(zip(self.twins, q.chunk(HEADS, 2), strict=True)):
-            own = slice(head, head + 1)
-            twin.attend(i, queries, k[:, :, own], v[:, :, own], scale=self._scale(q), v_dim=v.shape[-1], expert_ids=ids)
-        return super()._attend(i, q, k, v, ids, positions)
-
-    def check(self) -> None:
-        super().check()
-        for i, store in enumerate(self.cache.tables.stores):
-            for row in range(len(self.lens)):
-                for table in range(store.counts.shape[1]):
-                    twin, shard = self.twins[table % HEADS].tables.stores[i], table // HEADS
-                    want = stored(twin, slots_of(twin, row, shard))[2].tolist()
-                    assert stored(store, slots_of(store, row, table))[2].tolist() == want, f"layer {i}, row {row}, table {table}"
 
 
 @pytest.mark.parametrize("method", ["h2o", "tova", "quest", "snapkv"])
 @pytest.mark.parametrize("num_shards", [1, 4], ids="S{}".format)
 def test_a_head_keeps_what_a_cache_of_its_own_would(num_shards, method):
     scheduling = {"method": method, "budget_tokens": 30, "head_budget": "uniform", **SMALL}
-    d = TwinDriver([layer(0), layer(1)], page_size=3, num_shards=num_shards, capacity_tokens=400, scheduling=scheduling)
+    options = {"page_size": 3, "num_shards": num_shards, "capacity_tokens": 400, "scheduling": scheduling}
+    d = Driver([layer(0), layer(1)], checks=[HeadAttention(), HeadPages(), Twins()], **options)
     d.prefill([60, 17])
     for mask in [*[ragged([1, 1])] * 4, ragged([5, 11]), ragged([9, 0]), *[ragged([1, 1])] * 6]:
         d.forward(mask)
@@ -163,36 +72,36 @@ def test_forks_of_heads(num_shards):
 
 @pytest.mark.parametrize("num_shards", [1, 2], ids="S{}".format)
 def test_announced_crops_of_heads(num_shards):
-    d = driver("uniform", "knorm", 3, num_shards)
+    # What waits with its eviction goes at the beginning of the next forward: no attention over what was held before it.
+    d = driver("uniform", "knorm", 3, num_shards, attention=False)
     d.prefill([40, 17])
     d.announce_crops()
-    d._compare = lambda *_: None  # what waits with its eviction goes at the beginning of the next forward
     for taken_back in (3, 0, 4):
         d.forward(ragged([5, 5]))
         poison(d)
         d.crop([n - taken_back for n in d.lens])
-    d.cache.hold_margin = None
+    d.end_crops()
     d.decode()
-    assert d.cache.tables.counters.cropped == 2 * 2 * HEADS * 7
+    assert stats(d.cache, 1, 1)["entries_cropped"] == 2 * 2 * HEADS * 7
 
 
 @pytest.mark.parametrize("num_shards", [1, 2], ids="S{}".format)
 def test_memory_of_heads_follows_the_budget(num_shards):
-    d = driver("uniform", "knorm", 4, num_shards, prefill="keep")
-    d._compare = lambda *_: None  # what is evicted before a forward is not what it held after the last one
+    # What is evicted before a forward was held after the last one: no attention over that.
+    d = driver("uniform", "knorm", 4, num_shards, attention=False, prefill="keep")
     d.prefill([200])
-    record = d.cache.tables.stores[0].fmt.record_bytes
-    assert d.cache.tables.stores[0].nbytes >= HEADS * 50 * record
+    record = d.probe.formats[0].record_bytes
+    assert d.probe.near_pool(0).nbytes >= HEADS * 50 * record
     d.decode()
-    assert d.cache.tables.stores[0].nbytes <= 1.25 * HEADS * (BUDGET // 4 + num_shards) * record + record
+    assert d.probe.near_pool(0).nbytes <= 1.25 * HEADS * (BUDGET // 4 + num_shards) * record + record
 
 
 def test_a_budget_in_bytes_is_that_of_all_heads():
     d = driver("uniform", "knorm", 1)
-    record = d.cache.tables.stores[0].fmt.record_bytes
+    record = d.probe.formats[0].record_bytes
     d = driver("uniform", "knorm", 1, budget_tokens=None, budget_bytes=2 * HEADS * 30 * record)  # two layers
     d.prefill([60])
-    assert [store.counts.tolist() for store in d.cache.tables.stores] == [[[30, 30]]] * 2
+    assert [pool.counts.tolist() for pool in d.probe.all_pools] == [[[30, 30]]] * 2
 
 
 REFUSED = {

@@ -4,9 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.unit.driver import dense_over, ragged
-from tests.unit.evicting import EvictingDriver, accumulated, bound, last_query, last_use, observed
-from tests.unit.invariants import poison, slots_of
+from tests.unit.choices import by_row, recorded_choices
+from tests.unit.dense import dense_over
+from tests.unit.driver import Driver, ragged
+from tests.unit.evicting import AllPages, Kept, accumulated, bound, evicting, last_query, last_use, observed
+from tests.unit.invariants import poison
 from tests.unit.test_evict import KINDS, SMALL
 
 pytestmark = pytest.mark.usefixtures("nan_filled_empty")
@@ -20,50 +22,29 @@ ORACLES = {
 }
 
 
-class RoutedDriver(EvictingDriver):
+class ChosenPages(AllPages):
     """What was read is taken from the cache's choice, page by page; which pages it should be is test_selection.py's question."""
 
-    def __init__(self, *args, routing: dict, **options) -> None:
-        super().__init__(*args, routing=routing, **options)
-        self.read: list[list[list[set[int]]]] = []  # blocks of queries: [query][kv head] -> first positions of the pages read
-        self.left_out = 0
-        choose = self.cache.selection.choose
+    def opened(self, driver: Driver) -> None:
+        super().opened(driver)
+        self.read, self.left_out = recorded_choices(driver.probe), 0
 
-        def recording(asked, plan):
-            page_list = choose(asked, plan)
-            columns = page_list.view(asked.first.shape[0], -1, *page_list.shape[1:])  # [Q, S, H, K]
-            block = [[set() for _ in range(columns.shape[2])] for _ in columns]
-            for query, shard, head, k in (columns >= 0).nonzero().tolist():
-                block[query][head].add(int(asked.first[query, shard, columns[query, shard, head, k]]))
-            self.read.append(block)
-            return page_list
-
-        self.cache.selection.choose = recording
-
-    def _compare(self, i: int, q: Tensor, positions: Tensor, out: Tensor, lse: Tensor) -> None:
-        num_rows, self.alone = len(positions), positions.shape[1] == 1
+    def layer(self, i: int, positions: Tensor) -> None:
+        self.alone = positions.shape[1] == 1
         self.own = [{int(p) for p in row if p >= 0} for row in positions]
-        self.chosen = [[heads for block in self.read for heads in block[row * len(block) // num_rows :][: len(block) // num_rows]]
-                       for row in range(num_rows)]  # fmt: skip
-        self.read = []
-        super()._compare(i, q, positions, out, lse)
+        self.chosen = by_row(self.read, len(positions))
+        self.read.clear()
 
-    def _attention(self, i: int, row: int, t: int, query: Tensor, visible: list[int], scale: float) -> tuple[Tensor, Tensor, Tensor]:
-        spec = self.layers[i]
+    def attention(self, i: int, row: int, t: int, query: Tensor, visible: list[int], scale: float) -> tuple[Tensor, Tensor, Tensor]:
+        driver, spec = self.driver, self.driver.layers[i]
         heads = self.chosen[row][t] if self.chosen[row] else [set()]  # nothing was stored for anybody
         heads = heads if len(heads) > 1 else heads * spec.num_kv_heads
         group, parts = query.shape[0] // spec.num_kv_heads, []
-        store = self.cache.tables.stores[i]
-        first: dict[int, int] = {}  # position -> first position of its page
-        for shard in range(self.cache.num_shards):
-            slots = slots_of(store, row, shard).long()
-            held = store.positions.flatten()[slots].tolist()
-            pages = (slots // self.cache.page_size).tolist()
-            first |= {p: held[pages.index(page)] for p, page in zip(held, pages, strict=True)}
+        first = {p: page[0] for page in driver.probe.near_pool(i).pages(row) for p in page}  # position -> first position of its page
         for head, pages in enumerate(heads):
             read = [p for p in visible if (p in self.own[row] and not self.alone) or first.get(p) in pages]
             self.left_out += len(visible) - len(read)
-            entries = [tuple(side[head : head + 1] for side in self.history[i][row][p]) for p in read]
+            entries = [tuple(side[head : head + 1] for side in driver.history[i][row][p]) for p in read]
             out, lse, weights = dense_over(query[head * group : (head + 1) * group], entries, scale)
             share = torch.zeros(group, len(visible), dtype=weights.dtype)
             share[:, [visible.index(p) for p in read]] = weights
@@ -71,17 +52,15 @@ class RoutedDriver(EvictingDriver):
         return tuple(torch.cat(x) for x in zip(*parts, strict=True))
 
 
-def check_masses(driver: RoutedDriver) -> None:
+def check_masses(driver: Driver, kept: Kept) -> None:
     """What h2o has summed up per page is what the loops have."""
-    for i, store in enumerate(driver.cache.tables.stores):
+    for i, pool in enumerate(driver.probe.all_pools):
         if driver.layers[i].window is None:
             for row in range(len(driver.lens)):
-                for shard, pages in enumerate(driver.tables[i][row]):
-                    ids = store.block_table[row, shard][: len(pages)].long()
+                for shard, pages in enumerate(kept.held[i][row]):
+                    ids = pool.page_ids(row, shard)[: len(pages)]
                     wanted = torch.tensor([accumulated(page) for page in pages])
-                    assert torch.allclose(store.summaries["mass"][ids], wanted, rtol=1e-4, atol=1e-5), (
-                        f"layer {i}, row {row}, shard {shard}"
-                    )
+                    assert torch.allclose(pool.column("mass")[ids], wanted, rtol=1e-4, atol=1e-5), f"layer {i}, row {row}, shard {shard}"
 
 
 BOUNDS, HASH = {"method": "bounds", "budget_pages": 4}, {"method": "hash", "top_k": 1}
@@ -93,11 +72,12 @@ def test_kept_sets_and_attention_with_a_router(method, num_shards, router):
     score, options = ORACLES[method]
     scheduling = {"method": method, "budget_tokens": 18, **SMALL, **options}
     routing = {**router, "sink_tokens": 1, "recent_tokens": 2}
-    driver = RoutedDriver(KINDS, score, scheduling, routing=routing, page_size=3, num_shards=num_shards)
+    reads = ChosenPages()
+    driver, kept = evicting(KINDS, score, scheduling, reads=reads, routing=routing, page_size=3, num_shards=num_shards)
     driver.prefill([25, 1, 14])
     for mask in [*[ragged([1, 1, 1])] * 5, ragged([4, 0, 9]), ragged([1, 0, 1]), ragged([6, 14, 2], left=False), *[ragged([1, 1, 1])] * 5]:
         poison(driver)
         driver.forward(mask)
     if method == "h2o":
-        check_masses(driver)
-    assert driver.evicted > 60 and driver.left_out > 400
+        check_masses(driver, kept)
+    assert kept.evicted > 60 and reads.left_out > 400

@@ -5,7 +5,8 @@ import torch
 
 from pikv_ds.ops import add_sink, merge_partials
 from tests.reference_cache import dense_attention, merge
-from tests.unit.driver import TOLERANCE, rel_error
+from tests.unit.dense import rel_error
+from tests.unit.driver import TOLERANCE
 
 SCALE = 0.4
 

@@ -9,28 +9,28 @@ from safetensors.torch import save_file
 from pikv_ds.errors import ConfigError
 from tests.retention_blocks import mlp_weights, needed
 from tests.unit.driver import Driver, layer
-from tests.unit.evicting import EvictingDriver, Page, last_position, last_use, uses
+from tests.unit.evicting import Kept, Page, evicting, last_position, last_use, uses
 from tests.unit.test_evict import KINDS, SMALL, run_mix
 
 pytestmark = pytest.mark.usefixtures("nan_filled_empty")
 
 
-def predicted_wait(page: Page, driver: EvictingDriver, *_) -> float:
+def predicted_wait(page: Page, kept: Kept, *_) -> float:
     used = uses(page)
-    since = driver.columns - max(used, default=0)
+    since = kept.columns - max(used, default=0)
     if len(used) < 2:
         return -since
     interval = (max(used) - min(used)) / (len(used) - 1)
     return -(interval - since) if since <= interval else -since
 
 
-def risk(page: Page, driver: EvictingDriver, i: int, row: int) -> float:
-    query, _ = driver.queries[i, row]
-    group = query.shape[0] // driver.layers[i].num_kv_heads
-    keys = torch.stack([driver.history[i][row][p][0] for p in page.positions]).double().mean(0)
+def risk(page: Page, kept: Kept, i: int, row: int) -> float:
+    query, _ = kept.queries[i, row]
+    group = query.shape[0] // kept.driver.layers[i].num_kv_heads
+    keys = torch.stack([kept.driver.history[i][row][p][0] for p in page.positions]).double().mean(0)
     cos = sum(float(torch.cosine_similarity(query[h].double(), keys[h // group], dim=0)) for h in range(len(query))) / len(query)
     p = (len(uses(page)) + 1) / (sum(share > 0 for _, share, _, _ in page.shares) + 2)
-    since = driver.columns - last_use(page)
+    since = kept.columns - last_use(page)
     return -(0.5 * since / (since + 64) + 0.3 * (1 - cos) / 2 + 0.2 * (-p * math.log2(p) - (1 - p) * math.log2(1 - p)))
 
 
@@ -40,10 +40,10 @@ def two_queues(page: Page, *_) -> float:
     return 1e9 + used if used - stored >= 5 else page.positions[-1]
 
 
-def away_from_the_others(page: Page, driver: EvictingDriver, i: int, row: int) -> float:
+def away_from_the_others(page: Page, kept: Kept, i: int, row: int) -> float:
     """By the anchor of the page's shard; a cosine is the same for a latent, whose key has one head."""
-    shard = next(pages for pages in driver.tables[i][row] if page in pages)
-    unit = {p: driver.history[i][row][p][0].double() for each in shard for p in each.positions}
+    shard = next(pages for pages in kept.held[i][row] if page in pages)
+    unit = {p: kept.driver.history[i][row][p][0].double() for each in shard for p in each.positions}
     unit = {p: k / k.norm(dim=-1, keepdim=True) for p, k in unit.items()}
     anchor = sum(unit.values()) / len(unit)
     return -sum(float(torch.cosine_similarity(unit[p], anchor, dim=-1).mean()) for p in page.positions) / len(page.positions)
@@ -68,16 +68,16 @@ ORACLES = {
 def test_kept_sets(num_shards, page_size, method):
     score, options = ORACLES[method]
     scheduling = {"method": method, "budget_tokens": 24 if num_shards == 1 else 29, **SMALL, **options}
-    driver = EvictingDriver(KINDS, score, scheduling, page_size=page_size, num_shards=num_shards)
+    driver, kept = evicting(KINDS, score, scheduling, page_size=page_size, num_shards=num_shards)
     run_mix(driver)
-    assert driver.evicted > 100
+    assert kept.evicted > 100
 
 
-def network(page: Page, driver: EvictingDriver, i: int, row: int) -> float:
+def network(page: Page, kept: Kept, i: int, row: int) -> float:
     w1, b1, w2, b2 = (tensor[i].double() for tensor in mlp_weights(layers=2, heads=2, width=16).values())
     total = 0.0
     for p in page.positions:
-        k, v = (x.double() for x in driver.history[i][row][p])
+        k, v = (x.double() for x in kept.driver.history[i][row][p])
         for h in range(2):
             hidden = [max(0.0, float(w1[h, n] @ torch.cat([k[h], v[h]]) + b1[h, n])) for n in range(w1.shape[1])]
             total += sum(float(w) * x for w, x in zip(w2[h], hidden, strict=True)) + float(b2[h])
@@ -88,11 +88,11 @@ def network(page: Page, driver: EvictingDriver, i: int, row: int) -> float:
 def test_learned_scores(num_shards, tmp_path):
     own = needed("quest_mlp", tmp_path, layers=2, heads=2, width=16)
     scheduling = {"method": "quest_mlp", "budget_tokens": 24, **SMALL, **own}
-    driver = EvictingDriver([layer(0), layer(1)], network, scheduling, page_size=3, num_shards=num_shards)
+    driver, kept = evicting([layer(0), layer(1)], network, scheduling, page_size=3, num_shards=num_shards)
     driver.prefill([40, 25])
     for _ in range(6):
         driver.decode()
-    assert driver.evicted > 60
+    assert kept.evicted > 60
 
 
 @pytest.mark.parametrize("head_budget", ["uniform", "adaptive"])
@@ -103,7 +103,7 @@ def test_learned_scores_of_heads(head_budget, tmp_path):
     shared, apart = (Driver([layer(0)], page_size=4, scheduling=base | {"head_budget": which}) for which in ("shared", head_budget))
     for driver in (shared, apart):
         driver.prefill([33, 21])
-    both, each = (d.cache.retention.policy.score(d.cache.retention.pages(0, d.lens)).flatten(1)[:, :9] for d in (shared, apart))
+    both, each = (d.probe.scores(0).flatten(1)[:, :9] for d in (shared, apart))
     assert torch.allclose(both[0], (each[0] + each[1]) / 2, atol=1e-5) and torch.allclose(
         both[1, :6], (each[2] + each[3])[:6] / 2, atol=1e-5
     )

@@ -10,7 +10,7 @@ from pikv_ds.errors import ConfigError
 from pikv_ds.routers import ROUTERS
 from pikv_ds.routers.scramble import scramble
 from pikv_ds.routers.shard_router import ShardRouter
-from tests.contracts.test_routers import Recording
+from tests.contracts.test_routers import recording as routed
 from tests.routing_blocks import routing
 from tests.unit.driver import ragged
 from tests.unit.test_shard_routers import SHARDS, best, logits, run, shards_of
@@ -83,8 +83,8 @@ def test_shuffle_reads_what_its_base_chose_for_another_query(base, tmp_path):
     """Every choice of the base is known; what is read is one of those of the latest 128 queries, the one that the hash names."""
     block = routing(base, tmp_path, layers=2, shards=SHARDS, query_width=4 * 8)
     options = {key: value for key, value in block.items() if key not in ("method", "sink_tokens", "recent_tokens")}
-    driver = Recording("shuffle_shards", tmp_path, num_shards=SHARDS, base=base, base_options=options)
-    router = driver.cache.selection.router
+    driver = routed("shuffle_shards", tmp_path, num_shards=SHARDS, base=base, base_options=options)
+    router = driver.probe.router
     choose, score, chosen, read = router.base.chosen_shards, router.score, {}, []
 
     def choosing(asked):
@@ -135,9 +135,9 @@ def test_shuffle_refuses_what_has_no_shards_to_swap():
 
 def test_cache_aware_leaves_a_shard_that_disappoints(tmp_path):
     """Over many steps: misses are counted in every forward and decay, and the penalty is that of the counter the step began with."""
-    driver = Recording("cache_aware", tmp_path, num_shards=SHARDS)
+    driver = routed("cache_aware", tmp_path, num_shards=SHARDS)
     driver.prefill([37])
-    router = driver.cache.selection.router
+    router = driver.probe.router
     answered, penalised, moved = router.answered, [], 0
 
     def answering(asked, page_list, page_lse):

@@ -3,8 +3,8 @@
 import pytest
 
 from tests.unit.driver import Driver, layer, ragged
-from tests.unit.evicting import EvictingDriver, accumulated, bound, last_query
-from tests.unit.test_evict_heads import HeadDriver
+from tests.unit.evicting import accumulated, bound, evicting, last_query
+from tests.unit.heads import HeadAttention, HeadPages
 
 pytestmark = pytest.mark.usefixtures("nan_filled_empty")
 SMALL = {"sink_tokens": 2, "recent_tokens": 3}
@@ -18,14 +18,15 @@ def chunks(driver: Driver) -> None:
 
 @pytest.mark.parametrize(("method", "score"), [("h2o", accumulated), ("tova", last_query), ("quest", bound)], ids=["h2o", "tova", "quest"])
 def test_policies_that_watch_attention(method, score):
-    driver = EvictingDriver([layer(0)], score, {"method": method, "budget_tokens": 24, **SMALL}, page_size=4)
+    driver, kept = evicting([layer(0)], score, {"method": method, "budget_tokens": 24, **SMALL}, page_size=4)
     chunks(driver)
-    assert driver.evicted >= 40
+    assert kept.evicted >= 40
 
 
 @pytest.mark.parametrize("method", ["h2o", "knorm"])
 def test_budgets_per_head(method):
-    chunks(HeadDriver([layer(0)], page_size=2, scheduling={"method": method, "budget_tokens": 20, "head_budget": "uniform", **SMALL}))
+    scheduling = {"method": method, "budget_tokens": 20, "head_budget": "uniform", **SMALL}
+    chunks(Driver([layer(0)], page_size=2, scheduling=scheduling, checks=[HeadAttention(), HeadPages()]))
 
 
 @pytest.mark.parametrize("method", ["bounds", "centroids", "page_oracle"])

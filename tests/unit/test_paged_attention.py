@@ -5,7 +5,8 @@ import torch
 
 from pikv_ds.ops import PageFormat, merge_partials, new_pages, paged_attention, views
 from tests.reference_cache import dense_attention
-from tests.unit.driver import TOLERANCE, rel_error
+from tests.unit.dense import rel_error
+from tests.unit.driver import TOLERANCE
 
 COUNTS = torch.tensor([[5, 0, 9], [0, 0, 0], [3, 6, 1], [0, 1, 32]])  # [R, S]: an empty row, empty shards, full pages, one entry
 

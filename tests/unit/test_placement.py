@@ -1,4 +1,4 @@
-"""Expert id and position -> shard -> rank, against the plain-integer rules of reference.py."""
+"""Expert id and position -> shard -> rank, against the plain-integer rules of tests/reference_cache.py."""
 
 import itertools
 
@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pikv_ds.placement.placement import Placement, hash_expert, local_shards, primary_expert, shard_rank
+from pikv_ds.placement.placement import Placement, hash_expert, primary_expert
 from tests.reference_cache import wanted_shard
 
 POSITIONS = torch.arange(40)
@@ -105,13 +105,3 @@ def test_replicas_share_an_expert_by_position():
 def test_wrong_tables_say_what_is_wrong(table, message):
     with pytest.raises(ValueError, match=message):
         Placement("table", 2, 3, table=table)
-
-
-@pytest.mark.parametrize(
-    ("num_shards", "num_ranks"), [(1, 1), (4, 1), (4, 2), (4, 4), (12, 3)], ids=["S1-G1", "S4-G1", "S4-G2", "S4-G4", "S12-G3"]
-)
-def test_ranks_hold_contiguous_blocks_of_shards(num_shards, num_ranks):
-    held = [list(local_shards(rank, num_shards, num_ranks)) for rank in range(num_ranks)]
-    assert sum(held, []) == list(range(num_shards))
-    for rank, shards in enumerate(held):
-        assert len(shards) == num_shards // num_ranks and all(shard_rank(s, num_shards, num_ranks) == rank for s in shards)

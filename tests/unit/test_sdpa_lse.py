@@ -5,7 +5,8 @@ import torch
 
 from pikv_ds.ops import sdpa_lse
 from tests.reference_cache import dense_attention
-from tests.unit.driver import TOLERANCE, rel_error
+from tests.unit.dense import rel_error
+from tests.unit.driver import TOLERANCE
 
 HEADS = [(4, 4), (8, 2), (8, 1)]
 DIMS = [(16, 16), (12, 8), (60, 60)]

@@ -5,16 +5,16 @@ import math
 import pytest
 import torch
 
-from tests.contracts.test_routers import Recording
+from tests.contracts.test_routers import recording as routed
 
 SHARDS, HEADS, GROUP = 4, 2, 2
 
 
 def run(name: str, folder, steps: int = 12, **options):
     """Per decode step of one request in layer 0: (asked, chosen shards [S] or None, scores, keys stored [n, H, D])."""
-    driver = Recording(name, folder, num_shards=SHARDS)
+    driver = routed(name, folder, num_shards=SHARDS)
     driver.prefill([37])
-    router, seen = driver.cache.selection.router, []
+    router, seen = driver.probe.router, []
     for option, value in options.items():
         assert hasattr(router, option)
         setattr(router, option, value)
@@ -141,7 +141,7 @@ def test_centroid_scores_are_the_attention_to_centroids(tmp_path):
     """Means of what each cluster took in, counts of every page, and the softmax over clusters."""
     router, seen = run("centroids", tmp_path, steps=6)
     asked, scores, keys = seen[-1]
-    mean, weight = router.mean[0][0].double(), router.weight[0][0].double()
+    mean, weight = router.mean[0].value[0].double(), router.weight[0].value[0].double()
     assert weight.sum(-1).tolist() == [len(keys)] * HEADS
     assert torch.allclose((mean * weight.unsqueeze(-1)).sum(1), keys.sum(0), atol=1e-4)
     counts = asked.store.summaries["clusters"]

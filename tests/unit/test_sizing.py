@@ -48,7 +48,7 @@ def test_a_store_fills_a_shard_to_what_is_estimated(tokens, num_shards, fullest)
     driver = Driver([layer(0)], page_size=1, num_shards=num_shards)
     driver.skewed = True
     driver.prefill([tokens])
-    store = driver.cache.tables.stores[0]
+    store = driver.probe.near_pool(0)
     held = int(store.counts.max())
     worst = pikv_bytes(driver.layers, [tokens], ranks=num_shards, codec=CODECS.build("none"), page_size=1, dtype=torch.float32).worst
     assert held == fullest and held * store.fmt.record_bytes == worst

@@ -114,11 +114,11 @@ def test_numbers_of_a_cache():
     driver.prefill([10, 3])
     driver.forward(ragged([1, 1]))
     numbers = stats(driver.cache, 2, 11)
-    page = [s.fmt.record_bytes for s in driver.cache.tables.stores]  # 4 tokens, padded to 64 bytes
-    live = [int(counts.sum()) for counts in driver.cache.tables.counts]
+    page = [fmt.record_bytes for fmt in driver.probe.formats]  # 4 tokens, padded to 64 bytes
+    live = [int(pool.counts.sum()) for pool in driver.probe.all_pools]
     assert live[0] == 15
     assert numbers["kv_bytes_live"] == sum(n * b // 4 for n, b in zip(live, page, strict=True))
-    assert numbers["kv_bytes_allocated"] == sum(s.num_pages * b for s, b in zip(driver.cache.tables.stores, page, strict=True))
+    assert numbers["kv_bytes_allocated"] == sum(pool.num_pages * b for pool, b in zip(driver.probe.all_pools, page, strict=True))
     assert numbers["kv_bytes_dense"] == 2 * (11 + 5) * 4 * driver.layers[0].values_per_token
     assert numbers["entries_appended"] == 30 and sum(numbers["load_per_expert"]) == 30
     assert numbers["entries_live"] + numbers["entries_expired"] == 30

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pikv_ds.cache.inspect import PoolProbe
 from pikv_ds.pages.pool import GROWTH
 from pikv_ds.pages.recycle import remap
 from pikv_ds.spec import LayerSpec
@@ -33,7 +34,7 @@ def test_append_equals_lists(data):
                 lists[row, shard].append(at)
                 assert stored(store, torch.tensor([slot]))[2].item() == at
         assert contents(store) == lists
-        check_pages(store, shrunk=False)
+        check_pages(PoolProbe(store), shrunk=False)
 
 
 @pytest.mark.parametrize("page_size", [1, 3, 32], ids="page{}".format)
@@ -48,7 +49,7 @@ def test_one_token_per_row(num_shards, page_size):
         for row, shard, at, here in tokens:
             lists[row, shard] += [at] * here
         assert contents(store) == lists
-        check_pages(store, shrunk=False)
+        check_pages(PoolProbe(store), shrunk=False)
 
 
 def test_all_valid_and_nothing_to_open_give_the_same_slots():
@@ -71,7 +72,7 @@ def test_what_is_not_stored_here_leaves_no_trace():
     assert torch.equal(store.pages[: before.shape[0]], before)
     assert torch.equal(store.block_table[..., : table.shape[-1]], table) and torch.equal(store.counts, counts)
     assert int(store.free_top) == 3, "reserve() sees to three free pages, and none was taken"
-    check_pages(store, shrunk=False)
+    check_pages(PoolProbe(store), shrunk=False)
 
 
 @pytest.mark.parametrize(("needed", "slab"), [(1, 4), (40, 40), (0, 0)], ids=["share", "needed", "none"])
@@ -84,7 +85,7 @@ def test_growth_is_by_slabs_of_a_thirty_second(needed, slab):
     store.counts[0, 0] = 256
     store.reserve(0, needed, 130)
     assert store.num_pages == 128 + slab and int(store.free_top) == slab
-    check_pages(store, shrunk=False)
+    check_pages(PoolProbe(store), shrunk=False)
 
 
 @pytest.mark.parametrize("freed", [[0], [0, 1, 2], [2, 5, 9], list(range(10))], ids=["first", "row", "scattered", "all"])
@@ -96,13 +97,13 @@ def test_shrink_moves_pages_into_the_holes(freed):
         store.block_table[row] = -1
         store.counts[row] = 0
     store.rebuild_free_stack()
-    check_pages(store, shrunk=False)
+    check_pages(PoolProbe(store), shrunk=False)
     before = contents(store)
     free = int(store.free_top)
     left = store.shrink(free)
     assert left == int(store.free_top) == (free if free <= 1 + (store.num_pages - free) // GROWTH else 0)
     assert contents(store) == before
-    check_pages(store)
+    check_pages(PoolProbe(store))
     fill(store, {(row, 0): [4] for row in range(10)})
     assert contents(store) == {key: [*positions, 4] for key, positions in before.items()}
 

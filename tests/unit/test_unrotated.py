@@ -9,10 +9,11 @@ from pikv_ds.codecs import CODECS
 from pikv_ds.codecs.calibration import Calibration, Moments
 from pikv_ds.codecs.rope import default_inv_freq, pair_metric, turn
 from pikv_ds.errors import ConfigError
-from pikv_ds.pages.entries import decoded
 from tests.calibrations import random_calibration
-from tests.unit.driver import Driver, dense_over, layer, ragged, rel_error
-from tests.unit.evicting import EvictingDriver
+from tests.unit.checks import Answers, Dense
+from tests.unit.dense import dense_over, rel_error
+from tests.unit.driver import Driver, layer, ragged
+from tests.unit.evicting import evicting
 from tests.unit.tiered import run_mix
 
 pytestmark = pytest.mark.usefixtures("nan_filled_empty")
@@ -90,12 +91,12 @@ def test_all_directions_are_exact_wherever_entries_lie(calibration, options):
 def test_it_attends_to_what_is_decoded(calibration, store, page_size):
     """Lossy, against loops in f64: each stored coefficient vector, turned to its own position."""
     options = block(calibration, 8, store=store)
-    driver, found = Driver(LAYERS[:1], page_size=page_size, codec="lora_plus", compression=options), []
-    driver._compare = lambda i, q, positions, out, lse: found.append((q, out, lse))
+    driver = Driver(LAYERS[:1], page_size=page_size, codec="lora_plus", compression=options)
+    answers = driver.without(Dense).add(Answers())
     driver.prefill([70])
     driver.decode()
-    maps, pool = driver.cache.transforms[0], driver.cache.tables.stores[0]
-    c_k, c_v = decoded(pool, pool.block_table[0], pool.counts.flatten(), pool.tail)
+    maps, pool = driver.probe.maps(0), driver.probe.near_pool(0)
+    _, c_k, c_v = (x if x.dim() == 1 else x.transpose(0, 1).unsqueeze(0) for x in pool.stored(0, 0))
     entries = []
     for p in range(71):
         if store == "none":
@@ -103,10 +104,10 @@ def test_it_attends_to_what_is_decoded(calibration, store, page_size):
             assert (own - c_k[0, :, p]).abs().max() < 1e-4
         k = turned(torch.einsum("hr,hrd->hd", c_k[0, :, p].double(), maps.k.decode.double()) + maps.k.mean, p)
         entries.append((k, torch.einsum("hr,hrd->hd", c_v[0, :, p].double(), maps.v.decode.double()) + maps.v.mean))
-    q, out, lse = found[-1]
-    want_out, want_lse, _ = dense_over(q[0, 0], entries, driver._scale(q))
+    q, out, lse = answers.last
+    want_out, want_lse, _ = dense_over(q[0, 0], entries, driver.scale(q))
     assert rel_error(out[0, 0], want_out) < 1e-5 and rel_error(lse[0, 0], want_lse) < 1e-5
-    exact, _, _ = dense_over(q[0, 0], driver.history[0][0], driver._scale(q))
+    exact, _, _ = dense_over(q[0, 0], driver.history[0][0], driver.scale(q))
     assert rel_error(out[0, 0], exact) > 1e-2
 
 
@@ -116,12 +117,12 @@ def test_entries_keep_their_positions_when_others_leave(calibration, method, pag
     """Attention is that over the kept entries, at the positions they had."""
     scheduling = {"method": method, "budget_tokens": 20, "sink_tokens": 2, "recent_tokens": 5}
     options = {"codec": "lora", "compression": block(calibration), "page_size": page_size, "num_shards": 2}
-    driver = EvictingDriver([LAYERS[0], LAYERS[2]], None, scheduling, **options)
+    driver, kept = evicting([LAYERS[0], LAYERS[2]], None, scheduling, **options)
     driver.tolerance = 1e-5
     driver.prefill([40, 3])
     for mask in (ragged([1, 1]), ragged([1, 1]), ragged([9, 12]), ragged([1, 1])):
         driver.forward(mask)
-    assert driver.evicted > 30
+    assert kept.evicted > 30
 
 
 def test_keys_alone_and_layers_of_their_own(calibration):

@@ -73,7 +73,7 @@ def attach(model: PreTrainedModel, config=None, group: dist.ProcessGroup | None 
     core = PiKVCache(specs, config, num_experts=placed_experts, dtype=parameter.dtype, device=parameter.device, group=group)
     check_has_experts(core.blueprint.router, num_experts, type(model).__name__)
     check_calibration(core, attentions)
-    check_rotations(model, specs, core.tables.undone)
+    check_rotations(model, specs, core.rotations)
     cache = HFCache(core)
     penalty = RouterPenalty.named(config.routing.host_penalty)
     if penalty is not None:  # its hooks come first: entry homes follow the routers' final choice

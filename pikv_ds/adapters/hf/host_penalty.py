@@ -52,7 +52,7 @@ class HostPenalty:
                 f"none of transformers', AutoEP's or DeepSpeed's TopKGate); leave the penalty out"
             )
         self.penalty, self.core, self.active = penalty, core, False
-        self.misses = torch.zeros(len(routers), core.writer.num_experts, device=core.device)
+        self.misses = torch.zeros(len(routers), core.num_experts, device=core.device)
         self._running: dict[int, LoweredLogits] = {}
         self._handles = []
         found = [None if router is None else (output_of(router), _weighing(router, hidden_size, core)) for router in routers]
@@ -100,12 +100,12 @@ def _weighing(router: nn.Module, hidden_size: int, core: PiKVCache) -> Weighing:
     weight = next(router.parameters())
     tokens = max(PROBE_TOKENS, getattr(router, "min_capacity", 0))
     probe = torch.randn(tokens, hidden_size, generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
-    mode = LoweredLogits(torch.zeros(core.writer.num_experts, device=weight.device))
+    mode = LoweredLogits(torch.zeros(core.num_experts, device=weight.device))
     with torch.random.fork_rng(devices=[weight.device] if weight.is_cuda else []), torch.no_grad(), mode:
         output = router(probe, None, True) if is_gate(router) else router(probe)
-    if len(mode.logits) != 1 or mode.logits[0].shape != (tokens, core.writer.num_experts):
+    if len(mode.logits) != 1 or mode.logits[0].shape != (tokens, core.num_experts):
         raise UnsupportedError(
-            f"pikv.routing.host_penalty on {name}: its logits [tokens, {core.writer.num_experts}] are not the result of one F.linear, "
+            f"pikv.routing.host_penalty on {name}: its logits [tokens, {core.num_experts}] are not the result of one F.linear, "
             f"so the penalty can't be taken off them (ZeRO-3 replaces F.linear); leave the penalty out"
         )
     ids, weights = reader.routed(output)

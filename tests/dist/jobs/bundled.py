@@ -7,6 +7,7 @@ import torch.distributed as dist
 
 import pikv_ds
 from pikv_ds import bundled
+from pikv_ds.cache.inspect import CacheProbe
 from pikv_ds.cache.stats import decode_bytes_sent
 from pikv_ds.codecs import CODECS
 from pikv_ds.pages import estimate
@@ -27,7 +28,8 @@ def passkey(tokenizer, length: int, seed: int) -> tuple[torch.Tensor, str]:
 
 def byte_bound(dense: float, cache, rows: int) -> float:
     """1.25 x 1.1 x the dense share, plus one open page per request, layer and shard."""
-    open_pages = rows * cache.tables.num_local * sum(s.fmt.record_bytes for s in cache.tables.stores)
+    probe = CacheProbe(cache)
+    open_pages = rows * len(probe.local_shards) * sum(fmt.record_bytes for fmt in probe.formats)
     return 1.25 * 1.1 * dense + open_pages
 
 
@@ -48,9 +50,7 @@ def check_exact(report: Report, model, tokenizer, group, requests: str, length: 
             rows = 1 if requests == "replicated" else size
             row |= {"allocated": stats["kv_bytes_allocated"], "dense": stats["kv_bytes_dense"], "spilled": stats["spilled"]}
             assert stats["kv_bytes_allocated"] <= byte_bound(share, cache.core, rows), (stats, share)
-            assert stats["kv_bytes_allocated"] == sum(
-                t.nbytes for s in cache.core.tables.stores for t in (s.pages, s.tail) if t is not None
-            )
+            assert stats["kv_bytes_allocated"] == CacheProbe(cache.core).bytes
         assert answer in tokenizer.decode(run.tokens[0, own : own + 8]), tokenizer.decode(run.tokens[0, own:])
 
 
@@ -64,7 +64,7 @@ def check_plan(report: Report, model, tokenizer, group, requests: str) -> None:
             model(ids)
             allocated, dense = torch.tensor(cache.stats()["kv_bytes_allocated"]), cache.stats()["kv_bytes_dense"]
             layers, page_size = cache.core.layers, cache.core.page_size
-            slab = sum(s.fmt.record_bytes for s in cache.core.tables.stores)
+            slab = sum(fmt.record_bytes for fmt in CacheProbe(cache.core).formats)
         dist.all_reduce(allocated, op=dist.ReduceOp.MAX, group=group)
         stored = lengths[:1] if requests == "replicated" else lengths
         planned = estimate.pikv_bytes(layers, stored, ranks=size, codec=CODECS.build("none"), page_size=page_size, dtype=torch.float32)

@@ -5,6 +5,7 @@ import torch.distributed as dist
 
 import pikv_ds
 from pikv_ds.adapters.hf.attach import attach
+from pikv_ds.cache.inspect import CacheProbe
 from pikv_ds.errors import UnsupportedError
 from tests.dist.jobs.ds_compare import MICRO, generate, ready
 from tests.dist.jobs.report import Report
@@ -47,8 +48,8 @@ for ep_size in (1, 2):
             with report.check(f"ep {ep_size} top-{k} {requests}") as row:
                 compare(row, engine.module, rank_prompt(requests), k)
                 core = engine.pikv.core
-                assert core.exchange.size == 2 and core.agreement.mode == requests
-                row["load"] = core.tables.directory.load.tolist()
+                assert core.exchange.size == 2 and CacheProbe(core).mode == requests
+                row["load"] = CacheProbe(core).loads.tolist()
                 row["appended"] = engine.pikv.stats()["entries_appended"]
             engine.pikv.reset()
         engine.pikv.detach()
@@ -63,8 +64,8 @@ for k in (1, 2):
         generate(engine.module, rank_prompt("replicated"))
         for layer, outputs in enumerate(seen):
             ids = torch.cat([out[3].gather(0, out[5].argmax(0, keepdim=True))[0] for out in outputs]).long()
-            homes = engine.pikv.core.tables.directory.shard_at[layer][0, : len(ids)]
-            assert torch.equal(homes.long(), ids), (layer, homes.tolist(), ids.tolist())  # a shard per expert
+            homes = CacheProbe(engine.pikv.core).homes(layer)[0, : len(ids)]
+            assert torch.equal(homes, ids), (layer, homes.tolist(), ids.tolist())  # a shard per expert
         engine.pikv.detach()
 
 for name, model, config in (

@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 import pikv_ds
 from pikv_ds.adapters.hf.cache import HFCache
+from pikv_ds.cache.inspect import CacheProbe
 from pikv_ds.cache.stats import decode_bytes_sent
 from tests.dist.jobs.exact import assert_conserved, counted_collectives, generate, generate_sharded
 from tests.dist.jobs.report import Report
@@ -16,7 +17,6 @@ from tests.held import check_bytes
 from tests.long_form import short_or_long
 from tests.retention_blocks import needed
 from tests.tiny_models import prompt, tiny_model
-from tests.unit.invariants import slots_of
 
 STORAGE = {"num_shards": 4, "requests": "replicated"}
 ROUTING = {
@@ -46,14 +46,8 @@ def geometry(model) -> dict:
 
 def kept(cache: HFCache) -> list[list[list[list[int]]]]:
     """[layer][row][table] positions held, of this rank's tables: shards, or shard * heads + head."""
-    tables = cache.core.tables
-    return [
-        [
-            [store.positions.flatten()[slots_of(store, row, shard).long()].tolist() for shard in range(store.counts.shape[1])]
-            for row in range(tables.counts.shape[1])
-        ]
-        for store in tables.stores
-    ]
+    probe = CacheProbe(cache.core)
+    return [probe.near_pool(layer).held for layer in range(probe.num_layers)]
 
 
 def held(
@@ -67,9 +61,9 @@ def held(
     block |= {"scheduling": scheduling, "compression": compression or {}}
     with pikv_ds.attach(model, block, group) as cache:
         run = generate(model, ids, new_tokens=24, **options)
-        stats, own, load, heads = cache.stats(), kept(cache), cache.core.tables.directory.load.tolist(), cache.core.tables.heads
-        evicted, lens = cache.core.tables.directory.evicted_by_head(), cache.core.agreement.lens
-        allocated = [store.num_pages for store in cache.core.tables.stores]
+        stats, own, probe = cache.stats(), kept(cache), CacheProbe(cache.core)
+        load, heads, evicted, lens = probe.loads.tolist(), probe.heads, probe.evicted, probe.lens
+        allocated = [pool.num_pages for pool in probe.all_pools]
         check_bytes(cache.core)
     assert_conserved(stats, group)
     ranks = [own]

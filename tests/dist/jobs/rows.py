@@ -4,6 +4,7 @@ import torch
 import torch.distributed as dist
 
 import pikv_ds
+from pikv_ds.cache.inspect import CacheProbe
 from tests.dist.jobs.exact import assert_conserved, assert_same, generate, generate_sharded
 from tests.dist.jobs.report import Report
 from tests.host_guard import host_is_forbidden
@@ -156,7 +157,7 @@ def check_generations(report: Report, model, group) -> None:
                     dist.all_reduce(tokens, group=group)
                 assert int(live) == 2 * int(tokens), (turn, int(live), int(tokens))
             cache.reset()
-            assert cache.stats()["kv_bytes_allocated"] <= cache.core.tables.stores[0].fmt.record_bytes, cache.stats()
+            assert cache.stats()["kv_bytes_allocated"] <= CacheProbe(cache.core).formats[0].record_bytes, cache.stats()
         reference = generate(model, ids, new_tokens=6)
         assert_same(run, reference, 1e-5)
 

@@ -11,9 +11,11 @@ import torch
 import torch.distributed as dist
 
 from pikv_ds.cache.cache import PiKVCache
+from pikv_ds.cache.inspect import CacheProbe
 from pikv_ds.cache.stats import choice_bytes, needed_bytes, partial_bytes
 from pikv_ds.config.pikv import PiKVConfig
 from pikv_ds.ops.build import load
+from pikv_ds.selection.budget import page_budget
 from pikv_ds.spec import LayerSpec
 from pikv_ds.step.step import LocalStep
 from tests.dist.jobs.report import Report
@@ -40,20 +42,18 @@ class Side:
             LAYERS, PiKVConfig(**block), num_experts=EXPERTS, dtype=torch.float32, device=torch.device("cpu"), group=group
         )
         self.rows, self.lens, self.forwards, self.chosen = rows, [0] * len(rows), 0, {}
-        choose = self.cache.selection.choose
+        self.probe = CacheProbe(self.cache)
 
-        def recording(asked, plan):
-            page_list = choose(asked, plan)
+        def look(asked, page_list):
             listed = page_list.view(*asked.visible.shape[:2], *page_list.shape[1:])  # [Q, S, H, K]
             first_row, per_row = asked.rows.start, len(asked.positions) // (asked.rows.stop - asked.rows.start)
             for query, shard, head, k in (listed >= 0).nonzero().tolist():
                 key = (self.forwards, asked.layer, first_row + query // per_row, int(asked.positions[query]), head)
-                place = (shard + asked.shards.start, int(asked.first[query, shard, listed[query, shard, head, k]]))
+                place = (asked.map.local[shard], int(asked.first[query, shard, listed[query, shard, head, k]]))
                 if asked.positions[query] >= 0:
                     self.chosen.setdefault(key, set()).add(place)
-            return page_list
 
-        self.cache.selection.choose = recording
+        self.probe.on_choice(look)
 
     def forward(self, columns: int, num_new: list[int]) -> list[torch.Tensor]:
         """Outputs over stored entries, per layer [B, T, HEADS, DIM]."""
@@ -106,20 +106,21 @@ def check_same_pages(
         idle = not replicated and size == 4  # one request per rank
         alone, several = Side(name, "auto", list(range(4)), None, lone), Side(name, requests, list(range(4))[own], group, compression)
         expected, found = drive(alone, slice(0, 4), idle), drive(several, own, idle)
-        local = several.cache.tables.local
+        local = several.probe.local_shards
         for key, places in alone.chosen.items():
-            here = {place for place in places if local.start <= place[0] < local.stop}
+            here = {place for place in places if place[0] in local}
             assert several.chosen.get(key, set()) == here, (key, several.chosen.get(key), here)
         extra = {key for key in several.chosen if key not in alone.chosen}
         assert not extra, sorted(extra)[:3]
         for want, got in zip(expected, found, strict=True):
             assert (want[own] - got).abs().max() < 2e-6
-        read, visible = several.cache.selection.entries.tolist()
+        read, visible, *_ = several.probe.read
         counts = torch.tensor([read, visible], dtype=torch.float64)
         dist.all_reduce(counts, group=group)
-        assert torch.allclose(counts, alone.cache.selection.entries), (counts, alone.cache.selection.entries)
-        row |= {"chosen": len(several.chosen), "read": read, "visible": visible, "requests": several.cache.agreement.mode}
-        assert several.cache.agreement.mode == requests and len(alone.chosen) > 100
+        wanted = torch.tensor(alone.probe.read[:2], dtype=torch.float64)
+        assert torch.allclose(counts, wanted), (counts, wanted)
+        row |= {"chosen": len(several.chosen), "read": read, "visible": visible, "requests": several.probe.mode}
+        assert several.probe.mode == requests and len(alone.chosen) > 100
 
 
 def check_bytes(report: Report, requests: str, group) -> None:
@@ -133,8 +134,9 @@ def check_bytes(report: Report, requests: str, group) -> None:
         exchange = side.cache.exchange
         sent, made = exchange.bytes_sent, exchange.collectives
         side.forward(1, [1] * len(rows))
-        budgets = side.cache.selection._budgets
-        chosen = sum((size - 1) * choice_bytes(4, KV_HEADS, budgets[spec.window].width) for spec in LAYERS)
+        seen = [[spec.tokens_kept(42)] * 4 for spec in LAYERS]
+        widths = [page_budget(side.cache.config.routing, lens, 4, SHARDS, torch.device("cpu")).width for lens in seen]
+        chosen = sum((size - 1) * choice_bytes(4, KV_HEADS, width) for width in widths)
         row |= {"bytes": exchange.bytes_sent - sent, "choosing": chosen, "collectives": exchange.collectives - made}
         if requests == "replicated":
             block = 32 + partial_bytes(4, HEADS, DIM)

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.inference.contexts import StaticInferenceContext
 
+from pikv_ds.cache.inspect import CacheProbe
 from pikv_ds.codecs.rope import default_inv_freq
 from pikv_ds.errors import ConfigError
 from pikv_ds.megatron_patch import PiKVInferenceContext, cpu_compat, enable_pikv
@@ -101,7 +102,7 @@ def check_latent_codec(report: Report, model, layout: str, shared, reference) ->
                 logits = decode(model, context, shared, [7, 5])
             # The median: a token whose experts change by it is far off.
             row[codec] = ((logits - reference).norm(dim=-1) / reference.norm(dim=-1)).median().item()
-            assert {store.fmt.label for store in context.core.tables.stores} == {f"{codec}+rope"}
+            assert {fmt.label for fmt in CacheProbe(context.core).formats} == {f"{codec}+rope"}
             assert 1e-4 < row[codec] < (0.1 if codec == "fp8_e4m3" else 0.3), row
             assert_conserved(context, len(model.decoder.layers) * shared.numel())
 

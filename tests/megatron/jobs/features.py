@@ -14,6 +14,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.attention import Attention, CrossAttention
 from megatron.core.transformer.moe.moe_layer import MoELayer
 
+from pikv_ds.cache.inspect import CacheProbe
 from pikv_ds.errors import ConfigError, UnsupportedError
 from pikv_ds.megatron_patch import PiKVInferenceContext, cpu_compat, disable_pikv, enable_pikv, pikv_layer_spec
 from pikv_ds.megatron_patch.groups import expert_group
@@ -87,11 +88,13 @@ def check_homes(report: Report, ids: torch.Tensor) -> None:
             enable_pikv(model, {"storage": {"expert_ids": source, "num_shards": 8, "capacity_tokens": 1000}})
             context = PiKVInferenceContext(ROWS, LENGTH, model=model)
             decode(model, context, ids, [9])
-            for i, homes in enumerate(context.core.tables.directory.shard_at):
+            probe = CacheProbe(context.core)
+            for i in range(probe.num_layers):
+                homes = probe.homes(i)
                 routed = i if source == "true" else i - 1
                 at = torch.arange(LENGTH).expand(ROWS, -1) % 8 if routed < 0 else torch.cat(chosen[routed], 1)
                 own = homes.view(-1, ROWS, homes.shape[1])[dist.get_rank() % (homes.shape[0] // ROWS), :, :LENGTH]
-                assert torch.equal(own.long(), at), f"layer {i}"
+                assert torch.equal(own, at), f"layer {i}"
 
 
 @contextlib.contextmanager

@@ -1,0 +1,173 @@
+"""The pages of one layer in one pool, as numbers. R request rows, T tables of a row, C columns of a table, P pages."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pikv_ds import ops
+from pikv_ds.ops import PageFormat
+from pikv_ds.pages.entries import decoded, read_back
+from pikv_ds.pages.pool import LayerStore
+
+
+class Entries(NamedTuple):
+    """What one table holds, in the order of its slots."""
+
+    positions: Tensor
+    """[n] int32."""
+    keys: Tensor
+    """[n, H, Dk] as attention meets them: of raw pages the bits that were stored, else f32."""
+    values: Tensor
+    """[n, H, Dv], likewise; of latent layers the first columns of the key."""
+
+
+class PoolProbe:
+    """Looks at one store. Tensors are copies; `records`, `fields` and `column` are the memory itself."""
+
+    def __init__(self, store: LayerStore) -> None:
+        self.store = store
+
+    @property
+    def fmt(self) -> PageFormat:
+        return self.store.fmt
+
+    @property
+    def page_size(self) -> int:
+        return self.store.page_size
+
+    @property
+    def heads(self) -> int:
+        """kv heads that have tables of their own, else 1."""
+        return self.store.heads
+
+    # ---- pages ---------------------------------------------------------------------------------------------------------------
+
+    @property
+    def num_pages(self) -> int:
+        return self.store.num_pages
+
+    @property
+    def free(self) -> list[int]:
+        """Ids of the pages that can be taken, in the order of the stack."""
+        return self.store.free_stack[: int(self.store.free_top)].tolist()
+
+    @property
+    def uses(self) -> Tensor:
+        """[P] int64: tables that name each page, by the pool's own count."""
+        return self.store.refcount[: self.num_pages].long()
+
+    @property
+    def used_pages(self) -> int:
+        return int((self.uses > 0).sum())
+
+    @property
+    def nbytes(self) -> int:
+        """What the pool says it has allocated."""
+        return self.store.nbytes
+
+    @property
+    def storages(self) -> list[Tensor]:
+        """What nbytes counts: records, raw tails, columns."""
+        tail = None if self.store.full_pages else self.store.tail
+        return [x for x in (self.store.pages, tail, *self.store.summaries.values()) if x is not None]
+
+    # ---- tables --------------------------------------------------------------------------------------------------------------
+
+    @property
+    def counts(self) -> Tensor:
+        """[R, T] int32 entries."""
+        return self.store.counts.clone()
+
+    @property
+    def num_tables(self) -> int:
+        return self.store.counts.shape[1]
+
+    @property
+    def page_table(self) -> Tensor:
+        """[R, T, C] int32 page ids, -1 = none; the last column stays unused."""
+        return self.store.block_table.clone()
+
+    def page_ids(self, row: int, table: int) -> list[int]:
+        count = int(self.store.counts[row, table])
+        return self.store.block_table[row, table, : -(-count // self.page_size)].tolist()
+
+    def slots(self, row: int, table: int) -> Tensor:
+        """[n] int64 page * page_size + offset of the entries, in order."""
+        index = torch.arange(int(self.store.counts[row, table]), device=self.store.block_table.device)
+        return (self.store.block_table[row, table][index // self.page_size] * self.page_size + index % self.page_size).long()
+
+    # ---- entries -------------------------------------------------------------------------------------------------------------
+
+    def positions(self, row: int, table: int) -> list[int]:
+        return self.store.positions.flatten()[self.slots(row, table)].tolist()
+
+    @property
+    def held(self) -> list[list[list[int]]]:
+        """[row][table] positions, in the order of their slots."""
+        rows, tables = self.store.counts.shape
+        return [[self.positions(row, table) for table in range(tables)] for row in range(rows)]
+
+    def pages(self, row: int) -> list[list[int]]:
+        """Positions in every page of a row, table after table."""
+        held = [self.positions(row, table) for table in range(self.num_tables)]
+        return [own[begin : begin + self.page_size] for own in held for begin in range(0, len(own), self.page_size)]
+
+    def entries(self, row: int, table: int) -> Entries:
+        """Where pages hold coefficients of un-rotated keys, what these stand for; other coefficients stay as they are."""
+        store, slots = self.store, self.slots(row, table)
+        positions = store.positions.flatten()[slots]
+        if store.fmt.raw and store.turned is None:
+            page, offset = slots // store.page_size, slots % store.page_size
+            k, v, _ = self.fields
+            return Entries(positions, k[page, :, offset], v[page, :, offset])
+        at = (slice(row, row + 1), slice(table, table + 1))
+        ids, counts = store.block_table[at], store.counts[at]
+        if store.turned is not None:
+            rows = torch.arange(store.counts.numel(), device=ids.device).view_as(store.counts)[at]
+            k, v = read_back(store, ids, counts, rows)
+        else:
+            tail = None if store.full_pages or store.tail is None else store.tail[row * self.num_tables + table].unsqueeze(0)
+            k, v = decoded(store, ids[0], counts.flatten(), tail)
+        return Entries(positions, *(x[0, :, : len(slots)].transpose(0, 1) for x in (k, v)))
+
+    def stored(self, row: int, table: int) -> Entries:
+        """As entries(), but coefficients of un-rotated keys stay what they are: codes decoded, open groups from the raw tail."""
+        slots, store = self.slots(row, table), self.store
+        tail = None if store.full_pages or store.tail is None else store.tail[row * self.num_tables + table].unsqueeze(0)
+        k, v = decoded(store, store.block_table[row, table].unsqueeze(0), store.counts[row, table].view(1), tail)
+        positions = store.positions.flatten()[slots]
+        return Entries(positions, *(x[0, :, : len(slots)].transpose(0, 1) for x in (k, v)))
+
+    @property
+    def holds_unrotated(self) -> bool:
+        """Pages hold coefficients of keys before their rotation."""
+        return self.store.turned is not None
+
+    # ---- memory --------------------------------------------------------------------------------------------------------------
+
+    @property
+    def records(self) -> Tensor:
+        """[P, record_bytes] uint8."""
+        return self.store.pages
+
+    @property
+    def fields(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Of a raw format: k [P, H, page_size, Dk], v [P, H, page_size, Dv], positions [P, page_size]."""
+        return ops.views(self.store.pages, self.store.fmt)
+
+    @property
+    def tail(self) -> Tensor | None:
+        """Raw keys of open groups [R * T, H, group, Dk]; None for a format without. One row in a pool of full pages."""
+        return self.store.tail
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of what is kept per page besides its entries."""
+        return tuple(self.store.summaries)
+
+    def column(self, name: str) -> Tensor:
+        """[P, ...] of that name."""
+        return self.store.summaries[name]
