@@ -75,7 +75,7 @@ def test_one_request_alone_fed_in_chunks():
 @pytest.mark.parametrize("expert_ids", ["true", "hash"])
 def test_positions_only_needs_no_experts_in_time(expert_ids):
     scheduling = {"method": "streaming_llm", "budget_tokens": 24, **SMALL}
-    run_mix(evicting(KINDS, last_position, scheduling, page_size=2, num_shards=2, expert_ids=expert_ids))
+    run_mix(evicting(KINDS, last_position, scheduling, page_size=2, num_shards=2, expert_ids=expert_ids)[0])
 
 
 def test_interval_lets_the_budget_be_exceeded_in_between():
