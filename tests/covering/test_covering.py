@@ -61,4 +61,6 @@ def _says(rule, block: dict, case) -> str | None:
 
 @pytest.mark.slow
 def test_the_array_is_the_one_that_is_made(folder):
-    assert cover(partial(refusal, folder=folder)) == (RUNS, REFUSED)
+    runs, refused = cover(partial(refusal, folder=folder))
+    assert runs == RUNS
+    assert sorted(refused, key=str) == sorted(REFUSED, key=str)
