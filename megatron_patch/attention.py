@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from pikv_ds.errors import UnsupportedError
 
 from .base_context import PiKVContext
-from .layers import Link, is_latent
+from .layers import is_latent
+from .link import Link
 from .subclass import pikv_class, put_on
 
 

@@ -11,14 +11,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from pikv_ds.adapters.penalty import penalty_of
+from pikv_ds.blueprint.routing import check_has_experts
 from pikv_ds.cache.cache import PiKVCache
+from pikv_ds.cache.chunk import finish
 from pikv_ds.cache.stats import stats
-from pikv_ds.config.checks import check_has_experts
 from pikv_ds.config.pikv import PiKVConfig
 from pikv_ds.errors import UnsupportedError
 from pikv_ds.exchange.digest import digest
 
-from .chunk import finish_attention
 from .expert_ids import ExpertIds
 from .groups import expert_group, fit_requests
 from .heads import stored_heads
@@ -64,10 +65,10 @@ class PiKVContext(ABC):
         refuse_dtype(weight.dtype)
         num_shards = config.storage.num_shards or (1 if group is None else group.size())
         check_installed(config, attention.config, [layer.router for layer in self.layers])
-        check_has_experts(config.routing, attention.config.num_moe_experts, type(model).__name__)
         num_experts = attention.config.num_moe_experts or num_shards
         specs = [layer_spec_of(layer, i, self.shared is not None) for i, layer in enumerate(self.layers)]
         self.core = PiKVCache(specs, config, num_experts=num_experts, dtype=weight.dtype, device=weight.device, group=group)
+        check_has_experts(self.core.blueprint.router, attention.config.num_moe_experts, type(model).__name__)
         check_calibration(self.core, self.layers)
         self.heads = [stored_heads(layer.attention, self.core, i, self.shared) for i, layer in enumerate(self.layers)]
         self.expert_ids = ExpertIds(config.storage.expert_ids, self.core, num_experts)
@@ -117,7 +118,7 @@ class PiKVContext(ABC):
 
     def router_penalty(self, layer: int, penalty: RouterPenalty) -> Tensor:
         """[E] f32, what the router of a layer takes off its logits."""
-        return penalty.of(self.core, layer, self._misses)
+        return penalty_of(penalty, self.core, layer, self._misses)
 
     def _stats(self, num_rows: int, context: int) -> dict:
         return stats(self.core, num_rows, context)
@@ -172,12 +173,12 @@ class PiKVContext(ABC):
         heads = self.heads[layer]
         latent = None if latent is None else self.tokens.rows(latent.detach())
         partial = heads.attend(q, k, v, latent, self.expert_ids.of(layer, looked_ahead))
-        sink = softmax_offset(self.layers[layer].attention)
-        out = finish_attention(
-            partial, q, k, v, scale=heads.scale, window=self.core.layers[layer].window, sink=sink, padding=self.tokens.padding
-        )
+        out = finish(
+            partial, *(t.transpose(1, 2) for t in (q, k, v)), scale=heads.scale, window=self.core.layers[layer].window,
+            hidden=self.tokens.padding, sink=softmax_offset(self.layers[layer].attention),
+        )  # fmt: skip
         self._next_layer = layer + 1
-        if self._next_layer == len(self.layers) and not (self.core.stages and self.links[layer].router is not None):
+        if self._next_layer == len(self.layers) and not (self.expert_ids.source == "true" and self.links[layer].router is not None):
             self._finish()
         return self.tokens.host(out).to(query.dtype)
 
@@ -207,7 +208,7 @@ class PiKVContext(ABC):
 def positions_digest(core: PiKVCache, shared: bool, key: Tensor, positions: Tensor) -> int:
     """What replicated ranks compare. Keys of the first layer are a function of token and position alone; tensor-parallel peers see the same
     tokens by construction, and compute a shared KV head in GEMMs of their own, so theirs are not compared bit by bit."""
-    return 0 if core.exchange.size == 1 else digest([positions] if shared else [key, positions])
+    return 0 if core.ranks.size == 1 else digest([positions] if shared else [key, positions])
 
 
 def check_length(length: int, limit: int) -> None:

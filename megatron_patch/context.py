@@ -87,7 +87,7 @@ class PiKVInferenceContext(PiKVContext, StaticInferenceContext):
             tokens = Columns(*_positions(padding, rows, start, end, self.core.device))
         keep, after = _real_tokens(padding, rows, start), _real_tokens(padding, rows, end)
         value = 0
-        if fresh or self.core.agreement.mode == "replicated":
+        if fresh or self.core.replicated:
             value = positions_digest(self.core, self.shared is not None or idle, key, tokens.positions)
         self.core.begin_step(
             LocalStep(

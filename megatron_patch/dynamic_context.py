@@ -103,7 +103,7 @@ class PiKVDynamicInferenceContext(PiKVContext, DynamicInferenceContext):
             tokens: Tokens = Packed([Piece(row[r], *piece) for r, piece in pieces.items()], len(after), key.shape[0], self.core.device)
         else:
             tokens = Nothing(len(after), key.shape[:2], self.core.device)
-        fresh, replicated = self._stored is None, self.core.agreement.mode == "replicated"
+        fresh, replicated = self._stored is None, self.core.replicated
         self.core.begin_step(
             LocalStep(
                 num_rows=len(after),

@@ -40,7 +40,7 @@ class ExpertIds:
             )
         if self.source == "lookahead":
             # Before the first layer's record the ranks have not agreed yet on whether they hold the same requests.
-            unsettled = layer == 0 and self.core.exchange.size > 1
+            unsettled = layer == 0 and self.core.ranks.size > 1
             return None if looked_ahead is None or unsettled else self._settle(layer, looked_ahead)
         return self._latest if self.source == "previous_layer" else None
 
@@ -68,7 +68,7 @@ class ExpertIds:
         """Ids in the host's order -> [B * T], dropped tokens hashed, the same on all ranks that hold the same requests."""
         ids = self._tokens.rows(ids).flatten()
         ids = torch.where(ids < 0, hash_expert(self._tokens.positions.flatten(), self.num_experts), ids)
-        if self.core.agreement.mode == "replicated":
+        if self.core.replicated:
             # A near-tie may fall differently on two ranks, whose tokens sit in other rows of the experts' GEMM; an entry has one home.
-            ids = self.core.exchange.all_gather(ids, f"agreeing on the experts of layer {layer}")[0]
+            ids = self.core.ranks.all_gather(ids, f"agreeing on the experts of layer {layer}")[0]
         return ids

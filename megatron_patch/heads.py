@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pikv_ds.cache.cache import Partial, PiKVCache
+from pikv_ds.cache.cache import PiKVCache
+from pikv_ds.cache.latent import absorb_query, expand_value
+from pikv_ds.step.query import Partial
 
 from .groups import Peers
 from .layers import is_latent
@@ -50,7 +52,7 @@ class SharedHeads(OwnHeads):
 
     def gather(self, x: Tensor) -> Tensor:
         """[B, T, H, D] -> [B, T, G * H, D], in the order of tensor-parallel ranks."""
-        gathered = self.core.exchange.all_gather(x.contiguous(), f"sharing the query heads of layer {self.layer}")
+        gathered = self.core.ranks.all_gather(x.contiguous(), f"sharing the query heads of layer {self.layer}")
         return gathered[self.peers.order].permute(1, 2, 0, 3, 4).flatten(2, 3)
 
 
@@ -66,12 +68,9 @@ class LatentHeads:
         config = self.attention.config
         up = self.attention.linear_kv_up_proj.weight.detach().view(q.shape[2], -1, config.kv_lora_rank)
         up_k, up_v = up.split([config.qk_head_dim, config.v_head_dim], 1)
-        plain, rotated = q.split([config.qk_head_dim, config.qk_pos_emb_head_dim], -1)
-        absorbed = torch.cat([torch.einsum("bthd,hdr->bthr", plain, up_k), rotated], -1)
         entry = torch.cat([latent, k[:, :, 0, config.qk_head_dim :]], -1).unsqueeze(2)  # every head has the same rotated part
-        partial = self.store.attend(absorbed, entry, entry[..., :0], None, expert_ids)
-        out = torch.einsum("bthr,hvr->bthv", partial.out.to(up.dtype), up_v).to(partial.out.dtype)
-        return partial._replace(out=out)
+        partial = self.store.attend(absorb_query(q, up_k), entry, entry[..., :0], None, expert_ids)
+        return partial._replace(out=expand_value(partial.out, up_v))
 
 
 def stored_heads(attention: nn.Module, core: PiKVCache, layer: int, peers: Peers | None) -> OwnHeads | LatentHeads:

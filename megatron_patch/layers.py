@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.identity_op import IdentityOp
@@ -18,20 +17,8 @@ from pikv_ds.cache.cache import PiKVCache
 from pikv_ds.errors import ConfigError, UnsupportedError
 from pikv_ds.spec import LayerSpec
 
+from .link import Link
 from .subclass import is_pikv
-
-if TYPE_CHECKING:
-    from .base_context import PiKVContext
-
-
-@dataclass(slots=True)
-class Link:
-    """Shared by the attention and the router of one layer: which context the running forward uses. Not a module, so in no checkpoint."""
-
-    layer: int
-    router: nn.Module | None  # a PiKV router: it tells the context which experts it chose
-    context: PiKVContext | None = None
-    serving: PiKVContext | None = None  # joins forwards that come without a context
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,8 +140,8 @@ def key_norms(attention: nn.Module) -> Tensor:
 
 def check_calibration(core: PiKVCache, layers: list[Layer]) -> None:
     """Raises: ConfigError when the codec's calibration was made with other weights; each rank looks at the heads that it computes."""
-    for spec, maps in zip(core.layers, core.tables.undone, strict=True):
-        if maps is not None:
+    for spec, rotation in zip(core.layers, core.rotations, strict=True):
+        if rotation is not None:
             raise ConfigError(
                 f"pikv.compression.rope = 'pre' (layer {spec.layer_idx}): under Megatron-Core this version does not undo rotations, whose "
                 f"positions count padding there; legal is 'post'"

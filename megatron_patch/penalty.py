@@ -7,14 +7,14 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
+from pikv_ds.adapters.penalty import RouterPenalty
 from pikv_ds.config.pikv import PiKVConfig
 from pikv_ds.errors import ConfigError, UnsupportedError
-from pikv_ds.selection.host_penalty import RouterPenalty
 
 
 def chosen_penalty(config: PiKVConfig, given: RouterPenalty | None) -> RouterPenalty | None:
     """The penalty of the argument or of `routing.host_penalty`; None = the routers choose as the host's do."""
-    named = config.routing.host_penalty.build()
+    named = RouterPenalty.named(config.routing.host_penalty)
     if given is not None and named is not None and given != named:
         raise ConfigError(f"router_penalty = {given} and pikv.routing.host_penalty = {named}: two different penalties; give one of them")
     return named if given is None else given
@@ -49,7 +49,7 @@ def check_router(penalty: RouterPenalty | None, router: object) -> None:
 
 def check_installed(config: PiKVConfig, model_config: TransformerConfig, routers: list) -> None:
     """A context's block asks for no penalty, or for the one that the model's routers were enabled with."""
-    penalty = config.routing.host_penalty.build()
+    penalty = RouterPenalty.named(config.routing.host_penalty)
     check_penalty(penalty, model_config)
     for router in routers:
         if penalty is not None and router is not None and getattr(router, "pikv_penalty", None) != penalty:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pikv_ds.placement.placement import primary_expert
 
-from .layers import Link
+from .link import Link
 from .penalty import RouterPenalty, check_penalty, model_weights
 from .subclass import pikv_class
 

@@ -3,6 +3,7 @@
 Each has a plain torch version: the reference that every compiled version is checked against.
 """
 
+from pikv_ds.ops.build import load as _load  # noqa: F401 the ops ask it for their compiled versions
 from pikv_ds.ops.build.builder import register, unregister
 from pikv_ds.ops.format.bound_codes import bounds_shape
 from pikv_ds.ops.format.formats import PageFormat

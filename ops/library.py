@@ -1,7 +1,7 @@
 """The ops of namespace `pikv`: schemas, fake versions, and the torch reference under them.
 
-The reference is registered below every compiled version. Its first call on a device tries to load the compiled one (load.py), so nothing is
-built or read from the environment at import; after that calls go to the compiled kernel without passing here.
+The reference is registered below every compiled version. Its first call on a device tries to load the compiled one (`on_first_use`), so
+nothing is built or read from the environment at import; after that calls go to the compiled kernel without passing here.
 
 Every op takes its record layout as seven arguments, `layout(fmt)`: format, num_kv_heads, k_dim, v_dim, page_size, group, latent.
 `format` is the code of K; that of V plus one in bits 4 to 7 where it is another; bit 8: the columns of a latent key beyond v_dim are fp16.
@@ -174,14 +174,17 @@ def _reference_on_device(name: str):
 _without_kernel: set[PageFormat] = set()
 
 
+def on_first_use(device: str) -> bool:
+    """Load compiled ops for a device type; True when they have just been loaded. build/load.py puts its `ensure` here."""
+    return False
+
+
 def _fallback(name: str):
     """The kernel below the compiled ones: load those on first use, else run the reference."""
 
     def call(*args):
-        from .build import load
-
         device = next(arg.device.type for arg in args if isinstance(arg, Tensor))
-        if load.ensure(device):
+        if on_first_use(device):
             return getattr(torch.ops.pikv, name)(*args)
         return REFERENCE[name](*args)
 

@@ -2,7 +2,14 @@
 
 
 class ConfigError(ValueError):
-    """A "pikv" block that is not legal: unknown key, value out of range, impossible combination."""
+    """A "pikv" block that is not legal: unknown key, value out of range, impossible combination.
+
+    rule: the name in blueprint/rules.py of the combination that was refused, a tuple of several; None = no combination is at fault.
+    """
+
+    def __init__(self, *said: object, rule: str | tuple[str, ...] | None = None) -> None:
+        super().__init__(*said)
+        self.rule = rule
 
 
 class UnsupportedError(ValueError):

@@ -1,7 +1,7 @@
 """`pikv bench layouts`: bytes and error of our page formats beside KIVI's layout, on the keys, values and queries of a model.
 
 KIVI (arXiv 2402.02750): keys per channel over groups of 32 tokens, values per token over groups of 32 channels, each group with an fp16
-scale and zero; a residual of tokens stays raw in 2 bytes: the last T mod 128 keys, and the last 128 values. Ours (formats.py):
+scale and zero; a residual of tokens stays raw in 2 bytes: the last T mod 128 keys, and the last 128 values. Ours (ops/format/formats.py):
 keys per channel over 64 tokens, values per token over the whole head, the open group of keys raw. Columns:
     bytes_per_token      over all layers, at this context: records with their positions and padding, and what is raw
     compression          2 bytes x elements / bytes

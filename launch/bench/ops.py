@@ -59,10 +59,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """0; 1 when a row is not valid: its CPU time says that more threads ran than were asked for."""
-    if args.device == "cuda":
-        from . import ops_cuda as bench_ops_cuda
-
-        return bench_ops_cuda.run(args)
     shapes, repeats = (QUICK_SHAPES, 3) if args.quick else (SHAPES, args.repeats)
     rows: list[dict[str, Any]] = []
     for batch, context in shapes:

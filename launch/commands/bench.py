@@ -59,6 +59,10 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     kinds = {"ops": bench_ops, "select": bench_select, "model": bench_model, "layouts": bench_layouts, "latents": bench_latents}
     kinds["errors"] = bench_errors
+    if args.kind == "ops" and args.device == "cuda":
+        from pikv_ds.launch.bench import ops_cuda as bench_ops_cuda
+
+        return bench_ops_cuda.run(args)
     return _run_decode(args) if args.kind == "decode" else kinds[args.kind].run(args)
 
 

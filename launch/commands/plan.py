@@ -96,6 +96,7 @@ def _shown(row: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
 def plan_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
     """A row per kind of layer and a total; bytes are of the fullest rank."""
     from pikv_ds.adapters.hf.model_spec import load_model_config, read_model_spec
+    from pikv_ds.blueprint.methods import codec_of
     from pikv_ds.bundled import model_path
     from pikv_ds.config.pikv import PiKVConfig
 
@@ -108,7 +109,7 @@ def plan_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
     context = {"batch": args.batch, "codec": args.codec, "dtype": dtype, "page_size": config.resolve_page_size()}
     by_kind = sorted(read_model_spec(model), key=_kind)
     groups = [(kind, list(layers)) for kind, layers in groupby(by_kind, key=_kind)]
-    codec = config.compression.build()
+    codec = codec_of(config.compression)
     try:
         rows = [_row(kind, layers, per_rank, context, codec, args) for kind, layers in groups]
     except ValueError as error:

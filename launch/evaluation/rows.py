@@ -81,7 +81,7 @@ def method_name(config: PiKVConfig | None) -> str:
     if config is None:
         return "dense"
     chosen = [config.routing.method, config.compression.method, config.scheduling.method]
-    chosen += ["host_penalty"] if config.routing.host_penalty.build() else []
+    chosen += ["host_penalty"] if config.routing.host_penalty.asked else []
     return "+".join(name for name in chosen if name not in ("all", "none")) or "exact"
 
 

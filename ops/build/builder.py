@@ -17,6 +17,7 @@ from types import ModuleType
 
 NAME = "pikv"
 BUILDER = "PiKVOpBuilder"
+OPS = "pikv_ds.ops"  # what load() gives
 _LOOKUPS = ("create_op_builder", "get_op_builder")
 
 
@@ -100,4 +101,4 @@ def load(device: str = "cpu") -> ModuleType:
             f"Unable to JIT load the pikv op: nothing is here to build {' or '.join(candidates)} with; "
             f"the plain torch version runs without this builder"
         )
-    return importlib.import_module(__package__)
+    return importlib.import_module(OPS)

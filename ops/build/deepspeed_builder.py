@@ -23,7 +23,7 @@ class PiKVOpBuilder(CPUOpBuilder):
         super().__init__(name=self.NAME)
 
     def absolute_name(self) -> str:
-        return __package__
+        return builder.OPS
 
     @property
     def device(self) -> str:

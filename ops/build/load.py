@@ -16,6 +16,8 @@ from pathlib import Path
 
 import torch
 
+from pikv_ds.ops import library
+
 from .compile import BuildError, build, cpu_library
 from .cuda_build import cuda_library, emu_library
 
@@ -37,7 +39,6 @@ def load_cuda() -> None:
 
 
 def load_nvrtc() -> None:
-    from pikv_ds.ops import library
     from pikv_ds.ops.nvrtc import compiler as nvrtc
     from pikv_ds.ops.nvrtc import ops as nvrtc_ops
 
@@ -48,8 +49,6 @@ def load_nvrtc() -> None:
 
 def load_emu() -> None:
     """The CUDA kernels on the host, for CPU tensors."""
-    from pikv_ds.ops import library
-
     define_emu()
     for name in library.SCHEMAS:
         library._library.impl(name, getattr(torch.ops.pikv_emu, name), "CPU")
@@ -57,8 +56,6 @@ def load_emu() -> None:
 
 def define_emu() -> None:
     """torch.ops.pikv_emu: the ops of `pikv` by the emulated kernels, beside whatever serves `pikv`. Builds if needed; raises BuildError."""
-    from pikv_ds.ops import library
-
     if "pikv_emu" in _namespaces:
         return
     path = _emu()
@@ -156,3 +153,6 @@ def cpu_instruction_set() -> str:
 def loaded() -> dict[str, str]:
     """Implementation per device type that has been used so far."""
     return dict(_loaded)
+
+
+library.on_first_use = ensure

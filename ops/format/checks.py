@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from .formats import PageFormat
+from typing import Protocol
 
 MAX_PAGE_SIZE = 256
 MAX_HEAD_DIM = 576
 MIN_GROUP = 32  # K scales cost 4 * k_dim bytes per group: 1 bit per element at 32 tokens
 
 
-def check(f: PageFormat) -> None:
+class Record(Protocol):
+    """What is read of a PageFormat here."""
+
+    name: str
+    v_name: str | None
+    num_kv_heads: int
+    k_dim: int
+    v_dim: int
+    page_size: int
+    group: int
+    latent: bool
+    rope_raw: bool
+    mixed: bool
+    grouped: bool
+    raw: bool
+
+
+def check(f: Record) -> None:
     """Raises ValueError with what was given and what is legal. The names are known to be formats."""
     start = f"page format {f.name!r}"
     if f.num_kv_heads < 1:
@@ -24,7 +38,7 @@ def check(f: PageFormat) -> None:
             raise ValueError(f"{start}: {what} must be a multiple of 8 from 8 to {MAX_HEAD_DIM}, got {dim}")
     if f.latent:
         _check_latent(f, start)
-    if f.rope_raw and not (f.latent and f.k_dim > f.v_dim and f.traits.bits < 16):
+    if f.rope_raw and not (f.latent and f.k_dim > f.v_dim and not f.raw):
         raise ValueError(
             f"{start}: rope_raw keeps the last k_dim - v_dim columns of a compressed latent key in fp16; "
             f"got latent {f.latent}, k_dim {f.k_dim}, v_dim {f.v_dim}"
@@ -38,7 +52,7 @@ def check(f: PageFormat) -> None:
         )
 
 
-def _check_latent(f: PageFormat, start: str) -> None:
+def _check_latent(f: Record, start: str) -> None:
     if f.v_dim > f.k_dim or f.num_kv_heads != 1:
         raise ValueError(
             f"{start}: a latent layer has one head whose value is a part of its key, "

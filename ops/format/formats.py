@@ -108,7 +108,7 @@ class PageFormat:
     group: int = GROUP
     v_name: str | None = None
     rope_raw: bool = False
-    # The format as the ops take it (library.py). Made once: it is read per layer and step, and torch.compile traces no cached_property.
+    # The format as the ops take it (ops/library.py). Made once: it is read per layer and step, and torch.compile traces no cached_property.
     layout: tuple[int, int, int, int, int, int, bool] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

@@ -12,7 +12,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from pikv_ds.ops import checks, library
+from pikv_ds.ops import checks
+from pikv_ds.ops.format.formats import PageFormat
 from pikv_ds.ops.format.kernels import KERNEL_FORMATS, kernel_width
 
 from . import params as kp
@@ -31,7 +32,7 @@ def _values_are_checked() -> bool:
 
 
 def decode(q, pages, block_table, seqlens, q_positions, page_list, tail, tail_rows, *rest):
-    fmt, (scale, window, with_page_lse, num_splits) = library._format(rest[:7]), rest[7:]
+    fmt, (scale, window, with_page_lse, num_splits) = PageFormat.from_layout(rest[:7]), rest[7:]
     if not kernel_width(fmt):
         return torch.ops.pikv.decode_reference(q, pages, block_table, seqlens, q_positions, page_list, tail, tail_rows, *rest)
     checks.attend(q, pages, block_table, seqlens, q_positions, page_list, tail, tail_rows, fmt, window, values=_values_are_checked())
@@ -43,7 +44,7 @@ def decode(q, pages, block_table, seqlens, q_positions, page_list, tail, tail_ro
 
 
 def prefill_cached(q, pages, block_table, seqlens, q_positions, tail, tail_rows, *rest):
-    fmt, (scale, window, causal, num_splits) = library._format(rest[:7]), rest[7:]
+    fmt, (scale, window, causal, num_splits) = PageFormat.from_layout(rest[:7]), rest[7:]
     if not kernel_width(fmt):
         return torch.ops.pikv.prefill_cached_reference(q, pages, block_table, seqlens, q_positions, tail, tail_rows, *rest)
     checks.prefill_cached(q, pages, block_table, seqlens, q_positions, tail, tail_rows, fmt, values=_values_are_checked())
@@ -103,7 +104,7 @@ def _merge_into(out: Tensor, lse: Tensor, merged: Tensor, merged_lse: Tensor) ->
 
 
 def append(pages, tail, k, v, positions, slot_mapping, tail_rows, *rest):
-    fmt = library._format(rest)
+    fmt = PageFormat.from_layout(rest[:7])
     checks.append(pages, tail, k, v, positions, slot_mapping, tail_rows, fmt, values=_values_are_checked())
     T, H = slot_mapping.shape[0], fmt.num_kv_heads
     if not T:
@@ -118,7 +119,7 @@ def append(pages, tail, k, v, positions, slot_mapping, tail_rows, *rest):
 
 
 def page_bounds(bounds, pages, slot_mapping, tail, tail_rows, *rest):
-    fmt = library._format(rest)
+    fmt = PageFormat.from_layout(rest[:7])
     checks.page_bounds(bounds, pages, slot_mapping, tail, tail_rows, fmt, values=_values_are_checked())
     T = slot_mapping.shape[0]
     if T:

@@ -27,7 +27,7 @@ def attend(
     tail_rows: Tensor | None = None,
     with_page_lse: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """q [R, T, Hq, Dk] against the entries of N = R * S tables; the other arguments as in decode.py and prefill_cached.py.
+    """q [R, T, Hq, Dk] against the entries of N = R * S tables; the other arguments as in ops/decode.py and ops/prefill_cached.py.
 
     Computed in f32, or in f64 when q is f64. Returns out [R, T, Hq, Dv], lse [R, T, Hq], page_lse [N, T, Hq, C] or None.
 

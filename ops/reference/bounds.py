@@ -16,7 +16,7 @@ _MAX = torch.finfo(torch.float32).max
 def page_bounds(
     bounds: Tensor, pages: Tensor, fmt: PageFormat, slot_mapping: Tensor, *, tail: Tensor | None = None, tail_rows: Tensor | None = None
 ) -> None:
-    """The arguments are those of page_bounds.py. Sync: yes."""
+    """The arguments are those of ops/page_bounds.py. Sync: yes."""
     here = slot_mapping >= 0
     slot = slot_mapping[here].long()
     page, offset = slot // fmt.page_size, slot % fmt.page_size
@@ -44,7 +44,7 @@ def page_bounds(
 def page_score(
     q: Tensor, bounds: Tensor, block_table: Tensor, seqlens: Tensor, *, page_size: int, scale: float, width: Tensor | None = None
 ) -> Tensor:
-    """The arguments are those of page_score.py. Sync: none."""
+    """The arguments are those of ops/page_score.py. Sync: none."""
     N, _, columns = block_table.shape
     heads = max(block_table.shape[1], bounds.shape[1])
     used = torch.arange(columns, device=q.device) < (seqlens.unsqueeze(-1) + page_size - 1) // page_size

@@ -1,59 +1,131 @@
-"""What the "compression" block cannot do with this model, this policy or this router: refused at construction, with the way out."""
+"""What the "compression" block can't do, with the way out."""
 
 from __future__ import annotations
 
-from pikv_ds.codecs.base import Codec
-from pikv_ds.codecs.maps import Transform
-from pikv_ds.config.pikv import PiKVConfig
-from pikv_ds.errors import ConfigError
-from pikv_ds.policies.base import RetentionPolicy
-from pikv_ds.routers.base import Router
-from pikv_ds.spec import LayerSpec
+from pikv_ds.config.wording import illegal
+
+from .facts import Facts
+from .rule import Rule, said
 
 
-def fit_transforms(codec: Codec, config: PiKVConfig, policy: RetentionPolicy, layers: list[LayerSpec]) -> list[Transform | None]:
-    """The maps of every layer. Raises: ConfigError."""
-    known = {spec.layer_idx for spec in layers}
-    for idx in config.compression.layers or {}:
-        if int(idx) not in known:
-            raise ConfigError(f"pikv.compression.layers.{idx}: the model has layers 0 to {max(known)}")
-    method = f"pikv.compression.method = {codec.name!r}"
-    transforms = [_transform(codec, spec) for spec in layers]
-    if not codec.per_request and all(transform is None for transform in transforms):
-        return transforms
-    folds = codec.per_request or any(transform is not None and transform.inv_freq is None for transform in transforms)
-    if codec.per_request and policy.observes_queries and not policy.row_queries and not policy.reads_model_queries:
-        raise ConfigError(
-            f"pikv.scheduling.method = {policy.name!r} with {method}: it keeps what it was shown of queries per request, and does not say "
-            f"which of that to turn when the basis of a request changes (RetentionPolicy.row_queries); use another policy, or 'lora'"
-        )
-    if folds and policy.reads_model_queries:
-        raise ConfigError(
-            f"pikv.scheduling.method = {policy.name!r} with {method}: it needs the model's own queries, and where projections or rotations "
-            f"are folded into them the cache has none; use a record format without rotation ('int8', 'int4'), or another policy"
-        )
-    if folds and config.routing.build().reads_model_queries:
-        raise ConfigError(
-            f"pikv.routing.method = {config.routing.method!r} with {method}: its weights were fitted to the model's own queries, and where "
-            f"projections or rotations are folded into them the cache has none; use a router of key geometry ('bounds', 'topk')"
-        )
-    return transforms
+def _alone(facts: Facts, per_request: bool) -> str | None:
+    """Only the codec of all layers, keys and values can keep two pools of pages, or fit requests."""
+    for key, block, codec in facts.methods.parts:
+        if codec.per_request != per_request or (codec.light is None and not per_request):
+            continue
+        others = [name for name in ("k", "v", "layers") if getattr(block, name, None)]
+        if key != "compression" or others:
+            where = f"pikv.{key}" if key != "compression" else f"pikv.compression.{others[0]}"
+            why = "its bases belong to requests, and are fitted and turned for all at once" if per_request else "its two pools hold both"
+            legal = f"another codec in {where}: this one serves keys and values of all layers, {why}"
+            return illegal(f"{key}.method", block.method, legal)
+    return None
 
 
-def check_turning_router(router: Router, *, summarises: bool) -> None:
-    """summarises: it keeps something per page. Raises: ConfigError when it can't make that anew for keys in another basis."""
-    if summarises and type(router).moved is Router.moved and type(router).turned is Router.turned:
-        raise ConfigError(
-            f"pikv.routing.method = {router.name!r} with a codec whose bases belong to a request ('svd'): it keeps summaries of pages and "
-            f"can't make them anew when a basis changes (Router.turned); use another router, or a calibrated codec such as 'lora'"
-        )
-
-
-def _transform(codec: Codec, spec: LayerSpec) -> Transform | None:
+def _page_size(facts: Facts) -> str | None:
     try:
-        codec.stored(spec)
-        return codec.transform(spec)
-    except ConfigError:
-        raise
+        facts.page_size  # noqa: B018
     except ValueError as error:
-        raise ConfigError(f"layer {spec.layer_idx} does not fit pikv.compression.method = {codec.name!r}: {error}") from None
+        return illegal("page_size", facts.config.page_size, str(error))
+    return None
+
+
+def _unknown_layers(facts: Facts) -> str | None:
+    known = {spec.layer_idx for spec in facts.layers}
+    unknown = [idx for idx in facts.config.compression.layers or {} if int(idx) not in known]
+    return f"pikv.compression.layers.{unknown[0]}: the model has layers 0 to {max(known)}" if unknown else None
+
+
+def _with(facts: Facts) -> str:
+    return f"with pikv.compression.method = {facts.methods.codec.name!r}"
+
+
+def _rebased_policy(facts: Facts) -> str | None:
+    policy = facts.methods.policy
+    if not facts.methods.codec.per_request or not policy.observes_queries or policy.row_queries or policy.reads_model_queries:
+        return None
+    return (
+        f"pikv.scheduling.method = {policy.name!r} {_with(facts)}: it keeps what it was shown of queries per request, and does not say "
+        f"which of that to turn when the basis of a request changes (RetentionPolicy.row_queries); use another policy, or 'lora'"
+    )
+
+
+def _folded_policy(facts: Facts) -> str | None:
+    if not facts.methods.policy.reads_model_queries or not facts.folds:
+        return None
+    return (
+        f"pikv.scheduling.method = {facts.methods.policy.name!r} {_with(facts)}: it needs the model's own queries, and where projections "
+        f"or rotations are folded into them the cache has none; use a record format without rotation ('int8', 'int4'), or another policy"
+    )
+
+
+def _folded_router(facts: Facts) -> str | None:
+    if not facts.methods.router.reads_model_queries or not facts.folds:
+        return None
+    return (
+        f"pikv.routing.method = {facts.config.routing.method!r} {_with(facts)}: its weights were fitted to the model's own queries, and "
+        f"where projections or rotations are folded into them the cache has none; use a router of key geometry ('bounds', 'topk')"
+    )
+
+
+def _rebased_router(facts: Facts) -> str | None:
+    router = facts.methods.router
+    if not facts.methods.codec.per_request or router.rebuilds_rebased:
+        return None
+    return (
+        f"pikv.routing.method = {router.name!r} with a codec whose bases belong to a request ('svd'): it keeps summaries of pages and "
+        f"can't make them anew when a basis changes (Router.turned); use another router, or a calibrated codec such as 'lora'"
+    )
+
+
+BLOCK = (
+    Rule(
+        "two-pool-codec-alone", "block", ("compression",),
+        "a codec with a light one ('adaptive') beside another, for keys, values or single layers",
+        "its two pools of pages hold keys and values of all layers", "that codec alone, or another in its place",
+        lambda facts: _alone(facts, per_request=False),
+    ),
+    Rule(
+        "request-codec-alone", "block", ("compression",),
+        "a codec fitted to each request ('svd') beside another, for keys, values or single layers",
+        "bases are fitted and changed for keys and values of all layers at once", "that codec alone, or 'lora'",
+        lambda facts: _alone(facts, per_request=True),
+    ),
+    Rule(
+        "page-holds-groups", "block", ("page_size", "compression"), "a page_size that is no multiple of the codec's group",
+        "the scales of keys serve a whole group of tokens", "a multiple of the group, or null", _page_size,
+    ),
+)  # fmt: skip
+COMBINED = (
+    Rule(
+        "policy-follows-bases", "block", ("scheduling", "compression"),
+        "a policy that keeps queries per request without naming them, with a codec fitted to each request",
+        "what it keeps would be in an old basis", "another policy, or 'lora'", _rebased_policy,
+    ),
+    Rule(
+        "router-follows-bases", "block", ("routing", "compression"),
+        "a router that keeps summaries of pages and can't make them anew, with a codec fitted to each request",
+        "its summaries would be in an old basis", "another router, or a calibrated codec", _rebased_router,
+    ),
+)  # fmt: skip
+MODEL = (
+    Rule(
+        "layers-of-the-model", "model", ("compression",), "compression.layers for a layer that the model does not have",
+        "it would be ignored", "the indices of the model's attention layers", _unknown_layers,
+    ),
+    Rule(
+        "codec-fits-layer", "model", ("compression",), "a codec without a record or maps for a layer's geometry or dtype",
+        "widths are whole groups of 8, latents are stored once, a calibration is of one model", "another codec, or one for each layer",
+        lambda facts: said(lambda: facts.pages),
+    ),
+    Rule(
+        "policy-needs-model-queries", "model", ("scheduling", "compression"),
+        "a policy that reads the model's own queries, with a codec that folds maps into them",
+        "the cache has the folded ones only", "a record format without rotation, or another policy", _folded_policy,
+    ),
+    Rule(
+        "router-needs-model-queries", "model", ("routing", "compression"),
+        "a router whose weights were fitted to the model's queries, with a codec that folds maps into them",
+        "the cache has the folded ones only", "a router of key geometry", _folded_router,
+    ),
+)  # fmt: skip

@@ -32,10 +32,7 @@ __getattr__ = moved(
         "Waiting": "pikv_ds.retention.attention",
         "Writer": "pikv_ds.cache.writer",
         "Written": "pikv_ds.cache.writer",
-        "check_retention": "pikv_ds.blueprint.retention",
-        "check_tiers": "pikv_ds.blueprint.window",
         "digest": "pikv_ds.exchange.digest",
-        "fit_transforms": "pikv_ds.blueprint.compression",
         "load": "pikv_ds.ops.build:load",
     },
 )

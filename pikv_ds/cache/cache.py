@@ -9,15 +9,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pikv_ds.blueprint.compression import fit_transforms
-from pikv_ds.blueprint.retention import check_retention
-from pikv_ds.blueprint.window import check_tiers
+from pikv_ds.blueprint.blueprint import Blueprint
 from pikv_ds.config.pikv import PiKVConfig
 from pikv_ds.exchange.digest import digest
 from pikv_ds.exchange.exchange import Exchange
 from pikv_ds.ops.build import load
+from pikv_ds.pages.events import Written
 from pikv_ds.pages.layers import Tables
-from pikv_ds.placement.placement import Placement, Routed
+from pikv_ds.pages.rows import RowChange
+from pikv_ds.placement.placement import Routed
 from pikv_ds.placement.shard_map import ShardMap
 from pikv_ds.retention.attention import Waiting
 from pikv_ds.retention.retention import Retention
@@ -30,12 +30,13 @@ from pikv_ds.tiers.bases import RequestBases
 from pikv_ds.tiers.window import Tiers
 
 from .distinct import DistinctStep
+from .face import HostFace
 from .reader import PoolReader
 from .replicated import ReplicatedStep
-from .writer import Writer, Written
+from .writer import Writer
 
 
-class PiKVCache:
+class PiKVCache(HostFace):
     """Expert-sharded KV cache of one model on one rank.
 
     Call order, the same on all ranks: begin_step(local), attend(layer 0), ..., attend(last layer), end_step(). reset() on all ranks or
@@ -57,34 +58,27 @@ class PiKVCache:
         self.layers, self.config, self.dtype, self.device = layers, config, dtype, device
         self.exchange = Exchange(group, config.timeout_s)
         load.ensure(device.type)  # built here if at all, not in the first forward
-        self.num_shards = config.storage.num_shards or self.exchange.size
-        self.codec = codec = config.compression.build()
-        policy = config.scheduling.build()
-        check_retention(config, policy, layers, self.num_shards)
-        self.page_size = codec.page_size(config.page_size)
-        check_tiers(config, codec, layers, self.page_size)
-        transforms = fit_transforms(codec, config, policy, layers)
-        self.transforms = [None if transform is None else transform.to(device) for transform in transforms]
+        blueprint = Blueprint.of(config, layers, dtype, ranks=self.exchange.size, num_experts=num_experts).to(device)
+        self.blueprint, pages, codec, policy = blueprint, blueprint.pages, blueprint.codec, blueprint.policy
+        self.codec, self.num_shards, self.page_size = codec, pages.num_shards, pages.page_size
+        self.transforms = [plan.near_maps for plan in pages.layers]
         self.map = ShardMap.blocks(self.num_shards, self.exchange.rank, self.exchange.size, device)
         if holders is not None:
             self.map = ShardMap(holders, self.exchange.rank, self.exchange.size, device)
-        self.tables = Tables(layers, config, codec, self.page_size, self.map, num_experts, dtype, device, self.transforms)
-        if codec.light is None:  # near pages are as computed then: the maps are for far pages only
-            self.tables.far_maps = [None if far is None else maps for far, maps in zip(self.tables.far, self.transforms, strict=True)]
-            self.transforms = [maps if far is None else None for far, maps in zip(self.tables.far, self.transforms, strict=True)]
+        self.tables = Tables(pages, config.storage, self.map, num_experts, device)
         self.bases: RequestBases | None = None  # None: the same maps for all requests, if there are any
         if codec.per_request:
             self.bases = RequestBases(layers, codec, self.tables, self.exchange)
-        self.retention = None if policy.keeps_all else Retention(config, policy, self.tables, self.exchange)
+        self.retention: Retention | None = None  # None: everything is kept
+        if blueprint.budgets is not None:
+            self.retention = Retention(config.scheduling, policy, blueprint.budgets, self.tables, self.exchange)
         self.tiers: Tiers | None = None  # None: one pool of pages per layer
         if self.tables.two_pools:
             watching = self.retention.mass if self.retention is not None and policy.watches else None
-            self.tiers = Tiers(config, self.tables, self.exchange, watching)
-        storage = config.storage
-        placement = Placement(storage.placement, num_experts, self.num_shards, n_tok=storage.n_tok, table=storage.table)
-        self.writer = Writer(self.tables, placement.to(device))
-        self.stages = storage.expert_ids == "true"
-        router = config.routing.build()
+            self.tiers = Tiers(blueprint, self.tables, self.exchange, watching)
+        self.writer = Writer(self.tables, blueprint.placement)
+        self.stages = config.storage.expert_ids == "true"
+        router = blueprint.router
         self.selection: Selection | None = None  # None: every query reads every page
         if not router.reads_all:
             self.selection = Selection(
@@ -93,8 +87,8 @@ class PiKVCache:
         self.reader = PoolReader(self.tables, self.selection, self.retention, self.tiers, self.stages)
         self.staged: Staged | None = None
         self.waiting: Waiting | None = None  # distinct requests: a layer whose merged lse rides in the next record
-        self.agreement = Agreement(self.exchange, storage.requests, device)
-        self.replicated, self.distinct = ReplicatedStep(self), DistinctStep(self)
+        self.agreement = Agreement(self.exchange, config.storage.requests, device)
+        self.replicated_way, self.distinct_way = ReplicatedStep(self), DistinctStep(self)
         self.hold_margin: int | None = None  # assisted decoding: tokens a crop may still take back; None = no crop is announced
         self.hold = False  # some rank whose requests are stored here announced crops
         self.plan: StepPlan | None = None
@@ -123,8 +117,8 @@ class PiKVCache:
     def end_step(self) -> None:
         """Finish a forward: staged entries go home, windows expire, slabs are returned, late errors are raised (on all ranks alike)."""
         if self.staged is not None:
-            (self.distinct if self.agreement.mode == "distinct" else self.replicated).flush_staged()
-        self.distinct.flush_watched()
+            (self.distinct_way if self.agreement.mode == "distinct" else self.replicated_way).flush_staged()
+        self.distinct_way.flush_watched()
         if self.selection is not None:
             self.selection.end_step()
         expired = 0
@@ -155,40 +149,29 @@ class PiKVCache:
         """Bring tables and sizes in line with what the ranks agreed on, before any entry of the forward is written."""
         old_lens = self.agreement.lens
         before, after = self.agreement.commit(agreed)
-        if self.bases is not None and not agreed.identity:
-            self.bases.remap(agreed)
         if agreed.restart:
             self._start(len(before))
         elif not agreed.identity:
-            if self.tiers is not None:
-                self.tiers.remap(agreed, old_lens)
-            self.tables.remap(agreed, old_lens)
-            if self.retention is not None:
-                self.retention.remap(agreed.parent)
-            if self.selection is not None:
-                self.selection.news.remap(agreed.parent)
+            change = RowChange.of(agreed, old_lens, self.device)
+            self.tables.change(change)
+            if self.bases is not None:
+                self.bases.rows.change(change)
         self.plan = StepPlan(agreed.shapes, self.agreement.own, before, after, self.device)
         if self.retention is not None:
             self.retention.before_forward(self.plan)
         self.tables.reserve(self.plan, self.hold)
 
     def _start(self, num_rows: int) -> None:
-        """A generation of `num_rows` requests begins: nothing of the last one stays. Bases follow their rows (tiers/bases.py)."""
+        """A generation of `num_rows` requests begins: nothing of the last one stays."""
         self.tables.allocate(num_rows)
         if self.selection is not None:
             self.selection.open()
         if self.retention is not None:
             self.retention.reset()
         if self.tiers is not None:
-            self.tiers.reset(num_rows)
-
-    def clear_column(self, name: str) -> None:
-        """Zero the policy's number `name` of every page, in all pools of all layers that keep it. Between forwards; no collective."""
-        if name not in self.tables.page_values:
-            raise ValueError(f"no policy of this cache keeps {name!r} per page; kept are {sorted(self.tables.page_values)}")
-        for store in self.tables.all_stores:
-            if name in store.summaries:  # layers with a window keep none
-                store.summaries[name].zero_()
+            self.tiers.reset()
+        if self.bases is not None:
+            self.bases.rows.start(num_rows)
 
     def settle(self, headers: list[list[int]], k: Tensor) -> None:
         """Agree on a forward that is not plain decoding; k: this rank's keys of the first layer, compared only if the inputs are equal."""
@@ -227,8 +210,8 @@ class PiKVCache:
             headers = self.exchange.gather_ints(self.agreement.header(self.local, self.hold), self.device, "opening the first forward")
             self.settle(headers, query.k)
         if self.agreement.mode == "distinct":
-            return self.distinct.attend(query)
-        return self.replicated.attend(query)
+            return self.distinct_way.attend(query)
+        return self.replicated_way.attend(query)
 
     def append(self, layer: int, k: Tensor, v: Tensor, expert_ids: Routed | Tensor | None) -> Written:
         written = self.writer.append(layer, self.plan, k, v, expert_ids, self.hold)

@@ -9,13 +9,13 @@ from torch import Tensor
 
 from pikv_ds.exchange.wire import HEADER, Layout, headers_of
 from pikv_ds.ops import merge_partials
+from pikv_ds.pages.events import Written
 from pikv_ds.pages.view import Before
 from pikv_ds.retention.attention import Waiting
 from pikv_ds.selection.returns import return_needed
 from pikv_ds.step.query import Partial, Query, Staged
 
 from .reader import nothing
-from .writer import Written
 
 if TYPE_CHECKING:
     from .cache import PiKVCache
@@ -31,7 +31,7 @@ class DistinctStep:
         cache = self.cache
         fields = self._open(query) if cache.plan is None else None
         if cache.agreement.mode == "replicated":  # the requests of the new generation are the same on all ranks
-            return cache.replicated.attend(query)
+            return cache.replicated_way.attend(query)
         plan = cache.plan
         wanted = any(cache.reader.reads(plan, source) for source in plan.sources)
         watched = cache.reader.watcher(query.layer) is not None

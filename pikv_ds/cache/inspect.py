@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pikv_ds.ops import PageFormat
+from pikv_ds.pages.rows import Rows
 from pikv_ds.policies.base import Pages, RetentionPolicy
 from pikv_ds.routers.base import PageQuery, Router
 
@@ -56,7 +57,7 @@ class CacheProbe:
 
     @property
     def local_shards(self) -> tuple[int, ...]:
-        """This rank's shards among all, in the order of its tables."""
+        """This rank's shards among all, ascending."""
         return self.cache.map.local
 
     def pools(self, layer: int) -> list[PoolProbe]:
@@ -129,7 +130,7 @@ class CacheProbe:
 
     def uncroppable(self, row: int) -> int:
         """A crop of the row behind this many tokens may be refused, as entries have left a window."""
-        return self.cache.tables.crops.settled[row]
+        return self.cache.tables.crops.settled.values[row]
 
     # ---- bytes ---------------------------------------------------------------------------------------------------------------
 
@@ -150,12 +151,19 @@ class CacheProbe:
     @property
     def watched_bytes(self) -> int:
         """Bytes that the policy keeps per row; 0 without one."""
-        return 0 if self.cache.retention is None else self.cache.retention.mass.nbytes
+        retention = self.cache.retention
+        columns = {} if retention is None else retention.mass.columns
+        return sum(column.nbytes for by_name in columns.values() for column in by_name.values())
+
+    @property
+    def rows(self) -> Rows:
+        """What is kept per row, by whomever; bases of requests aside."""
+        return self.cache.tables.rows
 
     @property
     def router_bytes(self) -> int:
-        """Bytes that the router keeps besides columns, and those of the counters of entries read."""
-        return 0 if self.cache.selection is None else self.cache.selection.metadata_nbytes
+        """Bytes that the router keeps per row or beside rows, and those of the counters of entries read."""
+        return 0 if self.cache.selection is None else self.cache.selection.metadata_nbytes + self.rows.nbytes
 
     @property
     def weights(self) -> list[object]:
@@ -167,7 +175,7 @@ class CacheProbe:
             found.append(getattr(cache.selection.router, "gate", None))
         if cache.bases is not None:
             found.append(cache.bases.rotations)
-        return [cache.codec, cache.transforms, cache.tables.undone, cache.writer.placement, *found]
+        return [cache.codec, cache.transforms, cache.tables.undone, cache.writer.placement, cache.map, *found]
 
     # ---- what queries read ---------------------------------------------------------------------------------------------------
 
@@ -230,11 +238,12 @@ class CacheProbe:
     @property
     def fitted_at(self) -> list[int]:
         """[R] tokens of a request when its basis was fitted; very large: never again. Empty without bases of requests."""
-        return [] if self.cache.bases is None else list(self.cache.bases.fitted_at)
+        return [] if self.cache.bases is None else list(self.cache.bases.fitted_at.values)
 
     def bases(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Of keys and values, [B, H, D, r] f32 each."""
-        k, v = self.cache.bases.bases[layer]
+        """Of keys and values, [B, H, D, r] f32 each; of a layer with two pools those of all ranks' rows."""
+        bases = self.cache.bases
+        k, v = bases.bases[layer] if layer in bases.bases else (column.value for column in bases.shared[layer])
         return k.clone(), v.clone()
 
     def rotations(self, layer: int) -> list[Tensor] | None:

@@ -27,7 +27,7 @@ class ReplicatedStep:
         cache = self.cache
         unchecked = self._open(query) if cache.plan is None else False
         if cache.agreement.mode == "distinct":  # the requests of the new generation differ between the ranks
-            return cache.distinct.attend(query)
+            return cache.distinct_way.attend(query)
         plan = cache.plan
         if plan.positions is None:
             plan.set_positions(cache.local.positions.flatten())

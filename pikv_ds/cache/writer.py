@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
+from pikv_ds.pages.events import Written
 from pikv_ds.pages.layers import Tables
 from pikv_ds.placement.placement import Placement, Routed
 from pikv_ds.placement.spill import spill
 from pikv_ds.step.step import StepPlan
-
-
-class Written(NamedTuple):
-    """Where the N tokens of an append went."""
-
-    slot_mapping: Tensor  # [N] int32, page * page_size + offset; -1 = not stored here
-    shard: Tensor | None  # [N] int64 global shard; None = the only one
-    valid: Tensor  # [N] bool, stored on whatever rank
-    here: Tensor  # [N] bool, stored on this one
 
 
 class Writer:

@@ -56,7 +56,7 @@ class Codec(ABC):
 
     @abstractmethod
     def format_name(self, dtype: torch.dtype) -> str:
-        """The record format (formats.py) for a model whose keys have this dtype. Raises: ValueError for a dtype it cannot hold."""
+        """The record format (ops/format/formats.py) for keys of this dtype. Raises: ValueError for a dtype it cannot hold."""
 
     def ready(self) -> None:  # noqa: B027
         """Read what the codec needs from disk. Raises: ValueError when that is missing or of something else."""

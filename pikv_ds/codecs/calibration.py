@@ -33,6 +33,8 @@ from torch import Tensor
 from pikv_ds.errors import ConfigError
 from pikv_ds.spec import LayerSpec
 
+from .weights import not_finite, read_file
+
 VERSION = "1"
 FINGERPRINT_TOLERANCE = 0.01  # bf16 rounds an element by 2^-9 at most, a norm by less
 _PARTS = ("k_mean", "k_second", "q_second", "v_mean", "v_second", "o_second")
@@ -181,18 +183,11 @@ def load(path: str) -> Calibration:
 
 @lru_cache(maxsize=8)
 def _load(file: Path, changed: int, size: int) -> Calibration:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, "pt") as opened:
-            about = opened.metadata() or {}
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"calibration = a readable safetensors file, got {str(file)!r}: {error}") from error
+    tensors, about = read_file(file, "calibration")
     if about.get("format") != f"pikv calibration {VERSION}":
         given = json.dumps(about)[:80]
         raise ValueError(f"calibration = a file that `pikv calibrate` wrote (format {VERSION}), got {str(file)!r} with metadata {given}")
-    broken = [name for name, x in tensors.items() if not bool(torch.isfinite(x).all())]
+    broken = not_finite(tensors)
     if broken:
         raise ValueError(f"calibration = finite statistics, but {broken[0]!r} of {str(file)!r} has values that are not")
     return Calibration(tensors, about)

@@ -15,14 +15,22 @@ B rows, T columns, H kv heads, G query heads of each, D head_dim, r width of a c
 
 from __future__ import annotations
 
-from typing import NamedTuple, Self
+from typing import NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
 
-from pikv_ds.step.query import Partial
-
 from .rope import turn
+
+
+class Attended(Protocol):
+    """Attention over coefficients (step/query.py): out [B, T, H * G, r], lse [B, T, H * G], whether it is over nothing."""
+
+    out: Tensor
+    lse: Tensor
+    empty: bool
+
+    def _replace(self, **changed: Tensor) -> Self: ...
 
 
 class Linear(NamedTuple):
@@ -123,7 +131,7 @@ class Transform:
         shift = None if self.k.mean is None else scale * torch.einsum("bthgd,hd->bthg", by_head, self.k.mean).flatten(2, 3)
         return folded, shift
 
-    def leave(self, partial: Partial, shift: Tensor | None) -> Partial:
+    def leave(self, partial: Attended, shift: Tensor | None) -> Attended:
         """Attention over coefficients, as attention over what they stand for; 0 and -inf stay where nothing is stored."""
         out = partial.out
         if partial.empty:

@@ -5,14 +5,12 @@ B rows, T columns, H kv heads, G query heads of each, D head_dim, r rank, S shar
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from pikv_ds.step.query import Partial
-
-from .maps import Transform
+from .maps import Attended, Transform
 
 
 class Turn(NamedTuple):
@@ -21,6 +19,12 @@ class Turn(NamedTuple):
     rows: Tensor
     by: Tensor
     """[n, H, r, r] f32, the same on all ranks."""
+
+
+class Column(Protocol):
+    """What a row keeps, [R, ...]."""
+
+    value: Tensor
 
 
 class RequestMaps:
@@ -43,7 +47,7 @@ class RequestMaps:
         by_head = q.float().unflatten(2, (self.k.shape[1], -1))
         return torch.einsum("bthgd,bhdr->bthgr", by_head, self.k).flatten(2, 3).to(q.dtype), None
 
-    def leave(self, partial: Partial, shift: None) -> Partial:
+    def leave(self, partial: Attended, shift: None) -> Attended:
         by_head = partial.out.unflatten(2, (self.v.shape[1], -1))
         return partial._replace(out=torch.einsum("bthgr,bhdr->bthgd", by_head, self.v).flatten(2, 3))
 
@@ -53,6 +57,21 @@ class RequestMaps:
 
     def decode_pages(self, x: Tensor, side: str) -> Tensor:
         return torch.einsum("bschpr,bhdr->bschpd", x.float(), getattr(self, side))
+
+
+class RowMaps(RequestMaps):
+    """The maps of all rows, wherever these have moved to: k and v are columns of pages/rows.py."""
+
+    def __init__(self, k: Column, v: Column) -> None:
+        self._k, self._v = k, v
+
+    @property
+    def k(self) -> Tensor:
+        return self._k.value
+
+    @property
+    def v(self) -> Tensor:
+        return self._v.value
 
 
 def _encode(x: Tensor, basis: Tensor) -> Tensor:

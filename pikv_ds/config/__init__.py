@@ -2,7 +2,8 @@
 
 from pikv_ds.moved import moved
 
-from .pikv import MonitorConfig, OffloadConfig, PiKVConfig, StorageConfig
+from .pikv import PiKVConfig
+from .storage import MonitorConfig, OffloadConfig, StorageConfig
 
 __all__ = ["MonitorConfig", "OffloadConfig", "PiKVConfig", "StorageConfig"]
 
@@ -15,15 +16,7 @@ __getattr__ = moved(
         "PRESETS": "pikv_ds.config.presets",
         "RoutingConfig": "pikv_ds.config.routing",
         "SchedulingConfig": "pikv_ds.config.scheduling",
-        "check_budget": "pikv_ds.config.checks",
         "check_companion": "pikv_ds.config.checks",
-        "check_exchange": "pikv_ds.config.checks",
-        "check_experts": "pikv_ds.config.checks",
-        "check_host_penalty": "pikv_ds.config.checks",
-        "check_method": "pikv_ds.config.checks",
-        "check_pools": "pikv_ds.config.checks",
-        "check_ready": "pikv_ds.config.checks",
-        "check_retention": "pikv_ds.config.checks",
         "check_table": "pikv_ds.config.checks",
         "describe": "pikv_ds.config.wording",
         "expand": "pikv_ds.config.presets",

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from .block import MethodBlock
-
-if TYPE_CHECKING:
-    from pikv_ds.codecs.base import Codec
 
 
 class CodecConfig(MethodBlock):
@@ -20,29 +17,12 @@ class CodecConfig(MethodBlock):
     rotate: Literal["none", "hadamard"] = Field("none", description="Rotation of what is stored, before it is rounded to few bits.")
     rotate_seed: int = Field(0, ge=0, lt=1 << 31, description="Chooses the random signs of the rotation.")
 
-    def own(self) -> Codec:
-        """The codec with its options, without what other blocks put in its place."""
-        from pikv_ds.codecs import CODECS
-        from pikv_ds.codecs.rotated import Rotated
-
-        codec = CODECS.build(self.method, **self.options)
-        return codec if self.rotate == "none" else Rotated(codec, self.rotate_seed)
-
 
 class LayerCompressionConfig(CodecConfig):
     """In which format entries of a layer are stored. Other keys are the options of the codec, see `pikv methods`."""
 
     k: CodecConfig | None = Field(None, description="Another codec for the keys; null = the same.")
     v: CodecConfig | None = Field(None, description="Another codec for the values; null = the same.")
-
-    def build(self) -> Codec:
-        """The codec of keys and values."""
-        from pikv_ds.codecs.split import KVSplit
-
-        own = self.own()
-        if self.k is None and self.v is None:
-            return own
-        return KVSplit(self.k.own() if self.k else own, self.v.own() if self.v else own)
 
     def parts(self, key: str) -> Iterator[tuple[str, CodecConfig]]:
         """Every codec of the block and its key."""
@@ -61,23 +41,7 @@ class CompressionConfig(LayerCompressionConfig):
         None, description="Layer index -> a block of this kind that holds for that layer in place of this one."
     )
 
-    def build(self) -> Codec:
-        """The codec of all layers."""
-        from pikv_ds.codecs.split import PerLayer
-
-        own = super().build()
-        return PerLayer(own, {int(idx): block.build() for idx, block in self.layers.items()}) if self.layers else own
-
     def parts(self, key: str) -> Iterator[tuple[str, CodecConfig]]:
         yield from super().parts(key)
         for idx, block in (self.layers or {}).items():
             yield from block.parts(f"{key}.layers.{idx}")
-
-    def build_near(self) -> Codec | None:
-        """The codec of the entries that are not encoded by `build()`'s yet, or never: raw, or the light one. None = there are none."""
-        from pikv_ds.codecs import CODECS
-
-        codec = self.build()
-        if codec.light is None and not (self.raw_sink_tokens or self.raw_recent_tokens):
-            return None
-        return codec.light or CODECS.build("none")

@@ -1,131 +1,29 @@
-"""The "pikv" configuration block: every key, its range, and the checks that involve more than one key."""
+"""The "pikv" configuration block: what it consists of, and how it is read. Which methods combine is said in pikv_ds/blueprint."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from types import ModuleType
+from typing import Any, Self
 
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import ValidationError, model_validator
 
 from pikv_ds.errors import ConfigError
 
-from .block import Block
-from .checks import (
-    check_budget,
-    check_companion,
-    check_exchange,
-    check_experts,
-    check_host_penalty,
-    check_method,
-    check_pools,
-    check_ready,
-    check_retention,
-    check_table,
-)
-from .compression import CompressionConfig
-from .presets import PRESETS, expand
-from .routing import RoutingConfig
-from .scheduling import SchedulingConfig
-from .wording import describe, problem
+from .blocks import Blocks
+from .presets import expand
+from .wording import describe, rules_of
 
 
-def _as_tuples(value: Any) -> Any:
-    return tuple(_as_tuples(item) for item in value) if isinstance(value, list | tuple) else value
-
-
-Table = Annotated[tuple[tuple[tuple[int, ...], ...], ...], BeforeValidator(_as_tuples)]
-
-
-class StorageConfig(Block):
-    """Where each entry is stored."""
-
-    requests: Literal["auto", "replicated", "distinct"] = Field(
-        "auto", description="Whether the ranks run the same requests; auto compares a digest of them at prefill."
-    )
-    num_shards: int | None = Field(None, ge=1, description="Logical shards per layer; null = number of EP ranks.")
-    placement: Literal["experts", "xor", "position", "table"] = Field(
-        "experts",
-        description="How an entry finds its shard: its expert, (t mod n_tok) XOR expert, its position, or `table`.",
-    )
-    expert_ids: Literal["previous_layer", "lookahead", "true", "gate", "hash"] = Field(
-        "previous_layer", description="Which router names the expert of an entry."
-    )
-    n_tok: int = Field(1, ge=1, description="Token modulus of the xor placement; a power of two.")
-    table: Table | None = Field(
-        None,
-        description="Shard ids [num_layers or 1][num_experts][max_replicas], -1 = none; for placement table only.",
-    )
-    gate_path: str | None = Field(None, min_length=1, description="safetensors file of a learned KV gate; for expert_ids gate only.")
-    capacity_tokens: int | None = Field(
-        None, ge=1, description="Entries per layer and shard; null = ceil(1.1 x the balanced share) + one page."
-    )
-    overflow: Literal["spill", "error"] = Field(
-        "spill", description="What happens when a shard is full: use the least loaded one, or stop."
-    )
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.n_tok & (self.n_tok - 1):
-            raise problem("storage.n_tok", self.n_tok, "a power of two (1, 2, 4, ...): the XOR must stay in range")
-        if self.n_tok != 1 and self.placement != "xor":
-            raise problem(
-                "storage.n_tok",
-                self.n_tok,
-                f"1 with pikv.storage.placement = {self.placement!r}; n_tok only acts in 'xor'",
-            )
-        check_companion("table", self.table, "placement", self.placement, "table")
-        check_companion("gate_path", self.gate_path, "expert_ids", self.expert_ids, "gate")
-        if self.table is not None:
-            check_table(self.table, self.num_shards)
-        return self
-
-
-class OffloadConfig(Block):
-    """Slower tiers. Not available in this version: only the values that mean "no tier" are legal."""
-
-    host_gib: float = Field(0, ge=0, description="Host memory for cold pages in GiB; only 0 in this version.")
-    nvme_path: str | None = Field(None, description="Folder for cold pages; only null in this version.")
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.host_gib > 0:
-            raise problem("offload.host_gib", self.host_gib, "0: offload tiers are not available in this version")
-        if self.nvme_path is not None:
-            raise problem("offload.nvme_path", self.nvme_path, "null: offload tiers are not available in this version")
-        return self
-
-
-class MonitorConfig(Block):
-    """Metrics through DeepSpeed's monitor."""
-
-    enabled: bool = Field(True, description="Write PiKV/<group>/<metric> to the monitors that DeepSpeed has configured.")
-    interval: int = Field(100, ge=1, description="Decode steps between two writes.")
-
-
-class PiKVConfig(Block):
+class PiKVConfig(Blocks):
     """The "pikv" block of a DeepSpeed configuration."""
-
-    preset: str | None = Field(
-        None,
-        description="Name of a configuration; replaced by its keys when the block is read, the keys given beside it override them.",
-        json_schema_extra={"enum": [*PRESETS, None]},
-    )
-    enabled: bool = Field(True, description="false: nothing is patched and the host runs as without the block.")
-    page_size: int | None = Field(None, ge=1, le=256, description="Tokens per page; null = the codec's preference.")
-    timeout_s: float = Field(300, gt=0, allow_inf_nan=False, description="Longest wait for another rank, in seconds.")
-    storage: StorageConfig = Field(StorageConfig(), description=StorageConfig.__doc__)
-    routing: RoutingConfig = Field(RoutingConfig(), description=RoutingConfig.__doc__)
-    compression: CompressionConfig = Field(CompressionConfig(), description=CompressionConfig.__doc__)
-    scheduling: SchedulingConfig = Field(SchedulingConfig(), description=SchedulingConfig.__doc__)
-    offload: OffloadConfig = Field(OffloadConfig(), description=OffloadConfig.__doc__)
-    monitor: MonitorConfig = Field(MonitorConfig(), description=MonitorConfig.__doc__)
 
     def __init__(self, **block: Any) -> None:
         try:
             super().__init__(**block)
         except ValidationError as error:
-            raise ConfigError(describe(error, type(self))) from None
+            raise ConfigError(describe(error, type(self)), rule=rules_of(error)) from None
 
     @model_validator(mode="before")
     @classmethod
@@ -134,27 +32,7 @@ class PiKVConfig(Block):
 
     @model_validator(mode="after")
     def _check_methods(self) -> Self:
-        # Imported here: the registries bring torch, which reading this file must not need.
-        from pikv_ds.codecs import CODECS
-        from pikv_ds.policies import POLICIES
-        from pikv_ds.routers import ROUTERS
-
-        for key, registry in (("routing", ROUTERS), ("scheduling", POLICIES)):
-            check_method(key, getattr(self, key), registry)
-        for key, block in self.compression.parts("compression"):
-            check_method(key, block, CODECS)
-        for key, block in self.compression.parts("compression"):
-            check_ready(key, block)
-            check_pools(key, block)
-        check_retention(self.scheduling)
-        try:
-            page_size = self.resolve_page_size()
-        except ValueError as error:
-            raise problem("page_size", self.page_size, str(error)) from None
-        check_budget(self.routing, page_size)
-        check_exchange(self.routing, self.storage)
-        check_experts(self.routing, self.storage)
-        check_host_penalty(self.routing, self.storage)
+        _blueprint().check(self)
         return self
 
     @classmethod
@@ -177,7 +55,14 @@ class PiKVConfig(Block):
 
     def resolve_page_size(self) -> int:
         """Tokens per page: `page_size`, or what the codec prefers."""
-        return self.compression.build().page_size(self.page_size)
+        return _blueprint().page_size_of(self)
+
+
+def _blueprint() -> ModuleType:
+    """The one thing that the configuration asks of the methods: whether they combine. Late, as it brings torch."""
+    from pikv_ds.blueprint import reading
+
+    return reading
 
 
 def _read_json(path: Path) -> Any:

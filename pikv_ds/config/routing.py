@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import Field
 
 from .block import Block, MethodBlock
-
-if TYPE_CHECKING:
-    from pikv_ds.routers.base import Router
-    from pikv_ds.selection.host_penalty import RouterPenalty
 
 
 class HostPenaltyConfig(Block):
@@ -22,11 +18,10 @@ class HostPenaltyConfig(Block):
         "selection", description="Choose experts by lowered logits and weigh them by the model's own, or lower both."
     )
 
-    def build(self) -> RouterPenalty | None:
-        """The penalty, or None when both strengths are 0."""
-        from pikv_ds.selection.host_penalty import RouterPenalty
-
-        return RouterPenalty(load=self.load, miss=self.miss, applies_to=self.applies_to) if self.load or self.miss else None
+    @property
+    def asked(self) -> bool:
+        """Whether anything is taken off."""
+        return bool(self.load or self.miss)
 
 
 class RoutingConfig(MethodBlock):
@@ -41,9 +36,3 @@ class RoutingConfig(MethodBlock):
         "all", description="Distinct requests: the ranks that send back partial attention, all or those that read something (fewer bytes)."
     )
     host_penalty: HostPenaltyConfig = Field(HostPenaltyConfig(), description=HostPenaltyConfig.__doc__)
-
-    def build(self) -> Router:
-        """The router with its options."""
-        from pikv_ds.routers import ROUTERS
-
-        return ROUTERS.build(self.method, **self.options)

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
 from .block import MethodBlock
 from .wording import removed
-
-if TYPE_CHECKING:
-    from pikv_ds.policies.base import RetentionPolicy
-
 
 _INSTEAD_OF_TOKEN = (
     "pages leave whole, so 'page' is legal. \"page_size\": 1 keeps the same entries and pads every record to 64 bytes (not for int8, int4 "
@@ -48,9 +44,3 @@ class SchedulingConfig(MethodBlock):
         if value == "token":
             raise removed("scheduling.granularity", value, _INSTEAD_OF_TOKEN)
         return value
-
-    def build(self) -> RetentionPolicy:
-        """The policy with its options."""
-        from pikv_ds.policies import POLICIES
-
-        return POLICIES.build(self.method, **self.options)

@@ -14,25 +14,31 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 _TYPE_WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "a string", type(None): "null"}
 
 
-def problem(key: str, value: Any, legal: str) -> PydanticCustomError:
-    """An error to raise inside a validator; `key` is relative to the block, `legal` completes "legal is ..."."""
-    return PydanticCustomError("pikv", "{text}", {"text": f"pikv.{key} = {_show(value)}: legal is {legal}"})
+def illegal(key: str, value: Any, legal: str) -> str:
+    """`key` is relative to the block, `legal` completes "legal is ..."."""
+    return f"pikv.{key} = {_show(value)}: legal is {legal}"
 
 
-def removed(key: str, value: Any, instead: str) -> PydanticCustomError:
-    """An error to raise inside a validator for a value of an earlier version; `instead` says why it is gone and what to use."""
-    return PydanticCustomError("pikv", "{text}", {"text": f"pikv.{key} = {_show(value)} was removed: {instead}"})
+def gone(key: str, value: Any, instead: str) -> str:
+    """Of a value of an earlier version; `instead` says why it is gone and what to use."""
+    return f"pikv.{key} = {_show(value)} was removed: {instead}"
 
 
-def unknown_key(key: str, value: Any, parent: str, known: list[str]) -> PydanticCustomError:
-    """An error to raise inside a validator for a key that nobody reads."""
-    return PydanticCustomError("pikv", "{text}", {"text": _unknown(f"pikv.{key}", value, parent, known)})
-
-
-def _unknown(key: str, value: Any, parent: str, known: list[str]) -> str:
+def unknown(key: str, value: Any, parent: str, known: list[str]) -> str:
+    """Of a key that nobody reads."""
     close = difflib.get_close_matches(key.rpartition(".")[2], known, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     return f"unknown key {key} = {_show(value)}: legal keys of {parent} are {', '.join(known)}{hint}"
+
+
+def problem(key: str, value: Any, legal: str) -> PydanticCustomError:
+    """An error to raise inside a validator of a block, see `illegal`."""
+    return PydanticCustomError("pikv", "{text}", {"text": illegal(key, value, legal)})
+
+
+def removed(key: str, value: Any, instead: str) -> PydanticCustomError:
+    """An error to raise inside a validator of a block, see `gone`."""
+    return PydanticCustomError("pikv", "{text}", {"text": gone(key, value, instead)})
 
 
 def legal_words(annotation: Any) -> str:
@@ -50,6 +56,13 @@ def describe(error: ValidationError, block: type[BaseModel]) -> str:
     return "\n".join(lines)
 
 
+def rules_of(error: ValidationError) -> str | tuple[str, ...] | None:
+    """The rules (blueprint/rules.py) that refused: a name, several, or None."""
+    raised = [item["ctx"]["error"] for item in error.errors(include_url=False) if item["type"] == "value_error"]
+    names = tuple(dict.fromkeys(rule for rule in (getattr(one, "rule", None) for one in raised) if rule))
+    return names if len(names) > 1 else names[0] if names else None
+
+
 def _line(item: ErrorDetails, block: type[BaseModel]) -> str:
     if item["type"] == "pikv":
         return item["msg"]
@@ -58,7 +71,7 @@ def _line(item: ErrorDetails, block: type[BaseModel]) -> str:
     model, field, path = _locate(item["loc"], block)
     key = ".".join(["pikv", *path])
     if item["type"] == "extra_forbidden":
-        return _unknown(key, item["input"], ".".join(["pikv", *path[:-1]]), list(model.model_fields))
+        return unknown(key, item["input"], ".".join(["pikv", *path[:-1]]), list(model.model_fields))
     assert field is not None, item
     legal = "a finite number" if item["type"] == "finite_number" else _legal(field)
     return f"{key} = {_show(item['input'])}: legal is {legal}"

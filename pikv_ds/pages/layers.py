@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import torch
 from torch import Tensor
 
-from pikv_ds.codecs.base import Codec
-from pikv_ds.codecs.maps import Transform
 from pikv_ds.codecs.request_maps import PageMaps
-from pikv_ds.config.pikv import PiKVConfig
-from pikv_ds.errors import ConfigError
+from pikv_ds.config.storage import StorageConfig
 from pikv_ds.ops import PageFormat
 from pikv_ds.placement.directory import Directory
 from pikv_ds.placement.shard_map import ShardMap
-from pikv_ds.spec import LayerSpec
-from pikv_ds.step.agreement import Agreed
 from pikv_ds.step.step import StepPlan
 
 from .counters import Counters
 from .crops import CropLimits
+from .plan import PagesPlan
 from .pool import LayerStore, tail_dtype
-from .recycle import expire, remap
+from .recycle import expire, fork
+from .rows import RowChange, Rows
 from .sizing import pages_to_open, shard_capacity
 
 
@@ -32,38 +27,28 @@ class Tables:
 
     def __init__(
         self,
-        layers: list[LayerSpec],
-        config: PiKVConfig,
-        codec: Codec,
-        page_size: int,
+        plan: PagesPlan,
+        storage: StorageConfig,
         shard_map: ShardMap,
         num_experts: int,
-        dtype: torch.dtype,
         device: torch.device,
-        transforms: list[Transform | None],
     ) -> None:
-        self.layers, self.storage, self.page_size = layers, config.storage, page_size
-        per_head = config.scheduling.head_budget != "shared"
-        self.heads = layers[0].num_kv_heads if per_head else 1  # tables of a row and shard: a page holds the entries of one of them
-        near = config.compression.build_near()  # layers without a window then have two pools of pages (tiers/window.py)
-        far = [near is not None and spec.window is None for spec in layers]
-        self.formats = [
-            _page_format(near if two else codec, spec, page_size, dtype, self.heads) for spec, two in zip(layers, far, strict=True)
-        ]
-        self.far_formats = [
-            _page_format(codec, spec, page_size, dtype, self.heads) if two else None for spec, two in zip(layers, far, strict=True)
-        ]
-        self.two_pools = any(far)
-        self.far_maps: list[PageMaps | None] = [None] * len(layers)  # from near entries to what far pages hold; None: the same
-        # Of layers whose pages hold keys before their rotation; with two pools the far ones.
-        self.undone = [None if maps is None or maps.inv_freq is None else maps for maps in transforms]
-        self.turns = codec.per_request  # what is stored of a request gets another basis while it grows (tiers/bases.py)
-        self.dtype, self.device, self.map = dtype, device, shard_map
+        """plan: its maps lie on the device."""
+        self.layers = layers = [layer.spec for layer in plan.layers]
+        self.storage, self.page_size, self.heads = storage, plan.page_size, plan.heads
+        self.formats, self.far_formats = [layer.near for layer in plan.layers], [layer.far for layer in plan.layers]
+        self.two_pools = any(layer.far is not None for layer in plan.layers)
+        # From near entries to what far pages hold; None: the same, or bases of requests that are not fitted yet.
+        self.far_maps: list[PageMaps | None] = [layer.far_maps for layer in plan.layers]
+        self.undone = [layer.undone for layer in plan.layers]
+        self.turns = plan.rebased
+        self.dtype, self.device, self.map = plan.dtype, device, shard_map
         self.num_shards, self.num_local = shard_map.num_shards, shard_map.num_local
         self.directory = Directory(layers, self.num_shards, device, self.heads)
         self.counters = Counters(num_experts, device)
-        self.page_values: dict[str, torch.dtype] = {}  # one number per page each, for the retention policy
-        self.crops = CropLimits(layers)
+        self.columns = [layer.columns for layer in plan.layers]  # one number per page each, for policies
+        self.rows = Rows(device)
+        self.crops = CropLimits(layers, self.rows)
         self.allocate(0)
 
     def allocate(self, num_rows: int) -> None:
@@ -88,12 +73,12 @@ class Tables:
         for store in self.far:
             if store is not None:
                 store.reserve(0, 0, 0)  # a table that is read while it is empty has its spare column
-        for i, spec in enumerate(self.layers):
-            for name, dtype in self.page_values.items() if spec.window is None else ():
+        for i, columns in enumerate(self.columns):
+            for name, dtype in columns.items():
                 for store in self.pools(i):
                     store.add_summary(name, (), dtype, cleared=True)
         self.quiet = 0  # decode steps that surely open no page: nothing to reserve, mirror or give back
-        self.crops.reset(num_rows)
+        self.rows.start(num_rows)
         self.directory.reset(num_rows)
         self.evicted = self.directory.evicted_by_head()  # [L][R][H]
         self.counters.clear()
@@ -121,20 +106,20 @@ class Tables:
         """Bytes of what says where entries lie, and of their counters."""
         sizes = (self.counts, self.far_counts, self.free_top, self.far_free_top)
         own = sum(x.nbytes for x in sizes) + self.no_tail_nbytes + sum(store.metadata_nbytes for store in self.all_stores)
-        return own + self.directory.nbytes + self.counters.nbytes
+        return own + self.directory.nbytes + self.counters.nbytes + self.rows.nbytes
 
     def mirror(self) -> None:
         """Host copies of the sizes that plan the next forward. Sync: one read in forwards that are not quiet; free on CPU."""
         self.stale = False
         self.counts_host, self.free_host, self.load_host = self.counts.cpu(), self.free_top.cpu(), self.directory.load.cpu()
 
-    def remap(self, agreed: Agreed, lens: list[int]) -> None:
-        """Fork, crop and drop rows as agreed. lens: tokens of every row before."""
-        self.crops.remap(agreed, lens)
+    def change(self, change: RowChange) -> None:
+        """Rows are forked, cropped, dropped or new, with all that is kept of them. Raises: RuntimeError, before anything has moved."""
+        self.rows.check(change)
         self.quiet = 0
-        parent = torch.tensor(agreed.parent, dtype=torch.int64).to(self.device)
-        keep = torch.tensor(agreed.keep, dtype=torch.int64).to(self.device)
-        removed = self.directory.remap(parent, keep, torch.tensor(lens, dtype=torch.int64).to(self.device))
+        parent = change.index
+        keep, lens = (torch.tensor(x, dtype=torch.int64).to(self.device) for x in (change.keep, change.lens))
+        removed = self.directory.fork(parent, keep, lens)
         old, self.counts = self.counts, self.counts.new_zeros(len(self.layers), parent.numel(), self.num_local * self.heads)
         old_far, self.far_counts = self.far_counts, torch.zeros_like(self.counts)
         self.evicted = self.directory.evicted_by_head()
@@ -142,19 +127,20 @@ class Tables:
         childless[parent[parent >= 0]] = False
         some_end = bool((parent < 0).any())  # rows of another generation leave; among forks, dropped rows count as forked away
         for i, store in enumerate(self.stores):
-            kept = torch.where(parent.unsqueeze(-1) >= 0, old[i][parent.clamp_min(0)], 0)
+            kept = change.tensor(old[i])
             cut = self.map.own(removed[i], 1).repeat_interleave(self.heads, 1)
             self.counts[i] = kept - cut
-            remap(store, parent, self.counts[i])
+            fork(store, parent, self.counts[i])
             cropped = int(cut.sum()) + (int(old[i][childless].sum()) if some_end else 0)
             self.counters.cropped += cropped
             self.counters.forked += int(self.counts[i].sum()) + cropped - int(old[i].sum())
             if self.far[i] is not None:  # a crop never reaches what was demoted (tiers/window.py)
-                self.far_counts[i] = torch.where(parent.unsqueeze(-1) >= 0, old_far[i][parent.clamp_min(0)], 0)
-                remap(self.far[i], parent, self.far_counts[i])
+                self.far_counts[i] = change.tensor(old_far[i])
+                fork(self.far[i], parent, self.far_counts[i])
                 dropped = int(old_far[i][childless].sum()) if some_end else 0
                 self.counters.cropped += dropped
                 self.counters.forked += int(self.far_counts[i].sum()) + dropped - int(old_far[i].sum())
+        self.rows.change(change)
         self.mirror()
 
     def note_eviction(self, lens: list[int]) -> None:
@@ -235,11 +221,3 @@ class Tables:
             for store, free in zip(self.far, self.far_free_top.tolist(), strict=True):
                 if store is not None:
                     store.shrink(free)
-
-
-def _page_format(codec: Codec, spec: LayerSpec, page_size: int, dtype: torch.dtype, heads: int) -> PageFormat:
-    spec = replace(spec, num_kv_heads=1) if heads > 1 else spec
-    try:
-        return codec.page_format(spec, page_size, dtype)
-    except ValueError as error:
-        raise ConfigError(f"layer {spec.layer_idx} does not fit pikv.compression.method = {codec.name!r}: {error}") from None

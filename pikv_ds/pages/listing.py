@@ -1,18 +1,92 @@
-"""The pages of both pools of a layer as a retention policy sees them: one table, as if one store held them."""
+"""The pages of a layer as a retention policy sees them, of one pool or of two as if one store held them.
+
+R request rows, S local shards, C columns of a block table. With budgets per head a page holds one kv head, and every head of a request is a
+row of its own.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from pikv_ds.codecs.request_maps import PageMaps
-from pikv_ds.policies.base import Pages
-from pikv_ds.retention.choose import fit
 
+from .entries import read_back
 from .pool import LayerStore
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pages:
+    """The pages of one layer on this rank, as the block tables name them."""
+
+    store: LayerStore
+    table: Tensor
+    """[R, S, C] int32 page ids, -1 = no page."""
+    counts: Tensor
+    """[R, S] int32 entries of each table."""
+    lens: Tensor
+    """[R] int64, tokens of every row so far, evicted ones included."""
+    rows: dict[str, Tensor] = field(default_factory=dict)
+    """What the policy keeps per row, [R, ...]; with budgets per head, the query heads of this kv head only."""
+    time: Tensor | int = 0
+    """Query columns since the generation began, [R, 1, 1] int64: rows of different ranks may be at different times."""
+    last_eviction: Tensor | int = 0
+    """`time` when entries of the row's rank were last evicted, [R, 1, 1] int64."""
+    layer: int = 0
+    """Index of the attention layer."""
+    tail_rows: Tensor | None = None
+    """[R, S] int64, the row of each table in store.tail; None = the keys of open groups are not asked for."""
+
+    @property
+    def page_size(self) -> int:
+        """Entries of a full page."""
+        return self.store.page_size
+
+    @cached_property
+    def entries(self) -> Tensor:
+        """[R, S, C] int64, entries in each page; 0 where a table has no page."""
+        begin = torch.arange(self.table.shape[-1], device=self.lens.device) * self.page_size
+        return (self.counts.to(torch.int64).unsqueeze(-1) - begin).clamp(0, self.page_size)
+
+    @cached_property
+    def slot_positions(self) -> Tensor:
+        """[R, S, C, page_size] int32, the stored positions; anything in slots without an entry."""
+        return self.store.positions[self.table.clamp_min(0)]
+
+    @cached_property
+    def last_position(self) -> Tensor:
+        """[R, S, C] int32, largest position in each page; -1 where there is no page."""
+        last = self.slot_positions.gather(-1, (self.entries - 1).clamp_min(0).unsqueeze(-1)).squeeze(-1)
+        return torch.where(self.entries > 0, last, -1)
+
+    @cached_property
+    def filled(self) -> Tensor:
+        """[R, S, C, page_size] bool: the slot holds an entry."""
+        return torch.arange(self.page_size, device=self.lens.device) < self.entries.unsqueeze(-1)
+
+    def value(self, name: str) -> Tensor:
+        """The policy's number of each page, [R, S, C]; 0 where there is no page."""
+        return torch.where(self.entries > 0, self.store.summaries[name][self.table.clamp_min(0)], 0)
+
+    @cached_property
+    def _decoded(self) -> tuple[Tensor, Tensor]:
+        read = read_back(self.store, self.table, self.counts, self.tail_rows)  # [R * S, Hkv, L, D]
+        filled = self.filled[:, :, :, None, :, None]
+        shape = (*self.table.shape[:2], -1, filled.shape[2], filled.shape[4])  # R, S, Hkv, C, page_size
+        return tuple(torch.where(filled, x.view(*shape, x.shape[-1]).transpose(2, 3), 0) for x in read)
+
+    @property
+    def keys(self) -> Tensor:
+        """[R, S, C, Hkv, page_size, Dk] f32 as attention reads them, 0 without an entry."""
+        return self._decoded[0]
+
+    @property
+    def values(self) -> Tensor:
+        """[R, S, C, Hkv, page_size, Dv] f32, 0 without an entry."""
+        return self._decoded[1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,3 +151,8 @@ class JoinedPages(Pages):
         if self.maps is None or part.store is self.store or part.store.turned is not None:
             return x
         return torch.where(part.filled[:, :, :, None, :, None], self.maps.decode_pages(x, side), 0)
+
+
+def fit(x: Tensor, columns: int, fill: float) -> Tensor:
+    """Cut or pad the last dimension; columns beyond the entries of a row hold no page."""
+    return torch.nn.functional.pad(x[..., :columns], (0, columns - min(x.shape[-1], columns)), value=fill)

@@ -1,7 +1,7 @@
 """The paged store of one layer on one rank: slabs of page records, the block table of its shards, device-side slot allocation.
 
-R request rows, S local shards, P pages. A page is one record of formats.py: codes, scales and positions of page_size entries. Formats
-that encode keys by groups of tokens keep the newest group of every (row, shard) raw in `tail`; a store of full pages has none.
+R request rows, S local shards, P pages. A page is one record of ops/format/formats.py: codes, scales and positions of page_size entries.
+Formats that encode keys by groups of tokens keep the newest group of every (row, shard) raw in `tail`; a store of full pages has none.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ def drop(store: LayerStore, gone: Tensor) -> int:
     return total * store.page_size
 
 
-def remap(store: LayerStore, parent: Tensor, counts: Tensor) -> None:
+def fork(store: LayerStore, parent: Tensor, counts: Tensor) -> None:
     """Replace the rows by forks of earlier rows, each cut to its first `counts` entries per shard.
 
     Forks share full pages by reference count; a partly filled page that two rows would write to is copied.
@@ -63,14 +63,14 @@ def remap(store: LayerStore, parent: Tensor, counts: Tensor) -> None:
     table = store.block_table[parent.clamp_min(0)]
     table = torch.where(torch.arange(width, device=table.device) < num_kept.unsqueeze(-1), table, -1)
     if store.tail is not None and not store.full_pages:
-        _remap_tail(store, parent, counts, table)
+        _fork_tail(store, parent, counts, table)
     store.block_table, store.counts = table.contiguous(), counts
     store.refcount = torch.bincount(table[table >= 0], minlength=store.num_pages + 1).to(torch.int32)
     store.rebuild_free_stack()
     _unshare_open_pages(store, num_kept)
 
 
-def _remap_tail(store: LayerStore, parent: Tensor, counts: Tensor, table: Tensor) -> None:
+def _fork_tail(store: LayerStore, parent: Tensor, counts: Tensor, table: Tensor) -> None:
     """Tails follow their rows. A row cut back into a group that was encoded gets it from its codes: what they lost stays lost."""
     fmt, source = store.fmt, parent.clamp_min(0)
     rows, num_shards = counts.shape

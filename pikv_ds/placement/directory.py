@@ -96,7 +96,7 @@ class Directory:
         counts = torch.zeros(homes.shape[0], self.num_shards, dtype=torch.int64, device=homes.device)
         return counts.scatter_add_(1, homes.to(torch.int64), inside.to(torch.int64))
 
-    def remap(self, parent: Tensor, keep: Tensor, lens: Tensor) -> list[Tensor]:
+    def fork(self, parent: Tensor, keep: Tensor, lens: Tensor) -> list[Tensor]:
         """Fork rows: new row i continues row parent[i] up to position keep[i]. Host phase.
 
         Args: parent [R'] int64, -1 = fresh (keep 0); keep [R'] int64; lens [R] int64 before.

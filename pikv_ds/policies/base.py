@@ -7,19 +7,19 @@ a page holds one kv head, and every head of a request is a row of its own.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
-from pikv_ds.pages.entries import read_back
-from pikv_ds.pages.pool import LayerStore
+from pikv_ds.moved import moved
+from pikv_ds.pages.listing import Pages
 from pikv_ds.spec import LayerSpec
 
 if TYPE_CHECKING:
-    from pikv_ds.config.pikv import SchedulingConfig
+    from pikv_ds.config.scheduling import SchedulingConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,77 +47,6 @@ class Seen:
     def fair(self) -> Tensor:
         """[P] f32: the share of a full page if every entry of its row got the same."""
         return torch.nn.functional.pad(self.page_size / self.entries.clamp_min(1).float(), (0, 1), value=1.0)[self.row]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pages:
-    """The pages of one layer on this rank, as the block tables name them."""
-
-    store: LayerStore
-    table: Tensor
-    """[R, S, C] int32 page ids, -1 = no page."""
-    counts: Tensor
-    """[R, S] int32 entries of each table."""
-    lens: Tensor
-    """[R] int64, tokens of every row so far, evicted ones included."""
-    rows: dict[str, Tensor] = field(default_factory=dict)
-    """What the policy keeps per row, [R, ...]; with budgets per head, the query heads of this kv head only."""
-    time: Tensor | int = 0
-    """Query columns since the generation began, [R, 1, 1] int64: rows of different ranks may be at different times."""
-    last_eviction: Tensor | int = 0
-    """`time` when entries of the row's rank were last evicted, [R, 1, 1] int64."""
-    layer: int = 0
-    """Index of the attention layer."""
-    tail_rows: Tensor | None = None
-    """[R, S] int64, the row of each table in store.tail; None = the keys of open groups are not asked for."""
-
-    @property
-    def page_size(self) -> int:
-        """Entries of a full page."""
-        return self.store.page_size
-
-    @cached_property
-    def entries(self) -> Tensor:
-        """[R, S, C] int64, entries in each page; 0 where a table has no page."""
-        begin = torch.arange(self.table.shape[-1], device=self.lens.device) * self.page_size
-        return (self.counts.to(torch.int64).unsqueeze(-1) - begin).clamp(0, self.page_size)
-
-    @cached_property
-    def slot_positions(self) -> Tensor:
-        """[R, S, C, page_size] int32, the stored positions; anything in slots without an entry."""
-        return self.store.positions[self.table.clamp_min(0)]
-
-    @cached_property
-    def last_position(self) -> Tensor:
-        """[R, S, C] int32, largest position in each page; -1 where there is no page."""
-        last = self.slot_positions.gather(-1, (self.entries - 1).clamp_min(0).unsqueeze(-1)).squeeze(-1)
-        return torch.where(self.entries > 0, last, -1)
-
-    @cached_property
-    def filled(self) -> Tensor:
-        """[R, S, C, page_size] bool: the slot holds an entry."""
-        return torch.arange(self.page_size, device=self.lens.device) < self.entries.unsqueeze(-1)
-
-    def value(self, name: str) -> Tensor:
-        """The policy's number of each page, [R, S, C]; 0 where there is no page."""
-        return torch.where(self.entries > 0, self.store.summaries[name][self.table.clamp_min(0)], 0)
-
-    @cached_property
-    def _decoded(self) -> tuple[Tensor, Tensor]:
-        read = read_back(self.store, self.table, self.counts, self.tail_rows)  # [R * S, Hkv, L, D]
-        filled = self.filled[:, :, :, None, :, None]
-        shape = (*self.table.shape[:2], -1, filled.shape[2], filled.shape[4])  # R, S, Hkv, C, page_size
-        return tuple(torch.where(filled, x.view(*shape, x.shape[-1]).transpose(2, 3), 0) for x in read)
-
-    @property
-    def keys(self) -> Tensor:
-        """[R, S, C, Hkv, page_size, Dk] f32 as attention reads them, 0 without an entry."""
-        return self._decoded[0]
-
-    @property
-    def values(self) -> Tensor:
-        """[R, S, C, Hkv, page_size, Dv] f32, 0 without an entry."""
-        return self._decoded[1]
 
 
 class RetentionPolicy(ABC):
@@ -194,3 +123,6 @@ class TokenPolicy(RetentionPolicy):
     def score(self, pages: Pages) -> Tensor:
         total = torch.where(pages.filled, self.entry_scores(pages), 0).sum(-1)
         return total / pages.entries.clamp_min(1)
+
+
+__getattr__ = moved(__name__, {"LayerStore": "pikv_ds.pages.pool", "read_back": "pikv_ds.pages.entries"})

@@ -1,18 +1,18 @@
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
+from pikv_ds.codecs.weights import read_weights
 from pikv_ds.errors import ConfigError
 from pikv_ds.policies import POLICIES
 from pikv_ds.policies.base import Pages, RetentionPolicy
 from pikv_ds.spec import LayerSpec
 
 if TYPE_CHECKING:
-    from pikv_ds.config.pikv import SchedulingConfig
+    from pikv_ds.config.scheduling import SchedulingConfig
 
 _ABOVE = 1 << 22
 """Above every position that f32 tells apart."""
@@ -34,7 +34,8 @@ class RetrievalHeads(RetentionPolicy):
     needs_head_budget: ClassVar[str | None] = "adaptive"
 
     def __init__(self, *, path: str, threshold: float = 0.5) -> None:
-        self.path, self.retrieves = path, _read(path) >= threshold
+        heads = read_weights(path, {"heads": ("num_layers", "num_kv_heads")})["heads"]
+        self.path, self.retrieves = path, heads.float() >= threshold
 
     def check(self, scheduling: SchedulingConfig, layers: list[LayerSpec]) -> None:
         if scheduling.head_floor:
@@ -54,18 +55,3 @@ class RetrievalHeads(RetentionPolicy):
         retrieves = self.retrieves[pages.layer].to(pages.table.device)
         above = torch.where(retrieves, 0, -_ABOVE).repeat(len(pages.table) // len(retrieves))  # rows are the heads of a request in turn
         return (pages.last_position + above[:, None, None]).float()
-
-
-def _read(path: str) -> Tensor:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        tensors = load_file(Path(path))
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"path = a readable safetensors file, got {path!r}: {error}") from error
-    heads = tensors.get("heads")
-    if heads is None or heads.dim() != 2 or not bool(torch.isfinite(heads).all()):
-        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        raise ValueError(f"path = a file with finite 'heads' [num_layers, num_kv_heads]; {path!r} holds {found}")
-    return heads.float()

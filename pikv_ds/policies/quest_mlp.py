@@ -1,18 +1,18 @@
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from pikv_ds.codecs.weights import read_weights
 from pikv_ds.errors import ConfigError
 from pikv_ds.policies import POLICIES
 from pikv_ds.policies.base import Pages, TokenPolicy
 from pikv_ds.spec import LayerSpec
 
 if TYPE_CHECKING:
-    from pikv_ds.config.pikv import SchedulingConfig
+    from pikv_ds.config.scheduling import SchedulingConfig
 
 
 @POLICIES.register("quest_mlp")
@@ -31,7 +31,8 @@ class LearnedScore(TokenPolicy):
     reads_model_queries = True  # its weights are for keys as the model computes them
 
     def __init__(self, *, path: str) -> None:
-        self.path, self.weights = path, _read(path)
+        wanted = {"w1": ("L", "H", "N", "k_dim + v_dim"), "b1": ("L", "H", "N"), "w2": ("L", "H", "N"), "b2": ("L", "H")}
+        self.path, self.weights = path, {name: tensor.float() for name, tensor in read_weights(path, wanted).items()}
 
     def check(self, scheduling: SchedulingConfig, layers: list[LayerSpec]) -> None:
         num_layers, num_heads, _, width = self.weights["w1"].shape
@@ -56,22 +57,3 @@ def mlp_scores(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Ten
     """x [..., H, n, W] of n entries -> [..., H, n]. w1 [..., H, N, W], b1 and w2 [..., H, N], b2 [..., H]; leading dimensions broadcast."""
     hidden = torch.relu(torch.einsum("...hpw,...hnw->...hpn", x, w1) + b1.unsqueeze(-2))
     return torch.einsum("...hpn,...hn->...hp", hidden, w2) + b2.unsqueeze(-1)
-
-
-def _read(path: str) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        tensors = load_file(Path(path))
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"path = a readable safetensors file, got {path!r}: {error}") from error
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    w1 = found.get("w1", ())
-    wanted = {"w1": w1, "b1": w1[:3], "w2": w1[:3], "b2": w1[:2]}
-    if len(w1) != 4 or found != wanted or not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
-        raise ValueError(
-            f"path = a file with finite w1 [L, H, N, k_dim + v_dim], b1 [L, H, N], w2 [L, H, N], b2 [L, H] and nothing else; {path!r} "
-            f"holds {found}"
-        )
-    return {name: tensor.float() for name, tensor in tensors.items()}

@@ -15,6 +15,7 @@ from pikv_ds import ops
 from pikv_ds.codecs.request_maps import Turn
 from pikv_ds.pages.layers import Tables
 from pikv_ds.pages.pool import LayerStore
+from pikv_ds.pages.rows import RowColumn
 from pikv_ds.pages.unrotated import attend
 from pikv_ds.pages.view import Stored
 from pikv_ds.policies.base import RetentionPolicy, Seen
@@ -50,28 +51,16 @@ class Mass:
         self.page_lse: dict[tuple[LayerStore, int], Tensor] = {}
         self.times: list[int] = []  # per source
         self.num_rows: list[int] = []  # per source
-        self.rows: dict[int, dict[str, Tensor]] = {}  # layer -> what the policy keeps per row, [R, ...]
+        self.columns: dict[int, dict[str, RowColumn]] = {}  # layer -> what the policy keeps per row
 
     def reset(self) -> None:
         """A new generation begins."""
-        self.times, self.num_rows, self.rows, self.page_lse = [], [], {}, {}
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of what the policy keeps per row; what it keeps per page is the stores'."""
-        return sum(x.nbytes for values in self.rows.values() for x in values.values())
-
-    def remap(self, parent: Tensor) -> None:
-        """Row i continues row parent[i] [R'], -1 = a new row."""
-        for values in self.rows.values():
-            for name, x in values.items():
-                old = x.index_select(0, parent.clamp_min(0))
-                values[name] = torch.where((parent >= 0).view(-1, *[1] * (x.dim() - 1)), old, 0)
+        self.times, self.num_rows, self.page_lse = [], [], {}
 
     def turned(self, layer: int, turn: Turn) -> None:
         """Queries that the policy keeps go into the basis that the keys of their rows have now."""
-        kept, names = self.rows.get(layer, {}), self.policies[0].row_queries
-        for x in (kept[name] for name in names if name in kept):
+        kept, names = self.columns.get(layer, {}), self.policies[0].row_queries
+        for x in (kept[name].value for name in names if name in kept):
             by_head = x[turn.rows].unflatten(1, (turn.by.shape[1], -1))
             x[turn.rows] = torch.einsum("nhgr,nhrs->nhgs", by_head, turn.by).flatten(1, 2)
 
@@ -92,7 +81,7 @@ class Mass:
 
     def rows_by_head(self, layer: int, num_tables: int) -> dict[str, Tensor]:
         """The layer's row values; with H head tables as [R * H, ...], the query heads of each among them."""
-        rows = self.rows.get(layer, {})
+        rows = {name: column.value for name, column in self.columns.get(layer, {}).items() if column.used}
         if num_tables == 1:
             return rows
         return {
@@ -168,7 +157,7 @@ class Mass:
         columns = columns[:, -(policy.window or run.num_columns) :]
         step = max(1, BLOCK_ELEMENTS // (valid.numel() * q.shape[2]))
         time, tables = run.time + run.num_columns - columns.shape[1], [fact.tables_of(run) for fact in facts]
-        rows = self._rows(asked.layer, q, facts[0].num_rows) if policy.observes_queries else {}
+        rows = self._rows(asked.layer, q) if policy.observes_queries else {}
         rows = {name: x[run.row0 : run.row0 + run.num_rows] for name, x in rows.items()}
         for begin in range(0, columns.shape[1], 1 if includes_self else step):
             block = columns[:, begin : begin + step]
@@ -189,11 +178,11 @@ class Mass:
             if policy.observes_queries:
                 policy.observe_queries(rows, asked.scale * take(q, block).float(), total, positions.gather(1, block))
 
-    def _rows(self, layer: int, q: Tensor, num_rows: int) -> dict[str, Tensor]:
-        if layer not in self.rows:
+    def _rows(self, layer: int, q: Tensor) -> dict[str, Tensor]:
+        if layer not in self.columns:
             shapes = self.policies[0].row_values(*q.shape[2:])
-            self.rows[layer] = {name: torch.zeros(num_rows, *shape, device=q.device) for name, shape in shapes.items()}
-        return self.rows[layer]
+            self.columns[layer] = {name: self.tables.rows.tensor(f"policy.{layer}.{name}", shape) for name, shape in shapes.items()}
+        return {name: column.value for name, column in self.columns[layer].items()}
 
 
 class _Run(NamedTuple):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from math import ceil
 
-from pikv_ds.config.pikv import SchedulingConfig
+from pikv_ds.config.scheduling import SchedulingConfig
 from pikv_ds.errors import ConfigError
 
 PYRAMID_BETA = 20  # PyramidKV (arXiv 2406.02069, section 4.2): the last layer has 1 / beta of the mean

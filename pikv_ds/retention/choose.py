@@ -49,8 +49,3 @@ def protect(score: Tensor, last_position: Tensor, num_pages: Tensor) -> Tensor:
     order = by_age.gather(-1, value.gather(-1, by_age).argsort(dim=-1, descending=True, stable=True))
     rank = torch.empty_like(order).scatter_(-1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order).contiguous())
     return torch.where((rank < num_pages.to(rank.device).unsqueeze(-1)).view_as(score), torch.inf, score)
-
-
-def fit(x: Tensor, columns: int, fill: float) -> Tensor:
-    """Cut or pad the last dimension; columns beyond the entries of a row hold no page."""
-    return torch.nn.functional.pad(x[..., :columns], (0, columns - min(x.shape[-1], columns)), value=fill)

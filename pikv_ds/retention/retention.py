@@ -9,41 +9,31 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pikv_ds.config.pikv import PiKVConfig
+from pikv_ds.config.scheduling import SchedulingConfig
 from pikv_ds.exchange.exchange import Exchange
 from pikv_ds.pages.layers import Tables
-from pikv_ds.pages.listing import JoinedPages
+from pikv_ds.pages.listing import JoinedPages, Pages, fit
 from pikv_ds.pages.pool import LayerStore
 from pikv_ds.pages.recycle import drop
-from pikv_ds.policies.base import Pages, RetentionPolicy
+from pikv_ds.policies.base import RetentionPolicy
 from pikv_ds.step.step import StepPlan
 
 from .attention import Mass
 from .budgets import Budgets
-from .choose import Candidates, choose, fit, protect
+from .choose import Candidates, choose, protect
 
 
 class Retention:
     """Applies the "scheduling" block to the tables. Owns when and how much is evicted; borrows tables and exchange."""
 
-    def __init__(self, config: PiKVConfig, policy: RetentionPolicy, tables: Tables, exchange: Exchange) -> None:
-        self.policy, self.tables, self.exchange = policy, tables, exchange
-        self.config = config = config.scheduling
+    def __init__(self, config: SchedulingConfig, policy: RetentionPolicy, budgets: Budgets, tables: Tables, exchange: Exchange) -> None:
+        self.config, self.policy, self.budgets, self.tables, self.exchange = config, policy, budgets, tables, exchange
         self.layers = [i for i, spec in enumerate(tables.layers) if spec.window is None]
-        tables.page_values = policy.page_values
-        values = sum(dtype.itemsize for dtype in policy.page_values.values()) / tables.page_size
-        entry_bytes = tables.heads * sum(tables.formats[i].record_bytes / tables.page_size + values for i in self.layers)
-        self.budgets = Budgets(config, len(self.layers), tables.page_size, tables.num_shards, entry_bytes)
         self.mass = Mass(policy, tables)
-        self.threshold: dict[int, Tensor] = {}  # layer -> theta [R] f32 of an adaptive policy
+        self.threshold = {layer: tables.rows.tensor(f"threshold.{layer}") for layer in self.layers}  # theta [R] of an adaptive policy
         self.last_eviction: list[int] = []  # per source: query columns before it
         self.steps = 0  # decode steps since an eviction was due
         self.due = False  # an eviction waits for the next forward: a crop is announced, or the prompt is kept whole
-
-    @property
-    def metadata_nbytes(self) -> int:
-        """Bytes of what is kept per row."""
-        return self.mass.nbytes + sum(theta.nbytes for theta in self.threshold.values())
 
     def watches(self, layer: int) -> bool:
         """Whether the policy wants to see what the queries of this layer attend to."""
@@ -52,14 +42,7 @@ class Retention:
     def reset(self) -> None:
         """A new generation begins."""
         self.steps, self.due, self.last_eviction = 0, False, []
-        self.threshold = {}
         self.mass.reset()
-
-    def remap(self, parent: list[int]) -> None:
-        """Row i continues row parent[i], -1 = a new row."""
-        index = torch.tensor(parent, dtype=torch.int64).to(self.tables.device)
-        self.mass.remap(index)
-        self.threshold = {layer: torch.where(index >= 0, x[index.clamp_min(0)], 0) for layer, x in self.threshold.items()}
 
     def before_forward(self, plan: StepPlan) -> None:
         """Evict what could not go after the last forward. A prompt that is kept whole waits for the first decode step."""
@@ -194,9 +177,9 @@ class Retention:
         candidates = (pages.score < torch.inf).sum((-1, -2)).clamp_min(1)
         step = policy.threshold_rate * (policy.target_hit_rate - pages.hit.sum((-1, -2)) / candidates)
         for i, change, due in zip(over, step, num_pages > 0, strict=True):
-            old = self.threshold.get(self.layers[i], torch.zeros_like(change))
-            self.threshold[self.layers[i]] = torch.where(due, old + change, old)
-        theta = torch.stack([self.threshold[self.layers[i]] for i in over])
+            theta = self.threshold[self.layers[i]]
+            theta.value = torch.where(due, theta.value + change, theta.value)
+        theta = torch.stack([self.threshold[self.layers[i]].value for i in over])
         return torch.where(num_pages > 0, theta, -torch.inf)
 
 

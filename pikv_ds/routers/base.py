@@ -7,48 +7,19 @@ heads, D key width, P entries per page.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from pikv_ds.pages.events import NewEntries, TurnedEntries
 from pikv_ds.pages.pool import LayerStore
+from pikv_ds.pages.rows import Rows
 from pikv_ds.pages.view import Stored
 from pikv_ds.placement.shard_map import ShardMap
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NewEntries:
-    """Tokens of a forward in one layer, those of all shards: every rank has them."""
-
-    k: Tensor
-    """[N, H, D]; anything where not valid."""
-    rows: Tensor
-    """[N] int64, ascending."""
-    positions: Tensor
-    """[N] int32."""
-    shard: Tensor
-    """[N] int64 global shard."""
-    valid: Tensor
-    """[N] bool: stored, on whatever rank."""
-    slot_mapping: Tensor
-    """[N] int32 page * page_size + offset; -1 = not stored here."""
-    table: Tensor
-    """[N] int32 row * S + local shard, 0 where not stored here: the tail row of a token."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TurnedEntries:
-    """Rows whose keys, and queries, were turned: x -> x turn, x [..., H, r] one or a group of heads of a row."""
-
-    rows: Tensor
-    """[n] int64, ascending: the same on all ranks."""
-    turn: Tensor
-    """[n, H, r, r] f32, of all ranks' rows."""
-    entries: NewEntries
-    """All entries of these rows on this rank, keys as they are read from now on."""
+from pikv_ds.spec import LayerSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,18 +101,43 @@ class Router(ABC):
     """True: it follows the model's experts, and a dense model is refused."""
     reads_model_queries: ClassVar[bool] = False
     """True: it needs queries as the model computes them, not what codecs that fold maps into them pass on."""
+    summarises: ClassVar[bool] = False
+    """True: it keeps something per page, a summary that `open` adds to the store."""
 
-    def open(self, layer: int, store: LayerStore, num_shards: int) -> None:  # noqa: B027
-        """A new, empty store of a layer, of store.counts.shape[0] rows: add summaries, forget rows. num_shards: on all ranks."""
+    @property
+    def rebuilds_moved(self) -> bool:
+        """Whether what is kept per page can be made for pages that were encoded again."""
+        return not self.summarises or type(self).moved is not Router.moved
 
-    def remap(self, layer: int, parent: Tensor) -> None:  # noqa: B027
-        """Row i continues row parent[i], -1 = a fresh row. Host phase. What is kept per page follows its page by itself."""
+    @property
+    def rebuilds_rebased(self) -> bool:
+        """Whether what is kept per page can be made for keys in another basis."""
+        return self.rebuilds_moved or type(self).turned is not Router.turned
+
+    def check(self, layers: list[LayerSpec], num_shards: int) -> None:  # noqa: B027
+        """Refuse a model or a number of shards, on all ranks, that the router cannot serve. Raises: ConfigError."""
+
+    def __init_subclass__(cls, **kwargs) -> None:
+        super().__init_subclass__(**kwargs)
+        gone = [name for name in ("remap", "kept", "nbytes") if name in vars(cls)]
+        if gone:
+            raise TypeError(
+                f"router {cls.__name__} defines {', '.join(gone)}, which nobody calls any more: declare what it keeps per request in "
+                f"open(layer, store, num_shards, rows), with rows.tensor or rows.beside, and it is moved and counted"
+            )
+
+    def open(self, layer: int, store: LayerStore, num_shards: int, rows: Rows) -> None:  # noqa: B027
+        """A new, empty store of a layer: declare what is kept. num_shards: on all ranks.
+
+        Per page: store.add_summary; per request: rows.tensor; else, for example per shard: rows.beside. What is declared is counted,
+        follows pages and rows wherever they go, and is 0 for new ones. Names begin with the layer.
+        """
 
     def wrote(self, layer: int, store: LayerStore, new: NewEntries) -> None:  # noqa: B027
         """Entries were appended. Those of a forward of several tokens are reported after its queries, which must not see them."""
 
     def moved(self, layer: int, store: LayerStore, new: NewEntries) -> None:  # noqa: B027
-        """Pages have other entries than before: they came from another store, in which `wrote` gave their entries no slot (window.py).
+        """Pages have other entries than before: they came from another store, where `wrote` gave their entries no slot (tiers/window.py).
 
         What is kept per page must be made for them; what is kept per request or shard has them already. `new` has these pages of this
         rank from their first slot on, keys as they are read. Host phase.
@@ -154,18 +150,6 @@ class Router(ABC):
         per request or shard.
         """
         self.moved(layer, store, new.entries)
-
-    def kept(self) -> Iterable[Tensor]:
-        """The tensors kept from one forward to the next, per request, shard or layer: a router that has any must name them all.
-
-        Summaries are the store's, and weights read from a file count as little as the model's.
-        """
-        return ()
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of what is kept besides summaries."""
-        return sum(tensor.nbytes for tensor in self.kept())
 
     def missed(self, layer: int) -> Tensor | None:
         """[shards of all ranks] f32: reads of each shard that were in vain; None = not counted."""

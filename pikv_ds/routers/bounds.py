@@ -5,6 +5,7 @@ from torch import Tensor
 
 from pikv_ds import ops
 from pikv_ds.pages.pool import LayerStore
+from pikv_ds.pages.rows import Rows
 from pikv_ds.pages.unrotated_bounds import bounds_shape, page_bounds
 from pikv_ds.routers import ROUTERS
 from pikv_ds.routers.base import NewEntries, PageQuery, Router
@@ -25,6 +26,8 @@ class PageBounds(Router):
     Source: Quest, arXiv 2406.10774, section 3.3; spread and mean are ours.
     """
 
+    summarises = True
+
     def __init__(
         self, *, spread: float = 0.4, heads: Literal["mean", "max"] = "mean", metadata: Literal["fp32", "bf16", "fp16", "int8"] = "bf16"
     ) -> None:
@@ -32,7 +35,7 @@ class PageBounds(Router):
             raise ValueError(f"spread from 0 to 1, got {spread}")
         self.spread, self.heads, self.dtype = spread, heads, _DTYPES[metadata]
 
-    def open(self, layer: int, store: LayerStore, num_shards: int) -> None:
+    def open(self, layer: int, store: LayerStore, num_shards: int, rows: Rows) -> None:
         store.add_summary(SUMMARY, bounds_shape(store, self.dtype), self.dtype)
 
     def wrote(self, layer: int, store: LayerStore, new: NewEntries) -> None:

@@ -1,9 +1,8 @@
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 
 from pikv_ds.pages.pool import LayerStore
+from pikv_ds.pages.rows import Rows
 from pikv_ds.routers import ROUTERS
 from pikv_ds.routers.base import PageQuery
 from pikv_ds.routers.shard_router import ShardRouter
@@ -27,19 +26,16 @@ class BudgetAware(ShardRouter):
         self.share, self.window = share, window
         self.allowance: dict[int, Tensor] = {}  # layer -> [] f32
 
-    def open(self, layer: int, store: LayerStore, num_shards: int) -> None:
-        super().open(layer, store, num_shards)
-        self.allowance[layer] = torch.tensor(self.share, device=store.device)
-
-    def kept(self) -> Iterable[Tensor]:
-        return [*super().kept(), *self.allowance.values()]
+    def open(self, layer: int, store: LayerStore, num_shards: int, rows: Rows) -> None:
+        super().open(layer, store, num_shards, rows)
+        self.allowance[layer] = rows.beside(f"{layer}.allowance", (), self.share)
 
     def logits(self, asked: PageQuery) -> Tensor:
         return self.mean_logits(asked.q, asked)
 
     def chosen_shards(self, asked: PageQuery) -> Tensor:
         logits, allowance = self.logits(asked), self.allowance[asked.layer]
-        held = self.counts[asked.layer][asked.row_of_query()]
+        held = self.counts[asked.layer].value[asked.row_of_query()]
         held = held / held.sum(-1, keepdim=True).clamp_min(1)
         order = logits.argsort(dim=-1, descending=True, stable=True)
         spent = held.gather(-1, order).cumsum(-1)

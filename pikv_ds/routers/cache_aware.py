@@ -1,9 +1,8 @@
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 
 from pikv_ds.pages.pool import LayerStore
+from pikv_ds.pages.rows import Rows
 from pikv_ds.routers import ROUTERS
 from pikv_ds.routers.base import PageQuery
 from pikv_ds.routers.shard_router import ShardRouter
@@ -28,12 +27,9 @@ class CacheAware(ShardRouter):
         self.penalty, self.window = penalty, window
         self.misses: dict[int, Tensor] = {}  # layer -> [S] f32
 
-    def open(self, layer: int, store: LayerStore, num_shards: int) -> None:
-        super().open(layer, store, num_shards)
-        self.misses[layer] = torch.zeros(num_shards, device=store.device)
-
-    def kept(self) -> Iterable[Tensor]:
-        return [*super().kept(), *self.misses.values()]
+    def open(self, layer: int, store: LayerStore, num_shards: int, rows: Rows) -> None:
+        super().open(layer, store, num_shards, rows)
+        self.misses[layer] = rows.beside(f"{layer}.misses", (num_shards,))
 
     def logits(self, asked: PageQuery) -> Tensor:
         return self.mean_logits(asked.q, asked) - self.penalty * torch.log1p(self.misses[asked.layer])

@@ -1,9 +1,8 @@
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 
 from pikv_ds.pages.pool import LayerStore
+from pikv_ds.pages.rows import RowColumn, Rows
 from pikv_ds.routers import ROUTERS
 from pikv_ds.routers.base import NewEntries, PageQuery, Router, TurnedEntries
 
@@ -24,41 +23,34 @@ class KeyCentroids(Router):
     num_kv_heads * clusters * (k_dim + 1) * 4.
     """
 
+    summarises = True
+
     def __init__(self, *, clusters: int = 16) -> None:
         if not 2 <= clusters <= 256:
             raise ValueError(f"clusters from 2 to 256, got {clusters}")
         self.clusters = clusters
-        self.mean: dict[int, Tensor] = {}  # layer -> [R, H, K, D] f32
-        self.weight: dict[int, Tensor] = {}  # layer -> [R, H, K] f32, keys so far
-        self.seeded: dict[int, Tensor] = {}  # layer -> [R] int64, positions below it seed the clusters; 0 = nothing seen
-        self.fresh: set[int] = set()  # layers in which some row may be new
+        self.mean: dict[int, RowColumn] = {}  # layer -> [R, H, K, D] f32
+        self.weight: dict[int, RowColumn] = {}  # layer -> [R, H, K] f32, keys so far
+        self.seeded: dict[int, RowColumn] = {}  # layer -> [R] int64, positions below it seed the clusters; 0 = nothing seen
+        self.seen: dict[int, int] = {}  # layer -> the version of the rows whose keys it has: in another one some row may be new
 
-    def open(self, layer: int, store: LayerStore, num_shards: int) -> None:
-        num_heads, num_rows = store.fmt.num_kv_heads, store.counts.shape[0]
+    def open(self, layer: int, store: LayerStore, num_shards: int, rows: Rows) -> None:
+        self.rows, num_heads = rows, store.fmt.num_kv_heads
         store.add_summary(SUMMARY, (num_heads, self.clusters), torch.int16)
-        self.mean[layer] = torch.zeros(num_rows, num_heads, self.clusters, store.k_dim, device=store.device)
-        self.weight[layer] = torch.zeros(num_rows, num_heads, self.clusters, device=store.device)
-        self.seeded[layer] = torch.zeros(num_rows, dtype=torch.int64, device=store.device)
-        self.fresh.add(layer)
-
-    def kept(self) -> Iterable[Tensor]:
-        return [*self.mean.values(), *self.weight.values(), *self.seeded.values()]
-
-    def remap(self, layer: int, parent: Tensor) -> None:
-        for kept in (self.mean, self.weight, self.seeded):
-            old = kept[layer][parent.clamp_min(0)]
-            kept[layer] = old * (parent >= 0).view(-1, *[1] * (old.dim() - 1))
-        self.fresh.add(layer)
+        self.mean[layer] = rows.tensor(f"{layer}.mean", (num_heads, self.clusters, store.k_dim))
+        self.weight[layer] = rows.tensor(f"{layer}.weight", (num_heads, self.clusters))
+        self.seeded[layer] = rows.tensor(f"{layer}.seeded", (), torch.int64)
+        self.seen.pop(layer, None)
 
     def wrote(self, layer: int, store: LayerStore, new: NewEntries) -> None:
         """The clusters take in the keys of all shards: every rank computes the same ones."""
         k, own = new.k.float().masked_fill(~new.valid.view(-1, 1, 1), 0), self._seeds_or_nearest(layer, new)
-        before = self.mean[layer], self.weight[layer]
+        before = self.mean[layer].value, self.weight[layer].value
         self._take_in(layer, k, own, new, before)
-        for _ in range(FIRST_ROUNDS if layer in self.fresh else 0):
+        for _ in range(0 if self.seen.get(layer) == self.rows.version else FIRST_ROUNDS):
             own = self._nearest(layer, k, new.rows)
             self._take_in(layer, k, own, new, before)
-        self.fresh.discard(layer)
+        self.seen[layer] = self.rows.version
         _count_in(store.summaries[SUMMARY], new.slot_mapping, own, store.page_size)
 
     def moved(self, layer: int, store: LayerStore, new: NewEntries) -> None:
@@ -67,12 +59,12 @@ class KeyCentroids(Router):
 
     def turned(self, layer: int, store: LayerStore, new: TurnedEntries) -> None:
         """Means are linear in the keys, and which cluster a key was counted in stays."""
-        mean = self.mean[layer]
+        mean = self.mean[layer].value
         mean[new.rows] = torch.einsum("nhkr,nhrs->nhks", mean[new.rows], new.turn)
 
     def _seeds_or_nearest(self, layer: int, new: NewEntries) -> Tensor:
         """[N, H] int64 cluster of each key."""
-        seeded, positions = self.seeded[layer], new.positions.to(torch.int64).clamp_min(0)
+        seeded, positions = self.seeded[layer].value, new.positions.to(torch.int64).clamp_min(0)
         after = torch.zeros_like(seeded).scatter_reduce_(0, new.rows, torch.where(new.valid, positions + 1, 0), "amax")
         seeded.copy_(torch.where((seeded == 0) & (after > 0), after.clamp_min(self.clusters), seeded))
         until = seeded[new.rows]
@@ -82,7 +74,7 @@ class KeyCentroids(Router):
 
     def _nearest(self, layer: int, k: Tensor, rows: Tensor) -> Tensor:
         """[N, H] int64: the nearest centroid that has keys."""
-        mean, weight, found = self.mean[layer], self.weight[layer], []
+        mean, weight, found = self.mean[layer].value, self.weight[layer].value, []
         bias = torch.where(weight > 0, -0.5 * mean.square().sum(-1), -torch.inf)  # max of k mu - mu^2 / 2
         step = max(1, NUMBERS_AT_ONCE // mean[:1].numel())
         for begin in range(0, k.shape[0], step):
@@ -99,12 +91,12 @@ class KeyCentroids(Router):
         count = new.valid.unsqueeze(1).expand(-1, num_heads).flatten().to(torch.float32)
         total = weight.flatten().index_add(0, cell, count)
         sums = (mean * weight.unsqueeze(-1)).view(-1, dim).index_add(0, cell, k.reshape(-1, dim))
-        self.mean[layer] = (sums / total.clamp_min(1).unsqueeze(-1)).view(mean.shape)
-        self.weight[layer] = total.view(weight.shape)
+        self.mean[layer].value = (sums / total.clamp_min(1).unsqueeze(-1)).view(mean.shape)
+        self.weight[layer].value = total.view(weight.shape)
 
     def score(self, asked: PageQuery) -> Tensor:
         row, counts = asked.row_of_query(), asked.store.summaries[SUMMARY]
-        mean, weight = self.mean[asked.layer][row], self.weight[asked.layer][row]  # [Q, H, K, D], [Q, H, K]
+        mean, weight = self.mean[asked.layer].value[row], self.weight[asked.layer].value[row]  # [Q, H, K, D], [Q, H, K]
         q = asked.q.float().unflatten(1, (mean.shape[1], -1))
         logits = asked.scale * torch.einsum("qhgd,qhkd->qhgk", q, mean)
         logits = logits.masked_fill((weight == 0).unsqueeze(2), -torch.inf)

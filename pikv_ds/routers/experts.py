@@ -20,7 +20,7 @@ class ExpertShard(ShardRouter):
         super().__init__(top_k=1)
 
     def logits(self, asked: PageQuery) -> Tensor:
-        num_shards = self.counts[asked.layer].shape[1]
+        num_shards = self.counts[asked.layer].value.shape[1]
         if asked.homes is None:
             return torch.zeros(len(asked.positions), 1, device=asked.q.device)
         row = asked.row_of_query() - asked.rows.start

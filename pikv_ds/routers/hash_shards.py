@@ -16,7 +16,7 @@ class HashShards(ShardRouter):
     """
 
     def logits(self, asked: PageQuery) -> Tensor:
-        num_shards = self.counts[asked.layer].shape[1]
+        num_shards = self.counts[asked.layer].value.shape[1]
         start = scramble(asked.positions, asked.layer) % num_shards
         shard = torch.arange(num_shards, device=start.device)
         return -((shard - start.unsqueeze(1)) % num_shards).float()

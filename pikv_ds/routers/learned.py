@@ -1,13 +1,14 @@
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
+from pikv_ds.codecs.weights import read_weights
 from pikv_ds.errors import ConfigError
 from pikv_ds.pages.pool import LayerStore
+from pikv_ds.pages.rows import Rows
 from pikv_ds.routers import ROUTERS
 from pikv_ds.routers.base import PageQuery
 from pikv_ds.routers.shard_router import ShardRouter
+from pikv_ds.spec import LayerSpec
 
 
 @ROUTERS.register("learned")
@@ -23,15 +24,19 @@ class LearnedGate(ShardRouter):
 
     def __init__(self, *, path: str, top_k: int = 1) -> None:
         super().__init__(top_k=top_k)
-        self.path, self.gate = path, _read(path)
+        self.path = path
+        self.gate = read_weights(path, {"gate": ("num_layers", "num_shards", "num_q_heads * head_dim")})["gate"].float()
 
-    def open(self, layer: int, store: LayerStore, num_shards: int) -> None:
-        super().open(layer, store, num_shards)
-        if layer >= self.gate.shape[0] or num_shards != self.gate.shape[1]:
-            raise ConfigError(
-                f"pikv.routing.path = {self.path!r} holds a gate of {self.gate.shape[0]} layers and {self.gate.shape[1]} shards; this "
-                f"cache has layer {layer} and {num_shards} shards (pikv.storage.num_shards): use a gate fitted for them"
-            )
+    def check(self, layers: list[LayerSpec], num_shards: int) -> None:
+        for layer in range(len(layers)):
+            if layer >= self.gate.shape[0] or num_shards != self.gate.shape[1]:
+                raise ConfigError(
+                    f"pikv.routing.path = {self.path!r} holds a gate of {self.gate.shape[0]} layers and {self.gate.shape[1]} shards; this "
+                    f"cache has layer {layer} and {num_shards} shards (pikv.storage.num_shards): use a gate fitted for them"
+                )
+
+    def open(self, layer: int, store: LayerStore, num_shards: int, rows: Rows) -> None:
+        super().open(layer, store, num_shards, rows)
         self.gate = self.gate.to(store.device)
 
     def logits(self, asked: PageQuery) -> Tensor:
@@ -41,20 +46,5 @@ class LearnedGate(ShardRouter):
                 f"pikv.routing.path = {self.path!r} holds a gate of width {gate.shape[1]}; the queries of layer {asked.layer} have "
                 f"{q.shape[1]} numbers (query heads x head_dim, of this tensor-parallel rank)"
             )
-        empty = self.counts[asked.layer][asked.row_of_query()] == 0
+        empty = self.counts[asked.layer].value[asked.row_of_query()] == 0
         return (q @ gate.T).masked_fill(empty, -torch.inf)
-
-
-def _read(path: str) -> Tensor:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        tensors = load_file(Path(path))
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"path = a readable safetensors file, got {path!r}: {error}") from error
-    gate = tensors.get("gate")
-    if gate is None or gate.dim() != 3 or not bool(torch.isfinite(gate).all()):
-        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        raise ValueError(f"path = a file with a finite 'gate' [num_layers, num_shards, num_q_heads * head_dim]; {path!r} holds {found}")
-    return gate.float()

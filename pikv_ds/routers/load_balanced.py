@@ -1,9 +1,7 @@
-from collections.abc import Iterable
-
-import torch
 from torch import Tensor
 
 from pikv_ds.pages.pool import LayerStore
+from pikv_ds.pages.rows import Rows
 from pikv_ds.routers import ROUTERS
 from pikv_ds.routers.base import PageQuery
 from pikv_ds.routers.shard_router import ShardRouter
@@ -25,12 +23,9 @@ class LoadBalanced(ShardRouter):
         self.alpha, self.window = alpha, window
         self.load: dict[int, Tensor] = {}  # layer -> [S] f32
 
-    def open(self, layer: int, store: LayerStore, num_shards: int) -> None:
-        super().open(layer, store, num_shards)
-        self.load[layer] = torch.zeros(num_shards, device=store.device)
-
-    def kept(self) -> Iterable[Tensor]:
-        return [*super().kept(), *self.load.values()]
+    def open(self, layer: int, store: LayerStore, num_shards: int, rows: Rows) -> None:
+        super().open(layer, store, num_shards, rows)
+        self.load[layer] = rows.beside(f"{layer}.load", (num_shards,))
 
     def logits(self, asked: PageQuery) -> Tensor:
         load = self.load[asked.layer]

@@ -1,9 +1,9 @@
-from collections.abc import Iterable
 from typing import Literal
 
 from torch import Tensor
 
 from pikv_ds.pages.pool import LayerStore
+from pikv_ds.pages.rows import Rows
 from pikv_ds.routers import ROUTERS
 from pikv_ds.routers.base import PageQuery, TurnedEntries
 from pikv_ds.routers.bounds import PageBounds
@@ -25,15 +25,9 @@ class Shuffle(PageBounds):
         super().__init__(spread=spread, heads=heads, metadata=metadata)
         self.earlier = Earlier()
 
-    def open(self, layer: int, store: LayerStore, num_shards: int) -> None:
-        super().open(layer, store, num_shards)
-        self.earlier.open(layer)
-
-    def kept(self) -> Iterable[Tensor]:
-        return self.earlier.kept.values()
-
-    def remap(self, layer: int, parent: Tensor) -> None:
-        self.earlier.remap(layer, parent)
+    def open(self, layer: int, store: LayerStore, num_shards: int, rows: Rows) -> None:
+        super().open(layer, store, num_shards, rows)
+        self.earlier.open(layer, rows)
 
     def turned(self, layer: int, store: LayerStore, new: TurnedEntries) -> None:
         super().turned(layer, store, new)

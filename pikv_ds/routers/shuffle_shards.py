@@ -1,17 +1,18 @@
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pikv_ds.pages.pool import LayerStore
+from pikv_ds.pages.rows import Rows
 from pikv_ds.routers import ROUTERS
 from pikv_ds.routers.base import NewEntries, PageQuery, Router, TurnedEntries
 from pikv_ds.routers.earlier import Earlier
 from pikv_ds.routers.scramble import scramble
 from pikv_ds.routers.shard_router import ShardRouter, scores_of
+from pikv_ds.spec import LayerSpec
 
 
 @ROUTERS.register("shuffle_shards")
@@ -34,19 +35,15 @@ class ShuffleShards(Router):
         except TypeError as error:
             raise ValueError(f"base_options = options of the router {base!r}, got {base_options}: {error}") from None
         self.earlier = Earlier()
-        for capability in ("needs_experts", "wants_page_lse", "reads_model_queries"):
+        for capability in ("needs_experts", "wants_page_lse", "reads_model_queries", "summarises"):
             setattr(self, capability, getattr(self.base, capability))
 
-    def open(self, layer: int, store: LayerStore, num_shards: int) -> None:
-        self.base.open(layer, store, num_shards)
-        self.earlier.open(layer)
+    def check(self, layers: list[LayerSpec], num_shards: int) -> None:
+        self.base.check(layers, num_shards)
 
-    def kept(self) -> Iterable[Tensor]:
-        return [*self.base.kept(), *self.earlier.kept.values()]
-
-    def remap(self, layer: int, parent: Tensor) -> None:
-        self.base.remap(layer, parent)
-        self.earlier.remap(layer, parent)
+    def open(self, layer: int, store: LayerStore, num_shards: int, rows: Rows) -> None:
+        self.base.open(layer, store, num_shards, rows)
+        self.earlier.open(layer, rows)
 
     def wrote(self, layer: int, store: LayerStore, new: NewEntries) -> None:
         self.base.wrote(layer, store, new)

@@ -1,9 +1,8 @@
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 
 from pikv_ds.pages.pool import LayerStore
+from pikv_ds.pages.rows import Rows
 from pikv_ds.routers import ROUTERS
 from pikv_ds.routers.base import PageQuery
 from pikv_ds.routers.shard_router import ShardRouter
@@ -27,12 +26,9 @@ class Sinkhorn(ShardRouter):
         self.temperature, self.window = temperature, window
         self.potential: dict[int, Tensor] = {}  # layer -> v [S] f32
 
-    def open(self, layer: int, store: LayerStore, num_shards: int) -> None:
-        super().open(layer, store, num_shards)
-        self.potential[layer] = torch.zeros(num_shards, device=store.device)
-
-    def kept(self) -> Iterable[Tensor]:
-        return [*super().kept(), *self.potential.values()]
+    def open(self, layer: int, store: LayerStore, num_shards: int, rows: Rows) -> None:
+        super().open(layer, store, num_shards, rows)
+        self.potential[layer] = rows.beside(f"{layer}.potential", (num_shards,))
 
     def logits(self, asked: PageQuery) -> Tensor:
         potential = self.potential[asked.layer]

@@ -24,7 +24,7 @@ class TwoStage(ShardRouter):
         logits = self.mean_logits(asked.q, asked)
         num_shards = logits.shape[1]
         group = torch.arange(num_shards, device=logits.device) // self.group_size
-        weight = self.counts[asked.layer][asked.row_of_query()]
+        weight = self.counts[asked.layer].value[asked.row_of_query()]
         total = logits.new_zeros(logits.shape[0], -(-num_shards // self.group_size))
         entries = total.index_add(1, group, weight)
         total.index_add_(1, group, logits.nan_to_num(neginf=0.0) * weight)

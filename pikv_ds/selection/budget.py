@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from math import ceil
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from pikv_ds.config.pikv import RoutingConfig
+from pikv_ds.config.routing import RoutingConfig
 from pikv_ds.step.step import StepPlan
-from pikv_ds.tiers.window import Tiers
+
+
+class NearPages(Protocol):
+    """What is known of the pages that every query reads besides (tiers/window.py)."""
+
+    sinks: int
+
+    def near_span(self, seen: list[int]) -> int:
+        """Most positions of a row of these lengths that they can hold, sinks not counted; the same on every rank."""
 
 
 class Budget(NamedTuple):
@@ -22,7 +30,7 @@ class Budget(NamedTuple):
 
 
 def page_budget(
-    config: RoutingConfig, seen: list[int], page_size: int, num_shards: int, device: torch.device, near: Tiers | None = None
+    config: RoutingConfig, seen: list[int], page_size: int, num_shards: int, device: torch.device, near: NearPages | None = None
 ) -> Budget:
     """seen: stored tokens that the queries of each row see in this layer. near: some of its pages are near pages, pinned as well."""
     pages = [config.budget_pages or ceil(config.budget_ratio * n / page_size) for n in seen]

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pikv_ds.config.pikv import RoutingConfig
+from pikv_ds.config.routing import RoutingConfig
 from pikv_ds.pages.pool import LayerStore
 
 

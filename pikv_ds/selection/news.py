@@ -7,16 +7,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from pikv_ds.blueprint.compression import check_turning_router
-from pikv_ds.blueprint.window import check_router
-from pikv_ds.cache.writer import Written
 from pikv_ds.codecs.request_maps import Turn
 from pikv_ds.codecs.rope import turn
 from pikv_ds.pages.entries import keys_at
+from pikv_ds.pages.events import NewEntries, TurnedEntries, Written
 from pikv_ds.pages.layers import Tables
 from pikv_ds.pages.move import Moved
 from pikv_ds.pages.pool import LayerStore
-from pikv_ds.routers.base import NewEntries, Router, TurnedEntries
+from pikv_ds.routers.base import Router
 from pikv_ds.step.step import StepPlan
 
 from .window_news import entries_moved
@@ -36,12 +34,8 @@ class RouterNews:
         for layer in range(len(self.tables.layers)):
             store = self.store(layer)
             others = len(store.summaries)
-            self.router.open(layer, store, self.tables.num_shards)
-            summarises = len(store.summaries) > others
-            if self.tables.far[layer] is not None:
-                check_router(self.router, summarises=summarises)
-            if self.tables.turns:
-                check_turning_router(self.router, summarises=summarises)
+            self.router.open(layer, store, self.tables.num_shards, self.tables.rows)
+            assert len(store.summaries) == others or self.router.summarises, f"router {self.router.name!r} adds summaries: declare it"
 
     def store(self, layer: int) -> LayerStore:
         """The pages that a router chooses from."""
@@ -109,12 +103,6 @@ class RouterNews:
             shard=self.tables.map.shards[table % num_local], valid=torch.ones_like(page, dtype=torch.bool),
             slot_mapping=(page * self.tables.page_size + offset).to(torch.int32), table=table.to(torch.int32),
         )  # fmt: skip
-
-    def remap(self, parent: list[int]) -> None:
-        """Row i continues row parent[i], -1 = a fresh row. Host phase."""
-        rows = torch.tensor(parent, dtype=torch.int64).to(self.tables.device)
-        for layer in range(len(self.tables.layers)):
-            self.router.remap(layer, rows)
 
 
 def _those(new: NewEntries, mask: Tensor) -> NewEntries:

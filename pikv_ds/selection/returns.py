@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pikv_ds.config.pikv import RoutingConfig
+from pikv_ds.config.routing import RoutingConfig
 from pikv_ds.exchange.exchange import Exchange
 from pikv_ds.routers.base import PageQuery
 

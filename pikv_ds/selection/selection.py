@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from pikv_ds.config.pikv import RoutingConfig
+from pikv_ds.config.routing import RoutingConfig
 from pikv_ds.exchange.exchange import Exchange
 from pikv_ds.pages.layers import Tables
 from pikv_ds.pages.unrotated import decode
@@ -20,10 +20,9 @@ from pikv_ds.routers.base import PageQuery, Router
 from pikv_ds.spec import LayerSpec
 from pikv_ds.step.query import Query
 from pikv_ds.step.step import StepPlan
-from pikv_ds.tiers.window import Tiers
 
 from .best_pages import best_pages, by_column, listed_pages, page_keys
-from .budget import Budget, lens_seen, page_budget
+from .budget import Budget, NearPages, lens_seen, page_budget
 from .extent import Extent, extent_of
 from .news import RouterNews
 from .returns import readers_of_shards
@@ -47,7 +46,7 @@ class Selection:
         exchange: Exchange,
         stages: bool,
         keeps_all: bool,
-        tiers: Tiers | None,
+        tiers: NearPages | None,
     ) -> None:
         """stages: entries are stored after the queries of their layer. keeps_all: nothing is ever evicted.
 
@@ -87,8 +86,8 @@ class Selection:
 
     @property
     def metadata_nbytes(self) -> int:
-        """Bytes of what the router keeps besides summaries, and of the counters."""
-        return self.router.nbytes + self.entries.nbytes + self.mass.nbytes
+        """Bytes of the counters; what the router keeps is counted with pages and rows."""
+        return self.entries.nbytes + self.mass.nbytes
 
     def read(
         self,

@@ -1,4 +1,4 @@
-"""What a router is told of two pools of pages (window.py): pages that were demoted, and what queries read besides. P entries of a page."""
+"""What a router is told of two pools of pages (tiers/window.py): pages demoted, and what queries read besides. P entries of a page."""
 
 from __future__ import annotations
 

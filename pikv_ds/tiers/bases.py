@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from pikv_ds.codecs.base import Codec
-from pikv_ds.codecs.request_maps import RequestMaps, Turn, leading
+from pikv_ds.codecs.request_maps import RequestMaps, RowMaps, Turn, leading
 from pikv_ds.exchange.exchange import Exchange
 from pikv_ds.pages.layers import Tables
 from pikv_ds.pages.reproject import reproject
+from pikv_ds.pages.rows import Rows
 from pikv_ds.spec import LayerSpec
-from pikv_ds.step.agreement import Agreed
 from pikv_ds.step.step import LocalStep, StepPlan
 
 NEVER = 1 << 62
@@ -41,22 +41,29 @@ class RequestBases:
         ]
         rotations = (codec.request_rotation(spec) for spec in layers)
         self.rotations = [None if pair is None else [x.to(self.device) for x in pair] for pair in rotations]  # [layer][side] [H, r, r]
+        self.near = [layer for layer in range(len(layers)) if layer not in self.far]
+        self.rows = Rows(self.device)  # of all ranks
+        self.fitted_at = self.rows.ints("fitted_at", _refitted)  # tokens of a request when its basis was fitted; NEVER = not again
+        self.shared = {  # layer with far pages -> [side] [R, H, D, r]
+            layer: [self.rows.tensor(f"{layer}.{side}", shape, empties=True) for side, shape in zip("kv", self.shapes[layer], strict=True)]
+            for layer in self.far
+        }
+        for layer, sides in self.shared.items():
+            tables.far_maps[layer] = RowMaps(*sides)
         self.reset()
 
     def reset(self) -> None:
-        self.bases: list[list[Tensor]] = []  # [layer][side] [B, H, D, r]; of layers with far pages [R, H, D, r]
+        self.rows.start(0)
+        self.bases: dict[int, list[Tensor]] = {}  # layer without far pages -> [side] [B, H, D, r]
         self.sums: list[list[Tensor]] | None = None  # [layer][side] [B, H, D, D]; None: no row of this rank is fitted again
         self.new: list[int] = []  # rows of this rank whose first tokens the running forward brings
-        self.num_rows = 0  # B
+        self.begun, self.num_rows = False, 0  # B
         self.positions: Tensor | None = None
-        self.fitted_at: list[int] = []  # [R] tokens of a request when its basis was fitted; NEVER = not again; the same on all ranks
-        for layer in self.far:
-            self.tables.far_maps[layer] = None
 
     @property
     def nbytes(self) -> int:
         """Bytes of bases and sums of this rank's requests: they are part of its KV cache."""
-        return sum(x.nbytes for layer in [*self.bases, *(self.sums or [])] for x in layer)
+        return self.rows.nbytes + sum(x.nbytes for layer in [*self.bases.values(), *(self.sums or [])] for x in layer)
 
     # ---- host phase ----------------------------------------------------------------------------------------------------------
 
@@ -64,36 +71,20 @@ class RequestBases:
         """Bring the rows of this rank in line with what it brings to the next forward."""
         self.positions = local.positions
         self.new = [row for row, keep in enumerate(local.keep) if keep == 0]
-        if local.identity and not self.new and self.bases:
+        if local.identity and not self.new and self.begun:
             return
-        parent = [-1] * local.num_rows if local.fresh or not self.bases else local.parent
+        parent = [-1] * local.num_rows if local.fresh or not self.begun else local.parent
+        self.begun = True
         index = torch.tensor(parent, dtype=torch.int64).to(self.device)
         if self.sums is None and self.new:
             self.sums = [[torch.zeros(self.num_rows, h, d, d, device=self.device) for h, d, _ in sides] for sides in self.shapes]
-        self.bases = self.bases or [[torch.zeros(0, h, d, r, device=self.device) for h, d, r in sides] for sides in self.shapes]
+        if not self.bases:
+            self.bases = {i: [torch.zeros(0, h, d, r, device=self.device) for h, d, r in self.shapes[i]] for i in self.near}
         new = torch.zeros(local.num_rows, dtype=torch.bool)
         new[self.new] = True
         new, self.num_rows = new.to(self.device), local.num_rows
-        self.bases = [x if i in self.far else [_take(side, index, new) for side in x] for i, x in enumerate(self.bases)]
+        self.bases = {layer: [_take(side, index, new) for side in sides] for layer, sides in self.bases.items()}
         self.sums = None if self.sums is None else [[_take(x, index, new) for x in layer] for layer in self.sums]
-
-    def remap(self, agreed: Agreed) -> None:
-        """Follow the rows of all ranks: a row that is forked keeps its basis from then on, as its pages are another row's too."""
-        parents = [] if agreed.restart else agreed.parent
-        self.fitted_at = [
-            0 if p < 0 or agreed.keep[row] == 0 else NEVER if parents.count(p) > 1 else self.fitted_at[p]
-            for row, p in enumerate(parents or [-1] * len(agreed.parent))
-        ]
-        if self.far:
-            index = torch.tensor(parents or [-1] * len(agreed.parent), dtype=torch.int64).to(self.device)
-            new = torch.tensor([keep == 0 for keep in agreed.keep]).to(self.device)
-            for layer in self.far:
-                self._place(layer, [_take(x, index, new) for x in self.bases[layer]])
-
-    def _place(self, layer: int, sides: list[Tensor]) -> None:
-        """The bases of all rows of a layer with far pages."""
-        self.bases[layer] = sides
-        self.tables.far_maps[layer] = RequestMaps(*sides)
 
     def settle(self, plan: StepPlan) -> list[tuple[int, Turn]]:
         """Fit again what has doubled, and turn what is stored. Call it before pages are demoted.
@@ -101,27 +92,26 @@ class RequestBases:
         Returns: layers whose queries are folded at the entrance of attend, and how their keys were turned; the same on every rank.
         Collectives with several ranks' requests: one when some have doubled; one for layers with far pages, then and with a new request.
         """
-        first, doubled = [], []
+        first, doubled, fitted_at = [], [], self.fitted_at.values
         for row, (before, after) in enumerate(zip(plan.lens_before_host, plan.lens_after_host, strict=True)):
-            at = self.fitted_at[row]
+            at = fitted_at[row]
             if before == 0 and after > 0:
                 first.append(row)
             elif after > before and at < self.fit_tokens and after >= 2 * at:
                 doubled.append(row)
             else:
                 continue
-            self.fitted_at[row] = after
+            fitted_at[row] = after
         turned = []
-        near = [layer for layer in range(len(self.shapes)) if layer not in self.far]
-        if doubled and near:
+        if doubled and self.near:
             rows = torch.tensor(doubled, dtype=torch.int64).to(self.device)
-            for layer, (turn_k, turn_v) in zip(near, self._turns(plan, near, doubled), strict=True):
+            for layer, (turn_k, turn_v) in zip(self.near, self._turns(plan, self.near, doubled), strict=True):
                 reproject(self.tables.stores[layer], rows, turn_k, turn_v)
                 turned.append((layer, Turn(rows, turn_k)))
         if self.far and (first or doubled):
             self._share(plan, sorted(first + doubled))
         own = plan.sources[plan.own]
-        if self.sums is not None and all(at >= self.fit_tokens for at in self.fitted_at[own.row0 : own.row0 + own.num_rows]):
+        if self.sums is not None and all(at >= self.fit_tokens for at in fitted_at[own.row0 : own.row0 + own.num_rows]):
             self.sums = None
         self.positions = None
         return turned
@@ -145,9 +135,11 @@ class RequestBases:
         new = self._of_all(plan, rows, new, "sharing the bases of requests for their far pages")
         rows = torch.tensor(rows, dtype=torch.int64).to(self.device)
         for layer, *sides in zip(self.far, new[::2], new[1::2], strict=True):
-            old = [x[rows] for x in self.bases[layer]]
-            reproject(self.tables.far[layer], rows, *(x.mT @ y for x, y in zip(old, sides, strict=True)))  # a new row has no far page
-            self._place(layer, [x.index_copy(0, rows, y) for x, y in zip(self.bases[layer], sides, strict=True)])
+            columns = self.shared[layer]
+            turns = (column.value[rows].mT @ y for column, y in zip(columns, sides, strict=True))
+            reproject(self.tables.far[layer], rows, *turns)  # a new row has no far page
+            for column, y in zip(columns, sides, strict=True):
+                column.value = column.value.index_copy(0, rows, y)
 
     def _own(self, plan: StepPlan, rows: list[int]) -> Tensor:
         """Those of some rows of all ranks that are this rank's, counted from its first."""
@@ -192,6 +184,11 @@ class RequestBases:
                 if self.new and layer not in self.far:
                     self.bases[layer][side][self.new] = self._fitted(layer, side, self.new)
         return None if layer in self.far else RequestMaps(*self.bases[layer])
+
+
+def _refitted(at: int, keep: int, shared: bool) -> int:
+    """A row that is forked keeps its basis from then on, as its pages are another row's too."""
+    return 0 if keep == 0 else NEVER if shared else at
 
 
 def _take(x: Tensor, index: Tensor, new: Tensor) -> Tensor:

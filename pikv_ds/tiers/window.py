@@ -1,8 +1,8 @@
 """Two pools of pages in a layer: `near` in a light format, where entries are appended, and `far` in the codec's. Host phase.
 
 After a forward, full near pages that hold no sink token and nothing of the recent window are demoted: encoded into far pages and freed
-(move.py). Both are read and merged by lse. With a light_ratio only the least important of them go. Layers with a sliding window have one
-pool, in the codec's format.
+(pages/move.py). Both are read and merged by lse. With a light_ratio only the least important of them go. Layers with a sliding window have
+one pool, in the codec's format.
 
 L layers with two pools, R request rows, S local and G * S global shards, C columns of a block table.
 """
@@ -12,65 +12,63 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pikv_ds.config.pikv import PiKVConfig
+from pikv_ds.blueprint.blueprint import Blueprint
 from pikv_ds.exchange.exchange import Exchange
 from pikv_ds.pages.layers import Tables
+from pikv_ds.pages.listing import Pages, fit
 from pikv_ds.pages.move import Moved, demote
 from pikv_ds.pages.pool import LayerStore
+from pikv_ds.pages.rows import RowChange, forgets, least
 from pikv_ds.pages.sizing import light_pages
-from pikv_ds.policies.base import Pages
 from pikv_ds.policies.h2o import HeavyHitters
 from pikv_ds.retention.attention import Mass
-from pikv_ds.retention.choose import Candidates, choose, fit
-from pikv_ds.step.agreement import Agreed
+from pikv_ds.retention.choose import Candidates, choose
 from pikv_ds.step.step import StepPlan
 
 
 class Tiers:
     """Decides when and which pages are demoted. Owns what crops may still take back; borrows tables and exchange."""
 
-    def __init__(self, config: PiKVConfig, tables: Tables, exchange: Exchange, watching: Mass | None) -> None:
+    def __init__(self, blueprint: Blueprint, tables: Tables, exchange: Exchange, watching: Mass | None) -> None:
         """watching: what a retention policy is shown already, for the attention to pages to be counted on."""
         self.tables, self.exchange = tables, exchange
-        block, codec = config.compression, config.compression.build()
+        block, codec = blueprint.config.compression, blueprint.codec
         self.sinks, self.recent = block.raw_sink_tokens or 0, block.raw_recent_tokens or 0
         self.light_ratio = None if codec.light is None else codec.light_ratio
         self.layers = [i for i, far in enumerate(tables.far_formats) if far is not None]
-        self.attended = HeavyHitters()  # whose score says which pages stay near under a light_ratio; the paper leaves the measure open
+        self.attended = blueprint.attended  # whose score says which pages stay near under a light_ratio
         self.mass: Mass | None = None  # None: pages go by their age alone, or attention is counted on `watching`
         if self.light_ratio is not None:
-            tables.page_values = tables.page_values | self.attended.page_values
             if watching is None:
                 self.mass = Mass(self.attended, tables)
             elif not any(isinstance(policy, HeavyHitters) for policy in watching.policies):  # these count it already
                 watching.policies.append(self.attended)
-        self.reset(0)
+        rows = tables.rows
+        self.floor = rows.ints("window.floor")  # positions of a row that may have been demoted lie below it; the same on every rank
+        self.due = rows.ints("window.due", forgets)  # tokens of a row at which a page can become old enough; of this rank's shards
+        self.seen = rows.ints("window.seen", least)  # tokens of a row when pages were last compared; the same on every rank
+        rows.limit(self.check)
 
-    def reset(self, num_rows: int) -> None:
+    def reset(self) -> None:
         """A new generation begins."""
-        self.floor = [0] * num_rows  # positions of a row that may have been demoted lie below it; the same on every rank
-        self.due = [0] * num_rows  # tokens of a row at which a page can become old enough; of this rank's shards
-        self.seen = [0] * num_rows  # tokens of a row when pages were last compared; the same on every rank
         if self.mass is not None:
             self.mass.reset()
 
-    def remap(self, agreed: Agreed, lens: list[int]) -> None:
-        """Rows are forked, cropped or dropped. Raises: RuntimeError for a crop that may reach a demoted entry, on all ranks alike."""
-        for parent, keep in zip(agreed.parent, agreed.keep, strict=True):
-            if parent >= 0 and keep < self.floor[parent]:
+    def check(self, change: RowChange) -> None:
+        """Raises: RuntimeError for a crop that may reach a demoted entry, on all ranks alike."""
+        for parent, keep in zip(change.parent, change.keep, strict=True):
+            floor = self.floor.values[parent] if parent >= 0 else 0
+            if keep < floor:
                 raise RuntimeError(
-                    f"crop to {keep} of {lens[parent]} tokens: entries up to token {self.floor[parent]} may have been encoded "
+                    f"crop to {keep} of {change.lens[parent]} tokens: entries up to token {floor} may have been encoded "
                     f"(pikv.compression.raw_recent_tokens = {self.recent}) and pages of them can't be cut; announce crops before the "
                     f"forward that they undo (cache.activate_past_recording(), as assisted generation does)"
                 )
-        self.floor = [self.floor[parent] if parent >= 0 else 0 for parent in agreed.parent]
-        self.seen = [min(self.seen[parent], keep) if parent >= 0 else 0 for parent, keep in zip(agreed.parent, agreed.keep, strict=True)]
-        self.due = [0] * len(agreed.parent)
 
     def near_span(self, seen: list[int]) -> int:
         """Most positions of a row of these lengths that near pages can hold, sinks not counted; the same on every rank."""
         light = 0 if self.light_ratio is None else max(int(self.light_ratio * n) for n in seen) + self.tables.page_size
-        return max(n - floor for n, floor in zip(seen, self.floor, strict=True)) + light
+        return max(n - floor for n, floor in zip(seen, self.floor.values, strict=True)) + light
 
     def after_forward(self, plan: StepPlan, lens: list[int], hold: bool) -> list[tuple[int, Moved]]:
         """Demote what has become old. hold: a crop may still take back tokens, so nothing goes. Returns what moved, by layer.
@@ -80,22 +78,23 @@ class Tiers:
         if hold or not lens:
             return []
         size = self.tables.page_size
-        self.floor = [max(floor, n - self.recent if n - self.recent >= size else 0) for floor, n in zip(self.floor, lens, strict=True)]
+        old = [n - self.recent if n - self.recent >= size else 0 for n in lens]
+        self.floor.values = [max(floor, n) for floor, n in zip(self.floor.values, old, strict=True)]
         if self.light_ratio is None:
-            if all(n < due for n, due in zip(lens, self.due, strict=True)):
+            if all(n < due for n, due in zip(lens, self.due.values, strict=True)):
                 return []
             gone = [self._old(self.tables.stores[layer], lens) for layer in self.layers]
         else:
-            if plan.decode and all(n - seen < size for n, seen in zip(lens, self.seen, strict=True)):
+            if plan.decode and all(n - seen < size for n, seen in zip(lens, self.seen.values, strict=True)):
                 return []
-            self.seen = list(lens)
+            self.seen.values = list(lens)
             gone = self._least_important(lens)
         moved = [
             (layer, demote(*self.tables.pools(layer), which, self.tables.far_maps[layer]))
             for layer, which in zip(self.layers, gone, strict=True)
         ]
         if self.light_ratio is None:
-            self.due = self._next_due(lens)
+            self.due.values = self._next_due(lens)
         return [(layer, pages) for layer, pages in moved if pages is not None]
 
     def _pages(self, store: LayerStore, lens: list[int]) -> Pages:

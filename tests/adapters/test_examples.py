@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from pikv_ds.blueprint.facts import Facts
 from pikv_ds.config.pikv import PiKVConfig
 from tests.dist.launcher import run_gloo
 
@@ -37,7 +38,7 @@ def test_fit_router_gate(tmp_path):
     shares = json.loads(said.partition("by layer: ")[2])
     assert "gate (4, 4, 256)" in said and len(shares) == 4 and min(shares) > 0.27 and max(shares) > 0.4, said
     routing = {"method": "learned", "path": str(gate)}
-    assert PiKVConfig.parse({"storage": {"num_shards": 4}, "routing": routing}).routing.build().gate.shape == (4, 4, 256)
+    assert Facts.of(PiKVConfig.parse({"storage": {"num_shards": 4}, "routing": routing})).methods.router.gate.shape == (4, 4, 256)
 
 
 def generated(said: str) -> tuple[str, str, str]:

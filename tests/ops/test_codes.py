@@ -1,4 +1,4 @@
-"""int2, fp4, mixed formats and raw rope columns against a slow decoder that reads the record byte by byte from formats.py's words."""
+"""int2, fp4, mixed formats and raw rope columns against a slow decoder that reads bytes by the words of ops/format/formats.py."""
 
 import itertools
 import math

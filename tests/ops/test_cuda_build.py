@@ -111,7 +111,7 @@ def test_a_breach_is_the_exit_status(monkeypatch, tmp_path, compiled):
 @pytest.mark.timeout(1500)  # nvcc, once for all kernels
 def test_it_loads_beside_a_cpu_torch(compiled):
     code = (
-        "import torch; from pikv_ds.ops import library, load; load.load_cuda(); "
+        "import torch; from pikv_ds.ops import library; from pikv_ds.ops.build import load; load.load_cuda(); "
         "print([n for n in library.SCHEMAS if not torch._C._dispatch_has_kernel_for_dispatch_key(f'pikv::{n}', 'CUDA')])"
     )
     result = _python(code)
@@ -197,7 +197,7 @@ def test_nvrtc_needs_no_include():
 
 def test_emulation_serves_the_whole_interface():
     code = (
-        "import torch; from pikv_ds import ops; from pikv_ds.ops import load; fmt = ops.PageFormat('bf16', 1, 32, 32, 4);"
+        "import torch; from pikv_ds import ops; from pikv_ds.ops.build import load; fmt = ops.PageFormat('bf16', 1, 32, 32, 4);"
         "pages = ops.new_pages(fmt, 2);"
         "k = torch.randn(3, 1, 32); ops.append(pages, fmt, k, k, torch.arange(3), torch.tensor([4, 5, 6]));"
         "out, lse, _ = ops.decode(torch.zeros(1, 2, 32), pages, fmt, torch.tensor([[[1]]]), torch.tensor([[3]]), scale=1.0);"

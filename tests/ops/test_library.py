@@ -137,7 +137,7 @@ def _python(code, **environment):
 
 _MERGE = """import torch
 from pikv_ds import ops
-from pikv_ds.ops import load
+from pikv_ds.ops.build import load
 {}
 ops.merge(torch.zeros(2, 8), torch.zeros(2))
 print(load.loaded())

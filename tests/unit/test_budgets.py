@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pikv_ds.config.pikv import SchedulingConfig
+from pikv_ds.config.scheduling import SchedulingConfig
 from pikv_ds.errors import ConfigError
 from pikv_ds.retention.budgets import Budgets, least_entries, pyramid
 

@@ -41,7 +41,7 @@ def test_homes_and_loads_through_chunks_decode_forks_and_crops(data):
         if data.draw(st.booleans()):
             parents = data.draw(st.lists(st.integers(-1, len(homes) - 1), min_size=1, max_size=3))
             keep = [data.draw(st.integers(0, len(homes[p]))) if p >= 0 else 0 for p in parents]
-            removed = directory.remap(torch.tensor(parents), torch.tensor(keep), torch.tensor([len(row) for row in homes]))
+            removed = directory.fork(torch.tensor(parents), torch.tensor(keep), torch.tensor([len(row) for row in homes]))
             cut = [homes[p][n:] if p >= 0 else [] for p, n in zip(parents, keep, strict=True)]
             for of_layer in removed:
                 assert of_layer.tolist() == [[row.count(shard) for shard in range(num_shards)] for row in cut]
@@ -82,7 +82,7 @@ def test_one_shard_stores_no_homes():
     directory.reset(3)
     directory.reserve(1000)
     assert directory.nbytes == sums(directory)
-    removed = directory.remap(torch.tensor([1, -1]), torch.tensor([2, 0]), torch.tensor([5, 7, 9]))
+    removed = directory.fork(torch.tensor([1, -1]), torch.tensor([2, 0]), torch.tensor([5, 7, 9]))
     assert [of_layer.tolist() for of_layer in removed] == [[[5], [0]]] * len(LAYERS)
 
 

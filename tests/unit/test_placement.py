@@ -1,4 +1,4 @@
-"""Expert id and position -> shard -> rank, against the plain-integer rules of reference.py."""
+"""Expert id and position -> shard -> rank, against the plain-integer rules of tests/reference_cache.py."""
 
 import itertools
 

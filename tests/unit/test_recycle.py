@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pikv_ds.cache.inspect import PoolProbe
-from pikv_ds.pages.recycle import expire, remap
+from pikv_ds.pages.recycle import expire, fork
 from tests.unit.invariants import check_pages, check_unshared
 from tests.unit.stores import append, contents, fill, make_store, stored
 
@@ -45,7 +45,7 @@ def test_expire_at_the_edge_of_the_window(length, left):
 def test_a_shared_page_expires_for_one_row_only():
     store = make_store(1, 1, 2)
     fill(store, {(0, 0): [0, 1, 2, 3]})
-    remap(store, torch.tensor([0, 0]), torch.tensor([[4], [4]], dtype=torch.int32))
+    fork(store, torch.tensor([0, 0]), torch.tensor([[4], [4]], dtype=torch.int32))
     assert expire(store, torch.tensor([9, 4]), 6) == 4
     assert contents(store, {1: 0}) == {(0, 0): [], (1, 0): [0, 1, 2, 3]}
     assert store.num_pages - int(store.free_top) == 2
@@ -57,7 +57,7 @@ def test_a_shared_page_expires_for_one_row_only():
 
 @settings(max_examples=40)
 @given(st.data())
-def test_remap_equals_cut_lists(data):
+def test_fork_equals_cut_lists(data):
     """Chains of forks and crops, each followed by new entries in every row: no row sees another's."""
     page_size, num_rows = data.draw(st.integers(1, 4)), 2
     store = make_store(num_rows, 2, page_size)
@@ -68,7 +68,7 @@ def test_remap_equals_cut_lists(data):
         keep = {(i, s): data.draw(st.integers(0, len(lists[p, s]))) if p >= 0 else 0 for i, p in enumerate(parents) for s in range(2)}
         lists = {(i, s): lists[p, s][: keep[i, s]] if p >= 0 else [] for i, p in enumerate(parents) for s in range(2)}
         num_rows = len(parents)
-        remap(store, torch.tensor(parents), torch.tensor([[keep[i, s] for s in range(2)] for i in range(num_rows)], dtype=torch.int32))
+        fork(store, torch.tensor(parents), torch.tensor([[keep[i, s] for s in range(2)] for i in range(num_rows)], dtype=torch.int32))
         check_pages(PoolProbe(store), shrunk=False)
         check_unshared(PoolProbe(store))
         tokens = [(i, s, 10 * i + 100 * len(lists[i, s]), True) for i in range(num_rows) for s in range(2)]
@@ -97,7 +97,7 @@ def test_remap_equals_cut_lists(data):
 def test_only_pages_that_two_rows_need_differently_are_copied(parents, counts, copies):
     store = make_store(1, 1, 3)
     fill(store, {(0, 0): list(range(7))})
-    remap(store, torch.tensor(parents), torch.tensor(counts, dtype=torch.int32).unsqueeze(-1))
+    fork(store, torch.tensor(parents), torch.tensor(counts, dtype=torch.int32).unsqueeze(-1))
     named = store.block_table[store.block_table >= 0].unique().numel()
     assert named == -(-max(counts) // 3) + copies
     assert contents(store, dict.fromkeys(range(3), 0)) == {(i, 0): list(range(n)) for i, n in enumerate(counts)}
@@ -108,8 +108,8 @@ def test_only_pages_that_two_rows_need_differently_are_copied(parents, counts, c
 def test_dropped_rows_give_their_pages_back():
     store = make_store(2, 1, 2)
     fill(store, {(0, 0): [0, 1, 2], (1, 0): [0, 1, 2, 3, 4]})
-    remap(store, torch.tensor([0]), torch.tensor([[3]], dtype=torch.int32))
+    fork(store, torch.tensor([0]), torch.tensor([[3]], dtype=torch.int32))
     assert store.num_pages - int(store.free_top) == 2
-    remap(store, torch.tensor([-1, -1]), torch.zeros(2, 1, dtype=torch.int32))
+    fork(store, torch.tensor([-1, -1]), torch.zeros(2, 1, dtype=torch.int32))
     assert store.num_pages == int(store.free_top) and contents(store) == {(0, 0): [], (1, 0): []}
     check_pages(PoolProbe(store), shrunk=False)

@@ -4,12 +4,14 @@ import pytest
 import torch
 
 from pikv_ds import ops
+from pikv_ds.blueprint.blueprint import Blueprint
 from pikv_ds.codecs import CODECS
 from pikv_ds.config.pikv import PiKVConfig
 from pikv_ds.exchange.exchange import Exchange
 from pikv_ds.pages.layers import Tables
 from pikv_ds.pages.pool import LayerStore
 from pikv_ds.pages.reproject import reproject
+from pikv_ds.pages.rows import RowChange
 from pikv_ds.placement.shard_map import ShardMap
 from pikv_ds.spec import LayerSpec
 from pikv_ds.step.agreement import Agreed
@@ -17,6 +19,8 @@ from pikv_ds.step.step import LocalStep, StepPlan
 from pikv_ds.tiers.bases import NEVER, RequestBases
 from tests.unit.driver import Driver, layer, ragged
 from tests.unit.turning import svd
+
+CPU = torch.device("cpu")
 
 SPEC = LayerSpec(layer_idx=0, num_kv_heads=2, k_dim=16, v_dim=16)
 
@@ -72,16 +76,16 @@ class Run:
     """Forwards of one rank through the bases, with the agreement's part done by hand and nothing stored."""
 
     def __init__(self, fit_tokens=16):
-        codec = CODECS.build("svd", rank=8, fit_tokens=fit_tokens)
-        shards = ShardMap.blocks(1, 0, 1, torch.device("cpu"))
-        self.tables = Tables([SPEC], PiKVConfig(), codec, 4, shards, 8, torch.float32, torch.device("cpu"), [None])
-        self.bases = RequestBases([SPEC], codec, self.tables, Exchange(None, 10.0))
+        config = PiKVConfig(page_size=4, compression={"method": "svd", "rank": 8, "fit_tokens": fit_tokens})
+        blueprint = Blueprint.of(config, [SPEC], torch.float32, num_experts=8)
+        self.tables = Tables(blueprint.pages, config.storage, ShardMap.blocks(1, 0, 1, CPU), 8, CPU)
+        self.bases = RequestBases([SPEC], blueprint.codec, self.tables, Exchange(None, 10.0))
 
     def forward(self, num_new, parent, keep, seed):
         step = local(num_new, parent, keep)
         self.bases.begin(step)
         if not step.identity or step.fresh:
-            self.bases.remap(Agreed([(step.num_rows, 4)], parent, keep, num_new, step.fresh, step.identity))
+            self._change(step, Agreed([(step.num_rows, 4)], parent, keep, num_new, step.fresh, step.identity))
         k = torch.randn(len(num_new), 4, 2, 16, generator=torch.Generator().manual_seed(seed))
         k[step.positions < 0] = torch.nan  # padding may hold anything
         maps = self.bases.maps(0, k, k.clone())
@@ -90,6 +94,12 @@ class Run:
         self.tables.allocate(len(num_new))
         self.bases.settle(plan)
         return k, maps
+
+    def _change(self, step, agreed):
+        if step.fresh:
+            self.bases.rows.start(step.num_rows)
+        else:
+            self.bases.rows.change(RowChange.of(agreed, [], CPU))
 
 
 def tail_share(x, basis):
@@ -111,7 +121,7 @@ def test_bases_are_fitted_to_all_tokens_when_a_request_has_doubled_and_then_no_m
     tokens = [run.forward([4], [-1], [0], seed=0)[0]]
     for at in range(4, 24, 4):
         tokens.append(run.forward([4], [0], [at], seed=at)[0])
-    assert run.bases.fitted_at == [16] and run.bases.sums is None
+    assert run.bases.fitted_at.values == [16] and run.bases.sums is None
     x = torch.cat(tokens[:4], 1)[0, :, 0]
     found, least = tail_share(x, run.bases.bases[0][0][0, 0])
     assert abs(found - least) < 1e-5 and least > 0.01
@@ -126,7 +136,7 @@ def test_rows_follow_forks_and_new_requests_start_anew():
     run.forward([4, 4], [-1, -1], [0, 0], seed=0)
     old = run.bases.bases[0][0].clone()
     run.forward([4, 4, 4], [1, 1, -1], [4, 4, 0], seed=1)
-    assert run.bases.fitted_at == [NEVER, NEVER, 4], "forked rows share pages and keep their basis"
+    assert run.bases.fitted_at.values == [NEVER, NEVER, 4], "forked rows share pages and keep their basis"
     found = run.bases.bases[0][0]
     assert torch.equal(found[0], old[1]) and torch.equal(found[1], old[1]) and not torch.equal(found[2], old[0])
 

@@ -141,7 +141,7 @@ def test_centroid_scores_are_the_attention_to_centroids(tmp_path):
     """Means of what each cluster took in, counts of every page, and the softmax over clusters."""
     router, seen = run("centroids", tmp_path, steps=6)
     asked, scores, keys = seen[-1]
-    mean, weight = router.mean[0][0].double(), router.weight[0][0].double()
+    mean, weight = router.mean[0].value[0].double(), router.weight[0].value[0].double()
     assert weight.sum(-1).tolist() == [len(keys)] * HEADS
     assert torch.allclose((mean * weight.unsqueeze(-1)).sum(1), keys.sum(0), atol=1e-4)
     counts = asked.store.summaries["clusters"]

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from pikv_ds import ops
-from pikv_ds.blueprint.window import check_router
 from pikv_ds.cache.cache import PiKVCache
 from pikv_ds.cache.stats import stats
 from pikv_ds.config.pikv import PiKVConfig
 from pikv_ds.errors import ConfigError
 from pikv_ds.pages.estimate import pikv_bytes
+from pikv_ds.routers import ROUTERS
 from pikv_ds.routers.random import RandomPages
 from tests.unit.checks import Answers, Dense
 from tests.unit.dense import dense_over, rel_error
@@ -266,7 +266,7 @@ def test_adaptive_formats_and_bytes():
     plain = tiered([layer(0, dim=32)], codec="adaptive", compression={"light": "int8", "heavy": "int4"}, page_size=64, sinks=0, recent=0)
     plain.without(Dense)
     plain.prefill([1024 + 9])
-    codec, pools = plain.cache.config.compression.build(), plain.probe.pools(0)
+    codec, pools = plain.cache.codec, plain.probe.pools(0)
     planned = pikv_bytes(plain.layers, [1033], ranks=1, codec=codec, page_size=64, dtype=torch.float32)
     used = [pool.used_pages for pool in pools]
     assert used == [4 + 1, 12]
@@ -351,7 +351,14 @@ def test_a_model_of_windows_only_is_refused():
         tiered([layer(0, window=9)])
 
 
-def test_a_router_that_cannot_follow_its_pages_is_refused():
-    check_router(RandomPages(), summarises=False)
-    with pytest.raises(ConfigError, match=r"'random' keeps summaries of pages and can't make them"):
-        check_router(RandomPages(), summarises=True)
+def test_a_router_that_cannot_follow_its_pages_is_refused(monkeypatch):
+    class Summarising(RandomPages):
+        summarises = True
+
+    block = {"compression": {"raw_recent_tokens": 8}, "routing": {"method": "summarising", "budget_ratio": 0.5}}
+    monkeypatch.setitem(ROUTERS._classes, "summarising", Summarising)
+    with pytest.raises(ConfigError, match=r"'random' keeps summaries of pages and can't make them") as caught:
+        PiKVConfig(**block)
+    assert caught.value.rule == "router-follows-demotion"
+    monkeypatch.setattr(Summarising, "moved", lambda *_: None)
+    PiKVConfig(**block)

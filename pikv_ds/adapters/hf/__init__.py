@@ -21,7 +21,7 @@ __getattr__ = moved(
         "bindings": "pikv_ds.adapters.hf:binding",
         "check_calibration": "pikv_ds.adapters.hf.fingerprint",
         "check_gates": "pikv_ds.adapters.hf.router_output",
-        "check_has_experts": "pikv_ds.config.checks",
+        "check_has_experts": "pikv_ds.blueprint.routing",
         "check_rotations": "pikv_ds.adapters.hf.rotation",
         "count_experts": "pikv_ds.adapters.hf.expert_ids",
         "count_gate_experts": "pikv_ds.adapters.hf.router_output",

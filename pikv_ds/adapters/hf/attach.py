@@ -9,8 +9,9 @@ import torch.distributed as dist
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from pikv_ds.adapters.penalty import RouterPenalty
+from pikv_ds.blueprint.routing import check_has_experts
 from pikv_ds.cache.cache import PiKVCache
-from pikv_ds.config.checks import check_has_experts
 from pikv_ds.config.pikv import PiKVConfig
 from pikv_ds.errors import ConfigError, UnsupportedError
 
@@ -58,23 +59,23 @@ def attach(model: PreTrainedModel, config=None, group: dist.ProcessGroup | None 
     specs = read_model_spec(model.config)
     decoder, layers, attentions = _anatomy(model)
     parameter = next(model.parameters())
-    _check(model, attentions, specs, parameter.dtype, config, group)
+    _check(model, attentions, specs, parameter.dtype, group)
     num_ranks = 1 if group is None else dist.get_world_size(group)
     num_shards = config.storage.num_shards or num_ranks
     text = model.config.get_text_config(decoder=True)
     routers = [find_router(layer) for layer in layers]
     check_gates(routers, num_ranks, config.storage.requests)
     num_experts = count_gate_experts(routers) or count_experts(text)
-    check_has_experts(config.routing, num_experts, type(model).__name__)
-    num_experts = num_experts or num_shards
+    placed_experts = num_experts or num_shards
     gate = None
     if config.storage.expert_ids == "gate":
-        gate = load_gate(config.storage.gate_path, len(specs), num_experts, specs[0].num_kv_heads * specs[0].k_dim).to(parameter.device)
-    core = PiKVCache(specs, config, num_experts=num_experts, dtype=parameter.dtype, device=parameter.device, group=group)
+        gate = load_gate(config.storage.gate_path, len(specs), placed_experts, specs[0].num_kv_heads * specs[0].k_dim).to(parameter.device)
+    core = PiKVCache(specs, config, num_experts=placed_experts, dtype=parameter.dtype, device=parameter.device, group=group)
+    check_has_experts(core.blueprint.router, num_experts, type(model).__name__)
     check_calibration(core, attentions)
-    check_rotations(model, specs, core.tables.undone)
+    check_rotations(model, specs, core.rotations)
     cache = HFCache(core)
-    penalty = config.routing.host_penalty.build()
+    penalty = RouterPenalty.named(config.routing.host_penalty)
     if penalty is not None:  # its hooks come first: entry homes follow the routers' final choice
         penalty = HostPenalty(penalty, core, routers, text.hidden_size, type(model).__name__)
     cache.penalty = penalty
@@ -124,7 +125,7 @@ def _attention_of(layer: nn.Module, layer_idx: int) -> nn.Module:
     return found[0]
 
 
-def _check(model, attentions, specs, dtype, config, group) -> None:
+def _check(model, attentions, specs, dtype, group) -> None:
     name = type(model).__name__
     if not model._can_set_attn_implementation():
         raise UnsupportedError(
@@ -146,9 +147,3 @@ def _check(model, attentions, specs, dtype, config, group) -> None:
         raise UnsupportedError(f"{name} caps attention logits (attn_logit_softcapping); PiKV does not handle softcap")
     if group is not None and not dist.is_initialized():
         raise ConfigError("a process group was given but torch.distributed is not initialised")
-    num_ranks = 1 if group is None else dist.get_world_size(group)
-    shards = config.storage.num_shards
-    if shards is not None and shards % num_ranks:
-        raise ConfigError(
-            f"pikv.storage.num_shards = {shards} is not a multiple of the {num_ranks} ranks of the group; each rank holds as many shards"
-        )

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from pikv_ds.cache.chunk import finish
+from pikv_ds.cache.latent import absorb_query, expand_value
 from pikv_ds.errors import UnsupportedError
-from pikv_ds.ops import add_sink, merge_partials, sdpa_lse
 
 from .binding import Binding, binding_of
 
@@ -41,19 +42,18 @@ def pikv_attention(
         if binding.unverified:
             _verify_latent(module, entry_k, key, value)
             binding.unverified = False
-        q, v_dim = _absorb_query(module, q), spec.v_dim
+        up_k, up_v = _latent_weights(module)
+        q, v_dim = absorb_query(q, up_k), spec.v_dim
     partial = binding.core.attend(
         binding.layer, q, entry_k, entry_v, scale=scale, v_dim=v_dim, expert_ids=binding.expert_ids.of(binding.layer, entry_k)
     )
-    out, lse = partial.out.transpose(1, 2), partial.lse.transpose(1, 2)
     if spec.latent:
-        out = _expand_value(module, out)
-    if not partial.includes_self:
-        own_out, own_lse = _attend_chunk(binding, query, key, value, scale)
-        out, lse = (own_out, own_lse) if partial.empty else merge_partials(torch.stack([out, own_out]), torch.stack([lse, own_lse]))
-    if s_aux is not None:
-        out = add_sink(out, lse, s_aux)
-    return out.transpose(1, 2).to(query.dtype), None
+        partial = partial._replace(out=expand_value(partial.out, up_v.to(partial.out.dtype)))
+    out = finish(
+        partial, query, key, value, scale=scale, window=spec.window, positions=binding.chunk.positions, hidden=binding.chunk.hidden,
+        sink=s_aux,
+    )  # fmt: skip
+    return out.to(query.dtype), None
 
 
 def pikv_mask(*args, use_vmap: bool = False, **kwargs) -> None:
@@ -87,19 +87,6 @@ def _brief(argument) -> str:
     return f"tensor {tuple(argument.shape)}" if isinstance(argument, Tensor) else repr(argument)
 
 
-def _attend_chunk(binding: Binding, query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Dense attention inside the forward's own chunk, on uncompressed keys and values."""
-    window, positions = binding.spec.window, binding.chunk.positions
-    columns = query.shape[2]
-    if binding.chunk.unpadded and (window is None or columns <= window):
-        return sdpa_lse(query, key, value, scale=scale, causal=True)
-    query_at, key_at = positions.unsqueeze(2), positions.unsqueeze(1)  # [B, T, 1], [B, 1, T]; -1 = padding
-    visible = (key_at <= query_at) & (key_at >= 0)
-    if window is not None:
-        visible &= key_at > query_at - window
-    return sdpa_lse(query, key, value, scale=scale, mask=visible.unsqueeze(1))
-
-
 def _latent_weights(module: nn.Module) -> tuple[Tensor, Tensor]:
     """kv_b_proj as [H, nope, rank] (keys) and [H, v, rank] (values)."""
     weight = module.kv_b_proj.weight.view(module.num_heads, module.qk_nope_head_dim + module.v_head_dim, module.kv_lora_rank)
@@ -107,8 +94,10 @@ def _latent_weights(module: nn.Module) -> tuple[Tensor, Tensor]:
 
 
 def _verify_latent(module: nn.Module, latent: Tensor, key: Tensor, value: Tensor) -> None:
-    """Once per layer: the model's own expansion of the latent must be kv_b_proj and nothing else. Sync: "
-    "one read, first forward only."""
+    """Once per layer: the model's own expansion of the latent must be kv_b_proj and nothing else.
+
+    Sync: one read, first forward only.
+    """
     needed = ("kv_b_proj", "num_heads", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "kv_lora_rank")
     missing = [name for name in needed if not hasattr(module, name)]
     if missing:
@@ -124,14 +113,3 @@ def _verify_latent(module: nn.Module, latent: Tensor, key: Tensor, value: Tensor
             raise UnsupportedError(
                 f"{type(module).__name__} does not expand its latent {name} as kv_b_proj(c) beside k_rot; PiKV can't absorb it"
             )
-
-
-def _absorb_query(module: nn.Module, q: Tensor) -> Tensor:
-    """[B, T, H, nope + rope] -> [B, T, H, rank + rope], so that q . [c | k_rot] equals q . expanded key (DeepSeek-V2, section 2.1)."""
-    q_nope, q_rot = q.split([module.qk_nope_head_dim, module.qk_rope_head_dim], -1)
-    return torch.cat([torch.einsum("bthd,hdr->bthr", q_nope, _latent_weights(module)[0]), q_rot], -1)
-
-
-def _expand_value(module: nn.Module, out: Tensor) -> Tensor:
-    """Attention over latents [B, H, T, rank] f32 -> [B, H, T, v_head_dim]."""
-    return torch.einsum("bhtr,hvr->bhtv", out, _latent_weights(module)[1].to(out.dtype))

@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Chunk:
-    """Positions of the running forward: [B, T] int32, -1 = padding; unpadded: no -1 among them and known so on the host."""
+    """Positions of the running forward: [B, T] int32, -1 = padding; hidden: [B, T] bool, which are; None = the host knows that none is."""
 
     positions: Tensor | None = None
-    unpadded: bool = True
+    hidden: Tensor | None = None
 
 
 @dataclass(slots=True)

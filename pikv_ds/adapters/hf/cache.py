@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor
@@ -69,6 +70,7 @@ class HFCache(Cache):
         self.steps = 0
         self.penalty: HostPenalty | None = None
         self._detach: Callable[[], None] | None = None
+        self._crops = ExitStack()  # holds announce_crops() of a speculative generation
         self.begin_generation()
 
     # ---- controls ------------------------------------------------------------------------------------------------------------
@@ -108,7 +110,7 @@ class HFCache(Cache):
 
         while cache.lockstep(have_work): model(**(my_inputs if have_work else cache.idle_inputs()))
         """
-        flags = self.core.exchange.gather_ints([int(active)], self.core.device, "lockstep") if self.core.exchange.size > 1 else [[active]]
+        flags = self.core.ranks.gather_ints([int(active)], self.core.device, "lockstep") if self.core.ranks.size > 1 else [[active]]
         return any(flag for (flag,) in flags)
 
     def idle_inputs(self) -> dict:
@@ -134,7 +136,7 @@ class HFCache(Cache):
         self.fresh = True
         self.idle = False
         self.touched = False  # parent or lens changed since the last forward
-        self.core.hold_margin = None
+        self.end_past_recording()
 
     def select_rows(self, index: list[int]) -> None:
         """Row i continues row index[i]; takes effect with the next forward."""
@@ -170,13 +172,14 @@ class HFCache(Cache):
             self.last_position = self.last_position - torch.tensor(real)
             self.columns -= remove
             self.touched = self.touched or any(real)
-        if self.core.hold_margin is not None:
-            self.core.hold_margin = 0
+        self.core.note_crop()
 
     def activate_past_recording(self) -> None:
         """Assisted decoding will crop: keep what leaves a sliding window until then."""
-        if self.core.hold_margin is None:
-            self.core.hold_margin = 0
+        self._crops.enter_context(self.core.announce_crops())
+
+    def end_past_recording(self) -> None:
+        self._crops.close()
 
     def finish_forward(self, num_columns: int, new_mask: Tensor | None, num_new: list[int], last_position: Tensor) -> None:
         """Account for a forward that has run: B rows grew by num_columns columns, num_new of them real per row (mask None: all).

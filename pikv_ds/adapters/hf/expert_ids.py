@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from pikv_ds.codecs.weights import read_weights
 from pikv_ds.errors import ConfigError
 from pikv_ds.placement.placement import Routed
 
@@ -120,15 +121,7 @@ def count_experts(config) -> int | None:
 
 def load_gate(path: str, num_layers: int, num_experts: int, key_width: int) -> Tensor:
     """Read a learned KV gate: safetensors file with "gate" [num_layers, num_experts, num_kv_heads * k_dim]."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(f"pikv.storage.gate_path = {path!r} can't be read as safetensors: {error}") from error
-    wanted = (num_layers, num_experts, key_width)
-    if "gate" not in tensors or tuple(tensors["gate"].shape) != wanted:
-        found = {name: tuple(t.shape) for name, t in tensors.items()}
-        raise ConfigError(f"pikv.storage.gate_path = {path!r} holds {found}; this model needs 'gate' of shape {wanted}")
-    return tensors["gate"]
+        return read_weights(path, {"gate": (num_layers, num_experts, key_width)}, "pikv.storage.gate_path")["gate"]
+    except ValueError as error:
+        raise ConfigError(str(error)) from error

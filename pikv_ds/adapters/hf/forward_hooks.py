@@ -85,7 +85,7 @@ class ForwardHooks:
         last_position = self._check_positions(given.get("position_ids"), new_mask, rows, columns)
         identity = not cache.fresh and not cache.touched
         value = 0
-        if cache.core.exchange.size > 1 and (cache.fresh or cache.core.agreement.mode == "replicated"):
+        if cache.core.ranks.size > 1 and (cache.fresh or cache.core.replicated):
             value = digest([tokens, positions, torch.tensor(before), torch.tensor(cache.parent or [-1])])
         device = cache.core.device
         local = LocalStep(
@@ -100,7 +100,8 @@ class ForwardHooks:
             fresh=cache.fresh,
         )
         cache.core.begin_step(local)
-        self.chunk.positions, self.chunk.unpadded = local.positions, all(n == columns for n in num_new)
+        self.chunk.positions = local.positions
+        self.chunk.hidden = None if all(n == columns for n in num_new) else local.positions < 0
         self._running = (columns, new_mask, num_new, last_position)
         self.expert_ids.begin()
         self._host_attention, self.config._attn_implementation = self.config._attn_implementation, "pikv"

@@ -28,7 +28,7 @@ class GenerateHooks:
 
     def generate(self, *args, **kwargs):
         """generate with synced_gpus on more than one rank: every forward is a collective, so no rank may stop early."""
-        if self.cache.core.exchange.size > 1:
+        if self.cache.core.ranks.size > 1:
             if kwargs.get("synced_gpus") is False:
                 raise UnsupportedError(
                     "synced_gpus=False with a PiKV cache over several ranks: a rank that stops early leaves the others waiting"
@@ -39,7 +39,7 @@ class GenerateHooks:
             return self._generate(*args, **kwargs)
         finally:
             self.cache.idle = False
-            self.cache.core.hold_margin = None
+            self.cache.end_past_recording()
 
     def prepare_cache(self, generation_config, model_kwargs: dict, generation_mode, batch_size: int, max_cache_length: int):
         given = model_kwargs.get("past_key_values")
@@ -62,7 +62,7 @@ class GenerateHooks:
 
         transformers would let it run its loop on with dummy tokens; assisted decoding then asks its assistant for -1 tokens.
         """
-        if not synced_gpus or self.cache.core.exchange.size == 1 or is_deepspeed_zero3_enabled():
+        if not synced_gpus or self.cache.core.ranks.size == 1 or is_deepspeed_zero3_enabled():
             # ZeRO-3 gathers parameters over the whole world and keeps it in step itself; a finished rank's dummy tokens are not stored.
             self.cache.idle = bool(synced_gpus and this_peer_finished)
             return self._unfinished(this_peer_finished, synced_gpus, device)

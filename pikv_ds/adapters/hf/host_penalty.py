@@ -1,4 +1,4 @@
-"""The penalty of pikv_ds.selection.host_penalty on the routers of a transformers model: its own, AutoEP's, DeepSpeed's TopKGate.
+"""The penalty of pikv_ds.adapters.penalty on the routers of a transformers model: its own, AutoEP's, DeepSpeed's TopKGate.
 
 A router's own code chooses: while it runs, the penalty is taken off what its one F.linear returns (a torch function mode, entered and left
 by hooks). Where only the choice may change, the weights of the chosen experts are formed again from the untouched logits.
@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from pikv_ds.adapters.penalty import RouterPenalty, penalty_of
 from pikv_ds.cache.cache import PiKVCache
 from pikv_ds.errors import ConfigError, UnsupportedError
-from pikv_ds.selection.host_penalty import RouterPenalty
 
 from .router_output import RouterOutput, is_gate, output_of
 
@@ -52,7 +52,7 @@ class HostPenalty:
                 f"none of transformers', AutoEP's or DeepSpeed's TopKGate); leave the penalty out"
             )
         self.penalty, self.core, self.active = penalty, core, False
-        self.misses = torch.zeros(len(routers), core.writer.num_experts, device=core.device)
+        self.misses = torch.zeros(len(routers), core.num_experts, device=core.device)
         self._running: dict[int, LoweredLogits] = {}
         self._handles = []
         found = [None if router is None else (output_of(router), _weighing(router, hidden_size, core)) for router in routers]
@@ -62,8 +62,8 @@ class HostPenalty:
                 self._handles.append(router.register_forward_hook(self._after(layer, *how), always_call=True))
 
     def of(self, layer: int) -> Tensor:
-        """[E] f32, see RouterPenalty.of."""
-        return self.penalty.of(self.core, layer, self.misses)
+        """[E] f32, see `penalty_of`."""
+        return penalty_of(self.penalty, self.core, layer, self.misses)
 
     def remove(self) -> None:
         for handle in self._handles:
@@ -100,12 +100,12 @@ def _weighing(router: nn.Module, hidden_size: int, core: PiKVCache) -> Weighing:
     weight = next(router.parameters())
     tokens = max(PROBE_TOKENS, getattr(router, "min_capacity", 0))
     probe = torch.randn(tokens, hidden_size, generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
-    mode = LoweredLogits(torch.zeros(core.writer.num_experts, device=weight.device))
+    mode = LoweredLogits(torch.zeros(core.num_experts, device=weight.device))
     with torch.random.fork_rng(devices=[weight.device] if weight.is_cuda else []), torch.no_grad(), mode:
         output = router(probe, None, True) if is_gate(router) else router(probe)
-    if len(mode.logits) != 1 or mode.logits[0].shape != (tokens, core.writer.num_experts):
+    if len(mode.logits) != 1 or mode.logits[0].shape != (tokens, core.num_experts):
         raise UnsupportedError(
-            f"pikv.routing.host_penalty on {name}: its logits [tokens, {core.writer.num_experts}] are not the result of one F.linear, "
+            f"pikv.routing.host_penalty on {name}: its logits [tokens, {core.num_experts}] are not the result of one F.linear, "
             f"so the penalty can't be taken off them (ZeRO-3 replaces F.linear); leave the penalty out"
         )
     ids, weights = reader.routed(output)

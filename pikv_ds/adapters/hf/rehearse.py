@@ -23,14 +23,12 @@ def rehearse(model: PreTrainedModel, cache: HFCache, ids: torch.Tensor, *, chunk
     Raises: ConfigError for another policy, or when the prompt has been evicted from already.
     """
     core = cache.core
-    if core.retention is None or "peak" not in core.retention.policy.page_values:
+    if "peak" not in core.page_columns:
         raise ConfigError("rehearse() needs pikv.scheduling.method = 'kvzip': no other policy scores by it")
     if core.config.scheduling.prefill != "keep":
         raise ConfigError("rehearse() needs pikv.scheduling.prefill = 'keep': a prompt that was evicted from can't be repeated")
     core.clear_column("peak")
-    margin = core.hold_margin
-    cache.activate_past_recording()
-    for part in ids.split(chunk, 1):
-        model(part, past_key_values=cache, logits_to_keep=1)
-    cache.crop(-ids.shape[1])
-    core.hold_margin = margin
+    with core.announce_crops():
+        for part in ids.split(chunk, 1):
+            model(part, past_key_values=cache, logits_to_keep=1)
+        cache.crop(-ids.shape[1])

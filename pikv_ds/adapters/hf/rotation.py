@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from pikv_ds.codecs.maps import Transform
 from pikv_ds.codecs.rope import default_inv_freq
 from pikv_ds.errors import ConfigError, UnsupportedError
 from pikv_ds.spec import LayerSpec
@@ -32,16 +33,16 @@ def inv_freq_of(config: PreTrainedConfig, spec: LayerSpec) -> Tensor:
     return default_inv_freq(parameters["rope_theta"], spec.k_dim)
 
 
-def check_rotations(model: nn.Module, layers: list[LayerSpec], undone: list[Transform | None]) -> None:
-    """Raises: ConfigError when a codec undoes another rotation than the model's."""
-    for spec, maps in zip(layers, undone, strict=True):
-        if maps is None:
+def check_rotations(model: nn.Module, layers: list[LayerSpec], undone: Sequence[Tensor | None]) -> None:
+    """undone: of each layer, PiKVCache.rotations. Raises: ConfigError when a codec undoes another rotation than the model's."""
+    for spec, inv_freq in zip(layers, undone, strict=True):
+        if inv_freq is None:
             continue
         try:
             own = inv_freq_of(model.config, spec)
         except UnsupportedError as error:
             raise ConfigError(f"pikv.compression.rope = 'pre': {error}; legal is 'post'") from None
-        if not torch.allclose(own, maps.inv_freq.cpu(), rtol=1e-5):
+        if not torch.allclose(own, inv_freq.cpu(), rtol=1e-5):
             raise ConfigError(
                 f"pikv.compression.rope = 'pre': the calibration undoes another rotation than layer {spec.layer_idx} has (rope_theta?); "
                 f"calibrate this model with pikv calibrate"

@@ -15,5 +15,5 @@ class ExpectedMass(ShardRouter):
     """
 
     def logits(self, asked: PageQuery) -> Tensor:
-        counts = self.counts[asked.layer][asked.row_of_query()]  # [Q, S]
+        counts = self.counts[asked.layer].value[asked.row_of_query()]  # [Q, S]
         return self.mean_logits(asked.q, asked) + counts.log()  # an empty shard has -inf already

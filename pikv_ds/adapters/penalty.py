@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from pikv_ds.cache.cache import PiKVCache
+from pikv_ds.cache.shard_facts import ShardFacts, named_layer, shard_facts
+from pikv_ds.config.routing import HostPenaltyConfig
 from pikv_ds.errors import ConfigError
 
 
@@ -35,24 +37,28 @@ class RouterPenalty:
         if self.applies_to not in ("selection", "selection_and_weights"):
             raise ConfigError(f"RouterPenalty(applies_to={self.applies_to!r}): legal: 'selection', 'selection_and_weights'")
 
-    def of(self, core: PiKVCache, layer: int, misses: Tensor) -> Tensor:
-        """[E] f32, what the router of a layer takes off its logits. Sync: none.
+    @classmethod
+    def named(cls, block: HostPenaltyConfig) -> RouterPenalty | None:
+        """That of `routing.host_penalty`; None when both strengths are 0."""
+        return cls(load=block.load, miss=block.miss, applies_to=block.applies_to) if block.asked else None
 
-        It looks at the layer whose entries this router names: its own, or the next with expert_ids "previous_layer" (then the last router
-        names nothing and loses nothing). With one shard the load term is 0.
+    def of(self, facts: ShardFacts, misses: Tensor) -> Tensor:
+        """[E] f32, what the router that names the entries of a layer takes off its logits. Sync: none. With one shard the load term is 0.
 
-        Args: misses [L, E] f32, those that the KV router does not count. Equal on all ranks, as long as misses are.
+        Args: facts of that layer; misses [E] f32, those that the KV router does not count. Equal on all ranks, as long as misses are.
         """
-        layer += core.config.storage.expert_ids == "previous_layer"
-        lowered = torch.zeros_like(misses[0])
-        if layer == len(core.layers):
-            return lowered
-        experts = torch.arange(lowered.numel(), device=core.device)
-        shard = core.writer.placement.shard_of(layer, experts, torch.zeros_like(experts))
-        if self.load and core.num_shards > 1:
-            load = core.tables.directory.load[layer].to(torch.float32)
-            lowered += self.load * (load[shard] / load.mean().clamp_min(1) - 1) * (load.sum() > 0)
+        lowered = torch.zeros_like(misses)
+        if self.load and facts.loads is not None:
+            load = facts.loads
+            lowered += self.load * (load[facts.shard_of] / load.mean().clamp_min(1) - 1) * (load.sum() > 0)
         if self.miss:
-            counted = None if core.selection is None else core.selection.router.missed(layer)
-            lowered += self.miss * torch.log1p(misses[layer] if counted is None else misses[layer] + counted[shard])
+            lowered += self.miss * torch.log1p(misses if facts.misses is None else misses + facts.misses[facts.shard_of])
         return lowered
+
+
+def penalty_of(penalty: RouterPenalty, core: PiKVCache, layer: int, misses: Tensor) -> Tensor:
+    """[E] f32, what the router of a layer takes off its logits: 0 for a router that names nobody's entries. misses [L, E] f32, see `of`."""
+    named = named_layer(core, layer)
+    if named is None:
+        return torch.zeros_like(misses[0])
+    return penalty.of(shard_facts(core, named), misses[named])

@@ -1,0 +1,52 @@
+"""Blueprint: what one cache is made of, worked out before any of it exists."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Self
+
+import torch
+
+from pikv_ds.codecs.base import Codec
+from pikv_ds.config.blocks import Blocks
+from pikv_ds.pages.plan import PagesPlan
+from pikv_ds.placement.placement import Placement
+from pikv_ds.policies.base import RetentionPolicy
+from pikv_ds.retention.budgets import Budgets
+from pikv_ds.routers.base import Router
+from pikv_ds.spec import LayerSpec
+
+from .facts import Facts
+from .rules import enforce
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blueprint:
+    """Methods are built, once; budgets, formats and maps of every layer are known. Its methods are the cache's own: one cache each."""
+
+    config: Blocks
+    codec: Codec
+    router: Router
+    policy: RetentionPolicy
+    attended: RetentionPolicy | None
+    """Whose score says which pages stay near, see Methods."""
+    budgets: Budgets | None
+    """None = everything is kept."""
+    placement: Placement
+    pages: PagesPlan
+
+    @classmethod
+    def of(cls, config: Blocks, layers: Sequence[LayerSpec], dtype: torch.dtype, *, ranks: int = 1, num_experts: int = 1) -> Self:
+        """Checks every rule that needs layers or ranks, touches no device memory. Raises: ConfigError."""
+        facts = Facts.of(config, layers=tuple(layers), dtype=dtype, ranks=ranks, num_experts=num_experts)
+        enforce(facts, "model")
+        methods = facts.methods
+        return cls(
+            config=config, codec=methods.codec, router=methods.router, policy=methods.policy, attended=methods.attended,
+            budgets=facts.budgets, placement=facts.placement, pages=facts.pages,
+        )  # fmt: skip
+
+    def to(self, device: torch.device) -> Self:
+        """With its maps and tables on a device."""
+        return replace(self, pages=self.pages.to(device), placement=self.placement.to(device))

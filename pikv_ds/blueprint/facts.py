@@ -1,0 +1,95 @@
+"""What the rules look at: a configuration with its methods built, and the layers and ranks that a cache is made for. On the host."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from pikv_ds.config.blocks import Blocks
+from pikv_ds.pages.plan import LayerPlan, PagesPlan
+from pikv_ds.placement.placement import Placement
+from pikv_ds.retention.budgets import Budgets
+from pikv_ds.spec import LayerSpec
+
+from .fitting import page_format, transform_of
+from .methods import Methods
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What follows from these is worked out once, when it is first asked for."""
+
+    config: Blocks
+    methods: Methods
+    layers: tuple[LayerSpec, ...] = ()
+    """Empty where the configuration alone is looked at; then the rest says nothing either."""
+    dtype: torch.dtype = torch.float32
+    ranks: int = 1
+    num_experts: int = 1
+
+    @classmethod
+    def of(cls, config: Blocks, **model) -> Facts:
+        """Builds every method. Raises: ConfigError for a method by itself."""
+        return cls(config=config, methods=Methods.of(config.compression, config.routing, config.scheduling), **model)
+
+    @property
+    def num_shards(self) -> int:
+        return self.config.storage.num_shards or self.ranks
+
+    @cached_property
+    def page_size(self) -> int:
+        """Tokens per page. Raises: ValueError when the codec's groups do not fit into it."""
+        return self.methods.codec.page_size(self.config.page_size)
+
+    @property
+    def full_attention(self) -> tuple[LayerSpec, ...]:
+        return tuple(spec for spec in self.layers if spec.window is None)
+
+    @property
+    def folds(self) -> bool:
+        """Some layer's queries are mapped before the cache sees them."""
+        return self.methods.codec.per_request or any(
+            plan.transform is not None and plan.transform.inv_freq is None for plan in self.pages.layers
+        )
+
+    @cached_property
+    def pages(self) -> PagesPlan:
+        """Raises: ConfigError for a layer that the codec can't store."""
+        methods = self.methods
+        heads = self.layers[0].num_kv_heads if self.config.scheduling.head_budget != "shared" else 1
+        maps = [transform_of(methods.codec, spec) for spec in self.layers]
+        columns = methods.policy.page_values | ({} if methods.attended is None else methods.attended.page_values)
+        plans = []
+        for spec, transform in zip(self.layers, maps, strict=True):
+            own = page_format(methods.codec, spec, self.page_size, self.dtype, heads)
+            two = methods.near is not None and spec.window is None
+            near = page_format(methods.near, spec, self.page_size, self.dtype, heads) if two else own
+            plans.append(
+                LayerPlan(
+                    spec=spec, near=near, far=own if two else None, transform=transform,
+                    maps_near=not two or methods.codec.light is not None, columns=columns if spec.window is None else {},
+                )
+            )  # fmt: skip
+        return PagesPlan(
+            layers=tuple(plans), page_size=self.page_size, heads=heads, num_shards=self.num_shards, dtype=self.dtype,
+            rebased=methods.codec.per_request,
+        )  # fmt: skip
+
+    @cached_property
+    def budgets(self) -> Budgets | None:
+        """What requests may keep; None = everything. Raises: ConfigError for a budget below what is always kept."""
+        policy = self.methods.policy
+        if policy.keeps_all:
+            return None
+        values = sum(dtype.itemsize for dtype in policy.page_values.values()) / self.page_size
+        plans = [plan for plan in self.pages.layers if plan.spec.window is None]
+        entry_bytes = self.pages.heads * sum(plan.near.record_bytes / self.page_size + values for plan in plans)
+        return Budgets(self.config.scheduling, len(plans), self.page_size, self.num_shards, entry_bytes)
+
+    @cached_property
+    def placement(self) -> Placement:
+        """Raises: ValueError for a table of another model."""
+        storage = self.config.storage
+        return Placement(storage.placement, self.num_experts, self.num_shards, n_tok=storage.n_tok, table=storage.table)

@@ -1,0 +1,35 @@
+"""A codec on one layer: its maps and its record. Raises: ConfigError that names the layer."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from pikv_ds.codecs.base import Codec
+from pikv_ds.codecs.maps import Transform
+from pikv_ds.errors import ConfigError
+from pikv_ds.ops import PageFormat
+from pikv_ds.spec import LayerSpec
+
+
+def transform_of(codec: Codec, spec: LayerSpec) -> Transform | None:
+    try:
+        codec.stored(spec)
+        return codec.transform(spec)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise _misfit(codec, spec, error) from None
+
+
+def page_format(codec: Codec, spec: LayerSpec, page_size: int, dtype: torch.dtype, heads: int) -> PageFormat:
+    """heads: tables of a row and shard; more than one: a page holds the entries of one head."""
+    try:
+        return codec.page_format(replace(spec, num_kv_heads=1) if heads > 1 else spec, page_size, dtype)
+    except ValueError as error:
+        raise _misfit(codec, spec, error) from None
+
+
+def _misfit(codec: Codec, spec: LayerSpec, error: ValueError) -> ConfigError:
+    return ConfigError(f"layer {spec.layer_idx} does not fit pikv.compression.method = {codec.name!r}: {error}")

@@ -1,0 +1,126 @@
+"""From names and options in the "pikv" block to built methods. The only place that builds them: once per call of `Methods.of`."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any, NamedTuple, get_type_hints
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from pikv_ds.codecs import CODECS
+from pikv_ds.codecs.base import Codec
+from pikv_ds.codecs.rotated import Rotated
+from pikv_ds.codecs.split import KVSplit, PerLayer
+from pikv_ds.config.block import MethodBlock
+from pikv_ds.config.compression import CodecConfig, CompressionConfig
+from pikv_ds.config.routing import RoutingConfig
+from pikv_ds.config.scheduling import SchedulingConfig
+from pikv_ds.config.wording import gone, illegal, legal_words, unknown
+from pikv_ds.errors import ConfigError
+from pikv_ds.policies import POLICIES
+from pikv_ds.policies.base import RetentionPolicy
+from pikv_ds.policies.h2o import HeavyHitters
+from pikv_ds.registry import Registry
+from pikv_ds.routers import ROUTERS
+from pikv_ds.routers.base import Router
+
+
+class Part(NamedTuple):
+    """A codec of the "compression" block by itself, and where it stands."""
+
+    key: str
+    block: CodecConfig
+    codec: Codec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Methods:
+    """What a configuration names, built. A router keeps state, so every cache has methods of its own."""
+
+    router: Router
+    policy: RetentionPolicy
+    parts: tuple[Part, ...]
+    codec: Codec
+    """Of all layers, keys and values."""
+    near: Codec | None
+    """Of entries that `codec` has not encoded yet, or never will: raw, or its light one. None = there are none."""
+    attended: RetentionPolicy | None
+    """Whose score says which pages stay near when there is a light codec; the paper leaves the measure open. None = there is none."""
+
+    @classmethod
+    def of(cls, compression: CompressionConfig, routing: RoutingConfig, scheduling: SchedulingConfig) -> Methods:
+        """Raises: ConfigError for a name, an option or a file that is not what a method needs."""
+        router, policy = _built("routing", routing, ROUTERS), _built("scheduling", scheduling, POLICIES)
+        parts = tuple(Part(key, block, _rotated(block, _built(key, block, CODECS))) for key, block in compression.parts("compression"))
+        for part in parts:
+            _refuse_value_error(part.key, part.block, part.codec.ready)
+        codec = _joined(compression, {part.key: part.codec for part in parts})
+        near = codec.light
+        if near is None and (compression.raw_sink_tokens or compression.raw_recent_tokens):
+            near = CODECS.build("none")
+        attended = None if codec.light is None else HeavyHitters()
+        return cls(router=router, policy=policy, parts=parts, codec=codec, near=near, attended=attended)
+
+
+def codec_of(compression: CompressionConfig) -> Codec:
+    """The codec of all layers, keys and values, and no other method. Raises: ConfigError."""
+    return _joined(compression, {key: _rotated(block, _built(key, block, CODECS)) for key, block in compression.parts("compression")})
+
+
+def check_method(key: str, block: MethodBlock, registry: Registry) -> None:
+    """The method of a block is registered, and the block's other keys are options of its constructor with values of their types.
+
+    Raises: ConfigError.
+    """
+    if block.method in registry.removed:
+        raise ConfigError(gone(f"{key}.method", block.method, registry.removed[block.method]))
+    if block.method not in registry.names():
+        raise ConfigError(illegal(f"{key}.method", block.method, f"one of {', '.join(map(repr, registry.names()))}"))
+    given, method = block.options, registry.get(block.method)
+    parameters = [p for p in inspect.signature(method.__init__).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    options = [parameter.name for parameter in parameters]
+    for parameter in parameters:
+        if parameter.default is parameter.empty and parameter.name not in given:
+            raise ConfigError(illegal(f"{key}.{parameter.name}", None, f"a value: method {block.method!r} needs it"))
+    types = get_type_hints(method.__init__) if given else {}
+    for name, value in given.items():
+        if name not in options:
+            known = [*type(block).model_fields, *options]
+            raise ConfigError(unknown(f"pikv.{key}.{name}", value, f"pikv.{key} with method {block.method!r}", known))
+        try:
+            TypeAdapter(types[name], config=ConfigDict(strict=True)).validate_python(value)
+        except ValidationError:
+            raise ConfigError(illegal(f"{key}.{name}", value, legal_words(types[name]))) from None
+
+
+def _built(key: str, block: MethodBlock, registry: Registry) -> Any:
+    check_method(key, block, registry)
+    return _refuse_value_error(key, block, lambda: registry.build(block.method, **block.options))
+
+
+def _refuse_value_error(key: str, block: MethodBlock, call) -> Any:
+    try:
+        return call()
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(illegal(key, {"method": block.method, **block.options}, str(error))) from None
+
+
+def _rotated(block: CodecConfig, codec: Codec) -> Codec:
+    return codec if block.rotate == "none" else Rotated(codec, block.rotate_seed)
+
+
+def _joined(compression: CompressionConfig, parts: dict[str, Codec]) -> Codec:
+    """parts: the codecs by their keys."""
+    own, layers = _both_sides("compression", parts), compression.layers
+    if not layers:
+        return own
+    return PerLayer(own, {int(idx): _both_sides(f"compression.layers.{idx}", parts) for idx in layers})
+
+
+def _both_sides(key: str, parts: dict[str, Codec]) -> Codec:
+    """The codec of keys and values of one block."""
+    k, v = parts.get(f"{key}.k"), parts.get(f"{key}.v")
+    return parts[key] if k is None and v is None else KVSplit(k or parts[key], v or parts[key])

@@ -1,0 +1,23 @@
+"""RULES: every combination that is refused, in the order in which they are asked. `pikv config --rules` prints them."""
+
+from __future__ import annotations
+
+from pikv_ds.errors import ConfigError
+
+from . import compression, placing, retention, routing, window
+from .facts import Facts
+from .rule import LooksAt, Rule
+
+RULES: tuple[Rule, ...] = (
+    *compression.BLOCK, *retention.BLOCK, *routing.BLOCK, *retention.COMBINED, *window.BLOCK, *compression.COMBINED,
+    *placing.MODEL, *retention.MODEL, *window.MODEL, *compression.MODEL, *retention.SIZES, *routing.MODEL,
+)  # fmt: skip
+BY_NAME = {rule.name: rule for rule in RULES}
+
+
+def enforce(facts: Facts, looks_at: LooksAt) -> None:
+    """Raises: ConfigError with the name of the first rule of this kind that refuses."""
+    for rule in RULES:
+        said = rule.says(facts) if rule.looks_at == looks_at else None
+        if said is not None:
+            raise ConfigError(said, rule=rule.name)

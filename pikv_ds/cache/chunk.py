@@ -1,0 +1,56 @@
+"""Attention of a forward's own tokens, its merge with what is stored, and the sink logit. B rows, T columns, H heads, D head_dim."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pikv_ds.ops import add_sink, merge_partials, sdpa_lse
+from pikv_ds.step.query import Partial
+
+
+def finish(
+    partial: Partial,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    window: int | None,
+    positions: Tensor | None = None,
+    hidden: Tensor | None = None,
+    sink: Tensor | None = None,
+) -> Tensor:
+    """Add in-chunk attention to the stored part, then the sink logit, once.
+
+    Args:
+        partial: attention to what is stored, out [B, T, Hq, Dv] f32.
+        q: [B, Hq, T, D]; k, v: [B, Hkv, T, D], this forward's own tokens, raw.
+        window: tokens that a query sees, its own included; None = all before it.
+        positions: [B, T] of the tokens; None = in order, as their columns are.
+        hidden: [B, T] bool, tokens that nobody sees (padding); None = there are none.
+        sink: [Hq], a logit that takes a share of the softmax and gives nothing; None = there is none.
+
+    Returns: [B, T, Hq, Dv] f32.
+    """
+    out, lse = partial.out.transpose(1, 2), partial.lse.transpose(1, 2)
+    if not partial.includes_self:
+        mask = None
+        if hidden is not None or (window is not None and q.shape[2] > window):
+            mask = _mask(torch.arange(q.shape[2], device=q.device)[None] if positions is None else positions, window, hidden)
+        own_out, own_lse = sdpa_lse(q, k, v, scale=scale, mask=mask, causal=mask is None)
+        out, lse = (own_out, own_lse) if partial.empty else merge_partials(torch.stack([out, own_out]), torch.stack([lse, own_lse]))
+    if sink is not None:
+        out = add_sink(out, lse, sink)
+    return out.transpose(1, 2)
+
+
+def _mask(at: Tensor, window: int | None, hidden: Tensor | None) -> Tensor:
+    """[B or 1, 1, T, T], True = visible. at [B or 1, T]: positions."""
+    query_at, key_at = at.unsqueeze(2), at.unsqueeze(1)
+    visible = key_at <= query_at
+    if window is not None:
+        visible = visible & (key_at > query_at - window)
+    if hidden is not None:
+        visible = visible & ~hidden.unsqueeze(1)
+    return visible.unsqueeze(1)

@@ -1,0 +1,65 @@
+"""What hosts may ask of a cache between its steps. tests/packaging/test_host_face.py holds adapters, launch and examples to it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor
+
+from pikv_ds.exchange.exchange import Exchange
+from pikv_ds.step.agreement import Agreement
+
+
+class HostFace:
+    """Of a PiKVCache, whose parts it reads: agreement, exchange, tables, writer."""
+
+    exchange: Exchange
+    agreement: Agreement
+    hold_margin: int | None
+
+    @property
+    def ranks(self) -> Exchange:
+        """The group that shares the entries; hosts gather flags and ids through it."""
+        return self.exchange
+
+    @property
+    def replicated(self) -> bool | None:
+        """Whether several ranks hold the same requests, as they have agreed; None before the first forward of a group."""
+        return None if self.agreement.mode is None else self.agreement.mode == "replicated"
+
+    @property
+    def num_experts(self) -> int:
+        return self.writer.num_experts
+
+    @property
+    def rotations(self) -> tuple[Tensor | None, ...]:
+        """Per layer [k_dim / 2] f32, the inverse frequencies of the rotation that its codec takes off the keys; None = it takes none."""
+        return tuple(None if maps is None else maps.inv_freq for maps in self.tables.undone)
+
+    @property
+    def page_columns(self) -> list[str]:
+        """Names of the numbers that policies keep per page: those that clear_column takes."""
+        return sorted({name for columns in self.tables.columns for name in columns})
+
+    @contextmanager
+    def announce_crops(self) -> Iterator[None]:
+        """Forwards inside may be taken back (assisted decoding, rehearsals): what would leave a window stays until a crop is noted."""
+        before, self.hold_margin = self.hold_margin, self.hold_margin or 0
+        try:
+            yield
+        finally:
+            self.hold_margin = before
+
+    def note_crop(self) -> None:
+        """The host has taken back what it will of the forwards so far; the rest of them stays. Without an announcement it means nothing."""
+        if self.hold_margin is not None:
+            self.hold_margin = 0
+
+    def clear_column(self, name: str) -> None:
+        """Zero the policy's number `name` of every page, in all pools of all layers that keep it. Between forwards; no collective."""
+        if name not in self.page_columns:
+            raise ValueError(f"no policy of this cache keeps {name!r} per page; kept are {self.page_columns}")
+        for store in self.tables.all_stores:
+            if name in store.summaries:  # layers with a window keep none
+                store.summaries[name].zero_()

@@ -1,0 +1,29 @@
+"""The blocks of the "pikv" configuration as data: what the rules of pikv_ds/blueprint and the cache read."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from .block import Block
+from .compression import CompressionConfig
+from .presets import PRESETS
+from .routing import RoutingConfig
+from .scheduling import SchedulingConfig
+from .storage import MonitorConfig, OffloadConfig, StorageConfig
+
+
+class Blocks(Block):
+    preset: str | None = Field(
+        None,
+        description="Name of a configuration; replaced by its keys when the block is read, the keys given beside it override them.",
+        json_schema_extra={"enum": [*PRESETS, None]},
+    )
+    enabled: bool = Field(True, description="false: nothing is patched and the host runs as without the block.")
+    page_size: int | None = Field(None, ge=1, le=256, description="Tokens per page; null = the codec's preference.")
+    timeout_s: float = Field(300, gt=0, allow_inf_nan=False, description="Longest wait for another rank, in seconds.")
+    storage: StorageConfig = Field(StorageConfig(), description=StorageConfig.__doc__)
+    routing: RoutingConfig = Field(RoutingConfig(), description=RoutingConfig.__doc__)
+    compression: CompressionConfig = Field(CompressionConfig(), description=CompressionConfig.__doc__)
+    scheduling: SchedulingConfig = Field(SchedulingConfig(), description=SchedulingConfig.__doc__)
+    offload: OffloadConfig = Field(OffloadConfig(), description=OffloadConfig.__doc__)
+    monitor: MonitorConfig = Field(MonitorConfig(), description=MonitorConfig.__doc__)

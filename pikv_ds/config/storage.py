@@ -1,0 +1,84 @@
+"""The "storage" block, and the small ones: "offload" and "monitor"."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from .block import Block
+from .checks import check_companion, check_table
+from .wording import problem
+
+
+def _as_tuples(value: Any) -> Any:
+    return tuple(_as_tuples(item) for item in value) if isinstance(value, list | tuple) else value
+
+
+Table = Annotated[tuple[tuple[tuple[int, ...], ...], ...], BeforeValidator(_as_tuples)]
+
+
+class StorageConfig(Block):
+    """Where each entry is stored."""
+
+    requests: Literal["auto", "replicated", "distinct"] = Field(
+        "auto", description="Whether the ranks run the same requests; auto compares a digest of them at prefill."
+    )
+    num_shards: int | None = Field(None, ge=1, description="Logical shards per layer; null = number of EP ranks.")
+    placement: Literal["experts", "xor", "position", "table"] = Field(
+        "experts",
+        description="How an entry finds its shard: its expert, (t mod n_tok) XOR expert, its position, or `table`.",
+    )
+    expert_ids: Literal["previous_layer", "lookahead", "true", "gate", "hash"] = Field(
+        "previous_layer", description="Which router names the expert of an entry."
+    )
+    n_tok: int = Field(1, ge=1, description="Token modulus of the xor placement; a power of two.")
+    table: Table | None = Field(
+        None,
+        description="Shard ids [num_layers or 1][num_experts][max_replicas], -1 = none; for placement table only.",
+    )
+    gate_path: str | None = Field(None, min_length=1, description="safetensors file of a learned KV gate; for expert_ids gate only.")
+    capacity_tokens: int | None = Field(
+        None, ge=1, description="Entries per layer and shard; null = ceil(1.1 x the balanced share) + one page."
+    )
+    overflow: Literal["spill", "error"] = Field(
+        "spill", description="What happens when a shard is full: use the least loaded one, or stop."
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.n_tok & (self.n_tok - 1):
+            raise problem("storage.n_tok", self.n_tok, "a power of two (1, 2, 4, ...): the XOR must stay in range")
+        if self.n_tok != 1 and self.placement != "xor":
+            raise problem(
+                "storage.n_tok",
+                self.n_tok,
+                f"1 with pikv.storage.placement = {self.placement!r}; n_tok only acts in 'xor'",
+            )
+        check_companion("table", self.table, "placement", self.placement, "table")
+        check_companion("gate_path", self.gate_path, "expert_ids", self.expert_ids, "gate")
+        if self.table is not None:
+            check_table(self.table, self.num_shards)
+        return self
+
+
+class OffloadConfig(Block):
+    """Slower tiers. Not available in this version: only the values that mean "no tier" are legal."""
+
+    host_gib: float = Field(0, ge=0, description="Host memory for cold pages in GiB; only 0 in this version.")
+    nvme_path: str | None = Field(None, description="Folder for cold pages; only null in this version.")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.host_gib > 0:
+            raise problem("offload.host_gib", self.host_gib, "0: offload tiers are not available in this version")
+        if self.nvme_path is not None:
+            raise problem("offload.nvme_path", self.nvme_path, "null: offload tiers are not available in this version")
+        return self
+
+
+class MonitorConfig(Block):
+    """Metrics through DeepSpeed's monitor."""
+
+    enabled: bool = Field(True, description="Write PiKV/<group>/<metric> to the monitors that DeepSpeed has configured.")
+    interval: int = Field(100, ge=1, description="Decode steps between two writes.")

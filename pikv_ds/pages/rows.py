@@ -1,0 +1,164 @@
+"""State of request rows, declared by whoever keeps it: forks, crops, drops and restarts move all of it in one place. R rows. Host phase."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pikv_ds.step.agreement import Agreed
+
+Follow = Callable[[int, int, bool], int]
+"""(number of the earlier row, tokens that the new one keeps of it, whether further rows continue it) -> number of the new row."""
+
+
+class RowChange(NamedTuple):
+    """Row i of the next forward continues row parent[i] of the last one (-1: it is new) up to token keep[i]."""
+
+    parent: list[int]
+    keep: list[int]
+    lens: list[int]
+    """Tokens of every row before."""
+    index: Tensor
+    """`parent`, [R] int64 on the device."""
+
+    @classmethod
+    def of(cls, agreed: Agreed, lens: list[int], device: torch.device) -> RowChange:
+        return cls(agreed.parent, agreed.keep, lens, torch.tensor(agreed.parent, dtype=torch.int64).to(device))
+
+    def tensor(self, x: Tensor, dim: int = 0) -> Tensor:
+        """Rows of x [..., R, ...] along `dim` as they go on; 0 for new ones."""
+        if not x.shape[dim]:
+            return x.new_zeros(*x.shape[:dim], self.index.numel(), *x.shape[dim + 1 :])
+        kept = x.index_select(dim, self.index.clamp_min(0))
+        return kept.masked_fill_((self.index < 0).view(-1, *[1] * (x.dim() - 1 - dim)), 0)
+
+
+def keeps(value: int, keep: int, shared: bool) -> int:
+    return value
+
+
+def least(value: int, keep: int, shared: bool) -> int:
+    """No more than the tokens that are kept."""
+    return min(value, keep)
+
+
+def forgets(value: int, keep: int, shared: bool) -> int:
+    return 0
+
+
+class IntColumn:
+    """A number per row, on the host, 0 for a new row. values: [R]."""
+
+    def __init__(self, follow: Follow) -> None:
+        self.follow = follow
+        self.values: list[int] = []
+
+    def start(self, num_rows: int) -> None:
+        self.values = [0] * num_rows
+
+    def change(self, change: RowChange) -> None:
+        rows = zip(change.parent, change.keep, strict=True)
+        self.values = [0 if p < 0 else self.follow(self.values[p], n, change.parent.count(p) > 1) for p, n in rows]
+
+
+class RowColumn:
+    """A tensor per row, [R, *shape], 0 for a new row; allocated when it is first asked for."""
+
+    def __init__(self, device: torch.device, shape: tuple[int, ...], dtype: torch.dtype, empties: bool) -> None:
+        """empties: a row that keeps no token of the one it continues starts at 0, too."""
+        self.device, self.shape, self.dtype, self.empties = device, shape, dtype, empties
+        self.num_rows = 0
+        self._value: Tensor | None = None
+
+    @property
+    def value(self) -> Tensor:
+        """May be changed in place or set anew. Sync: none."""
+        if self._value is None:
+            self._value = torch.zeros(self.num_rows, *self.shape, dtype=self.dtype, device=self.device)
+        return self._value
+
+    @value.setter
+    def value(self, x: Tensor) -> None:
+        assert x.shape[0] == self.num_rows, (x.shape, self.num_rows)
+        self._value = x
+
+    @property
+    def used(self) -> bool:
+        """Whether something was kept since the generation began."""
+        return self._value is not None
+
+    def start(self, num_rows: int) -> None:
+        self.num_rows, self._value = num_rows, None
+
+    def change(self, change: RowChange) -> None:
+        self.num_rows = change.index.numel()
+        if self._value is None:
+            return
+        self._value = change.tensor(self._value)
+        if self.empties and not all(change.keep):
+            new = torch.tensor([n == 0 for n in change.keep]).to(self.device)
+            self._value.masked_fill_(new.view(-1, *[1] * len(self.shape)), 0)
+
+    @property
+    def nbytes(self) -> int:
+        return 0 if self._value is None else self._value.nbytes
+
+
+class Rows:
+    """The columns of all rows of a cache. A column that is declared again is a new one, and the old one is forgotten."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.num_rows = device, 0
+        self.version = 0
+        """Another one after every change of rows."""
+        self._ints: dict[str, IntColumn] = {}
+        self._tensors: dict[str, RowColumn] = {}
+        self._beside: dict[str, tuple[Tensor, float]] = {}
+        self._limits: list[Callable[[RowChange], None]] = []
+
+    def ints(self, name: str, follow: Follow = keeps) -> IntColumn:
+        """A number per row. follow: what becomes of it in a row that goes on."""
+        column = self._ints[name] = IntColumn(follow)
+        column.start(self.num_rows)
+        return column
+
+    def tensor(self, name: str, shape: tuple[int, ...] = (), dtype: torch.dtype = torch.float32, *, empties: bool = False) -> RowColumn:
+        """[R, *shape] of `dtype`."""
+        column = self._tensors[name] = RowColumn(self.device, tuple(shape), dtype, empties)
+        column.start(self.num_rows)
+        return column
+
+    def beside(self, name: str, shape: tuple[int, ...], fill: float = 0.0) -> Tensor:
+        """[*shape] f32, `fill` in a new generation: what does not follow rows. To be changed in place."""
+        self._beside[name] = torch.full(shape, fill, device=self.device), fill
+        return self._beside[name][0]
+
+    def limit(self, check: Callable[[RowChange], None]) -> None:
+        """`check` may refuse a change, by raising on all ranks alike; all checks run before anything moves."""
+        self._limits.append(check)
+
+    def start(self, num_rows: int) -> None:
+        """A generation of `num_rows` new rows begins: nothing of the last one stays."""
+        self.num_rows, self.version = num_rows, self.version + 1
+        for column in (*self._ints.values(), *self._tensors.values()):
+            column.start(num_rows)
+        for kept, fill in self._beside.values():
+            kept.fill_(fill)
+
+    def check(self, change: RowChange) -> None:
+        for limit in self._limits:
+            limit(change)
+
+    def change(self, change: RowChange) -> None:
+        """Rows are forked, cropped, dropped or new. After `check`."""
+        self.num_rows, self.version = change.index.numel(), self.version + 1
+        for column in (*self._ints.values(), *self._tensors.values()):
+            column.change(change)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors that are kept."""
+        return sum(kept.nbytes for kept in (*self._tensors.values(), *(kept for kept, _ in self._beside.values())))

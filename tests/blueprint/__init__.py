@@ -1,0 +1,1 @@
+"""Blueprints, and the table of what combines."""
