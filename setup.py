@@ -44,8 +44,8 @@ def _module(name):
     """ops/build/<name>.py without the package around it, which imports more than a build has."""
     if "pikv_build" not in sys.modules:
         sys.modules["pikv_build"] = package = types.ModuleType("pikv_build")
-        package.__path__ = [str(Path(__file__).parent / "ops" / "build")]
-    return importlib.import_module(f"pikv_build.{name}")
+        package.__path__ = [str(Path(__file__).parent / "ops")]  # ops/build and ops/format, without ops/__init__.py
+    return importlib.import_module(f"pikv_build.build.{name}")
 
 
 class WithOps(Distribution):
@@ -68,6 +68,7 @@ setup(
     package_data={
         "pikv_ds": ["py.typed"],
         "pikv_ds.bundled": ["PROVENANCE.md", "haystack.txt", "wikitext2_test.txt", "wikitext2_valid.txt", "model/*"],
+        "pikv_ds.launch": ["sweeps/*.json"],
         "pikv_ds.ops": [f"csrc/**/*.{ext}" for ext in ("cu", "cuh", "cpp", "h")],
     },
     python_requires=">=3.11",

@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 2 examples/megatron_generate.py
 
-The four lines that switch PiKV on in a script of your own: docs/MEGATRON.md.
+The four lines that switch PiKV on in a script of your own: docs/guide/megatron.md.
 """
 
 import torch

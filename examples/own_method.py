@@ -3,7 +3,7 @@
     python examples/own_method.py
 
 To have it in every script, by configuration alone, put the class into a distribution with an entry point of the group "pikv_ds.methods".
-tests/outside_package/ is one to copy, with a codec, a router and a policy; docs/ARCHITECTURE.md says how, under "Adding a method".
+tests/outside_package/ is one, with a codec, a router and a policy; docs/CONTRIBUTING.md says how (Methods outside this repository).
 """
 
 import torch

@@ -15,7 +15,8 @@ COMMANDS=(
 
 # Generated documents, one line each: what is written, and the command that writes it.
 DOCUMENTS=(
-    "docs/METHODS.md docs/results/*.png|pikv methods --doc docs/METHODS.md"
+    "docs/results/methods.md docs/results/*.png|pikv methods --doc docs/results/methods.md"
+    "docs/reference/*.md docs/figures/*.svg|python -m tests.docs"
 )
 
 # Top-level folders that are part of the package pikv_ds once it is installed (GRAFTS in setup.py).

@@ -1,7 +1,7 @@
 """Megatron-Core integration: PiKV in place of the dense KV cache. Importing this package patches and loads nothing.
 
 enable_pikv(model, config) or pikv_layer_spec(spec, config), then PiKVInferenceContext(max_batch, max_length, model=model) instead of
-StaticInferenceContext, or PiKVDynamicInferenceContext(model=model, ...) instead of DynamicInferenceContext. See docs/MEGATRON.md.
+StaticInferenceContext, or PiKVDynamicInferenceContext(model=model, ...) instead of DynamicInferenceContext. See docs/guide/megatron.md.
 """
 
 from importlib import import_module

@@ -1,6 +1,6 @@
-"""What is known of each method: the registries, the committed sweep and the verdicts on it, and the tables of docs/METHODS.md made of them.
+"""What is known of each method: registries, the committed sweep, the verdicts on it, and the tables of docs/results/methods.md.
 
-Verdicts (docs/results/methods_verdicts.json) are {FAMILY: {METHOD: [worth using, reason]}}, written by hand from the sweep's results.
+Verdicts (launch/sweeps/verdicts.json) are {FAMILY: {METHOD: [worth using, reason]}}, written by hand from the sweep's results.
 """
 
 from __future__ import annotations
@@ -33,18 +33,17 @@ def registries() -> dict[str, Any]:
 
 
 class Results:
-    """The committed sweeps, their rows and the verdicts; empty where the repository's docs/results is not there (a wheel)."""
+    """The sweeps and the verdicts of the package, and their rows; no rows where the repository's docs/results is not there (a wheel)."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, sweeps: Path) -> None:
         self.folder = folder
-        self.installed = (folder / "methods_sweep.json").is_file()
         self.sweep: dict[str, Any] = {}
         self.rows: list[dict[str, Any]] = []
         for name in ("methods", "stacked"):
-            if (folder / f"{name}_sweep.json").is_file():
-                self.sweep |= read_sweep(folder / f"{name}_sweep.json")["families"]
+            if (sweeps / f"{name}.json").is_file():
+                self.sweep |= read_sweep(sweeps / f"{name}.json")["families"]
             self.rows += _json(folder / f"{name}.json", {"rows": []})["rows"]
-        self.verdicts = _json(folder / "methods_verdicts.json", {})
+        self.verdicts = _json(sweeps / "verdicts.json", {})
         self.records = {family: records_of(self.rows, family) for family in self.sweep}
 
     def method_of(self, family: str, label: str) -> str:
@@ -128,7 +127,7 @@ def _codec_columns(method: type[Codec]) -> dict[str, Any]:
     return dict(zip(_CODEC_COLUMNS, (page_size, fmt.bytes_per_token, *errors), strict=True))
 
 
-# ---- docs/METHODS.md ---------------------------------------------------------------------------------------------------------
+# ---- docs/results/methods.md ---------------------------------------------------------------------------------------------------------
 
 _TABLE_COLUMNS = {
     "compression": ("bytes/token", "2-byte cache / it", "width 128", "ppl change %", "ppl change %, long", "KL", "recall", "attention"),
@@ -144,8 +143,8 @@ _MARKED = re.compile(r"(<!-- (\w+)(?: (\w+))? -->\n).*?(<!-- end -->)", re.DOTAL
 
 
 def written(text: str, results: Results) -> str:
-    """The text of docs/METHODS.md with what stands between its markers made anew: `<!-- table FAMILY -->`, `<!-- verdicts FAMILY -->` or
-    `<!-- figure NAME -->`."""
+    """The text of docs/results/methods.md with what stands between its markers made anew: `<!-- table FAMILY -->`,
+    `<!-- verdicts FAMILY -->` or `<!-- figure NAME -->`."""
     makers = {"table": _configurations, "verdicts": _verdicts, "figure": _figure}
     return _MARKED.sub(lambda found: found[1] + "\n".join(makers[found[2]](results, found[3])) + "\n" + found[4], text)
 
@@ -169,7 +168,7 @@ def _claims(name: str) -> dict[str, str]:
 
 
 def _figure(results: Results, name: str) -> list[str]:
-    return [f"![{name}](results/{name}.png)" if (results.folder / f"{name}.png").is_file() else "Not drawn yet."]
+    return [f"![{name}]({name}.png)" if (results.folder / f"{name}.png").is_file() else "Not drawn yet."]
 
 
 def _verdicts(results: Results, family: str) -> list[str]:

@@ -7,14 +7,16 @@ from pathlib import Path
 
 from pikv_ds.launch.output import print_table, write_json
 
-from .sweep import RESULTS
+from .sweep import RESULTS, SWEEPS
 
 _FORMS = {"ppl_change_pct": "+.2f", "kl": ".1e", "recall": ".2f", "recall_after": ".2f", "entries_read": ".3f", "mass_recall": ".2f"}
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser("methods", help="list codecs, routers and retention policies, and what was measured of them")
-    parser.add_argument("--doc", metavar="FILE", help="make the tables between the markers of docs/METHODS.md anew, and its figures")
+    parser.add_argument(
+        "--doc", metavar="FILE", help="make the tables between the markers of docs/results/methods.md anew, and its figures"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -22,7 +24,7 @@ def run(args: argparse.Namespace) -> int:
 
     from ._methods_table import Results, method_rows, written
 
-    results = Results(RESULTS)
+    results = Results(RESULTS, SWEEPS)
     if args.doc:
         file = Path(args.doc)
         for figure in write_figures(RESULTS, results.rows):
@@ -37,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
         print_table(key, [{name: line[name] for name in names} for line in shown])
     if not results.rows:
         where = "docs/results/methods.json is not there: make it with `pikv sweep --json docs/results/methods.json`"
-        print("no results of a sweep: " + (where if results.installed else "they are part of the repository, not of the wheel"))
+        print("no results of a sweep: " + (where if RESULTS.is_dir() else "they are part of the repository, not of the wheel"))
     write_json(args.json, "methods", rows)
     return 0
 

@@ -15,13 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import pikv_ds
+from pikv_ds import launch
 
-RESULTS = Path(pikv_ds.__file__).resolve().parents[1] / "docs" / "results"
+ROOT = Path(pikv_ds.__file__).resolve().parents[1]
+RESULTS = ROOT / "docs" / "results"  # of the repository, not in a wheel
+SWEEPS = Path(launch.__file__).parent / "sweeps"
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
-    parser = subparsers.add_parser("sweep", help="quality and bytes of all methods, with their controls (docs/METHODS.md)")
-    parser.add_argument("file", nargs="?", metavar="FILE", help="families of configurations (default: docs/results/methods_sweep.json)")
+    parser = subparsers.add_parser("sweep", help="quality and bytes of all methods, with their controls (docs/results/methods.md)")
+    parser.add_argument(
+        "file", nargs="?", metavar="FILE", help="families of configurations, or the name of a list in launch/sweeps (default: methods)"
+    )
     parser.add_argument("--only", metavar="LIST", help="comma-separated names of families, such as compression,routing (default: all)")
     parser.add_argument("--quick", action="store_true", help="two entries of each family on short contexts: shows that it runs")
     parser.add_argument("--workers", type=int, metavar="N", help="processes of one thread each (default: one per core)")
@@ -36,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
 
     if args.report:
         check_matplotlib()
-    file = Path(args.file) if args.file else RESULTS / "methods_sweep.json"
+    file = sweep_file(args.file or "methods")
     document, only = read_sweep(file), args.only.split(",") if args.only else None
     output = Path(args.json).resolve() if args.json else None
     # What the sweep makes lies beside --json, so that a sweep that was stopped finds it again.
@@ -57,11 +62,21 @@ def run(args: argparse.Namespace) -> int:
         print(f"pikv sweep: {item.family}/{item.label}, {item.unit.task}: {text}", file=sys.stderr)
     if refused:
         return 1
-    words = ["pikv sweep", *([os.path.relpath(file)] if args.file else []), *(["--only", args.only] if args.only else [])]
+    words = [
+        "pikv sweep",
+        *([os.path.relpath(args.file) if file == Path(args.file) else args.file] if args.file else []),
+        *(["--only", args.only] if args.only else []),
+    ]
     _finish(args, output, " ".join(words + ["--quick"] * args.quick), rows)
     partial.remove()
     shutil.rmtree(folder, ignore_errors=True)
     return 0
+
+
+def sweep_file(name: str) -> Path:
+    """A file, or else a list that comes with the package."""
+    named = SWEEPS / f"{name}.json"
+    return named if named.is_file() and not Path(name).exists() else Path(name)
 
 
 def _finish(args: argparse.Namespace, output: Path | None, command: str, rows: list[dict[str, Any]]) -> None:
@@ -84,7 +99,7 @@ def make_files(commands: dict[str, list[str]], folder: Path) -> dict[str, str]:
             continue
         print(f"making {name}: {' '.join(command)}", flush=True)
         words = [str(folder / name) if word == "{file}" else word for word in command]
-        done = subprocess.run([*programs[words[0]], *words[1:]], cwd=RESULTS.parents[1], capture_output=True, text=True)
+        done = subprocess.run([*programs[words[0]], *words[1:]], cwd=ROOT, capture_output=True, text=True)
         if done.returncode:
             raise FileNotFoundError(f"{name} could not be made by {' '.join(command)}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
     return {name: name for name in commands}

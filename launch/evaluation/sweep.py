@@ -41,7 +41,7 @@ def read_sweep(file: Path) -> dict[str, Any]:
     """Raises: FileNotFoundError, ConfigError for what is not a sweep."""
     if not file.is_file():
         raise FileNotFoundError(
-            f"no sweep file {str(file)!r}; those of the repository are docs/results/*_sweep.json and are not part of the wheel"
+            f"no sweep file {str(file)!r}; name a file, or for `pikv sweep` one of launch/sweeps by its name (methods, stacked)"
         )
     try:
         document = json.loads(file.read_text(encoding="utf-8"))

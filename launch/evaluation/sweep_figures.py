@@ -1,4 +1,4 @@
-"""Figures of docs/METHODS.md: every configuration of a sweep, quality against bytes and against entries read, with the Pareto front."""
+"""Figures of docs/results/methods.md: configurations of a sweep, quality against bytes and against entries read, with the Pareto front."""
 
 from __future__ import annotations
 

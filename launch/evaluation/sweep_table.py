@@ -1,4 +1,4 @@
-"""The rows of a sweep, one record per configuration: what `pikv sweep`, `pikv methods` and docs/METHODS.md show of it."""
+"""The rows of a sweep, one record per configuration: what `pikv sweep`, `pikv methods` and docs/results/methods.md show of it."""
 
 from __future__ import annotations
 

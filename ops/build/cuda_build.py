@@ -9,8 +9,7 @@ import os
 import shutil
 from pathlib import Path
 
-from pikv_ds.ops.format.kernels import KERNEL_FORMATS
-
+from ..format.kernels import KERNEL_FORMATS  # relative: setup.py reads these two folders without the package
 from .compile import Library, Source
 
 ARCHITECTURES = ("80", "90")

@@ -2,7 +2,7 @@
 
 A block that names a `method` of its own replaces the preset's block; other keys are laid over it one by one.
 `paper_*` are the configurations A to G of the authors' README (NoakLiu/PiKV), with the quality and ratio claimed there. The claims are
-kept to be shown beside what is measured; docs/METHODS.md has both.
+kept to be shown beside what is measured; docs/results/methods.md has both.
 """
 
 from __future__ import annotations

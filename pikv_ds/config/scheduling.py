@@ -11,7 +11,7 @@ from .wording import removed
 
 _INSTEAD_OF_TOKEN = (
     "pages leave whole, so 'page' is legal. \"page_size\": 1 keeps the same entries and pads every record to 64 bytes (not for int8, int4 "
-    "and int2, whose pages are whole groups); pages of 8 were measured no worse (docs/EVICTION.md)"
+    "and int2, whose pages are whole groups); pages of 8 were measured no worse (docs/concepts/eviction.md)"
 )
 
 

@@ -6,6 +6,6 @@ ROUTERS = Registry("router", OUTSIDE)
 load_siblings(__name__)
 ROUTERS.refuse(
     "hierarchical",
-    "it was a method of our own and chose worse than 'bounds' (docs/METHODS.md); the paper's hierarchical router R_H is 'two_stage'; use "
-    "'bounds' or 'two_stage'",
+    "it was a method of our own and chose worse than 'bounds' (docs/results/methods.md); the paper's hierarchical router R_H is "
+    "'two_stage'; use 'bounds' or 'two_stage'",
 )

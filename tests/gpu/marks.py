@@ -1,4 +1,4 @@
-"""When the tests of this folder run: with a CUDA device. They have been run on none so far (docs/CUDA.md)."""
+"""When the tests of this folder run: with a CUDA device. They have been run on none so far (docs/guide/cuda.md)."""
 
 import pytest
 import torch

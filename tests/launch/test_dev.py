@@ -69,16 +69,16 @@ def test_lint_fails_on_what_it_checks(clone, name, text):
 
 
 def test_docs_names_what_was_not_up_to_date(clone):
-    (clone / "docs").mkdir()
-    (clone / "docs" / "METHODS.md").write_text("old\n")
+    (clone / "docs" / "results").mkdir(parents=True)
+    (clone / "docs" / "results" / "methods.md").write_text("old\n")
     script = clone / "launch" / "dev.sh"
     text, tables = re.subn(
-        r"DOCUMENTS=\(\n.*?\n\)", 'DOCUMENTS=("docs/METHODS.md|echo new > docs/METHODS.md")', script.read_text(), flags=re.S
+        r"DOCUMENTS=\(\n.*?\n\)", 'DOCUMENTS=("docs/results/methods.md|echo new > docs/results/methods.md")', script.read_text(), flags=re.S
     )
     assert tables == 1
     script.write_text(text)
     first, second = (run("bash", "launch/dev.sh", "docs", cwd=clone) for _ in range(2))
-    assert first.returncode == 1 and "was not up to date: docs/METHODS.md" in first.stdout, first.stderr
+    assert first.returncode == 1 and "was not up to date: docs/results/methods.md" in first.stdout, first.stderr
     assert second.returncode == 0 and "were up to date" in second.stdout, second.stderr
 
 

@@ -1,4 +1,4 @@
-"""docs/EVALUATION.md: its commands parse, the first one runs, its columns are the rows', its tables are the committed results'."""
+"""docs/guide/measuring.md, docs/results/evaluation.md: commands parse, the first one runs, columns are the rows', tables the results'."""
 
 import json
 import re
@@ -12,7 +12,10 @@ from pikv_ds.launch.evaluation.plan import read_spec
 from pikv_ds.launch.evaluation.spec import COLUMNS
 
 ROOT = Path(__file__).resolve().parents[2]
-TEXT = (ROOT / "docs" / "EVALUATION.md").read_text()
+# What a sweep runs lay beside its rows when these runs were made; their commands are kept as they were.
+MOVED = re.compile(r"docs/results/(\w+)_sweep(\w*)\.json")
+TEXT = (ROOT / "docs" / "guide" / "measuring.md").read_text()
+RESULTS = (ROOT / "docs" / "results" / "evaluation.md").read_text()
 
 
 def test_the_first_command_runs(tmp_path, monkeypatch):
@@ -30,7 +33,7 @@ def test_options_exist():
 
 
 def test_every_column_is_explained():
-    table = TEXT.partition("## Columns")[2].partition("## Results")[0]
+    table = TEXT.partition("## Columns")[2].partition("\n## ")[0]
     assert set(re.findall(r"`(\w+)`", "".join(line.split("|")[1] for line in table.splitlines() if line.startswith("| `")))) == set(COLUMNS)
 
 
@@ -40,7 +43,7 @@ def results(name: str) -> dict:
 
 
 def shown(*backends: str) -> list[list[str]]:
-    lines = [line for line in TEXT.splitlines() if line.startswith(tuple(f"| {backend}" for backend in backends))]
+    lines = [line for line in RESULTS.splitlines() if line.startswith(tuple(f"| {backend}" for backend in backends))]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
@@ -105,7 +108,7 @@ FITTED = [(1, True), *((tokens, False) for tokens in (128, 256, 512, 1024))]  # 
 
 
 def test_the_table_of_bases_that_are_fitted_once_is_that_of_the_committed_results(svd_changes):
-    table = (ROOT / "docs" / "COMPRESSION.md").read_text().partition("| tokens | rank | re-fitted |")[2].partition("\n\n")[0]
+    table = (ROOT / "docs" / "results" / "compression.md").read_text().partition("| tokens | rank | re-fitted |")[2].partition("\n\n")[0]
     found = []
     for (context, seed, rank, beside), changes in svd_changes.items():
         if seed == 0:
@@ -116,7 +119,7 @@ def test_the_table_of_bases_that_are_fitted_once_is_that_of_the_committed_result
 
 
 def test_the_ranges_of_bases_that_are_fitted_once_are_those_of_the_committed_results(svd_changes):
-    table = (ROOT / "docs" / "COMPRESSION.md").read_text().partition("| fitted after |")[2].partition("\n\n")[0]
+    table = (ROOT / "docs" / "results" / "compression.md").read_text().partition("| fitted after |")[2].partition("\n\n")[0]
     found = []
     for way in FITTED:
         cells = []
@@ -141,7 +144,7 @@ def test_both_backends_reach_the_same_quality_in_fewer_bytes():
 def test_committed_results_say_how_they_were_made(file, monkeypatch):
     monkeypatch.chdir(ROOT)
     document = json.loads(file.read_text())
-    arguments = shlex.split(document["command"])
+    arguments = shlex.split(MOVED.sub(r"launch/sweeps/\1\2.json", document["command"]))
     assert arguments[0] == "pikv" and document["versions"]["torch"] and document["machine"]["cpu"]
     spec, units = read_spec(build_parser().parse_args(arguments[1:]))
     assert len(units) == len(document["rows"])

@@ -1,4 +1,4 @@
-"""`pikv methods` and docs/METHODS.md: registries, results and verdicts put together; the document is what the command makes of them."""
+"""`pikv methods` and docs/results/methods.md: registries, results and verdicts; the document is what the command makes of them."""
 
 import json
 import re
@@ -12,12 +12,13 @@ from pikv_ds.config.presets import PRESETS
 from pikv_ds.launch.cli import main
 from pikv_ds.launch.commands import methods as cmd_methods
 from pikv_ds.launch.commands._methods_table import Results, attend_path, method_rows, registries, written
+from pikv_ds.launch.commands.sweep import SWEEPS
 from pikv_ds.launch.evaluation.spec import COLUMNS
 from pikv_ds.launch.evaluation.sweep_figures import write_figures
 from pikv_ds.launch.evaluation.sweep_table import records_of, shown
 
 ROOT = Path(__file__).resolve().parents[2]
-FOLDER, DOC = ROOT / "docs" / "results", ROOT / "docs" / "METHODS.md"
+FOLDER, DOC = ROOT / "docs" / "results", ROOT / "docs" / "results" / "methods.md"
 
 
 def row(family, label, task="ppl", context=1024, model="bundled", **values):
@@ -43,9 +44,11 @@ def folder(tmp_path):
         row("compression", "4 bits", "bytes", 4096, model="random_128", compression=3.4),
         row("compression", "raw", "ppl", 1024, ppl_change_pct=0.0, kl=0.0, attention_impl="pikv torch fp32"),
     ]
-    (tmp_path / "methods_sweep.json").write_text(json.dumps(sweep))
+    (tmp_path / "sweeps").mkdir()
+    (tmp_path / "sweeps" / "methods.json").write_text(json.dumps(sweep))
     (tmp_path / "methods.json").write_text(json.dumps({"rows": rows}))
-    (tmp_path / "methods_verdicts.json").write_text(json.dumps({"compression": {"int4": [True, "small"], "none": [False, "large"]}}))
+    verdicts = {"compression": {"int4": [True, "small"], "none": [False, "large"]}}
+    (tmp_path / "sweeps" / "verdicts.json").write_text(json.dumps(verdicts))
     return tmp_path
 
 
@@ -66,7 +69,7 @@ def test_bytes_of_the_fullest_rank_are_compared_with_a_dense_rank():
 
 
 def test_a_method_has_the_figures_of_its_first_configuration_its_control_and_its_verdict(folder):
-    rows = {row["name"]: row for row in method_rows(Results(folder)) if row["key"] == "compression.method"}
+    rows = {row["name"]: row for row in method_rows(Results(folder, folder / "sweeps")) if row["key"] == "compression.method"}
     int4 = rows["int4"]
     assert (int4["measured as"], int4["recall"], int4["attend path"]) == ("4 bits", 0.75, "compiled")
     assert int4["beside"] == "raw (ppl +0.00 %)" and (int4["worth using"], int4["because"]) == ("yes", "small")
@@ -77,8 +80,13 @@ def test_a_method_has_the_figures_of_its_first_configuration_its_control_and_its
 
 def test_tables_are_made_between_markers(folder):
     text = "a\n<!-- table compression -->\nold\n<!-- end -->\nb\n<!-- verdicts compression -->\n<!-- end -->\n"
-    made = written(text, Results(folder))
-    assert "old" not in made and made.startswith("a\n<!-- table") and "\nb\n" in made and written(made, Results(folder)) == made
+    made = written(text, Results(folder, folder / "sweeps"))
+    assert (
+        "old" not in made
+        and made.startswith("a\n<!-- table")
+        and "\nb\n" in made
+        and written(made, Results(folder, folder / "sweeps")) == made
+    )
     assert "| 4 bits | 384 | 2.67 | 3.40 | +0.00 | +3.50 | 1.0e-01 | 0.75 | pikv cpu int4 | raw (ppl +0.00 %) |" in made
     assert "| `int4` | yes | small |" in made and "`int8`" not in made
 
@@ -86,14 +94,16 @@ def test_tables_are_made_between_markers(folder):
 def test_the_terminal_shows_results_or_says_that_there_are_none(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "400")
     monkeypatch.setattr(cmd_methods, "RESULTS", folder)
+    monkeypatch.setattr(cmd_methods, "SWEEPS", folder / "sweeps")
     assert main(["methods", "--json", str(folder / "out.json")]) == 0
     shown = capsys.readouterr().out
     assert "raw (ppl +0.00 %)" in shown and "no results" not in shown
     assert {row["name"]: row["recall"] for row in json.loads((folder / "out.json").read_text())["rows"]}["int4"] == 0.75
     monkeypatch.setattr(cmd_methods, "RESULTS", tmp_path / "absent")
+    monkeypatch.setattr(cmd_methods, "SWEEPS", SWEEPS)
     assert main(["methods"]) == 0
     shown = capsys.readouterr().out
-    assert "not of the wheel" in shown and "streaming_llm" in shown
+    assert "not of the wheel" in shown and "streaming_llm" in shown and "worth using" in shown
 
 
 def test_figures_are_drawn_of_what_was_measured(folder):
@@ -104,18 +114,20 @@ def test_figures_are_drawn_of_what_was_measured(folder):
 
 def test_the_document_is_what_the_command_makes():
     text = DOC.read_text()
-    assert text.count("<!-- end -->") == 14 and written(text, Results(FOLDER)) == text, "run pikv methods --doc docs/METHODS.md"
+    assert text.count("<!-- end -->") == 14 and written(text, Results(FOLDER, SWEEPS)) == text, (
+        "run pikv methods --doc docs/results/methods.md"
+    )
 
 
 def test_verdicts_are_about_registered_methods():
-    verdicts = json.loads((FOLDER / "methods_verdicts.json").read_text())
+    verdicts = json.loads((SWEEPS / "verdicts.json").read_text())
     for family, registry in registries().items():
         assert set(verdicts[family]) <= set(registry.names())
         assert all(isinstance(worth, bool) and reason for worth, reason in verdicts[family].values())
 
 
 def test_every_measured_method_is_judged():
-    results = Results(FOLDER)
+    results = Results(FOLDER, SWEEPS)
     for family, registry in registries().items():
         measured = {results.method_of(family, label) for label in results.records[family]}
         assert measured <= set(results.verdicts[family]) and measured <= set(registry.names())
@@ -132,15 +144,15 @@ NAMES = (
 
 def names_of_the_paper() -> list[list[str]]:
     """[name, served or not, configuration, note] of each row of that section."""
-    section = DOC.read_text().partition("## Names of the paper\n")[2].partition("\n## ")[0]
-    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line.startswith("| ")]
+    text = (ROOT / "docs" / "reference" / "paper.md").read_text()
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| ")]
     return [line for line in lines if line[0] != "name"]
 
 
 def test_every_name_of_the_paper_is_served_or_the_reason_is_given():
     rows = names_of_the_paper()
     named = {word for row in rows for word in re.split(r"[\s,()]+", row[0])}
-    assert not set(NAMES) - named, f"docs/METHODS.md does not say where {sorted(set(NAMES) - named)} are"
+    assert not set(NAMES) - named, f"docs/reference/paper.md does not say where {sorted(set(NAMES) - named)} are"
     for name, state, configuration, note in rows:
         assert state in ("served", "by another name", "left out"), name
         assert (configuration or note) if state != "left out" else (note and not configuration), name

@@ -10,6 +10,7 @@ from pikv_ds.codecs import CODECS
 from pikv_ds.config.presets import PRESETS
 from pikv_ds.errors import ConfigError
 from pikv_ds.launch.cli import build_parser, main
+from pikv_ds.launch.commands.sweep import SWEEPS as FOLDER
 from pikv_ds.launch.evaluation.partial import Partial, key_of
 from pikv_ds.launch.evaluation.plan import read_spec
 from pikv_ds.launch.evaluation.spec import Unit
@@ -19,10 +20,8 @@ from pikv_ds.policies import POLICIES
 from pikv_ds.routers import ROUTERS
 from tests.launch.test_methods import row
 
-ROOT = Path(__file__).resolve().parents[2]
-METHODS = ROOT / "docs" / "results" / "methods_sweep.json"
-SWEEPS = sorted((ROOT / "docs" / "results").glob("*_sweep.json"))
-SWEEPS = [file for file in SWEEPS if isinstance(json.loads(file.read_text()), dict)]
+METHODS = FOLDER / "methods.json"
+SWEEPS = [file for file in sorted(FOLDER.glob("*.json")) if "families" in json.loads(file.read_text())]
 REGISTRIES = {"compression": CODECS, "routing": ROUTERS, "scheduling": POLICIES}
 SHORT = {"context": 256, "samples": 2, "batch": 2}
 
@@ -43,7 +42,7 @@ def parse(words):
 def test_every_registered_method_has_an_entry(family):
     entries = read_sweep(METHODS)["families"][family]["entries"]
     absent = set(REGISTRIES[family].names()) - {entry["pikv"].get(family, {}).get("method") for entry in entries}
-    assert not absent, f"docs/results/methods_sweep.json, family {family}: no entry for {', '.join(sorted(absent))}"
+    assert not absent, f"launch/sweeps/methods.json, family {family}: no entry for {', '.join(sorted(absent))}"
 
 
 def test_every_preset_has_an_entry():
@@ -133,7 +132,7 @@ def test_what_is_wrong_is_told_before_anything_is_measured(tmp_path, capsys, fam
 
 
 def test_files_that_are_no_sweep(tmp_path):
-    with pytest.raises(FileNotFoundError, match="not part of the wheel"):
+    with pytest.raises(FileNotFoundError, match="or for `pikv sweep` one of launch/sweeps"):
         read_sweep(tmp_path / "absent.json")
     (tmp_path / "list.json").write_text("[]")
     with pytest.raises(ConfigError, match="is not a sweep of families"):

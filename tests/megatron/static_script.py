@@ -1,5 +1,5 @@
 """A Megatron-LM user's static-inference script in small, without PiKV: the shape of Megatron-LM's tools/run_text_generation_server.py and
-examples/inference/gpt/gpt_static_inference.py. test_engine.py applies the diff of docs/MEGATRON.md to this text and runs both.
+examples/inference/gpt/gpt_static_inference.py. test_engine.py applies the diff of docs/guide/megatron.md to this text and runs both.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Megatron's own StaticInferenceEngine and a user's script around PiKV, with the lines that docs/MEGATRON.md shows."""
+"""Megatron's own StaticInferenceEngine and a user's script around PiKV, with the lines that docs/guide/megatron.md shows."""
 
 import pytest
 

@@ -19,6 +19,8 @@ NEEDED = [
     "pikv_ds/megatron_patch/__init__.py",
     "pikv_ds/launch/cli.py",
     "pikv_ds/launch/commands/plan.py",
+    "pikv_ds/launch/sweeps/methods.json",
+    "pikv_ds/launch/sweeps/verdicts.json",
     "pikv_ds/bundled/PROVENANCE.md",
     "pikv_ds/bundled/haystack.txt",
     "pikv_ds/bundled/wikitext2_test.txt",

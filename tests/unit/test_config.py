@@ -113,7 +113,7 @@ BAD = {
     "policy": ({"scheduling": {"method": "mru"}}, ["pikv.scheduling.method = 'mru'", "'none'"]),
     "single entries": (
         {"scheduling": {"method": "lru", "budget_tokens": 99, "granularity": "token"}},
-        ["pikv.scheduling.granularity = 'token' was removed", "'page'", '"page_size": 1', "pads every record", "docs/EVICTION.md"],
+        ["pikv.scheduling.granularity = 'token' was removed", "'page'", '"page_size": 1', "pads every record", "docs/concepts/eviction.md"],
     ),
     "granularity": ({"scheduling": {"granularity": "head"}}, ["pikv.scheduling.granularity = 'head'", "'page'"]),
     "no eviction budget": ({"scheduling": {"method": "lru"}}, ["pikv.scheduling", "one of budget_tokens, budget_ratio, budget_bytes"]),

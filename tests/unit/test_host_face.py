@@ -14,7 +14,7 @@ def filled(**options) -> Driver:
 
 
 def live(driver: Driver) -> int:
-    return int(driver.cache.tables.entries_live)
+    return driver.probe.live
 
 
 def test_announced_crops_keep_what_would_leave_a_window():
@@ -51,7 +51,7 @@ def test_announcements_nest_and_end_with_an_error():
 def test_numbers():
     cache = filled().cache
     assert cache.ranks.size == 1 and not cache.replicated
-    assert cache.num_experts == cache.writer.placement.num_experts
+    assert cache.num_experts == 8
     assert cache.rotations == (None,) and cache.page_columns == []
     with pytest.raises(ValueError, match=r"'peak' per page; kept are \[\]"):
         cache.clear_column("peak")

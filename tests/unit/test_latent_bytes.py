@@ -1,4 +1,4 @@
-"""The bytes of docs/COMPRESSION.md for DeepSeek-V3's latents are those a store allocates."""
+"""The bytes of docs/results/compression.md for DeepSeek-V3's latents are those a store allocates."""
 
 import re
 from pathlib import Path
@@ -26,7 +26,7 @@ def allocated(codec) -> list[str]:
 
 
 def test_the_table_of_latents():
-    text = (Path(__file__).parents[2] / "docs/COMPRESSION.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[2] / "docs/results/compression.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (\w+) \| ([\d,]+) \| ([\d,]+) \| ([\d.]+) \| ([\d,]*) ?\| ([\d,]*) ?\| ([\d.]*) ?\|$", text, re.MULTILINE)
     assert {row[0] for row in rows} == {"none", "int8", "fp8_e4m3", "int4", "fp4_e2m1", "int2"}
     for name, *numbers in rows:

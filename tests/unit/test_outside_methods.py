@@ -45,13 +45,14 @@ def method(cls: str, name: str, more: str = "") -> str:
 
 def test_they_are_imported_when_the_registry_is_first_read(folder):
     distribution(folder, "some_b", method("B", "b", "seen = M.names()"))
-    distribution(folder, "some_a", method("A", "a"))
+    for letter in "ca":
+        distribution(folder, f"some_{letter}", method(letter.upper(), letter))
     found = registry(folder)
     found.register("own")(type("Own", (), {}))
     assert "some_a" not in sys.modules
-    assert found.names() == ["a", "b", "own"]
+    assert found.names() == ["a", "b", "c", "own"]
     assert sys.modules["some_b"].seen == ["a", "own"], "in the order of their names; a module may read the registry"
-    assert [found.origin(name) for name in found.names()] == ["some_a 2.0", "some_b 2.0", None]
+    assert [found.origin(name) for name in found.names()] == ["some_a 2.0", "some_b 2.0", "some_c 2.0", None]
 
 
 def test_two_distributions_with_the_same_name_are_refused_by_both_names(folder):

@@ -1,4 +1,4 @@
-"""The user's script and StaticInferenceEngine, before and after the lines of docs/MEGATRON.md. Arguments: a folder for modules, layouts."""
+"""The user's script and StaticInferenceEngine, before and after the lines of docs/guide/megatron.md. Arguments: module folder, layouts."""
 
 import sys
 from pathlib import Path
