@@ -87,12 +87,18 @@ def _own_head_budget(facts: Facts) -> str | None:
     return f"pikv.scheduling.head_budget = {head_budget!r} with {_method(facts)}: legal is {policy.needs_head_budget!r}"
 
 
-def _per_head(facts: Facts) -> str | None:
-    """The setting, where heads have budgets of their own."""
-    head_budget = facts.config.scheduling.head_budget
-    if facts.methods.policy.keeps_all or head_budget == "shared":
+def _heads_kept(facts: Facts) -> str | None:
+    block = facts.config.scheduling
+    if block.method != "none" or block.head_budget == "shared":
         return None
-    return f"pikv.scheduling.head_budget = {head_budget!r}"
+    legal = "'shared' with pikv.scheduling.method = 'none', which never evicts; name another method"
+    return illegal("scheduling.head_budget", block.head_budget, legal)
+
+
+def _per_head(facts: Facts) -> str | None:
+    """The setting, where every head has a budget and pages of its own."""
+    head_budget = facts.config.scheduling.head_budget
+    return None if head_budget == "shared" else f"pikv.scheduling.head_budget = {head_budget!r}"
 
 
 def _heads_of_layers(facts: Facts) -> str | None:
@@ -140,6 +146,10 @@ BLOCK = (
     Rule(
         "nothing-evicted-no-budget", "block", ("scheduling",), "a budget with method 'none'", "it never evicts", "another method",
         _keeps_all,
+    ),
+    Rule(
+        "nothing-evicted-shared-heads", "block", ("scheduling",), "budgets per head with method 'none'",
+        "it never evicts", "head_budget 'shared', or another method", _heads_kept,
     ),
     Rule(
         "policy-needs-one-budget", "block", ("scheduling",), "a retention policy without a budget, or with several",

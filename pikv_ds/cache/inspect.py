@@ -175,7 +175,7 @@ class CacheProbe:
             found.append(getattr(cache.selection.router, "gate", None))
         if cache.bases is not None:
             found.append(cache.bases.rotations)
-        return [cache.codec, cache.transforms, cache.tables.undone, cache.writer.placement, cache.map, *found]
+        return [cache.codec, cache.blueprint.pages, cache.writer.placement, cache.map, *found]
 
     # ---- what queries read ---------------------------------------------------------------------------------------------------
 

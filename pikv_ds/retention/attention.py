@@ -103,9 +103,11 @@ class Mass:
         Each query reads its pages by itself, which gives the lse of every page with it; only reading a long chunk costs more that way.
         """
         num_rows, num_queries = q.shape[:2]
+        watched = any(policy.watches for policy in self.policies)
         if store.turned is not None:  # keys are put together once for all queries of a row
             out, lse, page_lse = attend(store, q, stored, scale=scale)
-            self.keep(store, row0, page_lse)
+            if watched:
+                self.keep(store, row0, page_lse)
             return out, lse
         table, seqlens, tail_rows = stored.block_table, stored.seqlens, stored.tail_rows
         if num_queries > 1:
@@ -115,7 +117,7 @@ class Mass:
             q.flatten(0, 1).contiguous(), store.pages, store.fmt, table, seqlens,
             scale=scale, with_page_lse=True, tail=stored.tail, tail_rows=tail_rows,
         )  # fmt: skip
-        if any(policy.watches for policy in self.policies):
+        if watched:
             self.keep(store, row0, page_lse.unflatten(0, (num_rows, num_queries, -1)))
         return out.unflatten(0, (num_rows, num_queries)), lse.unflatten(0, (num_rows, num_queries))
 

@@ -33,6 +33,7 @@ def refused(folder: Path) -> dict[str, list[dict]]:
         "request-codec-alone": [{"compression": SVD | {"k": {"method": "int8"}}}, {"compression": {"layers": {"0": SVD}}}],
         "page-holds-groups": [{"page_size": 8, "compression": {"method": "int8"}}],
         "nothing-evicted-no-budget": [{"scheduling": {"budget_tokens": 200}}],
+        "nothing-evicted-shared-heads": [{"scheduling": {"head_budget": "uniform"}}, {"scheduling": {"head_budget": "adaptive"}}],
         "policy-needs-one-budget": [{"scheduling": {"method": "lru"}}, {"scheduling": LRU | {"budget_ratio": 0.5}}],
         "budget-holds-pinned-tokens": [{"scheduling": {"method": "lru", "budget_tokens": 20}}],
         "router-takes-no-budget": [{"routing": {"budget_pages": 4}}, {"routing": {"method": "topk", "budget_ratio": 0.5}}],

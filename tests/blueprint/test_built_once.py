@@ -8,7 +8,6 @@ import safetensors
 import torch
 
 from pikv_ds.cache.cache import PiKVCache
-from pikv_ds.cache.inspect import CacheProbe
 from pikv_ds.codecs import CODECS
 from pikv_ds.config.pikv import PiKVConfig
 from pikv_ds.policies import POLICIES
@@ -64,11 +63,11 @@ def test_methods(case, built):
 
 def test_the_file_of_a_gate_is_read_as_often(monkeypatch, tmp_path):
     block = routing("learned", tmp_path, layers=len(LAYERS), shards=1, query_width=4 * 16)
-    reads, safe_open = Counter(), safetensors.safe_open
+    reads, open_file = Counter(), safetensors.safe_open
 
     def counting(path, *args, **kwargs):
         reads[str(path)] += 1
-        return safe_open(path, *args, **kwargs)
+        return open_file(path, *args, **kwargs)
 
     monkeypatch.setattr(safetensors, "safe_open", counting)
     config = PiKVConfig(routing=block)
@@ -82,4 +81,4 @@ def test_what_is_kept_per_page_is_known_before_there_are_pages():
     config = PiKVConfig(compression={"method": "adaptive"}, scheduling={"method": "lru", "budget_ratio": 0.5})
     cache = make(config)
     assert [sorted(plan.columns) for plan in cache.blueprint.pages.layers] == [["mass", "used"], []]
-    assert [sorted(pool.columns) for pool in CacheProbe(cache).all_pools] == [["mass", "used"], ["mass", "used"], []]
+    assert [sorted(store.summaries) for store in cache.tables.all_stores] == [["mass", "used"], ["mass", "used"], []]

@@ -88,6 +88,14 @@ def test_keys_before_their_rotation_are_no_other_choice(name, tmp_path):
             assert all(torch.allclose(x, y, atol=1e-5, equal_nan=True) for x, y in zip(got, want, strict=True))
 
 
+def test_what_is_kept_per_page_is_declared(name, tmp_path):
+    """`summarises` says what `open` does, before there is a store; and summaries can be made for pages that move, or rules refuse that."""
+    driver = recording(name, tmp_path)
+    router = driver.cache.blueprint.router
+    assert router.summarises == any(pool.columns for pool in driver.probe.all_pools)
+    assert router.rebuilds_moved and router.rebuilds_rebased, "no router of this package needs the rules for those that can't"
+
+
 def test_bytes_are_reported(name, tmp_path):
     """Summaries are KV bytes, what is kept per request or shard is metadata."""
     driver, plain = recording(name, tmp_path, num_shards=4), recording("all", tmp_path, num_shards=4, placed=name)
