@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from pikv_ds.cache.inspect import PoolProbe
 from pikv_ds.pages.pool import GROWTH
-from pikv_ds.pages.recycle import remap
+from pikv_ds.pages.recycle import fork
 from pikv_ds.spec import LayerSpec
 from tests.unit.invariants import check_pages
 from tests.unit.stores import SPEC, append, contents, fill, make_store, stored
@@ -145,7 +145,7 @@ def test_summaries_travel_with_their_pages():
     kept = [0, 2, 3, 6, 7, 8, 9]
     assert torch.equal(store.summaries["name"][store.block_table[kept, 0, :2].long()], names[kept])
     assert store.nbytes == store.pages.nbytes + 4 * 3 * store.num_pages
-    remap(store, torch.tensor([0, 0]), torch.tensor([[3], [3]], dtype=torch.int32))  # both write to the second page: one is copied
+    fork(store, torch.tensor([0, 0]), torch.tensor([[3], [3]], dtype=torch.int32))  # both write to the second page: one is copied
     assert torch.equal(store.summaries["name"][store.block_table[:, 0, :2].long()], names[[0, 0]])
     with pytest.raises(ValueError, match="already keeps a summary 'name'"):
         store.add_summary("name", (), torch.int32)
