@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
@@ -16,15 +14,13 @@ from pikv_ds.selection.returns import return_needed
 from pikv_ds.step.query import Partial, Query, Staged
 
 from .reader import nothing
-
-if TYPE_CHECKING:
-    from .cache import PiKVCache
+from .way import Core
 
 
 class DistinctStep:
     """The way of a layer for distinct requests. Holds nothing of its own; works on the cache."""
 
-    def __init__(self, cache: PiKVCache) -> None:
+    def __init__(self, cache: Core) -> None:
         self.cache = cache
 
     def attend(self, query: Query) -> Partial:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
@@ -12,15 +10,13 @@ from pikv_ds.ops import merge_partials
 from pikv_ds.step.query import Partial, Query, Staged
 
 from .reader import nothing
-
-if TYPE_CHECKING:
-    from .cache import PiKVCache
+from .way import Core
 
 
 class ReplicatedStep:
     """The way of a layer for replicated and single-rank requests. Holds nothing of its own; works on the cache."""
 
-    def __init__(self, cache: PiKVCache) -> None:
+    def __init__(self, cache: Core) -> None:
         self.cache = cache
 
     def attend(self, query: Query) -> Partial:
