@@ -8,6 +8,7 @@ import safetensors
 import torch
 
 from pikv_ds.cache.cache import PiKVCache
+from pikv_ds.cache.inspect import CacheProbe
 from pikv_ds.codecs import CODECS
 from pikv_ds.config.pikv import PiKVConfig
 from pikv_ds.policies import POLICIES
@@ -81,4 +82,4 @@ def test_what_is_kept_per_page_is_known_before_there_are_pages():
     config = PiKVConfig(compression={"method": "adaptive"}, scheduling={"method": "lru", "budget_ratio": 0.5})
     cache = make(config)
     assert [sorted(plan.columns) for plan in cache.blueprint.pages.layers] == [["mass", "used"], []]
-    assert [sorted(store.summaries) for store in cache.tables.all_stores] == [["mass", "used"], ["mass", "used"], []]
+    assert [sorted(pool.columns) for pool in CacheProbe(cache).all_pools] == [["mass", "used"], ["mass", "used"], []]

@@ -20,7 +20,7 @@ from pikv_ds.megatron_patch import PiKVInferenceContext, cpu_compat, enable_pikv
 from pikv_ds.megatron_patch.layers import find_layers, key_norms, layer_spec_of
 from tests.calibrations import random_calibration
 from tests.dist.jobs.report import Report
-from tests.held import held_bytes, weights
+from tests.held import held_bytes
 from tests.long_form import LONG
 from tests.megatron.models import latent_config, start, tiny_config, tiny_model, tokens
 from tests.megatron.runs import assert_conserved, decode, dense_is_forbidden, full_forward
@@ -155,7 +155,7 @@ def check_linear(report: Report, model, layout: str, own, own_pieces, own_refere
         compression = {"method": "lora_plus", "rank": 8, "calibration": path}
         with report.check(f"{layout} linear codec, full rank") as row:
             context = PiKVInferenceContext(ROWS, LENGTH, model=model, config={"page_size": 4, "compression": compression})
-            borrowed = [*model.parameters(), *model.buffers(), *weights(context.core)]
+            borrowed = [*model.parameters(), *model.buffers(), *CacheProbe(context.core).weights]
             new = held_bytes(context, without=borrowed)
             with dense_is_forbidden():
                 logits = decode(model, context, own, own_pieces)
