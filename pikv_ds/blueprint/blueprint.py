@@ -31,6 +31,8 @@ class Blueprint:
     policy: RetentionPolicy
     attended: RetentionPolicy | None
     """Whose score says which pages stay near, see Methods."""
+    raw_window: bool
+    """Entries are appended to a pool of their own, and encoded when they leave it."""
     budgets: Budgets | None
     """None = everything is kept."""
     placement: Placement
@@ -44,6 +46,7 @@ class Blueprint:
         methods = facts.methods
         return cls(
             config=config, codec=methods.codec, router=methods.router, policy=methods.policy, attended=methods.attended,
+            raw_window=methods.near is not None and bool(facts.full_attention),
             budgets=facts.budgets, placement=facts.placement, pages=facts.pages,
         )  # fmt: skip
 

@@ -70,11 +70,11 @@ def _folded_router(facts: Facts) -> str | None:
 
 def _rebased_router(facts: Facts) -> str | None:
     router = facts.methods.router
-    if not facts.methods.codec.per_request or router.rebuilds_rebased:
+    if not facts.methods.codec.per_request or router.rebuilds:
         return None
     return (
         f"pikv.routing.method = {router.name!r} with a codec whose bases belong to a request ('svd'): it keeps summaries of pages and "
-        f"can't make them anew when a basis changes (Router.turned); use another router, or a calibrated codec such as 'lora'"
+        f"can't make them anew when a basis changes (Router.rebuilt); use another router, or a calibrated codec such as 'lora'"
     )
 
 

@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 
 from pikv_ds.config.blocks import Blocks
-from pikv_ds.pages.plan import LayerPlan, PagesPlan
+from pikv_ds.pages.plan import LayerPlan, PagesPlan, PoolPlan
 from pikv_ds.placement.placement import Placement
 from pikv_ds.retention.budgets import Budgets
 from pikv_ds.spec import LayerSpec
@@ -64,14 +64,12 @@ class Facts:
         plans = []
         for spec, transform in zip(self.layers, maps, strict=True):
             own = page_format(methods.codec, spec, self.page_size, self.dtype, heads)
-            two = methods.near is not None and spec.window is None
-            near = page_format(methods.near, spec, self.page_size, self.dtype, heads) if two else own
-            plans.append(
-                LayerPlan(
-                    spec=spec, near=near, far=own if two else None, transform=transform,
-                    maps_near=not two or methods.codec.light is not None, columns=columns if spec.window is None else {},
-                )
-            )  # fmt: skip
+            pools = (PoolPlan(fmt=own, always_read=methods.router.reads_all),)
+            if methods.near is not None and spec.window is None:
+                near = page_format(methods.near, spec, self.page_size, self.dtype, heads)
+                far = PoolPlan(fmt=own, mapped=methods.codec.light is None, always_read=methods.router.reads_all)
+                pools = (PoolPlan(fmt=near), far)
+            plans.append(LayerPlan(spec=spec, pools=pools, transform=transform, columns=columns if spec.window is None else {}))
         return PagesPlan(
             layers=tuple(plans), page_size=self.page_size, heads=heads, num_shards=self.num_shards, dtype=self.dtype,
             rebased=methods.codec.per_request,
@@ -85,7 +83,7 @@ class Facts:
             return None
         values = sum(dtype.itemsize for dtype in policy.page_values.values()) / self.page_size
         plans = [plan for plan in self.pages.layers if plan.spec.window is None]
-        entry_bytes = self.pages.heads * sum(plan.near.record_bytes / self.page_size + values for plan in plans)
+        entry_bytes = self.pages.heads * sum(plan.pools[0].fmt.record_bytes / self.page_size + values for plan in plans)
         return Budgets(self.config.scheduling, len(plans), self.page_size, self.num_shards, entry_bytes)
 
     @cached_property

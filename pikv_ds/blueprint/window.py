@@ -85,11 +85,11 @@ def _attention(facts: Facts) -> str | None:
 
 def _demoted(facts: Facts) -> str | None:
     router = facts.methods.router
-    if facts.methods.near is None or router.rebuilds_moved:
+    if facts.methods.near is None or router.rebuilds:
         return None
     return (
         f"pikv.routing.method = {router.name!r} keeps summaries of pages and can't make them for pages that were encoded again "
-        f"(Router.moved); use another router, or pikv.compression without raw_sink_tokens and raw_recent_tokens"
+        f"(Router.rebuilt); use another router, or pikv.compression without raw_sink_tokens and raw_recent_tokens"
     )
 
 

@@ -6,6 +6,8 @@ forward, N tokens per source, H heads, D head_dim.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -14,25 +16,23 @@ from pikv_ds.config.pikv import PiKVConfig
 from pikv_ds.exchange.digest import digest
 from pikv_ds.exchange.exchange import Exchange
 from pikv_ds.ops.build import load
-from pikv_ds.pages.events import Written
-from pikv_ds.pages.layers import Tables
+from pikv_ds.pages.layers import RankPages
 from pikv_ds.pages.rows import RowChange
 from pikv_ds.placement.placement import Routed
 from pikv_ds.placement.shard_map import ShardMap
-from pikv_ds.retention.attention import Waiting
 from pikv_ds.retention.retention import Retention
 from pikv_ds.selection.selection import Selection
 from pikv_ds.spec import LayerSpec
 from pikv_ds.step.agreement import Agreed, Agreement
-from pikv_ds.step.query import Partial, Query, Staged
-from pikv_ds.step.step import LocalStep, StepPlan
+from pikv_ds.step.query import Partial, Query
+from pikv_ds.step.step import LocalStep, Step
 from pikv_ds.tiers.bases import RequestBases
-from pikv_ds.tiers.window import Tiers
+from pikv_ds.tiers.window import RawWindow
 
-from .distinct import DistinctStep
+from .distinct import DistinctWay
 from .face import HostFace
-from .reader import PoolReader
-from .replicated import ReplicatedStep
+from .reader import Reader
+from .replicated import ReplicatedWay
 from .writer import Writer
 
 
@@ -59,46 +59,48 @@ class PiKVCache(HostFace):
         self.exchange = Exchange(group, config.timeout_s)
         load.ensure(device.type)  # built here if at all, not in the first forward
         blueprint = Blueprint.of(config, layers, dtype, ranks=self.exchange.size, num_experts=num_experts).to(device)
-        self.blueprint, pages, codec, policy = blueprint, blueprint.pages, blueprint.codec, blueprint.policy
-        self.codec, self.num_shards, self.page_size = codec, pages.num_shards, pages.page_size
-        self.transforms = [plan.near_maps for plan in pages.layers]
+        self.blueprint, plan, policy = blueprint, blueprint.pages, blueprint.policy
+        self.codec, self.num_shards, self.page_size = blueprint.codec, plan.num_shards, plan.page_size
         self.map = ShardMap.blocks(self.num_shards, self.exchange.rank, self.exchange.size, device)
         if holders is not None:
             self.map = ShardMap(holders, self.exchange.rank, self.exchange.size, device)
-        self.tables = Tables(pages, config.storage, self.map, num_experts, device)
         self.bases: RequestBases | None = None  # None: the same maps for all requests, if there are any
-        if codec.per_request:
-            self.bases = RequestBases(layers, codec, self.tables, self.exchange)
+        if self.codec.per_request:
+            self.bases = RequestBases(plan, self.codec, device, self.exchange)
+        request_maps = {} if self.bases is None else self.bases.far_maps
+        self.pages = pages = RankPages(plan, config.storage, self.map, num_experts, device, request_maps)
         self.retention: Retention | None = None  # None: everything is kept
         if blueprint.budgets is not None:
-            self.retention = Retention(config.scheduling, policy, blueprint.budgets, self.tables, self.exchange)
-        self.tiers: Tiers | None = None  # None: one pool of pages per layer
-        if self.tables.two_pools:
-            watching = self.retention.mass if self.retention is not None and policy.watches else None
-            self.tiers = Tiers(blueprint, self.tables, self.exchange, watching)
-        self.writer = Writer(self.tables, blueprint.placement)
-        self.stages = config.storage.expert_ids == "true"
+            attended = blueprint.attended if policy.watches else None
+            self.retention = Retention(config.scheduling, policy, blueprint.budgets, pages, self.exchange, attended)
+        self.window: RawWindow | None = None  # None: nothing leaves the nearest pool for another
+        if blueprint.raw_window:
+            self.window = RawWindow(blueprint, pages, self.exchange, counted=self.retention is not None and policy.watches)
+        self.writer = Writer(pages, blueprint.placement)
+        self.late_experts = config.storage.expert_ids == "true"
         router = blueprint.router
         self.selection: Selection | None = None  # None: every query reads every page
         if not router.reads_all:
-            self.selection = Selection(
-                config.routing, router, layers, self.tables, self.exchange, self.stages, policy.keeps_all, self.tiers
-            )
-        self.reader = PoolReader(self.tables, self.selection, self.retention, self.tiers, self.stages)
-        self.staged: Staged | None = None
-        self.waiting: Waiting | None = None  # distinct requests: a layer whose merged lse rides in the next record
+            self.selection = Selection(config.routing, router, pages, self.exchange, policy.keeps_all, self.window)
+        shares = (part.shares for part in (self.retention, self.window) if part is not None)
+        self.reader = Reader(pages, self.selection, tuple(one for one in shares if one is not None))
         self.agreement = Agreement(self.exchange, config.storage.requests, device)
-        self.replicated_way, self.distinct_way = ReplicatedStep(self), DistinctStep(self)
+        replicated = ReplicatedWay(self)
+        self.ways = {"local": replicated, "replicated": replicated, "distinct": DistinctWay(self)}
+        # In this order: bases change before pages are demoted into them, and what a budget drops is not encoded first.
+        refit = None if self.bases is None else partial(self.bases.refit, pages=pages)
+        evict, encode = (None if part is None else part.after_forward for part in (self.retention, self.window))
+        self.after_forward = tuple(each for each in (pages.expire, evict, refit, encode) if each is not None)
         self.hold_margin: int | None = None  # assisted decoding: tokens a crop may still take back; None = no crop is announced
-        self.hold = False  # some rank whose requests are stored here announced crops
-        self.plan: StepPlan | None = None
+        self.hold = False  # this rank announced crops before the running forward
+        self.step: Step | None = None
         self.local: LocalStep | None = None
 
     # ---- host phase ----------------------------------------------------------------------------------------------------------
 
     def reset(self) -> None:
         """Drop every entry, return all memory, zero the entry counters. All ranks must call it at the same point of their loops."""
-        self.staged = self.waiting = self.plan = self.local = self.hold_margin = None
+        self.step = self.local = self.hold_margin = None
         self.hold = False
         self._start(0)
         self.agreement.forget()
@@ -107,7 +109,7 @@ class PiKVCache(HostFace):
 
     def begin_step(self, local: LocalStep) -> None:
         """Announce this rank's part of the next forward. No communication yet: it rides in the first layer's record."""
-        self.local, self.plan, self.staged, self.waiting = local, None, None, None
+        self.local, self.step = local, None
         if self.bases is not None:
             self.bases.begin(local)
         self.hold = self.hold_margin is not None
@@ -115,68 +117,55 @@ class PiKVCache(HostFace):
             self.hold_margin += local.num_columns
 
     def end_step(self) -> None:
-        """Finish a forward: staged entries go home, windows expire, slabs are returned, late errors are raised (on all ranks alike)."""
-        if self.staged is not None:
-            (self.distinct_way if self.agreement.mode == "distinct" else self.replicated_way).flush_staged()
-        self.distinct_way.flush_watched()
+        """Finish a forward: late entries go home, pages leave windows and budgets, slabs are returned, late errors are raised (on all
+        ranks alike)."""
+        step = self.step
+        self.ways[self.agreement.mode].flush(step)
         if self.selection is not None:
             self.selection.end_step()
-        expired = 0
-        if not (self.hold and self.agreement.mode == "distinct"):
-            # How far another rank may crop is not known here: while it may, window layers of distinct requests keep everything.
-            expired = self.tables.expire(self.agreement.lens, self.hold_margin or 0)
-        evicted = self.retention is not None and self.retention.after_forward(self.plan, self.agreement.lens, self.hold)
-        if self.bases is not None:
-            self._turn()
-        demoted = [] if self.tiers is None else self.tiers.after_forward(self.plan, self.agreement.lens, self.hold)
-        if self.selection is not None:
-            self.selection.news.demoted(demoted)
-        if expired or evicted or demoted or not self.plan.quiet:
-            self.tables.shrink()
+        left = [after_forward(step) for after_forward in self.after_forward]
+        if any(left) or not step.quiet:
+            self.pages.shrink()
         if self.config.storage.overflow == "error":
-            self.tables.counters.raise_if_overflowed(self.plan.capacity)
-        self.plan = self.local = None
+            self.pages.counters.raise_if_overflowed(step.capacity)
+        self.step = self.local = None
 
-    def _turn(self) -> None:
-        """Bases of requests that have grown; what is kept of keys and queries beside the pages follows them."""
-        for layer, turn in self.bases.settle(self.plan):
-            if self.selection is not None:
-                self.selection.news.turned(layer, turn)
-            if self.retention is not None:
-                self.retention.mass.turned(layer, turn)
+    def agree(self, headers: list[list[int]], k: Tensor) -> None:
+        """Agree on a forward that is not plain decoding; k: this rank's keys of the first layer, compared only if the inputs are equal."""
+        hold = self.agreement.any_hold(headers)
+        self.open(self.agreement.settle(self.local, headers, lambda: digest([k])), hold)
 
-    def adopt(self, agreed: Agreed) -> None:
-        """Bring tables and sizes in line with what the ranks agreed on, before any entry of the forward is written."""
+    def open(self, agreed: Agreed, hold: bool) -> None:
+        """Bring tables and sizes in line with what the ranks agreed on, before any entry of the forward is written.
+
+        hold: some rank announced crops.
+        """
         old_lens = self.agreement.lens
         before, after = self.agreement.commit(agreed)
         if agreed.restart:
             self._start(len(before))
         elif not agreed.identity:
             change = RowChange.of(agreed, old_lens, self.device)
-            self.tables.change(change)
+            self.pages.change(change)
             if self.bases is not None:
                 self.bases.rows.change(change)
-        self.plan = StepPlan(agreed.shapes, self.agreement.own, before, after, self.device)
+        # How far another rank may crop is not known here: while it may, window layers of distinct requests keep everything.
+        margin = None if hold and self.agreement.mode == "distinct" else self.hold_margin or 0
+        self.step = Step(
+            agreed.shapes, self.agreement.own, before, after, self.device, hold=hold, margin=margin, late_experts=self.late_experts
+        )  # fmt: skip
         if self.retention is not None:
-            self.retention.before_forward(self.plan)
-        self.tables.reserve(self.plan, self.hold)
+            self.retention.before_forward(self.step)
+        self.pages.reserve(self.step)
 
     def _start(self, num_rows: int) -> None:
         """A generation of `num_rows` requests begins: nothing of the last one stays."""
-        self.tables.allocate(num_rows)
-        if self.selection is not None:
-            self.selection.open()
-        if self.retention is not None:
-            self.retention.reset()
-        if self.tiers is not None:
-            self.tiers.reset()
+        self.pages.allocate(num_rows)
+        for part in (self.selection, self.retention, self.window):
+            if part is not None:
+                part.start()
         if self.bases is not None:
             self.bases.rows.start(num_rows)
-
-    def settle(self, headers: list[list[int]], k: Tensor) -> None:
-        """Agree on a forward that is not plain decoding; k: this rank's keys of the first layer, compared only if the inputs are equal."""
-        self.hold = self.agreement.any_hold(headers)
-        self.adopt(self.agreement.settle(self.local, headers, lambda: digest([k])))
 
     # ---- the step ------------------------------------------------------------------------------------------------------------
 
@@ -197,37 +186,21 @@ class PiKVCache(HostFace):
         """
         if isinstance(expert_ids, Routed) and (self.num_shards > 1 or self.exchange.size > 1):
             expert_ids = expert_ids.primary()
-        transform = self.transforms[layer] if self.bases is None else self.bases.maps(layer, k, v)
-        if transform is None:
+        maps = self.pages.layers[layer].plan.entry_maps if self.bases is None else self.bases.maps(layer, k, v)
+        if maps is None:
             return self._attend(layer, q, k, v, scale, v_dim, expert_ids)
-        q, k, v, shift = transform.enter(q, k, v, scale, self.local.positions)
-        return transform.leave(self._attend(layer, q, k, v, scale, transform.v_rank, expert_ids), shift)
+        q, k, v, shift = maps.enter(q, k, v, scale, self.local.positions)
+        return maps.leave(self._attend(layer, q, k, v, scale, maps.v_rank, expert_ids), shift)
 
     def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, v_dim: int, expert_ids: Routed | Tensor | None) -> Partial:
-        """From here down keys, values and outputs are as wide as the pages hold them."""
+        """From here down keys, values and outputs are as wide as the nearest pages hold them."""
         query = Query(layer, q, k.flatten(0, 1), v.flatten(0, 1), scale, v_dim, expert_ids)
         if self.exchange.size > 1 and self.agreement.mode is None:
             headers = self.exchange.gather_ints(self.agreement.header(self.local, self.hold), self.device, "opening the first forward")
-            self.settle(headers, query.k)
-        if self.agreement.mode == "distinct":
-            return self.distinct_way.attend(query)
-        return self.replicated_way.attend(query)
-
-    def append(self, layer: int, k: Tensor, v: Tensor, expert_ids: Routed | Tensor | None) -> Written:
-        written = self.writer.append(layer, self.plan, k, v, expert_ids, self.hold)
-        if self.selection is not None:
-            self.selection.news.wrote(layer, self.plan, k, written)
-        return written
-
-    def watch(self, query: Query, written: Written | None, lse: Tensor | None) -> None:
-        """Show a policy that asks for it what a layer's queries attended to; lse [B, T, Hq] merged over ranks, None = nothing stored."""
-        mass = self.reader.watcher(query.layer)
-        if mass is not None:
-            q, k = query.q.flatten(0, 1).unsqueeze(0), query.k.unsqueeze(0)
-            asked = Waiting(query.layer, query.scale, q, k, written.slot_mapping, None)
-            mass.observe(asked, self.plan, None if lse is None else lse.flatten(0, 1).unsqueeze(0))
+            self.agree(headers, query.k)
+        return self.ways[self.agreement.mode or "local"].attend(query)
 
     def name_experts(self, layer: int, expert_ids: Tensor) -> None:
-        """Router `layer` has run: the staged entries of that layer know their expert now. expert_ids [B * T] int64."""
-        if self.staged is not None and self.staged.layer == layer:
-            self.staged = self.staged._replace(expert_ids=expert_ids)
+        """Router `layer` has run: the late entries of that layer know their expert now. expert_ids [B * T] int64."""
+        if self.step is not None:
+            self.writer.name_experts(self.step, layer, expert_ids)

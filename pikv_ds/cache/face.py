@@ -12,7 +12,7 @@ from pikv_ds.step.agreement import Agreement
 
 
 class HostFace:
-    """Of a PiKVCache, whose parts it reads: agreement, exchange, tables, writer."""
+    """Of a PiKVCache, whose parts it reads: agreement, exchange, pages, writer."""
 
     exchange: Exchange
     agreement: Agreement
@@ -35,12 +35,12 @@ class HostFace:
     @property
     def rotations(self) -> tuple[Tensor | None, ...]:
         """Per layer [k_dim / 2] f32, the inverse frequencies of the rotation that its codec takes off the keys; None = it takes none."""
-        return tuple(None if maps is None else maps.inv_freq for maps in self.tables.undone)
+        return tuple(None if maps is None else maps.inv_freq for maps in (layer.plan.unrotated for layer in self.pages.layers))
 
     @property
     def page_columns(self) -> list[str]:
         """Names of the numbers that policies keep per page: those that clear_column takes."""
-        return sorted({name for columns in self.tables.columns for name in columns})
+        return sorted({name for layer in self.pages.layers for name in layer.plan.columns})
 
     @contextmanager
     def announce_crops(self) -> Iterator[None]:
@@ -60,6 +60,6 @@ class HostFace:
         """Zero the policy's number `name` of every page, in all pools of all layers that keep it. Between forwards; no collective."""
         if name not in self.page_columns:
             raise ValueError(f"no policy of this cache keeps {name!r} per page; kept are {self.page_columns}")
-        for store in self.tables.all_stores:
-            if name in store.summaries:  # layers with a window keep none
-                store.summaries[name].zero_()
+        for pool in self.pages.all_pools:
+            if name in pool.summaries:  # layers with a window keep none
+                pool.summaries[name].zero_()

@@ -53,7 +53,7 @@ class CacheProbe:
     @property
     def heads(self) -> int:
         """Tables of a row and shard: the kv heads with budgets per head, else 1."""
-        return self.cache.tables.heads
+        return self.cache.pages.heads
 
     @property
     def local_shards(self) -> tuple[int, ...]:
@@ -62,7 +62,7 @@ class CacheProbe:
 
     def pools(self, layer: int) -> list[PoolProbe]:
         """Nearest first: entries are appended to the first; the second holds what a raw window has let go."""
-        return [PoolProbe(store) for store in self.cache.tables.pools(layer)]
+        return [PoolProbe(pool) for pool in self.cache.pages.layers[layer].pools]
 
     def near_pool(self, layer: int) -> PoolProbe:
         return self.pools(layer)[0]
@@ -79,7 +79,7 @@ class CacheProbe:
     @property
     def formats(self) -> list[PageFormat]:
         """Of every layer's nearest pool; there from the start."""
-        return list(self.cache.tables.formats)
+        return [layer.nearest.fmt for layer in self.cache.pages.layers]
 
     def pages(self, layer: int, row: int) -> list[list[int]]:
         """Positions in every page of a row, pool after pool and table after table."""
@@ -97,7 +97,7 @@ class CacheProbe:
     @property
     def live(self) -> int:
         """Entries in all tables of this rank."""
-        return int(self.cache.tables.entries_live)
+        return int(self.cache.pages.entries_live)
 
     # ---- requests and shards -------------------------------------------------------------------------------------------------
 
@@ -114,23 +114,23 @@ class CacheProbe:
     @property
     def loads(self) -> Tensor:
         """[L, all shards] int64 entries that queries still see, of all ranks; 0 with one shard."""
-        return self.cache.tables.directory.load.clone()
+        return self.cache.pages.directory.load.clone()
 
     def homes(self, layer: int) -> Tensor:
         """[R, most tokens] int64: the shard that each position was last stored in."""
         lens = self.lens
         if self.cache.num_shards == 1:  # the directory keeps none
             return torch.zeros(len(lens), max(lens, default=0), dtype=torch.int64)
-        return self.cache.tables.directory.shard_at[layer][:, : max(lens, default=0)].long()
+        return self.cache.pages.directory.shard_at[layer][:, : max(lens, default=0)].long()
 
     @property
     def evicted(self) -> list[list[list[int]]]:
         """[layer][row][head] entries that a budget has taken, in all shards."""
-        return self.cache.tables.directory.evicted_by_head()
+        return self.cache.pages.directory.evicted_by_head()
 
     def uncroppable(self, row: int) -> int:
         """A crop of the row behind this many tokens may be refused, as entries have left a window."""
-        return self.cache.tables.crops.settled.values[row]
+        return self.cache.pages.crops.settled.values[row]
 
     # ---- bytes ---------------------------------------------------------------------------------------------------------------
 
@@ -146,19 +146,19 @@ class CacheProbe:
 
     @property
     def directory_bytes(self) -> int:
-        return self.cache.tables.directory.nbytes
+        return self.cache.pages.directory.nbytes
 
     @property
     def watched_bytes(self) -> int:
         """Bytes that the policy keeps per row; 0 without one."""
         retention = self.cache.retention
-        columns = {} if retention is None else retention.mass.columns
+        columns = {} if retention is None else retention.shares.columns
         return sum(column.nbytes for by_name in columns.values() for column in by_name.values())
 
     @property
     def rows(self) -> Rows:
         """What is kept per row, by whomever; bases of requests aside."""
-        return self.cache.tables.rows
+        return self.cache.pages.rows
 
     @property
     def router_bytes(self) -> int:
@@ -218,7 +218,7 @@ class CacheProbe:
 
     def judged(self, layer: int) -> Pages:
         """The pages of a layer as the policy sees them now."""
-        return self.cache.retention.pages(layer, self.lens)
+        return self.cache.retention.judged(layer, self.lens)
 
     def scores(self, layer: int) -> Tensor:
         """[R * heads, shards, C] f32 of these pages."""
@@ -227,13 +227,14 @@ class CacheProbe:
     @property
     def keeps_light(self) -> float | None:
         """The share of old entries that stay near by their importance; None: pages go by their age alone."""
-        return None if self.cache.tiers is None else self.cache.tiers.light_ratio
+        return None if self.cache.window is None else self.cache.window.light_ratio
 
     # ---- maps ----------------------------------------------------------------------------------------------------------------
 
     def maps(self, layer: int):
         """From keys and values to what pages hold, those of far pages where there are two pools; None: the same, or of each request."""
-        return self.cache.transforms[layer] or self.cache.tables.far_maps[layer]
+        pages = self.cache.pages.layers[layer]
+        return pages.plan.entry_maps or next((pool.maps for pool in pages.pools if pool.maps is not None), None)
 
     @property
     def fitted_at(self) -> list[int]:

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from pikv_ds import ops
 from pikv_ds.ops import PageFormat
-from pikv_ds.pages.entries import decoded, read_back
-from pikv_ds.pages.pool import LayerStore
+from pikv_ds.pages.pool import PagePool
 
 
 class Entries(NamedTuple):
@@ -25,39 +24,39 @@ class Entries(NamedTuple):
 
 
 class PoolProbe:
-    """Looks at one store. Tensors are copies; `records`, `fields` and `column` are the memory itself."""
+    """Looks at one pool. Tensors are copies; `records`, `fields` and `column` are the memory itself."""
 
-    def __init__(self, store: LayerStore) -> None:
-        self.store = store
+    def __init__(self, pool: PagePool) -> None:
+        self.pool = pool
 
     @property
     def fmt(self) -> PageFormat:
-        return self.store.fmt
+        return self.pool.fmt
 
     @property
     def page_size(self) -> int:
-        return self.store.page_size
+        return self.pool.page_size
 
     @property
     def heads(self) -> int:
         """kv heads that have tables of their own, else 1."""
-        return self.store.heads
+        return self.pool.table.heads
 
     # ---- pages ---------------------------------------------------------------------------------------------------------------
 
     @property
     def num_pages(self) -> int:
-        return self.store.num_pages
+        return self.pool.num_pages
 
     @property
     def free(self) -> list[int]:
         """Ids of the pages that can be taken, in the order of the stack."""
-        return self.store.free_stack[: int(self.store.free_top)].tolist()
+        return self.pool.allocator.free_stack[: int(self.pool.allocator.free_top)].tolist()
 
     @property
     def uses(self) -> Tensor:
         """[P] int64: tables that name each page, by the pool's own count."""
-        return self.store.refcount[: self.num_pages].long()
+        return self.pool.allocator.refcount[: self.num_pages].long()
 
     @property
     def used_pages(self) -> int:
@@ -66,48 +65,48 @@ class PoolProbe:
     @property
     def nbytes(self) -> int:
         """What the pool says it has allocated."""
-        return self.store.nbytes
+        return self.pool.nbytes
 
     @property
     def storages(self) -> list[Tensor]:
         """What nbytes counts: records, raw tails, columns."""
-        tail = None if self.store.full_pages else self.store.tail
-        return [x for x in (self.store.pages, tail, *self.store.summaries.values()) if x is not None]
+        tail = None if self.pool.full_pages else self.pool.tail
+        return [x for x in (self.pool.pages, tail, *self.pool.summaries.values()) if x is not None]
 
     # ---- tables --------------------------------------------------------------------------------------------------------------
 
     @property
     def counts(self) -> Tensor:
         """[R, T] int32 entries."""
-        return self.store.counts.clone()
+        return self.pool.table.counts.clone()
 
     @property
     def num_tables(self) -> int:
-        return self.store.counts.shape[1]
+        return self.pool.table.counts.shape[1]
 
     @property
     def page_table(self) -> Tensor:
         """[R, T, C] int32 page ids, -1 = none; the last column stays unused."""
-        return self.store.block_table.clone()
+        return self.pool.table.ids.clone()
 
     def page_ids(self, row: int, table: int) -> list[int]:
-        count = int(self.store.counts[row, table])
-        return self.store.block_table[row, table, : -(-count // self.page_size)].tolist()
+        count = int(self.pool.table.counts[row, table])
+        return self.pool.table.ids[row, table, : -(-count // self.page_size)].tolist()
 
     def slots(self, row: int, table: int) -> Tensor:
         """[n] int64 page * page_size + offset of the entries, in order."""
-        index = torch.arange(int(self.store.counts[row, table]), device=self.store.block_table.device)
-        return (self.store.block_table[row, table][index // self.page_size] * self.page_size + index % self.page_size).long()
+        index = torch.arange(int(self.pool.table.counts[row, table]), device=self.pool.table.ids.device)
+        return (self.pool.table.ids[row, table][index // self.page_size] * self.page_size + index % self.page_size).long()
 
     # ---- entries -------------------------------------------------------------------------------------------------------------
 
     def positions(self, row: int, table: int) -> list[int]:
-        return self.store.positions.flatten()[self.slots(row, table)].tolist()
+        return self.pool.positions.flatten()[self.slots(row, table)].tolist()
 
     @property
     def held(self) -> list[list[list[int]]]:
         """[row][table] positions, in the order of their slots."""
-        rows, tables = self.store.counts.shape
+        rows, tables = self.pool.table.counts.shape
         return [[self.positions(row, table) for table in range(tables)] for row in range(rows)]
 
     def pages(self, row: int) -> list[list[int]]:
@@ -117,57 +116,57 @@ class PoolProbe:
 
     def entries(self, row: int, table: int) -> Entries:
         """Where pages hold coefficients of un-rotated keys, what these stand for; other coefficients stay as they are."""
-        store, slots = self.store, self.slots(row, table)
-        positions = store.positions.flatten()[slots]
-        if store.fmt.raw and store.turned is None:
-            page, offset = slots // store.page_size, slots % store.page_size
+        pool, slots = self.pool, self.slots(row, table)
+        positions = pool.positions.flatten()[slots]
+        if pool.fmt.raw and not pool.reader.rebuilds:
+            page, offset = slots // pool.page_size, slots % pool.page_size
             k, v, _ = self.fields
             return Entries(positions, k[page, :, offset], v[page, :, offset])
         at = (slice(row, row + 1), slice(table, table + 1))
-        ids, counts = store.block_table[at], store.counts[at]
-        if store.turned is not None:
-            rows = torch.arange(store.counts.numel(), device=ids.device).view_as(store.counts)[at]
-            k, v = read_back(store, ids, counts, rows)
+        ids, counts = pool.table.ids[at], pool.table.counts[at]
+        if pool.reader.rebuilds:
+            rows = torch.arange(pool.table.counts.numel(), device=ids.device).view_as(pool.table.counts)[at]
+            k, v = pool.reader.entries(ids, counts, rows)
         else:
-            tail = None if store.full_pages or store.tail is None else store.tail[row * self.num_tables + table].unsqueeze(0)
-            k, v = decoded(store, ids[0], counts.flatten(), tail)
+            tail = None if pool.full_pages or pool.tail is None else pool.tail[row * self.num_tables + table].unsqueeze(0)
+            k, v = pool.decoded(ids[0], counts.flatten(), tail)
         return Entries(positions, *(x[0, :, : len(slots)].transpose(0, 1) for x in (k, v)))
 
     def stored(self, row: int, table: int) -> Entries:
         """As entries(), but coefficients of un-rotated keys stay what they are: codes decoded, open groups from the raw tail."""
-        slots, store = self.slots(row, table), self.store
-        tail = None if store.full_pages or store.tail is None else store.tail[row * self.num_tables + table].unsqueeze(0)
-        k, v = decoded(store, store.block_table[row, table].unsqueeze(0), store.counts[row, table].view(1), tail)
-        positions = store.positions.flatten()[slots]
+        slots, pool = self.slots(row, table), self.pool
+        tail = None if pool.full_pages or pool.tail is None else pool.tail[row * self.num_tables + table].unsqueeze(0)
+        k, v = pool.decoded(pool.table.ids[row, table].unsqueeze(0), pool.table.counts[row, table].view(1), tail)
+        positions = pool.positions.flatten()[slots]
         return Entries(positions, *(x[0, :, : len(slots)].transpose(0, 1) for x in (k, v)))
 
     @property
     def holds_unrotated(self) -> bool:
         """Pages hold coefficients of keys before their rotation."""
-        return self.store.turned is not None
+        return self.pool.reader.rebuilds
 
     # ---- memory --------------------------------------------------------------------------------------------------------------
 
     @property
     def records(self) -> Tensor:
         """[P, record_bytes] uint8."""
-        return self.store.pages
+        return self.pool.pages
 
     @property
     def fields(self) -> tuple[Tensor, Tensor, Tensor]:
         """Of a raw format: k [P, H, page_size, Dk], v [P, H, page_size, Dv], positions [P, page_size]."""
-        return ops.views(self.store.pages, self.store.fmt)
+        return ops.views(self.pool.pages, self.pool.fmt)
 
     @property
     def tail(self) -> Tensor | None:
         """Raw keys of open groups [R * T, H, group, Dk]; None for a format without. One row in a pool of full pages."""
-        return self.store.tail
+        return self.pool.tail
 
     @property
     def columns(self) -> tuple[str, ...]:
         """Names of what is kept per page besides its entries."""
-        return tuple(self.store.summaries)
+        return tuple(self.pool.summaries)
 
     def column(self, name: str) -> Tensor:
         """[P, ...] of that name."""
-        return self.store.summaries[name]
+        return self.pool.summaries[name]

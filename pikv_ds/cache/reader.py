@@ -1,4 +1,4 @@
-"""Attention to the pages of a layer on this rank, in one pool or in two: all of them or those that a router chooses, watched or not.
+"""Attention to the pages of a layer on this rank, pool by pool: all of them or those that a router chooses, watched or not.
 
 R rows, T queries per row, H heads, D head_dim.
 """
@@ -8,106 +8,131 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pikv_ds.codecs.request_maps import PageMaps
 from pikv_ds.ops import merge_partials
-from pikv_ds.pages.layers import Tables
-from pikv_ds.pages.pool import LayerStore
-from pikv_ds.pages.unrotated import read_turned
-from pikv_ds.pages.view import Before, Stored, read_pages, stored_entries
-from pikv_ds.retention.attention import Mass
-from pikv_ds.retention.retention import Retention
+from pikv_ds.pages.layer import LayerPages
+from pikv_ds.pages.layers import RankPages
+from pikv_ds.pages.pool import PagePool
+from pikv_ds.pages.view import Before, PageView, Read
+from pikv_ds.retention.attention import Shares
+from pikv_ds.selection.found import Beside, Found
 from pikv_ds.selection.selection import Selection
 from pikv_ds.step.query import Partial, Query
-from pikv_ds.step.step import Source, StepPlan
-from pikv_ds.tiers.window import Tiers
+from pikv_ds.step.step import Step
 
 
-class PoolReader:
+class Reader:
     """Reads what is stored, between the append of a layer's entries and the exchange of partials. Owns nothing."""
 
-    def __init__(self, tables: Tables, selection: Selection | None, retention: Retention | None, tiers: Tiers | None, stages: bool) -> None:
-        """stages: entries are stored after the queries of their layer."""
-        self.tables, self.selection, self.retention, self.tiers, self.stages = tables, selection, retention, tiers, stages
+    def __init__(self, pages: RankPages, selection: Selection | None, shares: tuple[Shares, ...]) -> None:
+        """shares: who is shown what queries attend to; never two of a layer at once (blueprint/window.py)."""
+        self.pages, self.selection = pages, selection
+        self._shares = {i: next((one for one in shares if one.watches(i)), None) for i in range(len(pages.layers))}
 
-    def watcher(self, layer: int) -> Mass | None:
-        """Who is shown what the queries of a layer attend to; never two at once (blueprint/window.py)."""
-        if self.retention is not None and self.retention.watches(layer):
-            return self.retention.mass
-        return self.tiers.mass if self.tiers is not None and self.tables.far[layer] is not None else None
+    def shares(self, layer: int) -> Shares | None:
+        """Who is shown what the queries of this layer attend to."""
+        return self._shares[layer]
 
-    def reads(self, plan: StepPlan, source: Source) -> bool:
-        """Whether a source's queries have anything to look up: stored tokens, or their own entry (one column, stored before reading)."""
-        return (source.num_columns == 1 and not self.stages) or plan.has_past(source)
-
-    def before(self, plan: StepPlan, layer: int) -> Before | None:
+    def before(self, step: Step, layer: int) -> Before | None:
         """What readers see that must not see this forward's entries, copied before these are stored; None when all rows see their own."""
-        if plan.decode and not self.stages:
+        if step.all_see_own:
             return None
-        store = self.tables.stores[layer]
-        # Staged entries are stored after the reading: the tail is still the old one then.
-        return Before(store.counts.clone(), None if store.tail is None else store.tail if self.stages else store.tail.clone())
+        return self.pages.layers[layer].nearest.snapshot(tail_is_old=step.late_experts)
 
-    def read(self, plan: StepPlan, query: Query, q: Tensor, row0: int, num_rows: int, before: Before | None) -> tuple[Tensor, Tensor]:
-        """Attention of q [num_rows, T, Hq, Dk] to the entries of rows row0 ... held on this rank: out f32, lse f32."""
-        store, far, rows = self.tables.stores[query.layer], self.tables.far[query.layer], slice(row0, row0 + num_rows)
-        selects = self.selection is not None and num_rows > 0
-        own_visible = None if before is None else plan.one_column[rows] & (not self.stages)
-        if far is None:
-            if num_rows == 0 or (not selects and (store.num_pages == 0 or store.counts.numel() == 0)):
-                return nothing(q, query.v_dim)[:2]
-            return self._read_pool(plan, query, store, q, rows, before, own_visible, selects)
+    def read(self, step: Step, query: Query, q: Tensor, row0: int, num_rows: int, before: Before | None) -> Found:
+        """Attention of q [num_rows, T, Hq, Dk] to the entries of rows row0 ... held on this rank. Sync: none.
+
+        A pool that a router chooses from comes last: what is read besides takes its share of the budget.
+        """
         if num_rows == 0:
-            return nothing(q, query.v_dim)[:2]
-        # The far pool does not change within a forward. It is asked also when it is empty if choosing pages is a collective.
-        near = self._read_pool(plan, query, store, q, rows, before, own_visible, False) if store.num_pages else nothing(q, query.v_dim)[:2]
-        if not selects and not far.num_pages:
-            return near
-        maps, shift = self.tables.far_maps[query.layer], None
-        if maps is not None:
-            maps = maps.of(rows)
-        if maps is not None and far.turned is None:
-            q, shift = maps.fold(q, query.scale)
-        held = None
-        if selects:
-            held = stored_entries(store, rows, before, own_visible), near[1] if shift is None else near[1] - shift
-        beside = self._read_pool(plan, query, far, q, rows, None, None, selects, held)
-        if maps is not None:
-            beside = maps.leave(Partial(*beside, False), shift)[:2]
-        if shift is not None and self.retention is not None and self.retention.watches(query.layer):
-            self.retention.mass.shift(far, row0, shift)
-        return merge_partials(torch.stack([near[0], beside[0]]), torch.stack([near[1], beside[1]]))
+            return nothing(q, query.v_dim)
+        pages, rows, parts = self.pages.layers[query.layer], slice(row0, row0 + num_rows), []
+        routed = pages.routed if self.selection is not None else None
+        views = {pool: self._view(step, pool, rows, before) for pool in pages.pools if pool is routed or pool.num_pages}
+        for pool, view in views.items():
+            if pool is not routed and pool.table.counts.numel():
+                parts.append((pool, self._read(step, query, pool, view, q, rows)))
+        readers = None
+        if routed is not None:
+            # Also when it is empty: choosing pages may be a collective.
+            beside = None
+            if len(pages.pools) > 1:
+                lse = torch.full(q.shape[:3], -torch.inf, device=q.device)
+                for _, part in parts:
+                    lse = torch.logaddexp(lse, part.lse)
+                beside = Beside(tuple(views[pool] for pool, _ in parts), lse)
+            found, readers = self._choose(step, query, routed, views[routed], q, rows, beside)
+            parts.append((routed, found))
+        return self._merged(pages, query, q, parts, readers)
 
-    def _read_pool(
-        self,
-        plan: StepPlan,
-        query: Query,
-        store: LayerStore,
-        q: Tensor,
-        rows: slice,
-        before: Before | None,
-        own_visible: Tensor | None,
-        selects: bool,
-        near: tuple[Stored, Tensor] | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """near: what a router is told of the entries that are read besides, and their lse."""
-        window, mass = self.tables.layers[query.layer].window, self.watcher(query.layer)
-        if self.tiers is not None and mass is self.tiers.mass and store is self.tables.far[query.layer]:
-            mass = None  # what is far never comes back, however important
-        if not selects and (self.tables.heads > 1 or mass is not None):
-            mass = self.retention.mass if mass is None else mass
-            return mass.read(store, q, rows.start, stored_entries(store, rows, before, own_visible), query.scale)
-        needs_positions = selects or window is not None or q.shape[1] > 1
-        positions = plan.query_positions(rows.start, q.shape[0]) if needs_positions else None
-        if selects:
-            stored = stored_entries(store, rows, before, own_visible)
-            out, lse, page_lse = self.selection.read(query, q, rows.start, positions, stored, plan, near, with_page_lse=mass is not None)
-            if mass is not None:
-                mass.keep(store, rows.start, page_lse)
-            return out, lse
-        options = {"scale": query.scale, "window": window, "q_positions": positions}
-        read = read_pages if store.turned is None else read_turned
-        return read(store, q, rows, before, own_visible, **options)
+    def _view(self, step: Step, pool: PagePool, rows: slice, before: Before | None) -> PageView:
+        if pool.level or before is None:  # pools behind do not change within a forward
+            return pool.view(rows)
+        return pool.view(rows, before, step.rows_see_own[rows])
+
+    def _read(self, step: Step, query: Query, pool: PagePool, view: PageView, q: Tensor, rows: slice) -> Read:
+        """Of all its pages."""
+        window = self.pages.specs[query.layer].window
+        q, maps, shift = _folded(pool, query, q, rows)
+        if self._watched(query.layer, pool):
+            read = pool.reader.attend_pages(q, view, scale=query.scale)
+        elif pool.table.heads > 1:
+            read = pool.reader.attend_pages(q, view, scale=query.scale)._replace(page_lse=None)
+        else:
+            needs_positions = window is not None or q.shape[1] > 1
+            positions = step.query_positions(rows.start, q.shape[0]) if needs_positions else None
+            read = pool.reader.attend(q, view, scale=query.scale, window=window, q_positions=positions)
+        return read if maps is None else _unfolded(read, maps, shift)
+
+    def _choose(
+        self, step: Step, query: Query, pool: PagePool, view: PageView, q: Tensor, rows: slice, beside: Beside | None
+    ) -> tuple[Read, Tensor | None]:
+        """Of the pages that the router chooses. beside: what is read of the other pools; None: there are none. Also the readers."""
+        positions = step.query_positions(rows.start, q.shape[0])
+        q, maps, shift = _folded(pool, query, q, rows)
+        if beside is not None and shift is not None:
+            beside = beside._replace(lse=beside.lse - shift)
+        watched = self._watched(query.layer, pool)
+        found = self.selection.read(step, query, q, rows.start, positions, view, beside, with_page_lse=watched)
+        read = Read(found.out, found.lse, *found.page_lse)
+        return read if maps is None else _unfolded(read, maps, shift), found.readers
+
+    def _watched(self, layer: int, pool: PagePool) -> bool:
+        shares = self._shares[layer]
+        return shares is not None and shares.looks_at(pool)
+
+    def _merged(self, pages: LayerPages, query: Query, q: Tensor, parts: list[tuple[PagePool, Read]], readers: Tensor | None) -> Found:
+        """parts: in the order of reading."""
+        page_lse: tuple[Tensor | None, ...] = ()
+        if self.shares(query.layer) is not None:
+            by_pool = {pool: part.page_lse for pool, part in parts}
+            page_lse = tuple(by_pool.get(pool) for pool in pages.pools)
+        if not parts:
+            return nothing(q, query.v_dim)._replace(page_lse=page_lse)
+        out, lse = parts[0][1][:2]
+        if len(parts) > 1:
+            out, lse = merge_partials(torch.stack([part.out for _, part in parts]), torch.stack([part.lse for _, part in parts]))
+        return Found(out, lse, page_lse, readers)
 
 
-def nothing(q: Tensor, v_dim: int) -> Partial:
+def _folded(pool: PagePool, query: Query, q: Tensor, rows: slice) -> tuple[Tensor, PageMaps | None, Tensor | None]:
+    """Queries as the entries of a pool are, the maps of these rows, and what these leave out of the lse."""
+    if pool.maps is None:
+        return q, None, None
+    maps = pool.maps.of(rows)
+    folded, shift = maps.fold(q, query.scale)
+    return folded, maps, shift
+
+
+def _unfolded(read: Read, maps: PageMaps, shift: Tensor | None) -> Read:
+    """Attention over a pool's entries, as attention over those that the layer is given."""
+    out, lse = maps.leave(Partial(read.out, read.lse, False), shift)[:2]
+    page_lse = read.page_lse
+    if shift is not None and page_lse is not None:
+        page_lse = page_lse + shift[:, :, None, :, None]
+    return Read(out, lse, page_lse)
+
+
+def nothing(q: Tensor, v_dim: int) -> Found:
     out = q.new_zeros(*q.shape[:3], v_dim, dtype=torch.float32)
-    return Partial(out, torch.full(q.shape[:3], -torch.inf, device=q.device), False, True)
+    return Found(out, torch.full(q.shape[:3], -torch.inf, device=q.device))

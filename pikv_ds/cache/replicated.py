@@ -7,47 +7,55 @@ from torch import Tensor
 
 from pikv_ds.exchange.wire import Layout, headers_of
 from pikv_ds.ops import merge_partials
-from pikv_ds.step.query import Partial, Query, Staged
+from pikv_ds.pages.events import Written
+from pikv_ds.selection.found import Found
+from pikv_ds.step.query import LateLse, Partial, Query
+from pikv_ds.step.step import Step
 
 from .reader import nothing
 from .way import Core
 
 
-class ReplicatedStep:
-    """The way of a layer for replicated and single-rank requests. Holds nothing of its own; works on the cache."""
+class ReplicatedWay:
+    """The way of a layer for replicated and single-rank requests. Holds nothing of its own; works on the cache and its step."""
 
     def __init__(self, cache: Core) -> None:
         self.cache = cache
 
     def attend(self, query: Query) -> Partial:
         cache = self.cache
-        unchecked = self._open(query) if cache.plan is None else False
+        unchecked = self._open(query) if cache.step is None else False
         if cache.agreement.mode == "distinct":  # the requests of the new generation differ between the ranks
-            return cache.distinct_way.attend(query)
-        plan = cache.plan
-        if plan.positions is None:
-            plan.set_positions(cache.local.positions.flatten())
-        before = cache.reader.before(plan, query.layer)
-        if cache.stages:
-            self.flush_staged()
-            cache.staged, written = Staged(query.layer, query.k, query.v), None
-        else:
-            written = cache.append(query.layer, query.k, query.v, query.expert_ids)
-        source = plan.sources[0]
-        if not cache.reader.reads(plan, source):
-            cache.watch(query, written, None)
-            return nothing(query.q, query.v_dim)
-        out, lse = cache.reader.read(plan, query, query.q, source.row0, source.num_rows, before)
+            return cache.ways["distinct"].attend(query)
+        step = cache.step
+        if step.positions is None:
+            step.set_positions(cache.local.positions.flatten())
+        before = cache.reader.before(step, query.layer)
+        written = cache.writer.store(step, query, cache.writer.due(step, query))
+        source = step.sources[0]
+        if not step.reads(source):
+            self._watch(step, query, written, None, None)
+            return Partial(*nothing(query.q, query.v_dim)[:2], False, True)
+        found = cache.reader.read(step, query, query.q, source.row0, source.num_rows, before)
+        out, lse = found.out, found.lse
         if cache.exchange.size > 1:
             out, lse = self._merge(out, lse, unchecked)
-        cache.watch(query, written, lse)
-        return Partial(out, lse, plan.decode and not cache.stages)
+        self._watch(step, query, written, found, lse)
+        return Partial(out, lse, step.all_see_own)
 
-    def flush_staged(self) -> None:
-        cache = self.cache
-        if cache.staged is not None:
-            staged, cache.staged = cache.staged, None
-            cache.append(staged.layer, staged.k, staged.v, staged.expert_ids)
+    def flush(self, step: Step) -> None:
+        if step.late is not None:
+            late, step.late = step.late, None
+            self.cache.writer.append(step, *late)
+
+    def _watch(self, step: Step, query: Query, written: Written | None, found: Found | None, lse: Tensor | None) -> None:
+        """Show a policy that asks for it what a layer's queries attended to; lse [B, T, Hq] merged over ranks, None = nothing stored."""
+        shares = self.cache.reader.shares(query.layer)
+        if shares is not None:
+            q, k = query.q.flatten(0, 1).unsqueeze(0), query.k.unsqueeze(0)
+            page_lse = {} if found is None else {step.sources[0].row0: found.page_lse}
+            asked = LateLse(query.layer, query.scale, q, k, written.slot_mapping, None, page_lse)
+            shares.observe(asked, step, None if lse is None else lse.flatten(0, 1).unsqueeze(0))
 
     def _open(self, query: Query) -> bool:
         """Plan the forward. Returns True when the other ranks' headers are still to be compared, in this layer's own collective."""
@@ -57,17 +65,17 @@ class ReplicatedStep:
             if selects and cache.exchange.size > 1:
                 # Choosing pages is a collective before that of the partials: the headers can't ride in the latter.
                 agreement.check_replicated(self._gather(query.q.new_zeros(agreement.num_rows[0], 0, dtype=torch.float32), True)[1])
-            cache.adopt(agreement.continue_plain(local))
+            cache.open(agreement.continue_plain(local), cache.hold)
             return cache.exchange.size > 1 and not selects
         if cache.exchange.size == 1:
-            cache.settle([agreement.header(local, cache.hold)], query.k)
+            cache.agree([agreement.header(local, cache.hold)], query.k)
             return False
         # Other ranks may be in plain decoding: answer their collective, then all see that this forward is not plain.
         width = 0 if selects else query.q.shape[2] * (query.v_dim + 1)
         headers = self._gather(query.q.new_zeros(agreement.num_rows[0], width, dtype=torch.float32), True)[1]
         if not agreement.all_fresh(headers):
             agreement.check_replicated(headers)
-        cache.settle(headers, query.k)
+        cache.agree(headers, query.k)
         return False
 
     def _merge(self, out: Tensor, lse: Tensor, unchecked: bool) -> tuple[Tensor, Tensor]:

@@ -26,7 +26,7 @@ def shard_facts(cache: PiKVCache, layer: int) -> ShardFacts:
     experts = torch.arange(cache.writer.num_experts, device=cache.device)
     return ShardFacts(
         shard_of=cache.writer.placement.shard_of(layer, experts, torch.zeros_like(experts)),
-        loads=cache.tables.directory.load[layer].to(torch.float32) if cache.num_shards > 1 else None,
+        loads=cache.pages.directory.load[layer].to(torch.float32) if cache.num_shards > 1 else None,
         misses=None if cache.selection is None else cache.selection.router.missed(layer),
     )
 

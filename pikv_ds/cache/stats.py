@@ -15,20 +15,20 @@ def stats(cache: PiKVCache, dense_rows: int, dense_columns: int) -> dict:
     Args: dense_rows, dense_columns: the batch and the token columns (padding included) that the ordinary cache would hold on this rank.
     entries_read and entries_visible are None where every query reads everything. Sync: reads the device.
     """
-    tables, exchange = cache.tables, cache.exchange
-    counters = tables.counters
+    pages, exchange = cache.pages, cache.exchange
+    counters = pages.counters
     born_expired, spilled_here, spilled = counters.device_counts.tolist()
-    by_shard = tables.directory.load.sum(0).tolist() if cache.num_shards > 1 else [int(tables.entries_live)]
+    by_shard = pages.directory.load.sum(0).tolist() if cache.num_shards > 1 else [int(pages.entries_live)]
     load_per_rank = [0] * exchange.size
     for shard, entries in enumerate(by_shard):
-        load_per_rank[tables.map.home(shard)] += entries
+        load_per_rank[pages.map.home(shard)] += entries
     return {
-        "kv_bytes_allocated": sum(s.nbytes for s in tables.all_stores) + (0 if cache.bases is None else cache.bases.nbytes),
-        "kv_bytes_live": sum(s.live_nbytes for s in tables.all_stores),
+        "kv_bytes_allocated": sum(s.nbytes for s in pages.all_pools) + (0 if cache.bases is None else cache.bases.nbytes),
+        "kv_bytes_live": sum(s.live_nbytes for s in pages.all_pools),
         "kv_bytes_dense": sum(dense_bytes(spec, dense_rows, dense_columns, cache.dtype.itemsize) for spec in cache.layers),
         "metadata_bytes": metadata_bytes(cache),
-        "entries_live": int(tables.entries_live),
-        "entries_appended": int(counters.by_expert.sum()) * tables.heads,
+        "entries_live": int(pages.entries_live),
+        "entries_appended": int(counters.by_expert.sum()) * pages.heads,
         "entries_expired": counters.expired + born_expired,
         "entries_evicted": counters.evicted,
         "entries_cropped": counters.cropped,
@@ -49,7 +49,7 @@ def stats(cache: PiKVCache, dense_rows: int, dense_columns: int) -> dict:
 def metadata_bytes(cache: PiKVCache) -> int:
     """Bytes on the device that a cache keeps between forwards besides KV bytes. Weights of codecs, routers and policies are not among them:
     they do not grow with what is stored."""
-    owners = (cache.tables, cache.selection)
+    owners = (cache.pages, cache.selection)
     return sum(owner.metadata_nbytes for owner in owners if owner is not None)
 
 
@@ -59,12 +59,12 @@ def dense_bytes(spec: LayerSpec, rows: int, columns: int, itemsize: int) -> int:
 
 
 def attention_impl(cache: PiKVCache) -> str:
-    """Which code reads the pages, and their format: "pikv cpu int8", "pikv torch fp32"; "pikv cpu fp32+int4" with two pools.
+    """Which code reads the pages, and their format: "pikv cpu int8", "pikv torch fp32"; "pikv cpu fp32+int4" with several pools.
 
     torch also where some layer holds un-rotated keys (pages/unrotated.py).
     """
-    code = "torch" if any(store.turned is not None for store in cache.tables.all_stores) else load.ensured(cache.device.type)
-    formats = [fmt.name for fmt in (cache.tables.formats[0], cache.tables.far_formats[0]) if fmt is not None]
+    code = "torch" if any(pool.reader.rebuilds for pool in cache.pages.all_pools) else load.ensured(cache.device.type)
+    formats = [pool.fmt.name for pool in cache.blueprint.pages.layers[0].pools]
     return f"pikv {code} {'+'.join(formats)}"
 
 

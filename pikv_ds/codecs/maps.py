@@ -20,7 +20,7 @@ from typing import NamedTuple, Protocol, Self
 import torch
 from torch import Tensor
 
-from .rope import turn
+from .rope import rotate
 
 
 class Attended(Protocol):
@@ -104,28 +104,34 @@ class Transform:
         """
         c_v = self.v.apply(v) if v.shape[-1] else v
         if self.inv_freq is not None:  # the query stays: keys are put together again where they are read
-            return q, self.k.apply(turn(k, positions, self.inv_freq, back=True)).to(k.dtype), c_v, None
+            return q, self.k.apply(rotate(k, positions, self.inv_freq, back=True)).to(k.dtype), c_v, None
         folded, shift = self.fold(q, scale)
         return folded, self.k.apply(k), c_v, shift
 
     def keys(self, c: Tensor, positions: Tensor) -> Tensor:
         """The rotated keys [..., H, D] f32 that coefficients [..., H, r] of un-rotated ones stand for at positions [...]. With inv_freq."""
-        return turn(self.k.invert(c), positions, self.inv_freq)
+        return rotate(self.k.invert(c), positions, self.inv_freq)
 
     def of(self, rows: slice) -> Self:
         """The maps of some rows: here the same for all (tiers/bases.py has others)."""
         return self
 
-    def encode_pages(self, k: Tensor, v: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Coefficients of entries k, v [n * P, H, D] of n pages, which are of rows [n] int64."""
-        return self.k.apply(k), self.v.apply(v)
+    def encode_keys(self, k: Tensor, positions: Tensor) -> Tensor:
+        """Coefficients [N, H, r] of keys [N, H, D] at positions [N]."""
+        return self.k.apply(k if self.inv_freq is None else rotate(k, positions, self.inv_freq, back=True))
+
+    def encode_pages(self, k: Tensor, v: Tensor, positions: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Coefficients of entries k, v [n * P, H, D] at positions [n * P], of n pages, which are of rows [n] int64."""
+        return self.encode_keys(k, positions), self.v.apply(v)
 
     def decode_pages(self, x: Tensor, side: str) -> Tensor:
         """What coefficients x [R, S, C, H, P, r] of all rows stand for, f32; side "k" or "v"."""
         return getattr(self, side).invert(x.transpose(3, 4)).transpose(3, 4)
 
     def fold(self, q: Tensor, scale: float) -> tuple[Tensor, Tensor | None]:
-        """q' and the shift of the lse, as in `enter`."""
+        """q' and the shift of the lse, as in `enter`. With inv_freq the query stays."""
+        if self.inv_freq is not None:
+            return q, None
         by_head = q.float().unflatten(2, (self.k.decode.shape[0], -1))  # [B, T, H, G, D]
         folded = torch.einsum("bthgd,hrd->bthgr", by_head, self.k.decode).flatten(2, 3).to(q.dtype)
         shift = None if self.k.mean is None else scale * torch.einsum("bthgd,hd->bthg", by_head, self.k.mean).flatten(2, 3)

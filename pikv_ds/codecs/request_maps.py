@@ -5,20 +5,12 @@ B rows, T columns, H kv heads, G query heads of each, D head_dim, r rank, S shar
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from .maps import Attended, Transform
-
-
-class Turn(NamedTuple):
-    """A layer whose keys and queries of some rows have another basis from now on: x -> x by, of rows [n] int64, ascending."""
-
-    rows: Tensor
-    by: Tensor
-    """[n, H, r, r] f32, the same on all ranks."""
 
 
 class Column(Protocol):
@@ -51,7 +43,7 @@ class RequestMaps:
         by_head = partial.out.unflatten(2, (self.v.shape[1], -1))
         return partial._replace(out=torch.einsum("bthgr,bhdr->bthgd", by_head, self.v).flatten(2, 3))
 
-    def encode_pages(self, k: Tensor, v: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def encode_pages(self, k: Tensor, v: Tensor, positions: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         by_page = (x.unflatten(0, (len(rows), -1)) for x in (k, v))
         return tuple(_encode(x, basis[rows]).flatten(0, 1) for x, basis in zip(by_page, (self.k, self.v), strict=True))
 

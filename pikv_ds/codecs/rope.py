@@ -1,4 +1,4 @@
-"""Rotary position embeddings by halves of the whole width (Llama, Qwen, Mixtral): channels j and j + D / 2 turn by position * inv_freq[j].
+"""Rotary position embeddings by halves of the whole width (Llama, Qwen, Mixtral): channels j and j + D / 2 by position * inv_freq[j].
 
 Source: Su et al., RoFormer, arXiv 2104.09864; in halves as GPT-NeoX and transformers' rope_type "default" have it.
 """
@@ -14,8 +14,8 @@ def default_inv_freq(theta: float, dim: int) -> Tensor:
     return 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.int64).float() / dim)
 
 
-def turn(x: Tensor, positions: Tensor, inv_freq: Tensor, *, back: bool = False) -> Tensor:
-    """x [..., H, D] turned to its positions [...], or back from them, in f32 (f64 stays f64). Positions below 0 count as 0. Sync: none."""
+def rotate(x: Tensor, positions: Tensor, inv_freq: Tensor, *, back: bool = False) -> Tensor:
+    """x [..., H, D] rotated to its positions [...], or back from them, in f32 (f64 stays f64). Positions below 0 count as 0. Sync: none."""
     angle = (positions.clamp_min(0).float().unsqueeze(-1) * inv_freq).unsqueeze(-2)  # f32, as models have it
     x = x if x.dtype == torch.float64 else x.float()
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
@@ -45,6 +45,6 @@ def pair_metric(q: Tensor, inv_freq: Tensor, num_heads: int, *, stride: int = 8,
         seen = outer.flip(0).cumsum(0).flip(0) + later  # of the queries from each key on
         later = seen[0]
         for _ in range(2):  # rows, then columns
-            seen = turn(seen.flatten(1, 2), at, inv_freq, back=True).unflatten(1, (num_heads, width)).mT
+            seen = rotate(seen.flatten(1, 2), at, inv_freq, back=True).unflatten(1, (num_heads, width)).mT
         total += seen.sum(0)
     return total, sum(len(q) - key for key in keys)

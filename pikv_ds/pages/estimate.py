@@ -1,6 +1,6 @@
 """KV bytes from a model's geometry, without running it: what `pikv plan` prints.
 
-A rank's bytes are counted in whole pages and raw tails. The slabs by which a store grows are not counted: they may add up to
+A rank's bytes are counted in whole pages and raw tails. The slabs by which a pool grows are not counted: they may add up to
 1 / 32, and one page per layer.
 """
 

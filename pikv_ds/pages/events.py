@@ -1,11 +1,25 @@
-"""What watchers of pages are told: entries that were stored, that moved to other pages, that hold other numbers now."""
+"""What watchers of a layer's pages are told. Four events, synchronous; columns and rows move by themselves and need none.
+
+| event | when | who listens |
+|---|---|---|
+| `wrote` | entries were stored; in the step, so nothing may be read back to the host | a router |
+| `rebuilt` | pages hold other numbers: they came from another pool, or their keys have another basis | a router, the shares of attention |
+| `moved` | pages have other ids, their contents are the same | what names pages from outside |
+| `freed` | nobody names a page any more | what names pages from outside |
+
+A watcher may not change pages. The last three are told in the host phase, between forwards.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 from torch import Tensor
+
+from pikv_ds.step.step import Step
 
 
 class Written(NamedTuple):
@@ -37,13 +51,47 @@ class NewEntries:
     """[N] int32 row * S + local shard, 0 where not stored here: the tail row of a token."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TurnedEntries:
-    """Rows whose keys, and queries, were turned: x -> x turn, x [..., H, r] one or a group of heads of a row."""
+class Rebased(NamedTuple):
+    """Keys and queries of some rows have another basis from now on: x -> x by, x [..., H, r] one or a group of heads of a row."""
 
     rows: Tensor
     """[n] int64, ascending: the same on all ranks."""
-    turn: Tensor
+    by: Tensor
     """[n, H, r, r] f32, of all ranks' rows."""
-    entries: NewEntries
-    """All entries of these rows on this rank, keys as they are read from now on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PageChange:
+    """Pages of one pool of a layer hold other numbers than before."""
+
+    layer: int
+    level: int
+    """Which of the layer's pools, 0 the nearest: that one has what the layer is given, so queries change their basis with it."""
+    basis: Rebased | None
+    """None: the pages have come from another pool, where `wrote` gave their entries no slot."""
+    read: Callable[[], NewEntries]
+
+    @cached_property
+    def entries(self) -> NewEntries:
+        """All entries of these pages on this rank, from the first slot of each page on, keys as they are read from now on. Decodes them."""
+        return self.read()
+
+
+class PageMove(NamedTuple):
+    """Pages of a pool have other ids: [n] int64 each, ascending."""
+
+    level: int
+    source: Tensor
+    target: Tensor
+
+
+@dataclass(slots=True)
+class PageEvents:
+    """Who is told, of one layer. Empty tuples cost nothing: what is told is not even made."""
+
+    wrote: tuple[Callable[[int, Step, Tensor, Written], None], ...] = ()
+    """(layer, forward, keys [N, H, D] as the layer is given them, where they went)."""
+    rebuilt: tuple[Callable[[PageChange], None], ...] = ()
+    moved: tuple[Callable[[PageMove], None], ...] = ()
+    freed: tuple[Callable[[int, Tensor], None], ...] = ()
+    """(level of the pool, [n] int64 page ids)."""

@@ -1,6 +1,8 @@
-"""All layers' storage on one rank, and its host phase: allocate, fork, reserve, expire, shrink. R rows, S local shards, L layers."""
+"""All layers' pages on one rank, and their host phase: allocate, fork, reserve, expire, shrink. R rows, S local shards, L layers."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -8,22 +10,22 @@ from torch import Tensor
 
 from pikv_ds.codecs.request_maps import PageMaps
 from pikv_ds.config.storage import StorageConfig
-from pikv_ds.ops import PageFormat
 from pikv_ds.placement.directory import Directory
 from pikv_ds.placement.shard_map import ShardMap
-from pikv_ds.step.step import StepPlan
+from pikv_ds.step.step import Step
 
 from .counters import Counters
 from .crops import CropLimits
+from .layer import LayerPages
 from .plan import PagesPlan
-from .pool import LayerStore, tail_dtype
+from .pool import PagePool, no_tail
 from .recycle import expire, fork
 from .rows import RowChange, Rows
 from .sizing import pages_to_open, shard_capacity
 
 
-class Tables:
-    """Owns the stores, the row counts and the directory. Everything here runs between forwards, never below attend."""
+class RankPages:
+    """Owns the layers, the row counts and the directory. Everything here runs between forwards, never below attend."""
 
     def __init__(
         self,
@@ -32,51 +34,33 @@ class Tables:
         shard_map: ShardMap,
         num_experts: int,
         device: torch.device,
+        request_maps: Mapping[int, PageMaps],
     ) -> None:
-        """plan: its maps lie on the device."""
-        self.layers = layers = [layer.spec for layer in plan.layers]
-        self.storage, self.page_size, self.heads = storage, plan.page_size, plan.heads
-        self.formats, self.far_formats = [layer.near for layer in plan.layers], [layer.far for layer in plan.layers]
-        self.two_pools = any(layer.far is not None for layer in plan.layers)
-        # From near entries to what far pages hold; None: the same, or bases of requests that are not fitted yet.
-        self.far_maps: list[PageMaps | None] = [layer.far_maps for layer in plan.layers]
-        self.undone = [layer.undone for layer in plan.layers]
-        self.turns = plan.rebased
+        """plan: its maps lie on the device. request_maps: by layer, of pools whose maps belong to requests (tiers/bases.py)."""
+        self.plan, self.storage, self.page_size, self.heads = plan, storage, plan.page_size, plan.heads
         self.dtype, self.device, self.map = plan.dtype, device, shard_map
         self.num_shards, self.num_local = shard_map.num_shards, shard_map.num_local
-        self.directory = Directory(layers, self.num_shards, device, self.heads)
+        self.layers = [
+            LayerPages(i, layer, plan.heads, plan.dtype, shard_map, layer.transform or request_maps.get(i))
+            for i, layer in enumerate(plan.layers)
+        ]
+        self.specs = [layer.spec for layer in plan.layers]
+        self.num_levels = max(len(layer.pools) for layer in plan.layers)
+        self.directory = Directory(self.specs, self.num_shards, device, self.heads)
         self.counters = Counters(num_experts, device)
-        self.columns = [layer.columns for layer in plan.layers]  # one number per page each, for policies
         self.rows = Rows(device)
-        self.crops = CropLimits(layers, self.rows)
+        self.crops = CropLimits(self.specs, self.rows)
         self.allocate(0)
 
     def allocate(self, num_rows: int) -> None:
         """Start with empty tables of `num_rows` requests and zeroed entry counters; earlier pages are given back."""
-        self.counts = torch.zeros(len(self.layers), num_rows, self.num_local * self.heads, dtype=torch.int32, device=self.device)
-        self.free_top = torch.zeros(len(self.layers), dtype=torch.int64, device=self.device)
-        self.stores = [
-            LayerStore(fmt, self.dtype, self.device, self.counts[i], self.free_top[i], self.heads, turned=None if far else self.undone[i])
-            for i, (fmt, far) in enumerate(zip(self.formats, self.far_formats, strict=True))
-        ]
-        self.far_counts, self.far_free_top = torch.zeros_like(self.counts), torch.zeros_like(self.free_top)
-        no_tails = {fmt: self._no_tail(fmt) for fmt in self.far_formats if fmt is not None}
-        self.no_tail_nbytes = sum(tail.nbytes for fmt, tail in no_tails.items() if fmt.grouped)
-        self.far = [
-            None
-            if fmt is None
-            else LayerStore(
-                fmt, self.dtype, self.device, self.far_counts[i], self.far_free_top[i], no_tail=no_tails[fmt], turned=self.undone[i]
-            )
-            for i, fmt in enumerate(self.far_formats)
-        ]
-        for store in self.far:
-            if store is not None:
-                store.reserve(0, 0, 0)  # a table that is read while it is empty has its spare column
-        for i, columns in enumerate(self.columns):
-            for name, dtype in columns.items():
-                for store in self.pools(i):
-                    store.add_summary(name, (), dtype, cleared=True)
+        self.counts = self._counts(num_rows)
+        self.free_tops = [torch.zeros(len(self.layers), dtype=torch.int64, device=self.device) for _ in range(self.num_levels)]
+        behind = {pool.fmt for plan in self.plan.layers for pool in plan.pools[1:] if pool.fmt.grouped}
+        self.no_tails = {fmt: no_tail(fmt, self.dtype, self.device) for fmt in behind}
+        for i, layer in enumerate(self.layers):
+            levels = range(len(layer.plan.pools))
+            layer.start([self.counts[level][i] for level in levels], [self.free_tops[level][i] for level in levels], self.no_tails)
         self.quiet = 0  # decode steps that surely open no page: nothing to reserve, mirror or give back
         self.rows.start(num_rows)
         self.directory.reset(num_rows)
@@ -84,34 +68,31 @@ class Tables:
         self.counters.clear()
         self.mirror()
 
-    def _no_tail(self, fmt: PageFormat) -> Tensor:
-        return torch.zeros(1, fmt.num_kv_heads, fmt.group, fmt.k_dim, dtype=tail_dtype(self.dtype), device=self.device)
-
-    def pools(self, layer: int) -> list[LayerStore]:
-        """The stores of a layer: the one that entries are appended to, and that of its demoted pages if there are two."""
-        near, far = self.stores[layer], self.far[layer]
-        return [near] if far is None else [near, far]
+    def _counts(self, num_rows: int) -> list[Tensor]:
+        """By level [L, R, S * H] int32: level 0 is read once per step, in one piece."""
+        shape = (len(self.layers), num_rows, self.num_local * self.heads)
+        return [torch.zeros(shape, dtype=torch.int32, device=self.device) for _ in range(self.num_levels)]
 
     @property
-    def all_stores(self) -> list[LayerStore]:
-        return [store for layer in range(len(self.layers)) for store in self.pools(layer)]
+    def all_pools(self) -> list[PagePool]:
+        return [pool for layer in self.layers for pool in layer.pools]
 
     @property
     def entries_live(self) -> Tensor:
         """0-d int64, entries in all tables of this rank. Sync: none."""
-        return self.counts.sum() + self.far_counts.sum()
+        return sum(counts.sum() for counts in self.counts)
 
     @property
     def metadata_nbytes(self) -> int:
         """Bytes of what says where entries lie, and of their counters."""
-        sizes = (self.counts, self.far_counts, self.free_top, self.far_free_top)
-        own = sum(x.nbytes for x in sizes) + self.no_tail_nbytes + sum(store.metadata_nbytes for store in self.all_stores)
+        own = sum(x.nbytes for x in (*self.counts, *self.free_tops)) + sum(pool.metadata_nbytes for pool in self.all_pools)
+        own += sum(tail.nbytes for tail in self.no_tails.values())
         return own + self.directory.nbytes + self.counters.nbytes + self.rows.nbytes
 
     def mirror(self) -> None:
         """Host copies of the sizes that plan the next forward. Sync: one read in forwards that are not quiet; free on CPU."""
         self.stale = False
-        self.counts_host, self.free_host, self.load_host = self.counts.cpu(), self.free_top.cpu(), self.directory.load.cpu()
+        self.counts_host, self.free_host, self.load_host = self.counts[0].cpu(), self.free_tops[0].cpu(), self.directory.load.cpu()
 
     def change(self, change: RowChange) -> None:
         """Rows are forked, cropped, dropped or new, with all that is kept of them. Raises: RuntimeError, before anything has moved."""
@@ -120,26 +101,20 @@ class Tables:
         parent = change.index
         keep, lens = (torch.tensor(x, dtype=torch.int64).to(self.device) for x in (change.keep, change.lens))
         removed = self.directory.fork(parent, keep, lens)
-        old, self.counts = self.counts, self.counts.new_zeros(len(self.layers), parent.numel(), self.num_local * self.heads)
-        old_far, self.far_counts = self.far_counts, torch.zeros_like(self.counts)
+        self.counts, old = self._counts(parent.numel()), self.counts
         self.evicted = self.directory.evicted_by_head()
-        childless = torch.ones(old.shape[1], dtype=torch.bool, device=self.device)
+        childless = torch.ones(old[0].shape[1], dtype=torch.bool, device=self.device)
         childless[parent[parent >= 0]] = False
         some_end = bool((parent < 0).any())  # rows of another generation leave; among forks, dropped rows count as forked away
-        for i, store in enumerate(self.stores):
-            kept = change.tensor(old[i])
+        for i, layer in enumerate(self.layers):
             cut = self.map.own(removed[i], 1).repeat_interleave(self.heads, 1)
-            self.counts[i] = kept - cut
-            fork(store, parent, self.counts[i])
-            cropped = int(cut.sum()) + (int(old[i][childless].sum()) if some_end else 0)
-            self.counters.cropped += cropped
-            self.counters.forked += int(self.counts[i].sum()) + cropped - int(old[i].sum())
-            if self.far[i] is not None:  # a crop never reaches what was demoted (tiers/window.py)
-                self.far_counts[i] = change.tensor(old_far[i])
-                fork(self.far[i], parent, self.far_counts[i])
-                dropped = int(old_far[i][childless].sum()) if some_end else 0
-                self.counters.cropped += dropped
-                self.counters.forked += int(self.far_counts[i].sum()) + dropped - int(old_far[i].sum())
+            for level, (pool, kept) in enumerate(zip(layer.pools, layer.kept(change, cut), strict=True)):
+                self.counts[level][i] = kept
+                fork(pool, parent, self.counts[level][i])
+                gone = int(old[level][i][childless].sum()) if some_end else 0
+                gone += int(cut.sum()) if level == 0 else 0
+                self.counters.cropped += gone
+                self.counters.forked += int(self.counts[level][i].sum()) + gone - int(old[level][i].sum())
         self.rows.change(change)
         self.mirror()
 
@@ -150,44 +125,44 @@ class Tables:
         self.evicted = evicted
         self.crops.note_eviction(lens, lost)
 
-    def reserve(self, plan: StepPlan, hold: bool) -> None:
-        """Fill in the per-layer sizes of a plan and make sure that its entries will find pages, without knowing their shards yet."""
-        if plan.decode and self.quiet:
+    def reserve(self, step: Step) -> None:
+        """Fill in the per-layer sizes of a step and make sure that its entries will find pages, without knowing their shards yet."""
+        if step.decode and self.quiet:
             self.quiet, self.stale = self.quiet - 1, True
-            plan.quiet, plan.may_open, plan.may_spill = True, [False] * len(self.layers), [False] * len(self.layers)
+            step.quiet, step.may_open, step.may_spill = True, [False] * len(self.layers), [False] * len(self.layers)
             return
         if self.stale:
             self.mirror()
         page = self.page_size
-        num_new, counts = np.array(plan.num_new, dtype=np.int64), self.counts_host.numpy()  # numpy: small sizes, each step
-        most_new, total_new = max(plan.num_new, default=0), sum(plan.num_new)
+        num_new, counts = np.array(step.num_new, dtype=np.int64), self.counts_host.numpy()  # numpy: small sizes, each step
+        most_new, total_new = max(step.num_new, default=0), sum(step.num_new)
         fullest = counts.max((1, 2), initial=0).tolist()
         opens = [0] * len(self.layers)
-        if plan.decode:
+        if step.decode:
             # A row opens a page only when an open page is full; its token may go to any shard, and there to the tables of all heads.
             full = (counts % page == 0).reshape(*counts.shape[:2], self.num_local, self.heads).sum(-1).max(-1, initial=0)
             opens = (full * (num_new > 0)).sum(1).tolist()
         if self.num_shards == 1 and self.storage.capacity_tokens is None:
             # What every open page has left after this step. With several shards spilling is decided anew in each step.
-            self.quiet = int((page - 1 - counts % page).min(initial=page - 1)) if plan.decode else 0
-        kinds = [(spec.window, sum(map(sum, evicted)) // self.heads) for spec, evicted in zip(self.layers, self.evicted, strict=True)]
+            self.quiet = int((page - 1 - counts % page).min(initial=page - 1)) if step.decode else 0
+        kinds = [(spec.window, sum(map(sum, evicted)) // self.heads) for spec, evicted in zip(self.specs, self.evicted, strict=True)]
         capacity = {
-            kind: shard_capacity(self.layers, kind[0], plan.lens_after_host, self.num_shards, page, self.storage.capacity_tokens, kind[1])
+            kind: shard_capacity(self.specs, kind[0], step.lens_after_host, self.num_shards, page, self.storage.capacity_tokens, kind[1])
             for kind in set(kinds)
         }
         free = self.free_host.tolist()
         fullest_shard = self._tokens(self.load_host).amax(1).tolist() if self.num_shards > 1 else [0] * len(self.layers)
-        for i, store in enumerate(self.stores):
-            plan.capacity.append(capacity[kinds[i]])
-            plan.may_spill.append(self.num_shards > 1 and fullest_shard[i] + total_new > plan.capacity[i])
-            needed = opens[i] if plan.decode else self._pages_for_chunk(i, torch.from_numpy(num_new), plan.capacity[i], hold)
-            plan.may_open.append(needed > 0)
-            store.reserve(free[i], needed, -(-(fullest[i] + most_new) // page))
+        for i, layer in enumerate(self.layers):
+            step.capacity.append(capacity[kinds[i]])
+            step.may_spill.append(self.num_shards > 1 and fullest_shard[i] + total_new > step.capacity[i])
+            needed = opens[i] if step.decode else self._pages_for_chunk(i, torch.from_numpy(num_new), step.capacity[i], step.hold)
+            step.may_open.append(needed > 0)
+            layer.nearest.reserve(free[i], needed, -(-(fullest[i] + most_new) // page))
         if self.num_shards > 1:
-            self.directory.reserve(max(plan.lens_after_host, default=0))
+            self.directory.reserve(max(step.lens_after_host, default=0))
 
     def _pages_for_chunk(self, layer: int, num_new: Tensor, capacity: int, hold: bool) -> int:
-        window = self.layers[layer].window
+        window = self.specs[layer].window
         stored = num_new if window is None or hold else num_new.clamp_max(window - 1)
         room = capacity - self._tokens(self.map.own(self.load_host[layer], 0)) if self.num_shards > 1 and window is None else None
         counts = self.counts_host[layer].view(-1, self.num_local, self.heads)
@@ -200,24 +175,25 @@ class Tables:
         """Entries of tables per head as tokens, rounded up."""
         return -(-load // self.heads)
 
-    def expire(self, lens: list[int], margin: int) -> int:
-        """Free pages that have left their layer's window; `margin` tokens may still be cropped back. Returns entries expired."""
-        if not lens or all(spec.window is None for spec in self.layers):
-            return 0
+    def expire(self, step: Step) -> bool:
+        """Free pages that have left their layer's window, but for what may still be cropped back. Returns whether entries left."""
+        lens, margin = step.lens_after_host, step.margin
+        if margin is None or not lens or all(spec.window is None for spec in self.specs):
+            return False
         already = self.counters.expired
         self.crops.note_expiry(lens, margin)
         at = torch.tensor(lens, dtype=torch.int64).to(self.device) - margin
-        for spec, store in zip(self.layers, self.stores, strict=True):
-            if spec.window is not None:
-                self.counters.expired += expire(store, at, spec.window)
-        return self.counters.expired - already
+        for layer in self.layers:
+            if layer.spec.window is not None:
+                self.counters.expired += expire(layer.nearest, at, layer.spec.window)
+        return self.counters.expired > already
 
     def shrink(self) -> None:
-        """Mirror the sizes, then give back slabs of layers with much free space."""
+        """Mirror the sizes, then give back slabs of pools with much free space."""
         self.mirror()
-        for i, (store, free) in enumerate(zip(self.stores, self.free_host.tolist(), strict=True)):
-            self.free_host[i] = store.shrink(free)
-        if self.two_pools:
-            for store, free in zip(self.far, self.far_free_top.tolist(), strict=True):
-                if store is not None:
-                    store.shrink(free)
+        for i, layer in enumerate(self.layers):
+            self.free_host[i] = layer.nearest.shrink(int(self.free_host[i]))
+        for level in range(1, self.num_levels):
+            for layer, free in zip(self.layers, self.free_tops[level].tolist(), strict=True):
+                if level < len(layer.pools):
+                    layer.pools[level].shrink(free)

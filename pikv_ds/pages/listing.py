@@ -1,4 +1,4 @@
-"""The pages of a layer as a retention policy sees them, of one pool or of two as if one store held them.
+"""The pages of a layer as a retention policy sees them, of one pool or of several as if one held them.
 
 R request rows, S local shards, C columns of a block table. With budgets per head a page holds one kv head, and every head of a request is a
 row of its own.
@@ -12,17 +12,15 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from pikv_ds.codecs.request_maps import PageMaps
-
 from .entries import read_back
-from .pool import LayerStore
+from .pool import PagePool
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pages:
     """The pages of one layer on this rank, as the block tables name them."""
 
-    store: LayerStore
+    pool: PagePool
     table: Tensor
     """[R, S, C] int32 page ids, -1 = no page."""
     counts: Tensor
@@ -38,12 +36,12 @@ class Pages:
     layer: int = 0
     """Index of the attention layer."""
     tail_rows: Tensor | None = None
-    """[R, S] int64, the row of each table in store.tail; None = the keys of open groups are not asked for."""
+    """[R, S] int64, the row of each table in pool.tail; None = the keys of open groups are not asked for."""
 
     @property
     def page_size(self) -> int:
         """Entries of a full page."""
-        return self.store.page_size
+        return self.pool.page_size
 
     @cached_property
     def entries(self) -> Tensor:
@@ -54,7 +52,7 @@ class Pages:
     @cached_property
     def slot_positions(self) -> Tensor:
         """[R, S, C, page_size] int32, the stored positions; anything in slots without an entry."""
-        return self.store.positions[self.table.clamp_min(0)]
+        return self.pool.positions[self.table.clamp_min(0)]
 
     @cached_property
     def last_position(self) -> Tensor:
@@ -69,11 +67,15 @@ class Pages:
 
     def value(self, name: str) -> Tensor:
         """The policy's number of each page, [R, S, C]; 0 where there is no page."""
-        return torch.where(self.entries > 0, self.store.summaries[name][self.table.clamp_min(0)], 0)
+        return torch.where(self.entries > 0, self.pool.summaries[name][self.table.clamp_min(0)], 0)
+
+    def by_pool(self, chosen: Tensor) -> list[tuple[PagePool, Tensor]]:
+        """chosen [R, S, C'] bool of the first C' columns, as its tables lie -> the pools with pages, and [R, S, C of the pool] for each."""
+        return [(self.pool, fit(chosen, self.pool.table.width, False))]
 
     @cached_property
     def _decoded(self) -> tuple[Tensor, Tensor]:
-        read = read_back(self.store, self.table, self.counts, self.tail_rows)  # [R * S, Hkv, L, D]
+        read = read_back(self.pool, self.table, self.counts, self.tail_rows)  # [R * S, Hkv, L, D]
         filled = self.filled[:, :, :, None, :, None]
         shape = (*self.table.shape[:2], -1, filled.shape[2], filled.shape[4])  # R, S, Hkv, C, page_size
         return tuple(torch.where(filled, x.view(*shape, x.shape[-1]).transpose(2, 3), 0) for x in read)
@@ -97,29 +99,26 @@ class JoinedPages(Pages):
     """
 
     parts: tuple[Pages, ...]
-    maps: PageMaps | None
-    """What far pages hold are coefficients; keys and values are what they stand for."""
     order: Tensor
     """[R, S, C] int64, for each column its place among the columns of all parts, one after the other."""
 
     @classmethod
-    def of(cls, parts: list[Pages], maps: PageMaps | None) -> JoinedPages:
-        """parts: near and far, in this order."""
+    def of(cls, parts: list[Pages]) -> JoinedPages:
+        """parts: by pool, nearest first."""
         near = parts[0]
-        parts = [part for part in parts if part.store.num_pages] or parts[:1]
+        parts = [part for part in parts if part.pool.num_pages] or parts[:1]
         first = [torch.where(part.entries > 0, part.slot_positions[..., 0], torch.iinfo(torch.int32).max) for part in parts]
         order = torch.cat(first, -1).argsort(dim=-1, stable=True)
         return cls(
-            store=near.store, table=torch.cat([part.table for part in parts], -1).gather(-1, order),
+            pool=near.pool, table=torch.cat([part.table for part in parts], -1).gather(-1, order),
             counts=sum(part.counts for part in parts), lens=near.lens, rows=near.rows, time=near.time, last_eviction=near.last_eviction,
-            layer=near.layer, maps=maps, parts=tuple(parts), order=order,
+            layer=near.layer, parts=tuple(parts), order=order,
         )  # fmt: skip
 
-    def by_pool(self, chosen: Tensor) -> list[tuple[LayerStore, Tensor]]:
-        """chosen [R, S, C'] bool of the first C' columns -> the pools with pages, and [R, S, C of the pool] for each."""
+    def by_pool(self, chosen: Tensor) -> list[tuple[PagePool, Tensor]]:
         back = torch.zeros_like(self.order, dtype=torch.bool).scatter_(-1, self.order, fit(chosen, self.order.shape[-1], False))
         columns = back.split([part.table.shape[-1] for part in self.parts], -1)
-        return [(part.store, own) for part, own in zip(self.parts, columns, strict=True)]
+        return [(part.pool, own) for part, own in zip(self.parts, columns, strict=True)]
 
     def _joined(self, values: list[Tensor]) -> Tensor:
         """[R, S, C of the pool, ...] of each pool -> [R, S, C, ...]."""
@@ -147,10 +146,11 @@ class JoinedPages(Pages):
         return self._joined([self._model(part, part.values, "v") for part in self.parts])
 
     def _model(self, part: Pages, x: Tensor, side: str) -> Tensor:
-        """x [R, S, C, Hkv, page_size, D] of one pool as the model has it, 0 where no entry is."""
-        if self.maps is None or part.store is self.store or part.store.turned is not None:
+        """x [R, S, C, Hkv, page_size, D] of one pool as attention is given it, 0 where no entry is."""
+        maps = part.pool.maps
+        if maps is None or part.pool.reader.rebuilds:
             return x
-        return torch.where(part.filled[:, :, :, None, :, None], self.maps.decode_pages(x, side), 0)
+        return torch.where(part.filled[:, :, :, None, :, None], maps.decode_pages(x, side), 0)
 
 
 def fit(x: Tensor, columns: int, fill: float) -> Tensor:

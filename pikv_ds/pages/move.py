@@ -1,6 +1,6 @@
-"""Full pages of the near pool move to the far pool of their layer: encoded there, freed here. Host phase, between forwards.
+"""Full pages of one pool move to the next of their layer: encoded there, freed here. Host phase, between forwards.
 
-R request rows, S local shards, C columns of a block table, P entries of a page.
+R request rows, S tables of a row, C columns of a table, P entries of a page.
 """
 
 from __future__ import annotations
@@ -11,57 +11,53 @@ import torch
 from torch import Tensor
 
 from pikv_ds import ops
-from pikv_ds.codecs.request_maps import PageMaps
-from pikv_ds.codecs.rope import turn
 
-from .pool import LayerStore
+from .pool import PagePool
 from .recycle import drop
 
 PAGES_AT_ONCE = 64  # decoded to f32 at a time: bounds what demoting a long prompt takes
 
 
 class Moved(NamedTuple):
-    """n pages that moved, each once however many tables name it. rows, shards [n] int64: of one of these (local shard)."""
+    """n pages that moved, each once however many tables name it. rows, tables [n] int64: one of these, of its row."""
 
     source: Tensor
-    """[n] int64 page ids in the near pool, which are free now."""
+    """[n] int64 page ids in the pool that they left, which are free now."""
     target: Tensor
-    """[n] int64 page ids in the far pool."""
+    """[n] int64 page ids in the pool where they are."""
     rows: Tensor
-    shards: Tensor
+    tables: Tensor
 
 
-def demote(near: LayerStore, far: LayerStore, gone: Tensor, maps: PageMaps | None = None) -> Moved | None:
+def demote(near: PagePool, far: PagePool, gone: Tensor) -> Moved | None:
     """Encode the pages `gone` names into pages of the far pool, at the ends of the same tables, and free them in the near pool.
 
-    Args: gone [R, S, C] bool, full pages of near's block table. A page that beams share moves once; the tables outside `gone` that name it
-        keep it. maps: what far pages hold are coefficients.
+    Args: gone [R, S, C] bool, full pages of near's tables. A page that beams share moves once; the tables outside `gone` that name it keep
+        it. Summaries that both pools keep move along.
     Returns: None when nothing moved.
     """
-    row, shard, column = torch.nonzero(gone, as_tuple=True)
+    row, at, column = torch.nonzero(gone, as_tuple=True)
     if row.numel() == 0:
         return None
-    page_size, device = near.page_size, near.device
-    source, index, uses = torch.unique(near.block_table[row, shard, column].to(torch.int64), return_inverse=True, return_counts=True)
-    count, begin, moved = source.numel(), far.counts // page_size, gone.sum(-1)
-    far.reserve(int(far.free_top), count, int((begin + moved).max()))
-    far.free_top -= count
-    top = int(far.free_top)
-    target = far.free_stack[top : top + count].clone()
-    far.refcount[target.long()] = uses.to(torch.int32)
-    at = begin[row, shard] + (gone.cumsum(-1) - 1)[row, shard, column]
-    far.block_table[row, shard, at] = target[index]
-    far.counts += moved.to(torch.int32) * page_size
-    first = torch.full((count,), row.numel(), device=device).scatter_reduce_(0, index, torch.arange(row.numel(), device=device), "amin")
-    _encode(near, far, source, target, maps, row[first])
+    source, index, uses = torch.unique(near.table.ids[row, at, column].to(torch.int64), return_inverse=True, return_counts=True)
+    count, begin, moved = source.numel(), far.table.counts // near.page_size, gone.sum(-1)
+    far.table.widen(int((begin + moved).max()))
+    target = far.take(count, uses)
+    place = begin[row, at] + (gone.cumsum(-1) - 1)[row, at, column]
+    far.table.ids[row, at, place] = target[index]
+    far.table.counts += moved.to(torch.int32) * near.page_size
+    order = torch.arange(row.numel(), device=near.device)
+    first = torch.full((count,), row.numel(), device=near.device).scatter_reduce_(0, index, order, "amin")
+    _encode(near, far, source, target, row[first])
     for name, values in near.summaries.items():
         if name in far.summaries:
             far.summaries[name][target.long()] = values[source]
     drop(near, gone)
-    return Moved(source, target.long(), row[first], shard[first])
+    return Moved(source, target.long(), row[first], at[first])
 
 
-def _encode(near: LayerStore, far: LayerStore, source: Tensor, target: Tensor, maps: PageMaps | None, rows: Tensor) -> None:
+def _encode(near: PagePool, far: PagePool, source: Tensor, target: Tensor, rows: Tensor) -> None:
+    maps = None if far.maps is near.maps else far.maps
     if near.fmt == far.fmt and maps is None:
         ops.migrate(far.pages, near.pages, target, source.to(torch.int32))
         return
@@ -69,8 +65,7 @@ def _encode(near: LayerStore, far: LayerStore, source: Tensor, target: Tensor, m
         ids, slots = source[begin : begin + PAGES_AT_ONCE], page_slots(target[begin : begin + PAGES_AT_ONCE], far.page_size)
         (k, v), positions = entries_of(near, ids), near.positions.index_select(0, ids).flatten()
         if maps is not None:
-            k = k if far.turned is None else turn(k, positions, far.turned.inv_freq, back=True)
-            k, v = (x.contiguous() for x in maps.encode_pages(k, v, rows[begin : begin + PAGES_AT_ONCE]))
+            k, v = (x.contiguous() for x in maps.encode_pages(k, v, positions, rows[begin : begin + PAGES_AT_ONCE]))
         options = {}
         if far.fmt.grouped:  # a page is whole groups: its tail is filled and used up within the call
             shape = (ids.numel(), far.fmt.num_kv_heads, far.fmt.group, far.fmt.k_dim)
@@ -79,9 +74,9 @@ def _encode(near: LayerStore, far: LayerStore, source: Tensor, target: Tensor, m
         ops.append(far.pages, far.fmt, k, v, positions, slots, **options)
 
 
-def entries_of(store: LayerStore, pages: Tensor) -> tuple[Tensor, Tensor]:
-    """k [n * P, Hkv, Dk] and v [n * P, Hkv, Dv] f32 of whole pages [n], in slot order."""
-    k, v = ops.decode_pages(store.pages.index_select(0, pages), store.fmt)
+def entries_of(pool: PagePool, pages: Tensor) -> tuple[Tensor, Tensor]:
+    """k [n * P, Hkv, Dk] and v [n * P, Hkv, Dv] f32 of whole pages [n], in slot order, as the pool holds them."""
+    k, v = ops.decode_pages(pool.pages.index_select(0, pages), pool.fmt)
     return tuple(x.transpose(1, 2).flatten(0, 1).contiguous() for x in (k, v))
 
 

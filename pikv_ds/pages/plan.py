@@ -1,4 +1,4 @@
-"""How the pages of every layer are laid out, before there are any: what Tables are built from. Numbers and maps, no device memory."""
+"""How the pages of every layer are laid out, before there are any: what RankPages are built from. Numbers and maps, no device memory."""
 
 from __future__ import annotations
 
@@ -13,31 +13,40 @@ from pikv_ds.spec import LayerSpec
 
 
 @dataclass(frozen=True, kw_only=True)
+class PoolPlan:
+    """One pool of a layer."""
+
+    fmt: PageFormat
+    mapped: bool = False
+    """Its entries are coefficients of what the layer is given; otherwise they are that, encoded."""
+    always_read: bool = True
+    """Every query reads it; otherwise a router chooses among its pages."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class LayerPlan:
     spec: LayerSpec
-    near: PageFormat
-    """Of the pool that entries are appended to."""
-    far: PageFormat | None
-    """Of the pool that they are demoted to (tiers/window.py); None = there is one pool."""
+    pools: tuple[PoolPlan, ...]
+    """Nearest first: entries are appended to the first, and pages move on from each to the next."""
     transform: Transform | None
     """Between the model's heads and what pages of the codec hold; None = they are the same, or maps belong to requests."""
-    maps_near: bool
-    """What is appended is mapped already; otherwise only what is demoted is."""
     columns: dict[str, torch.dtype]
     """Numbers kept per page for policies."""
 
     @property
-    def near_maps(self) -> Transform | None:
-        return self.transform if self.maps_near else None
+    def entry_maps(self) -> Transform | None:
+        """What a layer is given is mapped by this before it is stored, and so are its queries; None: only pools behind map."""
+        return None if any(pool.mapped for pool in self.pools) else self.transform
 
     @property
-    def far_maps(self) -> Transform | None:
-        return None if self.maps_near else self.transform
-
-    @property
-    def undone(self) -> Transform | None:
-        """The maps of a layer whose pages hold keys before their rotation; with two pools the far ones."""
+    def unrotated(self) -> Transform | None:
+        """The maps of a layer whose pages hold keys before their rotation; with several pools all but the nearest."""
         return None if self.transform is None or self.transform.inv_freq is None else self.transform
+
+    @property
+    def routed(self) -> int | None:
+        """The pool that a router chooses from; None: every query reads all."""
+        return next((level for level, pool in enumerate(self.pools) if not pool.always_read), None)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,22 +1,26 @@
-"""The paged store of one layer on one rank: slabs of page records, the block table of its shards, device-side slot allocation.
+"""A pool of pages: the records of one layer at one level on this rank, the tables that name them, and what is kept per page.
 
-R request rows, S local shards, P pages. A page is one record of ops/format/formats.py: codes, scales and positions of page_size entries.
-Formats that encode keys by groups of tokens keep the newest group of every (row, shard) raw in `tail`; a store of full pages has none.
+R request rows, S tables of a row (pages/table.py), P pages. A page is one record of ops/format/formats.py: codes, scales and positions of
+page_size entries. Formats that encode keys by groups of tokens keep the newest group of every table raw in `tail`; a pool that is given
+full pages only has none.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from pikv_ds import ops
-from pikv_ds.codecs.maps import Transform
+from pikv_ds.codecs.request_maps import PageMaps
 from pikv_ds.ops import PageFormat
 from pikv_ds.ops.memory import aligned_bytes
 
-GROWTH = 32
-"""Pages are added in slabs of at least P // GROWTH, and given back once more than that share is free. Growing copies the layer: with n
-entries per table once in n / GROWTH steps or more, each of which reads every entry, so 2 * GROWTH / n of what attention moves at most."""
+from .allocator import PageAllocator
+from .events import PageEvents, PageMove
+from .table import PageTable
+from .view import Before, PageReader, PageView
 
 
 def tail_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -24,41 +28,49 @@ def tail_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float16 if dtype == torch.float32 else dtype
 
 
-class LayerStore:
-    """Owns the KV memory of one layer on this rank. `counts` and `free_top` are views into tensors that the cache reads once per step."""
+def no_tail(fmt: PageFormat, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[1, Hkv, group, Dk], what ops are given for a pool of full pages in a grouped format. It is not read."""
+    return torch.zeros(1, fmt.num_kv_heads, fmt.group, fmt.k_dim, dtype=tail_dtype(dtype), device=device)
+
+
+class PagePool:
+    """Owns records, raw tails and what is kept per page; ids are its allocator's, which row has which page its table's."""
 
     def __init__(
         self,
         fmt: PageFormat,
         dtype: torch.dtype,
-        device: torch.device,
         counts: Tensor,
         free_top: Tensor,
-        heads: int = 1,
+        reader: Callable[[PagePool], PageReader],
         *,
+        heads: int = 1,
+        level: int = 0,
+        maps: PageMaps | None = None,
+        full_pages: bool = False,
         no_tail: Tensor | None = None,
-        turned: Transform | None = None,
+        events: PageEvents | None = None,
     ) -> None:
-        """no_tail: entries come in full pages only, so there is no open group; [1, Hkv, group, Dk], what the ops are given all the same.
+        """dtype: of the model. counts [R, S] int32 and free_top, 0-d int64: views of tensors that a rank reads once per step.
 
-        turned: pages hold coefficients of keys before their rotation, and who reads them meets what these stand for (pages/unrotated.py).
+        reader: how queries meet what pages hold (pages/raw.py, pages/unrotated.py). level: place among the layer's pools, 0 the nearest.
+        maps: between the entries that the layer is given and those of this pool; None: they are the same numbers, encoded.
+        full_pages: entries come in full pages only, so that there is no open group. no_tail [1, Hkv, group, Dk]: what ops are given all the
+        same, when the format has groups.
         """
-        self.fmt = fmt
-        self.full_pages, self.turned = no_tail is not None, turned
-        self.heads = heads  # S counts (shard, kv head) pairs when a page holds one head: its tables are shard * heads + head
-        self.page_size = fmt.page_size
-        self.dtype, self.device = dtype, device  # dtype of the model
-        self.counts = counts  # [R, S] int32, entries per row and local shard, expired pages not included
-        self.free_top = free_top  # 0-d int64, pages on the free stack
-        self.pages = aligned_bytes(0, device).view(0, fmt.record_bytes)  # [P, record_bytes] uint8
+        self.fmt, self.dtype, self.device, self.level, self.maps = fmt, dtype, counts.device, level, maps
+        self.page_size, self.full_pages = fmt.page_size, full_pages
+        self.events = PageEvents() if events is None else events
+        self.table = PageTable(counts, heads)
+        self.allocator = PageAllocator(self.device, free_top, self._freed)
+        self.pages = aligned_bytes(0, self.device).view(0, fmt.record_bytes)  # [P, record_bytes] uint8
         # [R * S, Hkv, group, Dk], or None; of full pages one row for all tables, which is not read
-        self.tail = (no_tail if fmt.grouped else None) if self.full_pages else self.new_tail(counts.numel())
+        self.tail = no_tail if full_pages else self.new_tail(counts.numel())
         self.summaries: dict[str, Tensor] = {}  # name -> [P, ...]: what selection or retention keeps per page; travels with the page
         self.cleared: list[str] = []  # names of summaries that a freed page loses
-        # One spare element each, never read as a page: tokens that open no page index it.
-        self.refcount = torch.zeros(1, dtype=torch.int32, device=device)  # [P + 1] tables that name a page; > 1 after a beam fork
-        self.free_stack = torch.zeros(1, dtype=torch.int32, device=device)  # [P + 1] free page ids, free_top of them valid
-        self.block_table = torch.full((*counts.shape, 0), -1, dtype=torch.int32, device=device)  # [R, S, max_pages]
+        self.reader = reader(self)
+        if self.full_pages:
+            self.table.widen(0)  # a table that is read while it is empty has its spare column
 
     def new_tail(self, rows: int) -> Tensor | None:
         """Raw keys of the open group of `rows` tables, or None for a format without groups."""
@@ -73,16 +85,11 @@ class LayerStore:
         cleared: also 0 in pages that are used again.
         """
         if name in self.summaries:
-            raise ValueError(f"the store already keeps a summary {name!r}; use another name")
+            raise ValueError(f"the pool already keeps a summary {name!r}; use another name")
         self.cleared += [name] * cleared
         self.summaries[name] = torch.zeros((self.num_pages, *shape), dtype=dtype, device=self.device)
 
-    # ---- host side: sizes ----------------------------------------------------------------------------------------------------
-
-    @property
-    def k_dim(self) -> int:
-        """Width of a key as queries meet it."""
-        return self.fmt.k_dim if self.turned is None else self.turned.k.decode.shape[2]
+    # ---- sizes: host side ----------------------------------------------------------------------------------------------------
 
     @property
     def num_pages(self) -> int:
@@ -96,72 +103,109 @@ class LayerStore:
 
     @property
     def metadata_nbytes(self) -> int:
-        return self.block_table.nbytes + self.free_stack.nbytes + self.refcount.nbytes
+        return self.table.nbytes + self.allocator.nbytes
 
     @property
     def live_nbytes(self) -> int:
         """Bytes of the slots in use, as a share of their records. Sync: reads the device."""
-        return int(self.counts.sum()) * self.fmt.record_bytes // self.page_size
+        return int(self.table.counts.sum()) * self.fmt.record_bytes // self.page_size
 
     def reserve(self, free_pages: int, needed: int, table_width: int) -> None:
         """Make sure that `needed` pages can be taken from the stack, of which `free_pages` are there, and widen the tables.
 
         Host side, before the step's collectives; no sync. Growing copies the layer once; the slab is max(needed, P // GROWTH) pages.
         """
-        if needed > free_pages:
-            self._resize(self.num_pages + max(needed - free_pages, self.num_pages // GROWTH))
-        if table_width >= self.block_table.shape[-1]:  # the last column stays unused: append parks its idle writes there
-            width = table_width + 1 + table_width // GROWTH
-            self.block_table = torch.nn.functional.pad(self.block_table, (0, width - self.block_table.shape[-1]), value=-1)
+        missing = self.allocator.missing(free_pages, needed)
+        if missing:
+            self._grow(missing)
+        self.table.widen(table_width)
+
+    def take(self, count: int, uses: Tensor | int = 1) -> Tensor:
+        """[count] int32 ids of pages that nobody named, each named by `uses` tables from now on; grows if it must. Host phase."""
+        self.reserve(int(self.allocator.free_top), count, 0)
+        return self.allocator.take(count, uses)
 
     def shrink(self, free_pages: int) -> int:
         """Give slabs back when more than 1 / GROWTH of the pages is free: pages move down into the holes. Returns the free pages left."""
         used = self.num_pages - free_pages
-        if free_pages <= 1 + used // GROWTH:
+        if not self.allocator.wasteful(free_pages):
             return free_pages
-        taken = self.refcount[:-1] > 0
-        new_id = torch.cumsum(taken, 0, dtype=torch.int32) - 1  # order-preserving: page p moves to new_id[p]
-        keep = torch.nonzero(taken).squeeze(-1)
+        new_id, keep = self.allocator.compact()
         pages = aligned_bytes(used * self.fmt.record_bytes, self.device).view(used, -1) if used else self.pages[:0].clone()
         self.pages = torch.index_select(self.pages, 0, keep, out=pages)
         self.summaries = {name: x.index_select(0, keep) for name, x in self.summaries.items()}
-        self.refcount = torch.nn.functional.pad(self.refcount.index_select(0, keep), (0, 1))
-        table = self.block_table
-        self.block_table = torch.where(table >= 0, new_id[table.clamp_min(0)], -1)
-        self.rebuild_free_stack()
+        self.table.renumber(new_id)
+        for tell in self.events.moved:
+            tell(PageMove(self.level, keep, torch.arange(used, device=self.device)))
         return 0
 
-    def _resize(self, num_pages: int) -> None:
-        old, self.pages = self.pages, aligned_bytes(num_pages * self.fmt.record_bytes, self.device).view(num_pages, -1)
+    def _grow(self, count: int) -> None:
+        old, num_pages = self.pages, self.num_pages + count
+        self.pages = aligned_bytes(num_pages * self.fmt.record_bytes, self.device).view(num_pages, -1)
         self.pages[: old.shape[0]] = old
         for name, x in self.summaries.items():
-            self.summaries[name] = torch.cat([x, x.new_zeros(num_pages - old.shape[0], *x.shape[1:])])
-        added = torch.arange(old.shape[0], num_pages, dtype=torch.int32, device=self.device)
-        self.refcount = torch.nn.functional.pad(self.refcount, (0, added.numel()))
-        # New ids go on top of the live part of the stack: a host sync is avoided by writing them at free_top on the device.
-        self.free_stack = torch.nn.functional.pad(self.free_stack, (0, added.numel()))
-        self.free_stack.index_copy_(0, self.free_top + torch.arange(added.numel(), device=self.device), added.flip(0))
-        self.free_top += added.numel()
+            self.summaries[name] = torch.cat([x, x.new_zeros(count, *x.shape[1:])])
+        self.allocator.add(count)
 
-    def rebuild_free_stack(self) -> None:
-        """Derive the free stack from the reference counts. Sync: none."""
-        used = self.refcount[:-1] > 0
+    def _freed(self, gone: Tensor) -> None:
+        """gone [P] bool: pages that nobody names any more."""
         for name in self.cleared:
-            self.summaries[name].masked_fill_(~used.view(-1, *[1] * (self.summaries[name].dim() - 1)), 0)
-        self.free_stack = torch.nn.functional.pad(torch.argsort(used.to(torch.int8), stable=True).to(torch.int32), (0, 1))
-        self.free_top.copy_(self.num_pages - used.sum())
+            self.summaries[name].masked_fill_(gone.view(-1, *[1] * (self.summaries[name].dim() - 1)), 0)
+        for tell in self.events.freed:
+            tell(self.level, torch.nonzero(gone).squeeze(-1))
 
-    # ---- device side: from attend down ---------------------------------------------------------------------------------------
+    # ---- entries -------------------------------------------------------------------------------------------------------------
 
     @property
     def positions(self) -> Tensor:
         """[P, page_size] int32 view: the stored position of every slot; anything where no entry is."""
         return ops.positions(self.pages, self.fmt)
 
+    def decoded(self, table: Tensor, counts: Tensor, tail: Tensor | None) -> tuple[Tensor, Tensor]:
+        """k [N, H, L, Dk] and v [N, H, L, Dv], f32, as pages hold them, L = C * page_size; anything in slots without an entry. Sync: none.
+
+        Args: table [N, C] int32, -1 = no page; counts [N] entries of each; tail [N, H, group, Dk], their raw groups, None: not asked for.
+        """
+        fmt, page = self.fmt, table.clamp_min(0).flatten()
+        k, v = ops.decode_pages(self.pages.index_select(0, page), fmt)
+        k, v = (x.unflatten(0, table.shape).transpose(1, 2).flatten(2, 3) for x in (k, v))  # [N, C, H, page_size, D] -> [N, H, L, D]
+        if tail is not None:
+            slot, open_at = torch.arange(k.shape[2], device=k.device), (counts - counts % fmt.group).unsqueeze(-1)
+            raw = ((slot >= open_at) & (slot < counts.unsqueeze(-1)))[:, None, :, None]
+            k = torch.where(raw, tail.float()[:, :, slot % fmt.group], k)
+        return k, k[..., : fmt.v_dim] if fmt.latent else v
+
+    def snapshot(self, *, tail_is_old: bool) -> Before:
+        """The pool as it is now, for readers that must not see what is stored next. tail_is_old: they read before the tail is written."""
+        tail = self.tail
+        return Before(self.table.counts.clone(), None if tail is None else tail if tail_is_old else tail.clone())
+
+    def view(self, rows: slice, before: Before | None = None, own_visible: Tensor | None = None) -> PageView:
+        """The entries of some rows in all tables, as readers take them. Sync: none.
+
+        Args: before: what to see instead of the present entries. own_visible: [R] bool, rows that see the present ones all the same.
+        """
+        table, num_tables = self.table, self.table.tables_per_row
+        tables = slice(rows.start * num_tables, rows.stop * num_tables)
+        whole = rows.stop - rows.start == table.num_rows  # spares the views: each costs a microsecond per layer and step
+        seqlens, block_table = (table.counts, table.ids) if whole else (table.counts[rows], table.ids[rows])
+        tail = self.tail if whole or self.tail is None or self.full_pages else self.tail[tables]
+        if before is not None:
+            seqlens = torch.where(own_visible.unsqueeze(-1), seqlens, before.counts[rows])
+            if before.tail is not None:
+                own = own_visible.repeat_interleave(num_tables)[:, None, None, None]
+                tail = torch.where(own, tail, before.tail[tables])
+        if num_tables > 1:
+            seqlens, block_table = seqlens.reshape(-1, table.heads), block_table.view(-1, table.heads, block_table.shape[-1])
+        numbered = torch.zeros if self.full_pages else torch.arange
+        tail_rows = None if tail is None else numbered(seqlens.numel(), dtype=torch.int32, device=tail.device)
+        tail_rows = tail_rows if tail is None or table.heads == 1 else tail_rows.view_as(seqlens)
+        return PageView(block_table, seqlens, tail, tail_rows)
+
     def append(
         self,
         rows: Tensor,
-        shard: Tensor | None,
+        table: Tensor | None,
         here: Tensor,
         positions: Tensor,
         k: Tensor,
@@ -171,10 +215,10 @@ class LayerStore:
         may_open: bool,
         all_valid: bool,
     ) -> Tensor:
-        """Store the entries of this rank's shards.
+        """Store the entries of this rank's shards, in the step.
 
         Args:
-            rows: [N] int64 request rows, ascending. shard: [N] int64 local shard (any value where not here), or None: there is one shard.
+            rows: [N] int64 request rows, ascending. table: [N] int64 of a row (any value where not here), or None: there is one.
             here: [N] bool, stored on this rank; False = padding or another rank's. positions: [N] int32.
             k: [N, Hkv, Dk]; v: [N, Hkv, Dv], not read in a latent layer.
             one_per_row: no row has two tokens (decode), so an entry's index is its row's count.
@@ -182,8 +226,9 @@ class LayerStore:
 
         Returns: slot_mapping [N] int32, page * page_size + offset, -1 = not stored here. Sync: none; shapes depend on N only.
         """
+        free = self.allocator
         slot_mapping, tables = ops.assign_slots(
-            self.counts, self.block_table, self.free_stack, self.free_top, self.refcount, rows, shard, None if all_valid else here,
+            self.table.counts, self.table.ids, free.free_stack, free.free_top, free.refcount, rows, table, None if all_valid else here,
             page_size=self.page_size, one_per_row=one_per_row, may_open=may_open,
         )  # fmt: skip
         ops.append(

@@ -10,40 +10,40 @@ from torch import Tensor
 
 from pikv_ds import ops
 
-from .pool import LayerStore
+from .pool import PagePool
 
 
-def reproject(store: LayerStore, rows: Tensor, turn_k: Tensor, turn_v: Tensor) -> None:
+def reproject(pool: PagePool, rows: Tensor, turn_k: Tensor, turn_v: Tensor) -> None:
     """Turn the coefficients of all entries of some rows: decode, multiply, encode again at the same slots. Host phase.
 
     Args: rows [n] int64, no page of which is another row's; turn_k, turn_v [n, H, r, r].
     """
-    fmt, page_size, num_tables = store.fmt, store.page_size, store.counts.shape[1]
-    counts = store.counts[rows].flatten()  # [N] tables
+    fmt, page_size, num_tables = pool.fmt, pool.page_size, pool.table.tables_per_row
+    counts = pool.table.counts[rows].flatten()  # [N] tables
     pages = -(-int(counts.max()) // page_size)
     if pages == 0:
         return
-    table = store.block_table[rows, :, :pages].flatten(0, 1)  # [N, C]
+    table = pool.table.ids[rows, :, :pages].flatten(0, 1)  # [N, C]
     ids = table.clamp_min(0).flatten()
-    k, v = ops.decode_pages(store.pages.index_select(0, ids), fmt)
+    k, v = ops.decode_pages(pool.pages.index_select(0, ids), fmt)
     k, v = (x.transpose(1, 2).reshape(len(counts), -1, x.shape[1], x.shape[3]) for x in (k.float(), v.float()))  # [N, L, H, r]
     slot = torch.arange(k.shape[1], device=k.device)
     held = slot < counts.unsqueeze(1)
-    tables = (rows.unsqueeze(1) * num_tables + torch.arange(num_tables, device=k.device)).flatten()
-    tail, tail_rows = store.tail, tables
-    if fmt.grouped and store.full_pages:  # whole groups: their tails are filled and used up within the call
+    tables = pool.table.numbers(rows)
+    tail, tail_rows = pool.tail, tables
+    if fmt.grouped and pool.full_pages:  # whole groups: their tails are filled and used up within the call
         shape = (len(counts), fmt.num_kv_heads, fmt.group, fmt.k_dim)
-        tail, tail_rows = torch.zeros(shape, dtype=store.tail.dtype, device=k.device), torch.arange(len(counts), device=k.device)
+        tail, tail_rows = torch.zeros(shape, dtype=pool.tail.dtype, device=k.device), torch.arange(len(counts), device=k.device)
     elif fmt.grouped:
-        raw = store.tail[tables][:, :, slot % fmt.group].transpose(1, 2).float()
+        raw = pool.tail[tables][:, :, slot % fmt.group].transpose(1, 2).float()
         k = torch.where((slot >= (counts - counts % fmt.group).unsqueeze(1))[:, :, None, None], raw, k)
     # A page holds all heads of a shard, or one head with tables shard * heads + head.
-    each = lambda turn: turn.unsqueeze(1).expand(-1, num_tables // store.heads, -1, -1, -1).reshape(len(counts), -1, *turn.shape[2:])  # noqa: E731
+    each = lambda turn: turn.unsqueeze(1).expand(-1, num_tables // pool.table.heads, -1, -1, -1).reshape(len(counts), -1, *turn.shape[2:])  # noqa: E731
     k, v = (torch.einsum("nlhr,nhrs->nlhs", x, each(turn)) for x, turn in ((k, turn_k), (v, turn_v)))
     k, v = (torch.where(held[:, :, None, None], x, 0) for x in (k, v))
     at = torch.where(held, table.repeat_interleave(page_size, 1) * page_size + slot % page_size, -1)
     ops.append(
-        store.pages, fmt, *(x.flatten(0, 1).to(store.dtype).contiguous() for x in (k, v)), store.positions[ids].flatten().contiguous(),
+        pool.pages, fmt, *(x.flatten(0, 1).to(pool.dtype).contiguous() for x in (k, v)), pool.positions[ids].flatten().contiguous(),
         at.flatten().to(torch.int32), tail=tail,
         tail_rows=tail_rows.repeat_interleave(k.shape[1]).to(torch.int32) if fmt.grouped else None,
     )  # fmt: skip

@@ -1,30 +1,26 @@
-"""Attention to the pages of one layer on this rank. R rows, S local shards, T queries per row."""
+"""What readers see of a pool: the tables of some rows, now or as they were; and what a reader is. Knows no pool.
+
+R request rows, S local shards, T queries per row, N tables, C columns of a table, P entries of a page. X is H, the kv heads, where every
+head has pages of its own (a list per head, or tables per head), else 1.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from pikv_ds import ops
-
-from .pool import LayerStore
-
-# From this many queries per row on, decoding the pages once into dense K and V costs less than reading them query by query.
-# 4,096 entries, 1 thread: f32 crosses between 2 and 8 queries, bf16 between 4 and 32, the compressed formats above 32.
-DENSE_FROM_RAW, DENSE_FROM_COMPRESSED = 5, 33
-
 
 class Before(NamedTuple):
-    """The store of a layer as it was before this forward's entries: counts [R, S] int32, and the raw tails (None: no groups)."""
+    """A pool as it was before this forward's entries: counts [R, S] int32, and the raw tails (None: no groups)."""
 
     counts: Tensor
     tail: Tensor | None
 
 
-class Stored(NamedTuple):
-    """Tables of R rows as a reader sees them: block_table [R * S, 1, C], seqlens [R * S, 1]; raw tails and their rows, or None.
+class PageView(NamedTuple):
+    """Tables of R rows as ops take them: block_table [R * S, 1, C], seqlens [R * S, 1]; raw tails and their rows, or None.
 
     With a page per kv head: [R * S, Hkv, C] and [R * S, Hkv], S shards.
     """
@@ -34,59 +30,75 @@ class Stored(NamedTuple):
     tail: Tensor | None
     tail_rows: Tensor | None
 
-
-def stored_entries(store: LayerStore, rows: slice, before: Before | None, own_visible: Tensor | None) -> Stored:
-    """The entries of the rows `rows` in all local shards.
-
-    Args: before: what to see instead of the present entries. own_visible: [R] bool, rows that see the present ones all the same.
-    """
-    num_shards = store.counts.shape[1]
-    tables = slice(rows.start * num_shards, rows.stop * num_shards)
-    whole = rows.stop - rows.start == store.counts.shape[0]  # spares the views: each costs a microsecond per layer and step
-    seqlens, block_table = (store.counts, store.block_table) if whole else (store.counts[rows], store.block_table[rows])
-    tail = store.tail if whole or store.tail is None or store.full_pages else store.tail[tables]
-    if before is not None:
-        seqlens = torch.where(own_visible.unsqueeze(-1), seqlens, before.counts[rows])
-        if before.tail is not None:
-            own = own_visible.repeat_interleave(num_shards)[:, None, None, None]
-            tail = torch.where(own, tail, before.tail[tables])
-    if num_shards > 1:
-        seqlens, block_table = seqlens.reshape(-1, store.heads), block_table.view(-1, store.heads, block_table.shape[-1])
-    numbered = torch.zeros if store.full_pages else torch.arange
-    tail_rows = None if tail is None else numbered(seqlens.numel(), dtype=torch.int32, device=tail.device)
-    tail_rows = tail_rows if tail is None or store.heads == 1 else tail_rows.view_as(seqlens)
-    return Stored(block_table, seqlens, tail, tail_rows)
+    def per_query(self, num_rows: int, num_queries: int) -> PageView:
+        """The tables of every row once for each of its queries, [R * T * S, ...]."""
+        if num_queries == 1:
+            return self
+        tail_rows = None if self.tail_rows is None else per_query(self.tail_rows, num_rows, num_queries)
+        return PageView(*(per_query(x, num_rows, num_queries) for x in self[:2]), self.tail, tail_rows)
 
 
-def read_pages(
-    store: LayerStore,
-    q: Tensor,
-    rows: slice,
-    before: Before | None,
-    own_visible: Tensor | None,
-    *,
-    scale: float,
-    window: int | None,
-    q_positions: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Attention of q [R, T, Hq, Dk] to the entries of the rows `rows` in all local shards.
+class Read(NamedTuple):
+    """Attention over coefficients or values as pages hold them; 0 and -inf where nothing was read."""
 
-    Args:
-        before, own_visible: as in stored_entries. q_positions: [R, T] int32, needed with a window or more than one query.
+    out: Tensor
+    """[..., Hq, Dv] f32."""
+    lse: Tensor
+    """[..., Hq] f32."""
+    page_lse: Tensor | None = None
+    """[..., S, Hq, C] f32, of each page that was read by itself; None = nobody asked."""
 
-    Returns: out [R, T, Hq, Dv] f32, lse [R, T, Hq] f32; 0 and -inf where nothing is stored. Sync: none.
-    """
-    stored = stored_entries(store, rows, before, own_visible)
-    args = (store.pages, store.fmt, stored.block_table, stored.seqlens)
-    options = {"scale": scale, "window": window}
-    if stored.tail is not None:
-        options |= {"tail": stored.tail, "tail_rows": stored.tail_rows}
-    q, num_queries = q.contiguous(), q.shape[1]
+
+class PageReader(Protocol):
+    """How a pool's pages are read. Pools know bytes, readers know keys."""
+
+    k_dim: int
+    """Width of a key as queries meet it."""
+    rebuilds: bool
+    """Keys and values are put together again where they are read; otherwise maps are folded into queries and outputs."""
+
+    def attend(self, q: Tensor, view: PageView, *, scale: float, window: int | None = None, q_positions: Tensor | None = None) -> Read:
+        """q [R, T, Hq, Dk] to all entries; q_positions [R, T] int32, needed with a window or several queries. Sync: none."""
+
+    def attend_pages(self, q: Tensor, view: PageView, *, scale: float) -> Read:
+        """As attend without a window, with the lse of every page: page_lse [R, T, S, Hq, C]. Sync: none."""
+
+    def attend_listed(
+        self,
+        q: Tensor,
+        view: PageView,
+        page_list: Tensor | None,
+        *,
+        scale: float,
+        window: int | None = None,
+        q_positions: Tensor | None = None,
+        page_lse: bool = False,
+    ) -> Read:
+        """One query q [Q, Hq, Dk] for every S tables of the view, to the columns page_list [Q * S, X, K] int32 (-1 = none; None: all).
+
+        Returns: out [Q, Hq, Dv], lse [Q, Hq], page_lse [Q * S, Hq, K]. Sync: none.
+        """
+
+    def met(self, k: Tensor, positions: Tensor) -> Tensor:
+        """What queries meet of keys [..., H, D] as pages hold them, at positions [...]."""
+
+    def entries(self, table: Tensor, counts: Tensor, tail_rows: Tensor | None) -> tuple[Tensor, Tensor]:
+        """k [R * S, H, L, Dk] and v [R * S, H, L, Dv], f32, of tables [R, S, C] with counts [R, S]; anything where no entry is. Sync: none.
+
+        As attention meets them, L = C * P slots. tail_rows [R, S] int64, the rows of the raw tail; None = the keys of open groups do not
+        matter. With a page per kv head the heads of a request are rows, and H is 1.
+        """
+
+    def bounds_shape(self, dtype: torch.dtype) -> tuple[int, int, int]:
+        """Of the bounds of one page, ops.bounds_shape for keys as queries meet them."""
+
+    def bounds(self, out: Tensor, slot_mapping: Tensor, table: Tensor) -> None:
+        """ops.page_bounds of the entries in slot_mapping [N] int32 (-1 = none here) of tables [N] int32, in place. Sync: none."""
+
+
+def per_query(x: Tensor, num_rows: int, num_queries: int) -> Tensor:
+    """[R * S, ...] -> [R * T * S, ...]: the tables of a row once per query."""
     if num_queries == 1:
-        out, lse, _ = ops.decode(
-            q.squeeze(1), *args, q_positions=None if window is None else q_positions.reshape(-1).contiguous(), **options
-        )
-        return out.unsqueeze(1), lse.unsqueeze(1)
-    if num_queries < (DENSE_FROM_RAW if store.fmt.raw else DENSE_FROM_COMPRESSED):
-        return ops.prefill_cached(q, *args, q_positions.contiguous(), **options)
-    return ops.paged_attention(q, *args, q_positions=q_positions, **options)
+        return x
+    by_row = x.unflatten(0, (num_rows, 1, -1))
+    return by_row.expand(-1, num_queries, *[-1] * x.dim()).flatten(0, 2).contiguous()  # of one row and shard that is a view

@@ -1,6 +1,6 @@
 """Retention policy (the paper's "scheduling"): which pages stay when a budget is full.
 
-Legend: P pages of the layer's store, R request rows, S local shards, C columns of a block table, T queries per row. With budgets per head
+Legend: P pages of the layer's pool, R request rows, S local shards, C columns of a block table, T queries per row. With budgets per head
 a page holds one kv head, and every head of a request is a row of its own.
 """
 
@@ -59,7 +59,7 @@ class RetentionPolicy(ABC):
     keeps_all: ClassVar[bool] = False
     """True: nothing is ever evicted, so the cache need not ask."""
     page_values: ClassVar[dict[str, torch.dtype]] = {}
-    """One number per page each, kept in the store; a policy that has any is shown what queries attend to."""
+    """One number per page each, kept in the pool; a policy that has any is shown what queries attend to."""
     observes_queries: ClassVar[bool] = False
     """True: row_values are kept, and observe_queries() is shown the queries themselves."""
     row_queries: ClassVar[tuple[str, ...]] = ()
@@ -125,4 +125,4 @@ class TokenPolicy(RetentionPolicy):
         return total / pages.entries.clamp_min(1)
 
 
-__getattr__ = moved(__name__, {"LayerStore": "pikv_ds.pages.pool", "read_back": "pikv_ds.pages.entries"})
+__getattr__ = moved(__name__, {"LayerStore": "pikv_ds.pages.pool:PagePool", "read_back": "pikv_ds.pages.entries"})

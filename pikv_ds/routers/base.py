@@ -14,10 +14,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from pikv_ds.pages.events import NewEntries, TurnedEntries
-from pikv_ds.pages.pool import LayerStore
+from pikv_ds.moved import moved
+from pikv_ds.pages.events import NewEntries, PageChange
+from pikv_ds.pages.pool import PagePool
 from pikv_ds.pages.rows import Rows
-from pikv_ds.pages.view import Stored
+from pikv_ds.pages.view import PageView
 from pikv_ds.placement.shard_map import ShardMap
 from pikv_ds.spec import LayerSpec
 
@@ -33,7 +34,7 @@ class PageQuery:
     """[Q, Hq, D], contiguous."""
     positions: Tensor
     """[Q] int32; -1 = padding, whose choice does not matter."""
-    store: LayerStore
+    pool: PagePool
     block_table: Tensor
     """[N, 1, C] int32."""
     seqlens: Tensor
@@ -64,9 +65,9 @@ class PageQuery:
     """[Q, Hq] f32 lse of the entries of this rank that every query reads besides these pages (tiers/window.py); None = there are none."""
 
     @property
-    def stored(self) -> Stored:
+    def view(self) -> PageView:
         """The tables, as readers take them."""
-        return Stored(self.block_table, self.seqlens, self.tail, self.tail_rows)
+        return PageView(self.block_table, self.seqlens, self.tail, self.tail_rows)
 
     def over_shards(self, x: Tensor) -> Tensor:
         """[Q, S, ...] of the local shards -> [Q, shards, ...] of all, by `gather`."""
@@ -78,11 +79,23 @@ class PageQuery:
         return rows.repeat_interleave(self.q.shape[0] // rows.numel(), output_size=self.q.shape[0])
 
 
+GONE = {
+    (
+        "remap",
+        "kept",
+        "nbytes",
+    ): "declare what it keeps per request in open(layer, pool, num_shards, rows), with rows.tensor or "
+    "rows.beside, and it is moved and counted",
+    ("moved", "turned"): "define rebuilt(layer, pool, change), which is told of both",
+}
+"""Methods of earlier routers, and what to write instead."""
+
+
 class Router(ABC):
     """Scores pages. The caller adds the pinned pages (sink tokens, recent window) and takes the best up to the budget, over all ranks.
 
     Options of a router are keyword-only constructor arguments with defaults; they are keys of the "routing" block. What a router keeps per
-    page is a summary of the store (`open`), brought up to date after every append (`wrote`). A score must depend on the stored entries and
+    page is a summary of the pool (`open`), brought up to date after every append (`wrote`). A score must depend on the stored entries and
     the query alone, never on the number of ranks.
     """
 
@@ -90,10 +103,7 @@ class Router(ABC):
     reads_all: ClassVar[bool] = False
     """True: nothing is ever left out, so the cache does not ask."""
     budgeted: ClassVar[bool] = True
-    """False: the router itself says how much is read, every page of a score above -inf."""
-
-    chosen: Tensor | None = None
-    """Of a router that is not budgeted: the shards of all ranks that the latest score() names, [Q, shards] bool, the same on all ranks."""
+    """False: the router itself says how much is read, the shards of `chosen_shards`."""
 
     wants_page_lse: ClassVar[bool] = False
     """True: `answered` is called after every read."""
@@ -102,54 +112,39 @@ class Router(ABC):
     reads_model_queries: ClassVar[bool] = False
     """True: it needs queries as the model computes them, not what codecs that fold maps into them pass on."""
     summarises: ClassVar[bool] = False
-    """True: it keeps something per page, a summary that `open` adds to the store."""
+    """True: it keeps something per page, a summary that `open` adds to the pool."""
 
     @property
-    def rebuilds_moved(self) -> bool:
-        """Whether what is kept per page can be made for pages that were encoded again."""
-        return not self.summarises or type(self).moved is not Router.moved
-
-    @property
-    def rebuilds_rebased(self) -> bool:
-        """Whether what is kept per page can be made for keys in another basis."""
-        return self.rebuilds_moved or type(self).turned is not Router.turned
+    def rebuilds(self) -> bool:
+        """Whether what is kept per page can be made for pages that were encoded again, or whose keys have another basis."""
+        return not self.summarises or type(self).rebuilt is not Router.rebuilt
 
     def check(self, layers: list[LayerSpec], num_shards: int) -> None:  # noqa: B027
         """Refuse a model or a number of shards, on all ranks, that the router cannot serve. Raises: ConfigError."""
 
     def __init_subclass__(cls, **kwargs) -> None:
         super().__init_subclass__(**kwargs)
-        gone = [name for name in ("remap", "kept", "nbytes") if name in vars(cls)]
-        if gone:
-            raise TypeError(
-                f"router {cls.__name__} defines {', '.join(gone)}, which nobody calls any more: declare what it keeps per request in "
-                f"open(layer, store, num_shards, rows), with rows.tensor or rows.beside, and it is moved and counted"
-            )
+        for names, instead in GONE.items():
+            given = [name for name in names if name in vars(cls)]
+            if given:
+                raise TypeError(f"router {cls.__name__} defines {', '.join(given)}, which nobody calls any more: {instead}")
 
-    def open(self, layer: int, store: LayerStore, num_shards: int, rows: Rows) -> None:  # noqa: B027
-        """A new, empty store of a layer: declare what is kept. num_shards: on all ranks.
+    def open(self, layer: int, pool: PagePool, num_shards: int, rows: Rows) -> None:  # noqa: B027
+        """A new, empty pool of a layer: declare what is kept. num_shards: on all ranks.
 
-        Per page: store.add_summary; per request: rows.tensor; else, for example per shard: rows.beside. What is declared is counted,
+        Per page: pool.add_summary; per request: rows.tensor; else, for example per shard: rows.beside. What is declared is counted,
         follows pages and rows wherever they go, and is 0 for new ones. Names begin with the layer.
         """
 
-    def wrote(self, layer: int, store: LayerStore, new: NewEntries) -> None:  # noqa: B027
+    def wrote(self, layer: int, pool: PagePool, new: NewEntries) -> None:  # noqa: B027
         """Entries were appended. Those of a forward of several tokens are reported after its queries, which must not see them."""
 
-    def moved(self, layer: int, store: LayerStore, new: NewEntries) -> None:  # noqa: B027
-        """Pages have other entries than before: they came from another store, where `wrote` gave their entries no slot (tiers/window.py).
+    def rebuilt(self, layer: int, pool: PagePool, change: PageChange) -> None:  # noqa: B027
+        """Pages have other entries than before, and what is kept of them must be made anew from change.entries. Host phase.
 
-        What is kept per page must be made for them; what is kept per request or shard has them already. `new` has these pages of this
-        rank from their first slot on, keys as they are read. Host phase.
+        They have come from another pool (tiers/window.py): what is kept per request or shard has their entries already. Or keys of some
+        rows have another basis, change.basis (tiers/bases.py): what is kept of keys or queries per request or shard must be in it too.
         """
-
-    def turned(self, layer: int, store: LayerStore, new: TurnedEntries) -> None:
-        """Keys of some rows have another basis (tiers/bases.py): what is kept of keys or queries must be in it too. Host phase.
-
-        By default what is kept per page is made for these entries, as for pages that moved. Override it where keys or queries are kept
-        per request or shard.
-        """
-        self.moved(layer, store, new.entries)
 
     def missed(self, layer: int) -> Tensor | None:
         """[shards of all ranks] f32: reads of each shard that were in vain; None = not counted."""
@@ -158,6 +153,27 @@ class Router(ABC):
     def answered(self, asked: PageQuery, page_list: Tensor, page_lse: Tensor) -> None:  # noqa: B027
         """Queries read page_list [N, 1 or H, K] int32 (-1 = none) of this rank; page_lse [N, Hq, K] f32. With wants_page_lse."""
 
+    def chosen_shards(self, asked: PageQuery) -> Tensor:
+        """Of a router that is not budgeted: the shards of all ranks whose pages are read, [Q, shards] bool, the same on all ranks."""
+        raise NotImplementedError(f"router {type(self).__name__} is not budgeted and has no chosen_shards()")
+
     @abstractmethod
     def score(self, asked: PageQuery) -> Tensor:
         """-> f32 [N, 1 or H, C], the higher the sooner read; -inf, and pages that are not visible, are not read. Sync: none."""
+
+
+def scores_of(chosen: Tensor, asked: PageQuery) -> Tensor:
+    """chosen [Q, S of all ranks] bool -> page scores [N, 1, C]: 0 in the local shards among them, -inf elsewhere."""
+    local = asked.map.own(chosen, 1)
+    score = torch.zeros_like(asked.visible, dtype=torch.float32).masked_fill(~local.unsqueeze(-1), -torch.inf)
+    return score.flatten(0, 1).unsqueeze(1)
+
+
+__getattr__ = moved(
+    __name__,
+    {
+        "LayerStore": "pikv_ds.pages.pool:PagePool",
+        "Stored": "pikv_ds.pages.view:PageView",
+        "TurnedEntries": "pikv_ds.pages.events:PageChange",
+    },
+)

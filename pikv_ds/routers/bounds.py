@@ -4,11 +4,10 @@ import torch
 from torch import Tensor
 
 from pikv_ds import ops
-from pikv_ds.pages.pool import LayerStore
+from pikv_ds.pages.pool import PagePool
 from pikv_ds.pages.rows import Rows
-from pikv_ds.pages.unrotated_bounds import bounds_shape, page_bounds
 from pikv_ds.routers import ROUTERS
-from pikv_ds.routers.base import NewEntries, PageQuery, Router
+from pikv_ds.routers.base import NewEntries, PageChange, PageQuery, Router
 
 SUMMARY = "bounds"
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
@@ -35,25 +34,25 @@ class PageBounds(Router):
             raise ValueError(f"spread from 0 to 1, got {spread}")
         self.spread, self.heads, self.dtype = spread, heads, _DTYPES[metadata]
 
-    def open(self, layer: int, store: LayerStore, num_shards: int, rows: Rows) -> None:
-        store.add_summary(SUMMARY, bounds_shape(store, self.dtype), self.dtype)
+    def open(self, layer: int, pool: PagePool, num_shards: int, rows: Rows) -> None:
+        pool.add_summary(SUMMARY, pool.reader.bounds_shape(self.dtype), self.dtype)
 
-    def wrote(self, layer: int, store: LayerStore, new: NewEntries) -> None:
-        self.moved(layer, store, new)
+    def wrote(self, layer: int, pool: PagePool, new: NewEntries) -> None:
+        pool.reader.bounds(pool.summaries[SUMMARY], new.slot_mapping, new.table)
 
-    def moved(self, layer: int, store: LayerStore, new: NewEntries) -> None:
-        page_bounds(store.summaries[SUMMARY], store, new.slot_mapping, new.table)
+    def rebuilt(self, layer: int, pool: PagePool, change: PageChange) -> None:
+        self.wrote(layer, pool, change.entries)
 
     def score(self, asked: PageQuery) -> Tensor:
         return self.score_with(asked.q, asked)
 
     def score_with(self, q: Tensor, asked: PageQuery) -> Tensor:
-        store, width = asked.store, None  # None: |q|
+        pool, width = asked.pool, None  # None: |q|
         if self.heads == "mean":  # linear in center and half range, so the heads are one
-            q = q.float().unflatten(1, (store.fmt.num_kv_heads, -1))
+            q = q.float().unflatten(1, (pool.fmt.num_kv_heads, -1))
             q, width = q.mean(2), self.spread * q.abs().mean(2)
         elif self.spread < 1:
             q = q.float()
             width = self.spread * q.abs()
-        bounds = store.summaries[SUMMARY]
-        return ops.page_score(q, bounds, store.fmt, asked.block_table, asked.seqlens, scale=asked.scale, width=width)
+        bounds = pool.summaries[SUMMARY]
+        return ops.page_score(q, bounds, pool.fmt, asked.block_table, asked.seqlens, scale=asked.scale, width=width)

@@ -1,7 +1,7 @@
 import torch
 from torch import Tensor
 
-from pikv_ds.pages.pool import LayerStore
+from pikv_ds.pages.pool import PagePool
 from pikv_ds.pages.rows import Rows
 from pikv_ds.routers import ROUTERS
 from pikv_ds.routers.base import PageQuery
@@ -27,8 +27,8 @@ class CacheAware(ShardRouter):
         self.penalty, self.window = penalty, window
         self.misses: dict[int, Tensor] = {}  # layer -> [S] f32
 
-    def open(self, layer: int, store: LayerStore, num_shards: int, rows: Rows) -> None:
-        super().open(layer, store, num_shards, rows)
+    def open(self, layer: int, pool: PagePool, num_shards: int, rows: Rows) -> None:
+        super().open(layer, pool, num_shards, rows)
         self.misses[layer] = rows.beside(f"{layer}.misses", (num_shards,))
 
     def logits(self, asked: PageQuery) -> Tensor:

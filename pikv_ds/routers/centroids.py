@@ -1,10 +1,10 @@
 import torch
 from torch import Tensor
 
-from pikv_ds.pages.pool import LayerStore
+from pikv_ds.pages.pool import PagePool
 from pikv_ds.pages.rows import RowColumn, Rows
 from pikv_ds.routers import ROUTERS
-from pikv_ds.routers.base import NewEntries, PageQuery, Router, TurnedEntries
+from pikv_ds.routers.base import NewEntries, PageChange, PageQuery, Router
 
 SUMMARY = "clusters"
 FIRST_ROUNDS = 4  # of k-means over the first forward of a row; later keys move the centroids once
@@ -34,15 +34,15 @@ class KeyCentroids(Router):
         self.seeded: dict[int, RowColumn] = {}  # layer -> [R] int64, positions below it seed the clusters; 0 = nothing seen
         self.seen: dict[int, int] = {}  # layer -> the version of the rows whose keys it has: in another one some row may be new
 
-    def open(self, layer: int, store: LayerStore, num_shards: int, rows: Rows) -> None:
-        self.rows, num_heads = rows, store.fmt.num_kv_heads
-        store.add_summary(SUMMARY, (num_heads, self.clusters), torch.int16)
-        self.mean[layer] = rows.tensor(f"{layer}.mean", (num_heads, self.clusters, store.k_dim))
+    def open(self, layer: int, pool: PagePool, num_shards: int, rows: Rows) -> None:
+        self.rows, num_heads = rows, pool.fmt.num_kv_heads
+        pool.add_summary(SUMMARY, (num_heads, self.clusters), torch.int16)
+        self.mean[layer] = rows.tensor(f"{layer}.mean", (num_heads, self.clusters, pool.reader.k_dim))
         self.weight[layer] = rows.tensor(f"{layer}.weight", (num_heads, self.clusters))
         self.seeded[layer] = rows.tensor(f"{layer}.seeded", (), torch.int64)
         self.seen.pop(layer, None)
 
-    def wrote(self, layer: int, store: LayerStore, new: NewEntries) -> None:
+    def wrote(self, layer: int, pool: PagePool, new: NewEntries) -> None:
         """The clusters take in the keys of all shards: every rank computes the same ones."""
         k, own = new.k.float().masked_fill(~new.valid.view(-1, 1, 1), 0), self._seeds_or_nearest(layer, new)
         before = self.mean[layer].value, self.weight[layer].value
@@ -51,16 +51,17 @@ class KeyCentroids(Router):
             own = self._nearest(layer, k, new.rows)
             self._take_in(layer, k, own, new, before)
         self.seen[layer] = self.rows.version
-        _count_in(store.summaries[SUMMARY], new.slot_mapping, own, store.page_size)
+        _count_in(pool.summaries[SUMMARY], new.slot_mapping, own, pool.page_size)
 
-    def moved(self, layer: int, store: LayerStore, new: NewEntries) -> None:
-        """Counted in the clusters as they are now."""
-        _count_in(store.summaries[SUMMARY], new.slot_mapping, self._nearest(layer, new.k, new.rows), store.page_size)
-
-    def turned(self, layer: int, store: LayerStore, new: TurnedEntries) -> None:
-        """Means are linear in the keys, and which cluster a key was counted in stays."""
-        mean = self.mean[layer].value
-        mean[new.rows] = torch.einsum("nhkr,nhrs->nhks", mean[new.rows], new.turn)
+    def rebuilt(self, layer: int, pool: PagePool, change: PageChange) -> None:
+        """Pages of another pool are counted in the clusters as they are now. In another basis means are linear in the keys, and which
+        cluster a key was counted in stays."""
+        if change.basis is None:
+            new = change.entries
+            _count_in(pool.summaries[SUMMARY], new.slot_mapping, self._nearest(layer, new.k, new.rows), pool.page_size)
+        else:
+            (rows, by), mean = change.basis, self.mean[layer].value
+            mean[rows] = torch.einsum("nhkr,nhrs->nhks", mean[rows], by)
 
     def _seeds_or_nearest(self, layer: int, new: NewEntries) -> Tensor:
         """[N, H] int64 cluster of each key."""
@@ -95,7 +96,7 @@ class KeyCentroids(Router):
         self.weight[layer].value = total.view(weight.shape)
 
     def score(self, asked: PageQuery) -> Tensor:
-        row, counts = asked.row_of_query(), asked.store.summaries[SUMMARY]
+        row, counts = asked.row_of_query(), asked.pool.summaries[SUMMARY]
         mean, weight = self.mean[asked.layer].value[row], self.weight[asked.layer].value[row]  # [Q, H, K, D], [Q, H, K]
         q = asked.q.float().unflatten(1, (mean.shape[1], -1))
         logits = asked.scale * torch.einsum("qhgd,qhkd->qhgk", q, mean)

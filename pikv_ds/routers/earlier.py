@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from pikv_ds.pages.rows import RowColumn, Rows
-from pikv_ds.routers.base import PageQuery, TurnedEntries
+from pikv_ds.routers.base import PageChange, PageQuery
 from pikv_ds.routers.scramble import scramble
 
 KEPT = 128
@@ -20,12 +20,12 @@ class Earlier:
         self.rows = rows
         self.kept.pop(layer, None)
 
-    def turned(self, layer: int, new: TurnedEntries) -> None:
-        """Where queries are kept, [R, KEPT + 1, Hq, r]."""
-        if layer in self.kept:
-            kept = self.kept[layer].value
-            by_head = kept[new.rows].float().unflatten(2, (new.turn.shape[1], -1))
-            kept[new.rows] = torch.einsum("nkhgr,nhrs->nkhgs", by_head, new.turn).flatten(2, 3).to(kept.dtype)
+    def rebuilt(self, change: PageChange) -> None:
+        """Where queries are kept, [R, KEPT + 1, Hq, r]: they go into the basis of the keys."""
+        if change.basis is not None and change.layer in self.kept:
+            (rows, by), kept = change.basis, self.kept[change.layer].value
+            by_head = kept[rows].float().unflatten(2, (by.shape[1], -1))
+            kept[rows] = torch.einsum("nkhgr,nhrs->nkhgs", by_head, by).flatten(2, 3).to(kept.dtype)
 
     def swap(self, asked: PageQuery, own: Tensor) -> Tensor:
         """own [Q, ...] -> for each query that of one drawn from the latest KEPT of its row, 0 where there is none yet. Keeps own."""

@@ -3,7 +3,7 @@ from torch import Tensor
 
 from pikv_ds.codecs.weights import read_weights
 from pikv_ds.errors import ConfigError
-from pikv_ds.pages.pool import LayerStore
+from pikv_ds.pages.pool import PagePool
 from pikv_ds.pages.rows import Rows
 from pikv_ds.routers import ROUTERS
 from pikv_ds.routers.base import PageQuery
@@ -35,9 +35,9 @@ class LearnedGate(ShardRouter):
                     f"cache has layer {layer} and {num_shards} shards (pikv.storage.num_shards): use a gate fitted for them"
                 )
 
-    def open(self, layer: int, store: LayerStore, num_shards: int, rows: Rows) -> None:
-        super().open(layer, store, num_shards, rows)
-        self.gate = self.gate.to(store.device)
+    def open(self, layer: int, pool: PagePool, num_shards: int, rows: Rows) -> None:
+        super().open(layer, pool, num_shards, rows)
+        self.gate = self.gate.to(pool.device)
 
     def logits(self, asked: PageQuery) -> Tensor:
         q, gate = asked.q.float().flatten(1), self.gate[asked.layer]

@@ -1,6 +1,6 @@
 from torch import Tensor
 
-from pikv_ds.pages.pool import LayerStore
+from pikv_ds.pages.pool import PagePool
 from pikv_ds.pages.rows import Rows
 from pikv_ds.routers import ROUTERS
 from pikv_ds.routers.base import PageQuery
@@ -23,8 +23,8 @@ class LoadBalanced(ShardRouter):
         self.alpha, self.window = alpha, window
         self.load: dict[int, Tensor] = {}  # layer -> [S] f32
 
-    def open(self, layer: int, store: LayerStore, num_shards: int, rows: Rows) -> None:
-        super().open(layer, store, num_shards, rows)
+    def open(self, layer: int, pool: PagePool, num_shards: int, rows: Rows) -> None:
+        super().open(layer, pool, num_shards, rows)
         self.load[layer] = rows.beside(f"{layer}.load", (num_shards,))
 
     def logits(self, asked: PageQuery) -> Tensor:

@@ -1,7 +1,6 @@
 import torch
 from torch import Tensor
 
-from pikv_ds.pages.unrotated import decode
 from pikv_ds.routers import ROUTERS
 from pikv_ds.routers.base import PageQuery, Router
 
@@ -15,9 +14,9 @@ class PageOracle(Router):
     """
 
     def score(self, asked: PageQuery) -> Tensor:
-        store, num_heads = asked.store, asked.store.fmt.num_kv_heads
-        _, lse, page_lse = decode(
-            store, asked.q, asked.stored, scale=asked.scale, q_positions=asked.positions, window=asked.window, with_page_lse=True
+        pool, num_heads = asked.pool, asked.pool.fmt.num_kv_heads
+        _, lse, page_lse = pool.reader.attend_listed(
+            asked.q, asked.view, None, scale=asked.scale, window=asked.window, q_positions=asked.positions, page_lse=True
         )
         lse = lse if asked.near_lse is None else torch.logaddexp(lse, asked.near_lse)
         total = asked.gather(lse).logsumexp(0).repeat_interleave(page_lse.shape[0] // lse.shape[0], 0).unsqueeze(-1)

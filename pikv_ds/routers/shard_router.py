@@ -7,9 +7,9 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
-from pikv_ds.pages.pool import LayerStore
+from pikv_ds.pages.pool import PagePool
 from pikv_ds.pages.rows import RowColumn, Rows
-from pikv_ds.routers.base import NewEntries, PageQuery, Router, TurnedEntries
+from pikv_ds.routers.base import NewEntries, PageChange, PageQuery, Router, scores_of
 
 
 class ShardRouter(Router):
@@ -27,20 +27,22 @@ class ShardRouter(Router):
         self.sums: dict[int, RowColumn] = {}  # layer -> [R, S, H, D] f32 sum of the keys ever stored
         self.counts: dict[int, RowColumn] = {}  # layer -> [R, S] f32
 
-    def open(self, layer: int, store: LayerStore, num_shards: int, rows: Rows) -> None:
-        self.sums[layer] = rows.tensor(f"{layer}.sums", (num_shards, store.fmt.num_kv_heads, store.k_dim))
+    def open(self, layer: int, pool: PagePool, num_shards: int, rows: Rows) -> None:
+        self.sums[layer] = rows.tensor(f"{layer}.sums", (num_shards, pool.fmt.num_kv_heads, pool.reader.k_dim))
         self.counts[layer] = rows.tensor(f"{layer}.counts", (num_shards,))
 
-    def wrote(self, layer: int, store: LayerStore, new: NewEntries) -> None:
+    def wrote(self, layer: int, pool: PagePool, new: NewEntries) -> None:
         counts = self.counts[layer].value
         at = torch.where(new.valid, new.rows * counts.shape[1] + new.shard, 0)
         counts.view(-1).index_add_(0, at, new.valid.float())
         self.sums[layer].value.flatten(0, 1).index_add_(0, at, new.k.float().masked_fill(~new.valid.view(-1, 1, 1), 0))
 
-    def turned(self, layer: int, store: LayerStore, new: TurnedEntries) -> None:
+    def rebuilt(self, layer: int, pool: PagePool, change: PageChange) -> None:
         """Sums are linear in the keys, those of evicted entries included."""
-        sums = self.sums[layer].value
-        sums[new.rows] = torch.einsum("nshr,nhrt->nsht", sums[new.rows], new.turn)
+        if change.basis is not None:
+            rows, by = change.basis
+            sums = self.sums[layer].value
+            sums[rows] = torch.einsum("nshr,nhrt->nsht", sums[rows], by)
 
     def mean_logits(self, q: Tensor, asked: PageQuery) -> Tensor:
         """[Q, S] f32: scale q mu_s, mean over query heads; -inf for a shard without entries of the request."""
@@ -62,12 +64,4 @@ class ShardRouter(Router):
         return chosen & (logits > -torch.inf)
 
     def score(self, asked: PageQuery) -> Tensor:
-        self.chosen = self.chosen_shards(asked)
-        return scores_of(self.chosen, asked)
-
-
-def scores_of(chosen: Tensor, asked: PageQuery) -> Tensor:
-    """chosen [Q, S of all ranks] bool -> page scores [N, 1, C]: 0 in the local shards among them, -inf elsewhere."""
-    local = asked.map.own(chosen, 1)
-    score = torch.zeros_like(asked.visible, dtype=torch.float32).masked_fill(~local.unsqueeze(-1), -torch.inf)
-    return score.flatten(0, 1).unsqueeze(1)
+        return scores_of(self.chosen_shards(asked), asked)

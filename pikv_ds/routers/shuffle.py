@@ -2,10 +2,10 @@ from typing import Literal
 
 from torch import Tensor
 
-from pikv_ds.pages.pool import LayerStore
+from pikv_ds.pages.pool import PagePool
 from pikv_ds.pages.rows import Rows
 from pikv_ds.routers import ROUTERS
-from pikv_ds.routers.base import PageQuery, TurnedEntries
+from pikv_ds.routers.base import PageChange, PageQuery
 from pikv_ds.routers.bounds import PageBounds
 from pikv_ds.routers.earlier import Earlier
 
@@ -25,13 +25,13 @@ class Shuffle(PageBounds):
         super().__init__(spread=spread, heads=heads, metadata=metadata)
         self.earlier = Earlier()
 
-    def open(self, layer: int, store: LayerStore, num_shards: int, rows: Rows) -> None:
-        super().open(layer, store, num_shards, rows)
+    def open(self, layer: int, pool: PagePool, num_shards: int, rows: Rows) -> None:
+        super().open(layer, pool, num_shards, rows)
         self.earlier.open(layer, rows)
 
-    def turned(self, layer: int, store: LayerStore, new: TurnedEntries) -> None:
-        super().turned(layer, store, new)
-        self.earlier.turned(layer, new)
+    def rebuilt(self, layer: int, pool: PagePool, change: PageChange) -> None:
+        super().rebuilt(layer, pool, change)
+        self.earlier.rebuilt(change)
 
     def score(self, asked: PageQuery) -> Tensor:
         return self.score_with(self.earlier.swap(asked, asked.q), asked)

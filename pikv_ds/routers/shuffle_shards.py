@@ -5,13 +5,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pikv_ds.pages.pool import LayerStore
+from pikv_ds.pages.pool import PagePool
 from pikv_ds.pages.rows import Rows
 from pikv_ds.routers import ROUTERS
-from pikv_ds.routers.base import NewEntries, PageQuery, Router, TurnedEntries
+from pikv_ds.routers.base import NewEntries, PageChange, PageQuery, Router, scores_of
 from pikv_ds.routers.earlier import Earlier
 from pikv_ds.routers.scramble import scramble
-from pikv_ds.routers.shard_router import ShardRouter, scores_of
+from pikv_ds.routers.shard_router import ShardRouter
 from pikv_ds.spec import LayerSpec
 
 
@@ -41,18 +41,15 @@ class ShuffleShards(Router):
     def check(self, layers: list[LayerSpec], num_shards: int) -> None:
         self.base.check(layers, num_shards)
 
-    def open(self, layer: int, store: LayerStore, num_shards: int, rows: Rows) -> None:
-        self.base.open(layer, store, num_shards, rows)
+    def open(self, layer: int, pool: PagePool, num_shards: int, rows: Rows) -> None:
+        self.base.open(layer, pool, num_shards, rows)
         self.earlier.open(layer, rows)
 
-    def wrote(self, layer: int, store: LayerStore, new: NewEntries) -> None:
-        self.base.wrote(layer, store, new)
+    def wrote(self, layer: int, pool: PagePool, new: NewEntries) -> None:
+        self.base.wrote(layer, pool, new)
 
-    def moved(self, layer: int, store: LayerStore, new: NewEntries) -> None:
-        self.base.moved(layer, store, new)
-
-    def turned(self, layer: int, store: LayerStore, new: TurnedEntries) -> None:
-        self.base.turned(layer, store, new)
+    def rebuilt(self, layer: int, pool: PagePool, change: PageChange) -> None:
+        self.base.rebuilt(layer, pool, change)
 
     def missed(self, layer: int) -> Tensor | None:
         return self.base.missed(layer)
@@ -61,10 +58,12 @@ class ShuffleShards(Router):
         """Misses are those of the shards that were read: the ones that `base` chose and nobody read are not known."""
         self.base.answered(asked, page_list, page_lse)
 
-    def score(self, asked: PageQuery) -> Tensor:
+    def chosen_shards(self, asked: PageQuery) -> Tensor:
         own = self.base.chosen_shards(asked)
         drawn, num_shards = self.earlier.swap(asked, own), own.shape[1]
         step = 1 + scramble(asked.positions, 1) % max(num_shards - 1, 1)
         shard = (torch.arange(num_shards, device=own.device) - step.unsqueeze(1)) % num_shards
-        self.chosen = torch.where(drawn.any(-1, keepdim=True), drawn, own.gather(1, shard))
-        return scores_of(self.chosen, asked)
+        return torch.where(drawn.any(-1, keepdim=True), drawn, own.gather(1, shard))
+
+    def score(self, asked: PageQuery) -> Tensor:
+        return scores_of(self.chosen_shards(asked), asked)

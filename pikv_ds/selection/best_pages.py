@@ -6,13 +6,14 @@ Q queries, S local shards, C table columns, H kv heads (1 = the same pages for a
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from pikv_ds.exchange.exchange import Exchange
 from pikv_ds.placement.shard_map import ShardMap
+
+from .found import Choice
 
 PINNED = 0x7F800000  # upper half of the key of a page that must be read: that of +inf
 HIDDEN = ~0x7F800000 << 32 | 0xFFFFFFFF  # highest key of a page that must not be read: that of -inf
@@ -40,15 +41,7 @@ def _tie_order(shards: tuple[int, ...], num_shards: int, columns: int, device: t
     return 0x7FFFFFFF - (shard * (2**31 // num_shards) + torch.arange(columns, dtype=torch.int32, device=device))
 
 
-class Chosen(NamedTuple):
-    """page_list: [Q * S, 1 or H, K] int32 columns of this rank's tables, -1 = none. readers: [G, Q, 1 or H] bool, the ranks that have a
-    page of it (more may be named that find nothing), the same on all of them; None where nobody asks or there is one rank."""
-
-    page_list: Tensor
-    readers: Tensor | None = None
-
-
-def best_pages(keys: Tensor, budget: Tensor | None, width: int, num_local: int, exchange: Exchange, what: str) -> Chosen:
+def best_pages(keys: Tensor, budget: Tensor | None, width: int, num_local: int, exchange: Exchange, what: str) -> Choice:
     """The `budget` highest keys over all ranks, and every pinned page.
 
     Args:
@@ -75,11 +68,11 @@ def best_pages(keys: Tensor, budget: Tensor | None, width: int, num_local: int, 
         chosen &= local >= last
     readers = None if top is None else (top > HIDDEN) & (top >= last.squeeze(-1))
     if num_local == 1:
-        return Chosen(torch.where(chosen, index, -1).to(torch.int32), readers)
+        return Choice(torch.where(chosen, index, -1).to(torch.int32), readers)
     columns = keys.shape[-1] // num_local
     shard = torch.arange(num_local, device=index.device).view(1, -1, 1, 1)
     here = chosen.unsqueeze(1) & (index.div(max(columns, 1), rounding_mode="floor").unsqueeze(1) == shard)
-    return Chosen(torch.where(here, index.unsqueeze(1) % max(columns, 1), -1).to(torch.int32).flatten(0, 1), readers)
+    return Choice(torch.where(here, index.unsqueeze(1) % max(columns, 1), -1).to(torch.int32).flatten(0, 1), readers)
 
 
 def listed_pages(keys: Tensor, num_local: int) -> Tensor:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from pikv_ds.config.routing import RoutingConfig
-from pikv_ds.step.step import StepPlan
 
 
 class NearPages(Protocol):
@@ -42,13 +41,3 @@ def page_budget(
     width = min(max(*pages, pinned), max(seen) // page_size + 2 * num_shards)
     alike = min(pages) == max(pages) >= pinned
     return Budget(None if alike else torch.tensor(pages).to(device), width)
-
-
-def lens_seen(plan: StepPlan, stages: bool) -> list[int]:
-    """Stored tokens that the queries of each row see: with one column and no staging their own too."""
-    seen = list(plan.lens_before_host)
-    for source in plan.sources:
-        if source.num_columns == 1 and not stages:
-            rows = slice(source.row0, source.row0 + source.num_rows)
-            seen[rows] = plan.lens_after_host[rows]
-    return seen

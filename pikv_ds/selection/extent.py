@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from pikv_ds.config.routing import RoutingConfig
-from pikv_ds.pages.pool import LayerStore
+from pikv_ds.pages.pool import PagePool
+from pikv_ds.pages.view import PageView
 
 
 class Extent(NamedTuple):
@@ -25,21 +26,19 @@ class Extent(NamedTuple):
     pinned: Tensor
 
 
-def extent_of(
-    store: LayerStore, table: Tensor, lens: Tensor, at: Tensor, config: RoutingConfig, window: int | None, in_order: bool
-) -> Extent:
+def extent_of(pool: PagePool, table: Tensor, lens: Tensor, at: Tensor, config: RoutingConfig, window: int | None, in_order: bool) -> Extent:
     """Pages as queries at positions `at` [Q, 1, 1] see them. Sync: none.
 
     Args: table [Q * S, 1, C] int32, lens [Q, S, 1] int32 entries; in_order: without a window entry i of a table is at position i.
     """
-    page_size, columns = store.page_size, table.shape[-1]
+    page_size, columns = pool.page_size, table.shape[-1]
     begin = torch.arange(columns, device=table.device, dtype=torch.int32) * page_size
     entries = (lens - begin).clamp_(0, page_size)
     visible = entries > 0
     if window is None and in_order:
         first, last = begin.expand(entries.shape), begin + (entries - 1)
     else:
-        held = store.positions if store.num_pages else torch.zeros(1, page_size, dtype=torch.int32, device=table.device)
+        held = pool.positions if pool.num_pages else torch.zeros(1, page_size, dtype=torch.int32, device=table.device)
         page = torch.where(visible, table.view(entries.shape), 0)
         first, last = held[page, 0], held[page, (entries - 1).clamp_min(0)]
     if window is not None:
@@ -47,3 +46,10 @@ def extent_of(
         entries = torch.where(visible, entries, 0)
     pinned = (first < config.sink_tokens) | (last > at - config.recent_tokens)
     return Extent(entries, visible, ~visible, first, last, pinned)
+
+
+def entries_beside(view: PageView, num_rows: int, num_queries: int, page_size: int) -> Tensor:
+    """[R * T, S, C] int32: entries of each page of R rows that their T queries read besides."""
+    first = torch.arange(view.block_table.shape[-1], device=view.seqlens.device, dtype=torch.int32) * page_size
+    entries = (view.seqlens.view(num_rows, 1, -1, 1) - first).clamp(0, page_size)
+    return entries.expand(-1, num_queries, -1, -1).flatten(0, 1)

@@ -1,4 +1,4 @@
-"""What passes between the parts of a step: one layer's input, its result, entries that wait for their expert."""
+"""What passes between the parts of a step: one layer's input, its result, what waits for a later layer."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from typing import NamedTuple
 from torch import Tensor
 
 from pikv_ds.placement.placement import Routed
+
+PageLse = tuple[Tensor | None, ...]
+"""Per pool [R, T, S, Hq, C] f32, what queries saw in each page, -inf where nothing was read; None where nobody read or asked."""
 
 
 class Partial(NamedTuple):
@@ -34,10 +37,24 @@ class Query(NamedTuple):
     expert_ids: Routed | Tensor | None
 
 
-class Staged(NamedTuple):
+class LateEntries(NamedTuple):
     """Entries of a layer whose router has not run yet (storage.expert_ids "true"): k, v [N, Hkv, D]; expert_ids once known."""
 
     layer: int
     k: Tensor
     v: Tensor
     expert_ids: Tensor | None = None
+
+
+class LateLse(NamedTuple):
+    """A layer whose queries were answered and whose merged lse is still to come: q [G, N, Hq, Dk], k [G, N, Hkv, Dk] of every source,
+    slots [G * N * H] int32 of the entries on this rank (-1 elsewhere), lse [n, Hq] f32 of this rank's own n tokens."""
+
+    layer: int
+    scale: float
+    q: Tensor
+    k: Tensor
+    slots: Tensor
+    lse: Tensor | None
+    page_lse: dict[int, PageLse]
+    """By first row of a run of sources with as many columns."""

@@ -1,14 +1,20 @@
-"""The plan of one forward: whose tokens are in it, how long every request is before and after. Host side, once per forward."""
+"""One forward: whose tokens are in it, how long every request is before and after, what waits in it. Host side, once per forward."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from pikv_ds.placement.placement import hash_expert
+
+from .query import LateEntries, LateLse
+
+Made = TypeVar("Made")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -53,21 +59,37 @@ class Source:
         return self.num_rows * self.num_columns
 
 
-class StepPlan:
-    """What all ranks agreed on for one forward. R rows in all, N tokens per source after padding to the largest.
+class Step:
+    """What all ranks agreed on for one forward, and what waits in it for a later layer. R rows in all, N tokens per source after padding.
 
     Device tensors, made when first asked for: rows [sources * N] int64 ascending; lens_before, lens_after [R] int64; one_column [R]
     bool, rows whose source has T == 1. positions [sources * N] int32 (-1 = padding) and valid come with the first record of the forward.
     """
 
-    def __init__(self, shapes: list[tuple[int, int]], own: int, before: list[int], after: list[int], device: torch.device) -> None:
-        """shapes: (B, T) per source; own: index of this rank's source; before, after: tokens of every row, in source order."""
+    def __init__(
+        self,
+        shapes: list[tuple[int, int]],
+        own: int,
+        before: list[int],
+        after: list[int],
+        device: torch.device,
+        *,
+        hold: bool = False,
+        margin: int | None = 0,
+        late_experts: bool = False,
+    ) -> None:
+        """shapes: (B, T) per source; own: index of this rank's source; before, after: tokens of every row, in source order.
+
+        hold: some rank may take back tokens of it (a crop is announced); margin: so many at most, None = another rank knows how many.
+        late_experts: entries wait for their layer's router, and are stored after the queries of their layer (storage.expert_ids "true").
+        """
         self.sources: list[Source] = []
         row0 = 0
         for num_rows, num_columns in shapes:
             self.sources.append(Source(num_rows, num_columns, row0))
             row0 += num_rows
         self.own, self.device = own, device
+        self.hold, self.margin, self.late_experts = hold, margin, late_experts
         self.lens_before_host, self.lens_after_host = before, after
         self.num_new = [a - b for a, b in zip(after, before, strict=True)]
         self.num_tokens = max(s.num_tokens for s in self.sources)
@@ -75,11 +97,45 @@ class StepPlan:
         self.all_valid = len(self.sources) == 1 and sum(self.num_new) == self.num_tokens  # no padding, no idle rank
         self.positions: Tensor | None = None
         self.valid: Tensor | None = None
+        self.late: LateEntries | None = None
+        """Entries of the layer before, whose expert that layer's router has named by now, or will."""
+        self.late_lse: LateLse | None = None
+        """Queries of a layer whose merged lse rides in the next record: distinct requests and a policy that watches."""
         self._hashed: Tensor | None = None
         self.capacity: list[int] = []  # per layer: entries a shard may hold
         self.may_spill: list[bool] = []  # per layer
         self.may_open: list[bool] = []  # per layer: a new page may be needed
         self.quiet = False  # no page is opened, so no sizes change but the counts
+        self._shared: dict[Hashable, object] = {}
+
+    def once(self, key: Hashable, make: Callable[[], Made]) -> Made:
+        """What is the same in every layer of a forward, made by the first that asks."""
+        if key not in self._shared:
+            self._shared[key] = make()
+        return self._shared[key]
+
+    def sees_own(self, source: Source) -> bool:
+        """Whether queries of a source find their own entries stored: one column, stored before it is read."""
+        return source.num_columns == 1 and not self.late_experts
+
+    def reads(self, source: Source) -> bool:
+        """Whether a source's queries have anything to look up: stored tokens, or their own entry."""
+        return self.sees_own(source) or any(self.lens_before_host[source.row0 : source.row0 + source.num_rows])
+
+    @property
+    def all_see_own(self) -> bool:
+        """Every query sees the entries of its own forward, so that nobody must be shown the pages as they were before."""
+        return self.decode and not self.late_experts
+
+    @property
+    def lens_seen(self) -> list[int]:
+        """[R] stored tokens that the queries of each row see: with their own entry one more."""
+        seen = list(self.lens_before_host)
+        for source in self.sources:
+            if self.sees_own(source):
+                rows = slice(source.row0, source.row0 + source.num_rows)
+                seen[rows] = self.lens_after_host[rows]
+        return seen
 
     @cached_property
     def rows(self) -> Tensor:
@@ -101,8 +157,10 @@ class StepPlan:
     def one_column(self) -> Tensor:
         return torch.tensor([s.num_columns == 1 for s in self.sources for _ in range(s.num_rows)]).to(self.device)
 
-    def has_past(self, source: Source) -> bool:
-        return any(self.lens_before_host[source.row0 : source.row0 + source.num_rows])
+    @cached_property
+    def rows_see_own(self) -> Tensor:
+        """[R] bool: sees_own, by row."""
+        return self.one_column & (not self.late_experts)
 
     def set_positions(self, positions: Tensor) -> None:
         self.positions = positions.contiguous()

@@ -17,13 +17,12 @@ import torch
 from torch import Tensor
 
 from pikv_ds.codecs.base import Codec
-from pikv_ds.codecs.request_maps import RequestMaps, RowMaps, Turn, leading
+from pikv_ds.codecs.request_maps import RequestMaps, RowMaps, leading
 from pikv_ds.exchange.exchange import Exchange
-from pikv_ds.pages.layers import Tables
-from pikv_ds.pages.reproject import reproject
+from pikv_ds.pages.layers import RankPages
+from pikv_ds.pages.plan import PagesPlan
 from pikv_ds.pages.rows import Rows
-from pikv_ds.spec import LayerSpec
-from pikv_ds.step.step import LocalStep, StepPlan
+from pikv_ds.step.step import LocalStep, Step
 
 NEVER = 1 << 62
 
@@ -31,25 +30,25 @@ NEVER = 1 << 62
 class RequestBases:
     """Owns the bases of this rank's rows and, while they may still change, the sums that they follow from. Borrows the exchange."""
 
-    def __init__(self, layers: list[LayerSpec], codec: Codec, tables: Tables, exchange: Exchange) -> None:
-        self.fit_tokens, self.exchange, self.tables, self.device = codec.fit_tokens, exchange, tables, tables.device
-        self.far = [i for i, far in enumerate(tables.far) if far is not None]  # layers with a raw window: bases of all rows, on every rank
+    def __init__(self, plan: PagesPlan, codec: Codec, device: torch.device, exchange: Exchange) -> None:
+        specs = [layer.spec for layer in plan.layers]
+        self.fit_tokens, self.exchange, self.device = codec.fit_tokens, exchange, device
+        self.far = [i for i, layer in enumerate(plan.layers) if len(layer.pools) > 1]  # with a raw window: bases of all rows, on every rank
         # Per layer and side (k, v): heads, D, r.
         self.shapes = [
             ((spec.num_kv_heads, spec.k_dim, own.k_dim), (spec.num_kv_heads, spec.v_dim, own.v_dim))
-            for spec, own in ((spec, codec.stored(spec)) for spec in layers)
+            for spec, own in ((spec, codec.stored(spec)) for spec in specs)
         ]
-        rotations = (codec.request_rotation(spec) for spec in layers)
-        self.rotations = [None if pair is None else [x.to(self.device) for x in pair] for pair in rotations]  # [layer][side] [H, r, r]
-        self.near = [layer for layer in range(len(layers)) if layer not in self.far]
-        self.rows = Rows(self.device)  # of all ranks
+        rotations = (codec.request_rotation(spec) for spec in specs)
+        self.rotations = [None if pair is None else [x.to(device) for x in pair] for pair in rotations]  # [layer][side] [H, r, r]
+        self.near = [layer for layer in range(len(specs)) if layer not in self.far]
+        self.rows = Rows(device)  # of all ranks
         self.fitted_at = self.rows.ints("fitted_at", _refitted)  # tokens of a request when its basis was fitted; NEVER = not again
         self.shared = {  # layer with far pages -> [side] [R, H, D, r]
             layer: [self.rows.tensor(f"{layer}.{side}", shape, empties=True) for side, shape in zip("kv", self.shapes[layer], strict=True)]
             for layer in self.far
         }
-        for layer, sides in self.shared.items():
-            tables.far_maps[layer] = RowMaps(*sides)
+        self.far_maps = {layer: RowMaps(*sides) for layer, sides in self.shared.items()}
         self.reset()
 
     def reset(self) -> None:
@@ -86,14 +85,13 @@ class RequestBases:
         self.bases = {layer: [_take(side, index, new) for side in sides] for layer, sides in self.bases.items()}
         self.sums = None if self.sums is None else [[_take(x, index, new) for x in layer] for layer in self.sums]
 
-    def settle(self, plan: StepPlan) -> list[tuple[int, Turn]]:
-        """Fit again what has doubled, and turn what is stored. Call it before pages are demoted.
+    def refit(self, step: Step, pages: RankPages) -> bool:
+        """Fit again what has doubled, and rebase what is stored. Call it before pages are demoted. Returns False: no page has left.
 
-        Returns: layers whose queries are folded at the entrance of attend, and how their keys were turned; the same on every rank.
         Collectives with several ranks' requests: one when some have doubled; one for layers with far pages, then and with a new request.
         """
         first, doubled, fitted_at = [], [], self.fitted_at.values
-        for row, (before, after) in enumerate(zip(plan.lens_before_host, plan.lens_after_host, strict=True)):
+        for row, (before, after) in enumerate(zip(step.lens_before_host, step.lens_after_host, strict=True)):
             at = fitted_at[row]
             if before == 0 and after > 0:
                 first.append(row)
@@ -102,48 +100,47 @@ class RequestBases:
             else:
                 continue
             fitted_at[row] = after
-        turned = []
         if doubled and self.near:
             rows = torch.tensor(doubled, dtype=torch.int64).to(self.device)
-            for layer, (turn_k, turn_v) in zip(self.near, self._turns(plan, self.near, doubled), strict=True):
-                reproject(self.tables.stores[layer], rows, turn_k, turn_v)
-                turned.append((layer, Turn(rows, turn_k)))
+            for layer, (by_k, by_v) in zip(self.near, self._changes(step, self.near, doubled), strict=True):
+                pages.layers[layer].rebase(0, rows, by_k, by_v)
         if self.far and (first or doubled):
-            self._share(plan, sorted(first + doubled))
-        own = plan.sources[plan.own]
+            self._share(step, pages, sorted(first + doubled))
+        own = step.sources[step.own]
         if self.sums is not None and all(at >= self.fit_tokens for at in fitted_at[own.row0 : own.row0 + own.num_rows]):
             self.sums = None
         self.positions = None
-        return turned
+        return False
 
-    def _turns(self, plan: StepPlan, layers: list[int], rows: list[int]) -> list[list[Tensor]]:
+    def _changes(self, step: Step, layers: list[int], rows: list[int]) -> list[list[Tensor]]:
         """Of some layers [side] [len(rows), H, r, r]: from old coefficients to new ones. The new bases are in place afterwards."""
-        index, turns = self._own(plan, rows), []
+        index, changes = self._own(step, rows), []
         for layer in layers:
             for side, basis in enumerate(self.bases[layer]):
                 old = basis[index]
                 new = self._fitted(layer, side, index)
-                turns.append(old.mT @ new)
+                changes.append(old.mT @ new)
                 basis[index] = new
-        turns = self._of_all(plan, rows, turns, "turning what is stored of requests with a new basis")
-        return [turns[i : i + 2] for i in range(0, len(turns), 2)]
+        changes = self._of_all(step, rows, changes, "turning what is stored of requests with a new basis")
+        return [changes[i : i + 2] for i in range(0, len(changes), 2)]
 
-    def _share(self, plan: StepPlan, rows: list[int]) -> None:
+    def _share(self, step: Step, pages: RankPages, rows: list[int]) -> None:
         """New bases of `rows` for far pages, on every rank, and far pages turned into them."""
-        index = self._own(plan, rows)
+        index = self._own(step, rows)
         new = [self._fitted(layer, side, index) for layer in self.far for side in range(2)]
-        new = self._of_all(plan, rows, new, "sharing the bases of requests for their far pages")
+        new = self._of_all(step, rows, new, "sharing the bases of requests for their far pages")
         rows = torch.tensor(rows, dtype=torch.int64).to(self.device)
         for layer, *sides in zip(self.far, new[::2], new[1::2], strict=True):
             columns = self.shared[layer]
-            turns = (column.value[rows].mT @ y for column, y in zip(columns, sides, strict=True))
-            reproject(self.tables.far[layer], rows, *turns)  # a new row has no far page
+            changes = [column.value[rows].mT @ y for column, y in zip(columns, sides, strict=True)]
+            for level in range(1, len(pages.layers[layer].pools)):
+                pages.layers[layer].rebase(level, rows, *changes)  # a new row has no far page
             for column, y in zip(columns, sides, strict=True):
                 column.value = column.value.index_copy(0, rows, y)
 
-    def _own(self, plan: StepPlan, rows: list[int]) -> Tensor:
+    def _own(self, step: Step, rows: list[int]) -> Tensor:
         """Those of some rows of all ranks that are this rank's, counted from its first."""
-        source = plan.sources[plan.own]
+        source = step.sources[step.own]
         own = [row - source.row0 for row in rows if source.row0 <= row < source.row0 + source.num_rows]
         return torch.tensor(own, dtype=torch.int64).to(self.device)
 
@@ -155,11 +152,11 @@ class RequestBases:
         basis = leading(self.sums[layer][side][index], rank)
         return basis if self.rotations[layer] is None else basis @ self.rotations[layer][side]
 
-    def _of_all(self, plan: StepPlan, rows: list[int], parts: list[Tensor], what: str) -> list[Tensor]:
+    def _of_all(self, step: Step, rows: list[int], parts: list[Tensor], what: str) -> list[Tensor]:
         """parts [n, ...] of this rank's among `rows` -> [len(rows), ...] of all ranks', in the order of the rows."""
-        if len(plan.sources) == 1:
+        if len(step.sources) == 1:
             return parts
-        counts = [sum(s.row0 <= row < s.row0 + s.num_rows for row in rows) for s in plan.sources]
+        counts = [sum(s.row0 <= row < s.row0 + s.num_rows for row in rows) for s in step.sources]
         most = max(counts)
         blocks = self.exchange.all_gather(torch.cat([_padded(part, most).flatten() for part in parts]), what)
         sizes = [most * part.shape[1:].numel() for part in parts]

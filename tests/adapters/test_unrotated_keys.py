@@ -12,7 +12,7 @@ from pikv_ds.adapters.hf.calibrate import calibrate, check_turns
 from pikv_ds.adapters.hf.fingerprint import key_norms
 from pikv_ds.adapters.hf.model_spec import read_model_spec
 from pikv_ds.adapters.hf.rotation import inv_freq_of
-from pikv_ds.codecs.rope import turn
+from pikv_ds.codecs.rope import rotate
 from pikv_ds.errors import ConfigError, UnsupportedError
 from tests.calibrations import random_calibration
 from tests.dist.jobs.exact import assert_same, generate, generate_sharded
@@ -147,4 +147,4 @@ def test_turned_keys_are_those_of_transformers():
     cos, sin = model.model.rotary_emb(x, at[None])
     half = torch.cat([-x[..., 8:], x[..., :8]], -1)
     want = x * cos.unsqueeze(2) + half * sin.unsqueeze(2)
-    assert (turn(x, at[None], inv_freq_of(model.config, read_model_spec(model.config)[0])) - want).abs().max() < 1e-6
+    assert (rotate(x, at[None], inv_freq_of(model.config, read_model_spec(model.config)[0])) - want).abs().max() < 1e-6

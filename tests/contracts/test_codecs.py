@@ -12,8 +12,8 @@ from pikv_ds.codecs import CODECS
 from pikv_ds.codecs.base import Codec, Heads
 from pikv_ds.codecs.maps import Transform
 from pikv_ds.errors import ConfigError
-from pikv_ds.pages.pool import LayerStore
-from pikv_ds.pages.view import read_pages
+from pikv_ds.pages.pool import PagePool
+from pikv_ds.pages.raw import RawReader
 from pikv_ds.spec import LayerSpec
 from pikv_ds.step.query import Partial
 
@@ -54,14 +54,14 @@ def made(name, shape, heads=None, rope_raw=None) -> Codec:
 class Filled(NamedTuple):
     """A store of one row, what was put into it, and the maps between."""
 
-    store: LayerStore
+    pool: PagePool
     heads: Heads
     codec: Codec
     maps: Transform | None
 
     def decoded(self):
         """k [tokens, Hkv, Dk], v [tokens, Hkv, Dv] f32 as the pages and the tail hold them."""
-        k, v = decoded(self.store)
+        k, v = decoded(self.pool)
         return (k, v) if self.maps is None else (self.maps.k.invert(k), self.maps.v.invert(v))
 
 
@@ -72,25 +72,25 @@ def filled(name, shape, dtype, tokens=None, rope_raw=None) -> Filled:
     heads = sampled(shape, tokens, tokens, dtype)
     codec = made(name, shape, heads if tokens else None, rope_raw)
     page_size = codec.page_size(None)
-    store = LayerStore(codec.page_format(layer, page_size, dtype), dtype, torch.device("cpu"), torch.zeros(1, 1, dtype=torch.int32),
-                       torch.zeros((), dtype=torch.int64))  # fmt: skip
+    pool = PagePool(codec.page_format(layer, page_size, dtype), dtype, torch.zeros(1, 1, dtype=torch.int32),
+                    torch.zeros((), dtype=torch.int64), RawReader)  # fmt: skip
     maps = codec.request_maps(layer, heads)
     k, v = (heads.k, heads.v) if maps is None else (maps.k.apply(heads.k), maps.v.apply(heads.v))
-    store.reserve(0, -(-tokens // page_size), -(-tokens // page_size))
+    pool.reserve(0, -(-tokens // page_size), -(-tokens // page_size))
     if tokens:
         rows, here = torch.zeros(tokens, dtype=torch.int64), torch.ones(tokens, dtype=torch.bool)
         positions = torch.arange(tokens, dtype=torch.int32)
-        store.append(rows, None, here, positions, k, v, one_per_row=False, may_open=True, all_valid=True)
-    return Filled(store, heads, codec, maps)
+        pool.append(rows, None, here, positions, k, v, one_per_row=False, may_open=True, all_valid=True)
+    return Filled(pool, heads, codec, maps)
 
 
-def decoded(store):
+def decoded(pool):
     """k [tokens, Hkv, r], v [tokens, Hkv, r] f32: the stored numbers."""
-    tokens, fmt = int(store.counts.sum()), store.fmt
-    k, v = ops.decode_pages(store.pages[store.block_table[0, 0, :-1].long()], fmt)
+    tokens, fmt = int(pool.table.counts.sum()), pool.fmt
+    k, v = ops.decode_pages(pool.pages[pool.table.ids[0, 0, :-1].long()], fmt)
     k, v = (x.transpose(1, 2).flatten(0, 1)[:tokens].clone() for x in (k, v))
-    if store.tail is not None and tokens % fmt.group:
-        k[tokens - tokens % fmt.group :] = store.tail[0, :, : tokens % fmt.group].transpose(0, 1).float()
+    if pool.tail is not None and tokens % fmt.group:
+        k[tokens - tokens % fmt.group :] = pool.tail[0, :, : tokens % fmt.group].transpose(0, 1).float()
     return k, k[..., : fmt.v_dim] if fmt.latent else v
 
 
@@ -111,11 +111,11 @@ def test_is_described(name):
 def test_round_trip_within_the_declared_error(name, shape, dtype):
     page = filled(name, shape, dtype)
     (k_back, v_back), k = page.decoded(), page.heads.k
-    v = k[..., : page.store.fmt.v_dim] if page.store.fmt.latent else page.heads.v
+    v = k[..., : page.pool.fmt.v_dim] if page.pool.fmt.latent else page.heads.v
     if CODECS.get(name).lossless:
         assert torch.equal(k_back, k.float()) and torch.equal(v_back, v.float())
         return
-    declared = page.codec.declared_errors(spec(shape), page.store.page_size, dtype)
+    declared = page.codec.declared_errors(spec(shape), page.pool.page_size, dtype)
     for back, wanted, most in zip((k_back, v_back), (k, v), declared, strict=True):
         assert 0 < rel_error(back, wanted) <= most, (rel_error(back, wanted), most)
         assert most < 1 or not page.codec.calibrated, "declares nothing"
@@ -131,17 +131,17 @@ def test_attend_equals_decode_then_attend(name, shape, rope_raw, group, queries,
     """decode, prefill_cached and the dense path read what the pages hold, and nothing else; maps are folded as in the cache."""
     heads, k_dim, v_dim, latent = shape
     page = filled(name, shape, torch.float32, tokens, rope_raw)
-    store, maps = page.store, page.maps
+    pool, maps = page.pool, page.maps
     q = torch.randn(1, queries, heads * group, k_dim, generator=torch.Generator().manual_seed(group))
     if tokens == 0:
-        assert store.num_pages == 0
+        assert pool.num_pages == 0
         return
     k, v = page.decoded()
     want, want_lse = ops.sdpa_lse(q.transpose(1, 2), k.transpose(0, 1)[None], v.transpose(0, 1)[None], scale=0.2)
     none = q.new_zeros(1, queries, heads, k_dim)
     asked, _, _, shift = (q, none, none, None) if maps is None else maps.enter(q, none, none, 0.2)
     positions = torch.full((1, queries), tokens, dtype=torch.int32)
-    found = Partial(*read_pages(store, asked, slice(0, 1), None, None, scale=0.2, window=None, q_positions=positions), True)
+    found = Partial(*pool.reader.attend(asked, pool.view(slice(0, 1)), scale=0.2, q_positions=positions)[:2], True)
     found = found if maps is None else maps.leave(found, shift)
     assert rel_error(found.out, want.transpose(1, 2)) < 2e-4 and (found.lse - want_lse.transpose(1, 2)).abs().max() < 1e-3
 
@@ -149,9 +149,9 @@ def test_attend_equals_decode_then_attend(name, shape, rope_raw, group, queries,
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_declared_bytes_are_allocated(name, shape):
     page = filled(name, shape, torch.bfloat16)
-    store, layer, fmt = page.store, spec(shape), page.store.fmt
+    pool, layer, fmt = page.pool, spec(shape), page.pool.fmt
     declared = (PAGES + 1) * fmt.page_size * (fmt.bytes_per_token + 4) + 2 * fmt.tail_elements
-    assert store.nbytes == declared == sum(t.untyped_storage().nbytes() for t in (store.pages, store.tail) if t is not None)
+    assert pool.nbytes == declared == sum(t.untyped_storage().nbytes() for t in (pool.pages, pool.tail) if t is not None)
     assert page.codec.stored(layer).values_per_token * fmt.traits.bits / 8 <= fmt.bytes_per_token
     if not CODECS.get(name).lossless:
         assert fmt.bytes_per_token < 2 * layer.values_per_token, "a codec that saves nothing"
@@ -163,7 +163,7 @@ def test_the_rotary_part_of_a_latent_is_kept(name):
         return
     wide, coded = (filled(name, LATENT, torch.bfloat16, rope_raw=option) for option in (None, False))
     rotary = slice(LATENT[2], None)
-    assert wide.store.fmt.label.endswith("+rope") and not coded.store.fmt.label.endswith("+rope")
+    assert wide.pool.fmt.label.endswith("+rope") and not coded.pool.fmt.label.endswith("+rope")
     assert torch.equal(wide.decoded()[0][..., rotary], wide.heads.k[..., rotary].float())
     assert rel_error(coded.decoded()[0][:-5, :, rotary], coded.heads.k[:-5, :, rotary]) > 1e-3  # the last ones are in the tail
     for shape, what in ((SHAPES[0], "of heads, not a latent"), ((1, 32, 32, True), "a latent without a rotary part")):
@@ -186,8 +186,8 @@ def test_not_finite_keys_stay_in_their_entry(name):
     layer, codec = spec((2, 32, 32, False)), made(name, (2, 32, 32, False))
     page_size = codec.page_size(None)
     fmt, counts = codec.page_format(layer, page_size, torch.float32), torch.zeros(2, 1, dtype=torch.int32)
-    store = LayerStore(fmt, torch.float32, torch.device("cpu"), counts, torch.zeros((), dtype=torch.int64))
-    store.reserve(0, 4, 2)
+    pool = PagePool(fmt, torch.float32, counts, torch.zeros((), dtype=torch.int64), RawReader)
+    pool.reserve(0, 4, 2)
     rows = torch.arange(2).repeat_interleave(page_size)
     k = torch.randn(2 * page_size, 2, 32)
     k[3] = torch.nan
@@ -195,6 +195,6 @@ def test_not_finite_keys_stay_in_their_entry(name):
     here, positions = torch.ones(2 * page_size, dtype=torch.bool), torch.arange(page_size, dtype=torch.int32).repeat(2)
     maps = codec.request_maps(layer, sampled((2, 32, 32, False), page_size))
     k, v = (k, k.clone()) if maps is None else (maps.k.apply(k), maps.v.apply(k))
-    store.append(rows, None, here, positions, k, v, one_per_row=False, may_open=True, all_valid=True)
-    out, lse = read_pages(store, torch.randn(1, 1, 4, fmt.k_dim), slice(1, 2), None, None, scale=0.2, window=None, q_positions=None)
+    pool.append(rows, None, here, positions, k, v, one_per_row=False, may_open=True, all_valid=True)
+    out, lse, _ = pool.reader.attend(torch.randn(1, 1, 4, fmt.k_dim), pool.view(slice(1, 2)), scale=0.2)
     assert bool(out.isfinite().all()) and bool(lse.isfinite().all())

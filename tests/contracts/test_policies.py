@@ -16,17 +16,17 @@ from tests.unit.dense import rel_error
 from tests.unit.driver import Driver, layer, ragged
 from tests.unit.evicting import evicting
 from tests.unit.invariants import poison
-from tests.unit.stores import fill, make_store
+from tests.unit.stores import fill, make_pool
 from tests.unrotated import held, unrotated
 
 EVICTING = [name for name, policy in POLICIES.items() if not policy.keeps_all]
 
 
 def some_pages(lens: list[int]) -> Pages:
-    store = make_store(len(lens), 2, 4)
+    pool = make_pool(len(lens), 2, 4)
     if any(lens):
-        fill(store, {(row, shard): list(range(shard, n, 2)) for row, n in enumerate(lens) for shard in range(2)})
-    return Pages(store=store, table=store.block_table, counts=store.counts, lens=torch.tensor(lens))
+        fill(pool, {(row, shard): list(range(shard, n, 2)) for row, n in enumerate(lens) for shard in range(2)})
+    return Pages(pool=pool, table=pool.table.ids, counts=pool.table.counts, lens=torch.tensor(lens))
 
 
 @pytest.mark.parametrize("name", POLICIES.names())
@@ -97,10 +97,10 @@ def test_what_reads_positions_only_reads_nothing_else(name, tmp_path):
     policy = POLICIES.build(name, **needed(name, tmp_path, layers=1, heads=2, width=16))
     assert not policy.watches and not policy.reads_model_queries
     pages = some_pages([9, 14])
-    positions, score = pages.store.positions.clone(), policy.score(pages)
-    pages.store.pages.fill_(0xFF)  # NaN keys and values
-    pages.store.positions.copy_(positions)
-    again = policy.score(Pages(store=pages.store, table=pages.table, counts=pages.counts, lens=pages.lens))
+    positions, score = pages.pool.positions.clone(), policy.score(pages)
+    pages.pool.pages.fill_(0xFF)  # NaN keys and values
+    pages.pool.positions.copy_(positions)
+    again = policy.score(Pages(pool=pages.pool, table=pages.table, counts=pages.counts, lens=pages.lens))
     assert torch.equal(score, again) and pages.keys.isnan().any()
 
 

@@ -33,7 +33,7 @@ class Right(Dense):
             driver.tolerance = MAPPED
         self.everything = blueprint.router.reads_all and blueprint.policy.keeps_all
         self.errors = [blueprint.codec.declared_errors(spec, driver.cache.page_size, torch.float32) for spec in driver.layers]
-        formats = [[fmt for fmt in (plan.near, plan.far) if fmt is not None] for plan in blueprint.pages.layers]
+        formats = [[pool.fmt for pool in plan.pools] for plan in blueprint.pages.layers]
         self.raw = [all(fmt.k_rel_error == fmt.v_rel_error == 0 for fmt in own) for own in formats]
 
     def layer(self, i: int, q: Tensor, positions: Tensor, out: Tensor, lse: Tensor) -> None:

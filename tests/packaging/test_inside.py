@@ -5,15 +5,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 LOOKING = ["tests", "launch", "examples"]
-ANYWHERE = {"tables", "stores", "far", "directory", "counters", "refcount", "free_stack", "free_top", "summaries"}
-OF_A_CACHE = {"selection", "retention", "tiers", "bases", "transforms", "writer", "reader", "agreement", "staged"}
+ANYWHERE = {"allocator", "directory", "counters", "refcount", "free_stack", "free_top", "summaries"}
+OF_A_CACHE = {"pages", "selection", "retention", "window", "bases", "writer", "reader", "agreement", "step", "ways"}
 OWN_CLASS = {  # tests of one class by itself, and what makes its objects
     "tests/unit/stores.py", "tests/unit/test_store.py", "tests/unit/test_recycle.py", "tests/unit/test_directory.py",
     "tests/unit/test_request_basis.py",
 }  # fmt: skip
 LEFT = {  # file -> how often
-    "tests/covering/driver.py": 1,  # of a plan, not of a cache
     "tests/kvpress/test_parity.py": 1,
+    "tests/unit/test_reset.py": 1,
     "tests/unit/test_shard_routers.py": 1,
     "tests/unit/test_stats.py": 1,
     "tests/unit/test_tiers.py": 2,
@@ -31,7 +31,7 @@ def reaches(source: str) -> int:
 
 
 def test_a_reach_is_seen():
-    assert reaches("driver.cache.tables.stores[0].fmt") == 2
+    assert reaches("driver.cache.pages.layers[0].nearest.allocator") == 2
     assert reaches("cache.core.selection.choose = recording") == reaches("core.agreement.mode") == 1
     assert reaches("probe.near_pool(0).counts; self.bases.maps(0); cache.stats()") == 0
 

@@ -224,7 +224,7 @@ class Driver:
         spec, scale, padding = self.layers[i], self.scale(q), (positions < 0)[..., None, None]
         given_k, given_v = k.masked_fill(padding, torch.nan), v.masked_fill(padding, torch.nan)[..., : spec.stored_v_dim]
         partial = self.cache.attend(i, q, given_k, given_v, scale=scale, v_dim=spec.v_dim, expert_ids=ids)
-        if self.cache.stages:
+        if self.cache.late_experts:
             self.cache.name_experts(i, ids)
         if partial.includes_self:
             return partial.out, partial.lse

@@ -128,7 +128,7 @@ class Kept(Check):
         for row in range(len(positions)):
             real = (positions[row] >= 0).nonzero().squeeze(-1).tolist()
             old, new = self.kept(i, row), [int(positions[row, t]) for t in real]
-            if driver.cache.stages:
+            if driver.cache.late_experts:
                 self.staged.append((i, row, new))
             else:
                 self._append(i, row, new)
@@ -142,7 +142,7 @@ class Kept(Check):
                 want_out, want_lse, share = self.reads.attention(i, row, t, query, visible, driver.scale(q))
                 assert rel_error(out[row, t], want_out) <= driver.tolerance, f"layer {i}, row {row}, position {at}: out"
                 assert rel_error(lse[row, t], want_lse) <= driver.tolerance, f"layer {i}, row {row}, position {at}: lse"
-                if spec.window is None and not driver.cache.stages:
+                if spec.window is None and not driver.cache.late_experts:
                     # Queries of a row count from the right edge of their forward.
                     column = self.columns + positions.shape[1] - len(real) + real.index(t)
                     self._share(page_of, dict(zip(visible, share.mean(0).tolist(), strict=True)), column, len(entries))

@@ -4,7 +4,7 @@ import torch
 
 from pikv_ds.cache.inspect import PoolProbe
 from pikv_ds.cache.stats import stats
-from pikv_ds.pages.pool import GROWTH
+from pikv_ds.pages.allocator import GROWTH
 from tests.unit.driver import Driver
 
 

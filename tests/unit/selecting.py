@@ -88,7 +88,7 @@ class Selected(Check):
             self._bear(i, new)
 
     def _sees_own(self, num_columns: int) -> bool:
-        return num_columns == 1 and not self.driver.cache.stages
+        return num_columns == 1 and not self.driver.cache.late_experts
 
     def _bear(self, i: int, new: list[list[int]]) -> None:
         for held, positions in zip(self.born[i], new, strict=True):

@@ -106,7 +106,7 @@ def test_invariants_see_what_is_lost_or_shared():
     driver = Driver([layer(0)], page_size=4, num_shards=2)
     driver.prefill([9])
     check(driver)
-    pool = Forged(driver.probe.near_pool(0).store)
+    pool = Forged(driver.probe.near_pool(0).pool)
     with pytest.raises(AssertionError, match="reference counts"):
         check_pages(pool)
     with pytest.raises(AssertionError, match="an open page is shared"):

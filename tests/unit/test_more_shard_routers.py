@@ -8,6 +8,7 @@ import torch
 from pikv_ds.config.pikv import PiKVConfig
 from pikv_ds.errors import ConfigError
 from pikv_ds.routers import ROUTERS
+from pikv_ds.routers.base import scores_of
 from pikv_ds.routers.scramble import scramble
 from pikv_ds.routers.shard_router import ShardRouter
 from tests.contracts.test_routers import recording as routed
@@ -85,7 +86,7 @@ def test_shuffle_reads_what_its_base_chose_for_another_query(base, tmp_path):
     options = {key: value for key, value in block.items() if key not in ("method", "sink_tokens", "recent_tokens")}
     driver = routed("shuffle_shards", tmp_path, num_shards=SHARDS, base=base, base_options=options)
     router = driver.probe.router
-    choose, score, chosen, read = router.base.chosen_shards, router.score, {}, []
+    choose, shuffled, chosen, read = router.base.chosen_shards, router.chosen_shards, {}, []
 
     def choosing(asked):
         own = choose(asked)
@@ -97,7 +98,8 @@ def test_shuffle_reads_what_its_base_chose_for_another_query(base, tmp_path):
         return own
 
     def scoring(asked):
-        scores = score(asked)
+        swapped = shuffled(asked)
+        scores = scores_of(swapped, asked)
         if asked.layer == 0:
             asked, own, earlier = read[-1]
             for i, position in enumerate(asked.positions.tolist()):
@@ -110,10 +112,10 @@ def test_shuffle_reads_what_its_base_chose_for_another_query(base, tmp_path):
                     wanted = own[i].roll(1 + int(scramble(asked.positions[i], 1)) % (SHARDS - 1))
                 assert found == set(wanted.nonzero().flatten().tolist()), position
                 counted[bool(known)] += 1
-        return scores
+        return swapped
 
     counted = {True: 0, False: 0}
-    router.base.chosen_shards, router.score = choosing, scoring
+    router.base.chosen_shards, router.chosen_shards = choosing, scoring
     driver.prefill([150])
     driver.forward(ragged([60]))
     for _ in range(10):

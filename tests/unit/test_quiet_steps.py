@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from pikv_ds.pages.layers import Tables
-from pikv_ds.pages.pool import LayerStore
+from pikv_ds.pages.layers import RankPages
+from pikv_ds.pages.pool import PagePool
 from tests.unit.driver import Driver, layer, ragged
 from tests.unit.invariants import check
 
@@ -13,7 +13,7 @@ from tests.unit.invariants import check
 def calls(monkeypatch):
     """How often sizes were mirrored and slabs reserved since the last look."""
     seen = []
-    for owner, name in ((Tables, "mirror"), (LayerStore, "reserve")):
+    for owner, name in ((RankPages, "mirror"), (PagePool, "reserve")):
         plain = getattr(owner, name)
         monkeypatch.setattr(owner, name, lambda self, *args, plain=plain, name=name: (seen.append(name), plain(self, *args))[1])
 

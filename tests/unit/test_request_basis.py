@@ -8,14 +8,15 @@ from pikv_ds.blueprint.blueprint import Blueprint
 from pikv_ds.codecs import CODECS
 from pikv_ds.config.pikv import PiKVConfig
 from pikv_ds.exchange.exchange import Exchange
-from pikv_ds.pages.layers import Tables
-from pikv_ds.pages.pool import LayerStore
+from pikv_ds.pages.layers import RankPages
+from pikv_ds.pages.pool import PagePool
+from pikv_ds.pages.raw import RawReader
 from pikv_ds.pages.reproject import reproject
 from pikv_ds.pages.rows import RowChange
 from pikv_ds.placement.shard_map import ShardMap
 from pikv_ds.spec import LayerSpec
 from pikv_ds.step.agreement import Agreed
-from pikv_ds.step.step import LocalStep, StepPlan
+from pikv_ds.step.step import LocalStep, Step
 from pikv_ds.tiers.bases import NEVER, RequestBases
 from tests.unit.driver import Driver, layer, ragged
 from tests.unit.turning import svd
@@ -27,11 +28,11 @@ SPEC = LayerSpec(layer_idx=0, num_kv_heads=2, k_dim=16, v_dim=16)
 
 def entries(store, row, shard):
     """k, v [tokens, H, r] f32 and positions of one table, as attention reads them."""
-    fmt, count, table = store.fmt, int(store.counts[row, shard]), store.block_table[row, shard]
+    fmt, count, table = store.fmt, int(store.table.counts[row, shard]), store.table.ids[row, shard]
     pages = table[: -(-count // fmt.page_size)].long()
     k, v = (x.transpose(1, 2).flatten(0, 1)[:count].float().clone() for x in ops.decode_pages(store.pages[pages], fmt))
     if fmt.grouped and count % fmt.group:
-        tail = store.tail[row * store.counts.shape[1] + shard]
+        tail = store.tail[row * store.table.counts.shape[1] + shard]
         k[count - count % fmt.group :] = tail[:, : count % fmt.group].transpose(0, 1).float()
     return k, v, store.positions[pages].flatten()[:count].clone()
 
@@ -42,7 +43,7 @@ def test_a_turn_multiplies_every_entry_of_its_rows_and_no_other(name):
     page_size, num_rows, shards, tokens = codec.page_size(None), 3, 2, 150
     fmt = codec.page_format(SPEC, page_size, torch.float32)
     counts = torch.zeros(num_rows, shards, dtype=torch.int32)
-    store = LayerStore(fmt, torch.float32, torch.device("cpu"), counts, torch.zeros((), dtype=torch.int64))
+    store = PagePool(fmt, torch.float32, counts, torch.zeros((), dtype=torch.int64), RawReader)
     store.reserve(0, num_rows * shards * 6, 6)
     generator = torch.Generator().manual_seed(0)
     rows = torch.arange(num_rows).repeat_interleave(tokens)
@@ -56,7 +57,7 @@ def test_a_turn_multiplies_every_entry_of_its_rows_and_no_other(name):
     reproject(store, torch.tensor([2, 0]), *turns)
     for (row, s), old in before.items():
         found = entries(store, row, s)
-        assert torch.equal(found[2], old[2]) and int(store.counts[row, s]) == len(old[0])
+        assert torch.equal(found[2], old[2]) and int(store.table.counts[row, s]) == len(old[0])
         for x, x_old, turn, most in zip(found, old, turns, (fmt.k_rel_error, fmt.v_rel_error), strict=False):
             want = x_old if row == 1 else torch.einsum("nhr,hrs->nhs", x_old, turn[0 if row == 2 else 1])
             error = ((x - want).norm() / want.norm()).item()
@@ -78,8 +79,8 @@ class Run:
     def __init__(self, fit_tokens=16):
         config = PiKVConfig(page_size=4, compression={"method": "svd", "rank": 8, "fit_tokens": fit_tokens})
         blueprint = Blueprint.of(config, [SPEC], torch.float32, num_experts=8)
-        self.tables = Tables(blueprint.pages, config.storage, ShardMap.blocks(1, 0, 1, CPU), 8, CPU)
-        self.bases = RequestBases([SPEC], blueprint.codec, self.tables, Exchange(None, 10.0))
+        self.bases = RequestBases(blueprint.pages, blueprint.codec, CPU, Exchange(None, 10.0))
+        self.pages = RankPages(blueprint.pages, config.storage, ShardMap.blocks(1, 0, 1, CPU), 8, CPU, self.bases.far_maps)
 
     def forward(self, num_new, parent, keep, seed):
         step = local(num_new, parent, keep)
@@ -90,9 +91,9 @@ class Run:
         k[step.positions < 0] = torch.nan  # padding may hold anything
         maps = self.bases.maps(0, k, k.clone())
         after = [a + b for a, b in zip(keep, num_new, strict=True)]
-        plan = StepPlan([(step.num_rows, 4)], 0, keep, after, torch.device("cpu"))
-        self.tables.allocate(len(num_new))
-        self.bases.settle(plan)
+        step = Step([(step.num_rows, 4)], 0, keep, after, torch.device("cpu"))
+        self.pages.allocate(len(num_new))
+        self.bases.refit(step, self.pages)
         return k, maps
 
     def _change(self, step, agreed):

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from pikv_ds.routers.base import scores_of
 from tests.contracts.test_routers import recording as routed
 
 SHARDS, HEADS, GROUP = 4, 2, 2
@@ -18,16 +19,17 @@ def run(name: str, folder, steps: int = 12, **options):
     for option, value in options.items():
         assert hasattr(router, option)
         setattr(router, option, value)
-    score = router.score
+    choose = router.chosen_shards
 
     def recording(asked):
-        scores = score(asked)
+        chosen = choose(asked)
+        scores = scores_of(chosen, asked)
         if asked.layer == 0:
             keys = torch.stack([k for k, _ in driver.history[0][0]]).double()
             seen.append((asked, scores.clone(), keys))
-        return scores
+        return chosen
 
-    router.score = recording
+    router.chosen_shards = recording
     for _ in range(steps):
         driver.decode()
     assert len(seen) == steps
@@ -144,7 +146,7 @@ def test_centroid_scores_are_the_attention_to_centroids(tmp_path):
     mean, weight = router.mean[0].value[0].double(), router.weight[0].value[0].double()
     assert weight.sum(-1).tolist() == [len(keys)] * HEADS
     assert torch.allclose((mean * weight.unsqueeze(-1)).sum(1), keys.sum(0), atol=1e-4)
-    counts = asked.store.summaries["clusters"]
+    counts = asked.pool.summaries["clusters"]
     for head in range(HEADS):
         q = asked.scale * asked.q[0].double().view(HEADS, GROUP, -1)[head]
         weights = torch.exp(q @ mean[head].T) * (weight[head] > 0)

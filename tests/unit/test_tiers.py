@@ -120,8 +120,8 @@ def test_what_a_quiet_step_costs():
     """Decode steps in which nothing can be old enough look at no page."""
     driver = tiered([layer(0)], page_size=16, sinks=0, recent=8)
     driver.prefill([40])
-    looked, old = [], driver.cache.tiers._old
-    driver.cache.tiers._old = lambda store, lens: looked.append(lens[0]) or old(store, lens)
+    looked, old = [], driver.cache.window._old
+    driver.cache.window._old = lambda pool, lens: looked.append(lens[0]) or old(pool, lens)
     for _ in range(60):
         driver.decode()
     assert looked == [56, 72, 88], looked  # 48, 64, 80 tokens are whole pages, old after 8 more
@@ -360,5 +360,5 @@ def test_a_router_that_cannot_follow_its_pages_is_refused(monkeypatch):
     with pytest.raises(ConfigError, match=r"'random' keeps summaries of pages and can't make them") as caught:
         PiKVConfig(**block)
     assert caught.value.rule == "router-follows-demotion"
-    monkeypatch.setattr(Summarising, "moved", lambda *_: None)
+    monkeypatch.setattr(Summarising, "rebuilt", lambda *_: None)
     PiKVConfig(**block)

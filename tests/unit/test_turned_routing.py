@@ -80,6 +80,6 @@ def test_metadata_after_a_turn_are_those_made_from_scratch(name, store, tmp_path
 
 
 def test_a_router_that_cannot_follow_a_turn_is_refused(monkeypatch):
-    monkeypatch.setattr(PageBounds, "moved", ROUTERS.get("bounds").__mro__[1].moved)
+    monkeypatch.setattr(PageBounds, "rebuilt", ROUTERS.get("bounds").__mro__[1].rebuilt)
     with pytest.raises(ConfigError, match="pikv.routing.method = 'bounds' .* can't make them anew when a basis changes"):
         Driver(LAYERS, routing=routing("bounds", None, layers=2, shards=1, query_width=64), **svd())

@@ -7,7 +7,7 @@ import torch
 
 from pikv_ds.codecs import CODECS
 from pikv_ds.codecs.calibration import Calibration, Moments
-from pikv_ds.codecs.rope import default_inv_freq, pair_metric, turn
+from pikv_ds.codecs.rope import default_inv_freq, pair_metric, rotate
 from pikv_ds.errors import ConfigError
 from tests.calibrations import random_calibration
 from tests.unit.checks import Answers, Dense
@@ -52,10 +52,10 @@ def turned(x: torch.Tensor, position: int, sign: int = 1) -> torch.Tensor:
 def test_turn_and_its_inverse():
     x, inv_freq = torch.randn(9, 2, 16), default_inv_freq(THETA, 16)
     at = torch.tensor([0, 1, 2, 3, 50, 51, 700, -1, 4])
-    found = turn(x, at, inv_freq)
+    found = rotate(x, at, inv_freq)
     for i in range(9):
         assert (found[i] - turned(x[i], max(int(at[i]), 0))).abs().max() < 2e-4  # f32 angles, as models have them
-    assert (turn(found, at, inv_freq, back=True) - x).abs().max() < 1e-6
+    assert (rotate(found, at, inv_freq, back=True) - x).abs().max() < 1e-6
     assert (found[1:7] - x[1:7]).norm(dim=-1).min() > 0.1
 
 
@@ -150,9 +150,9 @@ def test_values_and_files_that_can_not_serve_are_refused(calibration, tmp_path):
 def test_less_is_lost_of_keys_that_share_a_direction_before_their_rotation():
     """Keys along one line, turned by their positions: rank 8 holds all of them before the rotation and a part after it."""
     at, inv_freq = torch.arange(300), default_inv_freq(THETA, 32)
-    k = turn(torch.randn(300, 1, 1) * torch.randn(32) + 0.01 * torch.randn(300, 1, 32), at, inv_freq)
+    k = rotate(torch.randn(300, 1, 1) * torch.randn(32) + 0.01 * torch.randn(300, 1, 32), at, inv_freq)
     made = Calibration.of([(Moments.of(k), Moments.of(k))])
-    made.add_unrotated(0, Moments.of(turn(k, at, inv_freq, back=True)), inv_freq)
+    made.add_unrotated(0, Moments.of(rotate(k, at, inv_freq, back=True)), inv_freq)
     spec = layer(0, num_kv_heads=1, dim=32)
     lost = [CODECS.get("lora").on(made, rank=8, rope=rope).declared_errors(spec, 64, torch.float32)[0] for rope in ("pre", "post")]
     assert lost[0] < 0.02 and lost[1] > 0.3, lost

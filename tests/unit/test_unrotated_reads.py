@@ -8,9 +8,7 @@ from pikv_ds import ops
 from pikv_ds.cache.inspect import PoolProbe
 from pikv_ds.errors import ConfigError
 from pikv_ds.ops.format.bound_codes import decode_box
-from pikv_ds.pages.unrotated import attend, decode
-from pikv_ds.pages.unrotated_bounds import page_bounds
-from pikv_ds.pages.view import Stored
+from pikv_ds.pages.view import PageView
 from tests.unit.checks import Dense
 from tests.unit.dense import dense_over, rel_error
 from tests.unit.driver import Driver, layer, ragged
@@ -50,10 +48,10 @@ def reconstructed(driver: Driver, row: int, shard: int) -> list[tuple[torch.Tens
     return found
 
 
-def tables(pool: PoolProbe) -> Stored:
+def tables(pool: PoolProbe) -> PageView:
     count = pool.counts.numel()
     tail_rows = None if pool.tail is None else torch.arange(count, dtype=torch.int32)
-    return Stored(pool.page_table.view(count, 1, -1), pool.counts.view(count, 1), pool.tail, tail_rows)
+    return PageView(pool.page_table.view(count, 1, -1), pool.counts.view(count, 1), pool.tail, tail_rows)
 
 
 @pytest.mark.parametrize("per_head", [False, True], ids=["one list", "a list per head"])
@@ -77,7 +75,7 @@ def test_listed_pages_are_read_and_no_others(tmp_path, store, page_size, per_hea
     kept = ops.positions(pool.records, pool.fmt)[unread].clone()
     pool.records[unread] = 0xFF
     ops.positions(pool.records, pool.fmt)[unread] = kept
-    out, lse, page_lse = decode(pool.store, q, stored, scale=0.3, page_list=page_list, window=window, q_positions=at, with_page_lse=True)
+    out, lse, page_lse = pool.pool.reader.attend_listed(q, stored, page_list, scale=0.3, window=window, q_positions=at, page_lse=True)
     assert page_lse.shape == (4, 4, 2)
     for row in range(2):
         for head in range(4):
@@ -104,10 +102,10 @@ def test_listed_pages_are_read_and_no_others(tmp_path, store, page_size, per_hea
 def test_queries_in_blocks_are_those_at_once(tmp_path, monkeypatch):
     pool = lossy(tmp_path, "int4", 64).probe.near_pool(0)
     stored, q = tables(pool), torch.randn(2, 7, 4, 16)
-    whole = attend(pool.store, q, stored, scale=0.3)
-    per_query = [decode(pool.store, q[:, t], stored, scale=0.3, with_page_lse=True) for t in range(7)]
+    whole = pool.pool.reader.attend_pages(q, stored, scale=0.3)
+    per_query = [pool.pool.reader.attend_listed(q[:, t], stored, None, scale=0.3, page_lse=True) for t in range(7)]
     monkeypatch.setattr("pikv_ds.pages.unrotated.NUMBERS_AT_ONCE", 2000)
-    for x, y, part in zip(whole, attend(pool.store, q, stored, scale=0.3), zip(*per_query, strict=True), strict=True):
+    for x, y, part in zip(whole, pool.pool.reader.attend_pages(q, stored, scale=0.3), zip(*per_query, strict=True), strict=True):
         assert torch.allclose(x, y, atol=1e-6)
         assert torch.allclose(x, torch.stack([p.unflatten(0, (2, -1)) for p in part], 1).view_as(x), atol=1e-5)
 
@@ -274,11 +272,11 @@ def test_bounds_stay_where_nothing_was_stored(tmp_path):
     pool = driver.probe.near_pool(0)
     bounds = pool.column("bounds")
     before, table = bounds.clone(), torch.zeros(5, dtype=torch.int32)
-    page_bounds(bounds, pool.store, torch.full((5,), -1, dtype=torch.int32), table)
+    pool.pool.reader.bounds(bounds, torch.full((5,), -1, dtype=torch.int32), table)
     assert torch.equal(bounds, before)
     bounds.fill_(7)
     slots = torch.tensor([-1, 8, -1, 10, 9], dtype=torch.int32)  # three entries of page 2, in no order
-    page_bounds(bounds, pool.store, slots, table)
+    pool.pool.reader.bounds(bounds, slots, table)
     codes, at = ops.decode_pages(pool.records[2:3], pool.fmt)[0][0].transpose(0, 1), ops.positions(pool.records, pool.fmt)[2]
     keys = driver.probe.maps(0).keys(codes, at)[:3]
     low, high = bounds[2].float().unbind(1)
@@ -320,6 +318,22 @@ def test_nothing_waits_for_the_device(tmp_path, store, page_size):
     with pytest.raises(AssertionError, match="waits for the device"), NoWaiting():
         pool.counts.sum().item()
     with NoWaiting():
-        decode(pool.store, q, stored, scale=0.3, page_list=page_list, with_page_lse=True)
-        attend(pool.store, q.unsqueeze(1), stored, scale=0.3)
-        page_bounds(bounds, pool.store, torch.arange(3, dtype=torch.int32), torch.zeros(3, dtype=torch.int32))
+        pool.pool.reader.attend_listed(q, stored, page_list, scale=0.3, page_lse=True)
+        pool.pool.reader.attend_pages(q.unsqueeze(1), stored, scale=0.3)
+        pool.pool.reader.bounds(bounds, torch.arange(3, dtype=torch.int32), torch.zeros(3, dtype=torch.int32))
+
+
+def test_attention_counted_in_blocks_is_that_counted_at_once(tmp_path, monkeypatch):
+    """The chunk's own keys are put together once, however many blocks of queries look at them."""
+    found = []
+    for elements in (1 << 22, 200):
+        monkeypatch.setattr("pikv_ds.retention.attention.BLOCK_ELEMENTS", elements)
+        compression = unrotated(LAYERS[:1], tmp_path)
+        scheduling = {"method": "h2o", "budget_tokens": 200, "sink_tokens": 0, "recent_tokens": 8}
+        driver = Driver(LAYERS[:1], page_size=4, compression=compression, scheduling=scheduling, checks=[])
+        driver.prefill([60, 41])
+        pool = driver.probe.near_pool(0)
+        found.append([{name: pool.column(name)[pool.page_ids(row, 0)] for name in pool.columns} for row in range(2)])
+    assert found[0][0], "the policy keeps nothing per page"
+    for row, other in zip(*found, strict=True):
+        assert all(torch.allclose(row[name], other[name], atol=1e-5) for name in row)

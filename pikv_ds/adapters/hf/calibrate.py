@@ -12,7 +12,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from pikv_ds.codecs.base import Heads
 from pikv_ds.codecs.calibration import Calibration, Moments
-from pikv_ds.codecs.rope import pair_metric, turn
+from pikv_ds.codecs.rope import pair_metric, rotate
 from pikv_ds.errors import UnsupportedError
 from pikv_ds.spec import LayerSpec
 
@@ -55,7 +55,7 @@ class UnrotatedSums:
     def add(self, q: Tensor, k: Tensor) -> None:
         """q [N, Hq, D] and k [N, H, D] at positions 0 to N - 1, rotated."""
         inv_freq = self.inv_freq.to(k.device)
-        keys = Moments.of(turn(k.double(), torch.arange(len(k), device=k.device), inv_freq, back=True))
+        keys = Moments.of(rotate(k.double(), torch.arange(len(k), device=k.device), inv_freq, back=True))
         metric, pairs = pair_metric(q, inv_freq, k.shape[1])
         new = [keys.mean * len(k), keys.second * len(k), metric]
         self.sums = new if not self.tokens else [a + b for a, b in zip(self.sums, new, strict=True)]
@@ -129,7 +129,7 @@ def check_turns(model: PreTrainedModel, specs: list[LayerSpec], rotations: list[
         for first in (0, SHIFT):
             model(ids, position_ids=(at + first).unsqueeze(0), use_cache=False)
     for spec, inv_freq, (near, far) in zip(specs, rotations, keys, strict=True):
-        near, far = (turn(k, at + first, inv_freq.to(k.device), back=True) for k, first in ((near, 0), (far, SHIFT)))
+        near, far = (rotate(k, at + first, inv_freq.to(k.device), back=True) for k, first in ((near, 0), (far, SHIFT)))
         by_pair = lambda x: x.unflatten(-1, (2, -1)).square().sum((0, 1, 2))  # noqa: E731
         error = float((by_pair(far - near) / by_pair(near).clamp_min(1e-12)).sqrt().max())
         if not error <= (TOLERANCE if model.dtype == torch.float32 else TOLERANCE_16_BIT):

@@ -1,0 +1,105 @@
+"""Which pages hold the entries of which request, shard and head: page ids and counts. The one home of the (shard, head) axis.
+
+R request rows, S local shards, H heads with tables of their own (1: a page holds all heads), C columns of a table. Table s * H + h of a row
+is that of head h in shard s; outside of this file tables are tables.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .allocator import GROWTH
+
+
+class PageTable:
+    """Owns the ids; `counts` is a view into a tensor that a rank reads once per step."""
+
+    def __init__(self, counts: Tensor, heads: int = 1) -> None:
+        self.heads = heads
+        self.counts = counts
+        """[R, S * H] int32 entries, those that have left not among them."""
+        self.ids = torch.full((*counts.shape, 0), -1, dtype=torch.int32, device=counts.device)
+        """[R, S * H, C] int32 page ids, -1 = none; the last column stays unused: append parks its idle writes there."""
+
+    @property
+    def num_rows(self) -> int:
+        return self.counts.shape[0]
+
+    @property
+    def tables_per_row(self) -> int:
+        """S * H."""
+        return self.counts.shape[1]
+
+    @property
+    def width(self) -> int:
+        """C."""
+        return self.ids.shape[-1]
+
+    @property
+    def nbytes(self) -> int:
+        """Of the ids; the counts are counted where they lie."""
+        return self.ids.nbytes
+
+    def of(self, shard: Tensor | None, num_tokens: int) -> Tensor:
+        """[N * H] int64, within a row: the tables of all heads of local shard [N] of N tokens; None: there is one shard."""
+        head = torch.arange(self.heads, device=self.ids.device).repeat(num_tokens)
+        return head if shard is None else head + shard.repeat_interleave(self.heads) * self.heads
+
+    def numbers(self, rows: Tensor) -> Tensor:
+        """[n * S * H] int64: where the tables of rows [n] stand among those of all rows."""
+        return (rows.unsqueeze(1) * self.tables_per_row + torch.arange(self.tables_per_row, device=rows.device)).flatten()
+
+    def by_head(self, x: Tensor) -> Tensor:
+        """[R, S * H, ...] -> [R * H, S, ...]: every head of a row as a row."""
+        return by_head(x, self.heads)
+
+    def by_table(self, x: Tensor) -> Tensor:
+        """[R * H, S, ...] -> [R, S * H, ...]."""
+        return by_table(x, self.heads)
+
+    def by_shard(self, x: Tensor) -> Tensor:
+        """[R, S * H, ...] -> [R, S, H, ...]."""
+        return x.unflatten(1, (-1, self.heads))
+
+    # ---- host phase ----------------------------------------------------------------------------------------------------------
+
+    def widen(self, pages: int) -> None:
+        """Make room for `pages` pages per table, and the spare column. Sync: none."""
+        if pages >= self.width:
+            width = pages + 1 + pages // GROWTH
+            self.ids = torch.nn.functional.pad(self.ids, (0, width - self.width), value=-1)
+
+    def without(self, gone: Tensor) -> Tensor:
+        """Take pages out; those that stay close up, in their order. Counts are the caller's affair.
+
+        Args: gone [R, S * H, C] bool. Returns: [n] int32, the ids that were there, once per table.
+        """
+        taken = self.ids[gone]
+        stays_first = gone.to(torch.int8).argsort(dim=-1, stable=True)
+        self.ids = torch.where(gone, -1, self.ids).gather(-1, stays_first)
+        return taken
+
+    def fork(self, parent: Tensor, counts: Tensor, page_size: int) -> None:
+        """Rows become earlier rows, each cut to its first `counts` entries per table.
+
+        Args: parent [R'] int64, -1 = a fresh row; counts [R', S * H] int32 view, at most what the parent had.
+        """
+        num_kept = (counts + page_size - 1) // page_size
+        ids = self.ids[parent.clamp_min(0)]
+        ids = torch.where(torch.arange(self.width, device=ids.device) < num_kept.unsqueeze(-1), ids, -1)
+        self.ids, self.counts = ids.contiguous(), counts
+
+    def renumber(self, new_id: Tensor) -> None:
+        """Pages have other ids: new_id [P] int32."""
+        self.ids = torch.where(self.ids >= 0, new_id[self.ids.clamp_min(0)], -1)
+
+
+def by_head(x: Tensor, heads: int) -> Tensor:
+    """[R, S * H, ...] of tables -> [R * H, S, ...]: every head of a row as a row."""
+    return x if heads == 1 else x.unflatten(1, (-1, heads)).transpose(1, 2).flatten(0, 1)
+
+
+def by_table(x: Tensor, heads: int) -> Tensor:
+    """[R * H, S, ...] -> [R, S * H, ...]."""
+    return x if heads == 1 else x.unflatten(0, (-1, heads)).transpose(1, 2).flatten(1, 2)
