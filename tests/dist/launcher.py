@@ -21,7 +21,7 @@ from tests.long_form import LONG
 
 JOBS = Path(__file__).resolve().parent / "jobs"
 RESULTS_VAR = "PIKV_TEST_RESULTS"
-RANK_VARS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+RANK_VARS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_SIZE", "CROSS_RANK", "CROSS_SIZE")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +78,13 @@ def run_deepspeed(
     return run_commands([command], ranks=ranks, timeout_s=timeout_s, env=env)
 
 
+def run_deepspeed_ranks(job: str, args: Sequence[object] = (), *, ranks: int = 2, timeout_s: float = 240) -> JobResult:
+    """Run a job of DeepSpeed that is not about how it was started. Long form: under its launcher; short: with the variables it sets."""
+    if LONG:
+        return run_deepspeed(job, args, ranks=ranks, timeout_s=timeout_s)
+    return _run_ranks(job, args, ranks=ranks, timeout_s=timeout_s, more={"LOCAL_SIZE": str(ranks), "CROSS_RANK": "0", "CROSS_SIZE": "1"})
+
+
 def run_gloo(
     job: str | Path, args: Sequence[object] = (), *, ranks: int = 2, timeout_s: float = 180, env: Mapping[str, str] | None = None
 ) -> JobResult:
@@ -86,10 +93,24 @@ def run_gloo(
     Short form: ranks of this repository's jobs are forked, see warm.py. With `env`, in the long form, and for other scripts
     every rank is an interpreter of its own.
     """
+    return _run_ranks(job, args, ranks=ranks, timeout_s=timeout_s, env=env)
+
+
+def _run_ranks(
+    job: str | Path,
+    args: Sequence[object],
+    *,
+    ranks: int,
+    timeout_s: float,
+    env: Mapping[str, str] | None = None,
+    more: Mapping[str, str] | None = None,
+) -> JobResult:
+    """more: variables that modules do not read when they are imported."""
     port = str(free_port())
     command = [sys.executable, _job_path(job), *map(str, args)]
     per_process = [
         {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        | (more or {})
         for rank in range(ranks)
     ]
     start = warm.start if not LONG and not env and warm.can_start(command[1]) else start_processes

@@ -19,10 +19,18 @@ from typing import IO
 # By the folder that a folder of jobs lies in. Nothing here may start a thread, or make what goes with its process (a temporary folder).
 PRELOADED = {
     "dist": ("tests.dist.jobs.exact", "tests.tiny_models", "tests.calibrations", "tests.recorded.host_core"),
-    "megatron": ("tests.megatron.models", "tests.megatron.runs", "tests.tiny_models", "tests.calibrations"),
+    "megatron": (
+        "tests.megatron.models",
+        "tests.megatron.runs",
+        "tests.tiny_models",
+        "tests.calibrations",
+        "pikv_ds.cache.inspect",
+        "pikv_ds.megatron_patch.base_context",
+    ),
 }
 SEEDS = 2
-OF_ONE_LAUNCH = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PIKV_TEST_RESULTS", "PYTEST_CURRENT_TEST")
+_OF_RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_SIZE", "CROSS_RANK", "CROSS_SIZE")
+OF_ONE_LAUNCH = (*_OF_RANKS, "PIKV_TEST_RESULTS", "PYTEST_CURRENT_TEST")
 
 
 class Parent:
