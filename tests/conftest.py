@@ -1,7 +1,18 @@
 """Fixtures shared by all tests."""
 
+from collections import Counter
+
 from hypothesis import settings
 
 # Tests share their machine with others: a slow example is no failure.
 settings.register_profile("pikv", deadline=None)
 settings.load_profile("pikv")
+
+
+def pytest_collection_modifyitems(config, items) -> None:
+    """With several workers: files with slow tests first, of these and of the others those with most cases. A long one that is started
+    last leaves the other workers idle. (launch/test.sh: --no-loadscope-reorder, or the order would be by the number of cases alone.)"""
+    if not hasattr(config, "workerinput"):
+        return
+    cases, slow = Counter(item.path for item in items), {item.path for item in items if any(map(item.get_closest_marker, ("slow", "dist")))}
+    items.sort(key=lambda item: (item.path not in slow, -cases[item.path], item.path))

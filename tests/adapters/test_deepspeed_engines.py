@@ -1,10 +1,10 @@
-"""The DeepSpeed adapter on 2 gloo ranks under the real launcher; one launch serves many tests."""
+"""The DeepSpeed adapter on 2 gloo ranks, inference under the real launcher; one launch serves many tests."""
 
 import csv
 
 import pytest
 
-from tests.dist.launcher import run_deepspeed
+from tests.dist.launcher import run_deepspeed, run_deepspeed_ranks
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
@@ -27,7 +27,7 @@ def job(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def training():
-    return run_deepspeed("ds_training.py", timeout_s=280)
+    return run_deepspeed_ranks("ds_training.py", timeout_s=280)
 
 
 def assert_conserved(rows):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from pikv_ds.launch.ranks import free_port
-from tests.dist.launcher import JOBS, run_commands, run_deepspeed
+from tests.dist.launcher import JOBS, run_commands, run_deepspeed, run_deepspeed_ranks
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
@@ -74,5 +74,5 @@ def test_two_nodes_without_ssh(tmp_path):
 
 
 def test_two_expert_parallel_groups_in_one_job():
-    rows = run_deepspeed("ds_pairs.py", ranks=4, timeout_s=150).check("pairs")
+    rows = run_deepspeed_ranks("ds_pairs.py", ranks=4, timeout_s=150).check("pairs")
     assert [row["group"] for row in rows] == [[0, 1], [0, 1], [2, 3], [2, 3]]

@@ -7,7 +7,7 @@ from pikv_ds.adapters.hf.attach import attach
 from pikv_ds.adapters.hf.router_output import count_gate_experts, output_of
 from pikv_ds.cache.inspect import CacheProbe
 from pikv_ds.errors import UnsupportedError
-from tests.dist.launcher import run_deepspeed
+from tests.dist.launcher import run_deepspeed_ranks
 from tests.ds_moe_models import NUM_EXPERTS, gates, moe_model
 from tests.tiny_models import COMMON, prompt
 
@@ -72,7 +72,7 @@ def test_layers_of_different_sizes_are_refused():
 
 @pytest.fixture(scope="module")
 def job():
-    return run_deepspeed("ds_moe.py", timeout_s=280)
+    return run_deepspeed_ranks("ds_moe.py", timeout_s=280)
 
 
 @pytest.mark.dist

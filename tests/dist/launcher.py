@@ -1,6 +1,6 @@
 """Start a distributed job from a test: bounded in time, on a free port, leaving no process behind.
 
-run_deepspeed starts `deepspeed` itself; run_gloo starts plain processes with torch's env:// variables.
+run_deepspeed starts `deepspeed` itself; run_gloo starts plain processes with torch's env:// variables, forked where warm.py can.
 Jobs write one JSON line per check (see jobs/report.py); the test asserts them one by one.
 """
 
@@ -10,15 +10,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from pikv_ds.launch.ranks import end_group, free_port
+from tests.dist import warm
+from tests.long_form import LONG
 
 JOBS = Path(__file__).resolve().parent / "jobs"
 RESULTS_VAR = "PIKV_TEST_RESULTS"
-RANK_VARS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+RANK_VARS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_SIZE", "CROSS_RANK", "CROSS_SIZE")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,17 +78,48 @@ def run_deepspeed(
     return run_commands([command], ranks=ranks, timeout_s=timeout_s, env=env)
 
 
+def run_deepspeed_ranks(job: str, args: Sequence[object] = (), *, ranks: int = 2, timeout_s: float = 240) -> JobResult:
+    """Run a job of DeepSpeed that is not about how it was started. Long form: under its launcher; short: with the variables it sets."""
+    if LONG:
+        return run_deepspeed(job, args, ranks=ranks, timeout_s=timeout_s)
+    return _run_ranks(job, args, ranks=ranks, timeout_s=timeout_s, more={"LOCAL_SIZE": str(ranks), "CROSS_RANK": "0", "CROSS_SIZE": "1"})
+
+
 def run_gloo(
     job: str | Path, args: Sequence[object] = (), *, ranks: int = 2, timeout_s: float = 180, env: Mapping[str, str] | None = None
 ) -> JobResult:
-    """Run a job on plain processes: RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT are set, nothing else."""
+    """Run a job on plain processes: RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT are set, nothing else.
+
+    Short form: ranks of this repository's jobs are forked, see warm.py. With `env`, in the long form, and for other scripts
+    every rank is an interpreter of its own.
+    """
+    return _run_ranks(job, args, ranks=ranks, timeout_s=timeout_s, env=env)
+
+
+def _run_ranks(
+    job: str | Path,
+    args: Sequence[object],
+    *,
+    ranks: int,
+    timeout_s: float,
+    env: Mapping[str, str] | None = None,
+    more: Mapping[str, str] | None = None,
+) -> JobResult:
+    """more: variables that modules do not read when they are imported."""
     port = str(free_port())
     command = [sys.executable, _job_path(job), *map(str, args)]
     per_process = [
         {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        | (more or {})
         for rank in range(ranks)
     ]
-    return run_commands([command] * ranks, ranks=ranks, timeout_s=timeout_s, env=env, per_process_env=per_process)
+    start = warm.start if not LONG and not env and warm.can_start(command[1]) else start_processes
+    return run_commands([command] * ranks, ranks=ranks, timeout_s=timeout_s, env=env, per_process_env=per_process, start=start)
+
+
+def start_processes(commands: Sequence[list[str]], envs: Sequence[Mapping[str, str]], log: IO[bytes]) -> Iterator[subprocess.Popen]:
+    for command, env in zip(commands, envs, strict=True):
+        yield subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
 
 
 def run_commands(
@@ -95,6 +129,7 @@ def run_commands(
     timeout_s: float,
     env: Mapping[str, str] | None = None,
     per_process_env: Sequence[Mapping[str, str]] | None = None,
+    start: Callable[..., Iterator] = start_processes,
 ) -> JobResult:
     """Run commands side by side (ranks, or one launcher per emulated node) and wait for all of them.
 
@@ -104,21 +139,13 @@ def run_commands(
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="pikv_job_") as folder:
         log_path = Path(folder) / "output.log"
-        processes: list[subprocess.Popen] = []
-        with log_path.open("wb") as log:
+        own = per_process_env or [{}] * len(commands)
+        envs = [{**_job_env(folder), **(env or {}), **variables} for variables in own]
+        processes: list[subprocess.Popen | warm.Rank] = []
+        with log_path.open("ab") as log:
             try:
-                for index, command in enumerate(commands):
-                    own = per_process_env[index] if per_process_env else {}
-                    processes.append(
-                        subprocess.Popen(
-                            command,
-                            env={**_job_env(folder), **(env or {}), **own},
-                            stdin=subprocess.DEVNULL,
-                            stdout=log,
-                            stderr=subprocess.STDOUT,
-                            start_new_session=True,
-                        )
-                    )
+                for process in start(commands, envs, log):
+                    processes.append(process)
                 timed_out = not _wait_all(processes, started + timeout_s)
             finally:
                 for process in processes:
@@ -136,7 +163,7 @@ def run_commands(
     return result
 
 
-def _wait_all(processes: Sequence[subprocess.Popen], deadline: float, grace_s: float = 20) -> bool:
+def _wait_all(processes: Sequence[subprocess.Popen | warm.Rank], deadline: float, grace_s: float = 20) -> bool:
     """True when all ended by themselves, or one failed; False when the deadline passed first."""
     failed_at = None
     while any(process.poll() is None for process in processes):

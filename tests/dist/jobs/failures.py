@@ -91,7 +91,9 @@ def leave(report: Report, model, group, how: str) -> None:
         if rank == 1:
             if how == "dies":
                 os._exit(3)
-            time.sleep(3 * timeout)
+            deadline = time.monotonic() + 3 * timeout
+            while time.monotonic() < deadline and not report.has_rank(0):
+                time.sleep(0.1)
             os._exit(3)
         with report.check(f"the other rank {how}"):
             started = time.monotonic()

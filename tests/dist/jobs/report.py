@@ -16,6 +16,10 @@ class Report:
         self.rank = int(os.environ.get("RANK", "0"))
         self._path = Path(os.environ["PIKV_TEST_RESULTS"]) / f"rank{self.rank}.jsonl"
 
+    def has_rank(self, rank: int) -> bool:
+        """Has it ended a check?"""
+        return self._path.with_name(f"rank{rank}.jsonl").exists()
+
     @contextlib.contextmanager
     def check(self, name: str) -> Iterator[dict]:
         """Run one check; values put in the yielded dict are in its row, and how many seconds it took.
