@@ -27,9 +27,10 @@ RESULT_COLUMNS = (
 def registries() -> dict[str, Any]:
     from pikv_ds.codecs import CODECS
     from pikv_ds.policies import POLICIES
+    from pikv_ds.pools import POOLS
     from pikv_ds.routers import ROUTERS
 
-    return {"compression": CODECS, "routing": ROUTERS, "scheduling": POLICIES}
+    return {"compression": CODECS, "routing": ROUTERS, "scheduling": POLICIES, "pools": POOLS}
 
 
 class Results:

@@ -13,6 +13,7 @@ from pikv_ds.config.blocks import Blocks
 from pikv_ds.pages.plan import PagesPlan
 from pikv_ds.placement.placement import Placement
 from pikv_ds.policies.base import RetentionPolicy
+from pikv_ds.pools.base import PoolKind
 from pikv_ds.retention.budgets import Budgets
 from pikv_ds.routers.base import Router
 from pikv_ds.spec import LayerSpec
@@ -31,6 +32,8 @@ class Blueprint:
     policy: RetentionPolicy
     attended: RetentionPolicy | None
     """Whose score says which pages stay near, see Methods."""
+    behind: tuple[PoolKind, ...]
+    """Kinds of the pools behind the codec's."""
     raw_window: bool
     """Entries are appended to a pool of their own, and encoded when they leave it."""
     budgets: Budgets | None
@@ -46,7 +49,7 @@ class Blueprint:
         methods = facts.methods
         return cls(
             config=config, codec=methods.codec, router=methods.router, policy=methods.policy, attended=methods.attended,
-            raw_window=methods.near is not None and bool(facts.full_attention),
+            behind=methods.pools, raw_window=methods.near is not None and bool(facts.full_attention),
             budgets=facts.budgets, placement=facts.placement, pages=facts.pages,
         )  # fmt: skip
 

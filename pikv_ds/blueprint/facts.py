@@ -13,7 +13,7 @@ from pikv_ds.placement.placement import Placement
 from pikv_ds.retention.budgets import Budgets
 from pikv_ds.spec import LayerSpec
 
-from .fitting import page_format, transform_of
+from .fitting import page_format, pool_behind, transform_of
 from .methods import Methods
 
 
@@ -32,7 +32,7 @@ class Facts:
     @classmethod
     def of(cls, config: Blocks, **model) -> Facts:
         """Builds every method. Raises: ConfigError for a method by itself."""
-        return cls(config=config, methods=Methods.of(config.compression, config.routing, config.scheduling), **model)
+        return cls(config=config, methods=Methods.of(config), **model)
 
     @property
     def num_shards(self) -> int:
@@ -69,6 +69,9 @@ class Facts:
                 near = page_format(methods.near, spec, self.page_size, self.dtype, heads)
                 far = PoolPlan(fmt=own, mapped=methods.codec.light is None, always_read=methods.router.reads_all)
                 pools = (PoolPlan(fmt=near), far)
+            if spec.window is None:
+                for i, kind in enumerate(methods.pools):
+                    pools += (pool_behind(f"pools[{i}]", kind, pools[-1], spec, self.dtype),)
             plans.append(LayerPlan(spec=spec, pools=pools, transform=transform, columns=columns if spec.window is None else {}))
         return PagesPlan(
             layers=tuple(plans), page_size=self.page_size, heads=heads, num_shards=self.num_shards, dtype=self.dtype,

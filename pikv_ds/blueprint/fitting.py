@@ -10,6 +10,8 @@ from pikv_ds.codecs.base import Codec
 from pikv_ds.codecs.maps import Transform
 from pikv_ds.errors import ConfigError
 from pikv_ds.ops import PageFormat
+from pikv_ds.pages.plan import PoolPlan
+from pikv_ds.pools.base import PoolKind
 from pikv_ds.spec import LayerSpec
 
 
@@ -29,6 +31,22 @@ def page_format(codec: Codec, spec: LayerSpec, page_size: int, dtype: torch.dtyp
         return codec.page_format(replace(spec, num_kv_heads=1) if heads > 1 else spec, page_size, dtype)
     except ValueError as error:
         raise _misfit(codec, spec, error) from None
+
+
+def pool_behind(key: str, kind: PoolKind, before: PoolPlan, spec: LayerSpec, dtype: torch.dtype) -> PoolPlan:
+    """The pool of a kind behind another."""
+    try:
+        plan = kind.pool(before, spec, dtype)
+    except ValueError as error:
+        raise ConfigError(f"layer {spec.layer_idx} does not fit pikv.{key}.method = {kind.name!r}: {error}") from None
+    own, its = ((p.fmt.page_size, p.fmt.num_kv_heads, p.fmt.k_dim, p.fmt.v_dim, p.fmt.latent) for p in (before, plan))
+    if own != its or plan.mapped != before.mapped or not plan.always_read:
+        raise ConfigError(
+            f"pikv.{key}.method = {kind.name!r} gives layer {spec.layer_idx} pages of another shape (page size, heads, widths, latent: "
+            f"{its} for {own}), of other maps, or pages that not every query reads: pages only change their record, and PoolKind.pool "
+            f"must keep the rest"
+        )
+    return plan
 
 
 def _misfit(codec: Codec, spec: LayerSpec, error: ValueError) -> ConfigError:

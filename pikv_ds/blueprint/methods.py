@@ -13,14 +13,15 @@ from pikv_ds.codecs.base import Codec
 from pikv_ds.codecs.rotated import Rotated
 from pikv_ds.codecs.split import KVSplit, PerLayer
 from pikv_ds.config.block import MethodBlock
+from pikv_ds.config.blocks import Blocks
 from pikv_ds.config.compression import CodecConfig, CompressionConfig
-from pikv_ds.config.routing import RoutingConfig
-from pikv_ds.config.scheduling import SchedulingConfig
 from pikv_ds.config.wording import gone, illegal, legal_words, unknown
 from pikv_ds.errors import ConfigError
 from pikv_ds.policies import POLICIES
 from pikv_ds.policies.base import RetentionPolicy
 from pikv_ds.policies.h2o import HeavyHitters
+from pikv_ds.pools import POOLS
+from pikv_ds.pools.base import PoolKind
 from pikv_ds.registry import Registry
 from pikv_ds.routers import ROUTERS
 from pikv_ds.routers.base import Router
@@ -45,12 +46,16 @@ class Methods:
     """Of all layers, keys and values."""
     near: Codec | None
     """Of entries that `codec` has not encoded yet, or never will: raw, or its light one. None = there are none."""
+    pools: tuple[PoolKind, ...]
+    """Kinds of the pools behind the codec's, in their order."""
     attended: RetentionPolicy | None
     """Whose score says which pages stay near when there is a light codec; the paper leaves the measure open. None = there is none."""
 
     @classmethod
-    def of(cls, compression: CompressionConfig, routing: RoutingConfig, scheduling: SchedulingConfig) -> Methods:
+    def of(cls, config: Blocks) -> Methods:
         """Raises: ConfigError for a name, an option or a file that is not what a method needs."""
+        compression, routing, scheduling = config.compression, config.routing, config.scheduling
+        pools = tuple(_built(f"pools[{i}]", block, POOLS) for i, block in enumerate(config.pools))
         router, policy = _built("routing", routing, ROUTERS), _built("scheduling", scheduling, POLICIES)
         parts = tuple(Part(key, block, _rotated(block, _built(key, block, CODECS))) for key, block in compression.parts("compression"))
         for part in parts:
@@ -60,7 +65,7 @@ class Methods:
         if near is None and (compression.raw_sink_tokens or compression.raw_recent_tokens):
             near = CODECS.build("none")
         attended = None if codec.light is None else HeavyHitters()
-        return cls(router=router, policy=policy, parts=parts, codec=codec, near=near, attended=attended)
+        return cls(router=router, policy=policy, parts=parts, codec=codec, near=near, pools=pools, attended=attended)
 
 
 def codec_of(compression: CompressionConfig) -> Codec:
@@ -76,7 +81,10 @@ def check_method(key: str, block: MethodBlock, registry: Registry) -> None:
     if block.method in registry.removed:
         raise ConfigError(gone(f"{key}.method", block.method, registry.removed[block.method]))
     if block.method not in registry.names():
-        raise ConfigError(illegal(f"{key}.method", block.method, f"one of {', '.join(map(repr, registry.names()))}"))
+        legal = f"one of {', '.join(map(repr, registry.names()))}"
+        if not registry.names():
+            legal = "what an installed distribution brings under the entry-point group 'pikv_ds.methods', and there is none"
+        raise ConfigError(illegal(f"{key}.method", block.method, legal))
     given, method = block.options, registry.get(block.method)
     parameters = [p for p in inspect.signature(method.__init__).parameters.values() if p.kind is p.KEYWORD_ONLY]
     options = [parameter.name for parameter in parameters]

@@ -27,6 +27,7 @@ from pikv_ds.step.agreement import Agreed, Agreement
 from pikv_ds.step.query import Partial, Query
 from pikv_ds.step.step import LocalStep, Step
 from pikv_ds.tiers.bases import RequestBases
+from pikv_ds.tiers.behind import PoolsBehind
 from pikv_ds.tiers.window import RawWindow
 
 from .distinct import DistinctWay
@@ -76,6 +77,7 @@ class PiKVCache(HostFace):
         self.window: RawWindow | None = None  # None: nothing leaves the nearest pool for another
         if blueprint.raw_window:
             self.window = RawWindow(blueprint, pages, self.exchange, counted=self.retention is not None and policy.watches)
+        behind = PoolsBehind(blueprint.behind, pages) if blueprint.behind else None
         self.writer = Writer(pages, blueprint.placement)
         self.late_experts = config.storage.expert_ids == "true"
         router = blueprint.router
@@ -89,8 +91,8 @@ class PiKVCache(HostFace):
         self.ways = {"local": replicated, "replicated": replicated, "distinct": DistinctWay(self)}
         # In this order: bases change before pages are demoted into them, and what a budget drops is not encoded first.
         refit = None if self.bases is None else partial(self.bases.refit, pages=pages)
-        evict, encode = (None if part is None else part.after_forward for part in (self.retention, self.window))
-        self.after_forward = tuple(each for each in (pages.expire, evict, refit, encode) if each is not None)
+        evict, encode, move_on = (None if part is None else part.after_forward for part in (self.retention, self.window, behind))
+        self.after_forward = tuple(each for each in (pages.expire, evict, refit, encode, move_on) if each is not None)
         self.hold_margin: int | None = None  # assisted decoding: tokens a crop may still take back; None = no crop is announced
         self.hold = False  # this rank announced crops before the running forward
         self.step: Step | None = None

@@ -6,6 +6,7 @@ from pydantic import Field
 
 from .block import Block
 from .compression import CompressionConfig
+from .pools import PoolConfig
 from .presets import PRESETS
 from .routing import RoutingConfig
 from .scheduling import SchedulingConfig
@@ -25,5 +26,6 @@ class Blocks(Block):
     routing: RoutingConfig = Field(RoutingConfig(), description=RoutingConfig.__doc__)
     compression: CompressionConfig = Field(CompressionConfig(), description=CompressionConfig.__doc__)
     scheduling: SchedulingConfig = Field(SchedulingConfig(), description=SchedulingConfig.__doc__)
+    pools: tuple[PoolConfig, ...] = Field((), strict=False, description=PoolConfig.__doc__)
     offload: OffloadConfig = Field(OffloadConfig(), description=OffloadConfig.__doc__)
     monitor: MonitorConfig = Field(MonitorConfig(), description=MonitorConfig.__doc__)

@@ -15,6 +15,7 @@ WINDOWS = [layer(0, dim=16, window=9)]
 SVD, RAW = {"method": "svd", "rank": 8}, {"raw_recent_tokens": 8}
 BOUNDS = {"method": "bounds", "budget_ratio": 0.5}
 LRU = {"method": "lru", "budget_tokens": 200}
+AGED = [{"method": "aged"}]
 HEADS = {"method": "knorm", "budget_tokens": 200, "head_budget": "uniform"}
 
 
@@ -57,6 +58,15 @@ def refused(folder: Path) -> dict[str, list[dict]]:
         "budget-holds-raw-window": [{"compression": {"raw_recent_tokens": 500}, "routing": {"method": "bounds", "budget_pages": 3}}],
         "two-pools-needed-exchange": [{"compression": RAW, "routing": {"method": "topk", "exchange": "needed"}}],
         "light-codec-sees-attention": [{"compression": {"method": "adaptive"}, "storage": {"expert_ids": "true"}}],
+        "pools-read-all": [{"pools": AGED, "routing": BOUNDS}],
+        "pools-shared-heads": [{"pools": AGED, "scheduling": HEADS}],
+        "pools-no-byte-budget": [{"pools": AGED, "scheduling": {"method": "lru", "budget_bytes": 1 << 20}}],
+        "pools-no-request-bases": [{"pools": AGED, "compression": SVD}],
+        "pools-in-order": [
+            {"pools": AGED, "compression": {"raw_recent_tokens": 500}},
+            {"pools": [{"method": "aged", "after_tokens": 64}, {"method": "aged", "after_tokens": 32}]},
+        ],
+        "pools-full-attention": [{"pools": AGED, "layers": WINDOWS}],
         "router-follows-demotion": [{"compression": RAW, "routing": {"method": "keeps_summaries", "budget_ratio": 0.5}}],
         "policy-follows-bases": [{"compression": SVD, "scheduling": {"method": "keeps_queries", "budget_tokens": 200}}],
         "router-follows-bases": [{"compression": SVD, "routing": {"method": "keeps_summaries", "budget_ratio": 0.5}}],

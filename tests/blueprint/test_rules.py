@@ -11,8 +11,10 @@ from pikv_ds.errors import ConfigError
 from pikv_ds.launch.cli import main
 from pikv_ds.policies import POLICIES
 from pikv_ds.policies.base import RetentionPolicy
+from pikv_ds.pools import POOLS
 from pikv_ds.routers import ROUTERS
 from pikv_ds.routers.random import RandomPages
+from tests.aged import Aged
 
 from .refused import planned, read, refused
 
@@ -34,6 +36,7 @@ class KeepsQueries(RetentionPolicy):
 def methods_that_rules_are_for(monkeypatch):
     monkeypatch.setitem(ROUTERS._classes, "keeps_summaries", KeepsSummaries)
     monkeypatch.setitem(POLICIES._classes, "keeps_queries", KeepsQueries)
+    monkeypatch.setitem(POOLS._classes, "aged", Aged)
 
 
 def test_every_rule_has_a_name_and_words():

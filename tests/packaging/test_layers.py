@@ -10,7 +10,7 @@ from pathlib import Path
 from tests.packaging.imports import FILES, ROOT, imports_of, module_of
 
 ORDER = [
-    "ground", "ops", "codecs", "config", "exchange", "placement", "step", "pages", "routers", "policies", "selection", "retention",
+    "ground", "ops", "codecs", "config", "exchange", "placement", "step", "pages", "routers", "policies", "pools", "selection", "retention",
     "blueprint", "tiers", "cache", "bundled", "adapters", "megatron_patch", "launch", "examples",
 ]  # fmt: skip
 CORE = ORDER[ORDER.index("ops") + 1 : ORDER.index("bundled")]

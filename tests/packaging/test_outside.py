@@ -13,13 +13,17 @@ from tests.dist.launcher import JobResult, run_gloo
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = ROOT / "tests" / "outside_package"
-METHODS = {"compression": "coarse_int8", "routing": "expected_mass", "scheduling": "norm_ratio"}
+METHODS = {"compression": "coarse_int8", "routing": "expected_mass", "scheduling": "norm_ratio", "pools": "older_int4"}
 BLOCK = {
     "page_size": 32,
     "storage": {"num_shards": 2, "requests": "replicated"},
     "compression": {"method": "coarse_int8", "group": 32},
     "routing": {"method": "expected_mass", "top_k": 1, "recent_tokens": 32},
     "scheduling": {"method": "norm_ratio", "budget_tokens": 256, "recent_tokens": 32},
+}
+POOLED = {key: value for key, value in BLOCK.items() if key != "routing"} | {
+    "compression": {"method": "coarse_int8", "group": 32, "raw_recent_tokens": 32},
+    "pools": [{"method": "older_int4", "after_tokens": 96}],
 }
 
 
@@ -57,6 +61,18 @@ def test_a_script_that_has_only_the_configuration_runs_them_on_all_ranks(site, t
     assert alone["entries_evicted"] > 100 and first["entries_evicted"] > 0, "the policy was not asked"
     assert 0 < alone["entries_read"] < 0.9 * alone["entries_visible"], "the router was not asked"
     assert alone["attention_impl"].endswith("int8"), "the codec was not asked"
+
+
+@pytest.mark.dist
+@pytest.mark.timeout(200)
+def test_a_third_pool_from_outside_holds_what_is_old(site, tmp_path):
+    """Raw, then 8-bit integers, then the kind of the other distribution: the same tokens on one rank and on two."""
+    (alone,) = generated(site, tmp_path, 1, POOLED).check("generates")
+    first, second = generated(site, tmp_path, 2, POOLED).check("generates")
+    assert alone["tokens"] == first["tokens"] == second["tokens"]
+    assert alone["attention_impl"].endswith(" fp32+int8+int4"), alone["attention_impl"]
+    (two,) = generated(site, tmp_path, 1, POOLED | {"pools": []}).check("generates")
+    assert alone["kv_bytes_live"] < two["kv_bytes_live"] and alone["entries_live"] == two["entries_live"]
 
 
 @pytest.mark.dist

@@ -57,6 +57,7 @@ class Driver:
         routing: dict | None = None,
         scheduling: dict | None = None,
         compression: dict | None = None,
+        pools: list[dict] | None = None,
         group=None,
         **storage,
     ) -> None:
@@ -68,6 +69,7 @@ class Driver:
             compression={"method": codec} | (compression or {}),
             routing=routing or {},
             scheduling=scheduling or {},
+            pools=pools or [],
         )
         self.cache = PiKVCache(layers, config, num_experts=num_experts, dtype=dtype, device=torch.device("cpu"), group=group)
         self.probe = CacheProbe(self.cache)

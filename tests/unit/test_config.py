@@ -54,6 +54,7 @@ DEFAULTS = {
         "sink_tokens": 4,
         "recent_tokens": 64,
     },
+    "pools": (),
     "offload": {"host_gib": 0, "nvme_path": None},
     "monitor": {"enabled": True, "interval": 100},
 }

@@ -1,3 +1,3 @@
-"""A codec, a router and a retention policy: the entry point names this package, so it must import their modules."""
+"""A codec, a router, a retention policy and a page pool: the entry point names this package, so it must import their modules."""
 
-from . import coarse_int8, expected_mass, norm_ratio  # noqa: F401
+from . import coarse_int8, expected_mass, norm_ratio, older_int4  # noqa: F401
