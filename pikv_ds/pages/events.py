@@ -4,7 +4,7 @@
 |---|---|---|
 | `wrote` | entries were stored; in the step, so nothing may be read back to the host | a router |
 | `rebuilt` | pages hold other numbers: they came from another pool, or their keys have another basis | a router, the shares of attention |
-| `moved` | pages have other ids, their contents are the same | what names pages from outside |
+| `moved` | pages have other ids, or a fork got a copy; contents are the same | what names pages from outside |
 | `freed` | nobody names a page any more | what names pages from outside |
 
 A watcher may not change pages. The last three are told in the host phase, between forwards.
@@ -78,11 +78,13 @@ class PageChange:
 
 
 class PageMove(NamedTuple):
-    """Pages of a pool have other ids: [n] int64 each, ascending."""
+    """Pages `target` of a pool hold what pages `source` held, [n] int64 ids each."""
 
     level: int
     source: Tensor
     target: Tensor
+    copied: bool
+    """The sources go on beside them (two forks write to what was one page); otherwise all pages of the pool are named, and no other is."""
 
 
 @dataclass(slots=True)

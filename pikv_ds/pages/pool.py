@@ -136,7 +136,7 @@ class PagePool:
         self.summaries = {name: x.index_select(0, keep) for name, x in self.summaries.items()}
         self.table.renumber(new_id)
         for tell in self.events.moved:
-            tell(PageMove(self.level, keep, torch.arange(used, device=self.device)))
+            tell(PageMove(self.level, keep, torch.arange(used, device=self.device), copied=False))
         return 0
 
     def _grow(self, count: int) -> None:

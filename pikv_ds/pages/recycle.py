@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pikv_ds import ops
 
+from .events import PageMove
 from .pool import PagePool
 
 
@@ -103,3 +104,5 @@ def _unshare_open_pages(pool: PagePool) -> None:
         summary[target.long()] = summary[source]
     table.ids[row[copies], at[copies], last[copies]] = target
     pool.allocator.unshare(source)
+    for tell in pool.events.moved:
+        tell(PageMove(pool.level, source, target.long(), copied=True))
