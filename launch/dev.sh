@@ -64,7 +64,7 @@ run_types() {
 run_quick() {
     run_lint
     python -m pytest -n "${PIKV_TEST_WORKERS:-2}" --dist loadfile -q -m "not slow and not dist" \
-        tests/unit tests/contracts tests/packaging "$@"
+        tests/{ground,config,exchange,placement,codecs,pages,routers,policies,selection,retention,tiers,cache,blueprint,contracts,packaging} "$@"
 }
 
 run_full() {

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Run the tests, one file at a time on each of two workers, files with slow tests first (tests/conftest.py).
-# Arguments go to pytest, for example: bash launch/test.sh tests/unit -k config
+# Arguments go to pytest, for example: bash launch/test.sh tests/config -k page
 # --long first: also what the short form leaves out (tests/long_form.py)
 set -euo pipefail
 if [[ "${1:-}" == --long ]]; then

@@ -2,11 +2,26 @@
 
 from collections import Counter
 
+import pytest
 from hypothesis import settings
+
+pytest.register_assert_rewrite(*(f"tests.harness.{name}" for name in ("checks", "evicting", "invariants", "windowed")))
 
 # Tests share their machine with others: a slow example is no failure.
 settings.register_profile("pikv", deadline=None)
 settings.load_profile("pikv")
+
+
+@pytest.fixture(scope="module")
+def nan_filled_empty():
+    """torch.empty and its kin give NaN (floats) or the largest integer: reading what nobody wrote shows at once."""
+    import torch
+
+    was = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(was)
 
 
 def pytest_collection_modifyitems(config, items) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from pikv_ds.codecs.rope import default_inv_freq
 from pikv_ds.spec import LayerSpec
 from tests.calibrations import random_calibration
-from tests.unit.driver import Driver
+from tests.harness.driver import Driver
 
 THETA = 100.0
 

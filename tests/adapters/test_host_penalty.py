@@ -9,7 +9,7 @@ from pikv_ds.adapters.hf.router_output import find_router
 from pikv_ds.cache.inspect import CacheProbe
 from pikv_ds.errors import ConfigError, UnsupportedError
 from tests.ds_moe_models import gates, moe_model
-from tests.routers import check_calls, watch
+from tests.moe_routers import check_calls, watch
 from tests.tiny_models import prompt, tiny_model
 
 STORAGE = {"num_shards": 8, "expert_ids": "true", "capacity_tokens": 1000}  # a shard per expert, none is ever full

@@ -6,9 +6,9 @@ import torch
 
 from pikv_ds.blueprint.blueprint import Blueprint
 from pikv_ds.config.pikv import PiKVConfig
+from tests.harness.driver import layer
 from tests.retention_blocks import needed
 from tests.routing_blocks import routing
-from tests.unit.driver import layer
 
 PLAIN = [layer(0, dim=16), layer(1, dim=16)]
 WINDOWS = [layer(0, dim=16, window=9)]

@@ -13,8 +13,8 @@ from pikv_ds.codecs import CODECS
 from pikv_ds.config.pikv import PiKVConfig
 from pikv_ds.policies import POLICIES
 from pikv_ds.routers import ROUTERS
+from tests.harness.driver import layer
 from tests.routing_blocks import routing
-from tests.unit.driver import layer
 
 LAYERS = [layer(0, dim=16), layer(1, dim=16, window=24)]
 BLOCKS = {

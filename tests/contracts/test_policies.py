@@ -9,14 +9,14 @@ import torch
 from pikv_ds.errors import ConfigError
 from pikv_ds.policies import POLICIES
 from pikv_ds.policies.base import Pages, RetentionPolicy
+from tests.harness.checks import Dense
+from tests.harness.dense import rel_error
+from tests.harness.driver import Driver, layer, ragged
+from tests.harness.evicting import evicting
+from tests.harness.invariants import poison
+from tests.harness.pools import fill, make_pool
 from tests.held import check_bytes
 from tests.retention_blocks import needed
-from tests.unit.checks import Dense
-from tests.unit.dense import rel_error
-from tests.unit.driver import Driver, layer, ragged
-from tests.unit.evicting import evicting
-from tests.unit.invariants import poison
-from tests.unit.stores import fill, make_pool
 from tests.unrotated import held, unrotated
 
 EVICTING = [name for name, policy in POLICIES.items() if not policy.keeps_all]
@@ -52,7 +52,7 @@ def test_budget_pins_and_attention(name, num_shards, page_size, tmp_path):
         with pytest.raises(ConfigError, match="one shard on one rank"):
             evicting(kinds, None, scheduling, **options)
         return
-    if POLICIES.get(name).needs_head_budget:  # its entries are those of a head: tests/unit/test_evict_heads.py holds it to the rest
+    if POLICIES.get(name).needs_head_budget:  # its entries are those of a head: tests/retention/test_evict_heads.py holds it to the rest
         with pytest.raises(ConfigError, match="head_budget = 'shared'"):
             evicting(kinds, None, scheduling | {"head_budget": "shared"}, **options)
         return

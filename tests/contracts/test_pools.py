@@ -8,10 +8,10 @@ from pikv_ds.cache.stats import stats
 from pikv_ds.config.pikv import PiKVConfig
 from pikv_ds.pools import POOLS
 from pikv_ds.pools.base import PoolKind
+from tests.harness.dense import rel_error
+from tests.harness.driver import Driver, layer, ragged
+from tests.harness.invariants import check_pages
 from tests.held import check_bytes
-from tests.unit.dense import rel_error
-from tests.unit.driver import Driver, layer, ragged
-from tests.unit.invariants import check_pages
 
 pytestmark = pytest.mark.parametrize("name", POOLS.names())
 

@@ -1,7 +1,7 @@
 """Every registered router and policy beside codec svd, whose bases change while requests grow: it follows them, or is refused.
 
 Bases of all directions lose nothing and keep inner products. So what follows from these is chosen and kept as without a codec; only boxes
-around keys (`bounds` and what builds on it, the policy `quest`) are others in another basis: tests/unit/test_turned_routing.py and
+around keys (`bounds` and what builds on it, the policy `quest`) are others in another basis: tests/routers/test_rebased.py and
 test_turned_retention.py hold these to what is stored.
 """
 
@@ -12,11 +12,11 @@ from pikv_ds.errors import ConfigError
 from pikv_ds.policies import POLICIES
 from pikv_ds.routers import ROUTERS
 from pikv_ds.routers.bounds import PageBounds
+from tests.harness.checks import Dense
+from tests.harness.driver import Driver, layer, ragged
+from tests.harness.rebasing import svd
 from tests.retention_blocks import needed
 from tests.routing_blocks import placement, routing
-from tests.unit.checks import Dense
-from tests.unit.driver import Driver, layer, ragged
-from tests.unit.turning import svd
 
 ROUTED = [name for name, router in ROUTERS.items() if not (router.reads_all or router.reads_model_queries)]
 EVICTING = [name for name, policy in POLICIES.items() if not (policy.keeps_all or policy.reads_model_queries)]

@@ -9,10 +9,10 @@ from pikv_ds.cache.stats import stats
 from pikv_ds.config.pikv import PiKVConfig
 from pikv_ds.routers import ROUTERS
 from pikv_ds.routers.base import Router
+from tests.harness.checks import Finite
+from tests.harness.driver import Driver, layer, ragged
 from tests.held import check_bytes, held_bytes
 from tests.routing_blocks import placement, routing
-from tests.unit.checks import Finite
-from tests.unit.driver import Driver, layer, ragged
 from tests.unrotated import unrotated
 
 pytestmark = pytest.mark.parametrize("name", ROUTERS.names())

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from pikv_ds.cache.stats import stats
+from tests.harness.checks import Check, Dense, Finite
+from tests.harness.dense import dense_rows
+from tests.harness.driver import Driver, ragged
+from tests.harness.invariants import check_pages, check_unshared
 from tests.held import check_bytes
-from tests.unit.checks import Check, Dense, Finite
-from tests.unit.dense import dense_rows
-from tests.unit.driver import Driver, ragged
-from tests.unit.invariants import check_pages, check_unshared
 
 from .settings import EXPERTS, Case, blocks, layers_of, least
 

@@ -9,9 +9,9 @@ from pikv_ds.retention.budgets import least_entries
 from pikv_ds.routers import ROUTERS
 from pikv_ds.spec import LayerSpec
 from tests.calibrations import random_calibration
+from tests.harness.driver import layer
 from tests.retention_blocks import needed
 from tests.routing_blocks import PINS, routing
-from tests.unit.driver import layer
 from tests.unrotated import unrotated
 
 EXPERTS, DIM, Q_HEADS = 8, 16, 4

@@ -8,15 +8,15 @@ LOOKING = ["tests", "launch", "examples"]
 ANYWHERE = {"allocator", "directory", "counters", "refcount", "free_stack", "free_top", "summaries"}
 OF_A_CACHE = {"pages", "selection", "retention", "window", "bases", "writer", "reader", "agreement", "step", "ways"}
 OWN_CLASS = {  # tests of one class by itself, and what makes its objects
-    "tests/unit/stores.py", "tests/unit/test_store.py", "tests/unit/test_recycle.py", "tests/unit/test_directory.py",
-    "tests/unit/test_request_basis.py",
+    "tests/harness/pools.py", "tests/pages/test_pool.py", "tests/pages/test_recycle.py", "tests/placement/test_directory.py",
+    "tests/tiers/test_bases.py", "tests/pages/test_events.py",
 }  # fmt: skip
 LEFT = {  # file -> how often
     "tests/kvpress/test_parity.py": 1,
-    "tests/unit/test_reset.py": 1,
-    "tests/unit/test_shard_routers.py": 1,
-    "tests/unit/test_stats.py": 1,
-    "tests/unit/test_tiers.py": 2,
+    "tests/cache/test_reset.py": 1,
+    "tests/routers/test_shard_routers.py": 1,
+    "tests/cache/test_stats.py": 1,
+    "tests/tiers/test_window.py": 2,
 }
 
 

@@ -10,7 +10,7 @@ from pikv_ds.errors import UnsupportedError
 from tests.dist.jobs.ds_compare import MICRO, generate, ready
 from tests.dist.jobs.report import Report
 from tests.ds_moe_models import NUM_EXPERTS, gates, moe_model
-from tests.routers import check_calls, watch
+from tests.moe_routers import check_calls, watch
 from tests.tiny_models import prompt, tiny_model
 
 report = Report()

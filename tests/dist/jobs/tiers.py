@@ -4,10 +4,10 @@ import torch
 import torch.distributed as dist
 
 from tests.dist.jobs.report import Report
-from tests.unit.checks import Check, Dense
-from tests.unit.dense import rel_error
-from tests.unit.driver import Driver, layer, ragged
-from tests.unit.tiered import KINDS, far_counts, run_mix, tiered
+from tests.harness.checks import Check, Dense
+from tests.harness.dense import rel_error
+from tests.harness.driver import Driver, layer, ragged
+from tests.harness.windowed import KINDS, far_counts, run_mix, tiered
 
 STORAGE = {"num_shards": 4, "requests": "replicated"}
 LIGHT = {"light": "none", "heavy": "none", "light_ratio": 0.3}
