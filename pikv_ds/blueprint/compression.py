@@ -16,7 +16,7 @@ def _alone(facts: Facts, per_request: bool) -> str | None:
         others = [name for name in ("k", "v", "layers") if getattr(block, name, None)]
         if key != "compression" or others:
             where = f"pikv.{key}" if key != "compression" else f"pikv.compression.{others[0]}"
-            why = "its bases belong to requests, and are fitted and turned for all at once" if per_request else "its two pools hold both"
+            why = "its bases belong to requests, and are fitted and changed for all at once" if per_request else "its two pools hold both"
             legal = f"another codec in {where}: this one serves keys and values of all layers, {why}"
             return illegal(f"{key}.method", block.method, legal)
     return None
@@ -46,7 +46,7 @@ def _rebased_policy(facts: Facts) -> str | None:
         return None
     return (
         f"pikv.scheduling.method = {policy.name!r} {_with(facts)}: it keeps what it was shown of queries per request, and does not say "
-        f"which of that to turn when the basis of a request changes (RetentionPolicy.row_queries); use another policy, or 'lora'"
+        f"which of that to rebase when the basis of a request changes (RetentionPolicy.row_queries); use another policy, or 'lora'"
     )
 
 

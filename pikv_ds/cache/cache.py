@@ -135,7 +135,7 @@ class PiKVCache(HostFace):
     def agree(self, headers: list[list[int]], k: Tensor) -> None:
         """Agree on a forward that is not plain decoding; k: this rank's keys of the first layer, compared only if the inputs are equal."""
         hold = self.agreement.any_hold(headers)
-        self.open(self.agreement.settle(self.local, headers, lambda: digest([k])), hold)
+        self.open(self.agreement.agree(self.local, headers, lambda: digest([k])), hold)
 
     def open(self, agreed: Agreed, hold: bool) -> None:
         """Bring tables and sizes in line with what the ranks agreed on, before any entry of the forward is written.

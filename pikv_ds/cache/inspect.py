@@ -130,7 +130,7 @@ class CacheProbe:
 
     def uncroppable(self, row: int) -> int:
         """A crop of the row behind this many tokens may be refused, as entries have left a window."""
-        return self.cache.pages.crops.settled.values[row]
+        return self.cache.pages.crops.expired_at.values[row]
 
     # ---- bytes ---------------------------------------------------------------------------------------------------------------
 

@@ -74,7 +74,7 @@ class Codec(ABC):
         return self.transform(spec)
 
     def request_rotation(self, spec: LayerSpec) -> tuple[Tensor, Tensor] | None:
-        """Of a codec that fits each request: what its coefficients of keys and values are turned by, [H, r, r] each; None: nothing."""
+        """Of a codec that fits each request: what its coefficients of keys and values are rotated by, [H, r, r] each; None: nothing."""
         return None
 
     def request_bytes(self, spec: LayerSpec) -> int:

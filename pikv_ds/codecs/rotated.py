@@ -12,17 +12,17 @@ from pikv_ds.spec import LayerSpec
 
 
 class Rotated(Codec):
-    """x -> (x * s) H with s random signs and H = Hadamard / sqrt(n), orthogonal: what the inner codec stores, turned.
+    """x -> (x * s) H with s random signs and H = Hadamard / sqrt(n), orthogonal: what the inner codec stores, rotated.
 
     A width n that is no power of two is cut into blocks that are, the largest first (96 = 64 + 32): every width is a multiple of 8. In a
-    latent layer the first v_dim columns, its values, and the rotary rest turn apart; a rest that is stored raw does not turn.
+    latent layer the first v_dim columns, its values, and the rotary rest rotate apart; a rest that is stored raw does not.
     Source: QuIP#, arXiv 2402.04396 (random signs, then Hadamard); QuaRot, arXiv 2404.00456 (KV cache).
     """
 
     def __init__(self, inner: Codec, seed: int) -> None:
         self.inner, self.seed = inner, seed
         self.name, self.calibrated, self.group = inner.name, inner.calibrated, inner.group
-        self.light, self.light_ratio = inner.light, inner.light_ratio  # light pages hold what is turned as well
+        self.light, self.light_ratio = inner.light, inner.light_ratio  # light pages hold what is rotated as well
         self.per_request, self.rope_raw = inner.per_request, inner.rope_raw
         if inner.per_request:
             self.fit_tokens = inner.fit_tokens
@@ -61,7 +61,7 @@ class Rotated(Codec):
         return self._rotation(spec, stored.k_dim, salt=0), self._rotation(spec, stored.v_dim, salt=1)
 
     def transform(self, spec: LayerSpec) -> Transform | None:
-        if self.per_request:  # its maps are those of requests, turned by request_rotation
+        if self.per_request:  # its maps are those of requests, rotated by request_rotation
             return None
         stored = self.inner.stored(spec)
         inner = self.inner.transform(spec) or Transform(unchanged(spec.num_kv_heads, spec.k_dim), unchanged(spec.num_kv_heads, spec.v_dim))

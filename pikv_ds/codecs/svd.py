@@ -18,11 +18,11 @@ class SVD(Codec):
 
     K = U S W^T of a request, layer and kv head: c = W_{1:r}^T k, k_hat = W_{1:r} c, ||K - K_hat||^2 = sum_{i>r} sigma_i^2 (the paper's
     C_SVD) for a prompt that comes in one forward. A prompt in chunks is fitted to its first chunk, and again whenever the request has
-    doubled, up to `fit_tokens` tokens; what is stored is turned into the new basis and loses what the old one had not kept
+    doubled, up to `fit_tokens` tokens; what is stored is rebased and loses what the old one had not kept
     (pikv_ds/tiers/bases.py). Requests that are forked keep their basis.
     Source: PiKV, arXiv 2508.06526, table 2; of keys and values as they come: Eckart and Young, 1936.
     Bytes per token and layer: those of `store` at width r, and per request 8 r head_dim num_kv_heads for its bases, with as much again
-    times head_dim / r for its sums until they are settled.
+    times head_dim / r for its sums until they are fixed.
     """
 
     per_request = True

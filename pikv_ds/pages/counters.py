@@ -34,7 +34,7 @@ class Counters:
     @property
     def by_expert(self) -> Tensor:
         """[E] int64, entries appended here, by primary expert. Sync: none."""
-        self._settle()
+        self._add_up()
         return self._by_expert
 
     @property
@@ -47,9 +47,9 @@ class Counters:
         self._pending.append((experts, stored))
         self._pending_tokens += stored.numel()
         if self._pending_tokens >= PENDING_TOKENS:
-            self._settle()
+            self._add_up()
 
-    def _settle(self) -> None:
+    def _add_up(self) -> None:
         """Add up what is pending: one reduction for all layers and steps in it, not one each."""
         pending, self._pending, self._pending_tokens = self._pending, [], 0
         routed = [(choice, stored) for choice, stored in pending if isinstance(choice, Routed)]

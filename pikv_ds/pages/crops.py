@@ -13,12 +13,12 @@ class CropLimits:
     def __init__(self, layers: list[LayerSpec], rows: Rows) -> None:
         self.windows = [(spec.window, i) for i, spec in enumerate(layers) if spec.window is not None]
         self.evicted_at = rows.ints("evicted_at")  # tokens of a row when a budget last took entries of it
-        self.settled = rows.ints("settled")  # window layers dropped what a query after this many tokens of a row can't see
+        self.expired_at = rows.ints("expired_at")  # window layers dropped what a query after this many tokens of a row can't see
         rows.limit(self.check)
 
     def note_expiry(self, lens: list[int], margin: int) -> None:
         """Window layers have dropped what rows of these lengths can't see; `margin` tokens may still be cropped back."""
-        self.settled.values = [max(settled, n - margin) for settled, n in zip(self.settled.values, lens, strict=True)]
+        self.expired_at.values = [max(expired_at, n - margin) for expired_at, n in zip(self.expired_at.values, lens, strict=True)]
 
     def note_eviction(self, lens: list[int], lost: list[bool]) -> None:
         """Rows of these lengths have just lost entries to their budget, or not."""
@@ -28,11 +28,11 @@ class CropLimits:
         """Raises: RuntimeError for a crop too far, on all ranks alike."""
         for parent, keep in zip(change.parent, change.keep, strict=True):
             if parent >= 0:
-                self._refuse_behind_the_window(keep, self.settled.values[parent], change.lens[parent])
+                self._refuse_behind_the_window(keep, self.expired_at.values[parent], change.lens[parent])
                 self._refuse_behind_an_eviction(keep, self.evicted_at.values[parent], change.lens[parent])
 
-    def _refuse_behind_the_window(self, keep: int, settled: int, length: int) -> None:
-        if self.windows and keep < settled and settled >= min(self.windows)[0]:
+    def _refuse_behind_the_window(self, keep: int, expired_at: int, length: int) -> None:
+        if self.windows and keep < expired_at and expired_at >= min(self.windows)[0]:
             window, i = min(self.windows)
             raise RuntimeError(
                 f"crop to {keep} of {length} tokens: layer {i} has dropped entries that its window of {window} showed there; "

@@ -17,7 +17,7 @@ from .move import Moved, demote, entries_of, page_slots
 from .plan import LayerPlan, PoolPlan
 from .pool import PagePool
 from .raw import RawReader
-from .reproject import reproject
+from .rebase import rebase
 from .rows import RowChange
 from .unrotated import UnrotatedReader
 
@@ -76,7 +76,7 @@ class LayerPages:
 
     def rebase(self, level: int, rows: Tensor, by_k: Tensor, by_v: Tensor) -> None:
         """Entries of rows [n] int64 in a pool get another basis: x -> x by, by [n, H, r, r] f32. What they are multiplied by is given."""
-        reproject(self.pools[level], rows, by_k, by_v)
+        rebase(self.pools[level], rows, by_k, by_v)
         self._rebuilt(level, Rebased(rows, by_k), partial(self.stored, level, rows))
 
     def _rebuilt(self, level: int, basis: Rebased | None, read: Callable[[], NewEntries]) -> None:

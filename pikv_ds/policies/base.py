@@ -63,7 +63,7 @@ class RetentionPolicy(ABC):
     observes_queries: ClassVar[bool] = False
     """True: row_values are kept, and observe_queries() is shown the queries themselves."""
     row_queries: ClassVar[tuple[str, ...]] = ()
-    """Names of row_values that are queries, [Hq, Dk]: where keys change their basis (codec svd) the cache turns them along."""
+    """Names of row_values that are queries, [Hq, Dk]: where keys change their basis (codec svd) the cache rebases them along."""
     reads_positions_only: ClassVar[bool] = False
     """True: a score follows from positions, counts and lengths alone, whatever is stored."""
     reads_model_queries: ClassVar[bool] = False

@@ -9,18 +9,18 @@ from pikv_ds.policies.base import Pages, TokenPolicy
 class ExpectedAttention(TokenPolicy):
     """Keep what queries to come can be expected to attend to, if they are distributed like those so far.
 
-    mu, C: mean and covariance of the queries before RoPE, from position `skip` on, each turned by the mean rotation of the next `horizon`
+    mu, C: mean and covariance of the queries before RoPE, from position `skip` on, each rotated by the mean rotation of the next `horizon`
         positions. a_h(entry) = softmax over entries of (mu_h k / sqrt(d) + k C_h k / 2 d)
     score(entry) = ||v||_2 mean over query heads of a_h; a page has the mean of its entries.
 
-    Queries reach the cache rotated and are turned back by their positions: `rope_theta` must be the model's, with all k_dim channels
+    Queries reach the cache rotated and are rotated back by their positions: `rope_theta` must be the model's, with all k_dim channels
     rotated in halves (Llama, Qwen, Mixtral). Reads keys and values back at each eviction; keeps Hq (k_dim + 1) k_dim numbers per request
     and layer.
     Source: Devoto et al., Expected Attention, arXiv 2510.00636; kvpress ExpectedAttentionPress.
     """
 
     observes_queries = True
-    reads_model_queries = True  # to turn them back by their positions
+    reads_model_queries = True  # to rotate them back by their positions
     needs_one_shard = True  # the softmax runs over all entries of a request
 
     def __init__(self, *, rope_theta: float = 10_000.0, horizon: int = 512, skip: int = 4) -> None:
@@ -55,17 +55,17 @@ class ExpectedAttention(TokenPolicy):
         return (share.mean(2) * norm).mean(1)
 
     def _future(self, pages: Pages) -> tuple[Tensor, Tensor]:
-        """mu [R, Hq, Dk] and C [R, Hq, Dk, Dk], turned to the positions to come."""
+        """mu [R, Hq, Dk] and C [R, Hq, Dk, Dk], rotated to the positions to come."""
         rows = pages.rows
         count = rows["count"].clamp_min(1)
         mean = rows["sum"] / count[:, None, None]
         covariance = rows["outer"] / count[:, None, None, None] - mean.unsqueeze(-1) * mean.unsqueeze(-2)
         ahead = pages.lens.unsqueeze(1) + torch.arange(self.horizon, device=mean.device)
         cos, sin = (x.mean(1) for x in self._angles(ahead, mean.shape[-1]))
-        half, turn = cos.shape[1], torch.cat([cos, cos], -1).diag_embed()
-        turn[:, :half, half:] -= sin.diag_embed()
-        turn[:, half:, :half] += sin.diag_embed()
-        return torch.einsum("rij,rhj->rhi", turn, mean), torch.einsum("rik,rhkl,rjl->rhij", turn, covariance, turn)
+        half, rotation = cos.shape[1], torch.cat([cos, cos], -1).diag_embed()
+        rotation[:, :half, half:] -= sin.diag_embed()
+        rotation[:, half:, :half] += sin.diag_embed()
+        return torch.einsum("rij,rhj->rhi", rotation, mean), torch.einsum("rik,rhkl,rjl->rhij", rotation, covariance, rotation)
 
     def _angles(self, positions: Tensor, dim: int) -> tuple[Tensor, Tensor]:
         """cos and sin [..., dim / 2] of the rotation at each position."""

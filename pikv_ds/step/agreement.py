@@ -96,7 +96,7 @@ class Agreement:
         num_new = [0 if headers[g][0] & IDLE else 1 for g, b in enumerate(self.num_rows) for _ in range(b)]
         return Agreed(shapes, list(range(len(self.lens))), list(self.lens), num_new, False, True)
 
-    def settle(self, step: LocalStep, headers: list[list[int]], layer0_digest: Callable[[], int]) -> Agreed:
+    def agree(self, step: LocalStep, headers: list[list[int]], layer0_digest: Callable[[], int]) -> Agreed:
         """Agree on a forward that is not plain. `layer0_digest()` is called on all ranks or on none. Host phase, 0 to 2 collectives."""
         restart = self.all_fresh(headers)
         if restart:
@@ -105,7 +105,7 @@ class Agreement:
             self.check_replicated(headers)
         if self.mode in ("replicated", "local"):
             return Agreed([(step.num_rows, step.num_columns)], step.parent, step.keep, step.num_new, restart, step.identity)
-        return self._settle_distinct(step, headers, restart)
+        return self._agree_distinct(step, headers, restart)
 
     def _decide(self, headers: list[list[int]], layer0_digest: Callable[[], int]) -> str:
         if self.exchange.size == 1:
@@ -121,7 +121,7 @@ class Agreement:
         keys = self.exchange.gather_ints([value], self.device, "comparing the first layer's keys")
         return "replicated" if all(k == keys[0] for k in keys) else "distinct"
 
-    def _settle_distinct(self, step: LocalStep, headers: list[list[int]], restart: bool) -> Agreed:
+    def _agree_distinct(self, step: LocalStep, headers: list[list[int]], restart: bool) -> Agreed:
         widest = max(h[1] for h in headers)
         rows = [*zip(step.parent, step.keep, step.num_new, strict=True)]
         rows += [(-1, 0, 0)] * (widest - len(rows))

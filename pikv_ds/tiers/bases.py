@@ -2,8 +2,8 @@
 
 A request's basis is the first r eigenvectors of the sum of x x^T over its tokens so far, that is the first right singular vectors of its
 keys (values). It is fitted to the first forward of the request before anything is stored, and again after the forwards in which
-the request has doubled, until it has `fit_tokens` tokens or is forked: then the pages of the request are turned, c' = c W^T W', on
-whatever rank they lie. Each turn loses what the old basis had not kept; a prompt that comes in one forward loses only the tail of its
+the request has doubled, until it has `fit_tokens` tokens or is forked: then the pages of the request are rebased, c' = c W^T W', on
+whatever rank they lie. Each change loses what the old basis had not kept; a prompt that comes in one forward loses only the tail of its
 spectrum.
 
 The bases lie at the rank that runs the request, as queries and outputs are mapped there. With a raw window (tiers/window.py) entries are
@@ -121,11 +121,11 @@ class RequestBases:
                 new = self._fitted(layer, side, index)
                 changes.append(old.mT @ new)
                 basis[index] = new
-        changes = self._of_all(step, rows, changes, "turning what is stored of requests with a new basis")
+        changes = self._of_all(step, rows, changes, "rebasing what is stored of requests")
         return [changes[i : i + 2] for i in range(0, len(changes), 2)]
 
     def _share(self, step: Step, pages: RankPages, rows: list[int]) -> None:
-        """New bases of `rows` for far pages, on every rank, and far pages turned into them."""
+        """New bases of `rows` for far pages, on every rank, and far pages rebased to them."""
         index = self._own(step, rows)
         new = [self._fitted(layer, side, index) for layer in self.far for side in range(2)]
         new = self._of_all(step, rows, new, "sharing the bases of requests for their far pages")

@@ -8,7 +8,7 @@ import torch
 import pikv_ds
 from pikv_ds import bundled
 from pikv_ds.adapters.hf.attach import find_attentions
-from pikv_ds.adapters.hf.calibrate import calibrate, check_turns
+from pikv_ds.adapters.hf.calibrate import calibrate, check_rotation
 from pikv_ds.adapters.hf.fingerprint import key_norms
 from pikv_ds.adapters.hf.model_spec import read_model_spec
 from pikv_ds.adapters.hf.rotation import inv_freq_of
@@ -107,9 +107,9 @@ def test_a_rotation_that_is_not_undone_is_found_out(calibrated):
     model, windows, _ = calibrated
     specs = read_model_spec(model.config)
     own = [inv_freq_of(model.config, spec) for spec in specs]
-    check_turns(model, specs, own)
+    check_rotation(model, specs, own)
     with pytest.raises(UnsupportedError, match="layer 2 of .* does not rotate its keys by halves"):
-        check_turns(model, specs, [*own[:2], own[2] * 1.01, own[3]])
+        check_rotation(model, specs, [*own[:2], own[2] * 1.01, own[3]])
     wrong = tiny_model("qwen3_moe")
     rotary = wrong.model.rotary_emb
     rotary.inv_freq = rotary.inv_freq * 0  # a model without positions that says it has them

@@ -53,5 +53,5 @@ def test_quest_scores_boxes_of_coefficients_with_the_query_in_their_basis(page_s
 
 def test_queries_that_are_kept_under_no_name_are_refused(monkeypatch):
     monkeypatch.setattr(POLICIES.get("quest"), "row_queries", ())
-    with pytest.raises(ConfigError, match="pikv.scheduling.method = 'quest' .* which of that to turn"):
+    with pytest.raises(ConfigError, match="pikv.scheduling.method = 'quest' .* which of that to rebase"):
         Driver(LAYERS, scheduling={"method": "quest", "budget_tokens": 100}, **svd(fit_tokens=200))

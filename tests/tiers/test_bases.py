@@ -11,7 +11,7 @@ from pikv_ds.exchange.exchange import Exchange
 from pikv_ds.pages.layers import RankPages
 from pikv_ds.pages.pool import PagePool
 from pikv_ds.pages.raw import RawReader
-from pikv_ds.pages.reproject import reproject
+from pikv_ds.pages.rebase import rebase
 from pikv_ds.pages.rows import RowChange
 from pikv_ds.placement.shard_map import ShardMap
 from pikv_ds.spec import LayerSpec
@@ -26,40 +26,40 @@ CPU = torch.device("cpu")
 SPEC = LayerSpec(layer_idx=0, num_kv_heads=2, k_dim=16, v_dim=16)
 
 
-def entries(store, row, shard):
+def entries(pool, row, shard):
     """k, v [tokens, H, r] f32 and positions of one table, as attention reads them."""
-    fmt, count, table = store.fmt, int(store.table.counts[row, shard]), store.table.ids[row, shard]
+    fmt, count, table = pool.fmt, int(pool.table.counts[row, shard]), pool.table.ids[row, shard]
     pages = table[: -(-count // fmt.page_size)].long()
-    k, v = (x.transpose(1, 2).flatten(0, 1)[:count].float().clone() for x in ops.decode_pages(store.pages[pages], fmt))
+    k, v = (x.transpose(1, 2).flatten(0, 1)[:count].float().clone() for x in ops.decode_pages(pool.pages[pages], fmt))
     if fmt.grouped and count % fmt.group:
-        tail = store.tail[row * store.table.counts.shape[1] + shard]
+        tail = pool.tail[row * pool.table.counts.shape[1] + shard]
         k[count - count % fmt.group :] = tail[:, : count % fmt.group].transpose(0, 1).float()
-    return k, v, store.positions[pages].flatten()[:count].clone()
+    return k, v, pool.positions[pages].flatten()[:count].clone()
 
 
 @pytest.mark.parametrize("name", ["none", "int8", "int4", "fp8_e4m3"])
-def test_a_turn_multiplies_every_entry_of_its_rows_and_no_other(name):
+def test_another_basis_multiplies_every_entry_of_its_rows_and_no_other(name):
     codec = CODECS.build(name)
     page_size, num_rows, shards, tokens = codec.page_size(None), 3, 2, 150
     fmt = codec.page_format(SPEC, page_size, torch.float32)
     counts = torch.zeros(num_rows, shards, dtype=torch.int32)
-    store = PagePool(fmt, torch.float32, counts, torch.zeros((), dtype=torch.int64), RawReader)
-    store.reserve(0, num_rows * shards * 6, 6)
+    pool = PagePool(fmt, torch.float32, counts, torch.zeros((), dtype=torch.int64), RawReader)
+    pool.reserve(0, num_rows * shards * 6, 6)
     generator = torch.Generator().manual_seed(0)
     rows = torch.arange(num_rows).repeat_interleave(tokens)
     k, v = (torch.randn(len(rows), 2, 16, generator=generator) for _ in range(2))
     shard = torch.randint(0, shards, (len(rows),), generator=generator)
     positions = torch.arange(tokens, dtype=torch.int32).repeat(num_rows)
     here = torch.ones(len(rows), dtype=torch.bool)
-    store.append(rows, shard, here, positions, k, v, one_per_row=False, may_open=True, all_valid=False)
-    turns = [torch.linalg.qr(torch.randn(2, 2, 16, 16, generator=generator))[0] for _ in range(2)]
-    before = {(row, s): entries(store, row, s) for row in range(num_rows) for s in range(shards)}
-    reproject(store, torch.tensor([2, 0]), *turns)
+    pool.append(rows, shard, here, positions, k, v, one_per_row=False, may_open=True, all_valid=False)
+    changes = [torch.linalg.qr(torch.randn(2, 2, 16, 16, generator=generator))[0] for _ in range(2)]
+    before = {(row, s): entries(pool, row, s) for row in range(num_rows) for s in range(shards)}
+    rebase(pool, torch.tensor([2, 0]), *changes)
     for (row, s), old in before.items():
-        found = entries(store, row, s)
-        assert torch.equal(found[2], old[2]) and int(store.table.counts[row, s]) == len(old[0])
-        for x, x_old, turn, most in zip(found, old, turns, (fmt.k_rel_error, fmt.v_rel_error), strict=False):
-            want = x_old if row == 1 else torch.einsum("nhr,hrs->nhs", x_old, turn[0 if row == 2 else 1])
+        found = entries(pool, row, s)
+        assert torch.equal(found[2], old[2]) and int(pool.table.counts[row, s]) == len(old[0])
+        for x, x_old, by, most in zip(found, old, changes, (fmt.k_rel_error, fmt.v_rel_error), strict=False):
+            want = x_old if row == 1 else torch.einsum("nhr,hrs->nhs", x_old, by[0 if row == 2 else 1])
             error = ((x - want).norm() / want.norm()).item()
             assert error == 0 if row == 1 else error <= max(most, 1e-6), (name, row, s, error)
 
@@ -169,6 +169,6 @@ def test_a_rotation_turns_the_coefficients_and_nothing_else(window):
         assert driver.probe.fitted_at == [41, 21]
         kept.append([driver.probe.pools(0)[-1].entries(row, 0)[1:] for row in range(2)])
     for plain, rotated in zip(*kept, strict=True):
-        for x, y, turn in zip(plain, rotated, driver.probe.rotations(0), strict=True):
-            assert len(x) > 10 and torch.allclose(torch.einsum("nhr,hrs->nhs", x, turn), y, atol=1e-4)
-            assert (turn - torch.eye(16)).abs().max() > 0.1
+        for x, y, by in zip(plain, rotated, driver.probe.rotations(0), strict=True):
+            assert len(x) > 10 and torch.allclose(torch.einsum("nhr,hrs->nhs", x, by), y, atol=1e-4)
+            assert (by - torch.eye(16)).abs().max() > 0.1

@@ -1,4 +1,4 @@
-"""A raw window beside far pages in bases of their requests: projected when they leave it, turned there when a basis changes."""
+"""A raw window beside far pages in bases of their requests: projected when they leave it, rebased there when a basis changes."""
 
 import pytest
 import torch
@@ -31,8 +31,8 @@ def test_all_directions_are_exact(num_shards):
 
 
 @pytest.mark.parametrize("store", ["none", "int8"])
-def test_far_entries_are_projected_by_the_basis_of_their_time_and_turned_with_it(store):
-    """Truncated, beside a loop that keeps each far entry as coefficients: projected once, then turned at every change."""
+def test_far_entries_are_projected_by_the_basis_of_their_time_and_rebased_with_it(store):
+    """Truncated, beside a loop that keeps each far entry as coefficients: projected once, then rebased at every change."""
     driver = projected(LAYERS[:1], rank=8, store=store, page_size=4 if store == "none" else 64, recent=6)
     unit, mine = driver.cache.page_size // 4, {}
     answers = driver.without(Dense).add(Answers())

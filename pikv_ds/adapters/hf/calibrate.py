@@ -22,7 +22,7 @@ from .model_spec import read_model_spec
 from .rotation import inv_freq_of
 
 SHIFT, LENGTH = 101, 32  # tokens
-# Of keys turned back, relative, of a pair of channels over heads and tokens; a wrong rotation makes about 1.
+# Of keys rotated back, relative, of a pair of channels over heads and tokens; a wrong rotation makes about 1.
 TOLERANCE, TOLERANCE_16_BIT = 0.01, 0.1
 
 
@@ -83,12 +83,12 @@ def calibrate(model: PreTrainedModel, windows: Tensor, advance: Callable[[int], 
     about = dict(about)
     try:
         rotations = [inv_freq_of(model.config, spec) for spec in specs]
-        check_turns(model, specs, rotations)
+        check_rotation(model, specs, rotations)
     except UnsupportedError as error:  # everything but rope "pre" works without: the file says why it has none
         rotations, about["rope"] = [], str(error)
-    turned = [UnrotatedSums(inv_freq) for inv_freq in rotations]
+    sums = [UnrotatedSums(inv_freq) for inv_freq in rotations]
     see = {attention: [x.add] for attention, x in zip(attentions, sums, strict=True)}
-    for attention, x in zip(attentions, turned, strict=False):
+    for attention, x in zip(attentions, sums, strict=False):
         see[attention].append(lambda q, k, v, x=x: x.add(q, k))
     shown = {attention: lambda q, k, v, each=each: [add(q, k, v) for add in each] for attention, each in see.items()}
     with heads_shown(model, shown):
@@ -98,7 +98,7 @@ def calibrate(model: PreTrainedModel, windows: Tensor, advance: Callable[[int], 
     outputs = [output_metric(attention, spec.num_kv_heads) for attention, spec in zip(attentions, specs, strict=True)]
     moments = [x.moments(metric) for x, metric in zip(sums, outputs, strict=True)]
     found = Calibration.of(moments, fingerprint=fingerprint, about=about | {"tokens": str(sums[0].tokens)})
-    for i, x in enumerate(turned):
+    for i, x in enumerate(sums):
         found.add_unrotated(i, x.moments(), x.inv_freq)
     return found
 
@@ -116,8 +116,8 @@ def heads_of(model: PreTrainedModel, windows: Tensor) -> list[list[Heads]]:
 
 
 @torch.no_grad()
-def check_turns(model: PreTrainedModel, specs: list[LayerSpec], rotations: list[Tensor]) -> None:
-    """Keys of the same tokens further on must be the same ones, turned further: says so of every layer, whatever the model's code.
+def check_rotation(model: PreTrainedModel, specs: list[LayerSpec], rotations: list[Tensor]) -> None:
+    """Keys of the same tokens further on must be the same ones, rotated further: says so of every layer, whatever the model's code.
 
     Raises: UnsupportedError. Cost: two forwards of LENGTH tokens.
     """
@@ -134,7 +134,7 @@ def check_turns(model: PreTrainedModel, specs: list[LayerSpec], rotations: list[
         error = float((by_pair(far - near) / by_pair(near).clamp_min(1e-12)).sqrt().max())
         if not error <= (TOLERANCE if model.dtype == torch.float32 else TOLERANCE_16_BIT):
             raise UnsupportedError(
-                f"layer {spec.layer_idx} of {type(model).__name__} does not rotate its keys by halves with rope_theta alone: turned back, "
+                f"layer {spec.layer_idx} of {type(model).__name__} does not rotate its keys by halves with rope_theta alone: rotated back, "
                 f"keys of the same tokens {SHIFT} positions on differ by {error:.2g} of their norm"
             )
 

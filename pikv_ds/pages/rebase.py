@@ -1,4 +1,4 @@
-"""What is stored of a request, turned into another basis at the slots where it lies (tiers/bases.py). Host phase, between forwards.
+"""What is stored of a request, multiplied into another basis at the slots where it lies (tiers/bases.py). Host phase, between forwards.
 
 N tables of the rows, C columns of a table, L slots of it, H kv heads, r width of a coefficient.
 """
@@ -13,10 +13,10 @@ from pikv_ds import ops
 from .pool import PagePool
 
 
-def reproject(pool: PagePool, rows: Tensor, turn_k: Tensor, turn_v: Tensor) -> None:
-    """Turn the coefficients of all entries of some rows: decode, multiply, encode again at the same slots. Host phase.
+def rebase(pool: PagePool, rows: Tensor, by_k: Tensor, by_v: Tensor) -> None:
+    """Multiply the coefficients of all entries of some rows: decode, multiply, encode again at the same slots. Host phase.
 
-    Args: rows [n] int64, no page of which is another row's; turn_k, turn_v [n, H, r, r].
+    Args: rows [n] int64, no page of which is another row's; by_k, by_v [n, H, r, r].
     """
     fmt, page_size, num_tables = pool.fmt, pool.page_size, pool.table.tables_per_row
     counts = pool.table.counts[rows].flatten()  # [N] tables
@@ -38,8 +38,8 @@ def reproject(pool: PagePool, rows: Tensor, turn_k: Tensor, turn_v: Tensor) -> N
         raw = pool.tail[tables][:, :, slot % fmt.group].transpose(1, 2).float()
         k = torch.where((slot >= (counts - counts % fmt.group).unsqueeze(1))[:, :, None, None], raw, k)
     # A page holds all heads of a shard, or one head with tables shard * heads + head.
-    each = lambda turn: turn.unsqueeze(1).expand(-1, num_tables // pool.table.heads, -1, -1, -1).reshape(len(counts), -1, *turn.shape[2:])  # noqa: E731
-    k, v = (torch.einsum("nlhr,nhrs->nlhs", x, each(turn)) for x, turn in ((k, turn_k), (v, turn_v)))
+    each = lambda by: by.unsqueeze(1).expand(-1, num_tables // pool.table.heads, -1, -1, -1).reshape(len(counts), -1, *by.shape[2:])  # noqa: E731
+    k, v = (torch.einsum("nlhr,nhrs->nlhs", x, each(by)) for x, by in ((k, by_k), (v, by_v)))
     k, v = (torch.where(held[:, :, None, None], x, 0) for x in (k, v))
     at = torch.where(held, table.repeat_interleave(page_size, 1) * page_size + slot % page_size, -1)
     ops.append(
