@@ -26,11 +26,12 @@ RESULT_COLUMNS = (
 
 def registries() -> dict[str, Any]:
     from pikv_ds.codecs import CODECS
+    from pikv_ds.placement.rules import PLACEMENTS
     from pikv_ds.policies import POLICIES
     from pikv_ds.pools import POOLS
     from pikv_ds.routers import ROUTERS
 
-    return {"compression": CODECS, "routing": ROUTERS, "scheduling": POLICIES, "pools": POOLS}
+    return {"compression": CODECS, "routing": ROUTERS, "scheduling": POLICIES, "pools": POOLS, "storage": PLACEMENTS}
 
 
 class Results:
@@ -100,7 +101,7 @@ def method_rows(results: Results) -> list[dict[str, Any]]:
             size = _codec_columns(method) if family == "compression" else dict.fromkeys(_CODEC_COLUMNS)
             rows.append(
                 {
-                    "key": f"{family}.method",
+                    "key": "storage.placement" if family == "storage" else f"{family}.method",
                     "name": name,
                     "from": registry.origin(name),
                     "options": ", ".join(options),

@@ -17,6 +17,8 @@ from pikv_ds.config.blocks import Blocks
 from pikv_ds.config.compression import CodecConfig, CompressionConfig
 from pikv_ds.config.wording import gone, illegal, legal_words, unknown
 from pikv_ds.errors import ConfigError
+from pikv_ds.placement.rules import PLACEMENTS
+from pikv_ds.placement.rules.base import PlacementRule
 from pikv_ds.policies import POLICIES
 from pikv_ds.policies.base import RetentionPolicy
 from pikv_ds.policies.h2o import HeavyHitters
@@ -48,6 +50,8 @@ class Methods:
     """Of entries that `codec` has not encoded yet, or never will: raw, or its light one. None = there are none."""
     pools: tuple[PoolKind, ...]
     """Kinds of the pools behind the codec's, in their order."""
+    placement: type[PlacementRule]
+    """Not built yet: it needs a model and a number of shards."""
     attended: RetentionPolicy | None
     """Whose score says which pages stay near when there is a light codec; the paper leaves the measure open. None = there is none."""
 
@@ -55,6 +59,7 @@ class Methods:
     def of(cls, config: Blocks) -> Methods:
         """Raises: ConfigError for a name, an option or a file that is not what a method needs."""
         compression, routing, scheduling = config.compression, config.routing, config.scheduling
+        placement = _named("storage.placement", config.storage.placement, PLACEMENTS)
         pools = tuple(_built(f"pools[{i}]", block, POOLS) for i, block in enumerate(config.pools))
         router, policy = _built("routing", routing, ROUTERS), _built("scheduling", scheduling, POLICIES)
         parts = tuple(Part(key, block, _rotated(block, _built(key, block, CODECS))) for key, block in compression.parts("compression"))
@@ -65,7 +70,7 @@ class Methods:
         if near is None and (compression.raw_sink_tokens or compression.raw_recent_tokens):
             near = CODECS.build("none")
         attended = None if codec.light is None else HeavyHitters()
-        return cls(router=router, policy=policy, parts=parts, codec=codec, near=near, pools=pools, attended=attended)
+        return cls(router=router, policy=policy, parts=parts, codec=codec, near=near, pools=pools, placement=placement, attended=attended)
 
 
 def codec_of(compression: CompressionConfig) -> Codec:
@@ -78,14 +83,7 @@ def check_method(key: str, block: MethodBlock, registry: Registry) -> None:
 
     Raises: ConfigError.
     """
-    if block.method in registry.removed:
-        raise ConfigError(gone(f"{key}.method", block.method, registry.removed[block.method]))
-    if block.method not in registry.names():
-        legal = f"one of {', '.join(map(repr, registry.names()))}"
-        if not registry.names():
-            legal = "what an installed distribution brings under the entry-point group 'pikv_ds.methods', and there is none"
-        raise ConfigError(illegal(f"{key}.method", block.method, legal))
-    given, method = block.options, registry.get(block.method)
+    given, method = block.options, _named(f"{key}.method", block.method, registry)
     parameters = [p for p in inspect.signature(method.__init__).parameters.values() if p.kind is p.KEYWORD_ONLY]
     options = [parameter.name for parameter in parameters]
     for parameter in parameters:
@@ -100,6 +98,18 @@ def check_method(key: str, block: MethodBlock, registry: Registry) -> None:
             TypeAdapter(types[name], config=ConfigDict(strict=True)).validate_python(value)
         except ValidationError:
             raise ConfigError(illegal(f"{key}.{name}", value, legal_words(types[name]))) from None
+
+
+def _named(key: str, name: str, registry: Registry) -> type[Any]:
+    """The class of that name. Raises: ConfigError."""
+    if name in registry.removed:
+        raise ConfigError(gone(key, name, registry.removed[name]))
+    if name not in registry.names():
+        legal = f"one of {', '.join(map(repr, registry.names()))}"
+        if not registry.names():
+            legal = "what an installed distribution brings under the entry-point group 'pikv_ds.methods', and there is none"
+        raise ConfigError(illegal(key, name, legal))
+    return registry.get(name)
 
 
 def _built(key: str, block: MethodBlock, registry: Registry) -> Any:

@@ -62,7 +62,7 @@ def _one_shard(facts: Facts) -> str | None:
 
 def _summed_shards(facts: Facts) -> str | None:
     placement = facts.config.storage.placement
-    if not facts.methods.policy.sums_layers or facts.num_shards == 1 or placement == "position":
+    if not facts.methods.policy.sums_layers or facts.num_shards == 1 or facts.methods.placement.alike_in_layers:
         return None
     return (
         f"{_method(facts)} with pikv.storage.placement = {placement!r} and {facts.num_shards} shards: pages hold other entries in "

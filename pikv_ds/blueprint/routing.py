@@ -61,7 +61,7 @@ def _needed_replicated(facts: Facts) -> str | None:
 
 def _experts(facts: Facts) -> str | None:
     storage = facts.config.storage
-    if not facts.methods.router.needs_experts or (storage.placement != "position" and storage.expert_ids not in ("hash", "true")):
+    if not facts.methods.router.needs_experts or (facts.methods.placement.reads_experts and storage.expert_ids not in ("hash", "true")):
         return None
     return illegal(
         "routing.method", facts.config.routing.method,
@@ -74,7 +74,7 @@ def _experts(facts: Facts) -> str | None:
 def _penalty(facts: Facts) -> str | None:
     """A penalty on the model's routers acts on routers that name the entries' homes."""
     penalty, storage = facts.config.routing.host_penalty, facts.config.storage
-    if not penalty.asked or (storage.placement != "position" and storage.expert_ids not in ("hash", "gate")):
+    if not penalty.asked or (facts.methods.placement.reads_experts and storage.expert_ids not in ("hash", "gate")):
         return None
     return illegal(
         "routing.host_penalty", penalty.model_dump(),

@@ -25,9 +25,9 @@ class StorageConfig(Block):
         "auto", description="Whether the ranks run the same requests; auto compares a digest of them at prefill."
     )
     num_shards: int | None = Field(None, ge=1, description="Logical shards per layer; null = number of EP ranks.")
-    placement: Literal["experts", "xor", "position", "table"] = Field(
+    placement: str = Field(
         "experts",
-        description="How an entry finds its shard: its expert, (t mod n_tok) XOR expert, its position, or `table`.",
+        description='How an entry finds its shard: "experts", "xor" ((t mod n_tok) XOR expert), "position", "table"; see `pikv methods`.',
     )
     expert_ids: Literal["previous_layer", "lookahead", "true", "gate", "hash"] = Field(
         "previous_layer", description="Which router names the expert of an entry."
