@@ -1,7 +1,8 @@
 """`pikv bench`: comparisons in one process.
 
 `decode`: a step against the ordinary cache; `ops`: the ops; `errors`: their accuracy; `select`: reading some pages against reading all;
-`model`: the source paper's latency model, fitted; `layouts`: the page formats beside KIVI's; `latents`: decode over MLA latents.
+`model`: the source paper's latency model, fitted; `layouts`: the page formats beside KIVI's; `latents`: decode over MLA latents;
+`merge`: partial attention into one.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 from pikv_ds.launch.bench import errors as bench_errors
 from pikv_ds.launch.bench import latents as bench_latents
 from pikv_ds.launch.bench import layouts as bench_layouts
+from pikv_ds.launch.bench import merge as bench_merge
 from pikv_ds.launch.bench import model as bench_model
 from pikv_ds.launch.bench import ops as bench_ops
 from pikv_ds.launch.bench import page_choice as bench_select
@@ -52,13 +54,16 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     latents = kinds.add_parser("latents", help="decode over MLA latents in each record format, plain C++ and by hand")
     bench_latents.add_arguments(latents)
     latents.add_argument("--json", metavar="FILE", help="write the rows to FILE")
+    merge = kinds.add_parser("merge", help="partial attention into one: the op against its torch reference, time and error")
+    bench_merge.add_arguments(merge)
+    merge.add_argument("--json", metavar="FILE", help="write the rows to FILE")
     errors = kinds.add_parser("errors", help="errors of the page formats and of the op that reads them, against fp64")
     errors.add_argument("--json", metavar="FILE", help="write the rows to FILE")
 
 
 def run(args: argparse.Namespace) -> int:
     kinds = {"ops": bench_ops, "select": bench_select, "model": bench_model, "layouts": bench_layouts, "latents": bench_latents}
-    kinds["errors"] = bench_errors
+    kinds |= {"errors": bench_errors, "merge": bench_merge}
     if args.kind == "ops" and args.device == "cuda":
         from pikv_ds.launch.bench import ops_cuda as bench_ops_cuda
 

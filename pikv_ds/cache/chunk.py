@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pikv_ds.ops import add_sink, merge_partials, sdpa_lse
+from pikv_ds.ops import add_sink, merge, sdpa_lse
 from pikv_ds.step.query import Partial
 
 
@@ -39,7 +39,7 @@ def finish(
         if hidden is not None or (window is not None and q.shape[2] > window):
             mask = _mask(torch.arange(q.shape[2], device=q.device)[None] if positions is None else positions, window, hidden)
         own_out, own_lse = sdpa_lse(q, k, v, scale=scale, mask=mask, causal=mask is None)
-        out, lse = (own_out, own_lse) if partial.empty else merge_partials(torch.stack([out, own_out]), torch.stack([lse, own_lse]))
+        out, lse = (own_out, own_lse) if partial.empty else merge(torch.stack([out, own_out]), torch.stack([lse, own_lse]))
     if sink is not None:
         out = add_sink(out, lse, sink)
     return out.transpose(1, 2)

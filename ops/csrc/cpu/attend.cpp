@@ -14,20 +14,23 @@ namespace {
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
-// Partials are merged in order, so that the result does not depend on which thread made them.
+// Partials are merged in order, so that the result does not depend on which thread made them. Divided once, at the end: a weight that is
+// rounded after its own division would err by the same amount in every column. The row of an empty set (lse -inf) is not read.
 void merge_rows(const float* out, const float* lse, int64_t count, int64_t row_stride, int D, float* to, float* to_lse) {
   float top = -kInf, total = 0;
-  for (int64_t i = 0; i < count; ++i) top = std::max(top, lse[i * row_stride]);
+  for (int64_t i = 0; i < count; ++i) top = std::max(top, lse[i * row_stride]);  // passes NaN over: the total has it
+  const float base = top == -kInf ? 0.0f : top;
   std::fill(to, to + D, 0.0f);
-  *to_lse = -kInf;
-  if (top == -kInf) return;
-  for (int64_t i = 0; i < count; ++i) total += std::exp(lse[i * row_stride] - top);
   for (int64_t i = 0; i < count; ++i) {
-    const float weight = std::exp(lse[i * row_stride] - top) / total;
-    if (weight == 0) continue;
+    const float x = lse[i * row_stride];
+    if (x == -kInf) continue;
+    const float weight = std::exp(x - base);
     const float* row = out + i * row_stride * D;
+    total += weight;
     for (int d = 0; d < D; ++d) to[d] += weight * row[d];
   }
+  if (total != 1 && total != 0)
+    for (int d = 0; d < D; ++d) to[d] /= total;
   *to_lse = top + std::log(total);
 }
 
