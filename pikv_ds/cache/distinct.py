@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pikv_ds import ops
 from pikv_ds.exchange.wire import HEADER, Layout, headers_of
-from pikv_ds.ops import merge_partials
 from pikv_ds.pages.view import Before
 from pikv_ds.selection.returns import return_needed
 from pikv_ds.step.query import LateEntries, LateLse, PageLse, Partial, Query
@@ -130,7 +130,7 @@ class DistinctWay:
         else:
             mine = cache.exchange.all_to_all(torch.cat(partials), sizes, what)
         outs, lses = cache.map.in_rank_order(mine).unflatten(1, query.q.shape[:2]).split([query.v_dim, 1], -1)
-        out, lse = merge_partials(outs.contiguous(), lses.squeeze(-1).contiguous())
+        out, lse = ops.merge(outs.contiguous(), lses.squeeze(-1).contiguous())
         return Partial(out, lse, step.sees_own(step.sources[step.own])), page_lse
 
 

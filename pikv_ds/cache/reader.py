@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pikv_ds import ops
 from pikv_ds.codecs.request_maps import PageMaps
-from pikv_ds.ops import merge_partials
 from pikv_ds.pages.layer import LayerPages
 from pikv_ds.pages.layers import RankPages
 from pikv_ds.pages.pool import PagePool
@@ -111,7 +111,7 @@ class Reader:
             return nothing(q, query.v_dim)._replace(page_lse=page_lse)
         out, lse = parts[0][1][:2]
         if len(parts) > 1:
-            out, lse = merge_partials(torch.stack([part.out for _, part in parts]), torch.stack([part.lse for _, part in parts]))
+            out, lse = ops.merge(torch.stack([part.out for _, part in parts]), torch.stack([part.lse for _, part in parts]))
         return Found(out, lse, page_lse, readers)
 
 

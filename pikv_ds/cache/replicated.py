@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pikv_ds import ops
 from pikv_ds.exchange.wire import Layout, headers_of
-from pikv_ds.ops import merge_partials
 from pikv_ds.pages.events import Written
 from pikv_ds.selection.found import Found
 from pikv_ds.step.query import LateLse, Partial, Query
@@ -64,32 +64,36 @@ class ReplicatedWay:
         if agreement.is_plain(local):
             if selects and cache.exchange.size > 1:
                 # Choosing pages is a collective before that of the partials: the headers can't ride in the latter.
-                agreement.check_replicated(self._gather(query.q.new_zeros(agreement.num_rows[0], 0, dtype=torch.float32), True)[1])
+                agreement.check_replicated(self._answer(query, 0))
             cache.open(agreement.continue_plain(local), cache.hold)
             return cache.exchange.size > 1 and not selects
         if cache.exchange.size == 1:
             cache.agree([agreement.header(local, cache.hold)], query.k)
             return False
         # Other ranks may be in plain decoding: answer their collective, then all see that this forward is not plain.
-        width = 0 if selects else query.q.shape[2] * (query.v_dim + 1)
-        headers = self._gather(query.q.new_zeros(agreement.num_rows[0], width, dtype=torch.float32), True)[1]
+        headers = self._answer(query, 0 if selects else query.v_dim)
         if not agreement.all_fresh(headers):
             agreement.check_replicated(headers)
         cache.agree(headers, query.k)
         return False
 
     def _merge(self, out: Tensor, lse: Tensor, unchecked: bool) -> tuple[Tensor, Tensor]:
-        B, T, Hq, Dv = out.shape
-        gathered, headers = self._gather(torch.cat([out.reshape(B * T, -1), lse.reshape(B * T, -1)], 1), unchecked)
+        outs, lses, headers = self._gather(out.flatten(0, 1), lse.flatten(0, 1), unchecked)
         if unchecked:
             self.cache.agreement.check_replicated(headers)
-        outs, lses = gathered.split([Hq * Dv, Hq], -1)
-        return merge_partials(outs.reshape(-1, B, T, Hq, Dv), lses.reshape(-1, B, T, Hq))
+        return ops.merge(outs.unflatten(1, out.shape[:2]), lses.unflatten(1, out.shape[:2]))
 
-    def _gather(self, partials: Tensor, read_headers: bool) -> tuple[Tensor, list[list[int]] | None]:
-        """[N, Hq * (Dv + 1)] of every rank, by its first shard: all ranks merge the same numbers in the same order."""
+    def _gather(self, out: Tensor, lse: Tensor, read_headers: bool) -> tuple[Tensor, Tensor, list[list[int]] | None]:
+        """out [N, Hq, Dv] and lse [N, Hq] of every rank, by its first shard: all ranks merge the same numbers in the same order."""
         cache = self.cache
         header = torch.tensor(cache.agreement.header(cache.local, cache.hold), dtype=torch.int32).to(cache.device)
-        layout = Layout([("partials", tuple(partials.shape), torch.float32)])
-        gathered = cache.exchange.all_gather(layout.pack(header, {"partials": partials}, cache.device), "merging partial attention")
-        return cache.map.in_rank_order(layout.unpack(gathered)["partials"]), headers_of(gathered) if read_headers else None
+        layout = Layout([("out", tuple(out.shape), torch.float32), ("lse", tuple(lse.shape), torch.float32)])
+        gathered = cache.exchange.all_gather(layout.pack(header, {"out": out, "lse": lse}, cache.device), "merging partial attention")
+        outs, lses = (cache.map.in_rank_order(layout.unpack(gathered)[name]) for name in ("out", "lse"))
+        return outs, lses, headers_of(gathered) if read_headers else None
+
+    def _answer(self, query: Query, v_dim: int) -> list[list[int]]:
+        """The headers of all ranks, gathered in the collective of plain decoding with values of v_dim; 0 = one without partials."""
+        shape = (self.cache.agreement.num_rows[0], query.q.shape[2] if v_dim else 0)
+        out, lse = (query.q.new_zeros(*shape, *width, dtype=torch.float32) for width in ((v_dim,), ()))
+        return self._gather(out, lse, True)[2]

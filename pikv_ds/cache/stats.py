@@ -109,7 +109,8 @@ def decode_bytes_sent(
     """
     others = len(rows) - 1
     if mode == "replicated":
-        return sum(others * _sections([partial_bytes(rows[rank], num_q_heads, spec.v_dim)]) for spec in layers)
+        lse = rows[rank] * num_q_heads * 4
+        return sum(others * _sections([lse * spec.v_dim, lse]) for spec in layers)
     total, lse = 0, [max(rows) * num_q_heads * 4 * seen for seen in watched or [False] * len(layers)]
     for spec, of_last_layer in zip(layers, [0, *lse], strict=False):
         total += others * share_bytes(max(rows), num_q_heads, spec, spec.k_dim, itemsize, lse=of_last_layer)
