@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -106,7 +106,7 @@ class Step:
         self.may_spill: list[bool] = []  # per layer
         self.may_open: list[bool] = []  # per layer: a new page may be needed
         self.quiet = False  # no page is opened, so no sizes change but the counts
-        self._shared: dict[Hashable, object] = {}
+        self._shared: dict[Hashable, Any] = {}
 
     def once(self, key: Hashable, make: Callable[[], Made]) -> Made:
         """What is the same in every layer of a forward, made by the first that asks."""

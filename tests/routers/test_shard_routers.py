@@ -19,17 +19,17 @@ def run(name: str, folder, steps: int = 12, **options):
     for option, value in options.items():
         assert hasattr(router, option)
         setattr(router, option, value)
-    choose = router.chosen_shards
+    hook = "score" if router.budgeted else "chosen_shards"
+    choose = getattr(router, hook)
 
     def recording(asked):
         chosen = choose(asked)
-        scores = scores_of(chosen, asked)
         if asked.layer == 0:
-            keys = torch.stack([k for k, _ in driver.history[0][0]]).double()
-            seen.append((asked, scores.clone(), keys))
+            scores = chosen.clone() if router.budgeted else scores_of(chosen, asked)
+            seen.append((asked, scores, torch.stack([k for k, _ in driver.history[0][0]]).double()))
         return chosen
 
-    router.chosen_shards = recording
+    setattr(router, hook, recording)
     for _ in range(steps):
         driver.decode()
     assert len(seen) == steps
