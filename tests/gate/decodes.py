@@ -85,7 +85,7 @@ def _core_step(block: dict, *, layers: int, tokens: int, group=None, seed: int =
     import torch
 
     from pikv_ds import PiKVConfig
-    from pikv_ds.cache.cache import PiKVCache
+    from pikv_ds.cache import PiKVCache
     from pikv_ds.spec import LayerSpec
 
     generator = torch.Generator().manual_seed(seed)
@@ -110,7 +110,7 @@ def _forward(cache, q, k, v, *, stored: int):
     """One forward of one request, `stored` tokens of which came before. Returns the last layer's output [1, T, Hq, DIM]."""
     import torch
 
-    from pikv_ds.step.step import LocalStep
+    from pikv_ds.plan import LocalStep
 
     tokens = k.shape[1]
     positions = torch.arange(stored, stored + tokens, dtype=torch.int32).unsqueeze(0)

@@ -1,5 +1,6 @@
 """The gate as a whole: the base is checked out and removed, every side runs its own tree, and the command reports what it measured."""
 
+import ast
 import json
 import random
 import subprocess
@@ -25,6 +26,14 @@ def test_rounds_are_balanced():
 @pytest.mark.parametrize("pairs, parts", [(2, [2]), (19, [19]), (31, [11, 10, 10]), (61, [21, 20, 20])])
 def test_launches_share_the_pairs(pairs, parts):
     assert launches(pairs) == parts
+
+
+def test_what_steps_import_exists_in_the_base_too():
+    """A script that moves files and follows their imports must not follow these: the base has the old places alone."""
+    tree = ast.parse((ROOT / "tests" / "gate" / "decodes.py").read_text())
+    found = {(n.module, a.name) for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) for a in n.names if n.module.startswith("pikv_ds")}
+    places = {("pikv_ds", "bundled"), ("pikv_ds", "PiKVConfig"), ("pikv_ds.cache", "PiKVCache")}
+    assert found == places | {("pikv_ds.plan", "LocalStep"), ("pikv_ds.spec", "LayerSpec")}
 
 
 @in_a_checkout
