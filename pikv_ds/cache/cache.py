@@ -188,7 +188,7 @@ class PiKVCache(HostFace):
         """
         if isinstance(expert_ids, Routed) and (self.num_shards > 1 or self.exchange.size > 1):
             expert_ids = expert_ids.primary()
-        maps = self.pages.layers[layer].plan.entry_maps if self.bases is None else self.bases.maps(layer, k, v)
+        maps = self.pages.layers[layer].entry_maps if self.bases is None else self.bases.maps(layer, k, v)
         if maps is None:
             return self._attend(layer, q, k, v, scale, v_dim, expert_ids)
         q, k, v, shift = maps.enter(q, k, v, scale, self.local.positions)

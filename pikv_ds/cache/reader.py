@@ -46,24 +46,25 @@ class Reader:
         """
         if num_rows == 0:
             return nothing(q, query.v_dim)
-        pages, rows, parts = self.pages.layers[query.layer], slice(row0, row0 + num_rows), []
+        pages, rows, parts, readers = self.pages.layers[query.layer], slice(row0, row0 + num_rows), [], None
         routed = pages.routed if self.selection is not None else None
-        views = {pool: self._view(step, pool, rows, before) for pool in pages.pools if pool is routed or pool.num_pages}
-        for pool, view in views.items():
-            if pool is not routed and pool.table.counts.numel():
-                parts.append((pool, self._read(step, query, pool, view, q, rows)))
-        readers = None
-        if routed is not None:
-            # Also when it is empty: choosing pages may be a collective.
-            beside = None
-            if len(pages.pools) > 1:
-                lse = torch.full(q.shape[:3], -torch.inf, device=q.device)
-                for _, part in parts:
-                    lse = torch.logaddexp(lse, part.lse)
-                beside = Beside(tuple(views[pool] for pool, _ in parts), lse)
-            found, readers = self._choose(step, query, routed, views[routed], q, rows, beside)
+        for pool in pages.pools:
+            if pool is not routed and pool.num_pages and pool.table.num_rows:
+                parts.append((pool, self._read(step, query, pool, self._view(step, pool, rows, before), q, rows)))
+        if routed is not None:  # also when it is empty: choosing pages may be a collective
+            beside = None if len(pages.pools) == 1 else self._beside(step, parts, q, rows, before)
+            found, readers = self._choose(step, query, routed, self._view(step, routed, rows, before), q, rows, beside)
             parts.append((routed, found))
+        if len(parts) == 1 and self._shares[query.layer] is None:
+            return Found(parts[0][1].out, parts[0][1].lse, (), readers)
         return self._merged(pages, query, q, parts, readers)
+
+    def _beside(self, step: Step, parts: list[tuple[PagePool, Read]], q: Tensor, rows: slice, before: Before | None) -> Beside:
+        """What has been read of the pools that a router does not choose from."""
+        lse = torch.full(q.shape[:3], -torch.inf, device=q.device)
+        for _, part in parts:
+            lse = torch.logaddexp(lse, part.lse)
+        return Beside(tuple(self._view(step, pool, rows, before) for pool, _ in parts), lse)
 
     def _view(self, step: Step, pool: PagePool, rows: slice, before: Before | None) -> PageView:
         if pool.level or before is None:  # pools behind do not change within a forward

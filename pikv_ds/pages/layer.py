@@ -31,19 +31,16 @@ class LayerPages:
     def __init__(self, index: int, plan: LayerPlan, heads: int, dtype: torch.dtype, shard_map: ShardMap, maps: PageMaps | None) -> None:
         """maps: of the pools whose entries are mapped; None: the same numbers."""
         self.index, self.plan, self.spec, self.heads, self.dtype, self.map = index, plan, plan.spec, heads, dtype, shard_map
-        self.maps = maps
+        self.maps, self.entry_maps = maps, plan.entry_maps
         self.events = PageEvents()
         self.pools: tuple[PagePool, ...] = ()
+        self.routed: PagePool | None = None
+        """The pool that a router chooses from; None: every query reads all."""
 
     @property
     def nearest(self) -> PagePool:
         """The pool that entries are appended to."""
         return self.pools[0]
-
-    @property
-    def routed(self) -> PagePool:
-        """The pool that a router chooses from."""
-        return self.pools[self.plan.routed]
 
     def start(self, counts: Sequence[Tensor], free_tops: Sequence[Tensor], no_tails: Mapping[PageFormat, Tensor]) -> None:
         """Empty pools; earlier pages are given back.
@@ -52,6 +49,7 @@ class LayerPages:
         """
         sizes = zip(self.plan.pools, counts, free_tops, strict=True)
         self.pools = tuple(self._pool(level, plan, *own, no_tails.get(plan.fmt)) for level, (plan, *own) in enumerate(sizes))
+        self.routed = None if self.plan.routed is None else self.pools[self.plan.routed]
         for pool in self.pools:
             for name, dtype in self.plan.columns.items():
                 pool.add_summary(name, (), dtype, cleared=True)

@@ -107,7 +107,7 @@ class Selection:
                 self.router.answered(asked, choice.columns, read.page_lse)
             if choice.readers is not None:
                 readers.append(choice.readers.unflatten(1, (num_rows, -1)))
-            part = [x.unflatten(0, (num_rows, -1)) for x in read[:2]]
+            part = [read.out.view(num_rows, -1, *read.out.shape[1:]), read.lse.view(num_rows, -1, read.lse.shape[1])]
             if with_page_lse:
                 of_pages = by_column(read.page_lse, choice.columns, view.block_table.shape[-1])
                 part.append(of_pages.unflatten(0, (num_rows, -1, self.pages.num_local)))
@@ -135,7 +135,8 @@ class Selection:
                 pages = budget.pages[asked.rows].repeat_interleave(each, output_size=num_queries)
             what = f"choosing the pages of layer {asked.layer} over all ranks"
             choice = best_pages(keys, pages, budget.width, num_local, self.exchange, what)
-            choice = choice if needed else choice._replace(readers=None)
+            if choice.readers is not None and not needed:
+                choice = Choice(choice.columns)
         if near is None:
             return choice
         return choice._replace(columns=torch.where(choice.columns < columns, choice.columns, -1))
@@ -165,8 +166,11 @@ class Selection:
         pool, window = self.pages.layers[query.layer].routed, self.pages.specs[query.layer].window
         num_rows, num_queries, num_q_heads, dim = q.shape
         columns = min(max(step.lens_after_host) // self.page_size + 1, view.block_table.shape[-1])  # a table may have spare ones
-        table = per_query(view.block_table[..., :columns], num_rows, num_queries).contiguous()
-        lens = per_query(view.seqlens, num_rows, num_queries)
+        table, lens, tail_rows = view.block_table[..., :columns], view.seqlens, view.tail_rows
+        if num_queries > 1:
+            table, lens = (per_query(x, num_rows, num_queries) for x in (table, lens))
+            tail_rows = None if tail_rows is None else per_query(tail_rows, num_rows, num_queries)
+        table = table.contiguous()
         at = positions[:, begin : begin + num_queries].flatten().contiguous()
 
         def extent():
@@ -176,7 +180,7 @@ class Selection:
         where = extent() if key is None else step.once(("extent", key), extent)
         asked = PageQuery(
             layer=query.layer, rows=rows, q=q.reshape(-1, num_q_heads, dim).contiguous(), positions=at, pool=pool, block_table=table,
-            seqlens=lens, tail=view.tail, tail_rows=None if view.tail is None else per_query(view.tail_rows, num_rows, num_queries),
+            seqlens=lens, tail=view.tail, tail_rows=tail_rows,
             **where._asdict(), map=self.pages.map,
             homes=None if self.num_shards == 1 else self.pages.directory.shard_at[query.layer][rows],
             window=window, scale=query.scale, gather=self.gather,

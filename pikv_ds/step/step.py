@@ -94,6 +94,8 @@ class Step:
         self.num_new = [a - b for a, b in zip(after, before, strict=True)]
         self.num_tokens = max(s.num_tokens for s in self.sources)
         self.decode = all(s.num_columns == 1 for s in self.sources)  # no row has two tokens
+        self.all_see_own = self.decode and not late_experts
+        """Every query sees the entries of its own forward, so that nobody must be shown the pages as they were before."""
         self.all_valid = len(self.sources) == 1 and sum(self.num_new) == self.num_tokens  # no padding, no idle rank
         self.positions: Tensor | None = None
         self.valid: Tensor | None = None
@@ -121,11 +123,6 @@ class Step:
     def reads(self, source: Source) -> bool:
         """Whether a source's queries have anything to look up: stored tokens, or their own entry."""
         return self.sees_own(source) or any(self.lens_before_host[source.row0 : source.row0 + source.num_rows])
-
-    @property
-    def all_see_own(self) -> bool:
-        """Every query sees the entries of its own forward, so that nobody must be shown the pages as they were before."""
-        return self.decode and not self.late_experts
 
     @property
     def lens_seen(self) -> list[int]:
@@ -176,6 +173,9 @@ class Step:
 
     def query_positions(self, row0: int, num_rows: int) -> Tensor:
         """[num_rows, T] positions of the queries of neighbouring sources with equal shapes, the first of which starts at row0."""
+        return self.once(("positions", row0, num_rows), lambda: self._query_positions(row0, num_rows))
+
+    def _query_positions(self, row0: int, num_rows: int) -> Tensor:
         first = next(i for i, source in enumerate(self.sources) if source.row0 == row0)
         source = self.sources[first]
         assert self.positions is not None, "set_positions comes first"
