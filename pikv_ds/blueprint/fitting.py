@@ -16,8 +16,11 @@ from pikv_ds.spec import LayerSpec
 
 
 def pool_of(codec: Codec | CodecTable, spec: LayerSpec, page_size: int, dtype: torch.dtype) -> PoolSpec:
+    """With its maps made."""
     try:
-        return codec.pool(spec, page_size, dtype)
+        pool = codec.pool(spec, page_size, dtype)
+        pool.maps  # noqa: B018
+        return pool
     except ConfigError:
         raise
     except ValueError as error:

@@ -46,16 +46,24 @@ class PoolSpec:
     """Of the model's keys."""
     stored: LayerSpec
     """The geometry of what pages hold."""
-    maps: Transform | None
-    """Between the model's heads and what pages hold; None: they are the same, or maps belong to requests."""
+    transform: Callable[[], Transform | None]
+    """Makes `maps`, when they are asked for."""
     record: Callable[[], PageFormat]
-    """Makes `fmt`. Not called before, as a codec of keys alone need not have a record for the layer's values."""
+    """Makes `fmt`, when it is asked for: a codec of keys alone need not have a record for the layer's values."""
     fitted: RequestFit | None = None
     """Of a codec that fits each request."""
     rounding: float = 0.0
     """Relative error of numbers that are rounded between the model's heads and the codec's own maps."""
     values: PoolSpec | None = None
     """Of the codec that stores the values; None: `codec` stores both."""
+
+    @cached_property
+    def maps(self) -> Transform | None:
+        """Between the model's heads and what pages hold; None: they are the same, or maps belong to requests.
+
+        Raises: ValueError, ConfigError.
+        """
+        return self.transform()
 
     @cached_property
     def fmt(self) -> PageFormat:
@@ -67,7 +75,7 @@ class PoolSpec:
         """Of new and of important entries, when the codec keeps two kinds of pages; its entries are mapped as the others are."""
         if self.codec.light is None or self.values is not None:
             return None
-        return replace(self.codec.light.pool(self.layer, self.page_size, self.dtype), maps=self.maps, rounding=self.rounding)
+        return replace(self.codec.light.pool(self.layer, self.page_size, self.dtype), transform=lambda: self.maps, rounding=self.rounding)
 
     @property
     def request_bytes(self) -> int:
@@ -120,10 +128,9 @@ class Codec(ABC):
         """The record format (ops/format/formats.py) for keys of this dtype. Raises: ValueError for a dtype it cannot hold."""
 
     def pool(self, spec: LayerSpec, page_size: int, dtype: torch.dtype) -> PoolSpec:
-        """How pages of this layer store it, from the methods below. Raises: ValueError, ConfigError, for its geometry or its maps."""
-        stored, maps = self.stored(spec), self.transform(spec)
+        """How pages of this layer store it, from the methods below. Raises: ValueError, ConfigError, for its geometry."""
         return PoolSpec(
-            codec=self, layer=spec, page_size=page_size, dtype=dtype, stored=stored, maps=maps,
+            codec=self, layer=spec, page_size=page_size, dtype=dtype, stored=self.stored(spec), transform=partial(self.transform, spec),
             record=partial(self.page_format, spec, page_size, dtype), fitted=RequestFit(self.fit_tokens) if self.per_request else None,
         )  # fmt: skip
 

@@ -23,22 +23,26 @@ def rotated(pool: PoolSpec, seed: int) -> PoolSpec:
     In a latent layer the first v_dim columns, its values, and the rotary rest rotate apart; a rest that is stored raw does not.
     """
     rounding = torch.finfo(pool.dtype).eps + 2.0**-20  # of the rotated numbers to the model's dtype, of the maps
-    pool = replace(pool, rounding=pool.rounding + rounding)
-    k_dim, v_dim = pool.stored.k_dim, pool.stored.v_dim
-    if pool.fitted is not None:
-        turns = rotation(pool.layer, k_dim, seed, salt=0), rotation(pool.layer, v_dim, seed, salt=1)
-        return replace(pool, maps=None, fitted=pool.fitted._replace(rotation=turns))
-    if pool.layer.latent:
-        v = rotation(pool.layer, v_dim, seed, salt=0)
-        rest = k_dim - v_dim
-        kept = pool.codec.keeps_rope(pool.layer)
-        rest = unchanged(1, rest).encode if kept else rotation(pool.layer, rest, seed, salt=1)
+    fitted, stored = pool.fitted, pool.stored
+    if fitted is not None:
+        turns = rotation(pool.layer, stored.k_dim, seed, salt=0), rotation(pool.layer, stored.v_dim, seed, salt=1)
+        fitted = fitted._replace(rotation=turns)
+    return replace(pool, transform=lambda: _maps(pool, seed), fitted=fitted, rounding=pool.rounding + rounding)
+
+
+def _maps(pool: PoolSpec, seed: int) -> Transform | None:
+    """Those of the pool, with a rotation after them."""
+    if pool.fitted is not None:  # they are those of requests
+        return None
+    layer, k_dim, v_dim = pool.layer, pool.stored.k_dim, pool.stored.v_dim
+    inner = pool.maps or Transform(unchanged(layer.num_kv_heads, layer.k_dim), unchanged(layer.num_kv_heads, layer.v_dim))
+    if layer.latent:
+        v, width = rotation(layer, v_dim, seed, salt=0), k_dim - v_dim
+        rest = unchanged(1, width).encode if pool.codec.keeps_rope(layer) else rotation(layer, width, seed, salt=1)
         k = torch.stack([torch.block_diag(a, b) for a, b in zip(v, rest, strict=True)])
     else:
-        k, v = rotation(pool.layer, k_dim, seed, salt=0), rotation(pool.layer, v_dim, seed, salt=1)
-    heads = pool.layer.num_kv_heads
-    inner = pool.maps or Transform(unchanged(heads, pool.layer.k_dim), unchanged(heads, pool.layer.v_dim))
-    return replace(pool, maps=Transform(Linear(k, k.mT).after(inner.k), Linear(v, v.mT).after(inner.v), inner.inv_freq))
+        k, v = rotation(layer, k_dim, seed, salt=0), rotation(layer, v_dim, seed, salt=1)
+    return Transform(Linear(k, k.mT).after(inner.k), Linear(v, v.mT).after(inner.v), inner.inv_freq)
 
 
 def rotation(spec: LayerSpec, width: int, seed: int, salt: int) -> Tensor:

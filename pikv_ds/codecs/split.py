@@ -11,10 +11,10 @@ from pikv_ds.spec import LayerSpec
 
 
 def split(key: PoolSpec, value: PoolSpec) -> PoolSpec:
-    """Keys as the pool `key` of a layer stores them, values as its pool `value` does. Raises: ValueError."""
+    """Keys as the pool `key` of a layer stores them, values as its pool `value` does. Raises: ValueError for a latent."""
     refuse_one_store(key.layer)
     stored = replace(key.layer, k_dim=key.stored.k_dim, v_dim=value.stored.v_dim)
-    return replace(key, values=value, stored=stored, maps=_maps(key, value), record=lambda: _record(key, value, stored))
+    return replace(key, values=value, stored=stored, transform=lambda: _maps(key, value), record=lambda: _record(key, value, stored))
 
 
 def refuse_one_store(spec: LayerSpec) -> None:

@@ -83,7 +83,7 @@ def test_what_a_codec_gains_is_seen_by_layer():
 def test_every_field_is_kept_but_for_what_a_rotation_is():
     """The list says what rotating changes: a field of PoolSpec that is added is not in it, and must stay."""
     codec = LoRA.on(random_calibration([OTHER, SPEC]), rank=16)
-    before, changed = pool_of(codec), {"maps", "rounding"}
+    before, changed = pool_of(codec), {"transform", "rounding"}
     after = rotated(before, 0)
     for field in fields(before):
         assert (getattr(after, field.name) is getattr(before, field.name)) == (field.name not in changed), field.name
