@@ -13,7 +13,7 @@ from pikv_ds.launch.output import human_bytes, print_table, write_json
 from . import _plan_tiers as plan_tiers
 
 if TYPE_CHECKING:
-    from pikv_ds.codecs.base import Codec
+    from pikv_ds.codecs.table import CodecTable
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -128,7 +128,7 @@ def _compression(given: str) -> dict[str, Any]:
         raise ConfigError(f"--codec {given!r} is not JSON: {error}; quote it") from None
 
 
-def _row(kind: str, layers: list, per_rank: list[list[int]], context: dict, codec: Codec, args: argparse.Namespace) -> dict[str, Any]:
+def _row(kind: str, layers: list, per_rank: list[list[int]], context: dict, codec: CodecTable, args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from pikv_ds.pages import estimate
@@ -139,7 +139,7 @@ def _row(kind: str, layers: list, per_rank: list[list[int]], context: dict, code
     made = estimate.pikv_bytes(layers, stored, ranks=args.ranks, codec=codec, page_size=page_size, dtype=dtype, num_shards=args.num_shards)
     tokens = layer.tokens_kept(max(stored))
     kept_pages = args.kept_pages or estimate.max_pages(tokens, page_size)
-    rho = layer.values_per_token * itemsize / codec.page_format(layer, page_size, dtype).bytes_per_token
+    rho = layer.values_per_token * itemsize / codec.pool(layer, page_size, dtype).fmt.bytes_per_token
     least = estimate.paper_min_bytes(layer, tokens, kept_pages, args.ranks, itemsize=itemsize, rho=rho)
     return {
         "layer_kind": kind,

@@ -8,7 +8,7 @@ from typing import Self
 
 import torch
 
-from pikv_ds.codecs.base import Codec
+from pikv_ds.codecs.table import CodecTable
 from pikv_ds.config.blocks import Blocks
 from pikv_ds.pages.plan import PagesPlan
 from pikv_ds.placement.placement import Placement
@@ -27,7 +27,7 @@ class Blueprint:
     """Methods are built, once; budgets, formats and maps of every layer are known. Its methods are the cache's own: one cache each."""
 
     config: Blocks
-    codec: Codec
+    codec: CodecTable
     router: Router
     policy: RetentionPolicy
     attended: RetentionPolicy | None

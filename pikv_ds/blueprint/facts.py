@@ -13,7 +13,7 @@ from pikv_ds.placement.placement import Placement
 from pikv_ds.retention.budgets import Budgets
 from pikv_ds.spec import LayerSpec
 
-from .fitting import page_format, pool_behind, transform_of
+from .fitting import page_format, pool_behind, pool_of
 from .methods import Methods
 
 
@@ -59,20 +59,20 @@ class Facts:
         """Raises: ConfigError for a layer that the codec can't store."""
         methods = self.methods
         heads = self.layers[0].num_kv_heads if self.config.scheduling.head_budget != "shared" else 1
-        maps = [transform_of(methods.codec, spec) for spec in self.layers]
+        stored = [pool_of(methods.codec, spec, self.page_size, self.dtype) for spec in self.layers]
         columns = methods.policy.page_values | ({} if methods.attended is None else methods.attended.page_values)
         plans = []
-        for spec, transform in zip(self.layers, maps, strict=True):
-            own = page_format(methods.codec, spec, self.page_size, self.dtype, heads)
+        for spec, pool in zip(self.layers, stored, strict=True):
+            own = page_format(methods.codec, pool, heads)
             pools = (PoolPlan(fmt=own, always_read=methods.router.reads_all),)
             if methods.near is not None and spec.window is None:
-                near = page_format(methods.near, spec, self.page_size, self.dtype, heads)
+                near = page_format(methods.near, pool_of(methods.near, spec, self.page_size, self.dtype), heads)
                 far = PoolPlan(fmt=own, mapped=methods.codec.light is None, always_read=methods.router.reads_all)
                 pools = (PoolPlan(fmt=near), far)
             if spec.window is None:
                 for i, kind in enumerate(methods.pools):
                     pools += (pool_behind(f"pools[{i}]", kind, pools[-1], spec, self.dtype),)
-            plans.append(LayerPlan(spec=spec, pools=pools, transform=transform, columns=columns if spec.window is None else {}))
+            plans.append(LayerPlan(spec=spec, pools=pools, transform=pool.maps, columns=columns if spec.window is None else {}))
         return PagesPlan(
             layers=tuple(plans), page_size=self.page_size, heads=heads, num_shards=self.num_shards, dtype=self.dtype,
             rebased=methods.codec.per_request,

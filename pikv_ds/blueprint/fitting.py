@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import torch
 
-from pikv_ds.codecs.base import Codec
-from pikv_ds.codecs.maps import Transform
+from pikv_ds.codecs.base import Codec, PoolSpec
+from pikv_ds.codecs.table import CodecTable
 from pikv_ds.errors import ConfigError
 from pikv_ds.ops import PageFormat
 from pikv_ds.pages.plan import PoolPlan
@@ -15,22 +15,24 @@ from pikv_ds.pools.base import PoolKind
 from pikv_ds.spec import LayerSpec
 
 
-def transform_of(codec: Codec, spec: LayerSpec) -> Transform | None:
+def pool_of(codec: Codec | CodecTable, spec: LayerSpec, page_size: int, dtype: torch.dtype) -> PoolSpec:
+    """With its maps made."""
     try:
-        codec.stored(spec)
-        return codec.transform(spec)
+        pool = codec.pool(spec, page_size, dtype)
+        pool.maps  # noqa: B018
+        return pool
     except ConfigError:
         raise
     except ValueError as error:
         raise _misfit(codec, spec, error) from None
 
 
-def page_format(codec: Codec, spec: LayerSpec, page_size: int, dtype: torch.dtype, heads: int) -> PageFormat:
-    """heads: tables of a row and shard; more than one: a page holds the entries of one head."""
+def page_format(codec: Codec | CodecTable, pool: PoolSpec, heads: int) -> PageFormat:
+    """Of a pool of this codec. heads: tables of a row and shard; more than one: a page holds the entries of one head."""
     try:
-        return codec.page_format(replace(spec, num_kv_heads=1) if heads > 1 else spec, page_size, dtype)
+        return replace(pool.fmt, num_kv_heads=1) if heads > 1 else pool.fmt
     except ValueError as error:
-        raise _misfit(codec, spec, error) from None
+        raise _misfit(codec, pool.layer, error) from None
 
 
 def pool_behind(key: str, kind: PoolKind, before: PoolPlan, spec: LayerSpec, dtype: torch.dtype) -> PoolPlan:
@@ -49,5 +51,5 @@ def pool_behind(key: str, kind: PoolKind, before: PoolPlan, spec: LayerSpec, dty
     return plan
 
 
-def _misfit(codec: Codec, spec: LayerSpec, error: ValueError) -> ConfigError:
+def _misfit(codec: Codec | CodecTable, spec: LayerSpec, error: ValueError) -> ConfigError:
     return ConfigError(f"layer {spec.layer_idx} does not fit pikv.compression.method = {codec.name!r}: {error}")

@@ -10,8 +10,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from pikv_ds.codecs import CODECS
 from pikv_ds.codecs.base import Codec
-from pikv_ds.codecs.rotated import Rotated
-from pikv_ds.codecs.split import KVSplit, PerLayer
+from pikv_ds.codecs.table import CodecTable, Coded, Sides
 from pikv_ds.config.block import MethodBlock
 from pikv_ds.config.blocks import Blocks
 from pikv_ds.config.compression import CodecConfig, CompressionConfig
@@ -44,7 +43,7 @@ class Methods:
     router: Router
     policy: RetentionPolicy
     parts: tuple[Part, ...]
-    codec: Codec
+    codec: CodecTable
     """Of all layers, keys and values."""
     near: Codec | None
     """Of entries that `codec` has not encoded yet, or never will: raw, or its light one. None = there are none."""
@@ -62,10 +61,10 @@ class Methods:
         placement = _named("storage.placement", config.storage.placement, PLACEMENTS)
         pools = tuple(_built(f"pools[{i}]", block, POOLS) for i, block in enumerate(config.pools))
         router, policy = _built("routing", routing, ROUTERS), _built("scheduling", scheduling, POLICIES)
-        parts = tuple(Part(key, block, _rotated(block, _built(key, block, CODECS))) for key, block in compression.parts("compression"))
+        parts = _parts(compression)
         for part in parts:
             _refuse_value_error(part.key, part.block, part.codec.ready)
-        codec = _joined(compression, {part.key: part.codec for part in parts})
+        codec = _joined(compression, parts)
         near = codec.light
         if near is None and (compression.raw_sink_tokens or compression.raw_recent_tokens):
             near = CODECS.build("none")
@@ -73,9 +72,9 @@ class Methods:
         return cls(router=router, policy=policy, parts=parts, codec=codec, near=near, pools=pools, placement=placement, attended=attended)
 
 
-def codec_of(compression: CompressionConfig) -> Codec:
+def codec_of(compression: CompressionConfig) -> CodecTable:
     """The codec of all layers, keys and values, and no other method. Raises: ConfigError."""
-    return _joined(compression, {key: _rotated(block, _built(key, block, CODECS)) for key, block in compression.parts("compression")})
+    return _joined(compression, _parts(compression))
 
 
 def check_method(key: str, block: MethodBlock, registry: Registry) -> None:
@@ -126,19 +125,16 @@ def _refuse_value_error(key: str, block: MethodBlock, call) -> Any:
         raise ConfigError(illegal(key, {"method": block.method, **block.options}, str(error))) from None
 
 
-def _rotated(block: CodecConfig, codec: Codec) -> Codec:
-    return codec if block.rotate == "none" else Rotated(codec, block.rotate_seed)
+def _parts(compression: CompressionConfig) -> tuple[Part, ...]:
+    return tuple(Part(key, block, _built(key, block, CODECS)) for key, block in compression.parts("compression"))
 
 
-def _joined(compression: CompressionConfig, parts: dict[str, Codec]) -> Codec:
-    """parts: the codecs by their keys."""
-    own, layers = _both_sides("compression", parts), compression.layers
-    if not layers:
-        return own
-    return PerLayer(own, {int(idx): _both_sides(f"compression.layers.{idx}", parts) for idx in layers})
+def _joined(compression: CompressionConfig, parts: tuple[Part, ...]) -> CodecTable:
+    coded = {key: Coded(codec, None if block.rotate == "none" else block.rotate_seed) for key, block, codec in parts}
+    others = {int(idx): _sides(f"compression.layers.{idx}", coded) for idx in compression.layers or {}}
+    return CodecTable(_sides("compression", coded), others)
 
 
-def _both_sides(key: str, parts: dict[str, Codec]) -> Codec:
-    """The codec of keys and values of one block."""
-    k, v = parts.get(f"{key}.k"), parts.get(f"{key}.v")
-    return parts[key] if k is None and v is None else KVSplit(k or parts[key], v or parts[key])
+def _sides(key: str, coded: dict[str, Coded]) -> Sides:
+    """Those of one block."""
+    return Sides(coded.get(f"{key}.k", coded[key]), coded.get(f"{key}.v", coded[key]))

@@ -1,9 +1,11 @@
-"""Codec: in which format the pages of a layer store its keys and values."""
+"""Codec: in which format the pages of a layer store its keys and values. PoolSpec: what that comes to for one layer."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import ClassVar, NamedTuple, Self
 
 import torch
@@ -22,6 +24,71 @@ class Heads(NamedTuple):
     v: Tensor
 
 
+class RequestFit(NamedTuple):
+    """How the maps of a layer are fitted to each request (pikv_ds/tiers/bases.py)."""
+
+    tokens: int
+    """Of a request, up to which they are fitted again."""
+    rotation: tuple[Tensor, Tensor] | None = None
+    """What coefficients of keys and of values are rotated by, [H, r, r] f32 each; None: nothing."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PoolSpec:
+    """How pages store one layer. What rotates it (rotated.py) or joins two (split.py) makes another with `replace`: what it does not name
+    stays, a field that is added here as well as an attribute of the codec."""
+
+    codec: Codec
+    """As configured; of the keys, where the values have another."""
+    layer: LayerSpec
+    page_size: int
+    dtype: torch.dtype
+    """Of the model's keys."""
+    stored: LayerSpec
+    """The geometry of what pages hold."""
+    transform: Callable[[], Transform | None]
+    """Makes `maps`, when they are asked for."""
+    record: Callable[[], PageFormat]
+    """Makes `fmt`, when it is asked for: a codec of keys alone need not have a record for the layer's values."""
+    fitted: RequestFit | None = None
+    """Of a codec that fits each request."""
+    rounding: float = 0.0
+    """Relative error of numbers that are rounded between the model's heads and the codec's own maps."""
+    values: PoolSpec | None = None
+    """Of the codec that stores the values; None: `codec` stores both."""
+
+    @cached_property
+    def maps(self) -> Transform | None:
+        """Between the model's heads and what pages hold; None: they are the same, or maps belong to requests.
+
+        Raises: ValueError, ConfigError.
+        """
+        return self.transform()
+
+    @cached_property
+    def fmt(self) -> PageFormat:
+        """Layout of one page. Raises: ValueError for a geometry without a record."""
+        return self.record()
+
+    @property
+    def light(self) -> PoolSpec | None:
+        """Of new and of important entries, when the codec keeps two kinds of pages; its entries are mapped as the others are."""
+        if self.codec.light is None or self.values is not None:
+            return None
+        return replace(self.codec.light.pool(self.layer, self.page_size, self.dtype), transform=lambda: self.maps, rounding=self.rounding)
+
+    @property
+    def request_bytes(self) -> int:
+        """Bytes that a request takes besides its pages, at the rank that runs it."""
+        return self.codec.request_bytes(self.layer) + (0 if self.values is None else self.values.request_bytes)
+
+    @property
+    def declared_errors(self) -> tuple[float, float]:
+        """Largest ||x - x_hat|| / ||x|| of the keys and of the values, see Codec.declared_errors."""
+        k, v = (error + self.rounding for error in self.codec.declared_errors(self.layer, self.page_size, self.dtype))
+        return k, v if self.values is None else self.values.declared_errors[1]
+
+
 class Codec(ABC):
     """Format of the keys and values of the layers.
 
@@ -35,6 +102,8 @@ class Codec(ABC):
     """Whether it needs a file of statistics, its option `calibration` (pikv_ds/codecs/calibration.py)."""
     per_request: ClassVar[bool] = False
     """Whether its maps follow from each request's own keys and values (pikv_ds/tiers/bases.py); `transform` is None then."""
+    fit_tokens: int = 0
+    """With per_request: tokens of a request up to which its maps are fitted again; 0 = they never are."""
     group: int = 0
     """Tokens that share a scale of K, so that a page must hold whole groups and a row keeps a raw tail; 0 = none do."""
     rope_raw: bool | None = False
@@ -58,6 +127,13 @@ class Codec(ABC):
     def format_name(self, dtype: torch.dtype) -> str:
         """The record format (ops/format/formats.py) for keys of this dtype. Raises: ValueError for a dtype it cannot hold."""
 
+    def pool(self, spec: LayerSpec, page_size: int, dtype: torch.dtype) -> PoolSpec:
+        """How pages of this layer store it, from the methods below. Raises: ValueError, ConfigError, for its geometry."""
+        return PoolSpec(
+            codec=self, layer=spec, page_size=page_size, dtype=dtype, stored=self.stored(spec), transform=partial(self.transform, spec),
+            record=partial(self.page_format, spec, page_size, dtype), fitted=RequestFit(self.fit_tokens) if self.per_request else None,
+        )  # fmt: skip
+
     def ready(self) -> None:  # noqa: B027
         """Read what the codec needs from disk. Raises: ValueError when that is missing or of something else."""
 
@@ -72,10 +148,6 @@ class Codec(ABC):
     def request_maps(self, spec: LayerSpec, heads: Heads) -> Transform | None:
         """The maps for a request that computes just these heads: `transform`, but for codecs that fit each request."""
         return self.transform(spec)
-
-    def request_rotation(self, spec: LayerSpec) -> tuple[Tensor, Tensor] | None:
-        """Of a codec that fits each request: what its coefficients of keys and values are rotated by, [H, r, r] each; None: nothing."""
-        return None
 
     def request_bytes(self, spec: LayerSpec) -> int:
         """Bytes that a request takes in a layer besides its pages, at the rank that runs it."""

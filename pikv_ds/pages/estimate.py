@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import torch
 
     from pikv_ds.codecs.base import Codec
+    from pikv_ds.codecs.table import CodecTable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +56,7 @@ def pikv_bytes(
     contexts: Sequence[int],
     *,
     ranks: int,
-    codec: Codec,
+    codec: Codec | CodecTable,
     page_size: int,
     dtype: torch.dtype,
     num_shards: int | None = None,
@@ -74,10 +75,10 @@ def pikv_bytes(
     shards_here = math.ceil(num_shards / ranks)
     balanced = worst = 0
     for layer in layers:
-        far = codec.page_format(layer, page_size, dtype)
-        two_pools = codec.light is not None and layer.window is None
-        fmt = codec.light.page_format(layer, page_size, dtype) if two_pools else far
-        tails = shards_here * len(contexts) * fmt.tail_elements * tail_dtype(dtype).itemsize + len(contexts) * codec.request_bytes(layer)
+        pool = codec.pool(layer, page_size, dtype)
+        far, near = pool.fmt, pool.light if layer.window is None else None
+        fmt = far if near is None else near.fmt
+        tails = shards_here * len(contexts) * fmt.tail_elements * tail_dtype(dtype).itemsize + len(contexts) * pool.request_bytes
         slides = [layer.tokens_kept(n) < n for n in contexts]
         kept = [layer.tokens_kept(n) for n in contexts]
         pages = sum(max_pages(math.ceil(tokens / num_shards), page_size, sliding=moved) for tokens, moved in zip(kept, slides, strict=True))
@@ -85,8 +86,8 @@ def pikv_bytes(
         full = max_pages(slots, page_size, requests=len(contexts), sliding=any(slides))
         # Rounding up per request can exceed the capacity when requests are shorter than the number of shards.
         light = pages
-        if two_pools:
-            light = min(pages, sum(math.ceil(light_pages(codec.light_ratio, n, page_size) / num_shards) + 1 for n in kept if n))
+        if near is not None:
+            light = min(pages, sum(math.ceil(light_pages(pool.codec.light_ratio, n, page_size) / num_shards) + 1 for n in kept if n))
         balanced += shards_here * min(pages, full) * far.record_bytes + tails
         balanced += shards_here * min(light, full) * (fmt.record_bytes - far.record_bytes)
         worst += shards_here * full * fmt.record_bytes + tails

@@ -16,8 +16,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pikv_ds.codecs.base import Codec
 from pikv_ds.codecs.request_maps import RequestMaps, RowMaps, leading
+from pikv_ds.codecs.table import CodecTable
 from pikv_ds.exchange.exchange import Exchange
 from pikv_ds.pages.layers import RankPages
 from pikv_ds.pages.plan import PagesPlan
@@ -30,16 +30,18 @@ NEVER = 1 << 62
 class RequestBases:
     """Owns the bases of this rank's rows and, while they may still change, the sums that they follow from. Borrows the exchange."""
 
-    def __init__(self, plan: PagesPlan, codec: Codec, device: torch.device, exchange: Exchange) -> None:
+    def __init__(self, plan: PagesPlan, codec: CodecTable, device: torch.device, exchange: Exchange) -> None:
         specs = [layer.spec for layer in plan.layers]
-        self.fit_tokens, self.exchange, self.device = codec.fit_tokens, exchange, device
+        stored = [codec.pool(spec, plan.page_size, plan.dtype) for spec in specs]
+        self.fit_tokens = max((pool.fitted.tokens for pool in stored), default=0)  # the same for all
+        self.exchange, self.device = exchange, device
         self.far = [i for i, layer in enumerate(plan.layers) if len(layer.pools) > 1]  # with a raw window: bases of all rows, on every rank
         # Per layer and side (k, v): heads, D, r.
         self.shapes = [
-            ((spec.num_kv_heads, spec.k_dim, own.k_dim), (spec.num_kv_heads, spec.v_dim, own.v_dim))
-            for spec, own in ((spec, codec.stored(spec)) for spec in specs)
+            ((spec.num_kv_heads, spec.k_dim, pool.stored.k_dim), (spec.num_kv_heads, spec.v_dim, pool.stored.v_dim))
+            for spec, pool in zip(specs, stored, strict=True)
         ]
-        rotations = (codec.request_rotation(spec) for spec in specs)
+        rotations = (pool.fitted.rotation for pool in stored)
         self.rotations = [None if pair is None else [x.to(device) for x in pair] for pair in rotations]  # [layer][side] [H, r, r]
         self.near = [layer for layer in range(len(specs)) if layer not in self.far]
         self.rows = Rows(device)  # of all ranks

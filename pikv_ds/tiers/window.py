@@ -33,7 +33,7 @@ class RawWindow:
         self.pages, self.exchange = pages, exchange
         block, codec = blueprint.config.compression, blueprint.codec
         self.sinks, self.recent = block.raw_sink_tokens or 0, block.raw_recent_tokens or 0
-        self.light_ratio = None if codec.light is None else codec.light_ratio
+        self.light_ratio = None if codec.light is None else codec.only.light_ratio
         self.layers = [layer for layer in pages.layers if len(layer.pools) > 1]
         self.attended = blueprint.attended  # whose score says which pages stay near under a light_ratio
         self.shares: Shares | None = None  # None: pages go by their age alone, or attention is counted elsewhere

@@ -6,7 +6,7 @@ import torch
 from pikv_ds.codecs.lora_plus import LoRAPlus
 from pikv_ds.codecs.maps import Linear, Transform
 from pikv_ds.codecs.none import NoCodec
-from pikv_ds.codecs.rotated import Rotated, hadamard
+from pikv_ds.codecs.rotated import hadamard, rotated
 from pikv_ds.ops import sdpa_lse
 from pikv_ds.spec import LayerSpec
 from pikv_ds.step.query import Partial
@@ -32,7 +32,7 @@ def attend(q, k, v):
 def test_folded_attention_is_attention_to_what_is_decoded(k_dim, v_dim, rank, group, fit):
     spec = LayerSpec(layer_idx=0, num_kv_heads=HEADS, k_dim=k_dim, v_dim=v_dim)
     codec = LoRAPlus.on(random_calibration([spec]), rank=min(rank, v_dim), fit=fit)
-    maps = Rotated(codec, seed=3).transform(spec)
+    maps = rotated(codec.pool(spec, 4, torch.float32), seed=3).maps
     q, k, v = heads_of(spec, group)
     want, want_lse = attend(q, maps.k.invert(maps.k.apply(k)), maps.v.invert(maps.v.apply(v)))
     folded, c_k, c_v, shift = maps.enter(q, k, v, SCALE)
@@ -88,7 +88,7 @@ def test_hadamard_is_orthogonal_at_every_width(width):
 
 def test_rotation_spreads_an_outlier_and_is_seeded():
     spec = LayerSpec(layer_idx=2, num_kv_heads=3, k_dim=64, v_dim=64)
-    first, again, other = (Rotated(NoCodec(), seed).transform(spec) for seed in (0, 0, 1))
+    first, again, other = (rotated(NoCodec().pool(spec, 4, torch.float32), seed).maps for seed in (0, 0, 1))
     assert torch.equal(first.k.encode, again.k.encode) and not torch.equal(first.k.encode, other.k.encode)
     assert not torch.equal(first.k.encode[0], first.k.encode[1]) and not torch.equal(first.k.encode, first.v.encode)
     x = torch.zeros(1, 3, 64)
@@ -100,14 +100,14 @@ def test_heads_of_a_tensor_parallel_rank_are_those_of_the_whole_model():
     whole = LayerSpec(layer_idx=1, num_kv_heads=4, k_dim=32, v_dim=32)
     own = LayerSpec(layer_idx=1, num_kv_heads=2, k_dim=32, v_dim=32, first_head=2)
     calibration = random_calibration([LayerSpec(layer_idx=0, num_kv_heads=4, k_dim=32, v_dim=32), whole])
-    codec = Rotated(LoRAPlus.on(calibration, rank=16), seed=1)
-    cut, uncut = codec.transform(own), codec.transform(whole)
+    codec = LoRAPlus.on(calibration, rank=16)
+    cut, uncut = (rotated(codec.pool(spec, 4, torch.float32), seed=1).maps for spec in (own, whole))
     for part, full in ((cut.k, uncut.k), (cut.v, uncut.v)):
         assert all(torch.equal(a, b[2:]) for a, b in zip(part, full, strict=True))
 
 
 def test_a_latent_turns_its_values_among_themselves():
     spec = LayerSpec(layer_idx=0, num_kv_heads=1, k_dim=72, v_dim=64, latent=True)
-    maps = Rotated(NoCodec(), 0).transform(spec)
+    maps = rotated(NoCodec().pool(spec, 4, torch.float32), 0).maps
     assert isinstance(maps, Transform) and maps.k.encode[0, :64, 64:].abs().max() == 0 == maps.k.encode[0, 64:, :64].abs().max()
     assert torch.equal(maps.k.encode[:, :64, :64], maps.v.encode)

@@ -32,7 +32,7 @@ class Right(Dense):
         if blueprint.codec.per_request or any(plan.transform is not None for plan in blueprint.pages.layers):
             driver.tolerance = MAPPED
         self.everything = blueprint.router.reads_all and blueprint.policy.keeps_all
-        self.errors = [blueprint.codec.declared_errors(spec, driver.cache.page_size, torch.float32) for spec in driver.layers]
+        self.errors = [blueprint.codec.pool(spec, driver.cache.page_size, torch.float32).declared_errors for spec in driver.layers]
         formats = [[pool.fmt for pool in plan.pools] for plan in blueprint.pages.layers]
         self.raw = [all(fmt.k_rel_error == fmt.v_rel_error == 0 for fmt in own) for own in formats]
 

@@ -41,7 +41,7 @@ def check_wire(report: Report, model, group, requests: str, ids: torch.Tensor, c
             before = cache.stats()["exchange_bytes_sent"]
             model(token, past_key_values=cache)
             sent = cache.stats()["exchange_bytes_sent"] - before
-            stored = [cache.core.codec.stored(spec) for spec in cache.core.layers]
+            stored = [cache.core.codec.pool(spec, cache.core.page_size, torch.float32).stored for spec in cache.core.layers]
         rows = [len(ids)] * dist.get_world_size()
         row["sent"] = sent
         assert sent == decode_bytes_sent(requests, rows, dist.get_rank(), 4, stored, 4) and stored[0].k_dim == 8, sent
