@@ -41,6 +41,8 @@ def pool_behind(key: str, kind: PoolKind, before: PoolPlan, spec: LayerSpec, dty
         plan = kind.pool(before, spec, dtype)
     except ValueError as error:
         raise ConfigError(f"layer {spec.layer_idx} does not fit pikv.{key}.method = {kind.name!r}: {error}") from None
+    if not isinstance(plan, PoolPlan):
+        raise ConfigError(f"pikv.{key}.method = {kind.name!r}: {type(kind).__name__}.pool returned {plan!r}; it must return a PoolPlan")
     own, its = ((p.fmt.page_size, p.fmt.num_kv_heads, p.fmt.k_dim, p.fmt.v_dim, p.fmt.latent) for p in (before, plan))
     if own != its or plan.mapped != before.mapped or not plan.always_read:
         raise ConfigError(

@@ -60,4 +60,11 @@ class PoolsBehind:
         """[R, S, C] bool: full pages without recent tokens that the kind takes."""
         pages = Pages(pool=pool, table=pool.table.ids, counts=pool.table.counts, lens=lens)
         old = (pages.entries == pool.page_size) & (pages.last_position < (lens - kind.recent_tokens)[:, None, None])
-        return old & kind.leaves(pages)
+        leaves = kind.leaves(pages)
+        if not isinstance(leaves, Tensor) or leaves.shape != old.shape or leaves.dtype != torch.bool:
+            given = f"{leaves.dtype} {list(leaves.shape)}" if isinstance(leaves, Tensor) else repr(leaves)
+            raise TypeError(
+                f"{type(kind).__name__}.leaves of the page pool {kind.name!r} (pikv.pools) returned {given}; it must return "
+                f"bool {list(old.shape)}, a choice for each of pages.table"
+            )
+        return old & leaves

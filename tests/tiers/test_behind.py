@@ -131,6 +131,21 @@ def test_a_kind_that_changes_more_than_the_record_is_refused(monkeypatch):
         Driver(LAYERS[:1], pools=THREE)
 
 
+def test_a_kind_that_answers_with_something_else_is_named(monkeypatch):
+    monkeypatch.setattr(Aged, "pool", lambda self, before, spec, dtype: None)
+    with pytest.raises(ConfigError, match=r"pikv.pools\[0\].method = 'aged': Aged.pool returned None; it must return a PoolPlan"):
+        Driver(LAYERS[:1], pools=THREE)
+    monkeypatch.setattr(Aged, "pool", lambda self, before, spec, dtype: before)
+    for leaves, said in (
+        (lambda pages: pages.table[..., 1:] >= 0, "torch.bool"),
+        (lambda pages: pages.table, "torch.int32"),
+        (lambda pages: None, "None"),
+    ):
+        monkeypatch.setattr(Aged, "leaves", lambda self, pages, leaves=leaves: leaves(pages))
+        with pytest.raises(TypeError, match=rf"Aged.leaves of the page pool 'aged' \(pikv.pools\) returned {said}"):
+            Driver(LAYERS[:1], pools=THREE).prefill([50])
+
+
 def test_a_kind_that_nobody_brings_is_refused(monkeypatch):
     with pytest.raises(ConfigError, match=r"pikv.pools\[1\].method = 'nowhere': legal is one of 'aged'"):
         PiKVConfig(pools=[*THREE, {"method": "nowhere"}])
