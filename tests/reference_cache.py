@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pikv_ds.placement.placement import Placement
 from pikv_ds.spec import LayerSpec
 
 
@@ -57,6 +58,9 @@ def wanted_shard(
         while power < num_experts:
             power *= 2
         return ((position % n_tok) ^ (expert % power)) % num_shards
+    if method != "table":  # a rule of another distribution: its own word is all there is
+        placed = Placement(method, num_experts, num_shards).shard_of(layer, torch.tensor([expert]), torch.tensor([position]))
+        return int(placed)
     replicas = [shard for shard in table[layer if len(table) > 1 else 0][expert] if shard >= 0]
     return replicas[position % len(replicas)]
 

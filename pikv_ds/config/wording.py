@@ -109,6 +109,8 @@ def _words(kind: Any) -> list[str]:
         return [f"an object with the keys {', '.join(kind.model_fields)}"]
     if get_origin(kind) is dict:
         return ["an object whose keys are layer indices, '0' and up"]
+    if get_origin(kind) is tuple and isinstance(get_args(kind)[0], type) and issubclass(get_args(kind)[0], BaseModel):
+        return [f"a list of objects, each with the key {' and '.join(repr(key) for key in get_args(kind)[0].model_fields)}"]
     if get_origin(kind) is Literal:
         return ["one of " + ", ".join(repr(value) for value in get_args(kind))]
     return [_TYPE_WORDS.get(kind, "a list [num_layers or 1][num_experts][max_replicas] of integers")]

@@ -28,10 +28,10 @@ def test_is_described(name):
 @pytest.mark.parametrize("num_shards", [4, 8], ids="S{}".format)
 def test_shards_exist_and_follow_from_expert_and_position_alone(name, num_shards):
     placement = Placement(name, 8, num_shards, **options(name))
-    experts, positions = torch.arange(8).repeat_interleave(100), torch.arange(100).repeat(8)
+    experts, positions = torch.arange(8).repeat_interleave(500), torch.arange(500).repeat(8)
     shards = placement.shard_of(0, experts, positions)
     assert shards.dtype == torch.int64 and 0 <= int(shards.min()) and int(shards.max()) < num_shards
-    order = torch.randperm(800, generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(4000, generator=torch.Generator().manual_seed(0))
     assert torch.equal(placement.shard_of(0, experts[order], positions[order]), shards[order])
     rule = PLACEMENTS.get(name)
     if not rule.reads_experts:

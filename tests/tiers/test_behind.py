@@ -149,6 +149,9 @@ def test_a_kind_that_answers_with_something_else_is_named(monkeypatch):
 def test_a_kind_that_nobody_brings_is_refused(monkeypatch):
     with pytest.raises(ConfigError, match=r"pikv.pools\[1\].method = 'nowhere': legal is one of 'aged'"):
         PiKVConfig(pools=[*THREE, {"method": "nowhere"}])
+    for given in ({"method": "aged"}, "aged", ["aged"], [{"after_tokens": 3}]):
+        with pytest.raises(ConfigError, match="pikv.pools.* legal is a list of objects, each with the key 'method'"):
+            PiKVConfig(pools=given)
     monkeypatch.setattr(POOLS, "_classes", {})
     with pytest.raises(
         ConfigError, match=r"pikv.pools\[0\].method = 'aged': legal is what an installed distribution brings .* there is none"

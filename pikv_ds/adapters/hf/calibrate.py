@@ -86,9 +86,9 @@ def calibrate(model: PreTrainedModel, windows: Tensor, advance: Callable[[int], 
         check_rotation(model, specs, rotations)
     except UnsupportedError as error:  # everything but rope "pre" works without: the file says why it has none
         rotations, about["rope"] = [], str(error)
-    sums = [UnrotatedSums(inv_freq) for inv_freq in rotations]
+    unrotated_sums = [UnrotatedSums(inv_freq) for inv_freq in rotations]
     see = {attention: [x.add] for attention, x in zip(attentions, sums, strict=True)}
-    for attention, x in zip(attentions, sums, strict=False):
+    for attention, x in zip(attentions, unrotated_sums, strict=False):
         see[attention].append(lambda q, k, v, x=x: x.add(q, k))
     shown = {attention: lambda q, k, v, each=each: [add(q, k, v) for add in each] for attention, each in see.items()}
     with heads_shown(model, shown):
@@ -98,7 +98,7 @@ def calibrate(model: PreTrainedModel, windows: Tensor, advance: Callable[[int], 
     outputs = [output_metric(attention, spec.num_kv_heads) for attention, spec in zip(attentions, specs, strict=True)]
     moments = [x.moments(metric) for x, metric in zip(sums, outputs, strict=True)]
     found = Calibration.of(moments, fingerprint=fingerprint, about=about | {"tokens": str(sums[0].tokens)})
-    for i, x in enumerate(sums):
+    for i, x in enumerate(unrotated_sums):
         found.add_unrotated(i, x.moments(), x.inv_freq)
     return found
 
