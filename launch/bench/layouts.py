@@ -132,7 +132,7 @@ def _heads(args: argparse.Namespace) -> list[tuple[Tensor, Tensor, Tensor]]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from pikv_ds.adapters.hf.attach import find_attentions
+    from pikv_ds.adapters.hf.anatomy import find_attentions
     from pikv_ds.adapters.hf.calibrate import heads_shown
     from pikv_ds.bundled import evaluation_text, model_path
     from pikv_ds.errors import ConfigError

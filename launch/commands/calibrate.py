@@ -71,7 +71,7 @@ def learn(
     codec: type[LinearCodec], model: Any, windows: Tensor, found: Calibration, layers: list[LayerSpec], rank: int, steps: int
 ) -> None:
     """Train what the codec learns, layer by layer, on the heads of a few windows."""
-    from pikv_ds.adapters.hf.attach import find_attentions
+    from pikv_ds.adapters.hf.anatomy import find_attentions
     from pikv_ds.adapters.hf.calibrate import heads_of
     from pikv_ds.launch.evaluation.job import progress_bar
 

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 import pikv_ds
-from pikv_ds.adapters.hf.attach import find_attentions
+from pikv_ds.adapters.hf.anatomy import find_attentions
 from pikv_ds.adapters.hf.fingerprint import key_norms
 from pikv_ds.adapters.hf.model_spec import read_model_spec
 from pikv_ds.cache.inspect import CacheProbe

@@ -9,7 +9,7 @@ import torch
 
 import pikv_ds
 from pikv_ds import bundled
-from pikv_ds.adapters.hf.attach import find_attentions
+from pikv_ds.adapters.hf.anatomy import find_attentions
 from pikv_ds.adapters.hf.calibrate import calibrate, heads_of, heads_shown
 from pikv_ds.adapters.hf.model_spec import read_model_spec
 from pikv_ds.cache.inspect import CacheProbe

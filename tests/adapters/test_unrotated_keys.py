@@ -7,7 +7,7 @@ import torch
 
 import pikv_ds
 from pikv_ds import bundled
-from pikv_ds.adapters.hf.attach import find_attentions
+from pikv_ds.adapters.hf.anatomy import find_attentions
 from pikv_ds.adapters.hf.calibrate import calibrate, check_rotation
 from pikv_ds.adapters.hf.fingerprint import key_norms
 from pikv_ds.adapters.hf.model_spec import read_model_spec

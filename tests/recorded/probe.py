@@ -6,7 +6,7 @@ When the inside changes, this file follows, and outcomes.json does not: what is 
 import hashlib
 import json
 
-from pikv_ds.adapters.hf.attach import find_attentions
+from pikv_ds.adapters.hf.anatomy import find_attentions
 from pikv_ds.adapters.hf.fingerprint import key_norms
 from pikv_ds.adapters.hf.model_spec import read_model_spec
 from pikv_ds.adapters.hf.rotation import inv_freq_of

@@ -2,7 +2,8 @@
 
 from pikv_ds.moved import moved
 
-from .attach import attach, find_attentions
+from .anatomy import find_attentions
+from .attach import attach
 
 __all__ = ["attach", "find_attentions"]
 

@@ -16,7 +16,7 @@ from pikv_ds.codecs.rope import pair_metric, rotate
 from pikv_ds.errors import UnsupportedError
 from pikv_ds.spec import LayerSpec
 
-from .attach import find_attentions
+from .anatomy import find_attentions
 from .fingerprint import key_norms
 from .model_spec import read_model_spec
 from .rotation import inv_freq_of

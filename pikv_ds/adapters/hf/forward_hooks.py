@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pikv_ds.errors import UnsupportedError
 from pikv_ds.exchange.digest import digest
@@ -14,6 +14,7 @@ from pikv_ds.step.step import LocalStep
 from .binding import Chunk
 from .cache import HFCache
 from .expert_ids import ExpertIds
+from .inputs import last_positions, new_mask
 
 
 class ForwardHooks:
@@ -73,16 +74,16 @@ class ForwardHooks:
             raise UnsupportedError(
                 f"the forward has {rows} rows, the cache {len(cache.lens)}; select or repeat rows first, or start a new generation"
             )
-        new_mask = self._new_mask(given.get("attention_mask"), rows, columns)
+        mask = new_mask(cache, given.get("attention_mask"), rows, columns)
         before = cache.lens if not cache.fresh else [0] * rows
         positions = torch.tensor(before, dtype=torch.int32).unsqueeze(1)
-        if new_mask is None:
+        if mask is None:
             num_new = [columns] * rows
             positions = positions if columns == 1 else positions + torch.arange(columns, dtype=torch.int32)
         else:
-            num_new = new_mask.sum(1).tolist()
-            positions = torch.where(new_mask, positions + new_mask.cumsum(1, dtype=torch.int32) - 1, -1)
-        last_position = self._check_positions(given.get("position_ids"), new_mask, rows, columns)
+            num_new = mask.sum(1).tolist()
+            positions = torch.where(mask, positions + mask.cumsum(1, dtype=torch.int32) - 1, -1)
+        last_position = last_positions(cache, given.get("position_ids"), mask, rows, columns)
         identity = not cache.fresh and not cache.touched
         value = 0
         if cache.core.ranks.size > 1 and (cache.fresh or cache.core.replicated):
@@ -102,7 +103,7 @@ class ForwardHooks:
         cache.core.begin_step(local)
         self.chunk.positions = local.positions
         self.chunk.hidden = None if all(n == columns for n in num_new) else local.positions < 0
-        self._running = (columns, new_mask, num_new, last_position)
+        self._running = (columns, mask, num_new, last_position)
         self.expert_ids.begin()
         self._host_attention, self.config._attn_implementation = self.config._attn_implementation, "pikv"
 
@@ -124,51 +125,3 @@ class ForwardHooks:
     def _restore_attention(self) -> None:
         if self._host_attention is not None:
             self.config._attn_implementation, self._host_attention = self._host_attention, None
-
-    def _new_mask(self, mask, rows: int, columns: int) -> Tensor | None:
-        """Which of the new columns hold real tokens: [B, T] bool on the host; None = all. Sync: with a mask, reads B * (T + 1) values."""
-        cache = self.cache
-        if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
-            shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-            raise UnsupportedError(f"attention_mask is {shape}; PiKV honours 2-D padding masks [batch, tokens] only")
-        if cache.idle:
-            return torch.zeros(rows, columns, dtype=torch.bool)
-        if mask is None:
-            return None
-        if mask.shape != (rows, cache.columns + columns):
-            raise UnsupportedError(
-                f"attention_mask has shape {tuple(mask.shape)}; with {cache.columns} columns cached and {columns} new it must be "
-                f"[{rows}, {cache.columns + columns}]"
-            )
-        mask = mask.to(torch.bool)
-        if cache.columns:
-            seen = mask[:, : cache.columns].sum(1).tolist()
-            if seen != cache.lens:
-                raise UnsupportedError(
-                    f"attention_mask shows {seen} cached tokens per row, the cache holds {cache.lens}: "
-                    "a mask can't hide or reveal cached tokens"
-                )
-        new_mask = mask[:, -columns:].cpu()
-        return None if bool(new_mask.all()) else new_mask
-
-    def _check_positions(self, position_ids, new_mask: Tensor | None, rows: int, columns: int) -> Tensor:
-        """Positions of real tokens must ascend in every row; returns the last one of each row, [B] int64 on the host."""
-        cache = self.cache
-        last = torch.full((rows,), -1) if cache.fresh or cache.last_position is None else cache.last_position
-        if position_ids is None:
-            return last + (columns if new_mask is None else new_mask.sum(1))
-        if position_ids.dim() != 2:
-            raise UnsupportedError(f"position_ids has shape {tuple(position_ids.shape)}; PiKV honours [batch, tokens]")
-        ids = position_ids.cpu().expand(rows, -1)
-        if new_mask is None:
-            before, latest = torch.cat([last.unsqueeze(1), ids[:, :-1]], 1), ids[:, -1]
-            wrong = ids <= before
-        else:
-            running = torch.cat([last.unsqueeze(1), torch.where(new_mask, ids, -1)], 1).cummax(1).values
-            wrong, latest = (ids <= running[:, :-1]) & new_mask, running[:, -1]
-        if bool(wrong.any()):
-            raise UnsupportedError(
-                "position_ids do not ascend within a row (packed sequences, or positions that restart): every row must be one request; "
-                "start a new generation for a new request"
-            )
-        return latest

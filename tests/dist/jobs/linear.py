@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 import pikv_ds
-from pikv_ds.adapters.hf.attach import find_attentions
+from pikv_ds.adapters.hf.anatomy import find_attentions
 from pikv_ds.adapters.hf.fingerprint import key_norms
 from pikv_ds.adapters.hf.model_spec import read_model_spec
 from pikv_ds.adapters.hf.rotation import inv_freq_of
