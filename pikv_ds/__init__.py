@@ -15,6 +15,7 @@ if (_checkout / "megatron_patch" / "__init__.py").is_file():
 
 _PUBLIC = {
     "PiKVConfig": "pikv_ds.config",
+    "Cache": "pikv_ds.adapters.hf",
     "attach": "pikv_ds.adapters.hf",
     "initialize": "pikv_ds.adapters.deepspeed",
     "init_inference": "pikv_ds.adapters.deepspeed",

@@ -28,7 +28,7 @@ def watch(routers: list[nn.Module], cache: HFCache) -> list[Calls]:
     for call in calls:
 
         def hook(module: nn.Module, args: tuple, output: tuple, call: Calls = call) -> None:
-            call.seen.append((args[0], output, cache.penalty.of(call.layer)))
+            call.seen.append((args[0], output, cache.penalty.of(call.layer, cache.core)))
 
         call.router.register_forward_hook(hook)
     return calls

@@ -5,6 +5,7 @@ import torch
 
 import pikv_ds
 from pikv_ds.cache.inspect import CacheProbe
+from pikv_ds.errors import UnsupportedError
 from tests.held import held_bytes
 from tests.tiny_models import prompt, tiny_model
 
@@ -35,6 +36,7 @@ def test_nothing_stays(source):
         with pytest.raises(ArithmeticError):
             model(ids)
         hook.remove()
-        cache.update(torch.ones(2, 2, 20, 16), torch.ones(2, 2, 20, 16), 1)  # and no attention takes them
+        with pytest.raises(UnsupportedError, match="does not run through PiKV"):
+            cache.update(torch.ones(2, 2, 20, 16), torch.ones(2, 2, 20, 16), 1)  # and no attention takes them
         cache.reset()
         assert held(model, cache) == new

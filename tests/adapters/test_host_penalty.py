@@ -98,7 +98,7 @@ def test_the_penalised_router_is_the_one_that_names_the_entries():
             generate(model, length=100)
             loads.append(CacheProbe(cache.core).loads.float())
             if penalty:
-                assert not cache.penalty.of(2).any() and cache.penalty.of(1).any()
+                assert not cache.penalty.of(2, cache.core).any() and cache.penalty.of(1, cache.core).any()
     assert (loads[1][1:].std(1) < loads[0][1:].std(1)).all(), loads
     assert torch.equal(loads[1][0], loads[0][0]), "layer 0 has no earlier router: its entries are hashed by position"
 
@@ -124,7 +124,7 @@ def test_misses_of_the_cache_aware_router_feed_the_penalty():
         generate(model, length=60)
         missed = CacheProbe(cache.core).router.misses[1]
         assert missed.max() > missed.min()
-        assert torch.allclose(cache.penalty.of(1), torch.log1p(missed[torch.arange(8) // 2]))
+        assert torch.allclose(cache.penalty.of(1, cache.core), torch.log1p(missed[torch.arange(8) // 2]))
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "legacy"])

@@ -3,9 +3,9 @@
 from pikv_ds.moved import moved
 
 from .anatomy import find_attentions
-from .attach import attach
+from .attach import Cache, attach
 
-__all__ = ["attach", "find_attentions"]
+__all__ = ["Cache", "attach", "find_attentions"]
 
 __getattr__ = moved(
     __name__,

@@ -1,9 +1,8 @@
-"""Which cache and which layer an attention module belongs to, while its model is attached."""
+"""Which layer of which model an attention module is, while the model is attached."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import torch
@@ -13,34 +12,44 @@ from pikv_ds.cache.cache import PiKVCache
 from pikv_ds.errors import UnsupportedError
 from pikv_ds.spec import LayerSpec
 
+from .cache import HFCache
 from .expert_ids import ExpertIds
-
-if TYPE_CHECKING:
-    from .cache import HFCache
-
-
-@dataclass(slots=True)
-class Chunk:
-    """Positions of the running forward: [B, T] int32, -1 = padding; hidden: [B, T] bool, which are; None = the host knows that none is."""
-
-    positions: Tensor | None = None
-    hidden: Tensor | None = None
+from .running import Chunk, Forward, Running
 
 
 @dataclass(slots=True)
 class Binding:
-    """One attention module's place in the cache."""
+    """One attention module's place in its model. The cache is that of the forward that runs in this thread."""
 
-    cache: HFCache
+    running: Running
     layer: int
     spec: LayerSpec
-    expert_ids: ExpertIds
-    chunk: Chunk = field(default_factory=Chunk)
     unverified: bool = True  # a latent layer's expansion has not been compared with its weights yet
 
     @property
+    def forward(self) -> Forward:
+        forward = self.running.forward
+        if forward is None:
+            raise UnsupportedError(
+                f"layer {self.layer} runs with attention 'pikv' outside of a forward of its model; call the model, not its layers"
+            )
+        return forward
+
+    @property
+    def cache(self) -> HFCache:
+        return self.forward.cache
+
+    @property
     def core(self) -> PiKVCache:
-        return self.cache.core
+        return self.forward.conversation.core
+
+    @property
+    def expert_ids(self) -> ExpertIds:
+        return self.forward.conversation.expert_ids
+
+    @property
+    def chunk(self) -> Chunk:
+        return self.forward.chunk
 
     def entries(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """New entries as [B, T, Hkv, D]; a latent layer stores [c_kv | k_rot] once, its value has no columns of its own.
@@ -93,10 +102,6 @@ def bind(module: nn.Module, binding: Binding) -> None:
 
 def unbind(module: nn.Module) -> None:
     _BINDINGS.pop(module, None)
-
-
-def is_bound(module: nn.Module) -> bool:
-    return module in _BINDINGS
 
 
 def binding_of(module: nn.Module) -> Binding:

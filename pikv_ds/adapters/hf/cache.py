@@ -1,201 +1,231 @@
-"""The transformers side of a PiKVCache: a Cache whose layers hand new keys and values to the attention function and store nothing."""
+"""The cache objects that users hold: transformers Caches over the expert-sharded store."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
+from threading import Lock
+from typing import NoReturn, Protocol
+from weakref import ref
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache
 
 from pikv_ds.cache.cache import PiKVCache
 from pikv_ds.cache.stats import stats
-from pikv_ds.errors import ConfigError
+from pikv_ds.errors import ConfigError, UnsupportedError
 
+from .conversation import Conversation
 from .host_penalty import HostPenalty
 
 
-class PiKVLayer(CacheLayerMixin):
-    """One layer. update() keeps the new keys and values until the attention function of the same layer takes them."""
-
-    is_compileable = False
-    is_croppable = True
-    supports_early_init = False
-
-    def __init__(self, owner: HFCache, window: int | None) -> None:
-        super().__init__()
-        self.owner = owner
-        self.is_sliding = window is not None
-        self.new: tuple[Tensor, Tensor] | None = None
-        self.is_initialized = True
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing to allocate: pages belong to the PiKVCache."""
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        self.new = (key_states, value_states)
-        return key_states, value_states
-
-    def take(self) -> tuple[Tensor, Tensor]:
-        new, self.new = self.new, None
-        return new
-
-    def get_seq_length(self) -> int:
-        return self.owner.columns
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.owner.columns + query_length, 0
-
-    def get_max_length(self) -> int:
-        return -1
-
-    get_max_cache_shape = get_max_length  # the name of the abstract method in transformers 5.0
-
-    def reset(self) -> None:
-        self.new = None
-
-
 class HFCache(Cache):
-    """What `attach` returns: a transformers cache over the expert-sharded store, and its controls.
+    """One conversation. Pass it as `past_key_values` to the model that it belongs to, in generate() or in a forward.
 
-    The model uses it for every generate() and every forward with a cache while attached. Leaving the `with` block, or detach(),
-    gives the model back unchanged and frees the store. A new generation starts empty by itself.
+    Its entries are dropped and their memory returned when the object goes, on close(), and when its model is detached. From then on every
+    use raises UnsupportedError. It can't be copied or saved: repeat rows to fork it.
     """
 
-    def __init__(self, core: PiKVCache) -> None:
-        super().__init__(layers=[PiKVLayer(self, spec.window) for spec in core.layers])
-        self.core = core
-        self.end_of_step_callbacks: list[Callable[[int], None]] = []
-        self.steps = 0
-        self.penalty: HostPenalty | None = None
-        self._detach: Callable[[], None] | None = None
-        self._crops = ExitStack()  # holds announce_crops() of a speculative generation
-        self.begin_generation()
+    def __init__(self, conversation: Conversation) -> None:
+        super().__init__(layers=conversation.layers)
+        self.conversation = conversation
+
+    @classmethod
+    def of(cls, conversation: Conversation) -> HFCache:
+        """The object that stands for a conversation where none was given: the same one each time, as long as somebody holds it."""
+        face = None if conversation.face is None else conversation.face()
+        if face is None:
+            face = cls(conversation)
+            conversation.face = ref(face)
+        return face
+
+    def named(self) -> HFCache:
+        """What stays with this conversation."""
+        return self
+
+    @property
+    def core(self) -> PiKVCache:
+        return self.conversation.core
 
     # ---- controls ------------------------------------------------------------------------------------------------------------
 
-    def __enter__(self) -> HFCache:
-        return self
-
-    def __exit__(self, *exc) -> None:
-        self.detach()
-
     def stats(self) -> dict:
         """Plain numbers of this rank, see pikv_ds.cache.stats.stats. Sync: reads the device. Needs no other rank."""
-        return stats(self.core, len(self.lens), self.columns)
+        conversation = self.conversation
+        return stats(self.core, len(conversation.lens), conversation.columns)
 
     def reset(self) -> None:
         """Drop all entries and return their memory. All ranks of the group must call it at the same point."""
-        self.core.reset()
-        for layer in self.layers:
-            layer.reset()  # what a forward that broke off left between update() and attention
-        self.begin_generation()
+        self.conversation.reset()
 
-    def detach(self) -> None:
-        """Remove every hook and free the store; the model is as before attach. Idempotent."""
-        if self._detach is not None:
-            undo, self._detach = self._detach, None
-            undo()
-            self.core.reset()
+    def close(self) -> None:
+        """Drop all entries for good; the object can't be used after it. All ranks of the group at the same point. Idempotent."""
+        self.conversation.end("was closed")
 
-    def add_misses(self, layer: int, misses: Tensor) -> None:
-        """Count entries of a layer that had to be fetched, per expert [E]; for routing.host_penalty. The same numbers on all ranks."""
-        if self.penalty is None:
-            raise ConfigError("add_misses without pikv.routing.host_penalty: nothing would read them")
-        self.penalty.misses[layer] += misses.to(self.penalty.misses)
+    def begin_generation(self) -> None:
+        """The next forward starts new requests on this rank."""
+        self.conversation.begin()
 
     def lockstep(self, active: bool) -> bool:
         """True while any rank of the group is active. For own loops: every rank calls it once per iteration.
 
         while cache.lockstep(have_work): model(**(my_inputs if have_work else cache.idle_inputs()))
         """
-        flags = self.core.ranks.gather_ints([int(active)], self.core.device, "lockstep") if self.core.ranks.size > 1 else [[active]]
+        ranks = self.core.ranks
+        flags = ranks.gather_ints([int(active)], self.core.device, "lockstep") if ranks.size > 1 else [[active]]
         return any(flag for (flag,) in flags)
 
     def idle_inputs(self) -> dict:
         """Inputs of a forward that stores nothing, changes nothing and whose output means nothing: for a rank that only keeps step."""
-        rows = max(len(self.lens), 1)
-        mask = torch.ones(rows, self.columns, dtype=torch.bool) if self.column_mask is None else self.column_mask
-        return {
-            "input_ids": torch.zeros(rows, 1, dtype=torch.int64, device=self.core.device),
-            "attention_mask": torch.nn.functional.pad(mask, (0, 1)).to(self.core.device),
-            "position_ids": torch.zeros(rows, 1, dtype=torch.int64, device=self.core.device),
-            "past_key_values": self,
-        }
+        return {**self.conversation.idle_inputs(), "past_key_values": self}
 
     # ---- rows, as transformers moves them ------------------------------------------------------------------------------------
 
-    def begin_generation(self) -> None:
-        """The next forward starts new requests on this rank."""
-        self.columns = 0  # token columns fed so far, padding included: what transformers calls the sequence length
-        self.lens: list[int] = []  # stored tokens per row
-        self.parent: list[int] = []  # pending fork: the row each row continues, in the rows of the last forward
-        self.last_position = None  # [B] position_ids of the last real token of each row
-        self.column_mask: Tensor | None = None  # [B, columns] which columns are real tokens, on the host; None = all of them
-        self.fresh = True
-        self.idle = False
-        self.touched = False  # parent or lens changed since the last forward
-        self.end_past_recording()
+    @property
+    def columns(self) -> int:
+        """Token columns fed so far, padding included."""
+        return self.conversation.columns
+
+    @property
+    def lens(self) -> list[int]:
+        """Stored tokens per row."""
+        return self.conversation.lens
 
     def select_rows(self, index: list[int]) -> None:
         """Row i continues row index[i]; takes effect with the next forward."""
-        if self.fresh:
-            return
-        self.parent = [self.parent[i] for i in index]
-        self.lens = [self.lens[i] for i in index]
-        self.column_mask = None if self.column_mask is None else self.column_mask[index]
-        self.last_position = self.last_position[index]
-        self.touched = self.touched or index != list(range(len(self.parent)))
+        self.conversation.select_rows(index)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        self.select_rows(beam_idx.tolist())
+        self.conversation.select_rows(beam_idx.tolist())
 
     def batch_select_indices(self, indices: Tensor) -> None:
         rows = torch.arange(len(self.lens))[indices.cpu()]  # accepts a boolean mask as well
-        self.select_rows(rows.tolist())
+        self.conversation.select_rows(rows.tolist())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self.select_rows([i for i in range(len(self.lens)) for _ in range(repeats)])
+        self.conversation.select_rows([i for i in range(len(self.lens)) for _ in range(repeats)])
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last columns; a negative number, as DynamicCache takes it. crop(0) ends a speculative forward."""
-        if tokens_to_remove > 0:
-            raise ValueError(f"crop({tokens_to_remove}): give the number of columns to remove as a negative integer")
-        remove = min(-tokens_to_remove, self.columns)
-        if remove:
-            real = [remove] * len(self.lens)
-            if self.column_mask is not None:
-                real = self.column_mask[:, self.columns - remove :].sum(1).tolist()
-                self.column_mask = self.column_mask[:, : self.columns - remove]
-            self.lens = [n - r for n, r in zip(self.lens, real, strict=True)]
-            self.last_position = self.last_position - torch.tensor(real)
-            self.columns -= remove
-            self.touched = self.touched or any(real)
-        self.core.note_crop()
+        self.conversation.crop(tokens_to_remove)
 
     def activate_past_recording(self) -> None:
         """Assisted decoding will crop: keep what leaves a sliding window until then."""
-        self._crops.enter_context(self.core.announce_crops())
+        self.conversation.activate_past_recording()
 
     def end_past_recording(self) -> None:
-        self._crops.close()
+        self.conversation.end_past_recording()
 
-    def finish_forward(self, num_columns: int, new_mask: Tensor | None, num_new: list[int], last_position: Tensor) -> None:
-        """Account for a forward that has run: B rows grew by num_columns columns, num_new of them real per row (mask None: all).
+    # ---- what it is ----------------------------------------------------------------------------------------------------------
 
-        A forward without any real token leaves the rows as they were: it only kept step.
-        """
-        if self.fresh:
-            self.lens, self.column_mask = [0] * len(num_new), None
-        self.parent = list(range(len(num_new)))
-        self.last_position = last_position
-        self.fresh = self.touched = False
-        if any(num_new):
-            if new_mask is not None or self.column_mask is not None:
-                old = torch.ones(len(num_new), self.columns, dtype=torch.bool) if self.column_mask is None else self.column_mask
-                new = torch.ones(len(num_new), num_columns, dtype=torch.bool) if new_mask is None else new_mask
-                self.column_mask = torch.cat([old, new], 1)
-            self.lens = [n + new for n, new in zip(self.lens, num_new, strict=True)]
-            self.columns += num_columns
-        self.steps += 1
+    def __repr__(self) -> str:
+        conversation = self.conversation
+        what = conversation.ended or f"holds {len(conversation.lens)} rows x {conversation.columns} columns"
+        return f"<{type(self).__name__} of {conversation.model}: {what}>"
+
+    def __reduce_ex__(self, protocol) -> NoReturn:
+        raise UnsupportedError(
+            f"a PiKV cache of {self.conversation.model} can't be copied, pickled or saved: its pages lie in a store that the ranks share. "
+            "To fork a conversation use batch_repeat_interleave(); to move one, run its tokens again"
+        )
+
+    def __deepcopy__(self, memo) -> NoReturn:
+        self.__reduce_ex__(4)
+
+    __copy__ = __getstate__ = lambda self: self.__reduce_ex__(4)
+
+
+class Owner(Protocol):
+    """What an AttachedCache asks of its attachment."""
+
+    end_of_step_callbacks: list[Callable[[int], None]]
+    steps: int
+    penalty: HostPenalty | None
+
+    def take(self) -> Conversation: ...
+
+    def detach(self) -> None: ...
+
+
+class AttachedCache(HFCache):
+    """What `attach` returns: the controls of an attached model, and the cache of the newest conversation that was begun without one.
+
+    Every generate() and every forward with a cache runs through PiKV while the model is attached, and one that is given no cache gets a new
+    conversation, as with DynamicCache; this object then stands for that one. Passed as `past_key_values` it stays with the conversation
+    that it stands for, until begin_generation(). Leaving the `with` block, or detach(), gives the model back unchanged and ends all caches.
+    """
+
+    def __init__(self, owner: Owner) -> None:
+        super().__init__(owner.take())
+        self.owner = owner
+        self.pinned = False  # it has been passed as a cache
+        self._choice = Lock()
+
+    def __enter__(self) -> AttachedCache:
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.detach()
+
+    def new_cache(self) -> HFCache:
+        """A cache of its own for another conversation. Any number may live at once; each returns its memory when it goes."""
+        return HFCache(self.owner.take())
+
+    def detach(self) -> None:
+        """Remove every hook and end all caches; the model is as before attach. Idempotent."""
+        self.owner.detach()
+
+    def begin_generation(self) -> None:
+        """The next forward starts new requests on this rank. Others that hold the conversation so far keep it."""
+        with self._choice:
+            if not self._unused():
+                self._follow()
+            self.conversation.begin()
+            self.pinned = False
+
+    def unnamed(self, *, nested: bool) -> HFCache:
+        """The cache of a forward or a generation that was given none. nested: inside a generate() of the same model."""
+        with self._choice:  # two threads must not get the same one
+            if nested or (self.pinned and not self._unused()):
+                return HFCache.of(self.owner.take())
+            if not self._unused():
+                self._follow()
+            return HFCache.of(self.conversation)
+
+    def named(self) -> HFCache:
+        """What stays with the conversation that this object stands for, now that it has been passed as a cache."""
+        self.pinned = True
+        return HFCache.of(self.conversation)
+
+    def _unused(self) -> bool:
+        """Whether the conversation is empty and nobody else has it."""
+        conversation = self.conversation
+        return conversation.fresh and (conversation.face is None or conversation.face() is None)
+
+    def _follow(self) -> None:
+        """Stand for a new conversation."""
+        self.conversation = self.owner.take()  # the one before ends here, if nobody else has it, before a forward stores anything
+        self.layers = self.conversation.layers
+
+    def idle_inputs(self) -> dict:
+        """Inputs of a forward that stores nothing, changes nothing and whose output means nothing: for a rank that only keeps step."""
+        return HFCache.of(self.conversation).idle_inputs()
+
+    @property
+    def end_of_step_callbacks(self) -> list[Callable[[int], None]]:
+        """Called after each forward through any cache of the model, with the number of forwards so far."""
+        return self.owner.end_of_step_callbacks
+
+    @property
+    def steps(self) -> int:
+        return self.owner.steps
+
+    @property
+    def penalty(self) -> HostPenalty | None:
+        return self.owner.penalty
+
+    def add_misses(self, layer: int, misses: Tensor) -> None:
+        """Count entries of a layer that had to be fetched, per expert [E]; for routing.host_penalty. The same numbers on all ranks."""
+        if self.penalty is None:
+            raise ConfigError("add_misses without pikv.routing.host_penalty: nothing would read them")
+        self.penalty.misses[layer] += misses.to(self.penalty.misses)

@@ -7,8 +7,6 @@ import torch.distributed as dist
 
 from pikv_ds.errors import ConfigError, UnsupportedError
 
-from . import binding as bindings
-
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -19,8 +17,6 @@ def check_model(model, attentions, specs, dtype, group) -> None:
         raise UnsupportedError(
             f"{name} does not call its attention through transformers' AttentionInterface; its attention can't be replaced"
         )
-    if bindings.is_bound(attentions[0]):
-        raise UnsupportedError(f"{name} is attached already; detach() the first cache before attaching another")
     if dtype not in _DTYPES:
         legal = ", ".join(str(d).removeprefix("torch.") for d in _DTYPES)
         raise UnsupportedError(f"{name} has parameters of dtype {dtype}; PiKV stores {legal}: convert the model with model.to(...)")

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
+from pikv_ds.cache.cache import PiKVCache
 from pikv_ds.codecs.weights import read_weights
 from pikv_ds.errors import ConfigError
 from pikv_ds.placement.placement import Routed
@@ -19,7 +18,7 @@ class ExpertIds:
     """Supplies the expert ids of each attention layer from one of the sources of `storage.expert_ids`.
 
     previous_layer: the router of the nearest earlier MoE layer; lookahead: layer l's own router on the input of attention l;
-    true: layer l's router when it runs, reported through `on_routed`; gate: argmax of a learned gate on the key; hash: position mod E.
+    true: layer l's router when it runs, reported to the core; gate: argmax of a learned gate on the key; hash: position mod E.
     Where the source has no answer (no earlier router, dense layer) ids are None and the core hashes.
     """
 
@@ -33,7 +32,7 @@ class ExpertIds:
     ) -> None:
         self.source, self.routers, self.penalty = source, routers, penalty
         self.gate = gate  # [layers, E, Hkv * Dk]
-        self.on_routed: Callable[[int, Tensor], None] | None = None
+        self._core: PiKVCache | None = None  # of the running forward
         self._latest: Routed | Tensor | None = None
         self._looked_ahead: dict[int, Routed | Tensor] = {}
         self._handles = []
@@ -45,27 +44,27 @@ class ExpertIds:
             for i, (router, attention) in enumerate(zip(self.routers, attentions, strict=True)):
                 if router is not None:
                     self._handles.append(attention.register_forward_pre_hook(self._lookahead_hook(i, router), with_kwargs=True))
-        self.active = False  # only while a forward runs through the cache
 
-    def begin(self) -> None:
+    def begin(self, core: PiKVCache) -> None:
+        """A forward through `core` starts."""
         self._forget()
-        self._run(True)
+        self._run(core)
 
     def end(self) -> None:
-        self._run(False)
+        self._run(None)
         self._forget()
 
     def _forget(self) -> None:
         self._latest = None
         self._looked_ahead.clear()
 
-    def _run(self, active: bool) -> None:
-        self.active = active
+    def _run(self, core: PiKVCache | None) -> None:
+        self._core = core
         if self.penalty is not None:
-            self.penalty.active = active
+            self.penalty.core = core
 
     def _penalty(self, layer: int) -> Tensor | None:
-        return None if self.penalty is None else self.penalty.of(layer)
+        return None if self.penalty is None else self.penalty.of(layer, self._core)
 
     def remove(self) -> None:
         for handle in self._handles:
@@ -87,11 +86,11 @@ class ExpertIds:
         found = output_of(self.routers[layer])
 
         def hook(router: nn.Module, args: tuple, output: tuple) -> None:
-            if not self.active:
+            if self._core is None:
                 return
             choice = found.entry_experts(args[0] if args else None, output, self._penalty(layer))
             if self.source == "true":
-                self.on_routed(layer, choice.primary() if isinstance(choice, Routed) else choice)
+                self._core.name_experts(layer, choice.primary() if isinstance(choice, Routed) else choice)
             else:
                 self._latest = choice
 
@@ -101,7 +100,7 @@ class ExpertIds:
         found = output_of(router)
 
         def hook(attention: nn.Module, args: tuple, kwargs: dict) -> None:
-            if not self.active:
+            if self._core is None:
                 return
             hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
             with torch.no_grad():

@@ -1,81 +1,93 @@
-"""What happens before and after a decoder forward that uses the cache: read the host's masks and positions, plan, finish."""
+"""What happens before and after a decoder forward that uses a cache: read the host's masks and positions, plan, finish."""
 
 from __future__ import annotations
 
 import inspect
+import threading
 
 import torch
 from torch import nn
+from transformers.cache_utils import Cache
 
 from pikv_ds.errors import UnsupportedError
 from pikv_ds.exchange.digest import digest
 from pikv_ds.step.step import LocalStep
 
-from .binding import Chunk
 from .cache import HFCache
-from .expert_ids import ExpertIds
+from .conversation import Conversation
+from .host import Host
 from .inputs import last_positions, new_mask
+from .running import Chunk, Forward
 
 
 class ForwardHooks:
     """A pre-hook and a hook on the decoder. Forwards without a cache, and all forwards in train mode, are left to the host."""
 
-    def __init__(self, model: nn.Module, decoder: nn.Module, cache: HFCache, expert_ids: ExpertIds) -> None:
-        self.cache, self.expert_ids, self.config = cache, expert_ids, decoder.config
-        self.chunk = Chunk()
+    def __init__(self, host: Host) -> None:
+        self.host, self.config = host, host.decoder.config
         self._names = [  # of positional arguments
-            p.name for p in inspect.signature(decoder.forward).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD
+            p.name for p in inspect.signature(host.decoder.forward).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD
         ]
-        self._running: tuple | None = None  # what finish_forward needs, while a forward runs
-        self._broken = False
-        self._host_attention: str | None = None
         self._handles = [
-            decoder.register_forward_pre_hook(self._before, with_kwargs=True),
-            decoder.register_forward_hook(self._after, with_kwargs=True, always_call=True),
+            host.decoder.register_forward_pre_hook(self._before, with_kwargs=True),
+            host.decoder.register_forward_hook(self._after, with_kwargs=True, always_call=True),
         ]
 
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
-        self._restore_attention()
+        self.abandon()
 
     def _before(self, decoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         given = {**dict(zip(self._names, args, strict=False)), **kwargs}
-        past = given.get("past_key_values")
+        cache = self._cache_of(given, decoder.training)
+        if cache is None:
+            return None
+        if given.get("output_attentions"):
+            raise UnsupportedError("output_attentions is set: attention weights are never materialised; unset it or detach")
+        self.abandon()
+        self.host.lock.acquire()
+        try:
+            self._start(cache, given)
+        except BaseException:
+            if self.host.running.forward is None:
+                self.host.lock.release()
+            self.abandon()
+            raise
+        at = self._names.index("past_key_values")
+        return args[:at], {**dict(zip(self._names[at:], args[at:], strict=False)), **kwargs, "past_key_values": cache}
+
+    def _cache_of(self, given: dict, training: bool) -> HFCache | None:
+        """The cache that a forward runs through; None = it is the host's affair."""
+        past, attached = given.get("past_key_values"), self.host.attached
         if past is None:
             use_cache = given.get("use_cache")
             use_cache = getattr(self.config, "use_cache", True) if use_cache is None else use_cache
-            if decoder.training or not use_cache:
+            if training or not use_cache or attached is None:
                 return None
-            self.cache.begin_generation()
-        elif past is not self.cache:
-            raise UnsupportedError(
-                f"the model is attached to a PiKV cache but was called with a {type(past).__name__}; "
-                "pass no cache, or the one attach returned"
-            )
-        elif decoder.training:
-            raise UnsupportedError("the PiKV cache was passed to a forward in train mode; call model.eval() first")
-        if given.get("output_attentions"):
-            raise UnsupportedError("output_attentions is set: attention weights are never materialised; unset it or detach")
-        self._start(given)
-        at = self._names.index("past_key_values")
-        return args[:at], {**dict(zip(self._names[at:], args[at:], strict=False)), **kwargs, "past_key_values": self.cache}
+            return attached.unnamed(nested=bool(self.host.running.generations))
+        if not isinstance(past, HFCache):
+            if attached is None:
+                return None
+            what = f"{type(past).__name__}; pass no cache" if isinstance(past, Cache) else f"{type(past).__name__}, which is no Cache"
+            raise UnsupportedError(f"the model is attached to PiKV but was called with a {what}, or one of its own, or detach")
+        self.host.attachment_of(past)
+        if training:
+            raise UnsupportedError("a PiKV cache was passed to a forward in train mode; call model.eval() first")
+        return past.named()
 
-    def _start(self, given: dict) -> None:
-        cache = self.cache
-        if self._broken and not cache.fresh:
-            raise RuntimeError(
-                "an earlier forward failed midway, so the layers hold different tokens; call reset() on all ranks or start a new generation"
-            )
-        self._broken = True  # until the forward has finished
+    def _start(self, cache: HFCache, given: dict) -> None:
+        conversation = cache.conversation
+        self.check_use(conversation)
+        conversation.broken = True  # until the forward has finished
         tokens = given.get("input_ids") if given.get("input_ids") is not None else given["inputs_embeds"]
         rows, columns = tokens.shape[:2]
-        if not cache.fresh and rows != len(cache.lens):
+        if not conversation.fresh and rows != len(conversation.lens):
             raise UnsupportedError(
-                f"the forward has {rows} rows, the cache {len(cache.lens)}; select or repeat rows first, or start a new generation"
+                f"the forward has {rows} rows, the cache {len(conversation.lens)}; select or repeat rows first, or start a new generation"
             )
-        mask = new_mask(cache, given.get("attention_mask"), rows, columns)
-        before = cache.lens if not cache.fresh else [0] * rows
+        mask = new_mask(conversation, given.get("attention_mask"), rows, columns)
+        before = conversation.lens if not conversation.fresh else [0] * rows
         positions = torch.tensor(before, dtype=torch.int32).unsqueeze(1)
         if mask is None:
             num_new = [columns] * rows
@@ -83,45 +95,64 @@ class ForwardHooks:
         else:
             num_new = mask.sum(1).tolist()
             positions = torch.where(mask, positions + mask.cumsum(1, dtype=torch.int32) - 1, -1)
-        last_position = last_positions(cache, given.get("position_ids"), mask, rows, columns)
-        identity = not cache.fresh and not cache.touched
-        value = 0
-        if cache.core.ranks.size > 1 and (cache.fresh or cache.core.replicated):
-            value = digest([tokens, positions, torch.tensor(before), torch.tensor(cache.parent or [-1])])
-        device = cache.core.device
+        last_position = last_positions(conversation, given.get("position_ids"), mask, rows, columns)
+        identity = not conversation.fresh and not conversation.touched
+        core, value = conversation.core, 0
+        if core.ranks.size > 1 and (conversation.fresh or core.replicated):
+            value = digest([tokens, positions, torch.tensor(before), torch.tensor(conversation.parent or [-1])])
         local = LocalStep(
             num_rows=rows,
             num_columns=columns,
             num_new=num_new,
-            parent=[-1] * rows if cache.fresh else list(cache.parent),
-            keep=[0] * rows if cache.fresh else list(before),
-            positions=positions.to(device),
+            parent=[-1] * rows if conversation.fresh else list(conversation.parent),
+            keep=[0] * rows if conversation.fresh else list(before),
+            positions=positions.to(core.device),
             digest=value,
             identity=identity,
-            fresh=cache.fresh,
+            fresh=conversation.fresh,
         )
-        cache.core.begin_step(local)
-        self.chunk.positions = local.positions
-        self.chunk.hidden = None if all(n == columns for n in num_new) else local.positions < 0
-        self._running = (columns, mask, num_new, last_position)
-        self.expert_ids.begin()
-        self._host_attention, self.config._attn_implementation = self.config._attn_implementation, "pikv"
+        core.begin_step(local)
+        chunk = Chunk(local.positions, None if all(n == columns for n in num_new) else local.positions < 0)
+        self.host.running.forward = Forward(cache, chunk, (columns, mask, num_new, last_position), self.config._attn_implementation)
+        conversation.thread = threading.get_ident()
+        conversation.expert_ids.begin(core)
+        self.config._attn_implementation = "pikv"
+
+    def check_use(self, conversation: Conversation) -> None:
+        if conversation.broken and not conversation.fresh:
+            raise RuntimeError(
+                "an earlier forward failed midway, so the layers hold different tokens; call reset() on all ranks or start a new generation"
+            )
+        if conversation.generating not in (None, threading.get_ident()):
+            raise UnsupportedError(
+                f"this PiKV cache of {conversation.model} is in use by a generate() in another thread; give each thread a cache of "
+                "its own: new_cache(), or none"
+            )
 
     def _after(self, decoder: nn.Module, args: tuple, kwargs: dict, output) -> None:
-        if self._running is None:
+        forward = self.host.running.forward
+        if forward is None or kwargs.get("past_key_values") is not forward.cache:
             return
-        running, self._running = self._running, None
-        self.chunk.positions = None
-        self._restore_attention()
-        self.expert_ids.end()
-        if output is None:  # the forward raised; its error is on its way up
-            return
-        self.cache.core.end_step()
-        self.cache.finish_forward(*running)
-        self._broken = False
-        for callback in self.cache.end_of_step_callbacks:
-            callback(self.cache.steps)
+        self.abandon(unlock=False)
+        try:
+            if output is None:  # the forward raised; its error is on its way up
+                return
+            conversation = forward.conversation
+            conversation.core.end_step()
+            conversation.finish_forward(*forward.growth)
+            conversation.broken = False
+        finally:
+            self.host.lock.release()
+        self.host.attachment_of(forward.cache).count_step()
 
-    def _restore_attention(self) -> None:
-        if self._host_attention is not None:
-            self.config._attn_implementation, self._host_attention = self._host_attention, None
+    def abandon(self, *, unlock: bool = True) -> None:
+        """Forget the forward that runs in this thread, if one does: the model is as between forwards. It was interrupted, or is done."""
+        forward = self.host.running.forward
+        if forward is None:
+            return
+        self.host.running.forward = None
+        self.config._attn_implementation = forward.host_attention
+        forward.conversation.thread = None
+        forward.conversation.expert_ids.end()
+        if unlock:
+            self.host.lock.release()

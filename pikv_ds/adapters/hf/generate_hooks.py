@@ -1,20 +1,25 @@
-"""generate() on an attached model: use the PiKV cache, keep all ranks in step, know when this rank has finished."""
+"""generate() on an attached model: use a PiKV cache, keep all ranks in step, know when this rank has finished."""
 
 from __future__ import annotations
 
-from transformers import PreTrainedModel
+import threading
+
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from pikv_ds.errors import UnsupportedError
 
 from .cache import HFCache
+from .forward_hooks import ForwardHooks
+from .host import Host
+from .running import Generation
 
 
 class GenerateHooks:
     """Three instance attributes over the model's methods; remove() deletes them again."""
 
-    def __init__(self, model: PreTrainedModel, cache: HFCache) -> None:
-        self.model, self.cache = model, cache
+    def __init__(self, host: Host, forwards: ForwardHooks) -> None:
+        self.host, self.forwards = host, forwards
+        model = host.model
         self._generate = model.generate
         self._prepare_cache = model._prepare_cache_for_generation
         self._unfinished = model._has_unfinished_sequences
@@ -24,50 +29,70 @@ class GenerateHooks:
 
     def remove(self) -> None:
         for name in ("generate", "_prepare_cache_for_generation", "_has_unfinished_sequences"):
-            self.model.__dict__.pop(name, None)
+            self.host.model.__dict__.pop(name, None)
 
     def generate(self, *args, **kwargs):
         """generate with synced_gpus on more than one rank: every forward is a collective, so no rank may stop early."""
-        if self.cache.core.ranks.size > 1:
+        given = kwargs.get("past_key_values")
+        cache = given if isinstance(given, HFCache) else self.host.attached
+        if cache is not None and cache.core.ranks.size > 1:
             if kwargs.get("synced_gpus") is False:
                 raise UnsupportedError(
                     "synced_gpus=False with a PiKV cache over several ranks: a rank that stops early leaves the others waiting"
                 )
             kwargs["synced_gpus"] = True
-        self.cache.idle = False
+        generation = Generation()
+        self.host.running.generations.append(generation)
         try:
             return self._generate(*args, **kwargs)
         finally:
-            self.cache.idle = False
-            self.cache.end_past_recording()
+            self.forwards.abandon()  # a forward that Ctrl-C broke off
+            self.host.running.generations.remove(generation)
+            if generation.cache is not None:
+                conversation = generation.cache.conversation
+                conversation.idle, conversation.generating = False, None
+                if not generation.is_assistant:  # an assistant goes on with its cache, after a crop
+                    conversation.end_past_recording()
 
     def prepare_cache(self, generation_config, model_kwargs: dict, generation_mode, batch_size: int, max_cache_length: int):
-        given = model_kwargs.get("past_key_values")
-        if given is None and generation_config.use_cache is not False:
+        given, attached, running = model_kwargs.get("past_key_values"), self.host.attached, self.host.running
+        made = given is None and generation_config.use_cache is not False and attached is not None
+        if made:
             if generation_config.cache_implementation is not None:
                 raise UnsupportedError(
-                    f"cache_implementation = {generation_config.cache_implementation!r} asks for "
-                    "another cache while the model is attached to PiKV; "
-                    f"unset it, or detach"
+                    f"cache_implementation = {generation_config.cache_implementation!r} asks for another cache while the model is attached "
+                    "to PiKV; unset it, or detach"
                 )
-            self.cache.begin_generation()
-            model_kwargs["past_key_values"] = self.cache
-            if generation_config.is_assistant:
-                self.cache.activate_past_recording()
-            return None
-        return self._prepare_cache(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
+            cache = attached.unnamed(nested=len(running.generations) > 1)
+        elif isinstance(given, HFCache):
+            self.host.attachment_of(given)
+            cache = given.named()
+        else:
+            return self._prepare_cache(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
+        model_kwargs["past_key_values"] = cache
+        if running.generations:
+            generation = running.generations[-1]
+            generation.cache, generation.is_assistant = cache, generation_config.is_assistant
+            self.forwards.check_use(cache.conversation)
+            cache.conversation.generating = threading.get_ident()
+        if generation_config.is_assistant:
+            cache.activate_past_recording()
+        return None if made else self._prepare_cache(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
 
     def has_unfinished_sequences(self, this_peer_finished: bool, synced_gpus: bool, device) -> bool:
         """Whether this rank's loop goes on. A finished rank stays here and runs idle forwards until the whole group has finished.
 
         transformers would let it run its loop on with dummy tokens; assisted decoding then asks its assistant for -1 tokens.
         """
-        if not synced_gpus or self.cache.core.ranks.size == 1 or is_deepspeed_zero3_enabled():
+        generations = self.host.running.generations
+        cache = generations[-1].cache if generations else None
+        if cache is None or not synced_gpus or cache.core.ranks.size == 1 or is_deepspeed_zero3_enabled():
             # ZeRO-3 gathers parameters over the whole world and keeps it in step itself; a finished rank's dummy tokens are not stored.
-            self.cache.idle = bool(synced_gpus and this_peer_finished)
+            if cache is not None:
+                cache.conversation.idle = bool(synced_gpus and this_peer_finished)
             return self._unfinished(this_peer_finished, synced_gpus, device)
-        while self.cache.lockstep(not this_peer_finished):
+        while cache.lockstep(not this_peer_finished):
             if not this_peer_finished:
                 return True
-            self.model(**self.cache.idle_inputs())
+            self.host.model(**cache.idle_inputs())
         return False

@@ -39,7 +39,7 @@ class LoweredLogits(TorchFunctionMode):
 
 
 class HostPenalty:
-    """Hooks on every router of a model; they act while `active`, which is while a forward runs through the cache."""
+    """Hooks on every router of a model; they act while a forward runs through a cache, which is `core`."""
 
     def __init__(self, penalty: RouterPenalty, core: PiKVCache, routers: list[nn.Module | None], hidden_size: int, model: str) -> None:
         """Raises: ConfigError for a dense model, UnsupportedError for a router that PiKV does not understand; nothing is hooked then.
@@ -51,7 +51,8 @@ class HostPenalty:
                 f"pikv.routing.host_penalty = {penalty}: {model} has no expert router that could heed it (it is dense, or its routers are "
                 f"none of transformers', AutoEP's or DeepSpeed's TopKGate); leave the penalty out"
             )
-        self.penalty, self.core, self.active = penalty, core, False
+        self.penalty = penalty
+        self.core: PiKVCache | None = None
         self.misses = torch.zeros(len(routers), core.num_experts, device=core.device)
         self._running: dict[int, LoweredLogits] = {}
         self._handles = []
@@ -61,9 +62,9 @@ class HostPenalty:
                 self._handles.append(router.register_forward_pre_hook(self._before(layer)))
                 self._handles.append(router.register_forward_hook(self._after(layer, *how), always_call=True))
 
-    def of(self, layer: int) -> Tensor:
-        """[E] f32, see `penalty_of`."""
-        return penalty_of(self.penalty, self.core, layer, self.misses)
+    def of(self, layer: int, core: PiKVCache) -> Tensor:
+        """[E] f32, see `penalty_of`; core: of the cache that the forward runs through."""
+        return penalty_of(self.penalty, core, layer, self.misses)
 
     def remove(self) -> None:
         for handle in self._handles:
@@ -72,8 +73,8 @@ class HostPenalty:
 
     def _before(self, layer: int):
         def hook(router: nn.Module, args: tuple) -> None:
-            if self.active:
-                self._running[layer] = LoweredLogits(self.of(layer))
+            if self.core is not None:
+                self._running[layer] = LoweredLogits(self.of(layer, self.core))
                 self._running[layer].__enter__()
 
         return hook

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from pikv_ds.errors import UnsupportedError
 
-from .cache import HFCache
+from .conversation import Conversation
 
 
-def new_mask(cache: HFCache, mask, rows: int, columns: int) -> Tensor | None:
+def new_mask(cache: Conversation, mask, rows: int, columns: int) -> Tensor | None:
     """Which of the new columns hold real tokens: [B, T] bool on the host; None = all. Sync: with a mask, reads B * (T + 1) values."""
     if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
         shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
@@ -36,7 +36,7 @@ def new_mask(cache: HFCache, mask, rows: int, columns: int) -> Tensor | None:
     return None if bool(new_mask.all()) else new_mask
 
 
-def last_positions(cache: HFCache, position_ids, new_mask: Tensor | None, rows: int, columns: int) -> Tensor:
+def last_positions(cache: Conversation, position_ids, new_mask: Tensor | None, rows: int, columns: int) -> Tensor:
     """Positions of real tokens must ascend in every row; returns the last one of each row, [B] int64 on the host."""
     last = torch.full((rows,), -1) if cache.fresh or cache.last_position is None else cache.last_position
     if position_ids is None:

@@ -1,0 +1,116 @@
+"""One "pikv" block on one model: what its caches share, and the stores that they are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from weakref import WeakSet, finalize
+
+import torch.distributed as dist
+
+from pikv_ds.adapters.penalty import RouterPenalty
+from pikv_ds.blueprint.routing import check_has_experts
+from pikv_ds.cache.cache import PiKVCache
+from pikv_ds.config.pikv import PiKVConfig
+from pikv_ds.errors import UnsupportedError
+from pikv_ds.spec import LayerSpec
+
+from .cache import AttachedCache
+from .conversation import Conversation
+from .expert_ids import ExpertIds, count_experts, load_gate
+from .fingerprint import check_calibration
+from .host import Host
+from .host_penalty import HostPenalty
+from .rotation import check_rotations
+from .router_output import check_gates, count_gate_experts, find_router
+
+SPARE_CORES = 4  # empty stores that wait for the next cache, per number of layers
+
+
+class Attachment:
+    """Makes caches of a model with one configuration and group. Its hooks on routers act only while a forward runs through one of them."""
+
+    def __init__(self, host: Host, config: PiKVConfig, group: dist.ProcessGroup | None) -> None:
+        """Raises: ConfigError, UnsupportedError; nothing is hooked then. Collectives: those of HostPenalty."""
+        self.host, self.config, self.group = host, config, group
+        specs: list[LayerSpec] = host.specs
+        self.end_of_step_callbacks: list[Callable[[int], None]] = []
+        self.steps = 0
+        self.attached: AttachedCache | None = None
+        """What stands for forwards that are given no cache; None: these are left to the host."""
+        self.live: WeakSet[Conversation] = WeakSet()
+        self._spare: dict[int, list[PiKVCache]] = {}
+        self._over = False
+        parameter = next(host.model.parameters())
+        self._dtype, self._device = parameter.dtype, parameter.device
+        num_ranks = 1 if group is None else dist.get_world_size(group)
+        text = host.model.config.get_text_config(decoder=True)
+        routers = [find_router(layer) for layer in host.layers]
+        check_gates(routers, num_ranks, config.storage.requests)
+        num_experts = count_gate_experts(routers) or count_experts(text)
+        self._num_experts = num_experts or config.storage.num_shards or num_ranks
+        gate = None
+        if config.storage.expert_ids == "gate":
+            width = specs[0].num_kv_heads * specs[0].k_dim
+            gate = load_gate(config.storage.gate_path, len(specs), self._num_experts, width).to(self._device)
+        core = self._core(len(specs))
+        check_has_experts(core.blueprint.router, num_experts, host.name)
+        check_calibration(core, host.attentions)
+        check_rotations(host.model, specs, core.rotations)
+        penalty = RouterPenalty.named(config.routing.host_penalty)
+        self.penalty: HostPenalty | None = None
+        if penalty is not None:  # its hooks come first: entry homes follow the routers' final choice
+            self.penalty = HostPenalty(penalty, core, routers, text.hidden_size, host.name)
+        self._expert_ids = ExpertIds(config.storage.expert_ids, routers, host.attentions, gate, self.penalty)
+        self._spare[len(specs)] = [core]
+
+    def _core(self, num_layers: int) -> PiKVCache:
+        return PiKVCache(
+            self.host.specs[:num_layers],
+            self.config,
+            num_experts=self._num_experts,
+            dtype=self._dtype,
+            device=self._device,
+            group=self.group,
+        )
+
+    def take(self) -> Conversation:
+        """A conversation of its own, empty. It gives its store back when the last that holds it goes."""
+        if self._over:
+            raise UnsupportedError(f"{self.host.name} was detached; attach it again to make caches")
+        num_layers = self.host.num_layers  # fewer while generate() drafts with the first layers alone
+        spare = self._spare.setdefault(num_layers, [])
+        core = spare.pop() if spare else self._core(num_layers)
+        conversation = Conversation(core, self.host.name, self._expert_ids)
+        self.live.add(conversation)
+        finalize(conversation, self._give_back, core).atexit = False
+        return conversation
+
+    def _give_back(self, core: PiKVCache) -> None:
+        core.reset()
+        spare = self._spare.setdefault(len(core.layers), [])
+        if len(spare) < SPARE_CORES and not self._over:
+            spare.append(core)
+        if self.attached is None and not list(self.live):
+            self.detach()
+
+    def count_step(self) -> None:
+        self.steps += 1
+        for callback in self.end_of_step_callbacks:
+            callback(self.steps)
+
+    def matches(self, config: PiKVConfig, group: dist.ProcessGroup | None) -> bool:
+        return self.config == config and self.group is group
+
+    def detach(self) -> None:
+        """End all caches and take this attachment's hooks away; the model's own go with the last attachment. Idempotent."""
+        if self._over:
+            return
+        self._over = True
+        with self.host.lock:
+            for conversation in list(self.live):
+                conversation.end("has ended: the model was detached")
+            self._expert_ids.remove()
+            if self.penalty is not None:
+                self.penalty.remove()
+            self._spare.clear()
+            self.host.leave(self)

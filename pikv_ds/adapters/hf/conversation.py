@@ -1,0 +1,198 @@
+"""What one cache object stands for: the entries of a conversation (a PiKVCache), and its rows as transformers counts them."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import ExitStack
+from weakref import ref
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from pikv_ds.cache.cache import PiKVCache
+from pikv_ds.errors import UnsupportedError
+
+from .expert_ids import ExpertIds
+
+
+class Conversation:
+    """B rows. Several cache objects may stand for one conversation; its entries are dropped when the last of them goes, or on end()."""
+
+    def __init__(self, core: PiKVCache, model: str, expert_ids: ExpertIds) -> None:
+        """model: what the user calls it, for errors. expert_ids: where the experts of its entries come from."""
+        self.expert_ids = expert_ids
+        self.held, self.model = core, model
+        self.ended: str | None = None
+        """Why nothing more can be asked of it."""
+        self.thread: int | None = None
+        """Of the forward that runs through it."""
+        self.generating: int | None = None
+        """The thread of the generate() that it is the cache of."""
+        self.broken = False  # a forward failed midway
+        self.face: ref | None = None
+        """The cache object that stands for it where none was given."""
+        self.columns = 0  # token columns fed so far, padding included: what transformers calls the sequence length
+        self._crops = ExitStack()  # holds announce_crops() of a speculative generation
+        self.recording = False
+        own = ref(self)
+        self.layers = [PiKVLayer(own, spec.window) for spec in core.layers]
+        self.begin()
+
+    @property
+    def core(self) -> PiKVCache:
+        self.check()
+        return self.held
+
+    def check(self) -> None:
+        """Raises: UnsupportedError once it has ended."""
+        if self.ended is not None:
+            raise UnsupportedError(f"this PiKV cache of {self.model} {self.ended}: its entries are gone; run the prompt again")
+
+    def end(self, why: str) -> None:
+        """Drop the entries for good. why: "was closed", completes "this cache ..."."""
+        if self.ended is None:
+            self.end_past_recording()
+            self.held.reset()
+            self.ended = why
+
+    def begin(self) -> None:
+        """The next forward starts new requests on this rank."""
+        self.check()
+        self.columns = 0
+        self.lens: list[int] = []  # stored tokens per row
+        self.parent: list[int] = []  # pending fork: the row each row continues, in the rows of the last forward
+        self.last_position: Tensor | None = None  # [B] position_ids of the last real token of each row
+        self.column_mask: Tensor | None = None  # [B, columns] which columns are real tokens, on the host; None = all of them
+        self.fresh = True
+        self.idle = False
+        self.touched = False  # parent or lens changed since the last forward
+        self.end_past_recording()
+        for layer in self.layers:
+            layer.reset()  # what a forward that broke off left between update() and attention
+
+    def reset(self) -> None:
+        self.core.reset()
+        self.begin()
+
+    def idle_inputs(self) -> dict:
+        """Inputs, but the cache, of a forward that stores nothing, changes nothing and whose output means nothing."""
+        rows = max(len(self.lens), 1)
+        mask = torch.ones(rows, self.columns, dtype=torch.bool) if self.column_mask is None else self.column_mask
+        device = self.core.device
+        return {
+            "input_ids": torch.zeros(rows, 1, dtype=torch.int64, device=device),
+            "attention_mask": torch.nn.functional.pad(mask, (0, 1)).to(device),
+            "position_ids": torch.zeros(rows, 1, dtype=torch.int64, device=device),
+        }
+
+    # ---- rows, as transformers moves them ------------------------------------------------------------------------------------
+
+    def select_rows(self, index: list[int]) -> None:
+        """Row i continues row index[i]; takes effect with the next forward."""
+        self.check()
+        if self.fresh:
+            return
+        self.parent = [self.parent[i] for i in index]
+        self.lens = [self.lens[i] for i in index]
+        self.column_mask = None if self.column_mask is None else self.column_mask[index]
+        self.last_position = self.last_position[index]
+        self.touched = self.touched or index != list(range(len(self.parent)))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last columns; a negative number, as DynamicCache takes it. crop(0) ends a speculative forward."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop({tokens_to_remove}): give the number of columns to remove as a negative integer")
+        core, remove = self.core, min(-tokens_to_remove, self.columns)
+        if remove:
+            real = [remove] * len(self.lens)
+            if self.column_mask is not None:
+                real = self.column_mask[:, self.columns - remove :].sum(1).tolist()
+                self.column_mask = self.column_mask[:, : self.columns - remove]
+            self.lens = [n - r for n, r in zip(self.lens, real, strict=True)]
+            self.last_position = self.last_position - torch.tensor(real)
+            self.columns -= remove
+            self.touched = self.touched or any(real)
+        core.note_crop()
+
+    def activate_past_recording(self) -> None:
+        """Assisted decoding will crop: keep what leaves a sliding window until then. Once is enough."""
+        if not self.recording:
+            self._crops.enter_context(self.core.announce_crops())
+            self.recording = True
+
+    def end_past_recording(self) -> None:
+        self._crops.close()
+        self.recording = False
+
+    def finish_forward(self, num_columns: int, new_mask: Tensor | None, num_new: list[int], last_position: Tensor) -> None:
+        """Account for a forward that has run: B rows grew by num_columns columns, num_new of them real per row (mask None: all).
+
+        A forward without any real token leaves the rows as they were: it only kept step.
+        """
+        if self.fresh:
+            self.lens, self.column_mask = [0] * len(num_new), None
+        self.parent = list(range(len(num_new)))
+        self.last_position = last_position
+        self.fresh = self.touched = False
+        if any(num_new):
+            if new_mask is not None or self.column_mask is not None:
+                old = torch.ones(len(num_new), self.columns, dtype=torch.bool) if self.column_mask is None else self.column_mask
+                new = torch.ones(len(num_new), num_columns, dtype=torch.bool) if new_mask is None else new_mask
+                self.column_mask = torch.cat([old, new], 1)
+            self.lens = [n + new for n, new in zip(self.lens, num_new, strict=True)]
+            self.columns += num_columns
+
+
+class PiKVLayer(CacheLayerMixin):
+    """One layer. update() keeps the new keys and values until the attention function of the same layer takes them."""
+
+    is_compileable = False
+    is_croppable = True
+    supports_early_init = False
+
+    def __init__(self, conversation: ref[Conversation], window: int | None) -> None:
+        super().__init__()
+        self._conversation = conversation
+        self.is_sliding = window is not None
+        self.new: tuple[Tensor, Tensor] | None = None
+        self.is_initialized = True
+
+    @property
+    def conversation(self) -> Conversation:
+        conversation = self._conversation()
+        if conversation is None:
+            raise UnsupportedError("this layer belongs to a PiKV cache that is gone: keep the cache object itself")
+        conversation.check()
+        return conversation
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to allocate: pages belong to the PiKVCache."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        conversation = self.conversation
+        if conversation.thread != threading.get_ident():
+            raise UnsupportedError(
+                f"a PiKV cache of {conversation.model} was given to a forward that does not run through PiKV: another model, or one that "
+                "is detached; pass it to the model that it belongs to"
+            )
+        self.new = (key_states, value_states)
+        return key_states, value_states
+
+    def take(self) -> tuple[Tensor, Tensor] | None:
+        new, self.new = self.new, None
+        return new
+
+    def get_seq_length(self) -> int:
+        return self.conversation.columns
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.conversation.columns + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    get_max_cache_shape = get_max_length  # the name of the abstract method in transformers 5.0
+
+    def reset(self) -> None:
+        self.new = None

@@ -1,0 +1,102 @@
+"""A model while PiKV caches are attached to it: hooks that all of its attachments share. They go with the last one."""
+
+from __future__ import annotations
+
+import threading
+from typing import Protocol
+from weakref import WeakKeyDictionary, WeakSet, ref
+
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+from pikv_ds.errors import UnsupportedError
+from pikv_ds.spec import LayerSpec
+
+from .anatomy import anatomy
+from .attention import pikv_attention, pikv_mask
+from .binding import Binding, bind, unbind
+from .cache import AttachedCache, HFCache
+from .conversation import Conversation
+from .running import Running
+
+
+class Attached(Protocol):
+    """What a host asks of its attachments (attachment.py)."""
+
+    attached: AttachedCache | None
+    live: WeakSet[Conversation]
+
+    def count_step(self) -> None: ...
+
+
+class Host:
+    """One per model. `lock` is held while a forward runs through a cache, as the attention function is set on the whole model."""
+
+    def __init__(self, model: PreTrainedModel, specs: list[LayerSpec]) -> None:
+        self.model, self.name = model, type(model).__name__
+        self.decoder, self.layers, self.attentions = anatomy(model)
+        self.specs = specs
+        self.attachments: list[Attached] = []
+        self.running = Running()
+        self.lock = threading.RLock()
+        self.hooks: list[Hooks] = []
+
+    @staticmethod
+    def of(model: nn.Module) -> Host | None:
+        """That of a model which has caches attached."""
+        found = _HOSTS.get(model)
+        return None if found is None else found()
+
+    @property
+    def num_layers(self) -> int:
+        """Layers that a forward runs; generate() lowers the number for a while when it drafts with the first ones."""
+        return min(self.decoder.config.get_text_config(decoder=True).num_hidden_layers, len(self.specs))
+
+    @property
+    def attached(self) -> AttachedCache | None:
+        """What stands for forwards that are given no cache; None: the host's own cache does."""
+        return next((one.attached for one in self.attachments if one.attached is not None), None)
+
+    def attachment_of(self, cache: HFCache) -> Attached:
+        """Raises: UnsupportedError for a cache that has ended, or of another model."""
+        cache.conversation.check()
+        for attachment in self.attachments:
+            if cache.conversation in attachment.live:
+                return attachment
+        raise UnsupportedError(
+            f"this PiKV cache belongs to another model ({cache.conversation.model}) than the {self.name} that it was passed to; make one "
+            "with pikv_ds.Cache(model, config), or new_cache() of what attach returned"
+        )
+
+    def add(self, attachment: Attached) -> None:
+        self.attachments.append(attachment)
+        if len(self.attachments) > 1:
+            return
+        AttentionInterface.register("pikv", pikv_attention)
+        AttentionMaskInterface.register("pikv", pikv_mask)
+        for i, attention in enumerate(self.attentions):
+            bind(attention, Binding(self.running, i, self.specs[i]))
+        _HOSTS[self.model] = ref(self)
+
+    def leave(self, attachment: Attached) -> None:
+        """Idempotent."""
+        if attachment not in self.attachments:
+            return
+        self.attachments.remove(attachment)
+        if self.attachments:
+            return
+        for hooks in self.hooks:
+            hooks.remove()
+        for attention in self.attentions:
+            unbind(attention)
+        _HOSTS.pop(self.model, None)
+
+    def __reduce_ex__(self, protocol):
+        raise UnsupportedError(f"a {self.name} can't be copied or pickled while PiKV caches are attached to it; detach() them first")
+
+
+class Hooks(Protocol):
+    def remove(self) -> None: ...
+
+
+_HOSTS: WeakKeyDictionary[nn.Module, ref[Host]] = WeakKeyDictionary()
