@@ -34,7 +34,7 @@ def test_imports_stay_light(code, absent):
 def test_unknown_names_are_refused():
     import pikv_ds
 
-    with pytest.raises(AttributeError, match="no attribute 'attatch'; public names: PiKVConfig, attach"):
+    with pytest.raises(AttributeError, match="no attribute 'attatch'; public names: PiKVConfig, Cache, attach"):
         pikv_ds.attatch  # noqa: B018
 
 
