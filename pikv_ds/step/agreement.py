@@ -2,7 +2,8 @@
 
 A forward in steady decoding needs no collective of its own: every record carries a header, and the header of the first record of
 the forward is read by all ranks. If it says that some rank does something else (a new request, several tokens, a beam fork, a crop),
-all ranks see that and exchange the rows of all requests before they go on.
+all ranks see that and exchange the rows of all requests before they go on. Where the ranks can't know what the others are about to
+do, a frame goes before the record and carries the header (pikv_ds/exchange/turn.py).
 """
 
 from __future__ import annotations
@@ -51,6 +52,10 @@ class Agreement:
     @property
     def own(self) -> int:
         return self.exchange.rank if self.mode == "distinct" else 0
+
+    def known(self) -> tuple:
+        """What decides how long the next records are; equal on all ranks that are in step."""
+        return self.mode, self.num_rows, self.lens
 
     def forget(self) -> None:
         self.mode, self.num_rows, self.lens = None, [], []
@@ -117,15 +122,14 @@ class Agreement:
             return "replicated"
         if any(h != headers[0] for h in headers):
             return "distinct"
-        value = layer0_digest()
-        keys = self.exchange.gather_ints([value], self.device, "comparing the first layer's keys")
+        keys = self._of_all([layer0_digest()], "comparing the first layer's keys")
         return "replicated" if all(k == keys[0] for k in keys) else "distinct"
 
     def _agree_distinct(self, step: LocalStep, headers: list[list[int]], restart: bool) -> Agreed:
         widest = max(h[1] for h in headers)
         rows = [*zip(step.parent, step.keep, step.num_new, strict=True)]
         rows += [(-1, 0, 0)] * (widest - len(rows))
-        gathered = self.exchange.gather_ints([x for row in rows for x in row], self.device, "exchanging the rows of all requests")
+        gathered = self._of_all([x for row in rows for x in row], "exchanging the rows of all requests")
         parent, keep, num_new, row0 = [], [], [], 0
         for rank, (header, flat) in enumerate(zip(headers, gathered, strict=True)):
             for b in range(header[1]):
@@ -137,6 +141,10 @@ class Agreement:
         shapes = [(h[1], h[2]) for h in headers]
         identity = not restart and parent == list(range(len(self.lens))) and keep == self.lens
         return Agreed(shapes, parent, keep, num_new, restart, identity)
+
+    def _of_all(self, values: list[int], what: str) -> list[list[int]]:
+        """The integers of every rank, all of which know from the headers how many there are. Sync: reads them back."""
+        return self.exchange.all_gather(torch.tensor(values, dtype=torch.int64, device=self.device), what).tolist()
 
     def commit(self, agreed: Agreed) -> tuple[list[int], list[int]]:
         """Take over the rows; returns the tokens of every row before and after the forward."""
