@@ -119,7 +119,7 @@ class Exchange:
 
     def _meet(self, frame: Frame, device: torch.device | None = None) -> list[Frame]:
         """The frames of all ranks, which say the same. Sync: reads them back."""
-        rows = self.rows(torch.tensor(frame.words(), dtype=torch.int64), frame.what, device)
+        rows = self.rows(torch.tensor(frame.words(), dtype=torch.int64), frame.what, device, frame.says)
         try:
             frames = self._frames(rows)
             if any(said.kind is Kind.GAVE_UP for said in frames):
@@ -148,13 +148,16 @@ class Exchange:
             f"the same model"
         )
 
-    def rows(self, row: Tensor, what: str, device: torch.device | None = None) -> list[list[int]]:
-        """One row of every rank, of the same length, in an all-reduce: row [n] on the host -> G lists of n. Sync: reads it back."""
+    def rows(self, row: Tensor, what: str, device: torch.device | None = None, says: str | None = None) -> list[list[int]]:
+        """One row of every rank, of the same length, in an all-reduce: row [n] on the host -> G lists of n. Sync: reads it back.
+
+        says: what the others are told when they do not answer; None = `what`.
+        """
         table = row.new_zeros(self.size, row.numel())
         table[self.rank] = row
         table = table.to(device or self.device)
         self._count(2 * (self.size - 1) * row.nbytes)
-        self._run(what, lambda: dist.all_reduce(table, group=self.group, async_op=True))
+        self._run(what, lambda: dist.all_reduce(table, group=self.group, async_op=True), says or what)
         return table.tolist()
 
     # ---- calls into torch ----------------------------------------------------------------------------------------------------
@@ -164,30 +167,30 @@ class Exchange:
         self.collectives += 1
         self.bytes_sent += num_bytes
 
-    def _run(self, what: str, start: Callable[[], dist.Work]) -> None:
+    def _run(self, what: str, start: Callable[[], dist.Work], says: str | None = None) -> None:
         self.state.check(what)
         started = time.monotonic()
         try:
             self._deadline.wait(start)
         except RuntimeError as error:
-            raise self._failed(what, time.monotonic() - started, error) from error
+            says = says or (what if self.turn is None else self.turn.says(what))
+            raise self._failed(what, says, time.monotonic() - started, error) from error
 
-    def _failed(self, what: str, waited_s: float, error: RuntimeError) -> PeerError:
+    def _failed(self, what: str, says: str, waited_s: float, error: RuntimeError) -> PeerError:
         """The group is out of step from here on. Where the others can still hear it, they learn what this rank was doing, and it of them."""
         said = None
         if self._deadline.timed and waited_s >= self.timeout_s:
-            said = self._last_words(what)
+            said = self._last_words(says)
         told = f" The others said: {listed(said)}." if said else ""
         self.state.broken = f"rank {self.rank} got no answer in {what}{'; ' + listed(said) if said else ''}"
         return PeerError(
             f"rank {self.rank} of {self.size}: {what} failed within pikv.timeout_s = {self.timeout_s:g} s. A rank of the group died, "
-            f"raised, or runs a different number of forwards (use generate(synced_gpus=True) or .lockstep()).{told} Cause: {error}"
+            f"raised, gave up waiting, or runs a different number of forwards (use generate(synced_gpus=True) or .lockstep()).{told} Cause: {error}"
         )
 
-    def _last_words(self, what: str) -> list[Frame] | None:
+    def _last_words(self, says: str) -> list[Frame] | None:
         """One more frame, awaited for a short while: what every rank was waiting for. None: not all answered, and the group is closed."""
-        at_host = Frame(kind=Kind.GAVE_UP, what=what, cache=-1, calls=self.state.calls)
-        frame = at_host if self.turn is None else self.turn.frame_of_now(what)
+        frame = Frame(kind=Kind.GAVE_UP, what=says, calls=self.state.calls)
         table = torch.zeros(self.size, WORDS, dtype=torch.int64)
         table[self.rank] = torch.tensor(frame.words(), dtype=torch.int64)
         try:

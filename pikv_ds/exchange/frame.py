@@ -9,7 +9,7 @@ from pikv_ds.errors import PeerError
 
 MAGIC = 0x50694B5601  # the last byte is the version of this layout
 PAYLOAD = 8  # integers that ride along: the header of a forward, or what a host gathers
-TEXT = 8  # words of text, 8 bytes each
+TEXT = 12  # words of text, 8 bytes each
 FIELDS = ("cache", "forward", "place", "value", "facts", "state", "calls")
 WORDS = 2 + len(FIELDS) + PAYLOAD + TEXT
 
@@ -39,11 +39,11 @@ IN_WORDS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Frame:
-    """One rank's row of 25 int64.
+    """One rank's row of WORDS int64.
 
     cache: number on its group, 0 = not opened before. forward: of that cache. place: layers of it that have run. value: of a forward,
     1 = the one before broke off; of a lockstep, whether the rank is active; of a meeting, a size. facts, state: digests of what the
-    cache is made of and of what it holds. calls: collectives that the rank has made on the group. what: at most 64 bytes are sent.
+    cache is made of and of what it holds. calls: collectives that the rank has made on the group. what: at most 96 bytes are sent.
     """
 
     kind: Kind
@@ -85,7 +85,7 @@ class Frame:
     def says(self) -> str:
         if self.kind is Kind.LOCKSTEP:
             return "lockstep, " + ("active" if self.value else "not active")
-        if self.kind is Kind.MEET:
+        if self.kind in (Kind.MEET, Kind.GAVE_UP):
             return self.what
         if not self.cache:
             return f"the first forward of a new cache ({self.what})"

@@ -98,9 +98,9 @@ class Turn:
         self.headers = [list(frame.payload) for frame in frames]
         self._opened, self._broke_off, self._detour = True, False, False
 
-    def frame_of_now(self, what: str) -> Frame:
-        """Where this rank is, for the others when it has given up waiting."""
-        return self._frame(Kind.GAVE_UP, what)
+    def says(self, what: str) -> str:
+        """Where this rank is in its forward, for errors of others."""
+        return f"forward {self.forward} of cache {self.cache} ({what})"
 
     def _frame(self, kind: Kind, what: str, facts: int = 0) -> Frame:
         return Frame(
