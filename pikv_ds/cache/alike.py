@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import lru_cache
-from hashlib import file_digest
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from pikv_ds.codecs.weights import read_file
 from pikv_ds.config.pikv import PiKVConfig
+from pikv_ds.exchange.digest import digest
 from pikv_ds.spec import LayerSpec
 
 OWN = ("pikv.timeout_s", "pikv.enabled", "pikv.preset")
@@ -40,11 +41,17 @@ def _flat(name: str, value: Any) -> Iterator[tuple[str, Any]]:
 def _value(value: Any) -> str:
     if isinstance(value, str) and value and Path(value).is_file():
         stat = Path(value).stat()
-        return f"a file with SHA-256 {_sha(value, stat.st_mtime_ns, stat.st_size)}"
+        return f"a file with digest {_digest(value, stat.st_mtime_ns, stat.st_size):016x}"
     return repr(value)
 
 
 @lru_cache(maxsize=32)
-def _sha(path: str, changed_ns: int, size: int) -> str:
-    with open(path, "rb") as file:
-        return file_digest(file, "sha256").hexdigest()[:16]
+def _digest(path: str, changed_ns: int, size: int) -> int:
+    """Of tensors and metadata where it has them, for safetensors writes its metadata in any order."""
+    try:
+        tensors, about = read_file(path)
+        names = sorted(tensors)
+        about = repr((names, sorted(about.items()))).encode()
+    except ValueError:  # a file of another kind, read by a method of another distribution
+        names, tensors, about = [], {}, Path(path).read_bytes()
+    return digest([torch.frombuffer(bytearray(about or b"0"), dtype=torch.uint8), *(tensors[name] for name in names)])
