@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pikv_ds.errors import DivergedError
+from pikv_ds.errors import DivergedError, PeerError, UnsupportedError
 from pikv_ds.exchange.exchange import Exchange
 from pikv_ds.exchange.wire import HEADER
 
@@ -104,6 +104,8 @@ class Agreement:
     def agree(self, step: LocalStep, headers: list[list[int]], layer0_digest: Callable[[], int]) -> Agreed:
         """Agree on a forward that is not plain. `layer0_digest()` is called on all ranks or on none. Host phase, 0 to 2 collectives."""
         restart = self.all_fresh(headers)
+        if self.mode is None and not restart:
+            self._refuse_to_continue(headers)
         if restart:
             self.mode = self._decide(headers, layer0_digest)
         elif self.mode == "replicated":
@@ -111,6 +113,14 @@ class Agreement:
         if self.mode in ("replicated", "local"):
             return Agreed([(step.num_rows, step.num_columns)], step.parent, step.keep, step.num_new, restart, step.identity)
         return self._agree_distinct(step, headers, restart)
+
+    def _refuse_to_continue(self, headers: list[list[int]]) -> None:
+        """All ranks call this with the same headers. The caches are empty, so every row must be a new request."""
+        told = "; ".join(f"rank {r}: {'new requests' if h[0] & FRESH else 'goes on with earlier rows'}" for r, h in enumerate(headers))
+        raise (UnsupportedError if len(headers) == 1 else PeerError)(
+            f"the first forward after a reset, or of a new cache, goes on with rows that the cache does not hold ({told}); start new "
+            f"requests on every rank"
+        )
 
     def _decide(self, headers: list[list[int]], layer0_digest: Callable[[], int]) -> str:
         if self.exchange.size == 1:
