@@ -144,8 +144,8 @@ class Exchange:
         unlike = differing(texts)
         more = f" ({len(unlike) - 1} more differ: {'; '.join(unlike[1:4])})" if unlike[1:] else ""
         raise ConfigError(
-            f"the caches that the ranks open together are not alike: {unlike[0]}{more}. Give all ranks of a group the same 'pikv' block and "
-            f"the same model"
+            f"the caches that the ranks open together are not alike: {unlike[0]}{more}. Give all ranks of a group the same 'pikv' block "
+            f"and the same model"
         )
 
     def rows(self, row: Tensor, what: str, device: torch.device | None = None, says: str | None = None) -> list[list[int]]:
@@ -177,7 +177,7 @@ class Exchange:
             raise self._failed(what, says, time.monotonic() - started, error) from error
 
     def _failed(self, what: str, says: str, waited_s: float, error: RuntimeError) -> PeerError:
-        """The group is out of step from here on. Where the others can still hear it, they learn what this rank was doing, and it of them."""
+        """The group is out of step from here on. Where the others still listen, they learn what this rank was doing, and it of them."""
         said = None
         if self._deadline.timed and waited_s >= self.timeout_s:
             said = self._last_words(says)
@@ -185,7 +185,8 @@ class Exchange:
         self.state.broken = f"rank {self.rank} got no answer in {what}{'; ' + listed(said) if said else ''}"
         return PeerError(
             f"rank {self.rank} of {self.size}: {what} failed within pikv.timeout_s = {self.timeout_s:g} s. A rank of the group died, "
-            f"raised, gave up waiting, or runs a different number of forwards (use generate(synced_gpus=True) or .lockstep()).{told} Cause: {error}"
+            f"raised, gave up waiting, or runs a different number of forwards (use generate(synced_gpus=True) or .lockstep()).{told} "
+            f"Cause: {error}"
         )
 
     def _last_words(self, says: str) -> list[Frame] | None:

@@ -35,6 +35,10 @@ IN_WORDS = {
     "state": "the rows that their caches hold, or the shapes of queries",
     "calls": "the number of collectives so far",
 }
+ADVICE = (
+    "All ranks of a group must make the same calls in the same order: open caches, run forwards (idle ones where a rank has nothing to "
+    "do), lockstep and reset alike"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,9 +120,3 @@ def _values(name: str, frames: list[Frame]) -> str:
     if name == "state":
         return "compared by a digest"
     return ", ".join(str(bool(v) if name == "value" else v) for v in (getattr(frame, name) for frame in frames))
-
-
-ADVICE = (
-    "All ranks of a group must make the same calls in the same order: open caches, run forwards (idle ones where a rank has nothing to do), "
-    "lockstep and reset alike"
-)

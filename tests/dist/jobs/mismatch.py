@@ -295,7 +295,8 @@ def leaves_out_a_layer(scene: Scene) -> None:
 def a_model_raises_in_one_layer(scene: Scene) -> None:
     """Through attach: a hook of the user's raises on rank 1, which goes on with another prompt."""
     model = tiny_model("qwen3_moe")
-    with pikv_ds.attach(model, {"timeout_s": SHORT_S if scene.rank else 2 * SHORT_S, "storage": OWN}, scene.group) as cache, torch.no_grad():
+    block = {"timeout_s": SHORT_S if scene.rank else 2 * SHORT_S, "storage": OWN}
+    with pikv_ds.attach(model, block, scene.group) as cache, torch.no_grad():
         handle = None
         if scene.rank:
             handle = model.model.layers[1].register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(Raised()))

@@ -178,7 +178,8 @@ def play(seed: int) -> tuple[str, str, float, bool]:
         for number, run in player.runs.items():
             if made[number]["block"] in ("plain", "late", "raw"):
                 for one, other in zip(run.outputs, alone.runs[number].outputs, strict=True):
-                    torch.testing.assert_close(one, other, rtol=0, atol=1e-4)
+                    off = float((one.nan_to_num() - other.nan_to_num()).abs().max()) if one.shape == other.shape else float("inf")
+                    assert off <= 1e-4, f"seed {seed}, {how!r}, cache {number} of {made}: off by {off:.1e} from this rank alone"
     dist.destroy_process_group(scene.group)
     return how, outcome, seconds, compared
 
