@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pikv_ds.blueprint.blueprint import Blueprint
 from pikv_ds.config.pikv import PiKVConfig
+from pikv_ds.errors import UnsupportedError
 from pikv_ds.exchange.digest import digest
 from pikv_ds.exchange.exchange import Exchange
 from pikv_ds.exchange.turn import Told
@@ -132,6 +133,8 @@ class PiKVCache(HostFace):
         """Finish a forward: late entries go home, pages leave windows and budgets, slabs are returned, late errors are raised (on all
         ranks alike)."""
         step = self.step
+        if step is None:
+            raise UnsupportedError("a forward of this cache has ended and no layer has called attend: its tokens are stored nowhere")
         self.ways[self.agreement.mode].flush(step)
         if self.selection is not None:
             self.selection.end_step()

@@ -12,7 +12,7 @@ from torch import Tensor
 from pikv_ds.errors import ConfigError, PeerError
 
 from .deadline import Deadline
-from .frame import WORDS, Frame, Kind, check, listed
+from .frame import ADVICE, WORDS, Frame, Kind, check, listed
 from .group_state import state_of
 from .turn import Told, Turn, differing
 
@@ -178,15 +178,15 @@ class Exchange:
 
     def _failed(self, what: str, says: str, waited_s: float, error: RuntimeError) -> PeerError:
         """The group is out of step from here on. Where the others still listen, they learn what this rank was doing, and it of them."""
-        said = None
-        if self._deadline.timed and waited_s >= self.timeout_s:
-            said = self._last_words(says)
-        told = f" The others said: {listed(said)}." if said else ""
-        self.state.broken = f"rank {self.rank} got no answer in {what}{'; ' + listed(said) if said else ''}"
+        said = self._last_words(says) if self._deadline.timed and waited_s >= self.timeout_s else None
+        late = f"within pikv.timeout_s = {self.timeout_s:g} s"
+        if said is not None:
+            self.state.broken = f"the ranks were not in step: {listed(said)}"
+            return PeerError(f"rank {self.rank} of {self.size}: {what} failed {late}; {self.state.broken}. {ADVICE}. Cause: {error}")
+        self.state.broken = f"rank {self.rank} got no answer in {says}"
         return PeerError(
-            f"rank {self.rank} of {self.size}: {what} failed within pikv.timeout_s = {self.timeout_s:g} s. A rank of the group died, "
-            f"raised, gave up waiting, or runs a different number of forwards (use generate(synced_gpus=True) or .lockstep()).{told} "
-            f"Cause: {error}"
+            f"rank {self.rank} of {self.size}: {what} failed {late}. A rank of the group died, raised, gave up waiting, or runs a different "
+            f"number of forwards (use generate(synced_gpus=True) or .lockstep()). Cause: {error}"
         )
 
     def _last_words(self, says: str) -> list[Frame] | None:
