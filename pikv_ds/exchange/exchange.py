@@ -185,8 +185,8 @@ class Exchange:
             return PeerError(f"rank {self.rank} of {self.size}: {what} failed {late}; {self.state.broken}. {ADVICE}. Cause: {error}")
         self.state.broken = f"rank {self.rank} got no answer in {says}"
         return PeerError(
-            f"rank {self.rank} of {self.size}: {what} failed {late}. A rank of the group died, raised, gave up waiting, or runs a different "
-            f"number of forwards (use generate(synced_gpus=True) or .lockstep()). Cause: {error}"
+            f"rank {self.rank} of {self.size}: {what} failed {late}. A rank of the group died, raised, gave up waiting, or runs "
+            f"a different number of forwards (use generate(synced_gpus=True) or .lockstep()). Cause: {error}"
         )
 
     def _last_words(self, says: str) -> list[Frame] | None:
