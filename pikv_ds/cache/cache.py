@@ -135,6 +135,7 @@ class PiKVCache(HostFace):
         step = self.step
         if step is None:
             raise UnsupportedError("a forward of this cache has ended and no layer has called attend: its tokens are stored nowhere")
+        self.exchange.turn.finish()
         self.ways[self.agreement.mode].flush(step)
         if self.selection is not None:
             self.selection.end_step()
@@ -215,7 +216,9 @@ class PiKVCache(HostFace):
             self.exchange.turn.step(layer, (q.shape[2], q.dtype, k.dtype))
             if self.agreement.mode is None:
                 self.agree(self.exchange.headers("opening the first forward"), query.k)
-        return self.ways[self.agreement.mode or "local"].attend(query)
+        found = self.ways[self.agreement.mode or "local"].attend(query)
+        self.exchange.turn.stepped()
+        return found
 
     def name_experts(self, layer: int, expert_ids: Tensor) -> None:
         """Router `layer` has run: the late entries of that layer know their expert now. expert_ids [B * T] int64."""

@@ -42,7 +42,7 @@ class Turn:
         self.facts_text = b""
         self._route: list[tuple[int, Any]] = [(layer, None) for layer in range(told.num_layers)]
         self._place = self._ended = 0  # layers of the running forward, and of the one before
-        self._opened = self._entered = self._broke_off = self._detour = False
+        self._opened = self._entered = self._broke_off = self._detour = self._inside = False
 
     # ---- told by the cache ---------------------------------------------------------------------------------------------------
 
@@ -50,21 +50,27 @@ class Turn:
         """A forward begins. One before that has made a collective and did not end has broken off."""
         self._broke_off |= self._entered
         self._entered, self._ended, self._place, self.headers = False, self._place, 0, None
+        self._inside = False
+
+    def finish(self) -> None:
+        """No layer follows in this forward, only what is sent at its end. If some were left out, the others must hear of it first."""
+        self._detour |= self._place != len(self._route)
 
     def end(self) -> None:
-        """The forward has ended; if layers were left out, the others must hear of it before the next record."""
+        """The forward has ended."""
         self._entered, self.headers = False, None
-        self._detour |= self._place != len(self._route)
 
     def close(self) -> None:
         """The cache is empty again: its next forward is a first one."""
-        self._opened = self._entered = self._broke_off = False
+        self._opened = self._entered = self._broke_off = self._inside = False
         self._ended = self._place = self.forward = 0
         self.headers = None
 
     def step(self, layer: int, shape: Any) -> None:
         """A layer begins. shape: what besides the layer's specification decides how long its records are."""
         place, self._place = self._place, self._place + 1
+        self._detour |= self._inside  # the layer before was left midway
+        self._inside = True
         if place == len(self._route):
             self._route.append((layer, None))
             self._detour = True
@@ -74,6 +80,10 @@ class Turn:
         told = self.headers is None if place == 0 else shape == self._route[0][1]  # a frame is still to come, or as in the first layer
         self._detour |= known_layer != layer or known is not None or not told
         self._route[place] = (layer, shape)
+
+    def stepped(self) -> None:
+        """The layer has made all its collectives."""
+        self._inside = False
 
     # ---- asked by the exchange -----------------------------------------------------------------------------------------------
 

@@ -11,8 +11,9 @@ _jobs: dict[tuple, JobResult] = {}
 ONE_OF_EACH = [
     "different page_size", "different depth", "more_query_heads", "other_batches_of_the_same_requests", "first_forward_beside_lockstep",
     "decoding_beside_lockstep", "more_forwards_on_one_rank", "another_cache", "another_cache_after_a_third", "reset_on_one_rank",
-    "raises_midway_and_begins_anew", "interrupted_midway_and_in_lockstep", "leaves_out_a_layer", "a_model_raises_in_one_layer",
-    "all_break_off_and_reset", "interleaved_caches_switch_by_one_frame", "short_forwards_on_all_ranks",
+    "raises_midway_and_begins_anew", "interrupted_midway_and_in_lockstep", "leaves_out_a_layer",
+    "leaves_out_the_last_layer_of_a_watched_cache", "a_model_raises_in_one_layer", "all_break_off_and_reset",
+    "interleaved_caches_switch_by_one_frame", "short_forwards_on_all_ranks",
 ]  # fmt: skip
 CHECKED = short_or_long(ONE_OF_EACH, list(MEMBERS))
 # First seed and number of random programs, by ranks.

@@ -26,7 +26,9 @@ class Rank:
             said.append(None if frame is None else frame.kind)
             if frame is not None:
                 self.turn.answered([frame, frame])
+            self.turn.stepped()
         if ends:
+            self.turn.finish()
             self.turn.end()
         return said
 
@@ -60,6 +62,7 @@ def test_a_forward_inside_another_hands_the_turn_back():
     one.turn.step(0, SHAPE)
     one.turn.answered([one.turn.due("layer 0")] * 2)
     assert two.forward() == [FORWARD, None, None]
+    one.turn.stepped()
     one.turn.step(1, SHAPE)
     assert one.turn.due("layer 1").place == 2
 
@@ -85,6 +88,23 @@ def test_a_forward_that_broke_off_before_any_collective_has_told_nobody_anything
     rank.forward()
     rank.turn.begin()
     assert rank.forward() == [None] * 3
+
+
+def test_a_layer_left_midway_and_what_is_sent_at_the_end_of_a_short_forward():
+    rank = Rank(GroupState())
+    rank.forward()
+    rank.turn.begin()
+    rank.turn.step(0, SHAPE)
+    assert rank.turn.due("layer 0") is None
+    rank.turn.step(1, SHAPE)  # without stepped(): layer 0 has raised, and the host went on
+    assert rank.turn.due("layer 1").kind is FORWARD
+    rank.turn.close()
+    rank.forward()
+    rank.turn.begin()
+    rank.turn.step(0, SHAPE)
+    rank.turn.stepped()
+    rank.turn.finish()
+    assert rank.turn.due("what is sent at the end").kind is FORWARD
 
 
 def test_layers_in_another_order_or_of_another_shape():

@@ -281,6 +281,18 @@ def leaves_out_the_last_layer(scene: Scene) -> None:
 
 
 @member
+def leaves_out_the_last_layer_of_a_watched_cache(scene: Scene) -> None:
+    """What is sent at the end of a forward must not meet the record of the last layer."""
+    run = scene.decoding(scheduling=DIFFERENT["budget_ratio"][0]["scheduling"])
+
+    def short() -> None:
+        run.leave_out = (1,)
+        run.chunk([8, 9])
+
+    scene.out_of_step(short, lambda: run.chunk([8, 9]), says=("forward 4 of cache 1",))
+
+
+@member
 def leaves_out_a_layer(scene: Scene) -> None:
     run = scene.decoding(layers=["full", "latent", "window"])
 

@@ -33,6 +33,7 @@ LAYERS = (["full", "window"], ["full", "latent", "window"], ["full"])
 DEPARTURES = (
     "none", "left out", "twice", "lockstep before", "another cache", "reset before", "raises and goes on", "raises and begins anew",
     "interrupted, lockstep", "a layer left out", "other lengths", "made differently", "late", "more rows", "ends",
+    "the first layer left out", "more heads",
 )  # fmt: skip
 Op = tuple  # name, number of a cache, argument
 
@@ -75,6 +76,8 @@ class Player:
         run = self.run(number)
         if name in ("decode", "chunk") and not hasattr(run, "rows"):  # a departure has left out what began it
             name, argument = "prefill", [7] * self.made[number]["rows"]
+        if name == "chunk":
+            argument = argument * 2  # a departure may have doubled the rows
         if name == "lockstep":
             run.cache.ranks.lockstep(argument)
         elif name == "reset":
@@ -115,8 +118,8 @@ def depart(player: Player, how: str, ops: list[Op], at: int) -> list[Op]:
         if how == "interrupted, lockstep":
             player.do(("lockstep", number, False))
         return rest
-    if how == "a layer left out":
-        player.run(number).leave_out = (len(player.made[number]["layers"]) - 1,)
+    if how in ("a layer left out", "the first layer left out"):
+        player.run(number).leave_out = (0 if "first" in how else len(player.made[number]["layers"]) - 1,)
         player.do(op)
         player.run(number).leave_out = ()
         return rest
@@ -124,12 +127,24 @@ def depart(player: Player, how: str, ops: list[Op], at: int) -> list[Op]:
         op = (name, begun[0], argument) if begun[0] != number and name in ("decode", "lockstep", "reset") else ("decode", begun[0], 1)
     if how == "other lengths" and isinstance(argument, list):
         op = (name, number, [length + 1 for length in argument])
+    if how == "more heads":
+        more_heads(player.run(number))
     if how == "more rows" and name == "prefill":
         op = (name, number, argument * 2)
     player.do(op)
     if how == "twice":
         player.do(op)
     return rest
+
+
+def more_heads(run: Broken) -> None:
+    draw = run._draw
+
+    def drawn(*args) -> tuple:
+        q, *rest = draw(*args)
+        return q.repeat_interleave(2, 2), *rest
+
+    run._draw = drawn
 
 
 def block_of(cache: dict, timeout_s: float, **more) -> PiKVConfig:
