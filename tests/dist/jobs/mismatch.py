@@ -59,6 +59,7 @@ class Scene:
     def __init__(self) -> None:
         self.group, self.rank = dist.new_group(), dist.get_rank()
         self.caches: list[PiKVCache] = []
+        dist.barrier()  # a rank that is still connecting would take a peer that has given up for a dead one
 
     def run(self, layers: list[str] = cases.BOTH, *, storage: dict = OWN, num_experts: int = host_core.EXPERTS, **block) -> Broken:
         made = PiKVConfig(**{"page_size": 4, "timeout_s": PATIENT_S, "storage": {"num_shards": 4} | storage} | block)
