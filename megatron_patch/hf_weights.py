@@ -13,7 +13,9 @@ import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
+from pikv_ds.config.pikv import PiKVConfig
 from pikv_ds.errors import UnsupportedError
+from pikv_ds.exchange.exchange import Exchange
 
 from .hf_config import head_dim, moe_layers
 
@@ -108,8 +110,14 @@ def load_hf_weights(model: GPTModel, hf_config, weights: Mapping[str, Tensor]) -
 
 
 def gather_hf_weights(model: GPTModel, hf_config) -> dict[str, Tensor]:
-    """The whole model as a transformers state_dict, on every rank. Collective over the tensor- and expert-parallel groups."""
+    """The whole model as a transformers state_dict, on every rank. Collective over the tensor- and expert-parallel groups.
+
+    Raises: PeerError on all ranks of a group when one of them is in a forward of a cache.
+    """
     own, weights = dict(model.named_parameters()), {}
+    device, groups = next(iter(own.values())).device, model.pg_collection
+    for group in dict.fromkeys((groups.tp, groups.expt_tp, groups.ep)):
+        Exchange(group, PiKVConfig().timeout_s, device).meet("gathering the weights of the model")  # a cache may use the same group
     for rule in rules(hf_config):
         names = _names(rule, model)
         part = torch.stack([own[name].detach() for name in names]) if rule.experts else own[names[0]].detach()

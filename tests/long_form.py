@@ -6,6 +6,8 @@ What it adds is said beside each use of LONG: products of things that the short 
 - tests/dist/test_exact.py: every family on 4 ranks, short: a window, a latent, sinks; every family x source of expert ids x placement,
   short: every placement with one family, and on 4 ranks that family; the error of bf16 over 16 windows of text, short: 5.
 - tests/dist/test_evict.py, tests/dist/test_selection.py: every policy and router on 4 ranks, short: one of each kind; all of them on 2.
+- tests/dist/test_mismatch.py: every way for ranks to be out of step, short: one of each sort; 300 random programs on 2 ranks and 150 on 3,
+  short: 3.
 - tests/dist, tests/megatron: every rank is an interpreter of its own; short: forked with the imports done (tests/dist/warm.py).
 - tests/adapters: training, MoE layers and pairs of ranks under DeepSpeed's launcher; short: with the variables that it sets, while
   tests/adapters/test_deepspeed_launch.py and the inference engines start it.

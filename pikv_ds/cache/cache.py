@@ -13,8 +13,10 @@ from torch import Tensor
 
 from pikv_ds.blueprint.blueprint import Blueprint
 from pikv_ds.config.pikv import PiKVConfig
+from pikv_ds.errors import UnsupportedError
 from pikv_ds.exchange.digest import digest
 from pikv_ds.exchange.exchange import Exchange
+from pikv_ds.exchange.turn import Told
 from pikv_ds.ops.build import load
 from pikv_ds.pages.layers import RankPages
 from pikv_ds.pages.rows import RowChange
@@ -30,6 +32,7 @@ from pikv_ds.tiers.bases import RequestBases
 from pikv_ds.tiers.behind import PoolsBehind
 from pikv_ds.tiers.window import RawWindow
 
+from .alike import alike
 from .distinct import DistinctWay
 from .face import HostFace
 from .reader import Reader
@@ -57,7 +60,13 @@ class PiKVCache(HostFace):
     ) -> None:
         """holders: per shard the ranks that hold it (placement/shard_map.py), equal on all ranks; None = neighbouring shards on a rank."""
         self.layers, self.config, self.dtype, self.device = layers, config, dtype, device
-        self.exchange = Exchange(group, config.timeout_s)
+        told = Told(
+            len(layers),
+            facts=partial(alike, config, layers, num_experts, dtype, holders),
+            header=lambda: self.agreement.header(self.local, self.hold),
+            state=lambda: self.agreement.known(),
+        )
+        self.exchange = Exchange(group, config.timeout_s, device, told)
         load.ensure(device.type)  # built here if at all, not in the first forward
         blueprint = Blueprint.of(config, layers, dtype, ranks=self.exchange.size, num_experts=num_experts).to(device)
         self.blueprint, plan, policy = blueprint, blueprint.pages, blueprint.policy
@@ -106,12 +115,14 @@ class PiKVCache(HostFace):
         self.hold = False
         self._start(0)
         self.agreement.forget()
+        self.exchange.turn.close()
         if self.bases is not None:
             self.bases.reset()
 
     def begin_step(self, local: LocalStep) -> None:
         """Announce this rank's part of the next forward. No communication yet: it rides in the first layer's record."""
         self.local, self.step = local, None
+        self.exchange.turn.begin()
         if self.bases is not None:
             self.bases.begin(local)
         self.hold = self.hold_margin is not None
@@ -122,6 +133,9 @@ class PiKVCache(HostFace):
         """Finish a forward: late entries go home, pages leave windows and budgets, slabs are returned, late errors are raised (on all
         ranks alike)."""
         step = self.step
+        if step is None:
+            raise UnsupportedError("a forward of this cache has ended and no layer has called attend: its tokens are stored nowhere")
+        self.exchange.turn.finish()
         self.ways[self.agreement.mode].flush(step)
         if self.selection is not None:
             self.selection.end_step()
@@ -130,6 +144,7 @@ class PiKVCache(HostFace):
             self.pages.shrink()
         if self.config.storage.overflow == "error":
             self.pages.counters.raise_if_overflowed(step.capacity)
+        self.exchange.turn.end()
         self.step = self.local = None
 
     def agree(self, headers: list[list[int]], k: Tensor) -> None:
@@ -197,10 +212,13 @@ class PiKVCache(HostFace):
     def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, v_dim: int, expert_ids: Routed | Tensor | None) -> Partial:
         """From here down keys, values and outputs are as wide as the nearest pages hold them."""
         query = Query(layer, q, k.flatten(0, 1), v.flatten(0, 1), scale, v_dim, expert_ids)
-        if self.exchange.size > 1 and self.agreement.mode is None:
-            headers = self.exchange.gather_ints(self.agreement.header(self.local, self.hold), self.device, "opening the first forward")
-            self.agree(headers, query.k)
-        return self.ways[self.agreement.mode or "local"].attend(query)
+        if self.exchange.size > 1:
+            self.exchange.turn.step(layer, (q.shape[2], q.dtype, k.dtype))
+            if self.agreement.mode is None:
+                self.agree(self.exchange.headers("opening the first forward"), query.k)
+        found = self.ways[self.agreement.mode or "local"].attend(query)
+        self.exchange.turn.stepped()
+        return found
 
     def name_experts(self, layer: int, expert_ids: Tensor) -> None:
         """Router `layer` has run: the late entries of that layer know their expert now. expert_ids [B * T] int64."""

@@ -2,7 +2,8 @@
 
 A forward in steady decoding needs no collective of its own: every record carries a header, and the header of the first record of
 the forward is read by all ranks. If it says that some rank does something else (a new request, several tokens, a beam fork, a crop),
-all ranks see that and exchange the rows of all requests before they go on.
+all ranks see that and exchange the rows of all requests before they go on. Where the ranks can't know what the others are about to
+do, a frame goes before the record and carries the header (pikv_ds/exchange/turn.py).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pikv_ds.errors import DivergedError
+from pikv_ds.errors import DivergedError, PeerError, UnsupportedError
 from pikv_ds.exchange.exchange import Exchange
 from pikv_ds.exchange.wire import HEADER
 
@@ -51,6 +52,10 @@ class Agreement:
     @property
     def own(self) -> int:
         return self.exchange.rank if self.mode == "distinct" else 0
+
+    def known(self) -> tuple:
+        """What decides how long the next records are; equal on all ranks that are in step."""
+        return self.mode, self.num_rows, self.lens
 
     def forget(self) -> None:
         self.mode, self.num_rows, self.lens = None, [], []
@@ -99,6 +104,8 @@ class Agreement:
     def agree(self, step: LocalStep, headers: list[list[int]], layer0_digest: Callable[[], int]) -> Agreed:
         """Agree on a forward that is not plain. `layer0_digest()` is called on all ranks or on none. Host phase, 0 to 2 collectives."""
         restart = self.all_fresh(headers)
+        if self.mode is None and not restart:
+            self._refuse_to_continue(headers)
         if restart:
             self.mode = self._decide(headers, layer0_digest)
         elif self.mode == "replicated":
@@ -106,6 +113,14 @@ class Agreement:
         if self.mode in ("replicated", "local"):
             return Agreed([(step.num_rows, step.num_columns)], step.parent, step.keep, step.num_new, restart, step.identity)
         return self._agree_distinct(step, headers, restart)
+
+    def _refuse_to_continue(self, headers: list[list[int]]) -> None:
+        """All ranks call this with the same headers. The caches are empty, so every row must be a new request."""
+        told = "; ".join(f"rank {r}: {'new requests' if h[0] & FRESH else 'goes on with earlier rows'}" for r, h in enumerate(headers))
+        raise (UnsupportedError if len(headers) == 1 else PeerError)(
+            f"the first forward after a reset, or of a new cache, goes on with rows that the cache does not hold ({told}); start new "
+            f"requests on every rank"
+        )
 
     def _decide(self, headers: list[list[int]], layer0_digest: Callable[[], int]) -> str:
         if self.exchange.size == 1:
@@ -117,15 +132,14 @@ class Agreement:
             return "replicated"
         if any(h != headers[0] for h in headers):
             return "distinct"
-        value = layer0_digest()
-        keys = self.exchange.gather_ints([value], self.device, "comparing the first layer's keys")
+        keys = self._of_all([layer0_digest()], "comparing the first layer's keys")
         return "replicated" if all(k == keys[0] for k in keys) else "distinct"
 
     def _agree_distinct(self, step: LocalStep, headers: list[list[int]], restart: bool) -> Agreed:
         widest = max(h[1] for h in headers)
         rows = [*zip(step.parent, step.keep, step.num_new, strict=True)]
         rows += [(-1, 0, 0)] * (widest - len(rows))
-        gathered = self.exchange.gather_ints([x for row in rows for x in row], self.device, "exchanging the rows of all requests")
+        gathered = self._of_all([x for row in rows for x in row], "exchanging the rows of all requests")
         parent, keep, num_new, row0 = [], [], [], 0
         for rank, (header, flat) in enumerate(zip(headers, gathered, strict=True)):
             for b in range(header[1]):
@@ -137,6 +151,10 @@ class Agreement:
         shapes = [(h[1], h[2]) for h in headers]
         identity = not restart and parent == list(range(len(self.lens))) and keep == self.lens
         return Agreed(shapes, parent, keep, num_new, restart, identity)
+
+    def _of_all(self, values: list[int], what: str) -> list[list[int]]:
+        """The integers of every rank, all of which know from the headers how many there are. Sync: reads them back."""
+        return self.exchange.all_gather(torch.tensor(values, dtype=torch.int64, device=self.device), what).tolist()
 
     def commit(self, agreed: Agreed) -> tuple[list[int], list[int]]:
         """Take over the rows; returns the tokens of every row before and after the forward."""

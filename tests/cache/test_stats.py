@@ -33,15 +33,21 @@ def test_dense_bytes(itemsize, spec, columns, per_row):
 class Mirror(Exchange):
     """G ranks that all do what this one does: counts as the real exchange, delivers this rank's own blocks."""
 
-    def __init__(self, size: int) -> None:
-        super().__init__(None, 1.0)
+    def __init__(self, size: int, told) -> None:
+        super().__init__(None, 1.0, told=told)
         self.size = size
 
+    def rows(self, row, what, device=None, says=None):
+        self._count(2 * (self.size - 1) * row.nbytes)
+        return row.expand(self.size, -1).tolist()
+
     def all_gather(self, block, what):
+        self._say_first(what)
         self._count((self.size - 1) * block.nbytes)
         return block.expand(self.size, *block.shape).contiguous()
 
     def all_to_all(self, block, send_rows, what):
+        self._say_first(what)
         self._count((sum(send_rows) - send_rows[0]) * block[0].nbytes)
         return block[: send_rows[0]].expand(self.size, -1, *block.shape[1:]).contiguous()
 
@@ -53,7 +59,7 @@ class Mirror(Exchange):
 def test_a_decode_step_sends_what_the_formula_says(mode, collectives, num_ranks, num_rows, dtype):
     config = PiKVConfig(page_size=4, storage={"num_shards": 4, "requests": mode})
     cache = PiKVCache(LAYERS, config, num_experts=8, dtype=dtype, device=torch.device("cpu"))
-    cache.exchange = cache.agreement.exchange = Mirror(num_ranks)
+    cache.exchange = cache.agreement.exchange = Mirror(num_ranks, cache.exchange.turn.told)
     for step in range(3):
         columns, before = (5, 0) if step == 0 else (1, 4 + step)
         positions = torch.arange(before, before + columns, dtype=torch.int32).repeat(num_rows, 1)

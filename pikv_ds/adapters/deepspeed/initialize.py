@@ -122,7 +122,7 @@ def _add_cache(engine: Any, config: PiKVConfig, members: Sequence[int], group_na
     # Both answers come from the configuration, so all ranks agree on making the writer's collective.
     monitor = getattr(engine, "monitor", None)
     if config.monitor.enabled and monitor is not None and monitor.enabled:
-        writer = MonitorWriter(monitor, engine.pikv, group, group_name, config.monitor.interval)
+        writer = MonitorWriter(monitor, engine.pikv, group, group_name, config.monitor.interval, config.timeout_s)
         engine.pikv.end_of_step_callbacks.append(writer)
 
 

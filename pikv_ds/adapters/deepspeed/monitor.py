@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
+from pikv_ds.exchange.exchange import Exchange
+
 
 class HasStats(Protocol):
     def stats(self) -> dict[str, Any]: ...
@@ -16,12 +18,16 @@ class HasStats(Protocol):
 class MonitorWriter:
     """End-of-step callback: every `interval` steps, reduce stats() over the group and write them.
 
-    One collective per write, made by every rank of the group. DeepSpeed's monitor writes on global rank 0
-    only, so the group that is written is the one that rank 0 belongs to.
+    Two collectives per write, made by every rank of the group: a frame, for ranks that are out of step, and the sum. DeepSpeed's monitor
+    writes on global rank 0 only, so the group that is written is the one that rank 0 belongs to.
     """
 
-    def __init__(self, monitor: Any, cache: HasStats, group: dist.ProcessGroup | None, group_name: str, interval: int) -> None:
+    def __init__(
+        self, monitor: Any, cache: HasStats, group: dist.ProcessGroup | None, group_name: str, interval: int, timeout_s: float = 300
+    ) -> None:
         self._monitor, self._cache, self._group = monitor, cache, group
+        self._device = torch.device(get_accelerator().current_device_name())
+        self._exchange = Exchange(group, timeout_s, self._device)
         self._prefix, self._interval = f"PiKV/{group_name}", interval
 
     def __call__(self, step: int) -> None:
@@ -40,7 +46,8 @@ class MonitorWriter:
         if self._group is None:
             return {name: [value] for name, value in own.items()}
         # Each rank fills its own row of zeros: one sum gives all rows, from which totals and maxima follow.
-        table = torch.zeros(dist.get_world_size(self._group), len(own), dtype=torch.float64, device=get_accelerator().current_device_name())
+        self._exchange.meet("writing numbers of the cache to DeepSpeed's monitor", len(own))
+        table = torch.zeros(dist.get_world_size(self._group), len(own), dtype=torch.float64, device=self._device)
         table[dist.get_rank(self._group)] = torch.tensor(list(own.values()), dtype=torch.float64)
         dist.all_reduce(table, group=self._group)
         return dict(zip(own, table.T.tolist(), strict=True))

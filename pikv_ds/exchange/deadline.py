@@ -1,0 +1,46 @@
+"""How long a collective may take. Gloo only: NCCL's own watchdog bounds its collectives on the device without blocking the host."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+LAST_WORDS_S = 10.0  # longest wait for the other ranks' last frame
+
+
+class Deadline:
+    """Waits for collectives of one group.
+
+    A collective that nobody answers keeps a thread of gloo's until the group's own timeout, half an hour by default, and a process that
+    ends waits for that thread. So each is started with a deadline of its own, a little after the one at which the wait ends: when it
+    passes, gloo closes the connections of the group, and ranks that still wait on it hear of it at once.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None, timeout_s: float) -> None:
+        self.timed = group is not None and dist.get_backend(group) == "gloo"
+        last_words_s = min(timeout_s / 2, LAST_WORDS_S)
+        self._wait, self._own = timedelta(seconds=timeout_s), timedelta(seconds=timeout_s + last_words_s)
+        self._last_words = timedelta(seconds=last_words_s)
+        self._backend = group._get_backend(torch.device("cpu")) if self.timed else None
+
+    def wait(self, start: Callable[[], dist.Work]) -> None:
+        """Raises: RuntimeError when it failed or took too long."""
+        if not self.timed:
+            start().wait()
+        else:
+            self._started(start, self._own).wait(self._wait)
+
+    def wait_briefly(self, start: Callable[[], dist.Work]) -> None:
+        """For a last frame. When it is not answered the connections of the group are closed."""
+        self._started(start, self._last_words).wait(self._last_words + timedelta(seconds=1))
+
+    def _started(self, start: Callable[[], dist.Work], deadline: timedelta) -> dist.Work:
+        of_group = self._backend.options._timeout  # torch offers no deadline for a single collective
+        self._backend._set_default_timeout(deadline)
+        try:
+            return start()
+        finally:
+            self._backend._set_default_timeout(of_group)
