@@ -24,6 +24,16 @@ class HostFace:
         return self.exchange
 
     @property
+    def number(self) -> int:
+        """Of this cache on its group, equal on all ranks; 0 before its first forward, or on one rank."""
+        return 0 if self.exchange.turn is None else self.exchange.turn.cache
+
+    def retire(self) -> None:
+        """Drop every entry; the next forward is that of another cache, with a number of its own."""
+        self.reset()
+        self.exchange.turn.cache = 0
+
+    @property
     def replicated(self) -> bool | None:
         """Whether several ranks hold the same requests, as they have agreed; None before the first forward of a group."""
         return None if self.agreement.mode is None else self.agreement.mode == "replicated"

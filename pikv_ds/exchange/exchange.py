@@ -79,10 +79,14 @@ class Exchange:
 
     def lockstep(self, active: bool) -> bool:
         """True while any rank of the group is active; every rank calls it. One frame, whatever caches live on the group."""
+        return any(went_on for went_on, _ in self.lockstep_with(active))
+
+    def lockstep_with(self, active: bool, words: tuple[int, ...] = ()) -> list[tuple[bool, tuple[int, ...]]]:
+        """The same, with up to 8 integers that need not be equal: (active, its words, then zeros) of every rank."""
         if self.size == 1:
-            return active
-        frame = Frame(kind=Kind.LOCKSTEP, what="lockstep", value=int(active), calls=self.state.calls)
-        return any(said.value for said in self._meet(frame))
+            return [(active, words)]
+        frame = Frame(kind=Kind.LOCKSTEP, what="lockstep", value=int(active), calls=self.state.calls, payload=words)
+        return [(bool(said.value), said.payload) for said in self._meet(frame)]
 
     def gather_ints(self, values: list[int], device: torch.device, what: str) -> list[list[int]]:
         """At most 8 integers of every rank, between forwards, by way of `device`. All ranks call it with the same `what`. One frame.

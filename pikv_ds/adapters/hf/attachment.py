@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from weakref import WeakSet, finalize
 
+import torch
 import torch.distributed as dist
 
 from pikv_ds.adapters.penalty import RouterPenalty
@@ -14,12 +15,13 @@ from pikv_ds.config.pikv import PiKVConfig
 from pikv_ds.errors import UnsupportedError
 from pikv_ds.spec import LayerSpec
 
-from .cache import AttachedCache
+from .cache import AttachedCache, HFCache
 from .conversation import Conversation
 from .expert_ids import ExpertIds, count_experts, load_gate
 from .fingerprint import check_calibration
 from .host import Host
 from .host_penalty import HostPenalty
+from .lockstep import lockstep_of
 from .rotation import check_rotations
 from .router_output import check_gates, count_gate_experts, find_router
 
@@ -53,6 +55,7 @@ class Attachment:
             width = specs[0].num_kv_heads * specs[0].k_dim
             gate = load_gate(config.storage.gate_path, len(specs), self._num_experts, width).to(self._device)
         core = self._core(len(specs))
+        self._exchange = core.ranks
         check_has_experts(core.blueprint.router, num_experts, host.name)
         check_calibration(core, host.attentions)
         check_rotations(host.model, specs, core.rotations)
@@ -62,6 +65,8 @@ class Attachment:
             self.penalty = HostPenalty(penalty, core, routers, text.hidden_size, host.name)
         self._expert_ids = ExpertIds(config.storage.expert_ids, routers, host.attentions, gate, self.penalty)
         self._spare[len(specs)] = [core]
+        self.lockstep = lockstep_of(group)
+        self._number = self.lockstep.add(self)
 
     def _core(self, num_layers: int) -> PiKVCache:
         return PiKVCache(
@@ -73,25 +78,36 @@ class Attachment:
             group=self.group,
         )
 
-    def take(self) -> Conversation:
+    @property
+    def num_layers(self) -> int:
+        """Of the caches that are made now: fewer while generate() drafts with the first layers alone."""
+        return self.host.num_layers
+
+    def take(self, num_layers: int | None = None) -> Conversation:
         """A conversation of its own, empty. It gives its store back when the last that holds it goes."""
         if self._over:
             raise UnsupportedError(f"{self.host.name} was detached; attach it again to make caches")
-        num_layers = self.host.num_layers  # fewer while generate() drafts with the first layers alone
+        num_layers = num_layers or self.num_layers
         spare = self._spare.setdefault(num_layers, [])
         core = spare.pop() if spare else self._core(num_layers)
-        conversation = Conversation(core, self.host.name, self._expert_ids)
+        conversation = Conversation(core, self.host.name, self._expert_ids, self.lockstep, self._number)
         self.live.add(conversation)
         finalize(conversation, self._give_back, core).atexit = False
         return conversation
 
     def _give_back(self, core: PiKVCache) -> None:
-        core.reset()
+        core.retire()
         spare = self._spare.setdefault(len(core.layers), [])
         if len(spare) < SPARE_CORES and not self._over:
             spare.append(core)
         if self.attached is None and not list(self.live):
             self.detach()
+
+    @torch.no_grad()
+    def run_idle(self, conversation: Conversation) -> None:
+        """A forward without tokens, for the other ranks of the group."""
+        with self.host.layers_limited(len(conversation.layers)):
+            self.host.model(**conversation.idle_inputs(), past_key_values=HFCache.of(conversation))
 
     def count_step(self) -> None:
         self.steps += 1
@@ -106,6 +122,12 @@ class Attachment:
         if self._over:
             return
         self._over = True
+        try:
+            self.lockstep.leave(self._exchange)
+        finally:
+            self._remove()
+
+    def _remove(self) -> None:
         with self.host.lock:
             for conversation in list(self.live):
                 conversation.end("has ended: the model was detached")

@@ -70,14 +70,15 @@ class HFCache(Cache):
         """True while any rank of the group is active. For own loops: every rank calls it once per iteration.
 
         while cache.lockstep(have_work): model(**(my_inputs if have_work else cache.idle_inputs()))
+
+        Other ranks may run generate() meanwhile; they end with such a loop as well, as they may generate again. One frame per call.
         """
-        ranks = self.core.ranks
-        flags = ranks.gather_ints([int(active)], self.core.device, "lockstep") if ranks.size > 1 else [[active]]
-        return any(flag for (flag,) in flags)
+        return self.conversation.lockstep.ask(active, self.conversation)
 
     def idle_inputs(self) -> dict:
         """Inputs of a forward that stores nothing, changes nothing and whose output means nothing: for a rank that only keeps step."""
-        return {**self.conversation.idle_inputs(), "past_key_values": self}
+        conversation = self.conversation.lockstep.awaited(self.conversation)
+        return {**conversation.idle_inputs(), "past_key_values": HFCache.of(conversation)}
 
     # ---- rows, as transformers moves them ------------------------------------------------------------------------------------
 
@@ -142,6 +143,9 @@ class Owner(Protocol):
     steps: int
     penalty: HostPenalty | None
 
+    @property
+    def num_layers(self) -> int: ...
+
     def take(self) -> Conversation: ...
 
     def detach(self) -> None: ...
@@ -199,17 +203,18 @@ class AttachedCache(HFCache):
 
     def _unused(self) -> bool:
         """Whether the conversation is empty and nobody else has it."""
-        conversation = self.conversation
-        return conversation.fresh and (conversation.face is None or conversation.face() is None)
+        return self.conversation.fresh and not self._shared()
+
+    def _shared(self) -> bool:
+        return self.conversation.face is not None and self.conversation.face() is not None
 
     def _follow(self) -> None:
-        """Stand for a new conversation."""
-        self.conversation = self.owner.take()  # the one before ends here, if nobody else has it, before a forward stores anything
-        self.layers = self.conversation.layers
-
-    def idle_inputs(self) -> dict:
-        """Inputs of a forward that stores nothing, changes nothing and whose output means nothing: for a rank that only keeps step."""
-        return HFCache.of(self.conversation).idle_inputs()
+        """Stand for a new conversation; the one so far ends if nobody else has it."""
+        if self._shared() or len(self.layers) != self.owner.num_layers:
+            self.conversation = self.owner.take()
+            self.layers = self.conversation.layers
+        else:
+            self.conversation.begin()
 
     @property
     def end_of_step_callbacks(self) -> list[Callable[[int], None]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from contextlib import ExitStack
+from typing import Protocol
 from weakref import ref
 
 import torch
@@ -16,12 +17,24 @@ from pikv_ds.errors import UnsupportedError
 from .expert_ids import ExpertIds
 
 
+class InStep(Protocol):
+    """What keeps the ranks in step (lockstep.py)."""
+
+    def before_forward(self, conversation: Conversation) -> None: ...
+
+    def opened(self, conversation: Conversation) -> None: ...
+
+    def ask(self, active: bool, conversation: Conversation) -> bool: ...
+
+    def awaited(self, otherwise: Conversation) -> Conversation: ...
+
+
 class Conversation:
     """B rows. Several cache objects may stand for one conversation; its entries are dropped when the last of them goes, or on end()."""
 
-    def __init__(self, core: PiKVCache, model: str, expert_ids: ExpertIds) -> None:
-        """model: what the user calls it, for errors. expert_ids: where the experts of its entries come from."""
-        self.expert_ids = expert_ids
+    def __init__(self, core: PiKVCache, model: str, expert_ids: ExpertIds, lockstep: InStep, attachment: int) -> None:
+        """model: what the user calls it, for errors. expert_ids: where the experts of its entries come from. attachment: who made it."""
+        self.expert_ids, self.lockstep, self.attachment = expert_ids, lockstep, attachment
         self.held, self.model = core, model
         self.ended: str | None = None
         """Why nothing more can be asked of it."""

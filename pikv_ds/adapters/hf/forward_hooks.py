@@ -46,6 +46,7 @@ class ForwardHooks:
         if given.get("output_attentions"):
             raise UnsupportedError("output_attentions is set: attention weights are never materialised; unset it or detach")
         self.abandon()
+        cache.conversation.lockstep.before_forward(cache.conversation)
         self.host.lock.acquire()
         try:
             self._start(cache, given)
@@ -119,6 +120,11 @@ class ForwardHooks:
         self.config._attn_implementation = "pikv"
 
     def check_use(self, conversation: Conversation) -> None:
+        if len(conversation.layers) != self.host.num_layers:
+            raise UnsupportedError(
+                f"this PiKV cache of {conversation.model} has {len(conversation.layers)} layers, the forward {self.host.num_layers} "
+                "(num_hidden_layers); make a cache while the number is what it will be"
+            )
         if conversation.broken and not conversation.fresh:
             raise RuntimeError(
                 "an earlier forward failed midway, so the layers hold different tokens; call reset() on all ranks or start a new generation"
@@ -141,6 +147,7 @@ class ForwardHooks:
             conversation.core.end_step()
             conversation.finish_forward(*forward.growth)
             conversation.broken = False
+            conversation.lockstep.opened(conversation)
         finally:
             self.host.lock.release()
         self.host.attachment_of(forward.cache).count_step()

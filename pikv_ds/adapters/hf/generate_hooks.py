@@ -44,7 +44,10 @@ class GenerateHooks:
         generation = Generation()
         self.host.running.generations.append(generation)
         try:
-            return self._generate(*args, **kwargs)
+            if cache is None or cache.core.ranks.size == 1 or is_deepspeed_zero3_enabled():
+                return self._generate(*args, **kwargs)
+            with cache.conversation.lockstep.generating(cache.core.ranks):
+                return self._generate(*args, **kwargs)
         finally:
             self.forwards.abandon()  # a forward that Ctrl-C broke off
             self.host.running.generations.remove(generation)
@@ -80,19 +83,16 @@ class GenerateHooks:
         return None if made else self._prepare_cache(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
 
     def has_unfinished_sequences(self, this_peer_finished: bool, synced_gpus: bool, device) -> bool:
-        """Whether this rank's loop goes on. A finished rank stays here and runs idle forwards until the whole group has finished.
+        """Whether this rank's loop goes on. A finished rank leaves it, and keeps step in Lockstep.generating.
 
         transformers would let it run its loop on with dummy tokens; assisted decoding then asks its assistant for -1 tokens.
         """
         generations = self.host.running.generations
         cache = generations[-1].cache if generations else None
-        if cache is None or not synced_gpus or cache.core.ranks.size == 1 or is_deepspeed_zero3_enabled():
-            # ZeRO-3 gathers parameters over the whole world and keeps it in step itself; a finished rank's dummy tokens are not stored.
-            if cache is not None:
-                cache.conversation.idle = bool(synced_gpus and this_peer_finished)
+        if cache is None or not synced_gpus or cache.core.ranks.size == 1:
             return self._unfinished(this_peer_finished, synced_gpus, device)
-        while cache.lockstep(not this_peer_finished):
-            if not this_peer_finished:
-                return True
-            self.host.model(**cache.idle_inputs())
-        return False
+        if is_deepspeed_zero3_enabled():
+            # ZeRO-3 gathers parameters over the whole world and keeps it in step itself; a finished rank's dummy tokens are not stored.
+            cache.conversation.idle = bool(this_peer_finished)
+            return self._unfinished(this_peer_finished, synced_gpus, device)
+        return not this_peer_finished

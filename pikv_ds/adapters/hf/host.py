@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Protocol
 from weakref import WeakKeyDictionary, WeakSet, ref
 
@@ -51,6 +53,16 @@ class Host:
     def num_layers(self) -> int:
         """Layers that a forward runs; generate() lowers the number for a while when it drafts with the first ones."""
         return min(self.decoder.config.get_text_config(decoder=True).num_hidden_layers, len(self.specs))
+
+    @contextmanager
+    def layers_limited(self, num_layers: int) -> Iterator[None]:
+        """Forwards inside run the first layers alone, as generate() drafts with them."""
+        text = self.decoder.config.get_text_config(decoder=True)
+        before, text.num_hidden_layers = text.num_hidden_layers, num_layers
+        try:
+            yield
+        finally:
+            text.num_hidden_layers = before
 
     @property
     def attached(self) -> AttachedCache | None:
