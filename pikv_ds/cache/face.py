@@ -28,6 +28,15 @@ class HostFace:
         """Of this cache on its group, equal on all ranks; 0 before its first forward, or on one rank."""
         return 0 if self.exchange.turn is None else self.exchange.turn.cache
 
+    @property
+    def holds_others(self) -> bool:
+        """Whether other ranks have tokens of requests of their own in it."""
+        agreement = self.agreement
+        if agreement.mode != "distinct":
+            return False
+        own = sum(agreement.num_rows[: agreement.own])
+        return any(agreement.lens[:own]) or any(agreement.lens[own + agreement.num_rows[agreement.own] :])
+
     def retire(self) -> None:
         """Drop every entry; the next forward is that of another cache, with a number of its own."""
         self.reset()

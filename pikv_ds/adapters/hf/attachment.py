@@ -96,12 +96,20 @@ class Attachment:
         return conversation
 
     def _give_back(self, core: PiKVCache) -> None:
+        self.lockstep.dropped(core.number)
         core.retire()
         spare = self._spare.setdefault(len(core.layers), [])
         if len(spare) < SPARE_CORES and not self._over:
             spare.append(core)
         if self.attached is None and not list(self.live):
             self.detach()
+
+    def join(self, num_layers: int) -> Conversation:
+        """The conversation of a cache that another rank opens: what this rank would open next, where that is the same."""
+        attached = self.attached
+        if attached is not None and attached.waits and len(attached.layers) == num_layers:
+            return attached.conversation
+        return self.take(num_layers)
 
     @torch.no_grad()
     def run_idle(self, conversation: Conversation) -> None:

@@ -205,6 +205,11 @@ class AttachedCache(HFCache):
         """Whether the conversation is empty and nobody else has it."""
         return self.conversation.fresh and not self._shared()
 
+    @property
+    def waits(self) -> bool:
+        """Whether its conversation has not begun on any rank and nobody else has it."""
+        return self._unused() and not self.conversation.core.number
+
     def _shared(self) -> bool:
         return self.conversation.face is not None and self.conversation.face() is not None
 

@@ -19,6 +19,8 @@ from pikv_ds.exchange.exchange import Exchange
 
 from .conversation import Conversation
 
+DROPS = 3  # numbers of dropped caches that ride in a frame
+
 
 class Wish(NamedTuple):
     """A cache that a rank will run: its number on the group, 0 = a new one of `attachment` with `layers` layers. Larger ones go first."""
@@ -37,7 +39,7 @@ class Wish(NamedTuple):
 class Maker(Protocol):
     """What is asked of an attachment (attachment.py)."""
 
-    def take(self, num_layers: int | None = None) -> Conversation: ...
+    def join(self, num_layers: int) -> Conversation: ...
 
     def run_idle(self, conversation: Conversation) -> None: ...
 
@@ -48,8 +50,11 @@ class Lockstep:
     def __init__(self) -> None:
         self._makers: list[ref[Maker]] = []
         self._known: WeakValueDictionary[int, Conversation] = WeakValueDictionary()
-        self._joined: dict[int, Conversation] = {}
-        """Those that only other ranks have asked for, until all ranks are done."""
+        self._joined: list[Conversation] = []
+        """Those that only other ranks have asked for, until one of these says that it has dropped it."""
+        self._shared: dict[int, Conversation] = {}
+        """Those with tokens of other ranks, until the generate() is over on all: they may go on when this rank has dropped its own."""
+        self._dropped: list[int] = []  # numbers that the other ranks have not been told yet
         self._awaited: Wish | None = None
         """What the other ranks run next, while this one is not active."""
         self._waited_for = False
@@ -73,7 +78,7 @@ class Lockstep:
         if not depth:
             while (chosen := self._meet(exchange, None, leaves=True)[0]) is not None:
                 self._run_idle(chosen)
-            self._joined.clear()
+            self._shared.clear()
 
     def leave(self, exchange: Exchange) -> None:
         """The last of a rank that goes: those that wait in a loop of theirs for its next generate() need not."""
@@ -97,21 +102,32 @@ class Lockstep:
             elif chosen is not None or not between:
                 break
         self._awaited = None if active else chosen
-        if chosen is None:
-            self._joined.clear()
         return chosen is not None
 
     def awaited(self, otherwise: Conversation) -> Conversation:
         """The conversation of the next idle forward, for a rank that is not active."""
         return otherwise if self._awaited is None else self._find(self._awaited)
 
+    def dropped(self, number: int) -> None:
+        """A cache has gone on this rank; others that only joined it need not keep its entries."""
+        if number:
+            self._dropped.append(number)
+
     def opened(self, conversation: Conversation) -> None:
         """A forward of it has run: the group has numbered it."""
-        self._known[conversation.core.number] = conversation
+        number = conversation.core.number
+        self._known[number] = conversation
+        if getattr(self._thread, "depth", 0) and conversation.core.holds_others:
+            self._shared[number] = conversation
 
     def _meet(self, exchange: Exchange, wish: Wish | None, *, leaves: bool = False) -> tuple[Wish | None, bool]:
         """What runs next, None = no rank is active; and whether some rank is only leaving a generate()."""
-        said = exchange.lockstep_with(wish is not None, (int(leaves), *(wish or ())))
+        told, self._dropped = self._dropped[:DROPS], self._dropped[DROPS:]
+        words = (int(leaves), *(wish or Wish(0, 0, 0, 0)), *told)
+        said = exchange.lockstep_with(wish is not None, words)
+        if self._joined:
+            gone = {number for _, words in said for number in words[5:] if number}
+            self._joined = [one for one in self._joined if one.ended is None and one.core.number not in gone]
         wishes = [Wish(*words[1:5]) for active, words in said if active]
         self._waited_for = leaves and not wishes and not all(words[0] for _, words in said)
         return max(wishes, default=None), any(words[0] for _, words in said)
@@ -124,9 +140,9 @@ class Lockstep:
                 raise PeerError(
                     "another rank opens a cache of a model that is not attached here any more; attach and detach alike on all ranks"
                 )
-            conversation = maker.take(wish.layers)
-            self._joined[id(conversation)] = conversation
-        if conversation is None:
+            conversation = maker.join(wish.layers)
+            self._joined.append(conversation)
+        if conversation is None or conversation.ended is not None:
             raise PeerError(
                 f"another rank goes on with cache {wish.number} of the group, which this rank has closed or dropped; its entries are gone. "
                 "Keep a cache on all ranks until none of them needs it"

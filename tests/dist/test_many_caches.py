@@ -1,0 +1,34 @@
+"""Many caches on the ranks of a group, and generations that differ between ranks."""
+
+import pytest
+
+from tests.dist.launcher import JobResult, run_gloo
+
+pytestmark = [pytest.mark.dist, pytest.mark.timeout(600)]
+CHECKS = [
+    "four caches, replicated",
+    "four caches, distinct",
+    "prefill in chunks, other numbers of them",
+    "other batches, lengths and ends",
+    "1 and 0 prompts, then lockstep",
+    "0 and 1 prompts, then lockstep",
+    "3 and 1 prompts, then lockstep",
+    "2 and 0 prompts, then lockstep",
+    "a rank that detaches ends the loop of the other",
+    "a forward inside the generation of one rank",
+    "one rank goes on with a conversation, the other begins",
+    "attached draft on the same group",
+    "drafts with the first layer",
+    "a cache that another rank goes on with was dropped",
+    "one rank raises inside generate()",
+]
+
+
+@pytest.fixture(scope="module")
+def job() -> JobResult:
+    return run_gloo("many_caches.py", (), ranks=2, timeout_s=300)
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_two_ranks(check: str, job: JobResult):
+    job.check(check)
