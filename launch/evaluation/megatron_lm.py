@@ -1,0 +1,105 @@
+"""A Megatron-Core model that transformers' generate() can run: its stopping, sampling and logits processors, Megatron's forwards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import GENERATION_CONFIG_NAME
+
+from pikv_ds.errors import UnsupportedError
+
+from .backend import Session
+
+
+class Group(NamedTuple):
+    """Rows of a batch that have as many columns of padding on the left, and the session that holds them without it."""
+
+    rows: list[int]
+    padding: int
+    session: Session
+
+
+class GroupedCache(Cache):
+    """The sessions of a batch. Rows are neither moved nor taken back: beams and drafts are refused by name."""
+
+    def __init__(self, groups: list[Group]) -> None:
+        super().__init__(layers=[])
+        self.groups, self.columns = groups, 0  # columns fed so far, padding included
+
+    def feed(self, ids: Tensor) -> Tensor:
+        """ids [B, T] int64, the next columns of all rows -> logits [B, T, V] f32, zeros where a row is padding."""
+        logits, columns = None, ids.shape[1]
+        for rows, padding, session in self.groups:
+            hidden = min(max(padding - self.columns, 0), columns)
+            if hidden == columns:
+                continue
+            found = session.feed(ids[rows, hidden:])
+            logits = found.new_zeros(*ids.shape, found.shape[-1]) if logits is None else logits
+            logits[rows, hidden:] = found
+        self.columns += columns
+        return logits
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.columns
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._refuse("num_beams")
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._refuse("num_return_sequences")
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._refuse("penalty_alpha")
+
+    def crop(self, *args: Any, **kwargs: Any) -> None:
+        self._refuse("assisted decoding")
+
+    activate_past_recording = crop
+
+    def _refuse(self, option: str) -> None:
+        raise UnsupportedError(
+            f"{option} under Megatron: static batching neither moves rows nor takes tokens back; leave it out, or use the model pikv_ds"
+        )
+
+
+class MegatronCausalLM(PreTrainedModel, GenerationMixin):
+    """Holds the Megatron model beside its own modules: there is nothing here to save, tie or move."""
+
+    main_input_name = "input_ids"
+    _supports_sdpa = True
+
+    def __init__(self, model: nn.Module, folder: str) -> None:
+        """folder: where config.json and generation_config.json of the same weights are."""
+        super().__init__(AutoConfig.from_pretrained(folder, local_files_only=True))
+        if (Path(folder) / GENERATION_CONFIG_NAME).is_file():
+            self.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+        parameters = list(model.parameters())
+        self._device, self._dtype = parameters[0].device, parameters[0].dtype
+        self._count = sum(parameter.numel() for parameter in parameters)
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._dtype
+
+    def num_parameters(self, *args: Any, **kwargs: Any) -> int:
+        """Of this rank."""
+        return self._count
+
+    def tie_weights(self, *args: Any, **kwargs: Any) -> None:
+        """Tied, or not, when the Megatron model was built."""
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, past_key_values: GroupedCache | None = None, use_cache: bool = True
+    ) -> CausalLMOutputWithPast:
+        """The next columns of the rows that the cache holds. The mask is not read: the cache knows the padding."""
+        return CausalLMOutputWithPast(logits=past_key_values.feed(input_ids), past_key_values=past_key_values)
