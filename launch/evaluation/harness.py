@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
+import torch.distributed as dist
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
@@ -55,7 +56,7 @@ class CacheLM(HFLM):
                 "not agree on a size; give a number"
             )
         with torch.random.fork_rng():  # lm-eval has seeded it, and its own model draws nothing while it is loaded
-            if spec.ranks > 1 or self.host == "megatron":
+            if (spec.ranks > 1 or self.host == "megatron") and not dist.is_initialized():
                 start_distributed()
             self.cache_backend = backend_class(self.host)(spec, 300)
             own.setdefault("tokenizer", spec.model)

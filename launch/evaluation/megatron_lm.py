@@ -99,7 +99,12 @@ class MegatronCausalLM(PreTrainedModel, GenerationMixin):
         """Tied, or not, when the Megatron model was built."""
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, past_key_values: GroupedCache | None = None, use_cache: bool = True
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: GroupedCache | None = None,
+        use_cache: bool = True,
+        return_dict: bool = True,
     ) -> CausalLMOutputWithPast:
         """The next columns of the rows that the cache holds. The mask is not read: the cache knows the padding."""
         return CausalLMOutputWithPast(logits=past_key_values.feed(input_ids), past_key_values=past_key_values)

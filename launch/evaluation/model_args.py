@@ -10,6 +10,8 @@ from pikv_ds.launch.ranks import started_ranks
 from .spec import EvalSpec
 
 OPTIONS = ("config", "load", "chunk", "dtype", "tp", "ep")
+LENGTH_OF_NONE = 2048  # lm-eval's, for a model that names no limit
+SHORTEST = 32  # with less, `pikv eval` has no chunk short enough; here a continuation is fed apart from its context
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -33,10 +35,11 @@ def run_of(
         legal = ("pretrained", "dense", "max_length", *OPTIONS, *also)
         raise ConfigError(f"model_args has the key {unknown[0]!r}, which this model does not take; legal: {', '.join(legal)}")
     config = load_model_config(pretrained or model_path())
+    length = max_length or getattr(config.get_text_config(decoder=True), "max_position_embeddings", None) or LENGTH_OF_NONE
     given = {
         "backend": host,
         "model": pretrained,
-        "context": max_length or getattr(config.get_text_config(decoder=True), "max_position_embeddings", None) or 2048,
+        "context": max(length, SHORTEST),
         "ranks": started_ranks() or 1,
         **options,
         "dtype": _dtype(options.get("dtype", "auto"), config),
