@@ -26,7 +26,7 @@ class Group(NamedTuple):
 
 
 class GroupedCache(Cache):
-    """The sessions of a batch. Rows are neither moved nor taken back: beams and drafts are refused by name."""
+    """The sessions of a batch. Rows are not moved and tokens not taken back: beams and drafts are refused by name."""
 
     def __init__(self, groups: list[Group]) -> None:
         super().__init__(layers=[])
@@ -34,6 +34,8 @@ class GroupedCache(Cache):
 
     def feed(self, ids: Tensor) -> Tensor:
         """ids [B, T] int64, the next columns of all rows -> logits [B, T, V] f32, zeros where a row is padding."""
+        if len(ids) != sum(len(group.rows) for group in self.groups):
+            self._refuse("more rows than prompts (num_beams, num_return_sequences)")
         logits, columns = None, ids.shape[1]
         for rows, padding, session in self.groups:
             hidden = min(max(padding - self.columns, 0), columns)
@@ -48,23 +50,19 @@ class GroupedCache(Cache):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.columns
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self._refuse("num_beams")
+    def _refuse_rows(self, *args: Any, **kwargs: Any) -> None:
+        self._refuse("moving rows (beams, contrastive decoding)")
 
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self._refuse("num_return_sequences")
+    reorder_cache = batch_repeat_interleave = batch_select_indices = _refuse_rows
 
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self._refuse("penalty_alpha")
+    def _refuse_crop(self, *args: Any, **kwargs: Any) -> None:
+        self._refuse("taking tokens back (assisted decoding, prompt_lookup_num_tokens)")
 
-    def crop(self, *args: Any, **kwargs: Any) -> None:
-        self._refuse("assisted decoding")
-
-    activate_past_recording = crop
+    crop = activate_past_recording = _refuse_crop
 
     def _refuse(self, option: str) -> None:
         raise UnsupportedError(
-            f"{option} under Megatron: static batching neither moves rows nor takes tokens back; leave it out, or use the model pikv_ds"
+            f"{option}: a generation under Megatron keeps one row per prompt and every token; leave the option out, or use pikv_ds"
         )
 
 
@@ -107,4 +105,9 @@ class MegatronCausalLM(PreTrainedModel, GenerationMixin):
         return_dict: bool = True,
     ) -> CausalLMOutputWithPast:
         """The next columns of the rows that the cache holds. The mask is not read: the cache knows the padding."""
+        if past_key_values is None:
+            raise UnsupportedError(
+                "a forward without the cache of its generation (guidance_scale?): under Megatron tokens are fed to sessions only; "
+                "leave the option out, or use the model pikv_ds"
+            )
         return CausalLMOutputWithPast(logits=past_key_values.feed(input_ids), past_key_values=past_key_values)

@@ -1,4 +1,4 @@
-"""Which forwards a batch of (context, continuation) pairs is fed in, so that a continuation reads its context from the store."""
+"""Which forwards a batch of (context, continuation) pairs is fed in, so that what is scored reads its context from the store."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ Ids = list[int]
 
 
 class Continuations:
-    """Where the continuations of a set of requests begin, found again in the padded rows that lm-eval makes of them.
+    """The first scored column of each request, the last of its context, found again in the padded rows that lm-eval makes of them.
 
-    Attention inside a forward is on raw keys and values. A forward of its own at each of these places makes what is scored read from
-    the store; `chunk` bounds how far the context itself does not.
+    Attention inside a forward is on raw keys and values. A forward that begins at each of these columns makes whatever is scored read
+    its context from the store, however short that is.
     """
 
     def __init__(self, requests: Sequence[tuple[object, Ids, Ids]] = (), max_length: int = 0) -> None:
@@ -30,7 +30,7 @@ class Continuations:
                     f"a continuation of {len(continuation)} tokens leaves no room for a context in {max_length} tokens (max_length)"
                 )
             fed = (context + continuation)[-(max_length + 1) :][:-1]
-            self._starts.setdefault(tuple(fed), set()).add(len(fed) + 1 - len(continuation))
+            self._starts.setdefault(tuple(fed), set()).add(len(fed) - len(continuation))
         self._lengths = sorted({len(fed) for fed in self._starts})
 
     def forwards(self, rows: Tensor, chunk: int) -> list[int]:

@@ -14,7 +14,9 @@ CHAT = (
     "{{ bos_token or '' }}{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"
 )
-NO_SYSTEM = "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHAT.partition("%}")[2]
+NO_SYSTEM = (
+    "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHAT.partition("%}")[2]
+)
 
 
 def two_ends(model, tokenizer) -> None:
@@ -65,8 +67,7 @@ def plain(model, tokenizer) -> None:
 
 
 CHANGES: dict[str, Callable] = {
-    change.__name__: change
-    for change in (plain, two_ends, says_special, puts_bos, chats, chats_without_system, no_pad, samples_by_default)
+    change.__name__: change for change in (plain, two_ends, says_special, puts_bos, chats, chats_without_system, no_pad, samples_by_default)
 }
 
 

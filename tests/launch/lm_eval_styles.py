@@ -19,7 +19,7 @@ SHOTS = [SYSTEM | {"content": "Answer."}, USER | {"content": OTHER}, ASSISTANT |
 class Style:
     """asked: (method of the model, its requests' arguments) in turn; a list of messages in place of a text is put through the template.
 
-    host: refused by this host, with words that contain `refusal`.
+    seed: of torch before each of them. moves_rows: refused under Megatron.
     """
 
     asked: list[tuple[str, list[tuple]]]
@@ -27,7 +27,7 @@ class Style:
     args: dict[str, Any] = field(default_factory=dict)
     batch: int | str = 3
     seed: int | None = None
-    needs_rows: str | None = None
+    moves_rows: bool = False
 
 
 def until(*stops: str, tokens: int = 10, **options: Any) -> dict[str, Any]:
@@ -93,7 +93,7 @@ STYLES = {
     "sampling of a temperature of 0": Style(asked=[texts(SHORT, **until("\n", temperature=0.0)), texts(SHORT, **until(do_sample=False, temperature=0.6))]),
     "a model that samples": Style(model="samples_by_default", seed=9, asked=[texts(*RAGGED), texts(SHORT, **until(**SAMPLED))]),
     "logits processors": Style(asked=[texts(*RAGGED, **until("\n", repetition_penalty=1.5, no_repeat_ngram_size=2, min_new_tokens=4))]),
-    "beams": Style(needs_rows="num_beams", asked=[texts(*RAGGED, **until("\n", tokens=6, num_beams=3))]),
+    "beams": Style(moves_rows=True, asked=[texts(*RAGGED, **until("\n", tokens=6, num_beams=3))]),
     "empty contexts": Style(asked=[likely(("", " the battle"), ("", "<|endoftext|> the film"), ("", "x"), (SHORT, " the"))]),
     "unicode": Style(
         asked=[
@@ -109,6 +109,9 @@ STYLES = {
     "thoughts by a token": Style(args={"think_end_token": "387"}, asked=[texts(*RAGGED, **until(" .", tokens=14))]),
     "softmax in float64": Style(args={"softmax_dtype": "float64"}, asked=[likely((SHORT, " the battle of"), (OTHER, " a"))]),
 }  # fmt: skip
+
+
+SHORT_FORM = ["special tokens", "bos", "choices", "rolling in whole windows", "sampling", "unicode"]
 
 
 def answers(lm: Any, style: Style) -> list:
