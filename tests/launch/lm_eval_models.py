@@ -14,9 +14,8 @@ CHAT = (
     "{{ bos_token or '' }}{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"
 )
-NO_SYSTEM = (
-    "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHAT.partition("%}")[2]
-)
+REFUSED = "{% if m['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+NO_SYSTEM = CHAT.replace("{% for m in messages %}", "{% for m in messages %}" + REFUSED)
 
 
 def two_ends(model, tokenizer) -> None:

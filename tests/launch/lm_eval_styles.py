@@ -64,7 +64,9 @@ STYLES = {
     "bos": Style(
         model="puts_bos",
         asked=[
-            texts(QUESTION, SHOTS, SHORT), likely((QUESTION, " the"), (SHORT, " the battle"), ("", " the battle")), rolling(SHORT, "<|pad|>" + SHORT)
+            texts(QUESTION, SHOTS, SHORT),
+            likely((QUESTION, " the"), (SHORT, " the battle"), ("", " the battle")),
+            rolling(SHORT, "<|pad|>" + SHORT),
         ],
     ),
     "bos left out": Style(model="puts_bos", args={"add_bos_token": False}, asked=[texts(*RAGGED), likely((SHORT, " the")), rolling(SHORT)]),
@@ -78,7 +80,8 @@ STYLES = {
     "no pad token": Style(model="no_pad", asked=[texts(*RAGGED, **until(" .")), likely((SHORT, " the"))]),
     "choices": Style(
         asked=[
-            likely(*((SHORT, choice) for choice in (" the", " of", " the battle of Hastings", " was")), (OTHER, " the"), (OTHER, " a film")),
+            likely(*((SHORT, choice) for choice in (" the", " of", " the battle of Hastings", " was"))),
+            likely((SHORT, " the"), (OTHER, " the"), (OTHER, " a film"), (SHORT, " of the")),
             likely((SPLIT[0], SPLIT[1] + SPLIT[2]), (SPLIT[0] + SPLIT[1], SPLIT[2]), (SPLIT[0] + SPLIT[1], " a"), (SHORT + " ", " the")),
         ]
     ),
@@ -87,24 +90,33 @@ STYLES = {
     ),
     "rolling": Style(args={"max_length": 32}, asked=[rolling(TEXT[:700], SHORT, TEXT[700:1000], " x")]),
     "rolling in whole windows": Style(args={"max_length": 8}, batch=2, asked=[rolling(" the" * 16, " the" * 17, " the" * 8, " the" * 7)]),
-    "rolling with another prefix": Style(args={"prefix_token_id": 5, "max_length": 32}, asked=[rolling(TEXT[:300]), likely(("", " the film"))]),
+    "rolling with another prefix": Style(
+        args={"prefix_token_id": 5, "max_length": 32}, asked=[rolling(TEXT[:300]), likely(("", " the film"))]
+    ),
     "sampling": Style(seed=7, asked=[texts(*RAGGED, **until("\n", **SAMPLED)), texts(SHORT, **until(" .", **SAMPLED, top_p=0.9))]),
     "sampling by temperature alone": Style(seed=8, asked=[texts(*RAGGED, until=["\n"], max_gen_toks=8, temperature=1.3, top_k=20)]),
-    "sampling of a temperature of 0": Style(asked=[texts(SHORT, **until("\n", temperature=0.0)), texts(SHORT, **until(do_sample=False, temperature=0.6))]),
+    "temperature without sampling": Style(
+        asked=[texts(SHORT, **until("\n", temperature=0.0)), texts(SHORT, **until(do_sample=False, temperature=0.6))]
+    ),
     "a model that samples": Style(model="samples_by_default", seed=9, asked=[texts(*RAGGED), texts(SHORT, **until(**SAMPLED))]),
     "logits processors": Style(asked=[texts(*RAGGED, **until("\n", repetition_penalty=1.5, no_repeat_ngram_size=2, min_new_tokens=4))]),
     "beams": Style(moves_rows=True, asked=[texts(*RAGGED, **until("\n", tokens=6, num_beams=3))]),
     "empty contexts": Style(asked=[likely(("", " the battle"), ("", "<|endoftext|> the film"), ("", "x"), (SHORT, " the"))]),
     "unicode": Style(
         asked=[
-            texts("naïve café — 東京 🙂", "e\u0301 и ё \u200bש", **until("\n", "é")), likely(("東京", " は 🙂"), ("caf", "é — naïve"), ("a  ", " b")),
+            texts("naïve café — 東京 🙂", "e\u0301 и ё \u200bש", **until("\n", "é")),
+            likely(("東京", " は 🙂"), ("caf", "é — naïve"), ("a  ", " b")),
             rolling("🙂🙂 Ελλάδα", "\u00a0\t\r\n x"),
         ]
     ),
     "automatic batches": Style(
-        args={"max_batch_size": 2, "max_length": 48}, batch="auto", asked=[texts(*RAGGED), likely((SHORT, " the"), (OTHER, " a film")), rolling(OTHER)]
+        args={"max_batch_size": 2, "max_length": 48},
+        batch="auto",
+        asked=[texts(*RAGGED), likely((SHORT, " the"), (OTHER, " a film")), rolling(OTHER)],
     ),
-    "batches by length": Style(args={"max_batch_size": 2, "max_length": 48}, batch="auto:2", asked=[likely((SHORT, " the"), (OTHER, " a film"))]),
+    "batches by length": Style(
+        args={"max_batch_size": 2, "max_length": 48}, batch="auto:2", asked=[likely((SHORT, " the"), (OTHER, " a film"))]
+    ),
     "thoughts": Style(args={"think_end_token": " the"}, asked=[texts(*RAGGED, **until(" .", tokens=14))]),
     "thoughts by a token": Style(args={"think_end_token": "387"}, asked=[texts(*RAGGED, **until(" .", tokens=14))]),
     "softmax in float64": Style(args={"softmax_dtype": "float64"}, asked=[likely((SHORT, " the battle of"), (OTHER, " a"))]),
