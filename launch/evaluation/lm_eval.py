@@ -15,14 +15,20 @@ import sys
 from pikv_ds.errors import ConfigError
 from pikv_ds.launch.cli import TOLD
 
+HOSTS = {"pikv_ds": "hf", "pikv_megatron": "megatron"}
+
 
 def register() -> None:
     """Make the models known to lm-eval. Raises ConfigError when it, or what its own hf model needs, is not installed."""
     try:
-        import lm_eval.models.huggingface  # noqa: F401
+        from lm_eval.api.registry import register_model
+        from lm_eval.models.huggingface import HFLM
     except ImportError as error:
         raise ConfigError(f"lm-eval can't be imported ({error}); pip install 'lm-eval[hf]>=0.4.9,<0.5'") from None
-    from pikv_ds.launch.evaluation import harness  # noqa: F401
+    from pikv_ds.launch.evaluation.harness import cache_lm
+
+    for name, host in HOSTS.items():
+        register_model(name)(cache_lm(HFLM, host))
 
 
 def main() -> int:
