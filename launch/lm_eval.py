@@ -2,9 +2,9 @@
 
 import sys
 
-from pikv_ds.launch.evaluation.lm_eval import main, open_scorer, register
+from pikv_ds.launch.evaluation.lm_eval import main, register
 
-__all__ = ["main", "open_scorer", "register"]
+__all__ = ["main", "register"]
 
 if __name__ == "__main__":
     sys.exit(main())

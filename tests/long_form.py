@@ -11,6 +11,7 @@ What it adds is said beside each use of LONG: products of things that the short 
 - tests/dist, tests/megatron: every rank is an interpreter of its own; short: forked with the imports done (tests/dist/warm.py).
 - tests/adapters: training, MoE layers and pairs of ranks under DeepSpeed's launcher; short: with the variables that it sets, while
   tests/adapters/test_deepspeed_launch.py and the inference engines start it.
+- tests/launch/test_lm_eval.py: every style of task, also on 2 ranks and under Megatron; short: six of them on one rank.
 - tests/megatron/test_decode.py: 32 decode steps, short: 16.
 """
 

@@ -61,6 +61,16 @@ class Backend(Protocol):
     def session(self, block: dict[str, Any] | None, rows: int, length: int) -> AbstractContextManager[Session]:
         """Requests of at most `length` tokens in the cache that the "pikv" block configures; None = the host's dense cache."""
 
+    @property
+    def causal_lm(self) -> Any:
+        """The model as transformers sees one: config, generation_config, device, dtype, generate()."""
+
+    def generation(self, block: dict[str, Any] | None, attention_mask: Tensor, length: int) -> AbstractContextManager[dict[str, Any]]:
+        """Inside, causal_lm.generate() with the keywords that this gives fills a cache like session()'s, empty at first.
+
+        attention_mask [B, T]: of the prompts, padded on the left; length: of the longest row with what is generated.
+        """
+
     def close(self) -> None: ...
 
 

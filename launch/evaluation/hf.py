@@ -43,6 +43,15 @@ class HFBackend:
         with attach(self.model, block, self.group) as cache:
             yield _Sharded(self.model, cache)
 
+    @property
+    def causal_lm(self) -> Any:
+        return self.model
+
+    @contextlib.contextmanager
+    def generation(self, block: dict[str, Any] | None, attention_mask: Tensor, length: int) -> Iterator[dict[str, Any]]:
+        with self.session(block, len(attention_mask), length):  # while attached, generate() takes the cache by itself
+            yield {}
+
     def close(self) -> None:
         """Nothing outlives a session."""
 

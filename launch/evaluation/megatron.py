@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,6 +22,7 @@ from pikv_ds.megatron_patch.hf_weights import load_hf_weights
 from pikv_ds.megatron_patch.layers import find_layers
 
 from .backend import Memory, counts_of, watch
+from .megatron_lm import Group, GroupedCache, MegatronCausalLM
 from .spec import EvalSpec
 
 
@@ -38,6 +40,8 @@ class MegatronBackend:
         )
         model_parallel_cuda_manual_seed(spec.seed)
         self.data_rank = parallel_state.get_data_parallel_rank()
+        self._open = 0  # PiKV sessions
+        self.folder = spec.model
         self.tokenizer = AutoTokenizer.from_pretrained(spec.model, local_files_only=True)
         self.model, self.layers = _load(spec)
 
@@ -46,13 +50,40 @@ class MegatronBackend:
         if block is None:
             yield _Dense(self.model, StaticInferenceContext(rows, length))
             return
-        enable_pikv(self.model, block)
-        context = PiKVInferenceContext(rows, length, model=self.model)
+        with self._enabled(block):
+            context = PiKVInferenceContext(rows, length, model=self.model)
+            try:
+                yield _Sharded(self.model, context)
+            finally:
+                context.free()
+
+    @contextlib.contextmanager
+    def _enabled(self, block: dict[str, Any]) -> Iterator[None]:
+        """Sessions of one configuration may be open side by side."""
+        if not self._open:
+            enable_pikv(self.model, block)
+        self._open += 1
         try:
-            yield _Sharded(self.model, context)
+            yield
         finally:
-            context.free()
-            disable_pikv(self.model)
+            self._open -= 1
+            if not self._open:
+                disable_pikv(self.model)
+
+    @functools.cached_property
+    def causal_lm(self) -> MegatronCausalLM:
+        return MegatronCausalLM(self.model, self.folder)
+
+    @contextlib.contextmanager
+    def generation(self, block: dict[str, Any] | None, attention_mask: Tensor, length: int) -> Iterator[dict[str, Any]]:
+        """Rows with as much padding share a session, which is fed without it: Megatron's attention hides no padding behind a window."""
+        padding = (attention_mask == 0).sum(1).tolist()
+        with contextlib.ExitStack() as sessions:
+            groups = []
+            for width in sorted(set(padding)):
+                rows = [row for row, own in enumerate(padding) if own == width]
+                groups.append(Group(rows, width, sessions.enter_context(self.session(block, len(rows), length - width))))
+            yield {"past_key_values": GroupedCache(groups)}
 
     def close(self) -> None:
         parallel_state.destroy_model_parallel()

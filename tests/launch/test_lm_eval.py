@@ -1,4 +1,4 @@
-"""Scoring and generation for evaluation harnesses, against transformers; lm-eval's command line against its own model."""
+"""lm-eval's models of ours against its own hf model: sample by sample, style by style, and through its command line."""
 
 import json
 import sys
@@ -8,76 +8,116 @@ import torch
 
 from pikv_ds import bundled
 from pikv_ds.errors import ConfigError, UnsupportedError
-from pikv_ds.launch.evaluation.lm_eval import _greedy_options, open_scorer
 from pikv_ds.launch.evaluation.lm_eval import main as lm_eval_main
-from tests.dist.launcher import run_commands
+from pikv_ds.launch.evaluation.lm_eval import register
+from pikv_ds.launch.evaluation.scoring import Continuations
+from tests.dist.launcher import run_commands, run_gloo
+from tests.launch.lm_eval_models import save
+from tests.launch.lm_eval_styles import SHORT_FORM, STYLES, answers, assert_equal
+from tests.long_form import LONG, short_or_long
 
-TEXT = bundled.evaluation_text()
+INSTALL = "lm-eval is not installed; pip install 'lm-eval[hf]>=0.4.9,<0.5'"
+TOLERANCE = 1e-3  # of a sum of up to 400 log-probabilities in fp32
+
+
+def model_of(name: str):
+    pytest.importorskip("lm_eval.models.huggingface", reason=INSTALL)
+    register()
+    from lm_eval.api.registry import get_model
+
+    return get_model(name)
 
 
 @pytest.fixture(scope="module")
-def model():
-    return bundled.load()[0]
+def arguments(tmp_path_factory):
+    """Of a style: what both models take."""
+    folders = {}
+
+    def of(style) -> dict:
+        if style.model not in folders:
+            folders[style.model] = save(style.model, tmp_path_factory.mktemp(style.model))
+        return {"pretrained": folders[style.model], "dtype": "float32", "batch_size": style.batch, **style.args}
+
+    return of
 
 
-@pytest.fixture(scope="module")
-def scorer():
-    return open_scorer("hf", max_length=200, batch_size=2, chunk=4)
+def expected(style, args: dict) -> list:
+    return answers(model_of("hf")(device="cpu", **args), style)
 
 
-def ids_of(scorer, text: str) -> list[int]:
-    return scorer.backend.tokenizer(text)["input_ids"]
+@pytest.mark.parametrize("name", short_or_long(SHORT_FORM, list(STYLES)))
+def test_every_sample_is_that_of_lm_evals_own_model(arguments, name):
+    """Long form: every style."""
+    style = STYLES[name]
+    ours = model_of("pikv_ds")(**arguments(style))
+    assert_equal(answers(ours, style), expected(style, arguments(style)), TOLERANCE)
 
 
-@pytest.mark.parametrize("dense", [False, True])
-def test_log_likelihoods_are_those_of_one_forward(model, scorer, dense):
-    scorer = open_scorer("hf", max_length=200, batch_size=2, chunk=4, dense=True) if dense else scorer
-    ids = ids_of(scorer, TEXT[:4000])
-    shapes = [(30, 3), (7, 1), (30, 3), (12, 9), (30, 3), (1, 1), (260, 5)]
-    pairs = [(ids[i * 40 : i * 40 + c], ids[i * 40 + c : i * 40 + c + n]) for i, (c, n) in enumerate(shapes)]
-    greedy_ids = torch.tensor([pairs[0][0]])
-    greedy = model.generate(greedy_ids, max_new_tokens=2, do_sample=False)[0, 30:].tolist()
-    pairs.append((pairs[0][0], greedy))
-    done = []
-    results = scorer.loglikelihoods(pairs, done.append)
-    assert sum(done) == len(pairs) and max(done) == 2
-    for (context, continuation), (score, is_greedy) in zip(pairs, results, strict=True):
-        whole = torch.tensor([(context + continuation)[-201:]])
-        with torch.no_grad():
-            log_probs = model(whole).logits[0, :-1].log_softmax(-1)[-len(continuation) :]
-        expected = log_probs.gather(-1, torch.tensor(continuation).unsqueeze(-1)).sum().item()
-        assert score == pytest.approx(expected, abs=1e-4)
-        assert is_greedy == (log_probs.argmax(-1).tolist() == continuation)
-    assert results[-1][1]
+@pytest.mark.skipif(not LONG, reason="long form: starts processes that import lm-eval")
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("host, ranks", [("pikv_ds", 2), ("pikv_megatron", 1), ("pikv_megatron", 2)])
+def test_on_ranks_and_under_megatron(arguments, tmp_path, host, ranks):
+    """All styles on every rank. Refused: automatic batches on several ranks, beams under Megatron."""
+    known = {name: (arguments(style), expected(style, arguments(style))) for name, style in STYLES.items()}
+    (tmp_path / "expected.json").write_text(json.dumps(known))
+    result = run_gloo("lm_eval.py", [host, tmp_path / "expected.json"], ranks=ranks, timeout_s=800)
+    for name in STYLES:
+        result.check(name)
+    assert result.returncode == 0, result.describe()
 
 
-def test_generation_is_greedy_and_stops(model, scorer):
-    ids = ids_of(scorer, TEXT[:4000])
-    prompts = [ids[:50], ids[100:150], ids[200:230]]
-    texts = scorer.generate([(prompt, 12, ()) for prompt in prompts], lambda rows: None)
-    for prompt, text in zip(prompts, texts, strict=True):
-        expected = model.generate(torch.tensor([prompt]), max_new_tokens=12, min_new_tokens=12, do_sample=False)[0, len(prompt) :]
-        assert text == scorer.backend.tokenizer.decode(expected)
-    stop = texts[0][5:8]
-    (stopped,) = scorer.generate([(prompts[0], 12, (stop, "no such text"))], lambda rows: None)
-    assert stopped == texts[0][: texts[0].find(stop)]
+def test_what_is_scored_reads_the_store(arguments):
+    """A short context in one batch with a longer one, kept in 4 bits; and the host's own cache, which is exact."""
+    style = STYLES["choices"]
+    args, theirs = arguments(style), expected(style, arguments(style))
+    lossy = model_of("pikv_ds")(**args, config='{"compression": {"method": "int4"}}')
+    for scored, exact in zip(answers(lossy, style), theirs, strict=True):
+        assert all(abs(own - other) > 0.002 for (own, _), (other, _) in zip(scored, exact, strict=True)), (scored, exact)
+    assert_equal(answers(model_of("pikv_ds")(**args, dense=True), style), theirs, TOLERANCE)
 
 
-def test_what_does_not_fit_is_refused(scorer):
-    with pytest.raises(UnsupportedError, match="a continuation of 201 tokens leaves no room"):
-        scorer.loglikelihoods([([5], [5] * 201)], lambda rows: None)
-    with pytest.raises(UnsupportedError, match="200 new tokens leave no room"):
-        scorer.generate([([5], 200, ())], lambda rows: None)
-    with pytest.raises(ConfigError, match="unknown key 'chunks'"):
-        open_scorer("hf", chunks=4)
-    with pytest.raises(ConfigError, match="batch_size = 'auto'"):
-        open_scorer("hf", batch_size="auto")
-    with pytest.raises(UnsupportedError, match="only greedy decoding"):
-        _greedy_options({"do_sample": True, "temperature": 0.7}, scorer.backend.tokenizer)
-    assert _greedy_options({"until": ["\n"], "max_gen_toks": 7}, scorer.backend.tokenizer) == (
-        7,
-        ("\n", scorer.backend.tokenizer.eos_token),
-    )
+def test_a_forward_begins_at_every_first_scored_column():
+    requests = [(None, [5, 6, 7], [8, 9]), (None, [5, 6, 7, 8], [1]), (None, [3, 0], [0, 2]), (None, list(range(10, 30)), [4])]
+    found = Continuations(requests, 12)
+    assert found.forwards(torch.tensor([[5, 6, 7, 8]]), 32) == [2, 1, 1]
+    assert found.forwards(torch.tensor([[5, 6, 7, 8, 0, 0], [3, 0, 0, 0, 0, 0]]), 32) == [1, 1, 1, 3]
+    assert found.forwards(torch.tensor([list(range(18, 30))]), 5) == [5, 5, 1, 1]
+    assert Continuations().forwards(torch.ones(2, 7, dtype=torch.int64), 3) == [3, 3, 1]
+    with pytest.raises(UnsupportedError, match="a continuation of 13 tokens leaves no room for a context in 12 tokens"):
+        Continuations([(None, [1], [1] * 13)], 12)
+
+
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        ({"peft": "folder"}, "model_args has the key 'peft', which this model does not take"),
+        ({"parallelize": True}, "model_args has the key 'parallelize'"),
+        ({"mixed_precision_dtype": "bfloat16"}, "model_args has the key 'mixed_precision_dtype'"),
+        ({"dtype": "float64"}, "dtype = 'float64': legal dtypes are auto, float32"),
+        ({"device": "meta"}, "device = 'meta': the model is on"),
+        ({"chunk": 64}, "--chunk 64: legal is 1 to 32"),
+    ],
+)
+def test_what_is_not_served_is_refused_by_name(args, words):
+    with pytest.raises(ConfigError, match=words):
+        model_of("pikv_ds")(max_length=64, **args)
+
+
+def test_automatic_batches_on_several_ranks_are_refused(monkeypatch):
+    cls = model_of("pikv_ds")
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UnsupportedError, match="batch_size = 'auto:4' on 2 ranks"):
+        cls(max_length=64, batch_size="auto:4")
+
+
+def test_the_configurations_dtype_is_the_default():
+    """bfloat16 for the bundled model, as for lm-eval's own; the softmax is taken in it."""
+    lm = model_of("pikv_ds")(max_length=64)
+    assert lm.model.dtype == torch.bfloat16 and lm._model_call(torch.ones(1, 4, dtype=torch.int64)).dtype == torch.bfloat16
+    assert lm.max_length == 64 and model_of("pikv_ds")().max_length == 4096
 
 
 TASKS = {
@@ -89,12 +129,15 @@ TASKS = {
     "metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n",
     "pikv_rolling": "output_type: loglikelihood_rolling\ndoc_to_text: ''\ndoc_to_target: '{{prompt}}'\n"
     "metric_list: [{metric: bits_per_byte}]\n",
+    "pikv_sampled": "output_type: generate_until\ndoc_to_text: '{{prompt}}'\ndoc_to_target: '{{answer}}'\n"
+    "generation_kwargs: {until: ['.'], max_gen_toks: 12, do_sample: true, temperature: 0.9}\n"
+    "metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]\n",
 }
 
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory):
-    pytest.importorskip("lm_eval", reason="lm-eval is not installed; pip install 'lm-eval>=0.4.9,<0.5'")
+    pytest.importorskip("lm_eval.models.huggingface", reason=INSTALL)
     folder, tokenizer = tmp_path_factory.mktemp("tasks"), bundled.load()[1]
     with (folder / "docs.jsonl").open("w") as file:
         for seed in range(4):
@@ -110,11 +153,16 @@ def tasks(tmp_path_factory):
 def lm_eval(tasks, program: list[str], model: str, model_args: str, *options: str) -> dict:
     out = tasks / model / model_args.replace("/", "_")
     command = [sys.executable, "-m", *program, "--model", model, "--model_args", model_args, "--include_path", str(tasks)]
-    command += ["--batch_size", "2", "--device", "cpu", "--output_path", str(out), *options]
+    command += ["--batch_size", "2", "--device", "cpu", "--output_path", str(out), "--log_samples", *options]
     result = run_commands([command], ranks=1, timeout_s=200, env={"HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tasks / "hf")})
     assert result.returncode == 0, result.describe()
     (written,) = out.rglob("results_*.json")
     return json.loads(written.read_text())["results"]
+
+
+def responses(tasks, model: str, name: str) -> list:
+    (written,) = (tasks / model).rglob(f"samples_{name}_*.jsonl")
+    return [json.loads(line)["resps"] for line in written.read_text().splitlines()]
 
 
 @pytest.mark.slow
@@ -125,6 +173,7 @@ def test_lm_eval_gives_the_scores_of_its_own_model(tasks):
     args = f"pretrained={bundled.model_path()},dtype=float32,max_length=120"
     own = lm_eval(tasks, ["lm_eval"], "hf", args, *names)
     ours = lm_eval(tasks, ["pikv_ds.launch.evaluation.lm_eval"], "pikv_ds", args + ",chunk=2", *names)
+    assert responses(tasks, "pikv_ds", "pikv_sampled") == responses(tasks, "hf", "pikv_sampled")  # lm-eval seeds before it loads
     assert ours["pikv_passkey"]["exact_match,digits"] == own["pikv_passkey"]["exact_match,digits"]
     assert ours["pikv_choice"]["acc,none"] == own["pikv_choice"]["acc,none"]
     assert ours["pikv_rolling"]["bits_per_byte,none"] == pytest.approx(own["pikv_rolling"]["bits_per_byte,none"], rel=1e-4)
@@ -135,13 +184,14 @@ def test_lm_eval_gives_the_scores_of_its_own_model(tasks):
 @pytest.mark.timeout(400)
 def test_lm_eval_on_two_megatron_ranks_finds_the_pass_keys(tasks):
     program = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "pikv_ds.launch.evaluation.lm_eval"]
-    results = lm_eval(tasks, program, "pikv_megatron", "max_length=256,ep=2", "--tasks", "pikv_passkey", "pikv_choice")
+    results = lm_eval(tasks, program, "pikv_megatron", "max_length=256,ep=2,dtype=float32", "--tasks", "pikv_passkey", "pikv_choice")
     assert results["pikv_passkey"]["exact_match,digits"] == 1.0 and results["pikv_choice"]["acc,none"] == 1.0
 
 
 def test_without_lm_eval_the_package_is_named(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
+    monkeypatch.setitem(sys.modules, "lm_eval.models", None)
+    monkeypatch.setitem(sys.modules, "lm_eval.models.huggingface", None)
     assert lm_eval_main() == 2
     assert "lm-eval can't be imported" in capsys.readouterr().err
 

@@ -14,9 +14,10 @@ CHECKS = {
         "check_retention",
     ),
 }  # fmt: skip
-GONE = {("pikv_ds.policies.base", "Entries"): 'single entries no longer leave pages (granularity "token")'} | {
-    (module, name): "rules in one table (pikv_ds/blueprint/rules.py)" for module, names in CHECKS.items() for name in names
-}
+GONE = {
+    ("pikv_ds.policies.base", "Entries"): 'single entries no longer leave pages (granularity "token")',
+    ("pikv_ds.launch.lm_eval", "open_scorer"): "lm-eval's own class scores and generates (launch/evaluation/harness.py)",
+} | {(module, name): "rules in one table (pikv_ds/blueprint/rules.py)" for module, names in CHECKS.items() for name in names}
 """(module, name) -> why it is gone: names of settings that were deleted, and names that a module had imported for its own use."""
 
 
