@@ -178,7 +178,7 @@ class PiKVCache(HostFace):
     def _start(self, num_rows: int) -> None:
         """A generation of `num_rows` requests begins: nothing of the last one stays."""
         self.pages.allocate(num_rows)
-        for part in (self.selection, self.retention, self.window):
+        for part in (self.selection, self.retention):
             if part is not None:
                 part.start()
         if self.bases is not None:

@@ -71,5 +71,5 @@ class HostFace:
         if name not in self.page_columns:
             raise ValueError(f"no policy of this cache keeps {name!r} per page; kept are {self.page_columns}")
         for pool in self.pages.all_pools:
-            if name in pool.summaries:  # layers with a window keep none
-                pool.summaries[name].zero_()
+            if name in pool.counters:  # layers with a window keep none
+                pool.counter(name).zero_()

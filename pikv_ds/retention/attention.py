@@ -1,7 +1,8 @@
 """Where attention goes: the share of every query's attention that each page got, from the lse of pages and the merged lse.
 
-R request rows, S local shards, T queries per row, Hq query heads, P pages of a layer's pool, C columns of a block table, H head tables:
-the kv heads when a page holds the entries of one head, else 1. Nothing here reads the device back. Window layers are not watched.
+R request rows, S local shards, T queries per row, Hq query heads, X counters of a pool (pages/pool.py: one a page, or one a place in the
+tables once rows share pages), C columns of a block table, H head tables: the kv heads when a page holds the entries of one head, else 1.
+Nothing here reads the device back. Window layers are not watched.
 """
 
 from __future__ import annotations
@@ -28,15 +29,13 @@ BLOCK_ELEMENTS = 1 << 22  # of the scores inside a chunk that are held at a time
 class Shares:
     """Shows policies what the queries of each layer attend to. Keeps nothing of a layer but what its policies keep per row.
 
-    Time counts the query columns of a source since the generation began; forwards in which a source stores nothing do not count.
+    A row's clock is the number of its tokens, so that it is the same beside other rows, after padding, a fork or a crop.
     """
 
     def __init__(self, policies: Sequence[RetentionPolicy], pages: RankPages, *, nearest_only: bool = False) -> None:
         """policies: the first may keep values per row, the others keep values per page only. nearest_only: what lies behind never comes
         back, so nobody counts its attention."""
         self.policies, self.pages, self.nearest_only = tuple(policies), pages, nearest_only
-        self.times: list[int] = []  # per source
-        self.num_rows: list[int] = []  # per source
         self.columns: dict[int, dict[str, RowColumn]] = {}  # layer -> what the policy keeps per row
         if self.policies[0].row_queries:
             for layer in pages.layers:
@@ -51,10 +50,6 @@ class Shares:
         """Whether the lse of this pool's pages is asked for, in a layer that is watched."""
         return not (self.nearest_only and pool.level)
 
-    def start(self) -> None:
-        """A new generation begins."""
-        self.times, self.num_rows = [], []
-
     def rebuilt(self, change: PageChange) -> None:
         """Queries that the policy keeps go into the basis that the keys of their rows have now."""
         if change.basis is None or change.level:  # queries of pools behind are the layer's own
@@ -64,21 +59,6 @@ class Shares:
         for x in (kept[name].value for name in names if name in kept):
             by_head = x[rows].unflatten(1, (by.shape[1], -1))
             x[rows] = torch.einsum("nhgr,nhrs->nhgs", by_head, by).flatten(1, 2)
-
-    def follow(self, step: Step) -> None:
-        """A forward begins."""
-        self.times = self.times or [0] * len(step.sources)
-        self.num_rows = [source.num_rows for source in step.sources]
-
-    def advance(self, step: Step) -> None:
-        """A forward ends."""
-        for i, source in enumerate(step.sources):
-            self.times[i] += source.num_columns * any(step.num_new[source.row0 : source.row0 + source.num_rows])
-
-    def by_row(self, times: list[int]) -> Tensor:
-        """A number per source -> [R * H, 1, 1] int64, H head tables."""
-        each = [n for n, rows in zip(times, self.num_rows, strict=True) for _ in range(rows * self.pages.heads)]
-        return torch.tensor(each, dtype=torch.int64).to(self.pages.device).view(-1, 1, 1)
 
     def rows_by_head(self, layer: int, num_tables: int) -> dict[str, Tensor]:
         """The layer's row values; with H head tables as [R * H, ...], the query heads of each among them."""
@@ -100,19 +80,12 @@ class Shares:
         evicted = self.pages.directory.evicted[asked.layer].unflatten(-1, (-1, heads)).sum(1)
         facts = [_Facts(pool, step, evicted) for pool in pools]
         positions, slots = step.positions.view(num_sources, -1), asked.slots.view(num_sources, -1, heads)
-        times = self.times or [0] * num_sources
         for sources in step.same_shape_runs():
-            first = step.sources.index(sources[0])
-            # Rows that began at another time are shown by themselves: a policy is told one time.
-            alike = len(set(times[first : first + len(sources)])) == 1
-            for part in [sources] if alike else [[source] for source in sources]:
-                num_rows, at = sum(source.num_rows for source in part), step.sources.index(part[0])
-                run = _Run(part[0].row0, num_rows, part[0].num_columns, slice(at, at + len(part)), times[at])
-                skipped = slice(run.row0 - sources[0].row0, run.row0 - sources[0].row0 + num_rows)
-                seen = asked.page_lse.get(sources[0].row0) or [None] * len(pools)
-                page_lse = [None if x is None else x[skipped] for x in seen]
-                for policy in self.policies if num_rows else ():
-                    self._observe(policy, asked, step, facts, run, run.of(positions), run.of(slots), page_lse, run.of(lse))
+            num_rows, at = sum(source.num_rows for source in sources), step.sources.index(sources[0])
+            run = _Run(sources[0].row0, num_rows, sources[0].num_columns, slice(at, at + len(sources)))
+            page_lse = asked.page_lse.get(run.row0) or [None] * len(pools)
+            for policy in self.policies if num_rows else ():
+                self._observe(policy, asked, step, facts, run, run.of(positions), run.of(slots), page_lse, run.of(lse))
 
     def _observe(
         self, policy: RetentionPolicy, asked: LateLse, step: Step, facts: list[_Facts], run: _Run, positions: Tensor, slots: Tensor,
@@ -127,7 +100,7 @@ class Shares:
         columns = columns[:, -(policy.window or run.num_columns) :]
         at_once = 1 if includes_self else max(1, BLOCK_ELEMENTS // (valid.numel() * q.shape[2]))
         k = k if includes_self else pools[0].reader.met(k, positions)
-        time, tables = run.time + run.num_columns - columns.shape[1], [fact.tables_of(run) for fact in facts]
+        seats = [fact.seats_of(run) for fact in facts]
         rows = self._rows(asked.layer, q) if policy.observes_queries else {}
         rows = {name: x[run.row0 : run.row0 + run.num_rows] for name, x in rows.items()}
         for begin in range(0, columns.shape[1], at_once):
@@ -135,16 +108,15 @@ class Shares:
             own, total, real = None, take(lse, block), valid.gather(1, block)
             if not includes_self:
                 own, total = share_inside(q, k, asked.scale, positions, valid, block, total, self.pages.heads)
-            for pool, fact, table, of_pages in zip(pools, facts, tables, page_lse, strict=True):
+            for pool, fact, seat, of_pages in zip(pools, facts, seats, page_lse, strict=True):
                 share = torch.zeros(fact.nowhere + 1, block.shape[1], device=valid.device)
                 if own is not None and pool is pools[0]:  # new entries lie in the first pool
-                    page = torch.where(slots >= 0, slots // pool.page_size, fact.nowhere)
-                    share.index_add_(0, page.flatten(), own.flatten(0, 2))
+                    share.index_add_(0, fact.seat_of_new(slots).flatten(), own.flatten(0, 2))
                 if of_pages is not None:
-                    share.index_add_(0, table, share_of_pages(take(of_pages, block), total, real, self.pages.heads))
+                    share.index_add_(0, seat, share_of_pages(take(of_pages, block), total, real, self.pages.heads))
                 if policy.page_values and pool.num_pages:
-                    values = {name: pool.summaries[name] for name in policy.page_values}
-                    policy.observe(values, fact.seen(share[:-1], run, real, time + begin))
+                    values = {name: pool.counter(name) for name in policy.page_values}
+                    policy.observe(values, fact.seen(share[:-1], run, real, columns.shape[1] - begin))
             if policy.observes_queries:
                 policy.observe_queries(rows, asked.scale * take(q, block).float(), total, positions.gather(1, block))
 
@@ -156,13 +128,12 @@ class Shares:
 
 
 class _Run(NamedTuple):
-    """Rows of neighbouring sources with as many columns, which are at the same time."""
+    """Rows of neighbouring sources with as many columns."""
 
     row0: int
     num_rows: int
     num_columns: int
     sources: slice
-    time: int
 
     def of(self, x: Tensor | None) -> Tensor | None:
         """[G, N, ...] -> [R, T, ...] of these rows."""
@@ -177,23 +148,33 @@ class _Facts:
 
     def __init__(self, pool: PagePool, step: Step, evicted: Tensor) -> None:
         """evicted: [R, H] int64."""
-        table, heads, self.nowhere = pool.table.ids, pool.table.heads, pool.num_pages
-        self.table = torch.where(table >= 0, table, self.nowhere).view(-1).to(torch.int64)  # [R * S * H * C]
-        num_rows = table.shape[0] * heads
-        table = pool.table.by_shard(table)
-        rows = torch.arange(num_rows, device=table.device).view(-1, 1, heads, 1).expand_as(table).reshape(-1)
-        nobody = torch.full((self.nowhere + 1,), -1, device=table.device)
-        row = nobody.scatter_reduce_(0, self.table, rows, "amax")[:-1]
-        self.row = torch.where(row >= 0, row, num_rows)
+        seats, self.nowhere = pool.seats()
+        self.pool, self.heads, self.num_rows, self.page_size = pool, pool.table.heads, step.lens_after.shape[0], pool.page_size
+        num_rows, heads = self.num_rows * self.heads, self.heads
+        rows = torch.arange(num_rows, device=seats.device).view(-1, 1, heads, 1).expand_as(pool.table.by_shard(seats)).reshape(-1)
+        self.seats = seats.view(-1)  # [R * S * H * C], where there is no page: nowhere
+        nobody = torch.full((self.nowhere + 1,), num_rows, device=seats.device)
+        self.row = nobody.scatter_(0, self.seats, rows)[:-1]  # a counter is one row's
         self.entries = (step.lens_after.unsqueeze(1) - evicted).flatten()
-        self.page_size, self.heads, self.num_rows = pool.page_size, heads, step.lens_after.shape[0]
+        self.clock = torch.nn.functional.pad(step.lens_after.repeat_interleave(heads), (0, 1))[self.row]  # [X], after this forward
 
-    def tables_of(self, run: _Run) -> Tensor:
+    def seats_of(self, run: _Run) -> Tensor:
         """[R * S * H * C] of the rows of a run."""
-        return self.table.view(self.num_rows, -1)[run.row0 : run.row0 + run.num_rows].flatten()
+        return self.seats.view(self.num_rows, -1)[run.row0 : run.row0 + run.num_rows].flatten()
 
-    def seen(self, share: Tensor, run: _Run, real: Tensor, time: int) -> Seen:
+    def seat_of_new(self, slots: Tensor) -> Tensor:
+        """slots, -1 = not here, of entries of this forward: they lie in pages that one row alone has."""
+        page = torch.where(slots >= 0, slots // self.page_size, -1)
+        if self.pool.counts_by_page:
+            return torch.where(page >= 0, page, self.nowhere)
+        ids = self.pool.table.ids.view(-1)
+        nowhere = torch.full((self.pool.num_pages + 1,), self.nowhere, device=slots.device)
+        of_page = nowhere.scatter_(0, torch.where(ids >= 0, ids, self.pool.num_pages).to(torch.int64), self.seats)
+        return of_page[page]  # -1: where no page is
+
+    def seen(self, share: Tensor, run: _Run, real: Tensor, to_come: int) -> Seen:
+        """to_come: columns of the forward from the first of these on; padding comes first."""
         if run.num_rows < self.num_rows:
             real = torch.nn.functional.pad(real, (0, 0, run.row0, self.num_rows - run.row0 - run.num_rows))
         real = real.repeat_interleave(self.heads, 0)
-        return Seen(share=share, row=self.row, real=real, entries=self.entries, page_size=self.page_size, time=time)
+        return Seen(share=share, row=self.row, real=real, entries=self.entries, page_size=self.page_size, time=self.clock - to_come)

@@ -45,11 +45,6 @@ class RawWindow:
         self.seen = rows.ints("window.seen", least)  # tokens of a row when pages were last compared; the same on every rank
         rows.limit(self.check)
 
-    def start(self) -> None:
-        """A new generation begins."""
-        if self.shares is not None:
-            self.shares.start()
-
     def check(self, change: RowChange) -> None:
         """Raises: RuntimeError for a crop that may reach a demoted entry, on all ranks alike."""
         for parent, keep in zip(change.parent, change.keep, strict=True):
