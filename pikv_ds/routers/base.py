@@ -78,6 +78,15 @@ class PageQuery:
         rows = torch.arange(self.rows.start, self.rows.stop, device=self.q.device)
         return rows.repeat_interleave(self.q.shape[0] // rows.numel(), output_size=self.q.shape[0])
 
+    def mean_of_rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [Q, ...] f32 -> its mean over the queries of each row, padding not among them, [R, ...], 0 without one; [R, 1] whether there
+        is one."""
+        num_rows = self.rows.stop - self.rows.start
+        real = (self.positions >= 0).to(x.dtype).view(num_rows, -1)
+        count = real.sum(1).view(-1, *[1] * (x.dim() - 1))
+        total = torch.einsum("rt,rt...->r...", real, x.unflatten(0, (num_rows, -1)))
+        return total / count.clamp_min(1), real.any(1, keepdim=True)
+
 
 GONE = {
     (
@@ -147,7 +156,7 @@ class Router(ABC):
         """
 
     def missed(self, layer: int) -> Tensor | None:
-        """[shards of all ranks] f32: reads of each shard that were in vain; None = not counted."""
+        """[shards of all ranks] f32: reads of each shard that were in vain, mean over the rows; None = not counted."""
         return None
 
     def answered(self, asked: PageQuery, page_list: Tensor, page_lse: Tensor) -> None:  # noqa: B027

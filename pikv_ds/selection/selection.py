@@ -87,14 +87,14 @@ class Selection:
         """
         num_rows, parts, readers = q.shape[0], [], []
         rows = slice(row0, row0 + num_rows)
-        for begin in range(0, q.shape[1], QUERIES_AT_ONCE):
-            asked, key = self._asked(step, query, q[:, begin : begin + QUERIES_AT_ONCE], rows, view, positions, begin)
+        for begin, end in blocks(q.shape[1]):
+            asked, key = self._asked(step, query, q[:, begin:end], rows, view, positions, begin)
             near = None
             if beside is not None:
                 num_queries = asked.positions.numel() // num_rows
                 near = [entries_beside(other, num_rows, num_queries, self.page_size) for other in beside.views]
                 near = torch.cat(near, -1) if near else asked.entries[..., :0]
-                asked = replace(asked, near_lse=beside.lse[:, begin : begin + QUERIES_AT_ONCE].flatten(0, 1))
+                asked = replace(asked, near_lse=beside.lse[:, begin:end].flatten(0, 1))
                 self.entries += near.flatten(1).sum(1, dtype=torch.float64) @ real_queries(asked)
             choice = self.choose(step, asked, near)
             for look in self.onlookers:
@@ -216,6 +216,12 @@ class Selection:
             lse, whole = torch.logaddexp(lse, asked.near_lse), torch.logaddexp(whole, asked.near_lse)
         share = torch.exp(lse - asked.gather(whole).logsumexp(0)).mean(1, dtype=torch.float64)
         self.mass += torch.stack([share.nan_to_num(0.0) @ real_queries(asked), real_queries(asked).sum() / self.exchange.size])
+
+
+def blocks(num_queries: int) -> list[tuple[int, int]]:
+    """Columns of a forward, QUERIES_AT_ONCE at a time and the odd ones first: rows are padded there, so that padding moves no block."""
+    begins = [0, *range(num_queries % QUERIES_AT_ONCE or QUERIES_AT_ONCE, num_queries, QUERIES_AT_ONCE)]
+    return list(zip(begins, [*begins[1:], num_queries], strict=True))
 
 
 def real_queries(asked: PageQuery) -> Tensor:
