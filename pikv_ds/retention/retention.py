@@ -40,8 +40,11 @@ class Retention:
         self.config, self.policy, self.budgets, self.pages, self.exchange = config, policy, budgets, pages, exchange
         self.layers = [i for i, spec in enumerate(pages.specs) if spec.window is None]
         counts_it = attended is None or isinstance(policy, type(attended))
-        self.shares = Shares([policy] if counts_it else [policy, attended], pages)
-        self.threshold = {layer: pages.rows.tensor(f"threshold.{layer}") for layer in self.layers}  # theta [R] of an adaptive policy
+        who = f"pikv.scheduling.method = {policy.name!r}"
+        self.shares = Shares([policy] if counts_it else [policy, attended], pages, who)
+        self.threshold = {
+            layer: pages.rows.tensor(f"threshold.{layer}", empties=True) for layer in self.layers
+        }  # theta [R] of an adaptive policy
         self.steps = 0  # decode steps since an eviction was due
         self.due = False  # an eviction waits for the next forward: a crop is announced, or the prompt is kept whole
 

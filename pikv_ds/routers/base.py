@@ -123,6 +123,14 @@ class Router(ABC):
     summarises: ClassVar[bool] = False
     """True: it keeps something per page, a summary that `open` adds to the pool."""
 
+    remembers_queries: ClassVar[bool] = False
+    """True: it keeps something of the queries that it was asked with, which a crop can't take back: crops are refused."""
+
+    @property
+    def learns(self) -> bool:
+        """Whether it keeps anything of entries or queries."""
+        return self.remembers_queries or type(self).wrote is not Router.wrote
+
     @property
     def rebuilds(self) -> bool:
         """Whether what is kept per page can be made for pages that were encoded again, or whose keys have another basis."""

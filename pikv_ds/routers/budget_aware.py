@@ -19,6 +19,8 @@ class BudgetAware(ShardRouter):
     Source: Dantzig's rule, Operations Research 5(2), 1957; PiKV's repository lists a budget-aware router without a formula.
     """
 
+    remembers_queries = True
+
     def __init__(self, *, share: float = 0.25, window: int = 16) -> None:
         if not 0 < share <= 1 or window < 1:
             raise ValueError(f"0 < share <= 1 and window >= 1, got {share} and {window}")

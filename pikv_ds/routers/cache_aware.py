@@ -20,6 +20,7 @@ class CacheAware(ShardRouter):
     """
 
     wants_page_lse = True
+    remembers_queries = True
 
     def __init__(self, *, top_k: int = 1, penalty: float = 0.5, window: int = 16) -> None:
         if penalty < 0 or window < 1:

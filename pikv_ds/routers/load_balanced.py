@@ -18,6 +18,8 @@ class LoadBalanced(ShardRouter):
     Source: PiKV, arXiv 2508.06526, table 1.
     """
 
+    remembers_queries = True
+
     def __init__(self, *, top_k: int = 1, alpha: float = 1.0, window: int = 16) -> None:
         if alpha < 0 or window < 1:
             raise ValueError(f"alpha >= 0 and window >= 1, got {alpha} and {window}")

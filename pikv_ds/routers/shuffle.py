@@ -19,6 +19,8 @@ class Shuffle(PageBounds):
     layer.
     """
 
+    remembers_queries = True
+
     def __init__(
         self, *, spread: float = 0.4, heads: Literal["mean", "max"] = "mean", metadata: Literal["fp32", "bf16", "fp16", "int8"] = "bf16"
     ) -> None:

@@ -25,6 +25,7 @@ class ShuffleShards(Router):
     """
 
     budgeted = False
+    remembers_queries = True
 
     def __init__(self, *, base: str = "topk", base_options: dict[str, Any] | None = None) -> None:
         names = [name for name, router in ROUTERS.items() if issubclass(router, ShardRouter)]

@@ -20,6 +20,8 @@ class Sinkhorn(ShardRouter):
     Source: Sinkhorn routers, Clark et al., arXiv 2202.01169; PiKV's repository lists one without a formula.
     """
 
+    remembers_queries = True
+
     def __init__(self, *, top_k: int = 1, temperature: float = 1.0, window: int = 4) -> None:
         if temperature <= 0 or window < 1:
             raise ValueError(f"temperature > 0 and window >= 1, got {temperature} and {window}")

@@ -14,6 +14,8 @@ from torch import Tensor
 from pikv_ds.config.routing import RoutingConfig
 from pikv_ds.exchange.exchange import Exchange
 from pikv_ds.pages.layers import RankPages
+from pikv_ds.pages.rows import RowChange
+from pikv_ds.pages.undoing import Undoing
 from pikv_ds.pages.view import PageView, Read, per_query
 from pikv_ds.routers.base import PageQuery, Router, scores_of
 from pikv_ds.step.query import Query
@@ -47,6 +49,10 @@ class Selection:
         self.measures_mass = False
         self.onlookers: tuple[Callable[[PageQuery, Tensor], None], ...] = ()  # shown every choice before it is read: tests, evaluation
         self.news = RouterNews(router, pages)
+        self.undoing: Undoing | None = None  # None: the router keeps nothing that a crop could take back
+        if router.learns:
+            self.undoing = Undoing(pages.rows, "router", f"pikv.routing.method = {router.name!r}")
+        self.lens: list[int] = []  # tokens of every row after the last forward
         self.start()
 
     def start(self) -> None:
@@ -58,6 +64,17 @@ class Selection:
     def end_step(self) -> None:
         """A forward ends: the router is told of its late entries."""
         self.news.flush()
+
+    def note(self, step: Step) -> None:
+        """A forward ends, and the router has been told of it."""
+        self.lens = step.lens_after_host
+        waits = step.tentative and not self.router.remembers_queries and not step.late_experts
+        self.undoing.note(step, [waits and source.num_columns > 1 for source in step.sources for _ in range(source.num_rows)])
+
+    def settle(self, change: RowChange | None) -> None:
+        """Another forward begins: the router is told of what stays of the last one. Before rows change."""
+        if self.news.waits:
+            self.news.settle(self.undoing.kept(change, self.lens))
 
     @property
     def metadata_nbytes(self) -> int:
