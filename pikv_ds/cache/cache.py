@@ -143,9 +143,7 @@ class PiKVCache(HostFace):
         for part in self.counting:
             part.note(step)
         left = [after_forward(step) for after_forward in self.after_forward]
-        if step.tentative and self.counting:
-            self.pages.mirror()  # what waits to be counted names pages: they keep their ids
-        elif any(left) or not step.quiet:
+        if any(left) or not step.quiet:
             self.pages.shrink()
         if self.config.storage.overflow == "error":
             self.pages.counters.raise_if_overflowed(step.capacity)

@@ -190,8 +190,8 @@ class PagePool:
     def part_counters(self) -> None:
         """Rows are about to share pages: from now on each counts for itself. Host phase; no sync."""
         if self.counts_by_page:
-            ids = self.table.ids
-            parted = {name: torch.where(ids >= 0, self.summaries[name][ids.clamp_min(0)], 0).contiguous() for name in self.counters}
+            seats = self.seats()[0]  # where no page is the spare one behind, 0
+            parted = {name: torch.nn.functional.pad(self.summaries[name], (0, 1))[seats] for name in self.counters}
             self.summaries = {name: x for name, x in self.summaries.items() if name not in parted}
             self.table.counted = parted
 

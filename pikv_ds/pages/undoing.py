@@ -6,6 +6,8 @@ a row are counted at the start of the next forward, those that stayed, and a cro
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,11 @@ from pikv_ds.step.step import Step
 from .rows import RowChange, Rows, least
 
 WAITING = 64  # tokens of a row; more than anybody drafts for one forward
+
+
+def held_nbytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes that these keep alive, of storages that they share once."""
+    return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())
 
 
 class Undoing:

@@ -8,15 +8,16 @@ Nothing here reads the device back. Window layers are not watched.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from pikv_ds.pages.events import PageChange
+from pikv_ds.pages.events import PageChange, PageMove
 from pikv_ds.pages.layers import RankPages
 from pikv_ds.pages.pool import PagePool
 from pikv_ds.pages.rows import RowChange, RowColumn
-from pikv_ds.pages.undoing import WAITING, Undoing
+from pikv_ds.pages.undoing import WAITING, Undoing, held_nbytes
 from pikv_ds.policies.base import RetentionPolicy
 from pikv_ds.step.query import LateLse
 from pikv_ds.step.step import Step
@@ -43,6 +44,8 @@ class Shares:
         self.undoing: Undoing | None = None  # None: nobody watches
         if self.policies[0].watches:
             self.undoing = Undoing(pages.rows, "attention", who)
+            for layer in pages.layers:
+                layer.events.moved += (partial(self._moved, layer.index),)
         if self.policies[0].row_queries:
             for layer in pages.layers:
                 layer.events.rebuilt += (self.rebuilt,)
@@ -65,6 +68,11 @@ class Shares:
         self.lens = step.lens_after_host
         self.undoing.note(step, [step.tentative] * len(step.lens_after_host))
 
+    @property
+    def metadata_nbytes(self) -> int:
+        """Bytes of what waits; what is kept per page and row is counted with pages and rows."""
+        return held_nbytes(x for one in self.waiting for x in one.tensors)
+
     def settle(self, change: RowChange | None) -> None:
         """Another forward begins: show policies the queries of the last one that wait and stay. Before rows change."""
         waiting, self.waiting = self.waiting, []
@@ -72,6 +80,18 @@ class Shares:
         for one in waiting:
             stays = one.looks.without(one.facts, one.run, kept, one.policy.window)
             self._show(one.policy, one.layer, one.facts, one.run, stays, kept)
+
+    def _moved(self, layer: int, move: PageMove) -> None:
+        """Pages have other ids: counters that lie at these move with them, and so does what waits for them."""
+        pool, told = self.pages.layers[layer].pools[move.level], set()
+        for i, one in enumerate(self.waiting):
+            if one.layer == layer and pool.counts_by_page:
+                fact, shares = one.facts[move.level], list(one.looks.shares)
+                shares[move.level] = shares[move.level][move.source]
+                self.waiting[i] = one._replace(looks=one.looks._replace(shares=tuple(shares)))
+                if id(fact) not in told:  # policies share it
+                    fact.row, fact.clock = fact.row[move.source], fact.clock[move.source]
+                    told.add(id(fact))
 
     def rebuilt(self, change: PageChange) -> None:
         """Queries that the policy keeps go into the basis that the keys of their rows have now."""

@@ -132,6 +132,11 @@ class Waiting(NamedTuple):
     run: Run
     looks: Looks
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        facts = (x for fact in self.facts for x in (fact.seats, fact.row, fact.entries, fact.lens, fact.clock))
+        return [*self.looks.shares, self.looks.positions, *self.looks.queries, *facts]
+
 
 def _moved(x: Tensor, by: Tensor, fill: float) -> Tensor:
     """x [N, b, ...] with row i moved right by by[i] columns; `fill` comes in from the left."""

@@ -22,6 +22,8 @@ from pikv_ds.pages.view import PageView
 from pikv_ds.placement.shard_map import ShardMap
 from pikv_ds.spec import LayerSpec
 
+from .memory import Asked, Memory
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PageQuery:
@@ -78,14 +80,10 @@ class PageQuery:
         rows = torch.arange(self.rows.start, self.rows.stop, device=self.q.device)
         return rows.repeat_interleave(self.q.shape[0] // rows.numel(), output_size=self.q.shape[0])
 
-    def mean_of_rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [Q, ...] f32 -> its mean over the queries of each row, padding not among them, [R, ...], 0 without one; [R, 1] whether there
-        is one."""
-        num_rows = self.rows.stop - self.rows.start
-        real = (self.positions >= 0).to(x.dtype).view(num_rows, -1)
-        count = real.sum(1).view(-1, *[1] * (x.dim() - 1))
-        total = torch.einsum("rt,rt...->r...", real, x.unflatten(0, (num_rows, -1)))
-        return total / count.clamp_min(1), real.any(1, keepdim=True)
+    @property
+    def asked(self) -> Asked:
+        """What a Memory is told of these queries."""
+        return Asked(self.layer, self.rows, self.positions)
 
 
 GONE = {
@@ -123,13 +121,15 @@ class Router(ABC):
     summarises: ClassVar[bool] = False
     """True: it keeps something per page, a summary that `open` adds to the pool."""
 
-    remembers_queries: ClassVar[bool] = False
-    """True: it keeps something of the queries that it was asked with, which a crop can't take back: crops are refused."""
+    whole_forwards: ClassVar[bool] = False
+    """True: it is told of all entries of a forward at once, also when only the last of them may be taken back."""
+    memories: tuple[Memory, ...] = ()
+    """What it keeps of the queries that it was asked with."""
 
     @property
     def learns(self) -> bool:
         """Whether it keeps anything of entries or queries."""
-        return self.remembers_queries or type(self).wrote is not Router.wrote
+        return bool(self.memories) or type(self).wrote is not Router.wrote
 
     @property
     def rebuilds(self) -> bool:

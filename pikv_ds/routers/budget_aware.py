@@ -2,9 +2,10 @@ import torch
 from torch import Tensor
 
 from pikv_ds.pages.pool import PagePool
-from pikv_ds.pages.rows import RowColumn, Rows
+from pikv_ds.pages.rows import Rows
 from pikv_ds.routers import ROUTERS
 from pikv_ds.routers.base import PageQuery
+from pikv_ds.routers.memory import Asked, Memory
 from pikv_ds.routers.shard_router import ShardRouter
 
 
@@ -19,24 +20,23 @@ class BudgetAware(ShardRouter):
     Source: Dantzig's rule, Operations Research 5(2), 1957; PiKV's repository lists a budget-aware router without a formula.
     """
 
-    remembers_queries = True
-
     def __init__(self, *, share: float = 0.25, window: int = 16) -> None:
         if not 0 < share <= 1 or window < 1:
             raise ValueError(f"0 < share <= 1 and window >= 1, got {share} and {window}")
         super().__init__(top_k=1)
         self.share, self.window = share, window
-        self.more: dict[int, RowColumn] = {}  # layer -> [R] f32, what the allowance has above the share
+        self.more = Memory(self._learn)  # [R] f32, what the allowance has above the share
+        self.memories = (self.more,)
 
     def open(self, layer: int, pool: PagePool, num_shards: int, rows: Rows) -> None:
         super().open(layer, pool, num_shards, rows)
-        self.more[layer] = rows.tensor(f"{layer}.allowance", (), empties=True)
+        self.more.columns[layer] = rows.tensor(f"{layer}.allowance", (), empties=True)
 
     def logits(self, asked: PageQuery) -> Tensor:
         return self.mean_logits(asked.q, asked)
 
     def chosen_shards(self, asked: PageQuery) -> Tensor:
-        logits, more = self.logits(asked), self.more[asked.layer].value
+        logits, more = self.logits(asked), self.more.columns[asked.layer].value
         allowance = self.share + more[asked.row_of_query()].unsqueeze(-1)
         held = self.counts[asked.layer].value[asked.row_of_query()]
         held = held / held.sum(-1, keepdim=True).clamp_min(1)
@@ -45,7 +45,10 @@ class BudgetAware(ShardRouter):
         fits = (spent <= allowance + 1e-6) & (logits.gather(-1, order) > -torch.inf)
         fits[:, 0] = logits.gather(-1, order)[:, 0] > -torch.inf
         chosen = torch.zeros_like(fits).scatter_(1, order, fits)
-        read, more = asked.mean_of_rows((held * chosen).sum(-1))[0], more[asked.rows]
+        self.more.add(asked.asked, (held * chosen).sum(-1))
+        return chosen
+
+    def _learn(self, asked: Asked, read: Tensor) -> None:
+        more, read = self.more.columns[asked.layer].value[asked.rows], asked.mean(read)[0]
         change = torch.where(read > 0, (self.share - read) / self.window, 0.0)  # nothing read: nothing stored yet, or nobody asked
         more.copy_((more + change).clamp(-self.share, 1 - self.share))
-        return chosen

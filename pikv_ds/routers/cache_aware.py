@@ -2,9 +2,10 @@ import torch
 from torch import Tensor
 
 from pikv_ds.pages.pool import PagePool
-from pikv_ds.pages.rows import RowColumn, Rows
+from pikv_ds.pages.rows import Rows
 from pikv_ds.routers import ROUTERS
 from pikv_ds.routers.base import PageQuery
+from pikv_ds.routers.memory import Asked, Memory
 from pikv_ds.routers.shard_router import ShardRouter
 
 
@@ -20,24 +21,24 @@ class CacheAware(ShardRouter):
     """
 
     wants_page_lse = True
-    remembers_queries = True
 
     def __init__(self, *, top_k: int = 1, penalty: float = 0.5, window: int = 16) -> None:
         if penalty < 0 or window < 1:
             raise ValueError(f"penalty >= 0 and window >= 1, got {penalty} and {window}")
         super().__init__(top_k=top_k)
         self.penalty, self.window = penalty, window
-        self.misses: dict[int, RowColumn] = {}  # layer -> [R, S] f32
+        self.misses = Memory(self._learn)  # [R, S] f32
+        self.memories = (self.misses,)
 
     def open(self, layer: int, pool: PagePool, num_shards: int, rows: Rows) -> None:
         super().open(layer, pool, num_shards, rows)
-        self.misses[layer] = rows.tensor(f"{layer}.misses", (num_shards,), empties=True)
+        self.misses.columns[layer] = rows.tensor(f"{layer}.misses", (num_shards,), empties=True)
 
     def logits(self, asked: PageQuery) -> Tensor:
-        return self.mean_logits(asked.q, asked) - self.penalty * torch.log1p(self.misses[asked.layer].value[asked.row_of_query()])
+        return self.mean_logits(asked.q, asked) - self.penalty * torch.log1p(self.misses.columns[asked.layer].value[asked.row_of_query()])
 
     def missed(self, layer: int) -> Tensor:
-        misses = self.misses[layer].value
+        misses = self.misses.columns[layer].value
         return misses.sum(0) / max(misses.shape[0], 1)
 
     def answered(self, asked: PageQuery, page_list: Tensor, page_lse: Tensor) -> None:
@@ -47,6 +48,8 @@ class CacheAware(ShardRouter):
         lse, read = asked.over_shards(own).split([page_lse.shape[1], 1], -1)  # [Q, S, Hq], [Q, S, 1]
         share = torch.exp(lse - lse.logsumexp(1, keepdim=True)).nan_to_num(0.0)
         missed = (read > 0) & (share < read / read.sum(1, keepdim=True).clamp_min(1))
-        rate, asks = asked.mean_of_rows(missed.float().mean(-1))
-        misses = self.misses[asked.layer].value[asked.rows]
-        misses.copy_(torch.where(asks, misses * (1 - 1 / self.window) + rate, misses))
+        self.misses.add(asked.asked, missed.float().mean(-1))
+
+    def _learn(self, asked: Asked, missed: Tensor) -> None:
+        misses, (rate, asks) = self.misses.columns[asked.layer].value[asked.rows], asked.mean(missed)
+        misses.copy_(torch.where(asks.unsqueeze(1), misses * (1 - 1 / self.window) + rate, misses))

@@ -19,13 +19,12 @@ class Shuffle(PageBounds):
     layer.
     """
 
-    remembers_queries = True
-
     def __init__(
         self, *, spread: float = 0.4, heads: Literal["mean", "max"] = "mean", metadata: Literal["fp32", "bf16", "fp16", "int8"] = "bf16"
     ) -> None:
         super().__init__(spread=spread, heads=heads, metadata=metadata)
         self.earlier = Earlier()
+        self.memories = (self.earlier.memory,)
 
     def open(self, layer: int, pool: PagePool, num_shards: int, rows: Rows) -> None:
         super().open(layer, pool, num_shards, rows)

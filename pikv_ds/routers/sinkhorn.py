@@ -2,9 +2,10 @@ import torch
 from torch import Tensor
 
 from pikv_ds.pages.pool import PagePool
-from pikv_ds.pages.rows import RowColumn, Rows
+from pikv_ds.pages.rows import Rows
 from pikv_ds.routers import ROUTERS
 from pikv_ds.routers.base import PageQuery
+from pikv_ds.routers.memory import Asked, Memory
 from pikv_ds.routers.shard_router import ShardRouter
 
 
@@ -20,24 +21,26 @@ class Sinkhorn(ShardRouter):
     Source: Sinkhorn routers, Clark et al., arXiv 2202.01169; PiKV's repository lists one without a formula.
     """
 
-    remembers_queries = True
-
     def __init__(self, *, top_k: int = 1, temperature: float = 1.0, window: int = 4) -> None:
         if temperature <= 0 or window < 1:
             raise ValueError(f"temperature > 0 and window >= 1, got {temperature} and {window}")
         super().__init__(top_k=top_k)
         self.temperature, self.window = temperature, window
-        self.potential: dict[int, RowColumn] = {}  # layer -> v [R, S] f32
+        self.potential = Memory(self._learn)  # v [R, S] f32
+        self.memories = (self.potential,)
 
     def open(self, layer: int, pool: PagePool, num_shards: int, rows: Rows) -> None:
         super().open(layer, pool, num_shards, rows)
-        self.potential[layer] = rows.tensor(f"{layer}.potential", (num_shards,), empties=True)
+        self.potential.columns[layer] = rows.tensor(f"{layer}.potential", (num_shards,), empties=True)
 
     def logits(self, asked: PageQuery) -> Tensor:
-        whole = self.potential[asked.layer].value
-        logits = self.mean_logits(asked.q, asked) / self.temperature + whole[asked.row_of_query()]  # asked once per block of queries
-        potential, (load, asks) = whole[asked.rows], asked.mean_of_rows(logits.softmax(-1).nan_to_num(0.0))
+        potential = self.potential.columns[asked.layer].value[asked.row_of_query()]
+        logits = self.mean_logits(asked.q, asked) / self.temperature + potential  # asked once per block of queries
+        self.potential.add(asked.asked, logits.softmax(-1).nan_to_num(0.0))
+        return logits
+
+    def _learn(self, asked: Asked, share: Tensor) -> None:
+        potential, (load, asks) = self.potential.columns[asked.layer].value[asked.rows], asked.mean(share)
         step = torch.log((load.shape[1] * load).clamp_min(1e-6)) / self.window
         moved = torch.where(load > 0, potential - step, potential)
-        potential.copy_(torch.where(asks, (moved - moved.mean(-1, keepdim=True)).clamp(-20, 20), potential))
-        return logits
+        potential.copy_(torch.where(asks.unsqueeze(1), (moved - moved.mean(-1, keepdim=True)).clamp(-20, 20), potential))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from pikv_ds.pages.events import NewEntries, PageChange, Written
+from pikv_ds.pages.events import NewEntries, PageChange, PageMove, Written
 from pikv_ds.pages.layers import RankPages
 from pikv_ds.pages.undoing import WAITING
 from pikv_ds.routers.base import Router
@@ -28,6 +29,7 @@ class RouterNews:
         for layer in pages.layers:
             layer.events.wrote += (self.wrote,)
             layer.events.rebuilt += (self.rebuilt,)
+            layer.events.moved += (partial(self._moved, layer.index),)
 
     def start(self) -> None:
         """The pools are new and empty. Host phase."""
@@ -53,7 +55,9 @@ class RouterNews:
         )  # fmt: skip
         if pool.level:  # in no page that the router chooses from yet
             new = replace(new, slot_mapping=torch.full_like(new.slot_mapping, -1), table=torch.zeros_like(new.table))
-        if step.decode or step.late_experts:  # late entries are stored after the queries of their layer
+        if step.late_experts and step.tentative:
+            self._wait(layer, step, new)
+        elif step.decode or step.late_experts:  # late entries are stored after the queries of their layer
             self._report(layer, new)
         elif any(source.num_columns == 1 and source.num_rows for source in step.sources):
             now = step.one_column[step.rows]
@@ -66,7 +70,7 @@ class RouterNews:
         if not step.tentative:
             self._waiting.append((layer, new))
             return
-        last = last_columns(step, WAITING)
+        last = last_columns(step, max(s.num_columns for s in step.sources) if self.router.whole_forwards else WAITING)
         if last.numel() < new.rows.numel():
             others = torch.ones_like(new.valid).index_fill_(0, last, False)
             self._waiting.append((layer, _those(new, others)))
@@ -79,15 +83,25 @@ class RouterNews:
         self._waiting.clear()
 
     @property
-    def waits(self) -> bool:
-        """Whether entries of the last forward are told of when it is known which stay."""
-        return bool(self._tentative)
+    def waiting(self) -> list[Tensor]:
+        """Of the last forward, told of when it is known what stays."""
+        return [getattr(new, f.name) for _, new in self._tentative for f in fields(new)]
 
     def settle(self, kept: Tensor) -> None:
         """Report the entries that waited and stay, now that rows [R] are known to go on with `kept` tokens. Before rows change."""
         tentative, self._tentative = self._tentative, []
         for layer, new in tentative:
             self._report(layer, _those(new, new.positions < kept[new.rows]))
+
+    def _moved(self, layer: int, move: PageMove) -> None:
+        """Pages have other ids, and so have the slots of entries that wait."""
+        pool = self.pages.layers[layer].routed
+        for i, (at, new) in enumerate(self._tentative):
+            if at == layer and move.level == pool.level:
+                slots = new.slot_mapping
+                target = torch.full((int(move.source.max()) + 1,), -1, device=slots.device).index_copy_(0, move.source, move.target)
+                moved = target[(slots // pool.page_size).clamp_min(0).long()] * pool.page_size + slots % pool.page_size
+                self._tentative[i] = at, replace(new, slot_mapping=torch.where(slots >= 0, moved, -1).to(slots.dtype))
 
     def rebuilt(self, change: PageChange) -> None:
         """Pages of the pool that the router chooses from hold other numbers. Host phase."""

@@ -15,7 +15,7 @@ from pikv_ds.config.routing import RoutingConfig
 from pikv_ds.exchange.exchange import Exchange
 from pikv_ds.pages.layers import RankPages
 from pikv_ds.pages.rows import RowChange
-from pikv_ds.pages.undoing import Undoing
+from pikv_ds.pages.undoing import Undoing, held_nbytes
 from pikv_ds.pages.view import PageView, Read, per_query
 from pikv_ds.routers.base import PageQuery, Router, scores_of
 from pikv_ds.step.query import Query
@@ -60,6 +60,8 @@ class Selection:
         self.entries.zero_()
         self.mass.zero_()
         self.news.start()
+        for memory in self.router.memories:
+            memory.clear()
 
     def end_step(self) -> None:
         """A forward ends: the router is told of its late entries."""
@@ -68,18 +70,26 @@ class Selection:
     def note(self, step: Step) -> None:
         """A forward ends, and the router has been told of it."""
         self.lens = step.lens_after_host
-        waits = step.tentative and not self.router.remembers_queries and not step.late_experts
-        self.undoing.note(step, [waits and source.num_columns > 1 for source in step.sources for _ in range(source.num_rows)])
+        waits = [step.tentative and not step.sees_own(source) for source in step.sources for _ in range(source.num_rows)]
+        self.undoing.note(step, waits)
 
     def settle(self, change: RowChange | None) -> None:
-        """Another forward begins: the router is told of what stays of the last one. Before rows change."""
-        if self.news.waits:
-            self.news.settle(self.undoing.kept(change, self.lens))
+        """Another forward begins: the router learns what stays of the last one. Before rows change."""
+        if self.waiting:
+            kept = self.undoing.kept(change, self.lens)
+            self.news.settle(kept)
+            for memory in self.router.memories:
+                memory.settle(kept)
+
+    @property
+    def waiting(self) -> list[Tensor]:
+        """What waits for it."""
+        return self.news.waiting + [x for memory in self.router.memories for x in memory.waiting]
 
     @property
     def metadata_nbytes(self) -> int:
-        """Bytes of the counters; what the router keeps is counted with pages and rows."""
-        return self.entries.nbytes + self.mass.nbytes
+        """Bytes of the counters and of what waits; what the router keeps is counted with pages and rows."""
+        return self.entries.nbytes + self.mass.nbytes + held_nbytes(self.waiting)
 
     def read(
         self,
@@ -103,6 +113,8 @@ class Selection:
         QUERIES_AT_ONCE queries of a row: one for a budget, and those of the router; all ranks must call it alike.
         """
         num_rows, parts, readers = q.shape[0], [], []
+        for memory in self.router.memories:
+            memory.tentative = step.tentative
         rows = slice(row0, row0 + num_rows)
         for begin, end in blocks(q.shape[1]):
             asked, key = self._asked(step, query, q[:, begin:end], rows, view, positions, begin)

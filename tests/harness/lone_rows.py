@@ -36,10 +36,12 @@ class Fed:
     tokens: list[Token]
     announced: bool
     """Some of it might have been taken back: what leaves windows and budgets waits."""
+    several: bool
+    """The forward had several columns: queries were answered before its entries were stored."""
     out: list[Tensor] = field(default_factory=list)
 
     def first(self, n: int) -> Fed:
-        return Fed(self.tokens[:n], self.announced, [x[:n] for x in self.out])
+        return Fed(self.tokens[:n], self.announced, self.several, [x[:n] for x in self.out])
 
 
 class Rows:
@@ -90,10 +92,6 @@ class Rows:
         self._forward(tokens, torch.tensor(positions, dtype=torch.int32).view(len(streams), width), lens)
         self.parent, self.fresh, self.touched = list(range(len(streams))), False, False
 
-    def keep_step(self) -> None:
-        """A forward that stores nothing, beside other ranks that go on."""
-        self.feed([0] * len(self.rows), [0] * len(self.rows)) if self.rows else None
-
     def _forward(self, tokens: list[list[Token]], positions: Tensor, lens: list[int]) -> None:
         num_new, (num_rows, num_columns) = [len(row) for row in tokens], positions.shape
         self.cache.begin_step(
@@ -102,7 +100,7 @@ class Rows:
                 identity=not self.fresh and not self.touched, fresh=self.fresh,
             )
         )  # fmt: skip
-        fed = [Fed(row, self.cache.hold) for row in tokens]
+        fed = [Fed(row, self.cache.hold, num_columns > 1) for row in tokens]
         for i in range(len(self.layers)):
             out = self._layer(i, tokens, positions)
             for row, one in enumerate(fed):
@@ -115,19 +113,21 @@ class Rows:
         spec = self.layers[i]
         shape, real = (*positions.shape, -1), positions >= 0
         made = [numbers_of(i, spec, token) for row in tokens for token in row]
-        q, k, v = (
-            torch.full((*positions.shape, heads, dim), torch.nan).masked_scatter(real[..., None, None], torch.cat([m[at] for m in made]))
-            if made else torch.full((*positions.shape, heads, dim), torch.nan)
-            for at, heads, dim in ((0, QUERY_HEADS, spec.k_dim), (1, spec.num_kv_heads, spec.k_dim), (2, spec.num_kv_heads, spec.v_dim))
-        )  # fmt: skip
-        experts = torch.zeros(positions.shape, dtype=torch.int64).masked_scatter(real, torch.tensor([m[3] for m in made], dtype=torch.int64))
+        shapes = (QUERY_HEADS, spec.k_dim), (spec.num_kv_heads, spec.k_dim), (spec.num_kv_heads, spec.v_dim)
+        q, k, v = (torch.full((*positions.shape, *one), torch.nan) for one in shapes)
+        experts = torch.zeros(positions.shape, dtype=torch.int64)
+        for token, (row, column) in zip(made, real.nonzero().tolist(), strict=True):
+            q[row, column], k[row, column], v[row, column], experts[row, column] = token
         q, scale = q.nan_to_num(0.0), spec.k_dim**-0.5
         partial = self.cache.attend(i, q, k, v, scale=scale, v_dim=spec.v_dim, expert_ids=experts.flatten())
+        if self.cache.late_experts:
+            self.cache.name_experts(i, experts.flatten())
         if partial.includes_self:
             return partial.out.view(*shape[:2], QUERY_HEADS, -1)
         at, of = positions.unsqueeze(2), positions.unsqueeze(1)
         visible = ((of >= 0) & (of <= at) & (of > at - (spec.window or 10**6))).unsqueeze(1)
-        own, lse = sdpa_lse(q.transpose(1, 2), k.nan_to_num(0.0).transpose(1, 2), v.nan_to_num(0.0).transpose(1, 2), scale=scale, mask=visible)
+        own_q, own_k, own_v = (x.nan_to_num(0.0).transpose(1, 2) for x in (q, k, v))
+        own, lse = sdpa_lse(own_q, own_k, own_v, scale=scale, mask=visible)
         parts = torch.stack([partial.out, own.transpose(1, 2)]), torch.stack([partial.lse, lse.transpose(1, 2)])
         return merge_partials(*parts)[0]
 
@@ -135,11 +135,12 @@ class Rows:
 
     def kept(self, row: int) -> list[list[list[int]]]:
         """[layer][local table] positions of a row of this rank, sorted, with the level of the pool each lies in."""
-        at = row + self._first_row
-        return [
-            [sorted((p, level) for level, pool in enumerate(self.probe.pools(i)) for p in pool.positions(at, table)) for table in range(pool_tables)]
-            for i, pool_tables in enumerate(self.probe.near_pool(i).num_tables for i in range(len(self.layers)))
-        ]  # fmt: skip
+        return [self._kept(i, row + self._first_row) for i in range(len(self.layers))]
+
+    def _kept(self, i: int, row: int) -> list[list[tuple[int, int]]]:
+        pools = list(enumerate(self.probe.pools(i)))
+        tables = range(self.probe.near_pool(i).num_tables)
+        return [sorted((p, level) for level, pool in pools for p in pool.positions(row, table)) for table in tables]
 
     @property
     def _first_row(self) -> int:
@@ -156,17 +157,18 @@ class Rows:
         lone = Rows(self.layers, self.config)
         for fed in self.rows[row]:
             with lone.cache.announce_crops() if fed.announced else nullcontext():
-                lone._alone(fed.tokens)
+                lone._alone(fed.tokens, fed.several)
         return lone
 
-    def _alone(self, tokens: list[Token]) -> None:
+    def _alone(self, tokens: list[Token], several: bool) -> None:
         lens = self.lens if self.rows else [0]
         if self.fresh:
             self.rows, self.parent = [[]], [-1]
-        self._forward([tokens], torch.tensor([[token.position for token in tokens]], dtype=torch.int32), lens)
+        padding = [-1] * (several and len(tokens) == 1)
+        self._forward([tokens], torch.tensor([padding + [token.position for token in tokens]], dtype=torch.int32), lens)
         self.parent, self.fresh, self.touched = [0], False, False
 
-    def differences(self, tolerance: float = 1e-5, since: int = 0) -> list[str]:
+    def differences(self, tolerance: float = 1e-5) -> list[str]:
         """A line for every row that keeps something else than alone, or whose outputs differ by more than the tolerance."""
         lines = []
         for row in range(len(self.rows)):
@@ -183,15 +185,73 @@ class Rows:
         return lines
 
 
+# ---- what may happen to rows: each starts with an empty cache -----------------------------------------------------------------
+
+
+def fork(rows: Rows) -> None:
+    """One prefix, three rows that go on differently, one token at a time and several."""
+    rows.feed([1], [31])
+    rows.feed([1], [1])
+    rows.select([0, 0, 0])
+    for new in (*[1] * 9, 5, *[1] * 9):
+        rows.feed([2, 3, 4], [new] * 3)
+
+
+def beams(rows: Rows) -> None:
+    """As beam search reorders: rows end, others go on twice."""
+    rows.feed([1, 2], [31, 31])
+    rows.select([0, 0, 1, 1])
+    for i, index in enumerate(([0, 0, 2, 3], [1, 0, 3, 3], [0, 1, 2, 3], [3, 2, 1, 0], [0, 0, 0, 1], [0, 1, 2, 2]) * 3):
+        rows.select(index)
+        rows.feed([10 + 4 * i + beam for beam in range(4)], [1] * 4)
+
+
+def drops(rows: Rows) -> None:
+    """Rows leave the batch, and those that stay change places."""
+    rows.feed([1, 2, 3], [31, 31, 31])
+    for stay in ([0, 1, 2], [2, 0], [1]):
+        rows.select(stay)
+        for _ in range(6):
+            rows.feed([5, 6, 7][: len(stay)], [1] * len(stay))
+
+
+def ragged(rows: Rows) -> None:
+    """Rows of other lengths: longer than a block of queries, with padding, without a token in a forward."""
+    rows.feed([1, 2, 3], [71, 7, 40])
+    for _ in range(6):
+        rows.feed([1, 2, 3], [1, 1, 1])
+    rows.feed([1, 2, 3], [3, 0, 9])
+    for _ in range(6):
+        rows.feed([1, 2, 3], [1, 1, 1])
+    rows.select([0, 1, 1, 2])
+    for _ in range(8):
+        rows.feed([4, 5, 6, 7], [1] * 4)
+
+
+def crops(rows: Rows) -> None:
+    """As assisted generation: several tokens, some of them taken back, from the first forward on; then a fork."""
+    with rows.cache.announce_crops():
+        rows.feed([1, 2], [80, 26])
+        rows.crop([n - 3 for n in rows.lens])
+        for i, back in enumerate((2, 0, 3, 1, 4, 5)):
+            rows.feed([10 + i, 20 + i], [5, 5])
+            rows.crop([n - back for n in rows.lens])
+    rows.select([0, 1, 1])
+    for _ in range(8):
+        rows.feed([4, 5, 6], [1] * 3)
+
+
+SCENES = {scene.__name__: scene for scene in (fork, beams, drops, ragged, crops)}
+
 _made: dict[tuple, tuple[Tensor, Tensor, Tensor, int]] = {}
 
 
 def numbers_of(i: int, spec: LayerSpec, token: Token) -> tuple[Tensor, Tensor, Tensor, int]:
-    """q [1, Hq, Dk], k [1, H, Dk], v [1, H, Dv] and the expert of a token in layer i."""
+    """q [Hq, Dk], k [H, Dk], v [H, Dv] and the expert of a token in layer i."""
     key = (i, spec.num_kv_heads, spec.k_dim, spec.v_dim, token)
     if key not in _made:
         generator = torch.Generator().manual_seed(((token.stream * LONGEST + token.position) * 16 + i) * 7919 + 1)
         heads = (QUERY_HEADS, spec.k_dim), (spec.num_kv_heads, spec.k_dim), (spec.num_kv_heads, spec.v_dim)
-        q, k, v = (torch.randn(1, *shape, generator=generator) for shape in heads)
+        q, k, v = (torch.randn(shape, generator=generator) for shape in heads)
         _made[key] = q, k, v, int(torch.randint(EXPERTS, (), generator=generator))
     return _made[key]
