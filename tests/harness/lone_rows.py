@@ -47,8 +47,9 @@ class Fed:
 class Rows:
     """A cache, and the history of its rows. Row changes wait for the next forward, as the hosts' caches do it."""
 
-    def __init__(self, layers: list[LayerSpec], config: dict, group=None) -> None:
-        self.layers, self.config, self.group = layers, config, group
+    def __init__(self, layers: list[LayerSpec], config: dict, group=None, *, streams: int = 0) -> None:
+        """streams: added to the number of every stream that is fed."""
+        self.layers, self.config, self.streams = layers, config, streams
         block = PiKVConfig.model_validate(config)
         self.cache = PiKVCache(layers, block, num_experts=EXPERTS, dtype=torch.float32, device=torch.device("cpu"), group=group)
         self.probe = CacheProbe(self.cache)
@@ -86,7 +87,7 @@ class Rows:
         if self.fresh:
             self.rows, self.parent = [[] for _ in streams], [-1] * len(streams)
         lens = self.lens
-        tokens = [[Token(s, n + i) for i in range(new)] for s, n, new in zip(streams, lens, num_new, strict=True)]
+        tokens = [[Token(self.streams + s, n + i) for i in range(new)] for s, n, new in zip(streams, lens, num_new, strict=True)]
         width = max(num_new)
         positions = [[-1] * (width - len(row)) + [token.position for token in row] for row in tokens]
         self._forward(tokens, torch.tensor(positions, dtype=torch.int32).view(len(streams), width), lens)

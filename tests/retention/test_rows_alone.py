@@ -84,20 +84,20 @@ def test_keys_and_values_stay_shared(tmp_path):
 
 def test_rows_of_a_cropped_prefix_start_over(tmp_path):
     """A row that keeps nothing counts nothing; one that is cropped behind what was counted is refused by name."""
-    kinds, config = WHOLE, evicting("h2o", tmp_path)[1]
-    rows = Rows(kinds, config)
+    config = evicting("h2o", tmp_path)[1]
+    rows = Rows(WHOLE, config)
     rows.feed([1, 2], [20, 20])
     rows.crop([0, 20])
     for _ in range(30):
         rows.feed([3, 4], [1, 1])
     assert rows.differences() == []
-    rows = Rows(kinds, config)
+    rows = Rows(WHOLE, config)
     rows.feed([1], [20])
     rows.crop([18])
     with pytest.raises(RuntimeError, match=r"crop to 18 of 20 tokens: pikv.scheduling.method = 'h2o' has counted tokens up to 20"):
         rows.feed([2], [1])
-    kinds, config = reading("bounds", tmp_path)
-    rows = Rows(kinds, config)
+    config = reading("bounds", tmp_path)[1]
+    rows = Rows(WHOLE, config)
     rows.feed([1], [20])
     rows.crop([18])
     with pytest.raises(RuntimeError, match=r"pikv.routing.method = 'bounds' has counted tokens up to 20"):
