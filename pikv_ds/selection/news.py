@@ -55,7 +55,7 @@ class RouterNews:
         )  # fmt: skip
         if pool.level:  # in no page that the router chooses from yet
             new = replace(new, slot_mapping=torch.full_like(new.slot_mapping, -1), table=torch.zeros_like(new.table))
-        if step.late_experts and step.tentative:
+        if step.late_experts and step.tentative and self.router.learns:
             self._wait(layer, step, new)
         elif step.decode or step.late_experts:  # late entries are stored after the queries of their layer
             self._report(layer, new)
@@ -67,7 +67,7 @@ class RouterNews:
             self._wait(layer, step, new)
 
     def _wait(self, layer: int, step: Step, new: NewEntries) -> None:
-        if not step.tentative:
+        if not (step.tentative and self.router.learns):
             self._waiting.append((layer, new))
             return
         last = last_columns(step, max(s.num_columns for s in step.sources) if self.router.whole_forwards else WAITING)

@@ -136,17 +136,12 @@ class Rows:
 
     def kept(self, row: int) -> list[list[list[int]]]:
         """[layer][local table] positions of a row of this rank, sorted, with the level of the pool each lies in."""
-        return [self._kept(i, row + self._first_row) for i in range(len(self.layers))]
+        return [self._kept(i, row + self.probe.first_row) for i in range(len(self.layers))]
 
     def _kept(self, i: int, row: int) -> list[list[tuple[int, int]]]:
         pools = list(enumerate(self.probe.pools(i)))
         tables = range(self.probe.near_pool(i).num_tables)
         return [sorted((p, level) for level, pool in pools for p in pool.positions(row, table)) for table in tables]
-
-    @property
-    def _first_row(self) -> int:
-        agreement = self.cache.agreement
-        return sum(agreement.num_rows[: agreement.own])
 
     @property
     def record_bytes(self) -> int:
@@ -180,7 +175,7 @@ class Rows:
                     lines.append(f"row {row}: outputs at {fed.tokens[0].position} differ by {worst:.1e}")
                     break
             mine, whole = self.kept(row), lone.kept(0)
-            heads, shards = self.probe.heads, self.cache.map.shards.tolist()
+            heads, shards = self.probe.heads, self.probe.local_shards
             local = [[tables[s * heads + h] for s in shards for h in range(heads)] for tables in whole]
             lines += [f"row {row}, layer {i}: kept differs" for i, (x, y) in enumerate(zip(mine, local, strict=True)) if x != y]
         return lines
