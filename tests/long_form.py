@@ -8,6 +8,8 @@ What it adds is said beside each use of LONG: products of things that the short 
 - tests/dist/test_evict.py, tests/dist/test_selection.py: every policy and router on 4 ranks, short: one of each kind; all of them on 2.
 - tests/dist/test_mismatch.py: every way for ranks to be out of step, short: one of each sort; 300 random programs on 2 ranks and 150 on 3,
   short: 3.
+- tests/retention/test_rows_alone.py, tests/dist/test_lone_rows.py: every policy, router and tier x fork, beams, drops, ragged rows, crops;
+  on 2 ranks replicated and distinct; and the model's own calls. Short: one of each kind, and what is refused.
 - tests/dist, tests/megatron: every rank is an interpreter of its own; short: forked with the imports done (tests/dist/warm.py).
 - tests/adapters: training, MoE layers and pairs of ranks under DeepSpeed's launcher; short: with the variables that it sets, while
   tests/adapters/test_deepspeed_launch.py and the inference engines start it.

@@ -93,8 +93,9 @@ class PiKVCache(HostFace):
         self.selection: Selection | None = None  # None: every query reads every page
         if not router.reads_all:
             self.selection = Selection(config.routing, router, pages, self.exchange, policy.keeps_all, self.window)
-        shares = (part.shares for part in (self.retention, self.window) if part is not None)
-        self.reader = Reader(pages, self.selection, tuple(one for one in shares if one is not None))
+        shares = tuple(part.shares for part in (self.retention, self.window) if part is not None and part.shares is not None)
+        self.reader = Reader(pages, self.selection, shares)
+        self.counting = tuple(one for one in (*shares, self.selection) if one is not None and one.undoing is not None)
         self.agreement = Agreement(self.exchange, config.storage.requests, device)
         replicated = ReplicatedWay(self)
         self.ways = {"local": replicated, "replicated": replicated, "distinct": DistinctWay(self)}
@@ -103,7 +104,7 @@ class PiKVCache(HostFace):
         evict, encode, move_on = (None if part is None else part.after_forward for part in (self.retention, self.window, behind))
         self.after_forward = tuple(each for each in (pages.expire, evict, refit, encode, move_on) if each is not None)
         self.hold_margin: int | None = None  # assisted decoding: tokens a crop may still take back; None = no crop is announced
-        self.hold = False  # this rank announced crops before the running forward
+        self.hold = self.rehearsal = False  # this rank announced crops before the running forward; what they take back stays counted
         self.step: Step | None = None
         self.local: LocalStep | None = None
 
@@ -139,6 +140,8 @@ class PiKVCache(HostFace):
         self.ways[self.agreement.mode].flush(step)
         if self.selection is not None:
             self.selection.end_step()
+        for part in self.counting:
+            part.note(step)
         left = [after_forward(step) for after_forward in self.after_forward]
         if any(left) or not step.quiet:
             self.pages.shrink()
@@ -159,17 +162,23 @@ class PiKVCache(HostFace):
         """
         old_lens = self.agreement.lens
         before, after = self.agreement.commit(agreed)
+        change = None if agreed.restart or agreed.identity else RowChange.of(agreed, old_lens, self.device)
         if agreed.restart:
             self._start(len(before))
-        elif not agreed.identity:
-            change = RowChange.of(agreed, old_lens, self.device)
+        else:
+            if change is not None:
+                self.pages.rows.check(change)
+            for part in self.counting:
+                part.settle(change)
+        if change is not None:
             self.pages.change(change)
             if self.bases is not None:
                 self.bases.rows.change(change)
         # How far another rank may crop is not known here: while it may, window layers of distinct requests keep everything.
         margin = None if hold and self.agreement.mode == "distinct" else self.hold_margin or 0
         self.step = Step(
-            agreed.shapes, self.agreement.own, before, after, self.device, hold=hold, margin=margin, late_experts=self.late_experts
+            agreed.shapes, self.agreement.own, before, after, self.device, hold=hold, margin=margin, late_experts=self.late_experts,
+            rehearsal=self.rehearsal,
         )  # fmt: skip
         if self.retention is not None:
             self.retention.before_forward(self.step)
@@ -178,7 +187,7 @@ class PiKVCache(HostFace):
     def _start(self, num_rows: int) -> None:
         """A generation of `num_rows` requests begins: nothing of the last one stays."""
         self.pages.allocate(num_rows)
-        for part in (self.selection, self.retention, self.window):
+        for part in (self.selection, self.retention, *self.reader.watching):
             if part is not None:
                 part.start()
         if self.bases is not None:

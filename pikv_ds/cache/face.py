@@ -17,6 +17,7 @@ class HostFace:
     exchange: Exchange
     agreement: Agreement
     hold_margin: int | None
+    rehearsal: bool
 
     @property
     def ranks(self) -> Exchange:
@@ -62,13 +63,16 @@ class HostFace:
         return sorted({name for layer in self.pages.layers for name in layer.plan.columns})
 
     @contextmanager
-    def announce_crops(self) -> Iterator[None]:
-        """Forwards inside may be taken back (assisted decoding, rehearsals): what would leave a window stays until a crop is noted."""
-        before, self.hold_margin = self.hold_margin, self.hold_margin or 0
+    def announce_crops(self, *, rehearsal: bool = False) -> Iterator[None]:
+        """Forwards inside may be taken back (assisted decoding, rehearsals): what would leave a window stays until a crop is noted.
+
+        rehearsal: what their queries attended to stays counted when they are taken back. The same on all ranks.
+        """
+        before, self.hold_margin, self.rehearsal = (self.hold_margin, self.rehearsal), self.hold_margin or 0, rehearsal
         try:
             yield
         finally:
-            self.hold_margin = before
+            self.hold_margin, self.rehearsal = before
 
     def note_crop(self) -> None:
         """The host has taken back what it will of the forwards so far; the rest of them stays. Without an announcement it means nothing."""
@@ -80,5 +84,5 @@ class HostFace:
         if name not in self.page_columns:
             raise ValueError(f"no policy of this cache keeps {name!r} per page; kept are {self.page_columns}")
         for pool in self.pages.all_pools:
-            if name in pool.summaries:  # layers with a window keep none
-                pool.summaries[name].zero_()
+            if name in pool.counters:  # layers with a window keep none
+                pool.counter(name).zero_()

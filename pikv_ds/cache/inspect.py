@@ -112,6 +112,12 @@ class CacheProbe:
         return list(self.cache.agreement.lens)
 
     @property
+    def first_row(self) -> int:
+        """Where the rows of this rank begin among those of all ranks."""
+        agreement = self.cache.agreement
+        return sum(agreement.num_rows[: agreement.own])
+
+    @property
     def loads(self) -> Tensor:
         """[L, all shards] int64 entries that queries still see, of all ranks; 0 with one shard."""
         return self.cache.pages.directory.load.clone()

@@ -71,7 +71,7 @@ class PoolProbe:
     def storages(self) -> list[Tensor]:
         """What nbytes counts: records, raw tails, columns."""
         tail = None if self.pool.full_pages else self.pool.tail
-        return [x for x in (self.pool.pages, tail, *self.pool.summaries.values()) if x is not None]
+        return [x for x in (self.pool.pages, tail, *self.pool.summaries.values(), *self.pool.table.counted.values()) if x is not None]
 
     # ---- tables --------------------------------------------------------------------------------------------------------------
 
@@ -165,8 +165,8 @@ class PoolProbe:
     @property
     def columns(self) -> tuple[str, ...]:
         """Names of what is kept per page besides its entries."""
-        return tuple(self.pool.summaries)
+        return tuple(self.pool.summaries) + tuple(self.pool.table.counted)
 
     def column(self, name: str) -> Tensor:
-        """[P, ...] of that name."""
-        return self.pool.summaries[name]
+        """[P, ...] of that name; a counter once rows share pages: [R, T, C]."""
+        return self.pool.table.counted[name] if name in self.pool.table.counted else self.pool.summaries[name]

@@ -26,7 +26,7 @@ class Reader:
 
     def __init__(self, pages: RankPages, selection: Selection | None, shares: tuple[Shares, ...]) -> None:
         """shares: who is shown what queries attend to; never two of a layer at once (blueprint/window.py)."""
-        self.pages, self.selection = pages, selection
+        self.pages, self.selection, self.watching = pages, selection, shares
         self._shares = {i: next((one for one in shares if one.watches(i)), None) for i in range(len(pages.layers))}
 
     def shares(self, layer: int) -> Shares | None:

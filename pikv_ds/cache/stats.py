@@ -49,7 +49,7 @@ def stats(cache: PiKVCache, dense_rows: int, dense_columns: int) -> dict:
 def metadata_bytes(cache: PiKVCache) -> int:
     """Bytes on the device that a cache keeps between forwards besides KV bytes. Weights of codecs, routers and policies are not among them:
     they do not grow with what is stored."""
-    owners = (cache.pages, cache.selection)
+    owners = (cache.pages, cache.selection, *cache.reader.watching)
     return sum(owner.metadata_nbytes for owner in owners if owner is not None)
 
 

@@ -52,7 +52,7 @@ class LayerPages:
         self.routed = None if self.plan.routed is None else self.pools[self.plan.routed]
         for pool in self.pools:
             for name, dtype in self.plan.columns.items():
-                pool.add_summary(name, (), dtype, cleared=True)
+                pool.add_counter(name, dtype)
 
     def _pool(self, level: int, plan: PoolPlan, counts: Tensor, free_top: Tensor, no_tail: Tensor | None) -> PagePool:
         unrotated, alone = self.plan.unrotated, len(self.plan.pools) == 1

@@ -29,10 +29,8 @@ class Pages:
     """[R] int64, tokens of every row so far, evicted ones included."""
     rows: dict[str, Tensor] = field(default_factory=dict)
     """What the policy keeps per row, [R, ...]; with budgets per head, the query heads of this kv head only."""
-    time: Tensor | int = 0
-    """Query columns since the generation began, [R, 1, 1] int64: rows of different ranks may be at different times."""
     last_eviction: Tensor | int = 0
-    """`time` when entries of the row's rank were last evicted, [R, 1, 1] int64."""
+    """`time` when entries of the row were last evicted, [R, 1, 1] int64; 0 = never."""
     layer: int = 0
     """Index of the attention layer."""
     tail_rows: Tensor | None = None
@@ -42,6 +40,11 @@ class Pages:
     def page_size(self) -> int:
         """Entries of a full page."""
         return self.pool.page_size
+
+    @property
+    def time(self) -> Tensor:
+        """Queries of every row so far, [R, 1, 1] int64: a row's clock is its own, whatever other rows and padding stand beside it."""
+        return self.lens.view(-1, 1, 1)
 
     @cached_property
     def entries(self) -> Tensor:
@@ -67,7 +70,7 @@ class Pages:
 
     def value(self, name: str) -> Tensor:
         """The policy's number of each page, [R, S, C]; 0 where there is no page."""
-        return torch.where(self.entries > 0, self.pool.summaries[name][self.table.clamp_min(0)], 0)
+        return torch.where(self.entries > 0, self.pool.counted(name, self.table), 0)
 
     def by_pool(self, chosen: Tensor) -> list[tuple[PagePool, Tensor]]:
         """chosen [R, S, C'] bool of the first C' columns, as its tables lie -> the pools with pages, and [R, S, C of the pool] for each."""
@@ -111,7 +114,7 @@ class JoinedPages(Pages):
         order = torch.cat(first, -1).argsort(dim=-1, stable=True)
         return cls(
             pool=near.pool, table=torch.cat([part.table for part in parts], -1).gather(-1, order),
-            counts=sum(part.counts for part in parts), lens=near.lens, rows=near.rows, time=near.time, last_eviction=near.last_eviction,
+            counts=sum(part.counts for part in parts), lens=near.lens, rows=near.rows, last_eviction=near.last_eviction,
             layer=near.layer, parts=tuple(parts), order=order,
         )  # fmt: skip
 

@@ -33,7 +33,7 @@ def demote(near: PagePool, far: PagePool, gone: Tensor) -> Moved | None:
     """Encode the pages `gone` names into pages of the far pool, at the ends of the same tables, and free them in the near pool.
 
     Args: gone [R, S, C] bool, full pages of near's tables. A page that beams share moves once; the tables outside `gone` that name it keep
-        it. Summaries that both pools keep move along.
+        it. Summaries that both pools keep move along, and counters.
     Returns: None when nothing moved.
     """
     row, at, column = torch.nonzero(gone, as_tuple=True)
@@ -52,6 +52,8 @@ def demote(near: PagePool, far: PagePool, gone: Tensor) -> Moved | None:
     for name, values in near.summaries.items():
         if name in far.summaries:
             far.summaries[name][target.long()] = values[source]
+    for name, values in near.table.counted.items():  # of a page that rows share, each takes its own along
+        far.table.counted[name][row, at, place] = values[row, at, column]
     drop(near, gone)
     return Moved(source, target.long(), row[first], at[first])
 

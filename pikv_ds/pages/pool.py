@@ -67,7 +67,7 @@ class PagePool:
         # [R * S, Hkv, group, Dk], or None; of full pages one row for all tables, which is not read
         self.tail = no_tail if full_pages else self.new_tail(counts.numel())
         self.summaries: dict[str, Tensor] = {}  # name -> [P, ...]: what selection or retention keeps per page; travels with the page
-        self.cleared: list[str] = []  # names of summaries that a freed page loses
+        self.counters: list[str] = []  # names of what is counted of pages: in summaries, or in the table once rows share pages
         self.reader = reader(self)
         if self.full_pages:
             self.table.widen(0)  # a table that is read while it is empty has its spare column
@@ -79,15 +79,23 @@ class PagePool:
         shape = (rows, self.fmt.num_kv_heads, self.fmt.group, self.fmt.k_dim)
         return torch.empty(shape, dtype=tail_dtype(self.dtype), device=self.device)
 
-    def add_summary(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, *, cleared: bool = False) -> None:
+    def add_summary(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         """Keep `shape` values of `dtype` per page under `name`, in summaries[name] [P, *shape]; 0 in pages that are new.
 
-        cleared: also 0 in pages that are used again.
+        A summary follows from the entries of its page, so that rows that share the page share it.
         """
-        if name in self.summaries:
+        if name in self.summaries or name in self.counters:
             raise ValueError(f"the pool already keeps a summary {name!r}; use another name")
-        self.cleared += [name] * cleared
         self.summaries[name] = torch.zeros((self.num_pages, *shape), dtype=dtype, device=self.device)
+
+    def add_counter(self, name: str, dtype: torch.dtype) -> None:
+        """Count a number per page and row under `name`, read and written through `counter`; 0 in pages that are new or used again.
+
+        A counter follows from what a row did, so every row has its own. While no two tables name a page it lies at the page's id; from
+        the first fork on at the places of the tables. What is stored of K and V stays shared.
+        """
+        self.add_summary(name, (), dtype)
+        self.counters.append(name)
 
     # ---- sizes: host side ----------------------------------------------------------------------------------------------------
 
@@ -97,9 +105,9 @@ class PagePool:
 
     @property
     def nbytes(self) -> int:
-        """Allocated KV bytes: page records (codes, scales, positions, padding), raw tails, page summaries."""
+        """Allocated KV bytes: page records (codes, scales, positions, padding), raw tails, page summaries and counters."""
         tail = 0 if self.tail is None or self.full_pages else self.tail.nbytes
-        return self.pages.nbytes + tail + sum(x.nbytes for x in self.summaries.values())
+        return self.pages.nbytes + tail + sum(x.nbytes for x in (*self.summaries.values(), *self.table.counted.values()))
 
     @property
     def metadata_nbytes(self) -> int:
@@ -149,10 +157,43 @@ class PagePool:
 
     def _freed(self, gone: Tensor) -> None:
         """gone [P] bool: pages that nobody names any more."""
-        for name in self.cleared:
-            self.summaries[name].masked_fill_(gone.view(-1, *[1] * (self.summaries[name].dim() - 1)), 0)
+        for name in self.counters if self.counts_by_page else ():
+            self.summaries[name].masked_fill_(gone, 0)
         for tell in self.events.freed:
             tell(self.level, torch.nonzero(gone).squeeze(-1))
+
+    # ---- counters ------------------------------------------------------------------------------------------------------------
+
+    @property
+    def counts_by_page(self) -> bool:
+        """Whether counters lie at the ids of pages; otherwise at the places of the tables, each row its own."""
+        return not self.table.counted
+
+    def counter(self, name: str) -> Tensor:
+        """[X], the memory itself: X = P, or R * S * C once rows share pages. Where a page of a row has its own: `seats`."""
+        return self.summaries[name] if self.counts_by_page else self.table.counted[name].view(-1)
+
+    def seats(self) -> tuple[Tensor, int]:
+        """[R, S, C] int64, where the tables' pages have their counters, X where there is no page; and X. Sync: none."""
+        ids = self.table.ids
+        if self.counts_by_page:
+            return torch.where(ids >= 0, ids, self.num_pages).to(torch.int64), self.num_pages
+        return torch.where(ids >= 0, torch.arange(ids.numel(), device=ids.device).view_as(ids), ids.numel()), ids.numel()
+
+    def counted(self, name: str, table: Tensor) -> Tensor:
+        """The counters of all tables' pages, as `table` lists these: the table's ids, or those of every head as a row (by_head)."""
+        if self.counts_by_page:
+            return self.summaries[name][table.clamp_min(0)]
+        x = self.table.counted[name]
+        return x if x.shape == table.shape else self.table.by_head(x)
+
+    def part_counters(self) -> None:
+        """Rows are about to share pages: from now on each counts for itself. Host phase; no sync."""
+        if self.counts_by_page:
+            seats = self.seats()[0]  # where no page is the spare one behind, 0
+            parted = {name: torch.nn.functional.pad(self.summaries[name], (0, 1))[seats] for name in self.counters}
+            self.summaries = {name: x for name, x in self.summaries.items() if name not in parted}
+            self.table.counted = parted
 
     # ---- entries -------------------------------------------------------------------------------------------------------------
 

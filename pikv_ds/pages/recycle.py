@@ -49,13 +49,15 @@ def drop(pool: PagePool, gone: Tensor) -> int:
 def fork(pool: PagePool, parent: Tensor, counts: Tensor) -> None:
     """Replace the rows by forks of earlier rows, each cut to its first `counts` entries per table.
 
-    Forks share full pages by reference count; a partly filled page that two rows would write to is copied.
+    Forks share full pages by reference count; a partly filled page that two rows would write to is copied. Counters are not shared.
 
     Args:
         parent: [R'] int64, the earlier row each new row continues; -1 = a fresh row.
         counts: [R', S] int32 view that becomes the table's counts; entries each new row keeps, at most what its parent had.
     """
     old_counts, table = pool.table.counts, pool.table
+    if pool.counters and len({p for p in parent.tolist() if p >= 0}) < int((parent >= 0).sum()):
+        pool.part_counters()
     table.fork(parent, counts, pool.page_size)
     if pool.tail is not None and not pool.full_pages:
         _fork_tail(pool, parent, old_counts)

@@ -21,6 +21,8 @@ class PageTable:
         """[R, S * H] int32 entries, those that have left not among them."""
         self.ids = torch.full((*counts.shape, 0), -1, dtype=torch.int32, device=counts.device)
         """[R, S * H, C] int32 page ids, -1 = none; the last column stays unused: append parks its idle writes there."""
+        self.counted: dict[str, Tensor] = {}
+        """name -> [R, S * H, C], contiguous, 0 where no page is: what is counted of pages, once tables share some (pages/pool.py)."""
 
     @property
     def num_rows(self) -> int:
@@ -68,6 +70,7 @@ class PageTable:
         """Make room for `pages` pages per table, and the spare column. Sync: none."""
         if pages >= self.width:
             width = pages + 1 + pages // GROWTH
+            self.counted = {name: torch.nn.functional.pad(x, (0, width - self.width)) for name, x in self.counted.items()}
             self.ids = torch.nn.functional.pad(self.ids, (0, width - self.width), value=-1)
 
     def without(self, gone: Tensor) -> Tensor:
@@ -78,6 +81,7 @@ class PageTable:
         taken = self.ids[gone]
         stays_first = gone.to(torch.int8).argsort(dim=-1, stable=True)
         self.ids = torch.where(gone, -1, self.ids).gather(-1, stays_first)
+        self.counted = {name: torch.where(gone, 0, x).gather(-1, stays_first) for name, x in self.counted.items()}
         return taken
 
     def fork(self, parent: Tensor, counts: Tensor, page_size: int) -> None:
@@ -86,9 +90,9 @@ class PageTable:
         Args: parent [R'] int64, -1 = a fresh row; counts [R', S * H] int32 view, at most what the parent had.
         """
         num_kept = (counts + page_size - 1) // page_size
-        ids = self.ids[parent.clamp_min(0)]
-        ids = torch.where(torch.arange(self.width, device=ids.device) < num_kept.unsqueeze(-1), ids, -1)
-        self.ids, self.counts = ids.contiguous(), counts
+        source, kept = parent.clamp_min(0), torch.arange(self.width, device=self.ids.device) < num_kept.unsqueeze(-1)
+        self.ids, self.counts = torch.where(kept, self.ids[source], -1).contiguous(), counts
+        self.counted = {name: torch.where(kept, x[source], 0).contiguous() for name, x in self.counted.items()}
 
     def renumber(self, new_id: Tensor) -> None:
         """Pages have other ids: new_id [P] int32."""

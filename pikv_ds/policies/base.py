@@ -1,7 +1,8 @@
 """Retention policy (the paper's "scheduling"): which pages stay when a budget is full.
 
-Legend: P pages of the layer's pool, R request rows, S local shards, C columns of a block table, T queries per row. With budgets per head
-a page holds one kv head, and every head of a request is a row of its own.
+Legend: P pages of the rows in one pool of a layer: a page that several rows share after a fork is there for each of them, as what a row
+has attended to is its own. R request rows, S local shards, C columns of a block table, T queries per row. With budgets per head a page
+holds one kv head, and every head of a request is a row of its own.
 """
 
 from __future__ import annotations
@@ -29,14 +30,20 @@ class Seen:
     share: Tensor
     """[P, T] f32: part of a query's attention that falls into a page, mean over query heads."""
     row: Tensor
-    """[P] int64, the row that holds the page; R where no row does. A page shared by beams has the last of them."""
+    """[P] int64, the row that holds the page; R where no row does."""
     real: Tensor
     """[R, T] bool: the column holds a query of the row, not padding."""
     entries: Tensor
     """[R] int64, entries of the row in all shards."""
     page_size: int
-    time: int
-    """Query columns before column 0, since the generation began."""
+    time: Tensor
+    """[P] int64, queries of the page's row before column 0, where padding, which comes first, counts: column t is query time + t + 1."""
+
+    @cached_property
+    def at(self) -> Tensor:
+        """[P, T] int32: which query of the page's row the column is, from 1 on, as `Pages.time` counts; anything where not `asked`."""
+        columns = torch.arange(1, self.share.shape[1] + 1, device=self.share.device)
+        return (self.time.unsqueeze(1) + columns).to(torch.int32)
 
     @cached_property
     def asked(self) -> Tensor:
@@ -59,7 +66,7 @@ class RetentionPolicy(ABC):
     keeps_all: ClassVar[bool] = False
     """True: nothing is ever evicted, so the cache need not ask."""
     page_values: ClassVar[dict[str, torch.dtype]] = {}
-    """One number per page each, kept in the pool; a policy that has any is shown what queries attend to."""
+    """One number per page and row each, kept in the pool; a policy that has any is shown what queries attend to."""
     observes_queries: ClassVar[bool] = False
     """True: row_values are kept, and observe_queries() is shown the queries themselves."""
     row_queries: ClassVar[tuple[str, ...]] = ()

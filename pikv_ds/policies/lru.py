@@ -27,8 +27,7 @@ class LeastRecentlyUsed(RetentionPolicy):
         return seen.share >= (self.threshold * seen.fair).unsqueeze(-1)
 
     def observe(self, values: dict[str, Tensor], seen: Seen) -> None:
-        at = torch.arange(seen.time + 1, seen.time + 1 + seen.share.shape[1], dtype=torch.int32, device=seen.share.device)
-        torch.maximum(values["used"], torch.where(self.used_by(seen), at, 0).amax(1), out=values["used"])
+        torch.maximum(values["used"], torch.where(self.used_by(seen), seen.at, 0).amax(1), out=values["used"])
 
     def score(self, pages: Pages) -> Tensor:
         return pages.value("used").float()

@@ -1,25 +1,28 @@
 """Where attention goes: the share of every query's attention that each page got, from the lse of pages and the merged lse.
 
-R request rows, S local shards, T queries per row, Hq query heads, P pages of a layer's pool, C columns of a block table, H head tables:
-the kv heads when a page holds the entries of one head, else 1. Nothing here reads the device back. Window layers are not watched.
+R request rows, S local shards, T queries per row, Hq query heads, X counters of a pool (pages/pool.py: one a page, or one a place in the
+tables once rows share pages), C columns of a block table, H head tables: the kv heads when a page holds the entries of one head, else 1.
+Nothing here reads the device back. Window layers are not watched.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from pikv_ds.pages.events import PageChange
+from pikv_ds.pages.events import PageChange, PageMove
 from pikv_ds.pages.layers import RankPages
 from pikv_ds.pages.pool import PagePool
-from pikv_ds.pages.rows import RowColumn
-from pikv_ds.policies.base import RetentionPolicy, Seen
+from pikv_ds.pages.rows import RowChange, RowColumn
+from pikv_ds.pages.undoing import WAITING, Undoing, held_nbytes
+from pikv_ds.policies.base import RetentionPolicy
 from pikv_ds.step.query import LateLse
 from pikv_ds.step.step import Step
 
+from .looks import Facts, Looks, Run, Waiting
 from .share_sums import share_inside, share_of_pages, take
 
 BLOCK_ELEMENTS = 1 << 22  # of the scores inside a chunk that are held at a time
@@ -28,16 +31,21 @@ BLOCK_ELEMENTS = 1 << 22  # of the scores inside a chunk that are held at a time
 class Shares:
     """Shows policies what the queries of each layer attend to. Keeps nothing of a layer but what its policies keep per row.
 
-    Time counts the query columns of a source since the generation began; forwards in which a source stores nothing do not count.
+    A row's clock is the number of its tokens, so that it is the same beside other rows, after padding, a fork or a crop.
     """
 
-    def __init__(self, policies: Sequence[RetentionPolicy], pages: RankPages, *, nearest_only: bool = False) -> None:
-        """policies: the first may keep values per row, the others keep values per page only. nearest_only: what lies behind never comes
-        back, so nobody counts its attention."""
+    def __init__(self, policies: Sequence[RetentionPolicy], pages: RankPages, who: str, *, nearest_only: bool = False) -> None:
+        """policies: the first may keep values per row, the others keep values per page only. who: asks for it, as a user knows it.
+        nearest_only: what lies behind never comes back, so nobody counts its attention."""
         self.policies, self.pages, self.nearest_only = tuple(policies), pages, nearest_only
-        self.times: list[int] = []  # per source
-        self.num_rows: list[int] = []  # per source
         self.columns: dict[int, dict[str, RowColumn]] = {}  # layer -> what the policy keeps per row
+        self.waiting: list[Waiting] = []  # of the last forward, if it was tentative
+        self.lens: list[int] = []  # tokens of every row after it
+        self.undoing: Undoing | None = None  # None: nobody watches
+        if self.policies[0].watches:
+            self.undoing = Undoing(pages.rows, "attention", who)
+            for layer in pages.layers:
+                layer.events.moved += (partial(self._moved, layer.index),)
         if self.policies[0].row_queries:
             for layer in pages.layers:
                 layer.events.rebuilt += (self.rebuilt,)
@@ -53,7 +61,37 @@ class Shares:
 
     def start(self) -> None:
         """A new generation begins."""
-        self.times, self.num_rows = [], []
+        self.waiting.clear()
+
+    def note(self, step: Step) -> None:
+        """A forward ends."""
+        self.lens = step.lens_after_host
+        self.undoing.note(step, [step.tentative] * len(step.lens_after_host))
+
+    @property
+    def metadata_nbytes(self) -> int:
+        """Bytes of what waits; what is kept per page and row is counted with pages and rows."""
+        return held_nbytes(x for one in self.waiting for x in one.tensors)
+
+    def settle(self, change: RowChange | None) -> None:
+        """Another forward begins: show policies the queries of the last one that wait and stay. Before rows change."""
+        waiting, self.waiting = self.waiting, []
+        kept = self.undoing.kept(change, self.lens) if waiting else None
+        for one in waiting:
+            stays = one.looks.without(one.facts, one.run, kept, one.policy.window)
+            self._show(one.policy, one.layer, one.facts, one.run, stays, kept)
+
+    def _moved(self, layer: int, move: PageMove) -> None:
+        """Pages have other ids: counters that lie at these move with them, and so does what waits for them."""
+        pool, told = self.pages.layers[layer].pools[move.level], set()
+        for i, one in enumerate(self.waiting):
+            if one.layer == layer and pool.counts_by_page:
+                fact, shares = one.facts[move.level], list(one.looks.shares)
+                shares[move.level] = shares[move.level][move.source]
+                self.waiting[i] = one._replace(looks=one.looks._replace(shares=tuple(shares)))
+                if id(fact) not in told:  # policies share it
+                    fact.row, fact.clock = fact.row[move.source], fact.clock[move.source]
+                    told.add(id(fact))
 
     def rebuilt(self, change: PageChange) -> None:
         """Queries that the policy keeps go into the basis that the keys of their rows have now."""
@@ -64,21 +102,11 @@ class Shares:
         for x in (kept[name].value for name in names if name in kept):
             by_head = x[rows].unflatten(1, (by.shape[1], -1))
             x[rows] = torch.einsum("nhgr,nhrs->nhgs", by_head, by).flatten(1, 2)
-
-    def follow(self, step: Step) -> None:
-        """A forward begins."""
-        self.times = self.times or [0] * len(step.sources)
-        self.num_rows = [source.num_rows for source in step.sources]
-
-    def advance(self, step: Step) -> None:
-        """A forward ends."""
-        for i, source in enumerate(step.sources):
-            self.times[i] += source.num_columns * any(step.num_new[source.row0 : source.row0 + source.num_rows])
-
-    def by_row(self, times: list[int]) -> Tensor:
-        """A number per source -> [R * H, 1, 1] int64, H head tables."""
-        each = [n for n, rows in zip(times, self.num_rows, strict=True) for _ in range(rows * self.pages.heads)]
-        return torch.tensor(each, dtype=torch.int64).to(self.pages.device).view(-1, 1, 1)
+        for one in self.waiting:
+            if one.layer == change.layer and one.looks.queries:
+                here = (rows >= one.run.row0) & (rows < one.run.row0 + one.run.num_rows)
+                q, own = one.looks.queries[0], rows[here] - one.run.row0
+                q[own] = torch.einsum("nbhgr,nhrs->nbhgs", q[own].unflatten(2, (by.shape[1], -1)), by[here]).flatten(2, 3)
 
     def rows_by_head(self, layer: int, num_tables: int) -> dict[str, Tensor]:
         """The layer's row values; with H head tables as [R * H, ...], the query heads of each among them."""
@@ -98,24 +126,17 @@ class Shares:
         """
         pools, num_sources, heads = self.pages.layers[asked.layer].pools, len(step.sources), self.pages.heads
         evicted = self.pages.directory.evicted[asked.layer].unflatten(-1, (-1, heads)).sum(1)
-        facts = [_Facts(pool, step, evicted) for pool in pools]
+        facts = [Facts(pool, step, evicted) for pool in pools]
         positions, slots = step.positions.view(num_sources, -1), asked.slots.view(num_sources, -1, heads)
-        times = self.times or [0] * num_sources
         for sources in step.same_shape_runs():
-            first = step.sources.index(sources[0])
-            # Rows that began at another time are shown by themselves: a policy is told one time.
-            alike = len(set(times[first : first + len(sources)])) == 1
-            for part in [sources] if alike else [[source] for source in sources]:
-                num_rows, at = sum(source.num_rows for source in part), step.sources.index(part[0])
-                run = _Run(part[0].row0, num_rows, part[0].num_columns, slice(at, at + len(part)), times[at])
-                skipped = slice(run.row0 - sources[0].row0, run.row0 - sources[0].row0 + num_rows)
-                seen = asked.page_lse.get(sources[0].row0) or [None] * len(pools)
-                page_lse = [None if x is None else x[skipped] for x in seen]
-                for policy in self.policies if num_rows else ():
-                    self._observe(policy, asked, step, facts, run, run.of(positions), run.of(slots), page_lse, run.of(lse))
+            num_rows, at = sum(source.num_rows for source in sources), step.sources.index(sources[0])
+            run = Run(sources[0].row0, num_rows, sources[0].num_columns, slice(at, at + len(sources)))
+            page_lse = asked.page_lse.get(run.row0) or [None] * len(pools)
+            for policy in self.policies if num_rows else ():
+                self._observe(policy, asked, step, facts, run, run.of(positions), run.of(slots), page_lse, run.of(lse))
 
     def _observe(
-        self, policy: RetentionPolicy, asked: LateLse, step: Step, facts: list[_Facts], run: _Run, positions: Tensor, slots: Tensor,
+        self, policy: RetentionPolicy, asked: LateLse, step: Step, facts: list[Facts], run: Run, positions: Tensor, slots: Tensor,
         page_lse: list[Tensor | None], lse: Tensor | None,
     ) -> None:  # fmt: skip
         """The queries of one run; facts and page_lse by pool."""
@@ -124,76 +145,50 @@ class Shares:
         columns = torch.arange(run.num_columns, device=valid.device).expand_as(valid)
         if not step.all_valid and run.num_columns > 1:
             columns = valid.to(torch.int8).argsort(dim=-1, stable=True)  # padding first, then the queries of a row in their order
-        columns = columns[:, -(policy.window or run.num_columns) :]
+        taken_back = WAITING if step.tentative else 0
+        columns = columns[:, -(policy.window or run.num_columns) - taken_back :]
         at_once = 1 if includes_self else max(1, BLOCK_ELEMENTS // (valid.numel() * q.shape[2]))
-        k = k if includes_self else pools[0].reader.met(k, positions)
-        time, tables = run.time + run.num_columns - columns.shape[1], [fact.tables_of(run) for fact in facts]
-        rows = self._rows(asked.layer, q) if policy.observes_queries else {}
-        rows = {name: x[run.row0 : run.row0 + run.num_rows] for name, x in rows.items()}
-        for begin in range(0, columns.shape[1], at_once):
-            block = columns[:, begin : begin + at_once]
+        k, last = k if includes_self else pools[0].reader.met(k, positions), columns.shape[1]
+        begins, waits = [*range(0, last, at_once)], last if not taken_back else 0 if policy.window else max(0, last - taken_back)
+        begins = sorted({*begins, waits} - {last})
+        seats, waiting = [fact.seats_of(run) for fact in facts], []
+        for begin, end in zip(begins, [*begins[1:], last], strict=True):
+            block = columns[:, begin:end]
             own, total, real = None, take(lse, block), valid.gather(1, block)
             if not includes_self:
                 own, total = share_inside(q, k, asked.scale, positions, valid, block, total, self.pages.heads)
-            for pool, fact, table, of_pages in zip(pools, facts, tables, page_lse, strict=True):
+            shares = []
+            for pool, fact, seat, of_pages in zip(pools, facts, seats, page_lse, strict=True):
                 share = torch.zeros(fact.nowhere + 1, block.shape[1], device=valid.device)
                 if own is not None and pool is pools[0]:  # new entries lie in the first pool
-                    page = torch.where(slots >= 0, slots // pool.page_size, fact.nowhere)
-                    share.index_add_(0, page.flatten(), own.flatten(0, 2))
+                    share.index_add_(0, fact.seat_of_new(slots).flatten(), own.flatten(0, 2))
                 if of_pages is not None:
-                    share.index_add_(0, table, share_of_pages(take(of_pages, block), total, real, self.pages.heads))
-                if policy.page_values and pool.num_pages:
-                    values = {name: pool.summaries[name] for name in policy.page_values}
-                    policy.observe(values, fact.seen(share[:-1], run, real, time + begin))
-            if policy.observes_queries:
-                policy.observe_queries(rows, asked.scale * take(q, block).float(), total, positions.gather(1, block))
+                    share.index_add_(0, seat, share_of_pages(take(of_pages, block), total, real, self.pages.heads))
+                shares.append(share[:-1])
+            queries = (asked.scale * take(q, block).float(), total) if policy.observes_queries else ()
+            looks = Looks(tuple(shares), torch.where(real, positions.gather(1, block), -1), queries, last - end)
+            if begin < waits:
+                self._show(policy, asked.layer, facts, run, looks)
+            else:
+                waiting.append(looks)
+        if waiting:
+            self.waiting.append(Waiting(policy, asked.layer, facts, run, Looks.joined(waiting)))
+
+    def _show(self, policy: RetentionPolicy, layer: int, facts: list[Facts], run: Run, looks: Looks, kept: Tensor | None = None) -> None:
+        """kept [R]: tokens that rows go on with; None: with all."""
+        for pool, fact, share in zip(self.pages.layers[layer].pools, facts, looks.shares, strict=True):
+            if policy.page_values and pool.num_pages:
+                values = {name: pool.counter(name) for name in policy.page_values}
+                policy.observe(values, fact.seen(share, run, looks, kept))
+        if policy.observes_queries:
+            q, lse = looks.queries
+            rows = {name: x[run.row0 : run.row0 + run.num_rows] for name, x in self._rows(layer, q).items()}
+            policy.observe_queries(rows, q, lse, looks.positions)
 
     def _rows(self, layer: int, q: Tensor) -> dict[str, Tensor]:
         if layer not in self.columns:
             shapes = self.policies[0].row_values(*q.shape[2:])
-            self.columns[layer] = {name: self.pages.rows.tensor(f"policy.{layer}.{name}", shape) for name, shape in shapes.items()}
+            self.columns[layer] = {
+                name: self.pages.rows.tensor(f"policy.{layer}.{name}", shape, empties=True) for name, shape in shapes.items()
+            }
         return {name: column.value for name, column in self.columns[layer].items()}
-
-
-class _Run(NamedTuple):
-    """Rows of neighbouring sources with as many columns, which are at the same time."""
-
-    row0: int
-    num_rows: int
-    num_columns: int
-    sources: slice
-    time: int
-
-    def of(self, x: Tensor | None) -> Tensor | None:
-        """[G, N, ...] -> [R, T, ...] of these rows."""
-        if x is None:
-            return None
-        tokens = self.num_rows * self.num_columns // (self.sources.stop - self.sources.start)
-        return x[self.sources, :tokens].reshape(self.num_rows, self.num_columns, *x.shape[2:])
-
-
-class _Facts:
-    """What a Seen says about rows, the same for all its blocks of queries. With a page per head, the heads of a row count as rows."""
-
-    def __init__(self, pool: PagePool, step: Step, evicted: Tensor) -> None:
-        """evicted: [R, H] int64."""
-        table, heads, self.nowhere = pool.table.ids, pool.table.heads, pool.num_pages
-        self.table = torch.where(table >= 0, table, self.nowhere).view(-1).to(torch.int64)  # [R * S * H * C]
-        num_rows = table.shape[0] * heads
-        table = pool.table.by_shard(table)
-        rows = torch.arange(num_rows, device=table.device).view(-1, 1, heads, 1).expand_as(table).reshape(-1)
-        nobody = torch.full((self.nowhere + 1,), -1, device=table.device)
-        row = nobody.scatter_reduce_(0, self.table, rows, "amax")[:-1]
-        self.row = torch.where(row >= 0, row, num_rows)
-        self.entries = (step.lens_after.unsqueeze(1) - evicted).flatten()
-        self.page_size, self.heads, self.num_rows = pool.page_size, heads, step.lens_after.shape[0]
-
-    def tables_of(self, run: _Run) -> Tensor:
-        """[R * S * H * C] of the rows of a run."""
-        return self.table.view(self.num_rows, -1)[run.row0 : run.row0 + run.num_rows].flatten()
-
-    def seen(self, share: Tensor, run: _Run, real: Tensor, time: int) -> Seen:
-        if run.num_rows < self.num_rows:
-            real = torch.nn.functional.pad(real, (0, 0, run.row0, self.num_rows - run.row0 - run.num_rows))
-        real = real.repeat_interleave(self.heads, 0)
-        return Seen(share=share, row=self.row, real=real, entries=self.entries, page_size=self.page_size, time=time)

@@ -40,21 +40,20 @@ class Retention:
         self.config, self.policy, self.budgets, self.pages, self.exchange = config, policy, budgets, pages, exchange
         self.layers = [i for i, spec in enumerate(pages.specs) if spec.window is None]
         counts_it = attended is None or isinstance(policy, type(attended))
-        self.shares = Shares([policy] if counts_it else [policy, attended], pages)
-        self.threshold = {layer: pages.rows.tensor(f"threshold.{layer}") for layer in self.layers}  # theta [R] of an adaptive policy
-        self.last_eviction: list[int] = []  # per source: query columns before it
+        who = f"pikv.scheduling.method = {policy.name!r}"
+        self.shares = Shares([policy] if counts_it else [policy, attended], pages, who)
+        self.threshold = {
+            layer: pages.rows.tensor(f"threshold.{layer}", empties=True) for layer in self.layers
+        }  # theta [R] of an adaptive policy
         self.steps = 0  # decode steps since an eviction was due
         self.due = False  # an eviction waits for the next forward: a crop is announced, or the prompt is kept whole
 
     def start(self) -> None:
         """A new generation begins."""
-        self.steps, self.due, self.last_eviction = 0, False, []
-        self.shares.start()
+        self.steps, self.due = 0, False
 
     def before_forward(self, step: Step) -> None:
         """Evict what could not go after the last forward. A prompt that is kept whole waits for the first decode step."""
-        self.shares.follow(step)
-        self.last_eviction = self.last_eviction or [0] * len(step.sources)
         if self.due and (step.decode or self.config.prefill == "evict"):
             if self.evict(step.lens_before_host):
                 self.pages.shrink()
@@ -62,7 +61,6 @@ class Retention:
     def after_forward(self, step: Step) -> bool:
         """Evict what this forward made too much, unless a crop may still take back its tokens. Returns whether pages left."""
         self.steps = self.steps + 1 if step.decode else 0
-        self.shares.advance(step)
         if step.decode and self.steps % self.config.interval:
             return False
         self.due = True
@@ -86,17 +84,7 @@ class Retention:
                 self.pages.counters.evicted += drop(pool, own)
             self.pages.directory.evict(pages.layer, gone.sum(-1) * self.pages.page_size)
         self.pages.note_eviction(lens)
-        self._note_time(over, excess)
         return True
-
-    def _note_time(self, over: list[int], excess: list[list[int]]) -> None:
-        """Sources that had a row over its budget have lost entries now."""
-        begin, each = 0, len(excess[0]) // sum(self.shares.num_rows)  # with "uniform" heads a number per head
-        for i, rows in enumerate(self.shares.num_rows):
-            end = begin + rows * each
-            if any(n > 0 for layer in over for n in excess[layer][begin:end]):
-                self.last_eviction[i] = self.shares.times[i]
-            begin = end
 
     def _excess(self, lens: list[int]) -> list[list[int]]:
         """[L][R] entries above the budget, known on the host without the device; with "uniform" heads [L][R * H], each of its own."""
@@ -110,7 +98,8 @@ class Retention:
     def judged(self, layer: int, lens: list[int]) -> Pages:
         """The pages of a layer as the policy sees them. lens: tokens of every row."""
         heads = self.pages.heads
-        lens = torch.tensor(lens, dtype=torch.int64).to(self.pages.device).repeat_interleave(heads)
+        each = lambda numbers: torch.tensor(numbers, dtype=torch.int64).to(self.pages.device).repeat_interleave(heads)  # noqa: E731
+        lens, last_eviction = each(lens), each(self.pages.crops.evicted_at.values).view(-1, 1, 1)
         parts = [
             Pages(
                 pool=pool,
@@ -118,8 +107,7 @@ class Retention:
                 counts=by_head(pool.table.counts, heads),
                 lens=lens,
                 rows=self.shares.rows_by_head(layer, heads),
-                time=self.shares.by_row(self.shares.times),
-                last_eviction=self.shares.by_row(self.last_eviction),
+                last_eviction=last_eviction,
                 layer=layer,
                 tail_rows=None
                 if pool.full_pages

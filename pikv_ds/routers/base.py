@@ -22,6 +22,8 @@ from pikv_ds.pages.view import PageView
 from pikv_ds.placement.shard_map import ShardMap
 from pikv_ds.spec import LayerSpec
 
+from .memory import Asked, Memory
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PageQuery:
@@ -78,6 +80,11 @@ class PageQuery:
         rows = torch.arange(self.rows.start, self.rows.stop, device=self.q.device)
         return rows.repeat_interleave(self.q.shape[0] // rows.numel(), output_size=self.q.shape[0])
 
+    @property
+    def asked(self) -> Asked:
+        """What a Memory is told of these queries."""
+        return Asked(self.layer, self.rows, self.positions)
+
 
 GONE = {
     (
@@ -114,6 +121,16 @@ class Router(ABC):
     summarises: ClassVar[bool] = False
     """True: it keeps something per page, a summary that `open` adds to the pool."""
 
+    whole_forwards: ClassVar[bool] = False
+    """True: it is told of all entries of a forward at once, also when only the last of them may be taken back."""
+    memories: tuple[Memory, ...] = ()
+    """What it keeps of the queries that it was asked with."""
+
+    @property
+    def learns(self) -> bool:
+        """Whether it keeps anything of entries or queries."""
+        return bool(self.memories) or type(self).wrote is not Router.wrote
+
     @property
     def rebuilds(self) -> bool:
         """Whether what is kept per page can be made for pages that were encoded again, or whose keys have another basis."""
@@ -147,7 +164,7 @@ class Router(ABC):
         """
 
     def missed(self, layer: int) -> Tensor | None:
-        """[shards of all ranks] f32: reads of each shard that were in vain; None = not counted."""
+        """[shards of all ranks] f32: reads of each shard that were in vain, mean over the rows; None = not counted."""
         return None
 
     def answered(self, asked: PageQuery, page_list: Tensor, page_lse: Tensor) -> None:  # noqa: B027

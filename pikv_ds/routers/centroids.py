@@ -24,6 +24,7 @@ class KeyCentroids(Router):
     """
 
     summarises = True
+    whole_forwards = True  # the first one seeds the clusters
 
     def __init__(self, *, clusters: int = 16) -> None:
         if not 2 <= clusters <= 256:

@@ -24,6 +24,7 @@ class Shuffle(PageBounds):
     ) -> None:
         super().__init__(spread=spread, heads=heads, metadata=metadata)
         self.earlier = Earlier()
+        self.memories = (self.earlier.memory,)
 
     def open(self, layer: int, pool: PagePool, num_shards: int, rows: Rows) -> None:
         super().open(layer, pool, num_shards, rows)

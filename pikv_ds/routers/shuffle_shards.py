@@ -35,6 +35,7 @@ class ShuffleShards(Router):
         except TypeError as error:
             raise ValueError(f"base_options = options of the router {base!r}, got {base_options}: {error}") from None
         self.earlier = Earlier()
+        self.memories = (*self.base.memories, self.earlier.memory)
         for capability in ("needs_experts", "wants_page_lse", "reads_model_queries", "summarises"):
             setattr(self, capability, getattr(self.base, capability))
 

@@ -14,6 +14,8 @@ from torch import Tensor
 from pikv_ds.config.routing import RoutingConfig
 from pikv_ds.exchange.exchange import Exchange
 from pikv_ds.pages.layers import RankPages
+from pikv_ds.pages.rows import RowChange
+from pikv_ds.pages.undoing import Undoing, held_nbytes
 from pikv_ds.pages.view import PageView, Read, per_query
 from pikv_ds.routers.base import PageQuery, Router, scores_of
 from pikv_ds.step.query import Query
@@ -47,6 +49,10 @@ class Selection:
         self.measures_mass = False
         self.onlookers: tuple[Callable[[PageQuery, Tensor], None], ...] = ()  # shown every choice before it is read: tests, evaluation
         self.news = RouterNews(router, pages)
+        self.undoing: Undoing | None = None  # None: the router keeps nothing that a crop could take back
+        if router.learns:
+            self.undoing = Undoing(pages.rows, "router", f"pikv.routing.method = {router.name!r}")
+        self.lens: list[int] = []  # tokens of every row after the last forward
         self.start()
 
     def start(self) -> None:
@@ -54,15 +60,36 @@ class Selection:
         self.entries.zero_()
         self.mass.zero_()
         self.news.start()
+        for memory in self.router.memories:
+            memory.clear()
 
     def end_step(self) -> None:
         """A forward ends: the router is told of its late entries."""
         self.news.flush()
 
+    def note(self, step: Step) -> None:
+        """A forward ends, and the router has been told of it."""
+        self.lens = step.lens_after_host
+        waits = [step.tentative and not step.sees_own(source) for source in step.sources for _ in range(source.num_rows)]
+        self.undoing.note(step, waits)
+
+    def settle(self, change: RowChange | None) -> None:
+        """Another forward begins: the router learns what stays of the last one. Before rows change."""
+        if self.waiting:
+            kept = self.undoing.kept(change, self.lens)
+            self.news.settle(kept)
+            for memory in self.router.memories:
+                memory.settle(kept)
+
+    @property
+    def waiting(self) -> list[Tensor]:
+        """What waits for it."""
+        return self.news.waiting + [x for memory in self.router.memories for x in memory.waiting]
+
     @property
     def metadata_nbytes(self) -> int:
-        """Bytes of the counters; what the router keeps is counted with pages and rows."""
-        return self.entries.nbytes + self.mass.nbytes
+        """Bytes of the counters and of what waits; what the router keeps is counted with pages and rows."""
+        return self.entries.nbytes + self.mass.nbytes + held_nbytes(self.waiting)
 
     def read(
         self,
@@ -86,15 +113,17 @@ class Selection:
         QUERIES_AT_ONCE queries of a row: one for a budget, and those of the router; all ranks must call it alike.
         """
         num_rows, parts, readers = q.shape[0], [], []
+        for memory in self.router.memories:
+            memory.tentative = step.tentative
         rows = slice(row0, row0 + num_rows)
-        for begin in range(0, q.shape[1], QUERIES_AT_ONCE):
-            asked, key = self._asked(step, query, q[:, begin : begin + QUERIES_AT_ONCE], rows, view, positions, begin)
+        for begin, end in blocks(q.shape[1]):
+            asked, key = self._asked(step, query, q[:, begin:end], rows, view, positions, begin)
             near = None
             if beside is not None:
                 num_queries = asked.positions.numel() // num_rows
                 near = [entries_beside(other, num_rows, num_queries, self.page_size) for other in beside.views]
                 near = torch.cat(near, -1) if near else asked.entries[..., :0]
-                asked = replace(asked, near_lse=beside.lse[:, begin : begin + QUERIES_AT_ONCE].flatten(0, 1))
+                asked = replace(asked, near_lse=beside.lse[:, begin:end].flatten(0, 1))
                 self.entries += near.flatten(1).sum(1, dtype=torch.float64) @ real_queries(asked)
             choice = self.choose(step, asked, near)
             for look in self.onlookers:
@@ -216,6 +245,12 @@ class Selection:
             lse, whole = torch.logaddexp(lse, asked.near_lse), torch.logaddexp(whole, asked.near_lse)
         share = torch.exp(lse - asked.gather(whole).logsumexp(0)).mean(1, dtype=torch.float64)
         self.mass += torch.stack([share.nan_to_num(0.0) @ real_queries(asked), real_queries(asked).sum() / self.exchange.size])
+
+
+def blocks(num_queries: int) -> list[tuple[int, int]]:
+    """Columns of a forward, QUERIES_AT_ONCE at a time and the odd ones first: rows are padded there, so that padding moves no block."""
+    begins = [0, *range(num_queries % QUERIES_AT_ONCE or QUERIES_AT_ONCE, num_queries, QUERIES_AT_ONCE)]
+    return list(zip(begins, [*begins[1:], num_queries], strict=True))
 
 
 def real_queries(asked: PageQuery) -> Tensor:

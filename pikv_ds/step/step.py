@@ -77,11 +77,13 @@ class Step:
         hold: bool = False,
         margin: int | None = 0,
         late_experts: bool = False,
+        rehearsal: bool = False,
     ) -> None:
         """shapes: (B, T) per source; own: index of this rank's source; before, after: tokens of every row, in source order.
 
         hold: some rank may take back tokens of it (a crop is announced); margin: so many at most, None = another rank knows how many.
         late_experts: entries wait for their layer's router, and are stored after the queries of their layer (storage.expert_ids "true").
+        rehearsal: what this forward counts stays, though its tokens go.
         """
         self.sources: list[Source] = []
         row0 = 0
@@ -90,6 +92,8 @@ class Step:
             row0 += num_rows
         self.own, self.device = own, device
         self.hold, self.margin, self.late_experts = hold, margin, late_experts
+        self.tentative = hold and not rehearsal
+        """What is counted of this forward's last tokens waits until it is known which of them stay (pages/undoing.py)."""
         self.lens_before_host, self.lens_after_host = before, after
         self.num_new = [a - b for a, b in zip(after, before, strict=True)]
         self.num_tokens = max(s.num_tokens for s in self.sources)

@@ -38,17 +38,13 @@ class RawWindow:
         self.attended = blueprint.attended  # whose score says which pages stay near under a light_ratio
         self.shares: Shares | None = None  # None: pages go by their age alone, or attention is counted elsewhere
         if self.light_ratio is not None and not counted:
-            self.shares = Shares([self.attended], pages, nearest_only=True)
+            who = f"pikv.compression.method = {codec.only.name!r} (pages are encoded by the attention to them)"
+            self.shares = Shares([self.attended], pages, who, nearest_only=True)
         rows = pages.rows
         self.floor = rows.ints("window.floor")  # positions of a row that may have been demoted lie below it; the same on every rank
         self.due = rows.ints("window.due", forgets)  # tokens of a row at which a page can become old enough; of this rank's shards
         self.seen = rows.ints("window.seen", least)  # tokens of a row when pages were last compared; the same on every rank
         rows.limit(self.check)
-
-    def start(self) -> None:
-        """A new generation begins."""
-        if self.shares is not None:
-            self.shares.start()
 
     def check(self, change: RowChange) -> None:
         """Raises: RuntimeError for a crop that may reach a demoted entry, on all ranks alike."""

@@ -18,7 +18,7 @@ from tests.harness.invariants import check_pages, check_unshared
 @dataclass
 class Page:
     positions: list[int] = field(default_factory=list)
-    shares: list[tuple[int, float, float, int]] = field(default_factory=list)  # (query column, share, fair share, forward)
+    shares: list[tuple[int, float, float, int]] = field(default_factory=list)  # (query of the row, share, fair share, forward)
 
 
 class AllPages:
@@ -51,11 +51,11 @@ class Kept(Check):
 
     def generation(self) -> None:
         self.held: list[list[list[list[Page]]]] = []  # [layer][row][shard] -> pages
-        self.evicted, self.columns, self.forwards, self.since, self.waits = 0, 0, 0, 0, False
+        self.evicted, self.forwards, self.since, self.waits = 0, 0, 0, False
         self.queries: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # (layer, row) -> last query [Hq, D], its lse [Hq]
 
     def select(self, index: list[int]) -> None:
-        self.held = [[[[Page(list(p.positions), p.shares) for p in shard] for shard in rows[i]] for i in index] for rows in self.held]
+        self.held = [[[[Page(list(p.positions), list(p.shares)) for p in shard] for shard in rows[i]] for i in index] for rows in self.held]
 
     def crop(self, keep: list[int]) -> None:
         for rows in self.held:
@@ -77,7 +77,7 @@ class Kept(Check):
     def after(self, mask: Tensor) -> None:
         for entries in self.staged:
             self._append(*entries)
-        self.columns, self.forwards = self.columns + mask.shape[1], self.forwards + 1
+        self.forwards += 1
         decode = mask.shape[1] == 1
         self.since = self.since + 1 if decode else 0
         if not (decode and self.since % self.scheduling["interval"]):
@@ -143,18 +143,16 @@ class Kept(Check):
                 assert rel_error(out[row, t], want_out) <= driver.tolerance, f"layer {i}, row {row}, position {at}: out"
                 assert rel_error(lse[row, t], want_lse) <= driver.tolerance, f"layer {i}, row {row}, position {at}: lse"
                 if spec.window is None and not driver.cache.late_experts:
-                    # Queries of a row count from the right edge of their forward.
-                    column = self.columns + positions.shape[1] - len(real) + real.index(t)
-                    self._share(page_of, dict(zip(visible, share.mean(0).tolist(), strict=True)), column, len(entries))
+                    self._share(page_of, dict(zip(visible, share.mean(0).tolist(), strict=True)), at, len(entries))
                 self.queries[i, row] = query, want_lse
 
-    def _share(self, page_of: dict[int, Page], shares: dict[int, float], column: int, num_entries: int) -> None:
-        """Give every page its part of the attention of the query in `column`."""
+    def _share(self, page_of: dict[int, Page], shares: dict[int, float], at: int, num_entries: int) -> None:
+        """Give every page its part of the attention of the row's query at a position."""
         got: dict[int, float] = {}
         for p, x in shares.items():
             got[id(page_of[p])] = got.get(id(page_of[p]), 0.0) + x
         for page in {id(page): page for page in page_of.values()}.values():
-            page.shares.append((column, got.get(id(page), 0.0), self.driver.cache.page_size / num_entries, self.forwards))
+            page.shares.append((at, got.get(id(page), 0.0), self.driver.cache.page_size / num_entries, self.forwards))
 
     def _append(self, i: int, row: int, new: list[int]) -> None:
         homes = self.driver.probe.homes(i)
@@ -218,7 +216,7 @@ def last_query(page: Page, *_) -> float:
 
 
 def uses(page: Page) -> list[int]:
-    return [column + 1 for column, share, fair, _ in page.shares if share >= fair]
+    return [at + 1 for at, share, fair, _ in page.shares if share >= fair]
 
 
 def last_use(page: Page, *_) -> float:
@@ -229,10 +227,10 @@ def last_and_frequent_use(page: Page, *_) -> float:
     return last_use(page) + len(uses(page))
 
 
-def features(page: Page, kept: Kept, *_) -> float:
+def features(page: Page, kept: Kept, i: int, row: int) -> float:
     asked = sum(share > 0 for _, share, _, _ in page.shares)
     attention = math.fsum(share / fair for _, share, fair, _ in page.shares) / asked
-    return attention + 2 ** ((last_use(page) - kept.columns) / 64) + len(uses(page)) / asked
+    return attention + 2 ** ((last_use(page) - kept.driver.lens[row]) / 64) + len(uses(page)) / asked
 
 
 def fading(page: Page, window: int) -> float:

@@ -15,9 +15,9 @@ from tests.retention_blocks import mlp_weights, needed
 pytestmark = pytest.mark.usefixtures("nan_filled_empty")
 
 
-def predicted_wait(page: Page, kept: Kept, *_) -> float:
+def predicted_wait(page: Page, kept: Kept, i: int, row: int) -> float:
     used = uses(page)
-    since = kept.columns - max(used, default=0)
+    since = kept.driver.lens[row] - max(used, default=0)
     if len(used) < 2:
         return -since
     interval = (max(used) - min(used)) / (len(used) - 1)
@@ -30,12 +30,12 @@ def risk(page: Page, kept: Kept, i: int, row: int) -> float:
     keys = torch.stack([kept.driver.history[i][row][p][0] for p in page.positions]).double().mean(0)
     cos = sum(float(torch.cosine_similarity(query[h].double(), keys[h // group], dim=0)) for h in range(len(query))) / len(query)
     p = (len(uses(page)) + 1) / (sum(share > 0 for _, share, _, _ in page.shares) + 2)
-    since = kept.columns - last_use(page)
+    since = kept.driver.lens[row] - last_use(page)
     return -(0.5 * since / (since + 64) + 0.3 * (1 - cos) / 2 + 0.2 * (-p * math.log2(p) - (1 - p) * math.log2(1 - p)))
 
 
 def two_queues(page: Page, *_) -> float:
-    stored = min((column + 1 for column, share, _, _ in page.shares if share > 0), default=0)
+    stored = min((at + 1 for at, share, _, _ in page.shares if share > 0), default=0)
     used = last_use(page)
     return 1e9 + used if used - stored >= 5 else page.positions[-1]
 

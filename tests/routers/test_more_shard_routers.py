@@ -1,6 +1,7 @@
 """Routers that balance, count and spend: formulas in float64 loops over what was stored, and the control for each of them."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from pikv_ds.config.pikv import PiKVConfig
 from pikv_ds.errors import ConfigError
 from pikv_ds.routers import ROUTERS
 from pikv_ds.routers.base import scores_of
+from pikv_ds.routers.memory import Asked
 from pikv_ds.routers.scramble import scramble
 from pikv_ds.routers.shard_router import ShardRouter
 from tests.contracts.test_routers import recording as routed
@@ -38,9 +40,10 @@ def test_sinkhorn_follows_its_own_past(tmp_path):
 def test_sinkhorn_balances_what_the_gate_prefers():
     """All queries alike: the gate alone would send every one to the same shard."""
     router = ROUTERS.build("sinkhorn", window=2)
-    router.potential[0] = torch.zeros(SHARDS)
+    router.potential.columns[0] = SimpleNamespace(value=torch.zeros(1, SHARDS))
     router.mean_logits = lambda q, asked: torch.tensor([[3.0, 0.0, 0.5, -torch.inf]])
-    asked = type("Asked", (), {"layer": 0, "q": None, "positions": torch.tensor([5])})
+    asked = SimpleNamespace(layer=0, q=None, positions=torch.tensor([5]), rows=slice(0, 1), row_of_query=lambda: torch.tensor([0]))
+    asked.asked = Asked(0, asked.rows, asked.positions)
     share = torch.stack([router.logits(asked).softmax(-1)[0] for _ in range(60)])[-1]
     assert torch.allclose(share, torch.tensor([1 / 3, 1 / 3, 1 / 3, 0.0]), atol=0.02), share
 
@@ -60,7 +63,7 @@ def test_predictive_entropy_reads_as_many_as_it_is_unsure_between(temperature, t
 
 @pytest.mark.parametrize("share", [0.3, 0.6])
 def test_budget_aware_spends_its_share(share, tmp_path):
-    allowance, read = 0.25, []  # the default, with which the store was opened
+    allowance, read = share, []
     seen = run("budget_aware", tmp_path, steps=40, share=share, window=4)[1]
     for asked, scores, keys in seen:
         own, sizes = logits(asked, keys), [len(keys[shard::SHARDS]) / len(keys) for shard in range(SHARDS)]
@@ -143,7 +146,7 @@ def test_cache_aware_leaves_a_shard_that_disappoints(tmp_path):
     answered, penalised, moved = router.answered, [], 0
 
     def answering(asked, page_list, page_lse):
-        before = router.misses[asked.layer].clone()
+        before = router.misses.columns[asked.layer].value[0].clone()
         answered(asked, page_list, page_lse)
         if asked.layer == 0:
             keys = torch.stack([k for k, _ in driver.history[0][0]]).double()
@@ -160,7 +163,7 @@ def test_cache_aware_leaves_a_shard_that_disappoints(tmp_path):
                 for shard in range(SHARDS):
                     missed[shard] += read[shard] > 0 and mass[shard] / sum(mass) < read[shard] / sum(read)
             wanted = [float(b) * (1 - 1 / 16) + m / 4 for b, m in zip(before, missed, strict=True)]
-            assert router.misses[0].tolist() == pytest.approx(wanted, abs=1e-5)
+            assert router.misses.columns[0].value[0].tolist() == pytest.approx(wanted, abs=1e-5)
             penalised.append((asked, before, keys))
 
     router.answered = answering

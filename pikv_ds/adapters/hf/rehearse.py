@@ -28,7 +28,7 @@ def rehearse(model: PreTrainedModel, cache: HFCache, ids: torch.Tensor, *, chunk
     if core.config.scheduling.prefill != "keep":
         raise ConfigError("rehearse() needs pikv.scheduling.prefill = 'keep': a prompt that was evicted from can't be repeated")
     core.clear_column("peak")
-    with core.announce_crops():
+    with core.announce_crops(rehearsal=True):
         for part in ids.split(chunk, 1):
             model(part, past_key_values=cache, logits_to_keep=1)
         cache.crop(-ids.shape[1])
