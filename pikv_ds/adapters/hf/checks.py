@@ -25,9 +25,5 @@ def check_model(model, attentions, specs, dtype, group) -> None:
         raise UnsupportedError(
             f"the attention layers of {name} lie on several devices ({', '.join(devices)}); PiKV keeps one store on one device"
         )
-    if len(specs) != len(attentions):
-        raise UnsupportedError(f"the configuration of {name} describes {len(specs)} layers, the model has {len(attentions)}")
-    if getattr(model.config.get_text_config(decoder=True), "attn_logit_softcapping", None):
-        raise UnsupportedError(f"{name} caps attention logits (attn_logit_softcapping); PiKV does not handle softcap")
     if group is not None and not dist.is_initialized():
         raise ConfigError("a process group was given but torch.distributed is not initialised")
