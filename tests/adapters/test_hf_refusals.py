@@ -56,13 +56,6 @@ def test_encoder_decoder():
         pikv_ds.attach(model, {})
 
 
-def test_attention_that_cannot_be_replaced(model, monkeypatch):
-    # What transformers answers for models whose attention does not look up AttentionInterface.
-    monkeypatch.setattr(type(model), "_can_set_attn_implementation", classmethod(lambda cls: False))
-    with pytest.raises(UnsupportedError, match="AttentionInterface; its attention can't be replaced"):
-        pikv_ds.attach(model, {})
-
-
 @pytest.mark.parametrize("wrapped", [nn.Linear(2, 2), nn.Sequential()], ids=["linear", "sequential"])
 def test_not_a_model(wrapped):
     with pytest.raises(UnsupportedError, match="PreTrainedModel.*engine.module"):

@@ -16,11 +16,11 @@ import torch
 import transformers
 from transformers.utils import logging
 
-from .compare import survey
+from .compare import TOLERANCE, survey
 from .configs import FAMILIES
+from .results import SURVEYED
 
 SECONDS = 120
-ORDER = ("wrong", "refused", "served", "not in it")
 
 
 def run_alone(family: str) -> dict:
@@ -54,10 +54,10 @@ def main() -> int:
         rows.append(run_alone(family))
         print(f"{family}: {rows[-1]['outcome']}. {rows[-1]['why']}", flush=True)
     counts = Counter(row["outcome"] for row in rows)
-    print(", ".join(f"{counts[outcome]} {outcome}" for outcome in ORDER))
+    print(", ".join(f"{counts[outcome]} {outcome}" for outcome in (*SURVEYED, "not in it")))
     if args.write:
         versions = {"transformers": transformers.__version__, "torch": torch.__version__}
-        args.write.write_text(json.dumps({"versions": versions, "rows": rows}, indent=1) + "\n")
+        args.write.write_text(json.dumps({"versions": versions, "tolerance": TOLERANCE, "rows": rows}, indent=1) + "\n")
     return counts["wrong"] > 0
 
 

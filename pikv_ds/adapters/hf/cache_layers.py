@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 from weakref import ref
 
 import torch
@@ -44,6 +44,16 @@ class PiKVLayer(CacheLayerMixin):
             raise UnsupportedError("this layer belongs to a PiKV cache that is gone: keep the cache object itself")
         conversation.check()
         return conversation
+
+    @property
+    def keys(self) -> NoReturn:
+        raise UnsupportedError("the model reads keys or values of its cache (cross-attention?); PiKV gives them to attention only")
+
+    @keys.setter
+    def keys(self, nothing: None) -> None:
+        """transformers' own constructor."""
+
+    values = keys
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to allocate: pages belong to the PiKVCache."""

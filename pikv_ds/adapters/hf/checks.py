@@ -13,10 +13,6 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def check_model(model, attentions, specs, dtype, group) -> None:
     """Raises: UnsupportedError, ConfigError."""
     name = type(model).__name__
-    if not model._can_set_attn_implementation():
-        raise UnsupportedError(
-            f"{name} does not call its attention through transformers' AttentionInterface; its attention can't be replaced"
-        )
     if dtype not in _DTYPES:
         legal = ", ".join(str(d).removeprefix("torch.") for d in _DTYPES)
         raise UnsupportedError(f"{name} has parameters of dtype {dtype}; PiKV stores {legal}: convert the model with model.to(...)")
