@@ -11,6 +11,7 @@ class LayerSpec:
 
     `window` is the sliding window W in tokens, the query's own token included, or None for full attention.
     `first_head` is the index of the first of these heads among those of the whole model: not 0 on tensor-parallel ranks that split them.
+    `softcap` is the c of c tanh(score / c), by which a layer bounds its scores before the softmax, or None.
     `latent` marks MLA: one "head" whose key is [c_kv | k_rot] and whose value is the first v_dim columns of that key.
     """
 
@@ -21,6 +22,7 @@ class LayerSpec:
     window: int | None = None
     latent: bool = False
     first_head: int = 0
+    softcap: float | None = None
 
     @property
     def stored_v_dim(self) -> int:

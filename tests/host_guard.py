@@ -20,11 +20,12 @@ def _raise(*args, **kwargs):
 @contextlib.contextmanager
 def host_is_forbidden(model: PreTrainedModel) -> Iterator[None]:
     """DynamicCache.update, its layers' update, the model's eager attention and every registered dense attention raise."""
-    modeling = sys.modules[type(model).__module__]
+    modeling = {module for part in model.modules() if hasattr(module := sys.modules[type(part).__module__], "eager_attention_forward")}
     names = [name for name in AttentionInterface._global_mapping if name != "pikv"]
     with contextlib.ExitStack() as stack:
         for owner in (DynamicCache, DynamicLayer, DynamicSlidingWindowLayer):
             stack.enter_context(mock.patch.object(owner, "update", _raise))
-        stack.enter_context(mock.patch.object(modeling, "eager_attention_forward", _raise))
+        for module in modeling:
+            stack.enter_context(mock.patch.object(module, "eager_attention_forward", _raise))
         stack.enter_context(mock.patch.dict(AttentionInterface._global_mapping, dict.fromkeys(names, _raise)))
         yield

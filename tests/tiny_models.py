@@ -7,6 +7,8 @@ from transformers import (
     DeepseekV2ForCausalLM,
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
     GptOssConfig,
     GptOssForCausalLM,
     MixtralConfig,
@@ -20,6 +22,8 @@ from transformers import (
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
 )
 
 COMMON = dict(
@@ -93,6 +97,27 @@ FAMILIES = {
             num_key_value_heads=2, head_dim=16, num_local_experts=8, sliding_window=8, layer_types=["sliding_attention", "full_attention"]
         ),
     ),
+    "gemma2": (  # scores are bounded, tightly; windows
+        Gemma2Config,
+        Gemma2ForCausalLM,
+        dict(num_key_value_heads=2, head_dim=16, sliding_window=8, attn_logit_softcapping=0.5, query_pre_attn_scalar=16),
+    ),
+    "qwen3_next": (  # a recurrence, then attention
+        Qwen3NextConfig,
+        Qwen3NextForCausalLM,
+        dict(
+            num_key_value_heads=2,
+            head_dim=16,
+            num_experts=8,
+            moe_intermediate_size=32,
+            shared_expert_intermediate_size=32,
+            layer_types=["linear_attention", "full_attention"],
+            linear_num_key_heads=2,
+            linear_num_value_heads=4,
+            linear_key_head_dim=16,
+            linear_value_head_dim=16,
+        ),
+    ),
     "olmoe": (OlmoeConfig, OlmoeForCausalLM, dict(num_key_value_heads=2, num_experts=8)),
 }
 
@@ -102,7 +127,7 @@ def tiny_model(family: str, attention: str = "eager", **changes) -> PreTrainedMo
     config_class, model_class, options = FAMILIES[family]
     torch.manual_seed(0)
     settings = {**COMMON, **options, **changes}
-    if family == "qwen3_dense":
+    if family in ("qwen3_dense", "gemma2"):
         settings.pop("num_experts_per_tok")
     config = config_class(**settings, attn_implementation=attention)
     model = model_class(config).eval().float()

@@ -6,7 +6,9 @@ from torch import Tensor
 _TILE = 1 << 26  # score elements held at a time where they are materialised: 256 MiB in f32
 
 
-def sdpa_lse(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None = None, causal: bool = False) -> tuple[Tensor, Tensor]:
+def sdpa_lse(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None = None, causal: bool = False, softcap: float | None = None
+) -> tuple[Tensor, Tensor]:
     """Attend and keep the normaliser, so that the result can be merged with attention over other keys.
 
     out = softmax(scale q k^T) v,   lse = log sum exp(scale q k^T)
@@ -18,16 +20,19 @@ def sdpa_lse(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | No
         scale: softmax scale.
         mask: bool, broadcastable to [B, 1, T, L] (the head dimension must be 1); True = visible. k and v must be finite where hidden.
         causal: query t sees keys 0..t; needs T == L and no mask.
+        softcap: c of scores c tanh(scale q k^T / c); None = they are not bounded.
 
     Returns:
         out [B, Hq, T, Dv] f32 and lse [B, Hq, T] f32, natural log. A query that sees nothing gives 0 and -inf.
 
-    Sync: none. Cost: on CPU with Dk == Dv the scores are never materialised; else B*Hq*T*L*4 bytes.
+    Sync: none. Cost: on CPU with Dk == Dv and no softcap the scores are never materialised; else B*Hq*T*L*4 bytes.
     """
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     if causal and mask is not None:
         raise ValueError("sdpa_lse: causal and mask exclude each other; fold causality into the mask")
+    if softcap is not None:
+        return _math(q, k, v, scale, mask, causal, softcap)
     flash = q.device.type == "cpu" and k.shape[-1] == v.shape[-1]
     B, Hq, T, D = q.shape
     group = Hq // k.shape[1]
@@ -49,7 +54,7 @@ def _flash_cpu(q, k, v, scale, mask, causal):
     return out, lse
 
 
-def _math(q, k, v, scale, mask, causal):
+def _math(q, k, v, scale, mask, causal, softcap=None):
     """Query tiles keep the scores of one tile under _TILE elements; tiles share nothing, so the result does not depend on them."""
     B, Hq, T, _ = q.shape
     L = k.shape[2]
@@ -57,20 +62,22 @@ def _math(q, k, v, scale, mask, causal):
     if causal:
         mask = torch.ones(T, L, dtype=torch.bool, device=q.device).tril_()[None, None]
     if tile >= T:
-        return _math_tile(q, k, v, scale, mask)
+        return _math_tile(q, k, v, scale, mask, softcap)
     parts = []
     for start in range(0, T, tile):
         rows = slice(start, start + tile)
         own = mask if mask is None or mask.shape[2] == 1 else mask[:, :, rows]
-        parts.append(_math_tile(q[:, :, rows], k, v, scale, own))
+        parts.append(_math_tile(q[:, :, rows], k, v, scale, own, softcap))
     return torch.cat([out for out, _ in parts], 2), torch.cat([lse for _, lse in parts], 2)
 
 
-def _math_tile(q, k, v, scale, mask):
+def _math_tile(q, k, v, scale, mask, softcap):
     B, Hq, T, _ = q.shape
     Hkv, L = k.shape[1], k.shape[2]
     group = Hq // Hkv
     scores = torch.matmul(q.reshape(B, Hkv, group * T, -1) * scale, k.transpose(-1, -2)).view(B, Hkv, group, T, L)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     if mask is not None:
         scores = scores.masked_fill(~mask.unsqueeze(2), -torch.inf)
     top = scores.amax(-1, keepdim=True).clamp_min(torch.finfo(q.dtype).min)  # keeps exp(-inf - top) at 0 for empty rows

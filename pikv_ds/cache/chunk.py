@@ -20,6 +20,8 @@ def finish(
     positions: Tensor | None = None,
     hidden: Tensor | None = None,
     sink: Tensor | None = None,
+    mask: Tensor | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """Add in-chunk attention to the stored part, then the sink logit, once.
 
@@ -30,15 +32,16 @@ def finish(
         positions: [B, T] of the tokens; None = in order, as their columns are.
         hidden: [B, T] bool, tokens that nobody sees (padding); None = there are none.
         sink: [Hq], a logit that takes a share of the softmax and gives nothing; None = there is none.
+        mask: [B or 1, 1, T, T] bool, which of them see which, in place of order and window; None = those before.
+        softcap: as for ops.sdpa_lse.
 
     Returns: [B, T, Hq, Dv] f32.
     """
     out, lse = partial.out.transpose(1, 2), partial.lse.transpose(1, 2)
     if not partial.includes_self:
-        mask = None
-        if hidden is not None or (window is not None and q.shape[2] > window):
+        if mask is None and (hidden is not None or (window is not None and q.shape[2] > window)):
             mask = _mask(torch.arange(q.shape[2], device=q.device)[None] if positions is None else positions, window, hidden)
-        own_out, own_lse = sdpa_lse(q, k, v, scale=scale, mask=mask, causal=mask is None)
+        own_out, own_lse = sdpa_lse(q, k, v, scale=scale, mask=mask, causal=mask is None, softcap=softcap)
         out, lse = (own_out, own_lse) if partial.empty else merge(torch.stack([out, own_out]), torch.stack([lse, own_lse]))
     if sink is not None:
         out = add_sink(out, lse, sink)

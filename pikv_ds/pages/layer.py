@@ -12,6 +12,7 @@ from pikv_ds.codecs.request_maps import PageMaps
 from pikv_ds.ops import PageFormat
 from pikv_ds.placement.shard_map import ShardMap
 
+from .capped import CappedReader
 from .events import NewEntries, PageChange, PageEvents, Rebased
 from .move import Moved, demote, entries_of, page_slots
 from .plan import LayerPlan, PoolPlan
@@ -57,6 +58,8 @@ class LayerPages:
     def _pool(self, level: int, plan: PoolPlan, counts: Tensor, free_top: Tensor, no_tail: Tensor | None) -> PagePool:
         unrotated, alone = self.plan.unrotated, len(self.plan.pools) == 1
         reader = RawReader if unrotated is None or not (level or alone) else partial(UnrotatedReader, maps=unrotated)
+        if self.spec.softcap is not None:
+            reader = partial(CappedReader, softcap=self.spec.softcap)
         return PagePool(
             plan.fmt, self.dtype, counts, free_top, reader, heads=self.heads, level=level, maps=self.maps if plan.mapped else None,
             full_pages=level > 0, no_tail=no_tail, events=self.events,

@@ -42,6 +42,8 @@ class UnrotatedReader:
     """The pages.view.PageReader of a pool of coefficients of un-rotated keys."""
 
     rebuilds = True
+    softcap: float | None = None
+    """Scores are bounded by it (pages/capped.py)."""
 
     def __init__(self, pool: PagePool, maps: Transform) -> None:
         """maps: with inv_freq, the pool's own or those of every entry that reaches the cache."""
@@ -68,9 +70,7 @@ class UnrotatedReader:
         # What is not held must be finite: a weight of 0 times NaN would still be NaN.
         c, v = (torch.where(held.unsqueeze(-1), x, 0) for x in (c, v))
         at = pool.positions[page]
-        k = self.maps.k.invert(c.movedim(1, -2))  # [N, K, P, H, D]
-        k = rotate(k.unsqueeze(-2), at.movedim(1, -1), self.maps.inv_freq).squeeze(-2)
-        return Rebuilt(torch.where(held.unsqueeze(-1), k.movedim(-2, 1), 0), v, held, at)
+        return Rebuilt(torch.where(held.unsqueeze(-1), self._keys(c, at), 0), v, held, at)
 
     def attend(self, q: Tensor, view: PageView, *, scale: float, window: int | None = None, q_positions: Tensor | None = None) -> Read:
         """One table for all heads. out [R, T, Hq, r] are coefficients of values; the lse is complete.
@@ -82,7 +82,7 @@ class UnrotatedReader:
         mask = read.held.view(num_rows, 1, 1, -1)
         if window is not None:
             mask = mask & (read.at.view(mask.shape) > q_positions[:, None, :, None] - window)
-        out, lse = ops.sdpa_lse(q.float().transpose(1, 2), k, v, scale=scale, mask=mask)
+        out, lse = ops.sdpa_lse(q.float().transpose(1, 2), k, v, scale=scale, mask=mask, softcap=self.softcap)
         return Read(out.transpose(1, 2), lse.transpose(1, 2))
 
     def attend_pages(
@@ -103,6 +103,8 @@ class UnrotatedReader:
         step = max(1, NUMBERS_AT_ONCE // max(1, read.held[:, 0].numel() * num_q_heads))
         for begin in range(0, num_queries, step):
             logits = scale * torch.einsum("rthgd,rshcpd->rthgscp", q[:, begin : begin + step], k)
+            if self.softcap is not None:
+                logits = self.softcap * torch.tanh(logits / self.softcap)
             visible = held
             if window is not None:
                 visible = held & (at > q_positions[:, begin : begin + step].view(num_rows, -1, *[1] * 5) - window)
@@ -157,8 +159,7 @@ class UnrotatedReader:
         by_shard = lambda x: x.unflatten(0, (-1, heads)).transpose(1, 2).flatten(0, 1)  # noqa: E731  [R, S, ...] -> [R / H * S, H, ...]
         tail = None if tail_rows is None else self.pool.tail
         read = self.rebuild(PageView(by_shard(table), by_shard(counts), tail, None if tail is None else by_shard(tail_rows)))
-        v = self.maps.v.invert(read.v.movedim(1, -2)).movedim(-2, 1)
-        k, v = (x.flatten(2, 3) for x in (read.k, v))  # [R / H * S, all kv heads, L, D]
+        k, v = (x.flatten(2, 3) for x in (read.k, self._values(read.v)))  # [R / H * S, all kv heads, L, D]
         if heads == 1:
             return k, v
         return tuple(x.unflatten(0, (-1, num_tables)).transpose(1, 2).flatten(0, 2).unsqueeze(1) for x in (k, v))
@@ -168,6 +169,15 @@ class UnrotatedReader:
 
     def bounds(self, out: Tensor, slot_mapping: Tensor, table: Tensor) -> None:
         page_boxes(out, self.pool, self.rebuild, slot_mapping, table)
+
+    def _keys(self, c: Tensor, at: Tensor) -> Tensor:
+        """c [N, H, K, P, r] as pages hold them, at positions [N, X, K, P], as queries meet them: [N, H, K, P, D]."""
+        k = self.maps.k.invert(c.movedim(1, -2))  # [N, K, P, H, D]
+        return rotate(k.unsqueeze(-2), at.movedim(1, -1), self.maps.inv_freq).squeeze(-2).movedim(-2, 1)
+
+    def _values(self, v: Tensor) -> Tensor:
+        """[N, H, K, P, r] as pages hold them -> [N, H, K, P, Dv] as the model gave them."""
+        return self.maps.v.invert(v.movedim(1, -2)).movedim(-2, 1)
 
     def _coefficients(self, page: Tensor) -> tuple[Tensor, Tensor]:
         """c_k and c_v [N, H, K, P, r] f32 of the pages [N, X, K] as the records hold them."""

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pikv_ds.adapters.hf.attach import attach
-from pikv_ds.adapters.hf.router_output import count_gate_experts, output_of
+from pikv_ds.adapters.hf.router_output import count_router_experts, output_of
 from pikv_ds.cache.inspect import CacheProbe
 from pikv_ds.errors import UnsupportedError
 from tests.dist.launcher import run_deepspeed_ranks
@@ -65,9 +65,9 @@ def test_a_gate_that_returns_something_else_is_refused():
 def test_layers_of_different_sizes_are_refused():
     pair = gates(moe_model(1))
     pair[1].wg = torch.nn.Linear(COMMON["hidden_size"], 8, bias=False)
-    assert count_gate_experts(pair[:1]) == NUM_EXPERTS and count_gate_experts([None]) is None
+    assert count_router_experts(pair[:1]) == NUM_EXPERTS and count_router_experts([None]) is None
     with pytest.raises(UnsupportedError, match=r"the MoE layers have \[4, 8\] experts"):
-        count_gate_experts(pair)
+        count_router_experts(pair)
 
 
 @pytest.fixture(scope="module")

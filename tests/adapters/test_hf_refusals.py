@@ -15,6 +15,8 @@ from transformers import (
 
 import pikv_ds
 from pikv_ds.errors import ConfigError, UnsupportedError
+from tests.survey.configs import tiny_config
+from tests.survey.configs import tiny_model as survey_model
 from tests.tiny_models import prompt, tiny_model
 
 SMALL = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2)
@@ -31,28 +33,26 @@ def cache(model):
         yield cache
 
 
-def test_other_layer_types():
+def test_no_layer_with_keys_and_values():
     config = Qwen3NextConfig(**SMALL, head_dim=16, num_experts=4, linear_num_key_heads=2, linear_num_value_heads=2)
-    with pytest.raises(UnsupportedError, match="linear_attention.*full_attention and sliding_attention"):
+    with pytest.raises(UnsupportedError, match=r"no layer with keys and values \(linear_attention\): there is nothing to store"):
         pikv_ds.attach(AutoModelForCausalLM.from_config(config), {})
 
 
-def test_softcap_at_attach():
-    config = Gemma2Config(**SMALL, head_dim=16, attn_logit_softcapping=50.0)
-    with pytest.raises(UnsupportedError, match="attn_logit_softcapping"):
-        pikv_ds.attach(AutoModelForCausalLM.from_config(config), {})
+def test_other_layer_types():
+    with pytest.raises(UnsupportedError, match=r"indexed_attention \(layers 0, 1\); PiKV stores full and sliding attention"):
+        pikv_ds.attach(survey_model(tiny_config("deepseek_v32")), {})
+
+
+def test_softcap_with_a_codec_that_maps_keys():
+    model = AutoModelForCausalLM.from_config(Gemma2Config(**SMALL, head_dim=16, attn_logit_softcapping=50.0))
+    with pytest.raises(ConfigError, match=r"layer 0 bounds its scores \(softcap 50.0\), and .* = 'svd' maps keys"):
+        pikv_ds.attach(model, {"compression": {"method": "svd", "rank": 8}})
 
 
 def test_encoder_decoder():
     model = T5ForConditionalGeneration(T5Config(vocab_size=64, d_model=32, d_kv=16, d_ff=48, num_layers=1, num_heads=2))
     with pytest.raises(UnsupportedError):
-        pikv_ds.attach(model, {})
-
-
-def test_attention_that_cannot_be_replaced(model, monkeypatch):
-    # What transformers answers for models whose attention does not look up AttentionInterface.
-    monkeypatch.setattr(type(model), "_can_set_attn_implementation", classmethod(lambda cls: False))
-    with pytest.raises(UnsupportedError, match="AttentionInterface; its attention can't be replaced"):
         pikv_ds.attach(model, {})
 
 
@@ -96,10 +96,18 @@ def test_gate_file_missing_or_of_another_shape(model, tmp_path):
         pikv_ds.attach(model, block)
 
 
-def test_user_mask_of_four_dimensions(model, cache):
-    ids = prompt(6, seed=1)
-    with pytest.raises(UnsupportedError, match=r"attention_mask is \(1, 1, 6, 6\)"):
-        model(ids, attention_mask=torch.ones(1, 1, 6, 6, dtype=torch.bool).tril())
+def test_masks_that_are_neither_padding_nor_one_per_token(model, cache):
+    with pytest.raises(UnsupportedError, match=r"attention_mask is \(1, 6, 6\)"):
+        model(prompt(6, seed=1), attention_mask=torch.ones(1, 6, 6, dtype=torch.bool).tril())
+    with pytest.raises(UnsupportedError, match="adds something else than 0 or the lowest number"):
+        model(prompt(6, seed=1), attention_mask=torch.randn(1, 1, 6, 6))
+
+
+def test_padding_that_a_later_forward_does_not_mention(model, cache):
+    ids, mask = prompt(6, seed=1), torch.tensor([[0, 0, 1, 1, 1, 1]])
+    model(ids, attention_mask=mask)
+    with pytest.raises(UnsupportedError, match="no attention_mask, but the cache has columns that are hidden"):
+        model(ids[:, :1], past_key_values=cache)
 
 
 def test_mask_of_the_wrong_length(model, cache):
@@ -116,23 +124,20 @@ def test_mask_that_hides_cached_tokens(model, cache):
         model(ids[:, :1], attention_mask=mask, past_key_values=cache)
 
 
-@pytest.mark.parametrize("positions", [[0, 1, 2, 0, 1, 2], [0, 1, 1, 2, 3, 4], [5, 4, 3, 2, 1, 0]], ids=["packed", "repeated", "reversed"])
-def test_positions_that_do_not_ascend(positions, model, cache):
-    with pytest.raises(UnsupportedError, match="position_ids do not ascend"):
-        model(prompt(6, seed=1), position_ids=torch.tensor([positions]))
-
-
-def test_positions_that_go_back_later(model, cache):
-    ids = prompt(6, seed=1)
-    model(ids)
-    with pytest.raises(UnsupportedError, match="position_ids do not ascend"):
-        model(ids[:, :1], position_ids=torch.tensor([[3]]), past_key_values=cache)
-
-
-@pytest.mark.parametrize("argument", ["cu_seq_lens_q", "position_bias", "softcap", "head_mask"])
+@pytest.mark.parametrize("argument", ["cu_seq_lens_q", "position_bias", "head_mask"])
 def test_attention_arguments_by_name(argument, model, cache):
     with pytest.raises(UnsupportedError, match=f"{argument}.*does not handle it"):
         model(prompt(6, seed=1), **{argument: torch.ones(3)})
+
+
+def test_softcap_that_the_layer_does_not_have(model, cache):
+    with pytest.raises(UnsupportedError, match="softcap 1.0, but its configuration says None"):
+        model(prompt(6, seed=1), softcap=1.0)
+
+
+def test_states_of_an_encoder(model, cache):
+    with pytest.raises(UnsupportedError, match="encoder_hidden_states is set"):
+        model(prompt(6, seed=1), encoder_hidden_states=torch.ones(1, 4, 64))
 
 
 def test_attention_weights(model, cache):
@@ -165,13 +170,6 @@ def test_failed_forward_must_be_reset(model, cache):
         model(ids[:, :1], past_key_values=cache)
     cache.reset()
     assert model(ids).logits.isfinite().all()
-
-
-def test_unknown_mask_overlay(model, cache, monkeypatch):
-    from pikv_ds.adapters.hf.attention import pikv_mask
-
-    with pytest.raises(UnsupportedError, match="or_mask_function / and_mask_function"):
-        pikv_mask(1, 4, 4, use_vmap=True)
 
 
 def test_router_of_experts_on_a_dense_model():

@@ -18,6 +18,9 @@ FAMILIES = [
     ("llama", {}, (32, 128, 128, False), [None, None]),
     ("mistral", {}, (8, 128, 128, False), [4096, 4096]),
     ("gpt2", {}, (12, 64, 64, False), [None, None]),
+    ("falcon", {}, (1, 64, 64, False), [None, None]),
+    ("gpt_bigcode", {}, (1, 64, 64, False), [None, None]),
+    ("mimo_v2_flash", {}, (4, 192, 128, False), [None, 129]),
 ]
 
 
@@ -41,10 +44,9 @@ def test_bundled_model_is_read_from_folder_and_from_file():
 @pytest.mark.parametrize(
     "model_type, said",
     [
-        ("qwen3_next", "linear_attention"),
+        ("deepseek_v32", "indexed_attention"),
         ("llama4_text", "chunked_attention"),
         ("t5", "encoder-decoder"),
-        ("falcon", "multi_query"),
     ],
 )
 def test_what_cannot_be_stored_is_named(model_type, said):

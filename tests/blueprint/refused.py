@@ -1,5 +1,6 @@
 """For every rule (pikv_ds/blueprint/rules.py) blocks that it refuses, alone or on layers that need it."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from tests.routing_blocks import routing
 
 PLAIN = [layer(0, dim=16), layer(1, dim=16)]
 WINDOWS = [layer(0, dim=16, window=9)]
+CAPPED = [replace(layer(0, dim=16), softcap=30.0)]
 SVD, RAW = {"method": "svd", "rank": 8}, {"raw_recent_tokens": 8}
 BOUNDS = {"method": "bounds", "budget_ratio": 0.5}
 LRU = {"method": "lru", "budget_tokens": 200}
@@ -90,6 +92,8 @@ def refused(folder: Path) -> dict[str, list[dict]]:
         ],
         "policy-needs-model-queries": [{"scheduling": {"method": "quest_mlp", "budget_ratio": 0.5} | mlp, "compression": rotated}],
         "router-needs-model-queries": [{"routing": gate, "compression": rotated}],
+        "softcap-without-maps": [{"compression": rotated, "layers": CAPPED}, {"compression": SVD, "layers": CAPPED}],
+        "softcap-without-shares": [{"scheduling": LRU, "layers": CAPPED}],
         "budget-holds-pinned-pages-of-shards": [{"scheduling": {"method": "lru", "budget_tokens": 68}}],
         "router-fits-model": [{"routing": gate, "storage": {"num_shards": 4}}],
     }  # fmt: skip

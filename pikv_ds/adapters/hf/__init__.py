@@ -25,11 +25,11 @@ __getattr__ = moved(
         "check_has_experts": "pikv_ds.blueprint.routing",
         "check_rotations": "pikv_ds.adapters.hf.rotation",
         "count_experts": "pikv_ds.adapters.hf.expert_ids",
-        "count_gate_experts": "pikv_ds.adapters.hf.router_output",
+        "count_gate_experts": "pikv_ds.adapters.hf.router_output:count_router_experts",
         "find_router": "pikv_ds.adapters.hf.router_output",
         "load_gate": "pikv_ds.adapters.hf.expert_ids",
         "pikv_attention": "pikv_ds.adapters.hf.attention",
-        "pikv_mask": "pikv_ds.adapters.hf.attention",
+        "pikv_mask": "pikv_ds.adapters.hf.masks",
         "read_model_spec": "pikv_ds.adapters.hf.model_spec",
     },
 )

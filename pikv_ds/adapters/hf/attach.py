@@ -14,7 +14,6 @@ from .checks import check_model
 from .forward_hooks import ForwardHooks
 from .generate_hooks import GenerateHooks
 from .host import Host
-from .model_spec import read_model_spec
 
 
 def attach(model: PreTrainedModel, config=None, group: dist.ProcessGroup | None = None, *, requests: str | None = None) -> AttachedCache:
@@ -77,9 +76,8 @@ def _attachment(model: PreTrainedModel, config: PiKVConfig, group: dist.ProcessG
         raise UnsupportedError(f"attach needs a transformers PreTrainedModel, got {type(model).__name__}; for an engine pass engine.module")
     host, new = Host.of(model), False
     if host is None:
-        specs, new = read_model_spec(model.config), True
-        host = Host(model, specs)
-        check_model(model, host.attentions, specs, next(model.parameters()).dtype, group)
+        host, new = Host(model), True
+        check_model(model, host.attentions, host.specs, next(model.parameters()).dtype, group)
     attachment = Attachment(host, config, group)
     host.add(attachment)
     if new:

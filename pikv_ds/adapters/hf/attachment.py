@@ -23,7 +23,7 @@ from .host import Host
 from .host_penalty import HostPenalty
 from .lockstep import lockstep_of
 from .rotation import check_rotations
-from .router_output import check_gates, count_gate_experts, find_router
+from .router_output import check_gates, count_router_experts, find_routers
 
 SPARE_CORES = 4  # empty stores that wait for the next cache, per number of layers
 
@@ -46,9 +46,9 @@ class Attachment:
         self._dtype, self._device = parameter.dtype, parameter.device
         num_ranks = 1 if group is None else dist.get_world_size(group)
         text = host.model.config.get_text_config(decoder=True)
-        routers = [find_router(layer) for layer in host.layers]
+        routers = find_routers(host.layers)
         check_gates(routers, num_ranks, config.storage.requests)
-        num_experts = count_gate_experts(routers) or count_experts(text)
+        num_experts = count_router_experts(routers) or count_experts(text)
         self._num_experts = num_experts or config.storage.num_shards or num_ranks
         gate = None
         if config.storage.expert_ids == "gate":
@@ -90,7 +90,7 @@ class Attachment:
         num_layers = num_layers or self.num_layers
         spare = self._spare.setdefault(num_layers, [])
         core = spare.pop() if spare else self._core(num_layers)
-        conversation = Conversation(core, self.host.name, self._expert_ids, self.lockstep, self._number)
+        conversation = Conversation(core, self.host.name, self._expert_ids, self.lockstep, self._number, self.host.parts)
         self.live.add(conversation)
         finalize(conversation, self._give_back, core).atexit = False
         return conversation

@@ -1,4 +1,4 @@
-"""The attention and mask functions registered with transformers under the name "pikv". B rows, T columns, H heads, D head_dim."""
+"""The attention function registered with transformers under the name "pikv". B rows, T columns, H heads, D head_dim."""
 
 from __future__ import annotations
 
@@ -9,11 +9,9 @@ from pikv_ds.cache.chunk import finish
 from pikv_ds.cache.latent import absorb_query, expand_value
 from pikv_ds.errors import UnsupportedError
 
+from .arguments import check_arguments
 from .binding import Binding, binding_of
-
-# Arguments that models pass along to attention and that change nothing in it.
-_INERT = {"use_cache", "output_hidden_states", "output_router_logits", "logits_to_keep", "position_ids", "cache_position", "is_causal"}
-_INERT |= {"return_dict", "position_embeddings", "labels", "num_items_in_batch"}
+from .masks import own_mask
 
 
 def pikv_attention(
@@ -26,6 +24,7 @@ def pikv_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     s_aux: Tensor | None = None,
+    softcap: float | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
     """Attention of one layer over the expert-sharded cache, exact.
@@ -34,7 +33,12 @@ def pikv_attention(
     """
     binding = binding_of(module)
     spec = binding.spec
-    _refuse(binding, attention_mask, dropout, sliding_window, kwargs)
+    _refuse(binding, dropout, sliding_window, softcap)
+    check_arguments(module, kwargs)
+    queries, columns = query.shape[2], key.shape[2]
+    mask, window = own_mask(binding, attention_mask, columns, queries)
+    if queries < columns:  # a layer that shares keys runs for the last tokens alone, whose logits are asked for
+        query = nn.functional.pad(query, (0, 0, columns - queries, 0))
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     entry_k, entry_v = binding.entries(key, value)
     q, v_dim = query.transpose(1, 2), value.shape[-1]
@@ -50,41 +54,21 @@ def pikv_attention(
     if spec.latent:
         partial = partial._replace(out=expand_value(partial.out, up_v.to(partial.out.dtype)))
     out = finish(
-        partial, query, key, value, scale=scale, window=spec.window, positions=binding.chunk.positions, hidden=binding.chunk.hidden,
-        sink=s_aux,
+        partial, query, key, value, scale=scale, window=window, positions=binding.chunk.positions, hidden=binding.chunk.hidden,
+        sink=s_aux, mask=mask, softcap=softcap,
     )  # fmt: skip
-    return out.to(query.dtype), None
+    return out[:, -queries:].to(query.dtype), None
 
 
-def pikv_mask(*args, use_vmap: bool = False, **kwargs) -> None:
-    """Mask function: the cache keeps positions itself, so attention needs no mask. Custom mask overlays are refused, not dropped."""
-    if use_vmap:
-        raise UnsupportedError(
-            "the model adds its own mask function (or_mask_function / and_mask_function) to causal attention; "
-            "PiKV honours causal, sliding-window and 2-D padding masks only"
-        )
-
-
-def _refuse(binding: Binding, attention_mask, dropout: float, sliding_window: int | None, kwargs: dict) -> None:
-    if attention_mask is not None:
-        raise UnsupportedError(
-            f"attention_mask of shape {tuple(attention_mask.shape)} reached attention; PiKV honours 2-D padding masks [batch, tokens] only"
-        )
+def _refuse(binding: Binding, dropout: float, sliding_window: int | None, softcap: float | None) -> None:
     if dropout:
         raise UnsupportedError(f"attention dropout {dropout} with a KV cache; call model.eval() before generating")
     if sliding_window is not None and sliding_window != binding.spec.window:
         raise UnsupportedError(
             f"layer {binding.layer} asks for sliding_window {sliding_window}, but its configuration says {binding.spec.window}"
         )
-    for name, argument in kwargs.items():
-        if name not in _INERT and argument is not None and argument is not False:
-            raise UnsupportedError(
-                f"attention argument {name!r} is set ({_brief(argument)}) and PiKV does not handle it; unset it or detach"
-            )
-
-
-def _brief(argument) -> str:
-    return f"tensor {tuple(argument.shape)}" if isinstance(argument, Tensor) else repr(argument)
+    if softcap != binding.spec.softcap:
+        raise UnsupportedError(f"layer {binding.layer} asks for softcap {softcap}, but its configuration says {binding.spec.softcap}")
 
 
 def _latent_weights(module: nn.Module) -> tuple[Tensor, Tensor]:

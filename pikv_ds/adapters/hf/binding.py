@@ -23,7 +23,12 @@ class Binding:
 
     running: Running
     layer: int
+    """Among those that PiKV keeps."""
+    at: int
+    """Among all layers of the model's cache."""
     spec: LayerSpec
+    shares: bool
+    """Its keys and values are those of another layer (KV sharing): it keeps a copy of its own."""
     unverified: bool = True  # a latent layer's expansion has not been compared with its weights yet
 
     @property
@@ -56,7 +61,7 @@ class Binding:
 
         Args: key, value as the attention function got them: what the model gave to the cache, or (MLA) expanded from it.
         """
-        new = self.cache.layers[self.layer].take()
+        new = (key, value) if self.shares else self.cache.layers[self.at].take()
         if new is None:
             raise UnsupportedError(
                 f"layer {self.layer} reached attention without updating the cache; a model must call past_key_values.update"

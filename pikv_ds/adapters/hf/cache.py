@@ -52,7 +52,8 @@ class HFCache(Cache):
     def stats(self) -> dict:
         """Plain numbers of this rank, see pikv_ds.cache.stats.stats. Sync: reads the device. Needs no other rank."""
         conversation = self.conversation
-        return stats(self.core, len(conversation.lens), conversation.columns)
+        numbers = stats(self.core, len(conversation.lens), conversation.columns)
+        return numbers | {"state_bytes": conversation.states.nbytes}
 
     def reset(self) -> None:
         """Drop all entries and return their memory. All ranks of the group must call it at the same point."""

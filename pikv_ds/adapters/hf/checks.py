@@ -13,10 +13,6 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def check_model(model, attentions, specs, dtype, group) -> None:
     """Raises: UnsupportedError, ConfigError."""
     name = type(model).__name__
-    if not model._can_set_attn_implementation():
-        raise UnsupportedError(
-            f"{name} does not call its attention through transformers' AttentionInterface; its attention can't be replaced"
-        )
     if dtype not in _DTYPES:
         legal = ", ".join(str(d).removeprefix("torch.") for d in _DTYPES)
         raise UnsupportedError(f"{name} has parameters of dtype {dtype}; PiKV stores {legal}: convert the model with model.to(...)")
@@ -25,9 +21,5 @@ def check_model(model, attentions, specs, dtype, group) -> None:
         raise UnsupportedError(
             f"the attention layers of {name} lie on several devices ({', '.join(devices)}); PiKV keeps one store on one device"
         )
-    if len(specs) != len(attentions):
-        raise UnsupportedError(f"the configuration of {name} describes {len(specs)} layers, the model has {len(attentions)}")
-    if getattr(model.config.get_text_config(decoder=True), "attn_logit_softcapping", None):
-        raise UnsupportedError(f"{name} caps attention logits (attn_logit_softcapping); PiKV does not handle softcap")
     if group is not None and not dist.is_initialized():
         raise ConfigError("a process group was given but torch.distributed is not initialised")

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import threading
 from contextlib import ExitStack
 from typing import Protocol
 from weakref import ref
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
 
 from pikv_ds.cache.cache import PiKVCache
 from pikv_ds.errors import UnsupportedError
 
+from .anatomy import Anatomy
+from .cache_layers import States, cache_layers
 from .expert_ids import ExpertIds
 
 
@@ -32,8 +32,9 @@ class InStep(Protocol):
 class Conversation:
     """B rows. Several cache objects may stand for one conversation; its entries are dropped when the last of them goes, or on end()."""
 
-    def __init__(self, core: PiKVCache, model: str, expert_ids: ExpertIds, lockstep: InStep, attachment: int) -> None:
-        """model: what the user calls it, for errors. expert_ids: where the experts of its entries come from. attachment: who made it."""
+    def __init__(self, core: PiKVCache, model: str, expert_ids: ExpertIds, lockstep: InStep, attachment: int, parts: Anatomy) -> None:
+        """model: what the user calls it, for errors. expert_ids: where the experts of its entries come from. attachment: who made it.
+        parts: of the model."""
         self.expert_ids, self.lockstep, self.attachment = expert_ids, lockstep, attachment
         self.held, self.model = core, model
         self.ended: str | None = None
@@ -48,8 +49,9 @@ class Conversation:
         self.columns = 0  # token columns fed so far, padding included: what transformers calls the sequence length
         self._crops = ExitStack()  # holds announce_crops() of a speculative generation
         self.recording = False
-        own = ref(self)
-        self.layers = [PiKVLayer(own, spec.window) for spec in core.layers]
+        windows = {index: spec.window for index, spec in zip(parts.at, core.layers, strict=False)}
+        self.layers = cache_layers(ref(self), parts.kinds, windows)
+        self.states = States(self.layers)
         self.begin()
 
     @property
@@ -83,6 +85,7 @@ class Conversation:
         self.end_past_recording()
         for layer in self.layers:
             layer.reset()  # what a forward that broke off left between update() and attention
+        self.states.begin()
 
     def reset(self) -> None:
         self.core.reset()
@@ -106,6 +109,7 @@ class Conversation:
         self.check()
         if self.fresh:
             return
+        self.states.select(index)
         self.parent = [self.parent[i] for i in index]
         self.lens = [self.lens[i] for i in index]
         self.column_mask = None if self.column_mask is None else self.column_mask[index]
@@ -117,6 +121,7 @@ class Conversation:
         if tokens_to_remove > 0:
             raise ValueError(f"crop({tokens_to_remove}): give the number of columns to remove as a negative integer")
         core, remove = self.core, min(-tokens_to_remove, self.columns)
+        self.states.take_back(remove)
         if remove:
             real = [remove] * len(self.lens)
             if self.column_mask is not None:
@@ -132,10 +137,12 @@ class Conversation:
         """Assisted decoding will crop: keep what leaves a sliding window until then. Once is enough."""
         if not self.recording:
             self._crops.enter_context(self.core.announce_crops())
+            self.states.record()
             self.recording = True
 
     def end_past_recording(self) -> None:
         self._crops.close()
+        self.states.stop_recording()
         self.recording = False
 
     def finish_forward(self, num_columns: int, new_mask: Tensor | None, num_new: list[int], last_position: Tensor) -> None:
@@ -155,57 +162,3 @@ class Conversation:
                 self.column_mask = torch.cat([old, new], 1)
             self.lens = [n + new for n, new in zip(self.lens, num_new, strict=True)]
             self.columns += num_columns
-
-
-class PiKVLayer(CacheLayerMixin):
-    """One layer. update() keeps the new keys and values until the attention function of the same layer takes them."""
-
-    is_compileable = False
-    is_croppable = True
-    supports_early_init = False
-
-    def __init__(self, conversation: ref[Conversation], window: int | None) -> None:
-        super().__init__()
-        self._conversation = conversation
-        self.is_sliding = window is not None
-        self.new: tuple[Tensor, Tensor] | None = None
-        self.is_initialized = True
-
-    @property
-    def conversation(self) -> Conversation:
-        conversation = self._conversation()
-        if conversation is None:
-            raise UnsupportedError("this layer belongs to a PiKV cache that is gone: keep the cache object itself")
-        conversation.check()
-        return conversation
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing to allocate: pages belong to the PiKVCache."""
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        conversation = self.conversation
-        if conversation.thread != threading.get_ident():
-            raise UnsupportedError(
-                f"a PiKV cache of {conversation.model} was given to a forward that does not run through PiKV: another model, or one that "
-                "is detached; pass it to the model that it belongs to"
-            )
-        self.new = (key_states, value_states)
-        return key_states, value_states
-
-    def take(self) -> tuple[Tensor, Tensor] | None:
-        new, self.new = self.new, None
-        return new
-
-    def get_seq_length(self) -> int:
-        return self.conversation.columns
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.conversation.columns + query_length, 0
-
-    def get_max_length(self) -> int:
-        return -1
-
-    get_max_cache_shape = get_max_length  # the name of the abstract method in transformers 5.0
-
-    def reset(self) -> None:
-        self.new = None

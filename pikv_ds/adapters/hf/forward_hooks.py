@@ -16,7 +16,8 @@ from pikv_ds.step.step import LocalStep
 from .cache import HFCache
 from .conversation import Conversation
 from .host import Host
-from .inputs import last_positions, new_mask
+from .inputs import check_inputs, last_positions, new_mask
+from .masks import forget_masks
 from .running import Chunk, Forward
 
 
@@ -43,8 +44,7 @@ class ForwardHooks:
         cache = self._cache_of(given, decoder.training)
         if cache is None:
             return None
-        if given.get("output_attentions"):
-            raise UnsupportedError("output_attentions is set: attention weights are never materialised; unset it or detach")
+        check_inputs(decoder, given)
         self.abandon()
         cache.conversation.lockstep.before_forward(cache.conversation)
         self.host.lock.acquire()
@@ -113,6 +113,9 @@ class ForwardHooks:
             fresh=conversation.fresh,
         )
         core.begin_step(local)
+        if not any(num_new):
+            conversation.states.hold()
+        forget_masks()
         chunk = Chunk(local.positions, None if all(n == columns for n in num_new) else local.positions < 0)
         self.host.running.forward = Forward(cache, chunk, (columns, mask, num_new, last_position), self.config._attn_implementation)
         conversation.thread = threading.get_ident()
@@ -145,6 +148,7 @@ class ForwardHooks:
                 return
             conversation = forward.conversation
             conversation.core.end_step()
+            conversation.states.let_go()
             conversation.finish_forward(*forward.growth)
             conversation.broken = False
             conversation.lockstep.opened(conversation)

@@ -15,10 +15,12 @@ from pikv_ds.errors import UnsupportedError
 from pikv_ds.spec import LayerSpec
 
 from .anatomy import anatomy
-from .attention import pikv_attention, pikv_mask
+from .attention import pikv_attention
 from .binding import Binding, bind, unbind
 from .cache import AttachedCache, HFCache
 from .conversation import Conversation
+from .masks import pikv_mask
+from .model_spec import read_model_spec
 from .running import Running
 
 
@@ -34,10 +36,12 @@ class Attached(Protocol):
 class Host:
     """One per model. `lock` is held while a forward runs through a cache, as the attention function is set on the whole model."""
 
-    def __init__(self, model: PreTrainedModel, specs: list[LayerSpec]) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
+        """Raises: UnsupportedError."""
         self.model, self.name = model, type(model).__name__
-        self.decoder, self.layers, self.attentions = anatomy(model)
-        self.specs = specs
+        self.parts = parts = anatomy(model)
+        self.decoder, self.layers, self.attentions = parts.decoder, parts.layers, parts.attentions
+        self.specs: list[LayerSpec] = read_model_spec(model.config, parts.attentions, parts.at)
         self.attachments: list[Attached] = []
         self.running = Running()
         self.lock = threading.RLock()
@@ -51,8 +55,9 @@ class Host:
 
     @property
     def num_layers(self) -> int:
-        """Layers that a forward runs; generate() lowers the number for a while when it drafts with the first ones."""
-        return min(self.decoder.config.get_text_config(decoder=True).num_hidden_layers, len(self.specs))
+        """Layers with keys and values that a forward runs; generate() lowers the number for a while when it drafts with the first ones."""
+        run = self.decoder.config.get_text_config(decoder=True).num_hidden_layers
+        return sum(index < run for index in self.parts.at)
 
     @contextmanager
     def layers_limited(self, num_layers: int) -> Iterator[None]:
@@ -86,8 +91,8 @@ class Host:
             return
         AttentionInterface.register("pikv", pikv_attention)
         AttentionMaskInterface.register("pikv", pikv_mask)
-        for i, attention in enumerate(self.attentions):
-            bind(attention, Binding(self.running, i, self.specs[i]))
+        for i, (attention, index) in enumerate(zip(self.attentions, self.parts.at, strict=True)):
+            bind(attention, Binding(self.running, i, index, self.specs[i], shares=not self.parts.kinds[index].stores))
         _HOSTS[self.model] = ref(self)
 
     def leave(self, attachment: Attached) -> None:

@@ -1,24 +1,44 @@
-"""What the masks and positions of a forward say: which of its columns are real tokens, and that every row is one request."""
+"""What the masks and positions of a forward say: which of its columns are real tokens; and what PiKV can't honour of its arguments."""
 
 from __future__ import annotations
 
+import dis
+import inspect
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pikv_ds.errors import UnsupportedError
 
 from .conversation import Conversation
+from .masks import visible
 
 
 def new_mask(cache: Conversation, mask, rows: int, columns: int) -> Tensor | None:
-    """Which of the new columns hold real tokens: [B, T] bool on the host; None = all. Sync: with a mask, reads B * (T + 1) values."""
-    if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
-        shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-        raise UnsupportedError(f"attention_mask is {shape}; PiKV honours 2-D padding masks [batch, tokens] only")
+    """Which of the new columns hold real tokens: [B, T] bool on the host; None = all. Sync: with a mask, reads it.
+
+    mask: [B, C + T], as a tokenizer makes it; or [B, 1, T, C + T], or several of these by kind of layer, of which columns that nobody sees
+    are padding.
+    """
     if cache.idle:
         return torch.zeros(rows, columns, dtype=torch.bool)
     if mask is None:
+        if cache.column_mask is not None and not bool(cache.column_mask.all()):
+            raise UnsupportedError("no attention_mask, but the cache has columns that are hidden (padding): pass the mask of all columns")
         return None
+    masks = [each for each in (mask.values() if isinstance(mask, dict) else [mask]) if each is not None]
+    if not all(isinstance(each, Tensor) and each.dim() in (2, 4) for each in masks):
+        shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise UnsupportedError(f"attention_mask is {shape}; PiKV honours masks [batch, tokens] and [batch, 1, tokens, tokens]")
+    new = [_padding(cache, each, rows, columns) if each.dim() == 2 else _unseen(each, rows, columns) for each in masks]
+    if not new:
+        return new_mask(cache, None, rows, columns)
+    real = torch.stack(new).any(0)
+    _check_holes(cache, real)
+    return None if bool(real.all()) else real
+
+
+def _padding(cache: Conversation, mask: Tensor, rows: int, columns: int) -> Tensor:
     if mask.shape != (rows, cache.columns + columns):
         raise UnsupportedError(
             f"attention_mask has shape {tuple(mask.shape)}; with {cache.columns} columns cached and {columns} new it must be "
@@ -32,27 +52,68 @@ def new_mask(cache: Conversation, mask, rows: int, columns: int) -> Tensor | Non
                 f"attention_mask shows {seen} cached tokens per row, the cache holds {cache.lens}: "
                 "a mask can't hide or reveal cached tokens"
             )
-    new_mask = mask[:, -columns:].cpu()
-    return None if bool(new_mask.all()) else new_mask
+    return mask[:, -columns:].cpu()
+
+
+def _unseen(mask: Tensor, rows: int, columns: int) -> Tensor:
+    """Of a mask [B or 1, heads, T, C + T], the new columns that some query sees."""
+    return visible(mask)[..., -columns:].any(2).any(1).expand(rows, -1).cpu()
+
+
+def _check_holes(cache: Conversation, new: Tensor) -> None:
+    """Windows count columns in transformers and tokens here: the same unless padding lies between the tokens of a row."""
+    if bool(new.all()) and cache.column_mask is None or all(spec.window is None for spec in cache.core.layers):
+        return
+    old = torch.ones(len(new), cache.columns, dtype=torch.bool) if cache.column_mask is None else cache.column_mask
+    real = torch.cat([old, new], 1)
+    hole = ~real & (real.cumsum(1) > 0)
+    if bool((new & (hole.cumsum(1)[:, -new.shape[1] :] > 0)).any()):
+        raise UnsupportedError(
+            "attention_mask hides columns between the tokens of a row, and the model has layers with a sliding window, which would count "
+            "them; pad rows on the left"
+        )
 
 
 def last_positions(cache: Conversation, position_ids, new_mask: Tensor | None, rows: int, columns: int) -> Tensor:
-    """Positions of real tokens must ascend in every row; returns the last one of each row, [B] int64 on the host."""
+    """[B] int64 on the host: the number of real tokens of each row before its last one, counted over the generation.
+
+    position_ids may be anything that the model takes: keys arrive rotated, and the cache goes by the order of tokens, as masks do.
+    """
     last = torch.full((rows,), -1) if cache.fresh or cache.last_position is None else cache.last_position
-    if position_ids is None:
-        return last + (columns if new_mask is None else new_mask.sum(1))
-    if position_ids.dim() != 2:
-        raise UnsupportedError(f"position_ids has shape {tuple(position_ids.shape)}; PiKV honours [batch, tokens]")
-    ids = position_ids.cpu().expand(rows, -1)
-    if new_mask is None:
-        before, latest = torch.cat([last.unsqueeze(1), ids[:, :-1]], 1), ids[:, -1]
-        wrong = ids <= before
-    else:
-        running = torch.cat([last.unsqueeze(1), torch.where(new_mask, ids, -1)], 1).cummax(1).values
-        wrong, latest = (ids <= running[:, :-1]) & new_mask, running[:, -1]
-    if bool(wrong.any()):
+    return last + (columns if new_mask is None else new_mask.sum(1))
+
+
+def check_inputs(decoder: nn.Module, given: dict) -> None:
+    """given: all arguments of a forward through the cache, by name. Raises: UnsupportedError."""
+    if given.get("output_attentions"):
+        raise UnsupportedError("output_attentions is set: attention weights are never materialised; unset it or detach")
+    if given.get("encoder_hidden_states") is not None:
+        raise UnsupportedError("encoder_hidden_states is set: PiKV keeps what a decoder computes of its own tokens, not an encoder's")
+    if isinstance(given.get("logits_to_keep"), Tensor):  # decoders that are told run some layers for these tokens alone
+        raise UnsupportedError(f"logits_to_keep of {type(decoder).__name__} is a tensor; give the number of last tokens")
+    mask = given.get("attention_mask")
+    masks = list(mask.values()) if isinstance(mask, dict) else [mask]
+    if decoder.config._attn_implementation == "eager" and any(
+        isinstance(each, Tensor) and each.dim() == 4 and not each.is_floating_point() for each in masks
+    ):
         raise UnsupportedError(
-            "position_ids do not ascend within a row (packed sequences, or positions that restart): every row must be one request; "
-            "start a new generation for a new request"
+            f"attention_mask {tuple(masks[0].shape)} is of dtype {masks[0].dtype}, which eager attention would add to scores; give one of "
+            "0 and the lowest number, or load the model with attn_implementation='sdpa'"
         )
-    return latest
+    positions = given.get("position_ids")
+    if given.get("attention_mask") is not None or not isinstance(positions, Tensor) or positions.dim() != 2:
+        return
+    flash, without_cache = "flash" in str(decoder.config._attn_implementation), given.get("past_key_values") is None
+    if bool((positions.diff(dim=1) != 1).any()) and (flash or (without_cache and _masks_come_first(decoder))):
+        raise UnsupportedError(
+            f"position_ids restart within a row, which {type(decoder).__name__} takes for several sequences in a forward without a cache "
+            "of its own; pass use_cache=False, or one sequence per row"
+        )
+
+
+def _masks_come_first(decoder: nn.Module) -> bool:
+    """Whether a forward that is given no cache makes its masks before it has made one: only then do they show packed sequences."""
+    names = [step.argval for step in dis.get_instructions(inspect.unwrap(type(decoder).forward)) if isinstance(step.argval, str)]
+    made = next((at for at, name in enumerate(names) if name.startswith(("create_causal_mask", "create_sliding", "create_masks"))), None)
+    caches = [at for at, name in enumerate(names) if name in ("DynamicCache", "EncoderDecoderCache")]
+    return made is not None and (not caches or made < caches[0])

@@ -26,6 +26,11 @@ def find_router(layer: nn.Module) -> nn.Module | None:
     return routers[0] if routers else None
 
 
+def find_routers(layers: list[nn.Module]) -> list[nn.Module | None]:
+    """Of decoder layers [L]; a layer that stands there twice, with two attention modules, names its experts at the first."""
+    return [None if any(layer is earlier for earlier in layers[:i]) else find_router(layer) for i, layer in enumerate(layers)]
+
+
 def is_gate(router: nn.Module | None) -> bool:
     return type(router).__name__ == "TopKGate"
 
@@ -103,12 +108,29 @@ def output_of(router: nn.Module) -> RouterOutput:
     return GateOutput(router) if is_gate(router) else RouterOutput(router)
 
 
-def count_gate_experts(routers: list[nn.Module | None]) -> int | None:
-    """Experts per layer of a model with TopKGates, whose configuration does not name them; None when it has no such gate."""
-    counts = sorted({router.wg.out_features for router in routers if is_gate(router)})
-    if len(counts) > 1:
+def count_router_experts(routers: list[nn.Module | None]) -> int | None:
+    """Experts per layer, as many as the routers choose among: the rows of their weights. None for a dense model.
+
+    Routers of several sizes are covered by the largest. Raises: UnsupportedError for TopKGates of several sizes.
+    """
+    counts = sorted({_rows(router) for router in routers if router is not None})
+    if len(counts) > 1 and any(map(is_gate, routers)):
         raise UnsupportedError(f"the MoE layers have {counts} experts; PiKV places entries by expert and needs the same number everywhere")
-    return counts[0] if counts else None
+    return counts[-1] if counts else None
+
+
+def _rows(router: nn.Module) -> int:
+    """Of the widest weight with as many columns as a hidden state, or what the router itself says."""
+    for module in router.modules():  # itself first
+        if isinstance(getattr(module, "out_features", None), int):
+            return module.out_features
+    weight = getattr(router, "weight", None)
+    if isinstance(weight, Tensor):
+        shape = getattr(weight, "ds_shape", weight.shape)  # ZeRO-3 leaves an empty tensor
+        if len(shape) == 2:
+            return int(shape[0])
+    found = (getattr(router, name, None) for name in ("n_routed_experts", "num_local_experts", "num_experts", "moe_num_experts"))
+    return next((count for count in found if isinstance(count, int)), 0)
 
 
 def check_gates(routers: list[nn.Module | None], num_ranks: int, requests: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -17,6 +17,8 @@ class Chunk:
 
     positions: Tensor
     hidden: Tensor | None = None
+    masks: dict = field(default_factory=dict)
+    """Masks that are tensors, as layers have understood them (masks.py)."""
 
 
 @dataclass(slots=True)
