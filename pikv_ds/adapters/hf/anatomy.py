@@ -31,6 +31,13 @@ class Anatomy(NamedTuple):
     at: list[int]
     """[L] the index of each in the model's cache, ascending."""
 
+    def first(self, num_layers: int) -> Anatomy:
+        """Of the first layers of the cache alone. Raises: UnsupportedError when none of them has keys and values."""
+        at = [index for index in self.at if index < num_layers]
+        if not at:
+            raise UnsupportedError(f"the first {num_layers} layers of {type(self.decoder).__name__} have no keys and values to store")
+        return Anatomy(self.decoder, self.layers[: len(at)], self.attentions[: len(at)], self.kinds[:num_layers], at)
+
 
 def find_attentions(model: nn.Module) -> list[nn.Module]:
     """The attention modules of the decoder's layers, in order. Raises: UnsupportedError."""

@@ -87,10 +87,10 @@ class Attachment:
         """A conversation of its own, empty. It gives its store back when the last that holds it goes."""
         if self._over:
             raise UnsupportedError(f"{self.host.name} was detached; attach it again to make caches")
-        num_layers = num_layers or self.num_layers
-        spare = self._spare.setdefault(num_layers, [])
-        core = spare.pop() if spare else self._core(num_layers)
-        conversation = Conversation(core, self.host.name, self._expert_ids, self.lockstep, self._number, self.host.parts)
+        parts = self.host.parts.first(num_layers or self.num_layers)
+        spare = self._spare.setdefault(len(parts.at), [])
+        core = spare.pop() if spare else self._core(len(parts.at))
+        conversation = Conversation(core, self.host.name, self._expert_ids, self.lockstep, self._number, parts)
         self.live.add(conversation)
         finalize(conversation, self._give_back, core).atexit = False
         return conversation

@@ -55,9 +55,8 @@ class Host:
 
     @property
     def num_layers(self) -> int:
-        """Layers with keys and values that a forward runs; generate() lowers the number for a while when it drafts with the first ones."""
-        run = self.decoder.config.get_text_config(decoder=True).num_hidden_layers
-        return sum(index < run for index in self.parts.at)
+        """Of the decoder that a forward runs; generate() lowers the number for a while when it drafts with the first ones."""
+        return min(self.decoder.config.get_text_config(decoder=True).num_hidden_layers, len(self.parts.kinds))
 
     @contextmanager
     def layers_limited(self, num_layers: int) -> Iterator[None]:
