@@ -62,7 +62,7 @@ def test_on_ranks_and_under_megatron(arguments, tmp_path, host, ranks):
     """All styles on every rank. Refused: automatic batches on several ranks, beams under Megatron."""
     known = {name: (arguments(style), expected(style, arguments(style))) for name, style in STYLES.items()}
     (tmp_path / "expected.json").write_text(json.dumps(known))
-    result = run_gloo("lm_eval.py", [host, tmp_path / "expected.json"], ranks=ranks, timeout_s=800)
+    result = run_gloo("harness.py", [host, tmp_path / "expected.json"], ranks=ranks, timeout_s=800)
     for name in STYLES:
         result.check(name)
     assert result.returncode == 0, result.describe()
