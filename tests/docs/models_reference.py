@@ -27,11 +27,16 @@ def written() -> str:
     surveyed = sum(counts[outcome] for outcome in SURVEYED)
     counted = table(
         ("outcome", "families"),
-        [("generate with a DynamicCache", surveyed), *((outcome, counts[outcome]) for outcome in SURVEYED), ("do not", counts["not in it"])],
+        [
+            ("generate with a DynamicCache", surveyed),
+            *((outcome, counts[outcome]) for outcome in SURVEYED),
+            ("do not", counts["not in it"]),
+        ],
     )
     head = HEAD.format(made=MADE, counted=counted, tolerance=found["tolerance"], transformers=found["versions"]["transformers"])
     served = table(
-        ("family", "class", "pages are read by"), [(f"`{r['family']}`", r["class"], r["attention"]) for r in rows if r["outcome"] == "served"]
+        ("family", "class", "pages are read by"),
+        [(f"`{r['family']}`", r["class"], r["attention"]) for r in rows if r["outcome"] == "served"],
     )
     others = [
         (title, table(("family", "why"), [(f"`{row['family']}`", row["why"]) for row in rows if row["outcome"] == outcome]))

@@ -7,7 +7,7 @@ A case is plain JSON. {"family", "block", "requests", "ranks": one program per r
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 
 import torch

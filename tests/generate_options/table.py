@@ -63,8 +63,12 @@ TRIES: dict[str, list[dict]] = {
         {**HELP, "num_assistant_tokens_schedule": value} for value in ("heuristic", "heuristic_transient", "constant")
     ],
     "assistant_confidence_threshold": [{**HELP, "assistant_confidence_threshold": 0.02}],
-    "assistant_lookbehind": [{**HELP, **WORDS, "assistant_model": "smaller vocabulary", "assistant_tokenizer": "letters", "assistant_lookbehind": 4}],
-    "target_lookbehind": [{**HELP, **WORDS, "assistant_model": "smaller vocabulary", "assistant_tokenizer": "letters", "target_lookbehind": 4}],
+    "assistant_lookbehind": [
+        {**HELP, **WORDS, "assistant_model": "smaller vocabulary", "assistant_tokenizer": "letters", "assistant_lookbehind": 4}
+    ],
+    "target_lookbehind": [
+        {**HELP, **WORDS, "assistant_model": "smaller vocabulary", "assistant_tokenizer": "letters", "target_lookbehind": 4}
+    ],
     "assistant_ensemble_weight": [{**HELP, **SAMPLE, "assistant_ensemble_weight": 0.4}],
     "assistant_early_exit": [{"assistant_early_exit": 1, "max_new_tokens": 9}],
     "prompt_lookup_num_tokens": [{"prompt_lookup_num_tokens": 3, "max_new_tokens": 12}],
