@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from functools import wraps
 
 import torch
 import torch.distributed as dist
@@ -15,10 +14,12 @@ from pikv_ds.adapters.penalty import penalty_of
 from pikv_ds.blueprint.routing import check_has_experts
 from pikv_ds.cache.cache import PiKVCache
 from pikv_ds.cache.chunk import finish
+from pikv_ds.cache.gradient import is_recorded, with_gradient
 from pikv_ds.cache.stats import stats
 from pikv_ds.config.pikv import PiKVConfig
 from pikv_ds.errors import UnsupportedError
 from pikv_ds.exchange.digest import digest
+from pikv_ds.modes import eager
 
 from .expert_ids import ExpertIds
 from .groups import expert_group, fit_requests
@@ -28,17 +29,6 @@ from .penalty import RouterPenalty, check_installed
 from .refusals import refuse_config, refuse_dtype, refuse_model
 from .subclass import is_pikv
 from .tokens import Tokens
-
-
-def outside_inference_mode(method):
-    """Forwards under inference_mode and others (dummy_forward) write the same cache; what is made in that mode can't be changed outside."""
-
-    @wraps(method)
-    def run(*args, **kwargs):
-        with torch.inference_mode(False), torch.no_grad():
-            return method(*args, **kwargs)
-
-    return run
 
 
 class PiKVContext(ABC):
@@ -76,11 +66,11 @@ class PiKVContext(ABC):
         self._layer_of = {layer.attention.layer_number: i for i, layer in enumerate(self.layers)}
         self._next_layer: int | None = None  # while a forward runs: the layer whose attention comes next
         self._idle = False
-        self._misses = torch.zeros(len(self.layers), num_experts, device=weight.device)
+        self._misses = torch.zeros(len(self.layers), num_experts, dtype=torch.float32, device=weight.device)
 
     # ---- the caller's controls -----------------------------------------------------------------------------------------------
 
-    @outside_inference_mode
+    @eager
     def free(self) -> None:
         """reset(), and return all memory now. All ranks of the group must call it at the same point."""
         self.reset()
@@ -137,7 +127,6 @@ class PiKVContext(ABC):
     def end_forward(self) -> None:
         """The cache has taken in the forward."""
 
-    @outside_inference_mode
     def attend(
         self,
         layer_number: int,
@@ -150,12 +139,21 @@ class PiKVContext(ABC):
         looked_ahead: Tensor | None = None,
         idle: bool = False,
     ) -> Tensor:
-        """Attention of one layer, exact, over what is stored and the forward's own tokens.
+        """Attention of one layer, exact, over what is stored and the forward's own tokens. Forward only: a backward is refused.
 
         Args: query, key, value in the host's layout [T, B, H, D] (dynamic: [N, 1, H, D]), rotated; latent [T, B, R] of MLA, else None;
             looked_ahead [tokens] int64 expert ids of the layer's router, or None; idle: store nothing, the result means nothing.
         Returns: [T, B, Hq, Dv] in the query's dtype.
         """
+        out = self._attend(layer_number, query, key, value, mask, latent, looked_ahead, idle)
+        if is_recorded(query, key, value):
+            out = with_gradient(
+                out, None, "an inference context keeps no graph; train without a context, or detach the loss", query, key, value
+            )
+        return out
+
+    @eager
+    def _attend(self, layer_number: int, query: Tensor, key: Tensor, value: Tensor, mask, latent, looked_ahead, idle: bool) -> Tensor:
         layer = self._layer_of[layer_number]
         if layer == 0:
             self.tokens = self.begin_forward(key, mask, idle or self._idle)
@@ -182,7 +180,7 @@ class PiKVContext(ABC):
             self._finish()
         return self.tokens.host(out).to(query.dtype)
 
-    @outside_inference_mode
+    @eager
     def note_routing(self, layer: int, ids: Tensor) -> None:
         """A router has run: ids [tokens] int64, -1 = dropped. It may be called several times per layer."""
         if self._next_layer is None:  # the forward's last attention was the end of it

@@ -8,6 +8,7 @@ from megatron.core.inference.contexts import StaticInferenceContext
 from torch import Tensor, nn
 
 from pikv_ds.errors import UnsupportedError
+from pikv_ds.modes import eager
 from pikv_ds.step.step import LocalStep
 
 from .base_context import PiKVContext, check_length, positions_digest
@@ -23,6 +24,7 @@ class PiKVInferenceContext(PiKVContext, StaticInferenceContext):
     of forwards: a rank without work runs them under idle().
     """
 
+    @eager
     def __init__(
         self, max_batch_size: int, max_sequence_length: int, *, model: nn.Module, config=None, group: dist.ProcessGroup | None = None
     ) -> None:
@@ -46,6 +48,7 @@ class PiKVInferenceContext(PiKVContext, StaticInferenceContext):
         """Plain numbers of this rank, see pikv_ds.cache.stats.stats. Sync: reads the device. Needs no other rank."""
         return self._stats(len(self.rows), self.columns)
 
+    @eager
     def reset(self) -> None:
         """The next forward starts new requests; the old ones' memory returns when it does. Local: ranks may reset at different times."""
         super().reset()

@@ -8,6 +8,7 @@ from megatron.core.inference.contexts.dynamic_context import DynamicInferenceCon
 from torch import Tensor, nn
 
 from pikv_ds.errors import UnsupportedError
+from pikv_ds.modes import eager
 from pikv_ds.step.step import LocalStep
 
 from .base_context import PiKVContext, positions_digest
@@ -27,6 +28,7 @@ class PiKVDynamicInferenceContext(PiKVContext, DynamicInferenceContext):
 
     dynamic = True
 
+    @eager
     def __init__(self, *, model: nn.Module, config=None, group: dist.ProcessGroup | None = None, **options) -> None:
         """
         Args:
@@ -53,6 +55,7 @@ class PiKVDynamicInferenceContext(PiKVContext, DynamicInferenceContext):
         """Plain numbers of this rank, see pikv_ds.cache.stats.stats; kv_bytes_dense = the blocks in use. Sync: reads the device."""
         return self._stats(0, 0) | {"kv_bytes_dense": self.block_allocator.get_total_used() * self.block_size_bytes}
 
+    @eager
     def reset(self) -> None:
         """No request is left; their memory returns with the next forward. Local: ranks may reset at different times."""
         super().reset()

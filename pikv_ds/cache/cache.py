@@ -17,6 +17,7 @@ from pikv_ds.errors import UnsupportedError
 from pikv_ds.exchange.digest import digest
 from pikv_ds.exchange.exchange import Exchange
 from pikv_ds.exchange.turn import Told
+from pikv_ds.modes import eager, in_step
 from pikv_ds.ops.build import load
 from pikv_ds.pages.layers import RankPages
 from pikv_ds.pages.rows import RowChange
@@ -36,6 +37,7 @@ from .alike import alike
 from .distinct import DistinctWay
 from .face import HostFace
 from .reader import Reader
+from .recorded import Record, declare
 from .replicated import ReplicatedWay
 from .writer import Writer
 
@@ -45,8 +47,11 @@ class PiKVCache(HostFace):
 
     Call order, the same on all ranks: begin_step(local), attend(layer 0), ..., attend(last layer), end_step(). reset() on all ranks or
     none. From attend down nothing reads the device back except the header of the forward's first record.
+
+    The modes that a caller has switched on do not matter: everything here runs as `eager` says (modes.py), and has no graph.
     """
 
+    @eager
     def __init__(
         self,
         layers: list[LayerSpec],
@@ -86,6 +91,7 @@ class PiKVCache(HostFace):
         self.window: RawWindow | None = None  # None: nothing leaves the nearest pool for another
         if blueprint.raw_window:
             self.window = RawWindow(blueprint, pages, self.exchange, counted=self.retention is not None and policy.watches)
+        self.graph_from = declare(pages.rows)
         behind = PoolsBehind(blueprint.behind, pages) if blueprint.behind else None
         self.writer = Writer(pages, blueprint.placement)
         self.late_experts = config.storage.expert_ids == "true"
@@ -110,6 +116,7 @@ class PiKVCache(HostFace):
 
     # ---- host phase ----------------------------------------------------------------------------------------------------------
 
+    @eager
     def reset(self) -> None:
         """Drop every entry, return all memory, zero the entry counters. All ranks must call it at the same point of their loops."""
         self.step = self.local = self.hold_margin = None
@@ -120,6 +127,7 @@ class PiKVCache(HostFace):
         if self.bases is not None:
             self.bases.reset()
 
+    @eager
     def begin_step(self, local: LocalStep) -> None:
         """Announce this rank's part of the next forward. No communication yet: it rides in the first layer's record."""
         self.local, self.step = local, None
@@ -130,6 +138,7 @@ class PiKVCache(HostFace):
         if self.hold:
             self.hold_margin += local.num_columns
 
+    @eager
     def end_step(self) -> None:
         """Finish a forward: late entries go home, pages leave windows and budgets, slabs are returned, late errors are raised (on all
         ranks alike)."""
@@ -150,11 +159,13 @@ class PiKVCache(HostFace):
         self.exchange.turn.end()
         self.step = self.local = None
 
+    @eager
     def agree(self, headers: list[list[int]], k: Tensor) -> None:
         """Agree on a forward that is not plain decoding; k: this rank's keys of the first layer, compared only if the inputs are equal."""
         hold = self.agreement.any_hold(headers)
         self.open(self.agreement.agree(self.local, headers, lambda: digest([k])), hold)
 
+    @eager
     def open(self, agreed: Agreed, hold: bool) -> None:
         """Bring tables and sizes in line with what the ranks agreed on, before any entry of the forward is written.
 
@@ -195,8 +206,18 @@ class PiKVCache(HostFace):
 
     # ---- the step ------------------------------------------------------------------------------------------------------------
 
+    @in_step
     def attend(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, v_dim: int, expert_ids: Routed | Tensor | None
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        scale: float,
+        v_dim: int,
+        expert_ids: Routed | Tensor | None,
+        record: Record | None = None,
     ) -> Partial:
         """Store this forward's entries of one layer and attend to what is stored.
 
@@ -206,6 +227,7 @@ class PiKVCache(HostFace):
             scale: softmax scale. v_dim: width of the output (MLA: columns of the latent that are the value).
             expert_ids: what a router chose, or [B * T] int64 primary experts, or None: position mod num_experts. Ignored for staged
                 ("true") ids.
+            record: filled with what is read, for a backward (gradient.py); None: nobody needs it. The result has no graph either way.
 
         Sync: none but the header of the first record of the forward; with routing.exchange "needed" the sizes of what comes back.
         Collectives: 2, or 1 for replicated requests; those of a router besides.
@@ -213,14 +235,24 @@ class PiKVCache(HostFace):
         if isinstance(expert_ids, Routed) and (self.num_shards > 1 or self.exchange.size > 1):
             expert_ids = expert_ids.primary()
         maps = self.pages.layers[layer].entry_maps if self.bases is None else self.bases.maps(layer, k, v)
+        saw = None
+        if record is not None:
+            record.open(maps, self.local.positions, fitted_now=self.bases is not None and bool(self.bases.new))
+            saw = partial(record.add, self.layers[layer].window) if self.exchange.size == 1 else None
         if maps is None:
-            return self._attend(layer, q, k, v, scale, v_dim, expert_ids)
-        q, k, v, shift = maps.enter(q, k, v, scale, self.local.positions)
-        return maps.leave(self._attend(layer, q, k, v, scale, maps.v_rank, expert_ids), shift)
+            found = self._attend(layer, q, k, v, scale, v_dim, expert_ids, saw)
+        else:
+            q, k, v, shift = maps.enter(q, k, v, scale, self.local.positions)
+            found = maps.leave(self._attend(layer, q, k, v, scale, maps.v_rank, expert_ids, saw), shift)
+        if record is not None:
+            record.close(self.graph_from, self.step, self.exchange.size)
+        return found
 
-    def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, v_dim: int, expert_ids: Routed | Tensor | None) -> Partial:
+    def _attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, v_dim: int, expert_ids: Routed | Tensor | None, saw=None
+    ) -> Partial:
         """From here down keys, values and outputs are as wide as the nearest pages hold them."""
-        query = Query(layer, q, k.flatten(0, 1), v.flatten(0, 1), scale, v_dim, expert_ids)
+        query = Query(layer, q, k.flatten(0, 1), v.flatten(0, 1), scale, v_dim, expert_ids, saw)
         if self.exchange.size > 1:
             self.exchange.turn.step(layer, (q.shape[2], q.dtype, k.dtype))
             if self.agreement.mode is None:
@@ -229,6 +261,7 @@ class PiKVCache(HostFace):
         self.exchange.turn.stepped()
         return found
 
+    @in_step
     def name_experts(self, layer: int, expert_ids: Tensor) -> None:
         """Router `layer` has run: the late entries of that layer know their expert now. expert_ids [B * T] int64."""
         if self.step is not None:

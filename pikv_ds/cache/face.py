@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from torch import Tensor
 
 from pikv_ds.exchange.exchange import Exchange
+from pikv_ds.modes import eager
 from pikv_ds.step.agreement import Agreement
 
 
@@ -79,6 +80,7 @@ class HostFace:
         if self.hold_margin is not None:
             self.hold_margin = 0
 
+    @eager
     def clear_column(self, name: str) -> None:
         """Zero the policy's number `name` of every page, in all pools of all layers that keep it. Between forwards; no collective."""
         if name not in self.page_columns:

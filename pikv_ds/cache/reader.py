@@ -5,6 +5,8 @@ R rows, T queries per row, H heads, D head_dim.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 
@@ -50,18 +52,25 @@ class Reader:
         routed = pages.routed if self.selection is not None else None
         for pool in pages.pools:
             if pool is not routed and pool.num_pages and pool.table.num_rows:
-                parts.append((pool, self._read(step, query, pool, self._view(step, pool, rows, before), q, rows)))
+                view = self._view(step, pool, rows, before)
+                parts.append((pool, self._read(step, query, pool, view, q, rows)))
+                if query.saw is not None:
+                    query.saw(step, pool, view, rows, None)
         if routed is not None:  # also when it is empty: choosing pages may be a collective
             beside = None if len(pages.pools) == 1 else self._beside(step, parts, q, rows, before)
-            found, readers = self._choose(step, query, routed, self._view(step, routed, rows, before), q, rows, beside)
+            view, choices = self._view(step, routed, rows, before), []
+            with nullcontext() if query.saw is None else self.selection.shown_to(lambda asked, columns: choices.append(columns)):
+                found, readers = self._choose(step, query, routed, view, q, rows, beside)
             parts.append((routed, found))
+            if query.saw is not None:
+                query.saw(step, routed, view, rows, choices)
         if len(parts) == 1 and self._shares[query.layer] is None:
             return Found(parts[0][1].out, parts[0][1].lse, (), readers)
         return self._merged(pages, query, q, parts, readers)
 
     def _beside(self, step: Step, parts: list[tuple[PagePool, Read]], q: Tensor, rows: slice, before: Before | None) -> Beside:
         """What has been read of the pools that a router does not choose from."""
-        lse = torch.full(q.shape[:3], -torch.inf, device=q.device)
+        lse = torch.full(q.shape[:3], -torch.inf, dtype=torch.float32, device=q.device)
         for _, part in parts:
             lse = torch.logaddexp(lse, part.lse)
         return Beside(tuple(self._view(step, pool, rows, before) for pool, _ in parts), lse)
@@ -136,4 +145,4 @@ def _unfolded(read: Read, maps: PageMaps, shift: Tensor | None) -> Read:
 
 def nothing(q: Tensor, v_dim: int) -> Found:
     out = q.new_zeros(*q.shape[:3], v_dim, dtype=torch.float32)
-    return Found(out, torch.full(q.shape[:3], -torch.inf, device=q.device))
+    return Found(out, torch.full(q.shape[:3], -torch.inf, dtype=torch.float32, device=q.device))

@@ -73,7 +73,7 @@ class Linear(NamedTuple):
 
 def unchanged(num_heads: int, dim: int) -> Linear:
     """The map that changes nothing."""
-    eye = torch.eye(dim).expand(num_heads, dim, dim)
+    eye = torch.eye(dim, dtype=torch.float32).expand(num_heads, dim, dim)
     return Linear(eye, eye)
 
 

@@ -58,7 +58,7 @@ def hadamard(width: int) -> Tensor:
     blocks, left = [], width
     while left:
         size = 1 << (left.bit_length() - 1)
-        block = torch.ones(1, 1)
+        block = torch.ones(1, 1, dtype=torch.float32)
         while block.shape[0] < size:
             block = torch.cat([torch.cat([block, block], 1), torch.cat([block, -block], 1)])
         blocks.append(block / size**0.5)

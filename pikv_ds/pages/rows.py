@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pikv_ds.modes import eager, lasting
 from pikv_ds.step.agreement import Agreed
 
 Follow = Callable[[int, int, bool], int]
@@ -77,13 +78,17 @@ class RowColumn:
     def value(self) -> Tensor:
         """May be changed in place or set anew. Sync: none."""
         if self._value is None:
-            self._value = torch.zeros(self.num_rows, *self.shape, dtype=self.dtype, device=self.device)
+            self._value = self._zeros()
         return self._value
 
     @value.setter
     def value(self, x: Tensor) -> None:
         assert x.shape[0] == self.num_rows, (x.shape, self.num_rows)
-        self._value = x
+        self._value = lasting(x) if x.is_inference() else x
+
+    @eager
+    def _zeros(self) -> Tensor:
+        return torch.zeros(self.num_rows, *self.shape, dtype=self.dtype, device=self.device)
 
     @property
     def used(self) -> bool:
@@ -133,7 +138,7 @@ class Rows:
 
     def beside(self, name: str, shape: tuple[int, ...], fill: float = 0.0) -> Tensor:
         """[*shape] f32, `fill` in a new generation: what does not follow rows. To be changed in place."""
-        self._beside[name] = torch.full(shape, fill, device=self.device), fill
+        self._beside[name] = torch.full(shape, fill, dtype=torch.float32, device=self.device), fill
         return self._beside[name][0]
 
     def limit(self, check: Callable[[RowChange], None]) -> None:

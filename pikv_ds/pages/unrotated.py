@@ -134,7 +134,7 @@ class UnrotatedReader:
         num_tables, columns = view.block_table.shape[0], (view.block_table if page_list is None else page_list).shape[2]
         if not pool.num_pages:
             empty = q.new_zeros(*q.shape[:2], pool.fmt.v_dim, dtype=torch.float32)
-            lse = torch.full(q.shape[:2], -torch.inf, device=q.device)
+            lse = torch.full(q.shape[:2], -torch.inf, dtype=torch.float32, device=q.device)
             return Read(empty, lse, lse.new_full((num_tables, q.shape[1], columns), -torch.inf) if page_lse else None)
         shards = num_tables // q.shape[0]
         numbers = shards * columns * pool.page_size * (pool.fmt.num_kv_heads * (self.k_dim + pool.fmt.v_dim) + 2 * q.shape[1])

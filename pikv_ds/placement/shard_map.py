@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pikv_ds.errors import ConfigError
+from pikv_ds.modes import eager
 
 
 class ShardMap:
@@ -51,11 +52,13 @@ class ShardMap:
         return self.holders[shard][0]
 
     @cached_property
+    @eager
     def shards(self) -> Tensor:
         """[L] int64, the global shard of each local one."""
         return torch.tensor(self.local, device=self.device)
 
     @cached_property
+    @eager
     def index(self) -> Tensor:
         """[S] int64, the local index of each shard; -1 = on another rank."""
         index = torch.full((self.num_shards,), -1, dtype=torch.int64)
@@ -63,15 +66,18 @@ class ShardMap:
         return index.to(self.device)
 
     @cached_property
+    @eager
     def by_rank(self) -> Tensor:
         """[S] int64, all shards in the order in which a gather brings them: those of rank 0, of rank 1, ..."""
         return torch.tensor([shard for shards in self.of_ranks for shard in shards], device=self.device)
 
     @cached_property
+    @eager
     def _order(self) -> Tensor:
         return self.by_rank.argsort()
 
     @cached_property
+    @eager
     def _rank_order(self) -> Tensor:
         return torch.tensor(self._ranks, device=self.device)
 

@@ -15,4 +15,4 @@ class KeepAll(RetentionPolicy):
     keeps_all = True
 
     def score(self, pages: Pages) -> Tensor:
-        return torch.full(pages.entries.shape, torch.inf, device=pages.entries.device)
+        return torch.full(pages.entries.shape, torch.inf, dtype=torch.float32, device=pages.entries.device)

@@ -159,7 +159,7 @@ class Shares:
                 own, total = share_inside(q, k, asked.scale, positions, valid, block, total, self.pages.heads)
             shares = []
             for pool, fact, seat, of_pages in zip(pools, facts, seats, page_lse, strict=True):
-                share = torch.zeros(fact.nowhere + 1, block.shape[1], device=valid.device)
+                share = torch.zeros(fact.nowhere + 1, block.shape[1], dtype=torch.float32, device=valid.device)
                 if own is not None and pool is pools[0]:  # new entries lie in the first pool
                     share.index_add_(0, fact.seat_of_new(slots).flatten(), own.flatten(0, 2))
                 if of_pages is not None:

@@ -22,7 +22,7 @@ class ExpertShard(ShardRouter):
     def logits(self, asked: PageQuery) -> Tensor:
         num_shards = self.counts[asked.layer].value.shape[1]
         if asked.homes is None:
-            return torch.zeros(len(asked.positions), 1, device=asked.q.device)
+            return torch.zeros(len(asked.positions), 1, dtype=torch.float32, device=asked.q.device)
         row = asked.row_of_query() - asked.rows.start
         own = asked.homes[row, asked.positions.clamp_min(0).long()].long()
         return torch.where(own.unsqueeze(1) == torch.arange(num_shards, device=own.device), 0.0, -torch.inf)

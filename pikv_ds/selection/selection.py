@@ -5,7 +5,8 @@ R rows, T queries per row, Q = R * T, S local shards, N = Q * S tables, C table 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -62,6 +63,15 @@ class Selection:
         self.news.start()
         for memory in self.router.memories:
             memory.clear()
+
+    @contextmanager
+    def shown_to(self, look: Callable[[PageQuery, Tensor], None]) -> Iterator[None]:
+        """Inside, `look` is shown every choice before it is read."""
+        before, self.onlookers = self.onlookers, (*self.onlookers, look)
+        try:
+            yield
+        finally:
+            self.onlookers = before
 
     def end_step(self) -> None:
         """A forward ends: the router is told of its late entries."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import Tensor
@@ -35,6 +36,8 @@ class Query(NamedTuple):
     scale: float
     v_dim: int
     expert_ids: Routed | Tensor | None
+    saw: Callable[..., None] | None = None
+    """Called with what is read of each pool, while a graph is recorded (cache/recorded.py)."""
 
 
 class LateEntries(NamedTuple):

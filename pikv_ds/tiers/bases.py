@@ -78,9 +78,13 @@ class RequestBases:
         self.begun = True
         index = torch.tensor(parent, dtype=torch.int64).to(self.device)
         if self.sums is None and self.new:
-            self.sums = [[torch.zeros(self.num_rows, h, d, d, device=self.device) for h, d, _ in sides] for sides in self.shapes]
+            self.sums = [
+                [torch.zeros(self.num_rows, h, d, d, dtype=torch.float32, device=self.device) for h, d, _ in sides] for sides in self.shapes
+            ]
         if not self.bases:
-            self.bases = {i: [torch.zeros(0, h, d, r, device=self.device) for h, d, r in self.shapes[i]] for i in self.near}
+            self.bases = {
+                i: [torch.zeros(0, h, d, r, dtype=torch.float32, device=self.device) for h, d, r in self.shapes[i]] for i in self.near
+            }
         new = torch.zeros(local.num_rows, dtype=torch.bool)
         new[self.new] = True
         new, self.num_rows = new.to(self.device), local.num_rows
@@ -150,7 +154,7 @@ class RequestBases:
         """[n, H, D, r] bases of the rows `index` of this rank, after all their tokens so far."""
         heads, dim, rank = self.shapes[layer][side]
         if not len(index):
-            return torch.zeros(0, heads, dim, rank, device=self.device)
+            return torch.zeros(0, heads, dim, rank, dtype=torch.float32, device=self.device)
         basis = leading(self.sums[layer][side][index], rank)
         return basis if self.rotations[layer] is None else basis @ self.rotations[layer][side]
 

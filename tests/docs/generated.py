@@ -5,7 +5,7 @@ from pathlib import Path
 
 from tests.packaging import file_map
 
-from . import commands_reference, config_reference, methods_reference, models_reference, picture, rules_reference
+from . import commands_reference, config_reference, methods_reference, models_reference, modes_reference, picture, rules_reference
 
 ROOT = Path(__file__).resolve().parents[2]
 REFERENCE = ROOT / "docs" / "reference"
@@ -13,6 +13,7 @@ REFERENCE = ROOT / "docs" / "reference"
 DOCUMENTS: dict[str, tuple[Path, Callable[[], str]]] = {
     "config": (REFERENCE / "config.md", config_reference.written),
     "methods": (REFERENCE / "methods.md", methods_reference.written),
+    "modes": (REFERENCE / "modes.md", modes_reference.written),
     "models": (REFERENCE / "models.md", models_reference.written),
     "rules": (REFERENCE / "rules.md", rules_reference.written),
     "commands": (REFERENCE / "commands.md", commands_reference.written),

@@ -22,6 +22,7 @@ _jobs: dict[int, JobResult] = {}
         "tokens taken back and rows swapped, ids previous_layer",
         "tokens taken back and rows swapped, ids true",
         "a rank that is done keeps step under idle()",
+        "a context made and run in any of torch's modes; a backward is refused",
     ],
 )
 def test_guest(check: str, world: int):

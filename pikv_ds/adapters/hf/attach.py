@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 
 from pikv_ds.config.pikv import PiKVConfig
 from pikv_ds.errors import ConfigError, UnsupportedError
+from pikv_ds.modes import eager
 
 from .attachment import Attachment
 from .cache import AttachedCache, HFCache
@@ -16,6 +17,7 @@ from .generate_hooks import GenerateHooks
 from .host import Host
 
 
+@eager
 def attach(model: PreTrainedModel, config=None, group: dist.ProcessGroup | None = None, *, requests: str | None = None) -> AttachedCache:
     """Run every generate() and every forward with a cache through PiKV over `group`, until detach() or the end of the `with` block.
 

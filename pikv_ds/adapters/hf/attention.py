@@ -5,15 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pikv_ds.cache.chunk import finish
-from pikv_ds.cache.latent import absorb_query, expand_value
 from pikv_ds.errors import UnsupportedError
+from pikv_ds.modes import in_step, untraced
 
 from .arguments import check_arguments
 from .binding import Binding, binding_of
+from .gradient import Chunk, Inputs, attention
 from .masks import own_mask
 
 
+@untraced
 def pikv_attention(
     module: nn.Module,
     query: Tensor,
@@ -41,21 +42,13 @@ def pikv_attention(
         query = nn.functional.pad(query, (0, 0, columns - queries, 0))
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     entry_k, entry_v = binding.entries(key, value)
-    q, v_dim = query.transpose(1, 2), value.shape[-1]
-    if spec.latent:
-        if binding.unverified:
-            _verify_latent(module, entry_k, key, value)
-            binding.unverified = False
-        up_k, up_v = _latent_weights(module)
-        q, v_dim = absorb_query(q, up_k), spec.v_dim
-    partial = binding.core.attend(
-        binding.layer, q, entry_k, entry_v, scale=scale, v_dim=v_dim, expert_ids=binding.expert_ids.of(binding.layer, entry_k)
-    )
-    if spec.latent:
-        partial = partial._replace(out=expand_value(partial.out, up_v.to(partial.out.dtype)))
-    out = finish(
-        partial, query, key, value, scale=scale, window=window, positions=binding.chunk.positions, hidden=binding.chunk.hidden,
-        sink=s_aux, mask=mask, softcap=softcap,
+    if spec.latent and binding.unverified:
+        _verify_latent(module, entry_k, key, value)
+        binding.unverified = False
+    up_k, up_v = _latent_weights(module) if spec.latent else (None, None)
+    out = attention(
+        binding.core, binding.layer, Inputs(query.to(entry_k.dtype), key, value, entry_k, entry_v, up_k, up_v, s_aux),
+        Chunk(scale, window, binding.chunk.positions, binding.chunk.hidden, mask, softcap), binding.expert_ids.of(binding.layer, entry_k),
     )  # fmt: skip
     return out[:, -queries:].to(query.dtype), None
 
@@ -77,6 +70,7 @@ def _latent_weights(module: nn.Module) -> tuple[Tensor, Tensor]:
     return weight.split([module.qk_nope_head_dim, module.v_head_dim], 1)
 
 
+@in_step
 def _verify_latent(module: nn.Module, latent: Tensor, key: Tensor, value: Tensor) -> None:
     """Once per layer: the model's own expansion of the latent must be kv_b_proj and nothing else.
 

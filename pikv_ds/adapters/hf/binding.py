@@ -66,8 +66,13 @@ class Binding:
             raise UnsupportedError(
                 f"layer {self.layer} reached attention without updating the cache; a model must call past_key_values.update"
             )
-        k, v = ((t.detach() if t.requires_grad else t).transpose(1, 2) for t in new)
-        if k.dtype != self.core.dtype:
+        k, v = (t.transpose(1, 2) for t in new)
+        dtype = self.core.dtype
+        if k.dtype != dtype or v.dtype != dtype:
+            exact = all(torch.promote_types(x.dtype, dtype) == dtype for x in (k, v))
+            if torch.is_autocast_enabled(k.device.type) and exact:  # the pages hold what autocast has rounded
+                k, v = k.to(dtype), v.to(dtype)
+        if k.dtype != dtype or v.dtype != dtype:
             raise UnsupportedError(
                 f"layer {self.layer}: keys arrive as {k.dtype}, the cache was attached for parameters of {self.core.dtype} (autocast?); "
                 f"convert the model with model.to({k.dtype}) and attach again"

@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache
 
 from pikv_ds.errors import UnsupportedError
 from pikv_ds.exchange.digest import digest
+from pikv_ds.modes import eager, refuse_transforms, untraced
 from pikv_ds.step.step import LocalStep
 
 from .cache import HFCache
@@ -39,11 +40,13 @@ class ForwardHooks:
             handle.remove()
         self.abandon()
 
+    @eager
     def _before(self, decoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         given = {**dict(zip(self._names, args, strict=False)), **kwargs}
         cache = self._cache_of(given, decoder.training)
         if cache is None:
             return None
+        refuse_transforms()
         check_inputs(decoder, given)
         self.abandon()
         cache.conversation.lockstep.before_forward(cache.conversation)
@@ -138,6 +141,7 @@ class ForwardHooks:
                 "its own: new_cache(), or none"
             )
 
+    @untraced
     def _after(self, decoder: nn.Module, args: tuple, kwargs: dict, output) -> None:
         forward = self.host.running.forward
         if forward is None or kwargs.get("past_key_values") is not forward.cache:

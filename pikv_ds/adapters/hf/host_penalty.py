@@ -53,7 +53,7 @@ class HostPenalty:
             )
         self.penalty = penalty
         self.core: PiKVCache | None = None
-        self.misses = torch.zeros(len(routers), core.num_experts, device=core.device)
+        self.misses = torch.zeros(len(routers), core.num_experts, dtype=torch.float32, device=core.device)
         self._running: dict[int, LoweredLogits] = {}
         self._handles = []
         found = [None if router is None else (output_of(router), _weighing(router, hidden_size, core)) for router in routers]
@@ -101,7 +101,7 @@ def _weighing(router: nn.Module, hidden_size: int, core: PiKVCache) -> Weighing:
     weight = next(router.parameters())
     tokens = max(PROBE_TOKENS, getattr(router, "min_capacity", 0))
     probe = torch.randn(tokens, hidden_size, generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
-    mode = LoweredLogits(torch.zeros(core.num_experts, device=weight.device))
+    mode = LoweredLogits(torch.zeros(core.num_experts, dtype=torch.float32, device=weight.device))
     with torch.random.fork_rng(devices=[weight.device] if weight.is_cuda else []), torch.no_grad(), mode:
         output = router(probe, None, True) if is_gate(router) else router(probe)
     if len(mode.logits) != 1 or mode.logits[0].shape != (tokens, core.num_experts):

@@ -138,6 +138,28 @@ def check_idle(report: Report, model, ids: torch.Tensor) -> None:
         disable_pikv(model)
 
 
+def check_modes(report: Report, model, ids: torch.Tensor) -> None:
+    with report.check("a context made and run in any of torch's modes; a backward is refused"):
+        reference = full_forward(model, ids)
+        enable_pikv(model, {"page_size": 4})
+        modes = (torch.inference_mode, torch.no_grad, torch.enable_grad)
+        for made, first, later in ((0, 1, 2), (0, 2, 1), (1, 0, 2), (2, 0, 1)):
+            with modes[made]():
+                context = PiKVInferenceContext(ROWS, LENGTH, model=model)
+            for again in (first, later):
+                out, at = [], [9, 10, 13, 14]
+                for begin, end, mode in zip([0, *at], at, (again, first, later, first), strict=False):
+                    with modes[mode]():
+                        out.append(step(model, context, ids[:, begin:end]))
+                assert max((x - reference[:, end - 1]).abs().max().item() for x, end in zip(out, at, strict=True)) <= 1e-5
+                with modes[later]():
+                    context.reset()
+        with torch.enable_grad():
+            recorded = step(model, context, ids[:, :9])
+        refused(UnsupportedError, "an inference context keeps no graph", lambda: recorded.sum().backward())
+        disable_pikv(model)
+
+
 def main() -> None:
     report = Report()
     cpu_compat.install()
@@ -150,6 +172,7 @@ def main() -> None:
     check_optimizer(report, ids)
     check_rows(report, model, ids)
     check_idle(report, model, ids)
+    check_modes(report, model, ids)
     dist.barrier()
     dist.destroy_process_group()
 
