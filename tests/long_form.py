@@ -11,6 +11,7 @@ What it adds is said beside each use of LONG: products of things that the short 
 - tests/dist, tests/megatron: every rank is an interpreter of its own; short: forked with the imports done (tests/dist/warm.py).
 - tests/adapters: training, MoE layers and pairs of ranks under DeepSpeed's launcher; short: with the variables that it sets, while
   tests/adapters/test_deepspeed_launch.py and the inference engines start it.
+- tests/survey: every family that the survey serves or refuses, short: one of each kind.
 - tests/megatron/test_decode.py: 32 decode steps, short: 16.
 """
 
