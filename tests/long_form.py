@@ -14,6 +14,7 @@ What it adds is said beside each use of LONG: products of things that the short 
 - tests/adapters: training, MoE layers and pairs of ranks under DeepSpeed's launcher; short: with the variables that it sets, while
   tests/adapters/test_deepspeed_launch.py and the inference engines start it.
 - tests/launch/test_lm_eval.py: every style of task, also on 2 ranks and under Megatron; short: six of them on one rank.
+- tests/survey: every family that the survey serves or refuses, short: one of each kind.
 - tests/megatron/test_decode.py: 32 decode steps, short: 16.
 """
 

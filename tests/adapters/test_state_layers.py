@@ -7,11 +7,14 @@ from transformers import DynamicCache
 import pikv_ds
 from pikv_ds.errors import UnsupportedError
 from tests.dist.jobs.exact import assert_same, generate
+from tests.long_form import short_or_long
 from tests.survey.configs import tiny_config, tiny_model
 from tests.tiny_models import prompt
+from tests.tiny_models import tiny_model as small
 
 BLOCK = {"page_size": 4, "storage": {"num_shards": 2}}
-FAMILIES = ("qwen3_next", "lfm2_moe", "falcon_h1")  # a recurrence, a convolution, both with keys in one layer
+# A convolution; a state and keys in one layer; long: a recurrence too, which has tests of its own.
+FAMILIES = short_or_long(["lfm2_moe", "falcon_h1"], ["lfm2_moe", "falcon_h1", "qwen3_next"])
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -21,7 +24,7 @@ def model(request):
 
 @pytest.fixture(scope="module")
 def recurrent():
-    return tiny_model(tiny_config("qwen3_next"))
+    return small("qwen3_next")
 
 
 def test_beams_take_their_states_along(model):

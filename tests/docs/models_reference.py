@@ -27,17 +27,11 @@ def written() -> str:
     surveyed = sum(counts[outcome] for outcome in SURVEYED)
     counted = table(
         ("outcome", "families"),
-        [
-            ("generate with a DynamicCache", surveyed),
-            *((outcome, counts[outcome]) for outcome in SURVEYED),
-            ("do not", counts["not in it"]),
-        ],
+        [("generate with a DynamicCache", surveyed), *((name, counts[name]) for name in SURVEYED), ("do not", counts["not in it"])],
     )
     head = HEAD.format(made=MADE, counted=counted, tolerance=found["tolerance"], transformers=found["versions"]["transformers"])
-    served = table(
-        ("family", "class", "pages are read by"),
-        [(f"`{r['family']}`", r["class"], r["attention"]) for r in rows if r["outcome"] == "served"],
-    )
+    found_served = (row for row in rows if row["outcome"] == "served")
+    served = table(("family", "class", "pages are read by"), [(f"`{r['family']}`", r["class"], r["attention"]) for r in found_served])
     others = [
         (title, table(("family", "why"), [(f"`{row['family']}`", row["why"]) for row in rows if row["outcome"] == outcome]))
         for title, outcome in (("Wrong", "wrong"), ("Refused", "refused"), ("Not among them", "not in it"))

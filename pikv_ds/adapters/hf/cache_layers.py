@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn, Protocol
 from weakref import ref
 
 import torch
@@ -19,8 +19,15 @@ from pikv_ds.errors import UnsupportedError
 
 from .layer_kinds import LayerKind
 
-if TYPE_CHECKING:
-    from .conversation import Conversation
+
+class Owner(Protocol):
+    """The Conversation whose layers these are."""
+
+    model: str
+    columns: int
+    thread: int | None
+
+    def check(self) -> None: ...
 
 
 class PiKVLayer(CacheLayerMixin):
@@ -30,7 +37,7 @@ class PiKVLayer(CacheLayerMixin):
     is_croppable = True
     supports_early_init = False
 
-    def __init__(self, conversation: ref[Conversation], window: int | None) -> None:
+    def __init__(self, conversation: ref[Owner], window: int | None) -> None:
         super().__init__()
         self._conversation = conversation
         self.is_sliding = window is not None
@@ -38,7 +45,7 @@ class PiKVLayer(CacheLayerMixin):
         self.is_initialized = True
 
     @property
-    def conversation(self) -> Conversation:
+    def conversation(self) -> Owner:
         conversation = self._conversation()
         if conversation is None:
             raise UnsupportedError("this layer belongs to a PiKV cache that is gone: keep the cache object itself")
@@ -147,7 +154,7 @@ class StateLayer(LinearAttentionLayer):
 class HybridLayer(PiKVLayer, StateLayer):
     """Keys and values, and a state beside them."""
 
-    def __init__(self, conversation: ref[Conversation], window: int | None, number_of_states: int) -> None:
+    def __init__(self, conversation: ref[Owner], window: int | None, number_of_states: int) -> None:
         PiKVLayer.__init__(self, conversation, window)
         StateLayer.__init__(self, number_of_states)
 
@@ -159,7 +166,7 @@ class HybridLayer(PiKVLayer, StateLayer):
         PiKVLayer.reset(self)
 
 
-def cache_layers(conversation: ref[Conversation], kinds: Sequence[LayerKind], windows: dict[int, int | None]) -> list:
+def cache_layers(conversation: ref[Owner], kinds: Sequence[LayerKind], windows: dict[int, int | None]) -> list:
     """One per layer of the model's cache. windows: of the layers that PiKV keeps keys and values of, by their index."""
     made = []
     for index, kind in enumerate(kinds):
