@@ -13,7 +13,7 @@ from pikv_ds.launch.evaluation.lm_eval import register
 from pikv_ds.launch.evaluation.scoring import Continuations
 from tests.dist.launcher import run_commands, run_gloo
 from tests.launch.lm_eval_models import save
-from tests.launch.lm_eval_styles import SHORT_FORM, STYLES, answers, assert_equal
+from tests.launch.lm_eval_styles import SHORT_FORM, STYLES, TEXT, Style, answers, assert_equal, likely
 from tests.long_form import LONG, short_or_long
 
 INSTALL = "lm-eval is not installed; pip install 'lm-eval[hf]>=0.4.9,<0.5'"
@@ -69,13 +69,13 @@ def test_on_ranks_and_under_megatron(arguments, tmp_path, host, ranks):
 
 
 def test_what_is_scored_reads_the_store(arguments):
-    """A short context in one batch with a longer one, kept in 4 bits; and the host's own cache, which is exact."""
-    style = STYLES["choices"]
-    args, theirs = arguments(style), expected(style, arguments(style))
-    lossy = model_of("pikv_ds")(**args, config='{"compression": {"method": "int4"}}')
-    for scored, exact in zip(answers(lossy, style), theirs, strict=True):
-        assert all(abs(own - other) > 0.002 for (own, _), (other, _) in zip(scored, exact, strict=True)), (scored, exact)
-    assert_equal(answers(model_of("pikv_ds")(**args, dense=True), style), theirs, TOLERANCE)
+    """Contexts shorter than a chunk, in one batch, kept in 4 bits; and the host's own cache, which is exact."""
+    pairs = [(TEXT[:30], " the"), (TEXT[:30], " of"), (TEXT[100:160], " the battle of"), (TEXT[200:215], " a")]
+    style = Style(asked=[likely(*pairs)], batch=4)
+    args, (theirs,) = arguments(style), expected(style, arguments(style))
+    (scored,) = answers(model_of("pikv_ds")(**args, config='{"compression": {"method": "int4"}}'), style)
+    assert all(abs(own - other) > 0.002 for (own, _), (other, _) in zip(scored, theirs, strict=True)), (scored, theirs)
+    assert_equal(answers(model_of("pikv_ds")(**args, dense=True), style), [theirs], TOLERANCE)
 
 
 def test_a_forward_begins_at_every_first_scored_column():
