@@ -139,7 +139,9 @@ def run_mix(driver: Driver) -> None:
     driver.end_crops()
     driver.decode()
     driver.select([1, 1])
-    if all(spec.window is None for spec in driver.layers):  # windows take back nothing that was not announced
+    router, probe = driver.probe.router, driver.probe
+    counts = probe.keeps_light is not None or (router is not None and router.learns) or (probe.policy is not None and probe.policy.watches)
+    if not counts and all(spec.window is None for spec in driver.layers):  # these take back nothing that was not announced
         driver.crop([driver.lens[0] - 2, driver.lens[1]])
     driver.decode()
     driver.prefill([page])
