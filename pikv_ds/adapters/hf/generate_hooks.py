@@ -34,6 +34,10 @@ class GenerateHooks:
     def generate(self, *args, **kwargs):
         """generate with synced_gpus on more than one rank: every forward is a collective, so no rank may stop early."""
         given = kwargs.get("past_key_values")
+        if kwargs.get("cache_implementation") == "paged" and self.host.attached is not None:
+            raise UnsupportedError(
+                "cache_implementation = 'paged' is continuous batching, which has a cache of its own; unset it, or detach"
+            )
         cache = given if isinstance(given, HFCache) else self.host.attached
         if cache is not None and cache.core.ranks.size > 1:
             if kwargs.get("synced_gpus") is False:
