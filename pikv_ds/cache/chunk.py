@@ -40,7 +40,8 @@ def finish(
     out, lse = partial.out.transpose(1, 2), partial.lse.transpose(1, 2)
     if not partial.includes_self:
         if mask is None and (hidden is not None or (window is not None and q.shape[2] > window)):
-            mask = _mask(torch.arange(q.shape[2], device=q.device)[None] if positions is None else positions, window, hidden)
+            at = torch.arange(q.shape[2], device=q.device)[None] if positions is None else positions.cummax(1).values
+            mask = _mask(at, window, hidden)
         own_out, own_lse = sdpa_lse(q, k, v, scale=scale, mask=mask, causal=mask is None, softcap=softcap)
         out, lse = (own_out, own_lse) if partial.empty else merge(torch.stack([out, own_out]), torch.stack([lse, own_lse]))
     if sink is not None:
@@ -49,7 +50,7 @@ def finish(
 
 
 def _mask(at: Tensor, window: int | None, hidden: Tensor | None) -> Tensor:
-    """[B or 1, 1, T, T], True = visible. at [B or 1, T]: positions."""
+    """[B or 1, 1, T, T], True = visible. at [B or 1, T]: positions; padding behind tokens of its row sees what the last of them sees."""
     query_at, key_at = at.unsqueeze(2), at.unsqueeze(1)
     visible = key_at <= query_at
     if window is not None:

@@ -126,6 +126,7 @@ TRIES: dict[str, list[dict]] = {
     "tokenizer": [WORDS],
     "assistant_tokenizer": [TRANSLATED, {**TRANSLATED, **SAMPLE}],
     "inputs_embeds": [{"inputs_embeds": "prompt"}, {"inputs_embeds": "prompt", **BEAMS}],
+    "attention_mask": [{"attention_mask": 99}, {"attention_mask": 6}, {"attention_mask": 7, "prefill_chunk_size": 2}],
     "position_ids": [{"position_ids": 0}, {"position_ids": 5}],
     "past_key_values": [{"past_key_values": "static"}, {"past_key_values": "dynamic"}],
     "logits_to_keep": [{"logits_to_keep": 2}],

@@ -143,6 +143,7 @@ MAKERS: dict[str, Callable[[Call, object], object]] = {
     "inputs": lambda call, value: letters()(letters().batch_decode(call.ids), return_tensors="pt", padding=True).input_ids,
     "watermarking_config": lambda call, value: SynthIDTextWatermarkingConfig(**value) if "keys" in value else WatermarkingConfig(**value),
     "inputs_embeds": lambda call, value: call.model.get_input_embeddings()(call.ids).detach(),
+    "attention_mask": lambda call, value: (torch.arange(call.ids.shape[1]) < torch.full((call.rows, 1), value)).long(),
     "position_ids": lambda call, value: torch.arange(call.ids.shape[1]).expand(call.rows, -1) + value,
 }
 

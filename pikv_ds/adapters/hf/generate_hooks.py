@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 
+from torch import Tensor
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from pikv_ds.errors import UnsupportedError
@@ -76,6 +77,7 @@ class GenerateHooks:
             cache = given.named()
         else:
             return self._prepare_cache(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
+        self._check_last_column(model_kwargs.get("attention_mask"), cache)
         model_kwargs["past_key_values"] = cache
         if running.generations:
             generation = running.generations[-1]
@@ -85,6 +87,15 @@ class GenerateHooks:
         if generation_config.is_assistant:
             cache.activate_past_recording()
         return None if made else self._prepare_cache(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
+
+    def _check_last_column(self, mask, cache: HFCache) -> None:
+        """Sync: with a mask, one read. Raises: UnsupportedError."""
+        windows = any(spec.window is not None for spec in cache.core.layers)
+        if windows and isinstance(mask, Tensor) and mask.dim() == 2 and not bool(mask[:, -1].all()):
+            raise UnsupportedError(
+                "attention_mask hides the last column of a row, from which its next token would come, and the model has layers with a "
+                "sliding window; pad rows on the left"
+            )
 
     def has_unfinished_sequences(self, this_peer_finished: bool, synced_gpus: bool, device) -> bool:
         """Whether this rank's loop goes on. A finished rank leaves it, and keeps step in Lockstep.generating.
