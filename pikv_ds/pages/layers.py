@@ -143,8 +143,10 @@ class RankPages:
             full = (counts % page == 0).reshape(*counts.shape[:2], self.num_local, self.heads).sum(-1).max(-1, initial=0)
             opens = (full * (num_new > 0)).sum(1).tolist()
         if self.num_shards == 1 and self.storage.capacity_tokens is None:
-            # What every open page has left after this step. With several shards spilling is decided anew in each step.
-            self.quiet = int((page - 1 - counts % page).min(initial=page - 1)) if step.decode else 0
+            # What every open page has left after this step; a row without a token in it opens none. With several shards spilling is
+            # decided anew in each step.
+            opens_later = (counts % page == 0) & (num_new == 0)[:, None]
+            self.quiet = int(np.where(opens_later, 0, page - 1 - counts % page).min(initial=page - 1)) if step.decode else 0
         kinds = [(spec.window, sum(map(sum, evicted)) // self.heads) for spec, evicted in zip(self.specs, self.evicted, strict=True)]
         capacity = {
             kind: shard_capacity(self.specs, kind[0], step.lens_after_host, self.num_shards, page, self.storage.capacity_tokens, kind[1])

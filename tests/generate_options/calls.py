@@ -39,7 +39,7 @@ class Call:
 
     def run(self, cache=None) -> dict:
         """What generate() gave, as plain values and tensors; or the error: {"error", "says"}."""
-        kept = [(one, copy.deepcopy(one.generation_config)) for one in (self.model, self.draft)]
+        kept = [(one, copy.deepcopy(one.generation_config), one.config.num_hidden_layers) for one in (self.model, self.draft)]
         given = {**DEFAULTS, "attention_mask": self.mask, **({} if cache is None else {"past_key_values": cache})}
         try:
             options = {name: MAKERS[name](self, value) if name in MAKERS else value for name, value in self.options.items()}
@@ -47,32 +47,39 @@ class Call:
                 given["inputs"] = self.ids
             given |= options
             torch.manual_seed(self.seed)
-            return _plain_values(self.model.generate(**{k: v for k, v in given.items() if v is not None}), given)
-        except Exception as error:
+            return self._plain_values(self.model.generate(**{k: v for k, v in given.items() if v is not None}), given)
+        except Exception as error:  # noqa: BLE001  it is what this call gives, and is compared
             return {"error": type(error).__name__, "says": str(error), "raised": error}
         finally:
-            for one, config in kept:  # drafting with a schedule writes into it
-                one.generation_config = config
+            for one, config, layers in kept:  # drafting with a schedule writes into the one, an error while it drafts leaves the other
+                one.generation_config, one.config.num_hidden_layers = config, layers
             for path in self._folders:
                 remove(path)
 
+    def _plain_values(self, out, given: dict) -> dict:
+        streamer = given.get("streamer")
+        values = {"streamed": None if streamer is None else streamer.tokens}
+        if isinstance(out, Tensor):
+            return values | {"sequences": out}
+        cache, hidden = out.get("past_key_values"), out.get("hidden_states")
+        return values | {
+            "sequences": out.sequences,
+            "scores": out.get("scores"),
+            "logits": out.get("logits"),
+            "sequences_scores": out.get("sequences_scores"),
+            "beam_indices": out.get("beam_indices"),
+            "hidden_states": hidden if hidden is None else [self._of_tokens(layers) for layers in hidden],
+            "length": None if cache is None else int(cache.get_seq_length()),
+            "cache": cache,
+        }
 
-def _plain_values(out, given: dict) -> dict:
-    streamer = given.get("streamer")
-    values = {"streamed": None if streamer is None else streamer.tokens}
-    if isinstance(out, Tensor):
-        return values | {"sequences": out}
-    cache = out.get("past_key_values")
-    return values | {
-        "sequences": out.sequences,
-        "scores": out.get("scores"),
-        "logits": out.get("logits"),
-        "sequences_scores": out.get("sequences_scores"),
-        "beam_indices": out.get("beam_indices"),
-        "hidden_states": out.get("hidden_states"),
-        "length": None if cache is None else int(cache.get_seq_length()),
-        "cache": cache,
-    }
+    def _of_tokens(self, layers: tuple[Tensor, ...]) -> list[Tensor]:
+        """Hidden states [B, T, D] of a forward, but those of padding, which mean nothing."""
+        mask = self.mask
+        if mask is None or layers[0].shape[1] != mask.shape[1]:
+            return list(layers)
+        real = mask.repeat_interleave(len(layers[0]) // len(mask), 0)[..., None]
+        return [layer * real for layer in layers]
 
 
 def difference(expected: dict, got: dict) -> str | None:

@@ -11,9 +11,9 @@ SPECIAL = ("<pad>", "<s>", "</s>")
 
 
 @cache
-def letters(size: int = 128) -> PreTrainedTokenizerFast:
-    """size: how many tokens; smaller ones have fewer pairs."""
-    pairs = list(product(ascii_lowercase[:12], repeat=2))[: size - len(SPECIAL) - len(ascii_lowercase)]
+def letters(size: int = 128, first: int = 0) -> PreTrainedTokenizerFast:
+    """size: how many tokens; first: the letter that pairs begin with."""
+    pairs = list(product(ascii_lowercase[first : first + 12], repeat=2))[: size - len(SPECIAL) - len(ascii_lowercase)]
     words = [*SPECIAL, *ascii_lowercase, *("".join(pair) for pair in pairs)]
     model = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=pairs))
     model.decoder = decoders.Fuse()

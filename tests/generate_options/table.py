@@ -13,6 +13,7 @@ BEAMS = {"num_beams": 3}
 HELP = {"assistant_model": "draft", "max_new_tokens": 9}
 ENDS = {"eos_token_id": SOON, "max_new_tokens": 12}
 WORDS = {"tokenizer": "letters"}
+TRANSLATED = {**HELP, **WORDS, "assistant_model": "smaller vocabulary", "assistant_tokenizer": "letters"}
 HUB = {"trust_remote_code": True}
 
 TRIES: dict[str, list[dict]] = {
@@ -55,7 +56,7 @@ TRIES: dict[str, list[dict]] = {
         {**SAMPLE, "watermarking_config": {"ngram_len": 3, "keys": [3, 7, 19], "context_history_size": 8, "sampling_table_size": 64}},
     ],
     "guidance_scale": [{"guidance_scale": 1.5}, {**SAMPLE, "guidance_scale": 1.5}],
-    "token_healing": [{**WORDS, "token_healing": True}],
+    "token_healing": [{**WORDS, "token_healing": True, "inputs": "tokenized again"}],
     # ---- what is run beside it
     "is_assistant": [{"is_assistant": True}],
     "num_assistant_tokens": [{**HELP, "num_assistant_tokens": 2}],
@@ -123,17 +124,18 @@ TRIES: dict[str, list[dict]] = {
     ],
     "trust_remote_code": [HUB],
     "tokenizer": [WORDS],
-    "assistant_tokenizer": [
-        {**HELP, **WORDS, "assistant_model": "smaller vocabulary", "assistant_tokenizer": "letters"},
-        {**HELP, **WORDS, **SAMPLE, "assistant_model": "smaller vocabulary", "assistant_tokenizer": "letters"},
-    ],
+    "assistant_tokenizer": [TRANSLATED, {**TRANSLATED, **SAMPLE}],
     "inputs_embeds": [{"inputs_embeds": "prompt"}, {"inputs_embeds": "prompt", **BEAMS}],
+    "attention_mask": [{"attention_mask": 99}, {"attention_mask": 6}, {"attention_mask": 7, "prefill_chunk_size": 2}],
     "position_ids": [{"position_ids": 0}, {"position_ids": 5}],
     "past_key_values": [{"past_key_values": "static"}, {"past_key_values": "dynamic"}],
     "logits_to_keep": [{"logits_to_keep": 2}],
     "output_router_logits": [{"output_router_logits": True}],
 }
 
+ONE_ROW = {"streamer", "token_healing", "assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp"}
+ONE_ROW |= {"output_router_logits"}
+"""Plain generate() takes no batch with these."""
 NO_OPTIONS = {"self", "kwargs", "_from_model_config", "transformers_version"}
 
 
@@ -144,8 +146,7 @@ def known() -> set[str]:
 
 def case_of(options: dict, ranks: int, requests: str) -> dict:
     """Two rows padded on the left; distinct ranks have prompts of different lengths."""
-    single = {"streamer", "token_healing", "assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp"}
-    one_row = bool(single & set(options)) or options.get("custom_generate") in ("rewinding", "contrastive", "own_cache")
+    one_row = bool(ONE_ROW & set(options)) or options.get("custom_generate") in ("rewinding", "contrastive", "own_cache")
     programs = []
     for rank in range(ranks):
         mine = rank if requests == "distinct" else 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import shutil
 from collections.abc import Callable
 from functools import cache
@@ -20,6 +19,8 @@ from transformers import (
     StaticCache,
     StoppingCriteria,
     StoppingCriteriaList,
+    SynthIDTextWatermarkingConfig,
+    WatermarkingConfig,
 )
 from transformers.generation.streamers import BaseStreamer
 
@@ -103,11 +104,17 @@ def draft(family: str, **changes) -> PreTrainedModel:
     return tiny_model(family, seed=5, num_hidden_layers=1 if family != "gpt_oss" else 2, **changes)
 
 
+@cache
+def _draft_with_other_tokens(samples: bool) -> PreTrainedModel:
+    """generate() prunes its head for good when it samples."""
+    return tiny_model("qwen3_moe", seed=5, num_hidden_layers=1, vocab_size=100)
+
+
 def _assistant(call: Call, value: str) -> PreTrainedModel:
     if value == "itself":
         return call.model
-    if value == "smaller vocabulary":  # generate() prunes its head: a copy of its own each time
-        return copy.deepcopy(draft("qwen3_moe", vocab_size=100))
+    if value == "smaller vocabulary":
+        return _draft_with_other_tokens(bool(call.options.get("do_sample")))
     return call.draft
 
 
@@ -126,14 +133,17 @@ MAKERS: dict[str, Callable[[Call, object], object]] = {
     "negative_prompt_attention_mask": lambda call, value: torch.arange(value).expand(call.rows, -1).ge(2).long(),
     "custom_generate": lambda call, value: LOOPS.get(value) or (call.folder(folder) if value == "folder" else value),
     "tokenizer": lambda call, value: letters(),
-    "assistant_tokenizer": lambda call, value: letters(100),
+    "assistant_tokenizer": lambda call, value: letters(100, first=6),
     "compile_config": lambda call, value: CompileConfig(**value),
     "continuous_batching_config": lambda call, value: ContinuousBatchingConfig(**value),
     "sequence_bias": lambda call, value: [[list(tokens), bias] for tokens, bias in value],
     "past_key_values": lambda call, value: (
         StaticCache(call.model.config, max_cache_len=64) if value == "static" else DynamicCache(config=call.model.config)
     ),
+    "inputs": lambda call, value: letters()(letters().batch_decode(call.ids), return_tensors="pt", padding=True).input_ids,
+    "watermarking_config": lambda call, value: SynthIDTextWatermarkingConfig(**value) if "keys" in value else WatermarkingConfig(**value),
     "inputs_embeds": lambda call, value: call.model.get_input_embeddings()(call.ids).detach(),
+    "attention_mask": lambda call, value: (torch.arange(call.ids.shape[1]) < torch.full((call.rows, 1), value)).long(),
     "position_ids": lambda call, value: torch.arange(call.ids.shape[1]).expand(call.rows, -1) + value,
 }
 

@@ -74,7 +74,9 @@ class ForwardHooks:
             if attached is None:
                 return None
             what = f"{type(past).__name__}; pass no cache" if isinstance(past, Cache) else f"{type(past).__name__}, which is no Cache"
-            raise UnsupportedError(f"the model is attached to PiKV but was called with a {what}, or one of its own, or detach")
+            raise UnsupportedError(
+                f"the model is attached to PiKV but was called with past_key_values = a {what}, or one of its own, or detach"
+            )
         self.host.attachment_of(past)
         if training:
             raise UnsupportedError("a PiKV cache was passed to a forward in train mode; call model.eval() first")

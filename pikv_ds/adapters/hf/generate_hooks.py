@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 
+from torch import Tensor
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from pikv_ds.errors import UnsupportedError
@@ -34,6 +35,10 @@ class GenerateHooks:
     def generate(self, *args, **kwargs):
         """generate with synced_gpus on more than one rank: every forward is a collective, so no rank may stop early."""
         given = kwargs.get("past_key_values")
+        if kwargs.get("cache_implementation") == "paged" and self.host.attached is not None:
+            raise UnsupportedError(
+                "cache_implementation = 'paged' is continuous batching, which has a cache of its own; unset it, or detach"
+            )
         cache = given if isinstance(given, HFCache) else self.host.attached
         if cache is not None and cache.core.ranks.size > 1:
             if kwargs.get("synced_gpus") is False:
@@ -72,6 +77,7 @@ class GenerateHooks:
             cache = given.named()
         else:
             return self._prepare_cache(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
+        self._check_last_column(model_kwargs.get("attention_mask"), cache)
         model_kwargs["past_key_values"] = cache
         if running.generations:
             generation = running.generations[-1]
@@ -81,6 +87,15 @@ class GenerateHooks:
         if generation_config.is_assistant:
             cache.activate_past_recording()
         return None if made else self._prepare_cache(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
+
+    def _check_last_column(self, mask, cache: HFCache) -> None:
+        """Sync: with a mask, one read. Raises: UnsupportedError."""
+        windows = any(spec.window is not None for spec in cache.core.layers)
+        if windows and isinstance(mask, Tensor) and mask.dim() == 2 and not bool(mask[:, -1].all()):
+            raise UnsupportedError(
+                "attention_mask hides the last column of a row, from which its next token would come, and the model has layers with a "
+                "sliding window; pad rows on the left"
+            )
 
     def has_unfinished_sequences(self, this_peer_finished: bool, synced_gpus: bool, device) -> bool:
         """Whether this rank's loop goes on. A finished rank leaves it, and keeps step in Lockstep.generating.
