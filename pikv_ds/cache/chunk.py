@@ -40,12 +40,7 @@ def finish(
     out, lse = partial.out.transpose(1, 2), partial.lse.transpose(1, 2)
     if not partial.includes_self:
         if mask is None and (hidden is not None or (window is not None and q.shape[2] > window)):
-<<<<<<< HEAD
             mask = visible_in_chunk(q, window, positions, hidden)
-=======
-            at = torch.arange(q.shape[2], device=q.device)[None] if positions is None else positions.cummax(1).values
-            mask = _mask(at, window, hidden)
->>>>>>> k2a
         own_out, own_lse = sdpa_lse(q, k, v, scale=scale, mask=mask, causal=mask is None, softcap=softcap)
         out, lse = (own_out, own_lse) if partial.empty else merge(torch.stack([out, own_out]), torch.stack([lse, own_lse]))
     if sink is not None:
@@ -53,14 +48,12 @@ def finish(
     return out.transpose(1, 2)
 
 
-<<<<<<< HEAD
 def visible_in_chunk(q: Tensor, window: int | None, positions: Tensor | None, hidden: Tensor | None) -> Tensor:
-    """[B or 1, 1, T, T] bool, which token each query of q [B, Hq, T, D] sees; the others as in `finish`."""
-    at = torch.arange(q.shape[2], device=q.device)[None] if positions is None else positions
-=======
-def _mask(at: Tensor, window: int | None, hidden: Tensor | None) -> Tensor:
-    """[B or 1, 1, T, T], True = visible. at [B or 1, T]: positions; padding behind tokens of its row sees what the last of them sees."""
->>>>>>> k2a
+    """[B or 1, 1, T, T] bool, which token each query of q [B, Hq, T, D] sees; the others as in `finish`.
+
+    Padding behind tokens of its row sees what the last of them sees.
+    """
+    at = torch.arange(q.shape[2], device=q.device)[None] if positions is None else positions.cummax(1).values
     query_at, key_at = at.unsqueeze(2), at.unsqueeze(1)
     visible = key_at <= query_at
     if window is not None:
