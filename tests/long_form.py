@@ -17,7 +17,6 @@ What it adds is said beside each use of LONG: products of things that the short 
 - tests/survey: every family that the survey serves or refuses, short: one of each kind.
 - tests/megatron/test_decode.py: 32 decode steps, short: 16.
 - tests/cache/test_modes.py, tests/cache/test_gradient.py: every case of the covering array; short: eight of each.
-- tests/adapters/test_modes.py: torch.compile by three backends, the profiler, anomaly mode and save_on_cpu; short: the other modes.
 - tests/adapters/test_modes.py: torch.compile by three backends, the profiler, anomaly mode and save_on_cpu, short: the other modes;
   every choice of calls under inference mode, short: four.
 """

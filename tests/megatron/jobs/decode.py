@@ -146,8 +146,9 @@ def check_linear(report: Report, model, layout: str, own, own_pieces, own_refere
     whole = [replace(spec, first_head=0, num_kv_heads=model.config.num_query_groups) for spec in specs]
     norms = []
     for spec, layer in zip(specs, layers, strict=True):
-        known = torch.full((model.config.num_query_groups, spec.k_dim), -1.0, dtype=torch.float64)  # of other ranks' heads: never looked at
+        known = torch.full((model.config.num_query_groups, spec.k_dim), -1.0, dtype=torch.float64)
         known[spec.first_head : spec.first_head + spec.num_kv_heads] = key_norms(layer.attention)
+        dist.all_reduce(known, dist.ReduceOp.MAX)  # the heads of other ranks: all ranks read the same file
         norms.append(known)
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/calibration.safetensors"
