@@ -19,6 +19,7 @@ from .attention import pikv_attention
 from .binding import Binding, bind, unbind
 from .cache import AttachedCache, HFCache
 from .conversation import Conversation
+from .latent import Expansion
 from .masks import pikv_mask
 from .model_spec import read_model_spec
 from .running import Running
@@ -91,7 +92,8 @@ class Host:
         AttentionInterface.register("pikv", pikv_attention)
         AttentionMaskInterface.register("pikv", pikv_mask)
         for i, (attention, index) in enumerate(zip(self.attentions, self.parts.at, strict=True)):
-            bind(attention, Binding(self.running, i, index, self.specs[i], shares=not self.parts.kinds[index].stores))
+            expansion = Expansion(i) if self.specs[i].latent else None
+            bind(attention, Binding(self.running, i, index, self.specs[i], not self.parts.kinds[index].stores, expansion))
         _HOSTS[self.model] = ref(self)
 
     def leave(self, attachment: Attached) -> None:
