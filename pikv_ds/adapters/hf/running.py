@@ -64,6 +64,6 @@ class Running(threading.local):
         found = next(((layer, name) for (layer, name, _), yes in zip(compared, wrong, strict=True) if yes), None)
         if found is not None:
             raise UnsupportedError(
-                f"layer {found[0]}: {found[1]} does not expand its latent as kv_b_proj(c) beside k_rot, with a linear kv_b_proj that has no "
-                "bias (an adapter, quantised inputs or a hook that is not linear?); PiKV can't absorb it: use the host's own cache"
+                f"layer {found[0]}: {found[1]} does not expand its latent as kv_b_proj(c) beside k_rot, with a linear kv_b_proj without a "
+                "bias (an adapter, inputs that are quantised, or a hook?); PiKV can't absorb it: use the host's own cache"
             )
