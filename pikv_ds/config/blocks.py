@@ -27,7 +27,7 @@ class Blocks(Block):
     probe: Literal["auto", "always", "never"] = Field(
         "auto",
         description="When attached to a transformers model, run its attention on random hidden states, beside PiKV, and refuse what "
-        "differs: always, never, or where a class is not transformers' own or a weight not an ordinary one (adapters, quantised, offloaded).",
+        "differs: always, never, or (auto) where a class is not transformers' own or a weight not ordinary (adapters, quantised).",
     )
     storage: StorageConfig = Field(StorageConfig(), description=StorageConfig.__doc__)
     routing: RoutingConfig = Field(RoutingConfig(), description=RoutingConfig.__doc__)
