@@ -9,7 +9,7 @@ import pikv_ds
 from pikv_ds.errors import UnsupportedError
 from tests.tiny_models import prompt, tiny_model
 
-IDS = prompt(20, 2, batch=2)
+IDS = prompt(16, 2, batch=2)
 
 
 class Around(nn.Module):
@@ -71,11 +71,11 @@ def wrapped(family: str, make) -> nn.Module:
 
 @torch.no_grad()
 def steps(model, ids=IDS, between=None) -> torch.Tensor:
-    """Logits of a prefill of 12 columns and a step for each further one; `between` is called before the fourth step."""
+    """Logits of a prefill of 12 columns and a step for each further one; `between` is called before the third step."""
     out = model(ids[:, :12])
     logits = [out.logits[:, -1]]
     for i in range(12, ids.shape[1]):
-        if i == 16 and between is not None:
+        if i == 14 and between is not None:
             between(model)
         out = model(ids[:, i : i + 1], past_key_values=out.past_key_values)
         logits.append(out.logits[:, -1])
@@ -171,7 +171,9 @@ def test_rows_with_adapters_of_their_own_are_refused():
             return torch.stack([super(PerRow, self).added(row) * (i + 1) for i, row in enumerate(x)])
 
     model = wrapped("deepseek_v3", lambda base: PerRow(base, 0.3))
-    with pikv_ds.attach(model, {"page_size": 4}), pytest.raises(UnsupportedError, match="does not expand its latent"):
+    with pytest.raises(UnsupportedError, match="does not expand its latent"):
+        pikv_ds.attach(model, {})
+    with pikv_ds.attach(model, {"probe": "never"}), pytest.raises(UnsupportedError, match="does not expand its latent"):
         steps(model)
 
 
