@@ -12,6 +12,8 @@ import pikv_ds
 from pikv_ds.adapters.hf.anatomy import find_attentions
 from pikv_ds.errors import ConfigError, UnsupportedError
 from tests.adapters.test_latent_weights import Around, Low, Packed, steps
+from tests.survey.configs import tiny_config
+from tests.survey.configs import tiny_model as survey_model
 from tests.tiny_models import prompt, tiny_model
 
 
@@ -151,6 +153,16 @@ def test_a_probe_leaves_no_trace(training):
     with pikv_ds.attach(model, {"probe": "always"}) as cache:
         assert 0 < cache.stats()["probe_s"] < 1
     assert trace_of(model) == before and not calls
+
+
+@pytest.mark.parametrize("family", ["afmoe", "bamba"])
+def test_attention_and_layers_of_other_forms(family):
+    """Attention that views what it is given as one, and layers that return pairs."""
+    model = survey_model(tiny_config(family))
+    expected = steps(model)
+    with pikv_ds.attach(model, {"probe": "always"}) as cache:
+        assert cache.stats()["probe_s"] > 0
+        torch.testing.assert_close(steps(model), expected, rtol=0, atol=1e-5)
 
 
 def test_what_is_plain_is_not_probed_unless_asked():

@@ -46,7 +46,7 @@ def pikv_attention(
         binding.core, binding.layer, Inputs(query.to(entry_k.dtype), key, value, entry_k, entry_v, up_k, up_v, s_aux),
         Chunk(scale, window, binding.chunk.positions, binding.chunk.hidden, mask, softcap), binding.expert_ids.of(binding.layer, entry_k),
     )  # fmt: skip
-    return out[:, -queries:].to(query.dtype), None
+    return out[:, -queries:].to(query.dtype).contiguous(), None
 
 
 def _refuse(binding: Binding, dropout: float, sliding_window: int | None, softcap: float | None) -> None:

@@ -30,8 +30,8 @@ class Rig:
     def __init__(self, host: Host) -> None:
         self.host = host
         self.outputs: list[tuple[int, Tensor]] = []
-        self.in_tuple = False
-        """Whether this decoder takes what its layers return out of a tuple."""
+        self.tuple_of = 0
+        """How many things this decoder takes out of the tuple that a layer returns; 0 = a layer returns its hidden states."""
         self._shape: torch.Size | None = None
         self._stack = ExitStack()
 
@@ -55,7 +55,7 @@ class Rig:
 
     def settle(self, ids: Tensor, new_cache: Callable) -> None:
         """Find out how this decoder takes what its layers return. Raises: CannotProbe."""
-        for self.in_tuple in (False, True):
+        for self.tuple_of in (0, 1, 2):
             try:
                 self.forward(ids, new_cache())
                 return
@@ -84,7 +84,7 @@ class Rig:
                 return list(module)
         return self.host.layers
 
-    def _run_layer(self, layer: nn.Module, forward: Callable | None, *args, **kwargs) -> Tensor | tuple[Tensor]:
+    def _run_layer(self, layer: nn.Module, forward: Callable | None, *args, **kwargs) -> Tensor | tuple:
         hidden = _hidden(args, kwargs)
         if self._shape not in (None, hidden.shape):
             raise CannotProbe(f"hidden states of shape {tuple(self._shape)} become {tuple(hidden.shape)}")
@@ -98,7 +98,7 @@ class Rig:
                     hook.post_forward(layer, hidden)
             else:
                 raise CannotProbe(f"{type(layer).__name__} does not call its attention module")
-        return (hidden,) if self.in_tuple else hidden
+        return (hidden, None)[: self.tuple_of] if self.tuple_of else hidden
 
     def _attend(self, layer: int, forward: Callable, is_last: bool, *args, **kwargs) -> Tensor | tuple:
         hidden = _hidden(args, kwargs)
