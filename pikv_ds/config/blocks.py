@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from .block import Block
@@ -22,6 +24,11 @@ class Blocks(Block):
     enabled: bool = Field(True, description="false: nothing is patched and the host runs as without the block.")
     page_size: int | None = Field(None, ge=1, le=256, description="Tokens per page; null = the codec's preference.")
     timeout_s: float = Field(300, gt=0, allow_inf_nan=False, description="Longest wait for another rank, in seconds.")
+    probe: Literal["auto", "always", "never"] = Field(
+        "auto",
+        description="When attached to a transformers model, run its attention on random hidden states, beside PiKV, and refuse what "
+        "differs: always, never, or (auto) where a class is not transformers' own or a weight not ordinary (adapters, quantised).",
+    )
     storage: StorageConfig = Field(StorageConfig(), description=StorageConfig.__doc__)
     routing: RoutingConfig = Field(RoutingConfig(), description=RoutingConfig.__doc__)
     compression: CompressionConfig = Field(CompressionConfig(), description=CompressionConfig.__doc__)

@@ -10,6 +10,7 @@ DEFAULTS = {
     "enabled": True,
     "page_size": None,
     "timeout_s": 300,
+    "probe": "auto",
     "storage": {
         "requests": "auto",
         "num_shards": None,

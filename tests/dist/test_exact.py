@@ -109,6 +109,7 @@ def test_bundled_model(check: str, world: int):
         "overflow spill: the same load fits",
         "no shard has room",
         "synced_gpus=False is refused",
+        "what a probe refuses on one rank is refused on all, and the group goes on",
     ],
 )
 def test_ranks_fail_together(check: str):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch.distributed as dist
+from torch import nn
 from transformers import PreTrainedModel
 
 from pikv_ds.config.pikv import PiKVConfig
@@ -15,6 +16,8 @@ from .checks import check_model
 from .forward_hooks import ForwardHooks
 from .generate_hooks import GenerateHooks
 from .host import Host
+from .probe import probe
+from .weights_at import dtype_of
 
 
 @eager
@@ -22,7 +25,7 @@ def attach(model: PreTrainedModel, config=None, group: dist.ProcessGroup | None 
     """Run every generate() and every forward with a cache through PiKV over `group`, until detach() or the end of the `with` block.
 
     Args:
-        model: a decoder of transformers, in eval or train mode; forwards in train mode are left to the host.
+        model: a decoder of transformers, in eval or train mode; forwards in train mode are left to the host. Also a PeftModel around one.
         config: the "pikv" block: PiKVConfig, dict, JSON path, or None for the defaults.
         group: the expert-parallel process group (any backend); None = one rank, no communication.
         requests: overrides config.storage.requests.
@@ -32,11 +35,12 @@ def attach(model: PreTrainedModel, config=None, group: dist.ProcessGroup | None 
 
     Raises:
         ConfigError: a key that does not fit this model or this group.
-        UnsupportedError: a layer type, dtype or attention that PiKV cannot honour exactly.
+        UnsupportedError: a layer type, dtype or attention that PiKV cannot honour exactly; also what the probe of another rank refused.
 
-    Collectives: none, but for a penalty on gates that need them (HostPenalty). The group must have been created; its own timeout bounds
-        NCCL, pikv.timeout_s bounds gloo.
+    Collectives: none, but for a probe (one frame over the group; under ZeRO-3 gathers) and a penalty on gates that need them
+        (HostPenalty). The group must have been created; its own timeout bounds NCCL, pikv.timeout_s bounds gloo.
     """
+    model = _without_peft(model)
     host = Host.of(model)
     if host is not None and host.attached is not None:
         raise UnsupportedError(
@@ -55,12 +59,19 @@ class Cache(HFCache):
 
     def __init__(self, model: PreTrainedModel, config=None, group: dist.ProcessGroup | None = None, *, requests: str | None = None) -> None:
         """Args and Raises: as attach. config None on a model that is attached: that of attach."""
+        model = _without_peft(model)
         host, parsed = Host.of(model), _parsed(config, requests)
         found = None
         if host is not None:
             same = (one for one in host.attachments if one.matches(parsed, group))
             found = host.attached.owner if config is None and host.attached is not None else next(same, None)
         super().__init__((found or _attachment(model, parsed, group)).take())
+
+
+def _without_peft(model: nn.Module) -> nn.Module:
+    """The model inside of a PeftModel, which runs it with the adapters in its layers."""
+    inner = getattr(model, "get_base_model", None)
+    return model if inner is None or isinstance(model, PreTrainedModel) else inner()
 
 
 def _parsed(config, requests: str | None) -> PiKVConfig:
@@ -79,7 +90,8 @@ def _attachment(model: PreTrainedModel, config: PiKVConfig, group: dist.ProcessG
     host, new = Host.of(model), False
     if host is None:
         host, new = Host(model), True
-        check_model(model, host.attentions, host.specs, next(model.parameters()).dtype, group)
+        check_model(model, host.attentions, host.specs, dtype_of(model), group)
+        host.probe_s = probe(host, config, group)
     attachment = Attachment(host, config, group)
     host.add(attachment)
     if new:

@@ -24,6 +24,7 @@ from .host_penalty import HostPenalty
 from .lockstep import lockstep_of
 from .rotation import check_rotations
 from .router_output import check_gates, count_router_experts, find_routers
+from .weights_at import dtype_of
 
 SPARE_CORES = 4  # empty stores that wait for the next cache, per number of layers
 
@@ -42,8 +43,7 @@ class Attachment:
         self.live: WeakSet[Conversation] = WeakSet()
         self._spare: dict[int, list[PiKVCache]] = {}
         self._over = False
-        parameter = next(host.model.parameters())
-        self._dtype, self._device = parameter.dtype, parameter.device
+        self._dtype, self._device = dtype_of(host.model), host.device
         num_ranks = 1 if group is None else dist.get_world_size(group)
         text = host.model.config.get_text_config(decoder=True)
         routers = find_routers(host.layers)
@@ -91,6 +91,7 @@ class Attachment:
         spare = self._spare.setdefault(len(parts.at), [])
         core = spare.pop() if spare else self._core(len(parts.at))
         conversation = Conversation(core, self.host.name, self._expert_ids, self.lockstep, self._number, parts)
+        conversation.probe_s = self.host.probe_s
         self.live.add(conversation)
         finalize(conversation, self._give_back, core).atexit = False
         return conversation

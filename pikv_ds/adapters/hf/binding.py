@@ -14,6 +14,7 @@ from pikv_ds.spec import LayerSpec
 
 from .cache import HFCache
 from .expert_ids import ExpertIds
+from .latent import Expansion
 from .running import Chunk, Forward, Running
 
 
@@ -29,7 +30,8 @@ class Binding:
     spec: LayerSpec
     shares: bool
     """Its keys and values are those of another layer (KV sharing): it keeps a copy of its own."""
-    unverified: bool = True  # a latent layer's expansion has not been compared with its weights yet
+    expansion: Expansion | None = None
+    """Of a latent layer."""
 
     @property
     def forward(self) -> Forward:

@@ -50,10 +50,11 @@ class HFCache(Cache):
     # ---- controls ------------------------------------------------------------------------------------------------------------
 
     def stats(self) -> dict:
-        """Plain numbers of this rank, see pikv_ds.cache.stats.stats. Sync: reads the device. Needs no other rank."""
+        """Plain numbers of this rank, see pikv_ds.cache.stats.stats; and probe_s, the seconds that the probe took when the model was
+        attached, 0 without one. Sync: reads the device. Needs no other rank."""
         conversation = self.conversation
         numbers = stats(self.core, len(conversation.lens), conversation.columns)
-        return numbers | {"state_bytes": conversation.states.nbytes}
+        return numbers | {"state_bytes": conversation.states.nbytes, "probe_s": conversation.probe_s}
 
     def reset(self) -> None:
         """Drop all entries and return their memory. All ranks of the group must call it at the same point."""

@@ -7,6 +7,8 @@ import torch.distributed as dist
 
 from pikv_ds.errors import ConfigError, UnsupportedError
 
+from .weights_at import device_of
+
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -16,10 +18,6 @@ def check_model(model, attentions, specs, dtype, group) -> None:
     if dtype not in _DTYPES:
         legal = ", ".join(str(d).removeprefix("torch.") for d in _DTYPES)
         raise UnsupportedError(f"{name} has parameters of dtype {dtype}; PiKV stores {legal}: convert the model with model.to(...)")
-    devices = sorted({str(p.device) for attention in attentions for p in attention.parameters()})
-    if len(devices) > 1:
-        raise UnsupportedError(
-            f"the attention layers of {name} lie on several devices ({', '.join(devices)}); PiKV keeps one store on one device"
-        )
+    device_of(attentions)
     if group is not None and not dist.is_initialized():
         raise ConfigError("a process group was given but torch.distributed is not initialised")

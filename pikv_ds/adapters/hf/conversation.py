@@ -44,6 +44,8 @@ class Conversation:
         self.generating: int | None = None
         """The thread of the generate() that it is the cache of."""
         self.broken = False  # a forward failed midway
+        self.probe_s = 0.0
+        """Seconds that the probe of its model took when it was attached."""
         self.face: ref | None = None
         """The cache object that stands for it where none was given."""
         self.columns = 0  # token columns fed so far, padding included: what transformers calls the sequence length

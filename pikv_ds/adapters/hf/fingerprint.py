@@ -18,9 +18,10 @@ def check_calibration(core: PiKVCache, attentions: list[nn.Module]) -> None:
 def key_norms(attention: nn.Module, num_kv_heads: int) -> Tensor:
     """[H, D]: norms of the rows of the key projection."""
     projection = getattr(attention, "k_proj", None)
-    if projection is None or projection.weight.numel() == 0:
-        why = "has no k_proj" if projection is None else "has a k_proj that is partitioned over ranks (ZeRO-3)"
+    weight = getattr(projection, "weight", None)
+    if weight is None or not weight.is_floating_point() or weight.numel() == 0 or weight.is_meta:
+        why = "has no k_proj" if projection is None else "has a k_proj whose weight is partitioned (ZeRO-3), packed or offloaded"
         raise UnsupportedError(
             f"{type(attention).__name__} {why}, by which a calibration knows its model; use a codec without a calibration"
         )
-    return projection.weight.detach().double().view(num_kv_heads, -1, projection.weight.shape[1]).norm(dim=-1)
+    return weight.detach().double().view(num_kv_heads, -1, weight.shape[1]).norm(dim=-1)

@@ -121,6 +121,7 @@ class ForwardHooks:
         if not any(num_new):
             conversation.states.hold()
         forget_masks()
+        self.host.running.expansions = []
         chunk = Chunk(local.positions, None if all(n == columns for n in num_new) else local.positions < 0)
         self.host.running.forward = Forward(cache, chunk, (columns, mask, num_new, last_position), self.config._attn_implementation)
         conversation.thread = threading.get_ident()
@@ -155,6 +156,7 @@ class ForwardHooks:
             conversation = forward.conversation
             conversation.core.end_step()
             conversation.states.let_go()
+            self.host.running.check_expansions()
             conversation.finish_forward(*forward.growth)
             conversation.broken = False
             conversation.lockstep.opened(conversation)

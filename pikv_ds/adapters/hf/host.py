@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Protocol
 from weakref import WeakKeyDictionary, WeakSet, ref
 
+import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
@@ -19,9 +20,11 @@ from .attention import pikv_attention
 from .binding import Binding, bind, unbind
 from .cache import AttachedCache, HFCache
 from .conversation import Conversation
+from .latent import Expansion
 from .masks import pikv_mask
 from .model_spec import read_model_spec
 from .running import Running
+from .weights_at import device_of
 
 
 class Attached(Protocol):
@@ -46,6 +49,8 @@ class Host:
         self.running = Running()
         self.lock = threading.RLock()
         self.hooks: list[Hooks] = []
+        self.probe_s = 0.0
+        """Seconds that its probe took (probe.py)."""
 
     @staticmethod
     def of(model: nn.Module) -> Host | None:
@@ -73,6 +78,11 @@ class Host:
         """What stands for forwards that are given no cache; None: the host's own cache does."""
         return next((one.attached for one in self.attachments if one.attached is not None), None)
 
+    @property
+    def device(self) -> torch.device:
+        """Where its attention runs."""
+        return device_of(self.attentions)
+
     def attachment_of(self, cache: HFCache) -> Attached:
         """Raises: UnsupportedError for a cache that has ended, or of another model."""
         cache.conversation.check()
@@ -91,7 +101,8 @@ class Host:
         AttentionInterface.register("pikv", pikv_attention)
         AttentionMaskInterface.register("pikv", pikv_mask)
         for i, (attention, index) in enumerate(zip(self.attentions, self.parts.at, strict=True)):
-            bind(attention, Binding(self.running, i, index, self.specs[i], shares=not self.parts.kinds[index].stores))
+            expansion = Expansion(i) if self.specs[i].latent else None
+            bind(attention, Binding(self.running, i, index, self.specs[i], not self.parts.kinds[index].stores, expansion))
         _HOSTS[self.model] = ref(self)
 
     def leave(self, attachment: Attached) -> None:

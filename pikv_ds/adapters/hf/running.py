@@ -5,7 +5,10 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
+
+from pikv_ds.errors import UnsupportedError
 
 from .cache import HFCache
 from .conversation import Conversation
@@ -48,4 +51,19 @@ class Running(threading.local):
 
     def __init__(self) -> None:
         self.forward: Forward | None = None
+        self.expansions: list[tuple[int, str, Tensor]] = []
+        """Of the forward: layer, class, and whether a latent layer made something else of its latents than PiKV does (latent.py)."""
         self.generations: list[Generation] = []
+
+    def check_expansions(self) -> None:
+        """Raises: UnsupportedError when a layer computed what PiKV can't absorb. Sync: one read, if there is something to compare."""
+        compared, self.expansions = self.expansions, []
+        if not compared:
+            return
+        wrong = torch.stack([deviates for _, _, deviates in compared]).tolist()
+        found = next(((layer, name) for (layer, name, _), yes in zip(compared, wrong, strict=True) if yes), None)
+        if found is not None:
+            raise UnsupportedError(
+                f"layer {found[0]}: {found[1]} does not expand its latent as kv_b_proj(c) beside k_rot, with a linear kv_b_proj without a "
+                "bias (an adapter, inputs that are quantised, or a hook?); PiKV can't absorb it: use the host's own cache"
+            )

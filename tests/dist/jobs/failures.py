@@ -8,7 +8,9 @@ import torch
 import torch.distributed as dist
 
 import pikv_ds
+from pikv_ds.adapters.hf.anatomy import find_attentions
 from pikv_ds.errors import CapacityError, DivergedError, PeerError, UnsupportedError
+from tests.adapters.test_probe import LengthAttention
 from tests.dist.jobs.exact import assert_same, generate
 from tests.dist.jobs.report import Report
 from tests.tiny_models import prompt, tiny_model
@@ -105,6 +107,25 @@ def leave(report: Report, model, group, how: str) -> None:
     os._exit(0)  # the group is broken: nothing to tear down
 
 
+def check_probe(report: Report, group) -> None:
+    model, rank = tiny_model("qwen3_moe"), dist.get_rank()
+    block = {"probe": "always"}
+    with report.check("what a probe refuses on one rank is refused on all, and the group goes on"):
+        ids = prompt(12, seed=3)
+        expected = generate(model, ids, new_tokens=4)
+        attention = find_attentions(model)[1]
+        if rank == 1:
+            attention.__class__ = LengthAttention
+        words = ("layer 1 (LengthAttention)",) if rank == 1 else ("the probe of rank 1 of 2 refused", "no rank is attached")
+        with expect(UnsupportedError, *words):
+            pikv_ds.attach(model, block, group)
+        assert not any(module._forward_hooks for module in model.modules())
+        attention.__class__ = type(find_attentions(model)[0])
+        with pikv_ds.attach(model, block, group) as cache:
+            assert cache.stats()["probe_s"] > 0 and cache.stats()["exchange_collectives"] == 0
+            assert_same(generate(model, ids, new_tokens=4), expected, 1e-5)
+
+
 def main() -> None:
     report = Report()
     dist.init_process_group("gloo")
@@ -115,6 +136,7 @@ def main() -> None:
     check_divergence(report, model, group)
     check_capacity(report, model, group)
     check_calls(report, model, group)
+    check_probe(report, group)
     dist.destroy_process_group()
 
 
