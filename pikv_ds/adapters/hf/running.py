@@ -10,6 +10,9 @@ from torch import Tensor
 from .cache import HFCache
 from .conversation import Conversation
 
+Growth = tuple[int, Tensor | None, list[int], Tensor]
+"""What a forward adds, for Conversation.finish_forward."""
+
 
 @dataclass(slots=True)
 class Chunk:
@@ -27,7 +30,7 @@ class Forward:
 
     cache: HFCache
     chunk: Chunk
-    growth: tuple[int, Tensor | None, list[int], Tensor]
+    growth: Growth
     host_attention: str
 
     @property
