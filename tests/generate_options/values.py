@@ -22,6 +22,7 @@ from transformers import (
     SynthIDTextWatermarkingConfig,
     WatermarkingConfig,
 )
+from transformers.generation.candidate_generator import AssistantVocabTranslatorCache
 from transformers.generation.streamers import BaseStreamer
 
 from tests.tiny_models import tiny_model
@@ -106,8 +107,11 @@ def draft(family: str, **changes) -> PreTrainedModel:
 
 @cache
 def _draft_with_other_tokens(samples: bool) -> PreTrainedModel:
-    """generate() prunes its head for good when it samples."""
-    return tiny_model("qwen3_moe", seed=5, num_hidden_layers=1, vocab_size=100)
+    """generate() prunes its head for good when it samples, and draws numbers the first time: it is done here."""
+    model = tiny_model("qwen3_moe", seed=5, num_hidden_layers=1, vocab_size=100)
+    if samples:
+        AssistantVocabTranslatorCache.get_translator(letters(), letters(100, first=6), 128, model, assistant_prune_lm_head=True)
+    return model
 
 
 def _assistant(call: Call, value: str) -> PreTrainedModel:

@@ -20,6 +20,9 @@ from .expert_ids import ExpertIds
 class InStep(Protocol):
     """What keeps the ranks in step (lockstep.py)."""
 
+    @property
+    def runs_idle(self) -> bool: ...
+
     def before_forward(self, conversation: Conversation) -> None: ...
 
     def opened(self, conversation: Conversation) -> None: ...
@@ -147,17 +150,19 @@ class Conversation:
         self.states.stop_recording()
         self.recording = False
 
-    def finish_forward(self, num_columns: int, new_mask: Tensor | None, num_new: list[int], last_position: Tensor) -> None:
+    def finish_forward(
+        self, num_columns: int, new_mask: Tensor | None, num_new: list[int], last_position: Tensor, *, kept_step: bool
+    ) -> None:
         """Account for a forward that has run: B rows grew by num_columns columns, num_new of them real per row (mask None: all).
 
-        A forward without any real token leaves the rows as they were: it only kept step.
+        kept_step: it was run for other ranks and leaves the rows as they were.
         """
         if self.fresh:
             self.lens, self.column_mask = [0] * len(num_new), None
         self.parent = list(range(len(num_new)))
         self.last_position = last_position
         self.fresh = self.touched = False
-        if any(num_new):
+        if not kept_step:
             if new_mask is not None or self.column_mask is not None:
                 old = torch.ones(len(num_new), self.columns, dtype=torch.bool) if self.column_mask is None else self.column_mask
                 new = torch.ones(len(num_new), num_columns, dtype=torch.bool) if new_mask is None else new_mask

@@ -19,7 +19,7 @@ from .conversation import Conversation
 from .host import Host
 from .inputs import check_inputs, last_positions, new_mask
 from .masks import forget_masks
-from .running import Chunk, Forward
+from .running import Chunk, Forward, Growth
 
 
 class ForwardHooks:
@@ -49,10 +49,11 @@ class ForwardHooks:
         refuse_transforms()
         check_inputs(decoder, given)
         self.abandon()
+        local, growth = self._plan(cache.conversation, given)  # what is refused here, other ranks need not hear of
         cache.conversation.lockstep.before_forward(cache.conversation)
         self.host.lock.acquire()
         try:
-            self._start(cache, given)
+            self._start(cache, local, growth)
         except BaseException:
             if self.host.running.forward is None:
                 self.host.lock.release()
@@ -82,10 +83,9 @@ class ForwardHooks:
             raise UnsupportedError("a PiKV cache was passed to a forward in train mode; call model.eval() first")
         return past.named()
 
-    def _start(self, cache: HFCache, given: dict) -> None:
-        conversation = cache.conversation
+    def _plan(self, conversation: Conversation, given: dict) -> tuple[LocalStep, Growth]:
+        """What this rank brings to the forward, and what its rows grow by. Changes nothing. Raises: UnsupportedError, RuntimeError."""
         self.check_use(conversation)
-        conversation.broken = True  # until the forward has finished
         tokens = given.get("input_ids") if given.get("input_ids") is not None else given["inputs_embeds"]
         rows, columns = tokens.shape[:2]
         if not conversation.fresh and rows != len(conversation.lens):
@@ -117,13 +117,24 @@ class ForwardHooks:
             identity=identity,
             fresh=conversation.fresh,
         )
+        return local, (columns, mask, num_new, last_position)
+
+    def _start(self, cache: HFCache, local: LocalStep, growth: Growth) -> None:
+        conversation, core = cache.conversation, cache.core
+        conversation.broken = True  # until the forward has finished
         core.begin_step(local)
-        if not any(num_new):
+        if local.idle:
             conversation.states.hold()
         forget_masks()
+<<<<<<< HEAD
         self.host.running.expansions = []
         chunk = Chunk(local.positions, None if all(n == columns for n in num_new) else local.positions < 0)
         self.host.running.forward = Forward(cache, chunk, (columns, mask, num_new, last_position), self.config._attn_implementation)
+=======
+        whole = all(n == local.num_columns for n in local.num_new)
+        chunk = Chunk(local.positions, None if whole else local.positions < 0)
+        self.host.running.forward = Forward(cache, chunk, growth, self.config._attn_implementation)
+>>>>>>> k2a
         conversation.thread = threading.get_ident()
         conversation.expert_ids.begin(core)
         self.config._attn_implementation = "pikv"
@@ -156,13 +167,23 @@ class ForwardHooks:
             conversation = forward.conversation
             conversation.core.end_step()
             conversation.states.let_go()
+<<<<<<< HEAD
             self.host.running.check_expansions()
             conversation.finish_forward(*forward.growth)
+=======
+            conversation.finish_forward(*forward.growth, kept_step=self._keeps_step(conversation, forward.growth[2]))
+>>>>>>> k2a
             conversation.broken = False
             conversation.lockstep.opened(conversation)
         finally:
             self.host.lock.release()
         self.host.attachment_of(forward.cache).count_step()
+
+    def _keeps_step(self, conversation: Conversation, num_new: list[int]) -> bool:
+        """A forward without any token; but in a generate() of this rank, a chunk of a prompt that is all padding, whose columns count."""
+        if any(num_new):
+            return False
+        return conversation.idle or conversation.lockstep.runs_idle or not self.host.running.generations
 
     def abandon(self, *, unlock: bool = True) -> None:
         """Forget the forward that runs in this thread, if one does: the model is as between forwards. It was interrupted, or is done."""

@@ -87,10 +87,15 @@ class Lockstep:
 
     def before_forward(self, conversation: Conversation) -> None:
         """Of a generate(): until all ranks are ready for it, run what they need first."""
-        if not getattr(self._thread, "depth", 0) or getattr(self._thread, "idle", False):
+        if not getattr(self._thread, "depth", 0) or self.runs_idle:
             return
         while (chosen := self._meet(conversation.core.ranks, Wish.of(conversation))[0]) != Wish.of(conversation):
             self._run_idle(chosen)
+
+    @property
+    def runs_idle(self) -> bool:
+        """The running forward of this thread is one for other ranks."""
+        return getattr(self._thread, "idle", False)
 
     def ask(self, active: bool, conversation: Conversation) -> bool:
         """lockstep() of a loop of the user's own: True while any rank of the group is active, or between two generate() of its loop."""

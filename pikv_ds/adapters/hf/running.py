@@ -13,6 +13,9 @@ from pikv_ds.errors import UnsupportedError
 from .cache import HFCache
 from .conversation import Conversation
 
+Growth = tuple[int, Tensor | None, list[int], Tensor]
+"""What a forward adds, for Conversation.finish_forward."""
+
 
 @dataclass(slots=True)
 class Chunk:
@@ -30,7 +33,7 @@ class Forward:
 
     cache: HFCache
     chunk: Chunk
-    growth: tuple[int, Tensor | None, list[int], Tensor]
+    growth: Growth
     host_attention: str
 
     @property
