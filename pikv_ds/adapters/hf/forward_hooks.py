@@ -126,15 +126,10 @@ class ForwardHooks:
         if local.idle:
             conversation.states.hold()
         forget_masks()
-<<<<<<< HEAD
         self.host.running.expansions = []
-        chunk = Chunk(local.positions, None if all(n == columns for n in num_new) else local.positions < 0)
-        self.host.running.forward = Forward(cache, chunk, (columns, mask, num_new, last_position), self.config._attn_implementation)
-=======
         whole = all(n == local.num_columns for n in local.num_new)
         chunk = Chunk(local.positions, None if whole else local.positions < 0)
         self.host.running.forward = Forward(cache, chunk, growth, self.config._attn_implementation)
->>>>>>> k2a
         conversation.thread = threading.get_ident()
         conversation.expert_ids.begin(core)
         self.config._attn_implementation = "pikv"
@@ -167,12 +162,8 @@ class ForwardHooks:
             conversation = forward.conversation
             conversation.core.end_step()
             conversation.states.let_go()
-<<<<<<< HEAD
             self.host.running.check_expansions()
-            conversation.finish_forward(*forward.growth)
-=======
             conversation.finish_forward(*forward.growth, kept_step=self._keeps_step(conversation, forward.growth[2]))
->>>>>>> k2a
             conversation.broken = False
             conversation.lockstep.opened(conversation)
         finally:
