@@ -50,8 +50,9 @@ def kept(core: PiKVCache) -> dict:
 
 
 def numbers(host) -> dict:
-    """What stats() reports: integers, lists of integers, words; and the floats it counts entries with."""
-    return stats(host, 1, 1) if isinstance(host, PiKVCache) else host.stats()
+    """What stats() reports of the core: integers, lists of integers, words; and the floats it counts entries with."""
+    said = stats(host, 1, 1) if isinstance(host, PiKVCache) else host.stats()
+    return {name: value for name, value in said.items() if name not in ("probe_s", "state_bytes")}  # the adapter's own
 
 
 def bytes_after_reset(core: PiKVCache) -> int:
