@@ -24,7 +24,7 @@ from tests.tiny_models import tiny_model
 from .calls import Call, difference
 from .values import draft
 
-TIMEOUT_S = 20.0
+TIMEOUT_S = 10.0
 
 
 @cache

@@ -83,9 +83,10 @@ class ForwardHooks:
 
     def refuse_foreign(self, past) -> NoReturn:
         """past: what was given as past_key_values, and is no PiKV cache."""
-        what = f"{type(past).__name__}; pass no cache" if isinstance(past, Cache) else f"{type(past).__name__}, which is no Cache"
+        what = "" if isinstance(past, Cache) else ", which is no Cache"
         raise UnsupportedError(
-            f"the model is attached to PiKV but was called with past_key_values = a {what}, or one of its own, or detach"
+            f"the model is attached to PiKV but was called with a {type(past).__name__} as past_key_values{what}; pass no cache, or one of "
+            "its own, or detach"
         )
 
     def _plan(self, conversation: Conversation, given: dict) -> tuple[LocalStep, Growth]:
