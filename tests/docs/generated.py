@@ -5,7 +5,16 @@ from pathlib import Path
 
 from tests.packaging import file_map
 
-from . import commands_reference, config_reference, methods_reference, models_reference, modes_reference, picture, rules_reference
+from . import (
+    commands_reference,
+    config_reference,
+    generate_reference,
+    methods_reference,
+    models_reference,
+    modes_reference,
+    picture,
+    rules_reference,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 REFERENCE = ROOT / "docs" / "reference"
@@ -17,6 +26,7 @@ DOCUMENTS: dict[str, tuple[Path, Callable[[], str]]] = {
     "models": (REFERENCE / "models.md", models_reference.written),
     "rules": (REFERENCE / "rules.md", rules_reference.written),
     "commands": (REFERENCE / "commands.md", commands_reference.written),
+    "generate": (REFERENCE / "generate.md", generate_reference.written),
     "files": (file_map.TARGET, file_map.written),
     "picture": (ROOT / "docs" / "figures" / "readme.svg", picture.written),
 }

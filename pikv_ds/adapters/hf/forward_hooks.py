@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import threading
+from typing import NoReturn
 
 import torch
 from torch import nn
@@ -74,20 +75,29 @@ class ForwardHooks:
         if not isinstance(past, HFCache):
             if attached is None:
                 return None
-            what = f"{type(past).__name__}; pass no cache" if isinstance(past, Cache) else f"{type(past).__name__}, which is no Cache"
-            raise UnsupportedError(
-                f"the model is attached to PiKV but was called with past_key_values = a {what}, or one of its own, or detach"
-            )
+            self.refuse_foreign(past)
         self.host.attachment_of(past)
         if training:
             raise UnsupportedError("a PiKV cache was passed to a forward in train mode; call model.eval() first")
         return past.named()
+
+    def refuse_foreign(self, past) -> NoReturn:
+        """past: what was given as past_key_values, and is no PiKV cache."""
+        what = "" if isinstance(past, Cache) else ", which is no Cache"
+        raise UnsupportedError(
+            f"the model is attached to PiKV but was called with a {type(past).__name__} as past_key_values{what}; pass no cache, or one of "
+            "its own, or detach"
+        )
 
     def _plan(self, conversation: Conversation, given: dict) -> tuple[LocalStep, Growth]:
         """What this rank brings to the forward, and what its rows grow by. Changes nothing. Raises: UnsupportedError, RuntimeError."""
         self.check_use(conversation)
         tokens = given.get("input_ids") if given.get("input_ids") is not None else given["inputs_embeds"]
         rows, columns = tokens.shape[:2]
+        if not columns:
+            raise UnsupportedError(
+                f"the forward has no tokens; past_key_values holds {conversation.columns} columns already: give what is new as well"
+            )
         if not conversation.fresh and rows != len(conversation.lens):
             raise UnsupportedError(
                 f"the forward has {rows} rows, the cache {len(conversation.lens)}; select or repeat rows first, or start a new generation"

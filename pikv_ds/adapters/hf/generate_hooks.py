@@ -39,14 +39,17 @@ class GenerateHooks:
             raise UnsupportedError(
                 "cache_implementation = 'paged' is continuous batching, which has a cache of its own; unset it, or detach"
             )
+        if given is not None and not isinstance(given, HFCache) and self.host.attached is not None:
+            self.forwards.refuse_foreign(given)  # before this rank's draft model runs, or any collective
         cache = given if isinstance(given, HFCache) else self.host.attached
+        generation = Generation()
         if cache is not None and cache.core.ranks.size > 1:
             if kwargs.get("synced_gpus") is False:
                 raise UnsupportedError(
                     "synced_gpus=False with a PiKV cache over several ranks: a rank that stops early leaves the others waiting"
                 )
+            generation.synced_by_us = not kwargs.get("synced_gpus")
             kwargs["synced_gpus"] = True
-        generation = Generation()
         self.host.running.generations.append(generation)
         try:
             if cache is None or cache.core.ranks.size == 1 or is_deepspeed_zero3_enabled():
@@ -104,6 +107,8 @@ class GenerateHooks:
         """
         generations = self.host.running.generations
         cache = generations[-1].cache if generations else None
+        if cache is None and generations and generations[-1].synced_by_us and not is_deepspeed_zero3_enabled():
+            return not this_peer_finished  # use_cache=False: its forwards are none of the group's
         if cache is None or not synced_gpus or cache.core.ranks.size == 1:
             return self._unfinished(this_peer_finished, synced_gpus, device)
         if is_deepspeed_zero3_enabled():

@@ -43,10 +43,11 @@ class Forward:
 
 @dataclass(slots=True)
 class Generation:
-    """A generate(). cache: that of its main loop, once it is known."""
+    """A generate(). cache: that of its main loop, once it is known; synced_by_us: the user has not asked for synced_gpus."""
 
     cache: HFCache | None = None
     is_assistant: bool = False
+    synced_by_us: bool = False
 
 
 class Running(threading.local):
