@@ -66,8 +66,10 @@ HELPED = {
 def case_of(seed: int, ranks: int) -> dict:
     """The same on every rank that asks."""
     draw = random.Random(f"{seed} on {ranks}")
-    block = _one_of(draw, BLOCKS)
-    case = {"family": _one_of(draw, FAMILIES), "requests": "distinct", "block": SAYS[block], "exact": block in EXACT}
+    block, family = _one_of(draw, BLOCKS), _one_of(draw, FAMILIES)
+    if family == "mixtral" and block == "evicts":  # refused, as windows bound all of its layers
+        block = "plain"
+    case = {"family": family, "requests": "distinct", "block": SAYS[block], "exact": block in EXACT}
     first = _program(draw)
     programs = [first]
     if ranks > 1:

@@ -24,26 +24,29 @@ def is_right(case: dict, outcome: dict) -> bool:
 def run_random(count: int, all_ranks: list[int], file: Path | None) -> int:
     """How many are wrong. Case n runs on the number of ranks at place n modulo of all_ranks."""
     results = json.loads(file.read_text()) if file is not None and file.exists() else {"done": {}, "bad": {}, "refusals": {}}
-    for place, ranks in enumerate(all_ranks):
-        seeds = range(place, count, len(all_ranks))
-        done = results["done"].get(str(ranks), "")
-        while len(done) < len(seeds):
-            chosen = {str(seed): case_of(seed, ranks) for seed in seeds[len(done) : len(done) + AT_ONCE]}
-            found = dict(outcomes(chosen, ranks))
-            for seed, case in chosen.items():
-                outcome = found[seed]
-                right = is_right(case, outcome)
-                done += LETTERS[outcome["status"]] if right else "w"
-                if not right:
-                    results["bad"][f"{seed} on {ranks}"] = outcome["says"][-300:]
-                elif outcome["status"] == "refused":
-                    says = outcome["says"].splitlines()[0][:60]
-                    results["refusals"][says] = results["refusals"].get(says, 0) + 1
-            results["done"][str(ranks)] = done
-            tally = {letter: done.count(letter) for letter in "serw"}
-            print(f"{ranks} ranks: {len(done)} of {len(seeds)}: {tally}", flush=True)
-            if file is not None:
-                file.write_text(_text(results, count, all_ranks, file), encoding="utf-8")
+    places = list(enumerate(all_ranks))
+    while places:
+        place, ranks = places.pop(0)
+        done, seeds = results["done"].get(str(ranks), ""), range(place, count, len(all_ranks))
+        if len(done) >= len(seeds):
+            continue
+        places.append((place, ranks))
+        chosen = {str(seed): case_of(seed, ranks) for seed in seeds[len(done) : len(done) + AT_ONCE]}
+        found = dict(outcomes(chosen, ranks))
+        for seed, case in chosen.items():
+            outcome = found[seed]
+            right = is_right(case, outcome)
+            done += LETTERS[outcome["status"]] if right else "w"
+            if not right:
+                results["bad"][f"{seed} on {ranks}"] = outcome["says"][-300:]
+            elif outcome["status"] == "refused":
+                says = outcome["says"].splitlines()[0][:60]
+                results["refusals"][says] = results["refusals"].get(says, 0) + 1
+        results["done"][str(ranks)] = done
+        tally = {letter: done.count(letter) for letter in "serw"}
+        print(f"{ranks} ranks: {len(done)} of {len(seeds)}: {tally}", flush=True)
+        if file is not None:
+            file.write_text(_text(results, count, all_ranks, file), encoding="utf-8")
     return len(results["bad"])
 
 
