@@ -121,6 +121,7 @@ def test_stats_are_plain_numbers():
     }
     assert wanted <= set(stats)
     assert stats.pop("entries_read") is None and stats.pop("entries_visible") is None  # counted by a router that leaves pages out
+    assert stats.pop("probe_s") == 0.0, "a model as transformers has it needs no probe"
     for name, value in stats.items():
         assert isinstance(value, int | str) or (isinstance(value, list) and all(isinstance(v, int) for v in value)), name
     assert stats["kv_bytes_dense"] == 2 * 11 * 2 * 2 * 16 * 4  # layers x tokens x (k, v) x heads x head_dim x bytes
