@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,7 +25,9 @@ class Deadline:
         last_words_s = min(timeout_s / 2, LAST_WORDS_S)
         self._wait, self._own = timedelta(seconds=timeout_s), timedelta(seconds=timeout_s + last_words_s)
         self._last_words = timedelta(seconds=last_words_s)
-        self._backend = group._get_backend(torch.device("cpu")) if self.timed else None
+        self._backend: Any = None
+        if group is not None and self.timed:
+            self._backend = group._get_backend(torch.device("cpu"))
 
     def wait(self, start: Callable[[], dist.Work]) -> None:
         """Raises: RuntimeError when it failed or took too long."""

@@ -71,8 +71,10 @@ class Exchange:
 
     def headers(self, what: str) -> list[list[int]]:
         """The headers of all ranks at the start of a forward that all of them begin with a frame. Sync: reads the frames back."""
+        assert self.turn is not None, "only a cache has headers"
         if self.turn.headers is None:
             self._say_first(what, always=True)
+        assert self.turn.headers is not None, "a frame carries them"
         return self.turn.headers
 
     # ---- between forwards: hosts ---------------------------------------------------------------------------------------------
@@ -141,6 +143,7 @@ class Exchange:
     def _compare_facts(self) -> None:
         """All ranks know that their facts differ: they send them, and say which."""
         self.state.holder = 0
+        assert self.turn is not None, "only a cache has facts"
         own = self.turn.facts_text
         longest = max(n for (n,) in self.gather_ints([len(own)], self.device, "comparing what the caches are made of"))
         text = torch.frombuffer(bytearray(own.ljust(longest, b" ")), dtype=torch.uint8)

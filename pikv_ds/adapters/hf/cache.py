@@ -184,7 +184,7 @@ class AttachedCache(HFCache):
     def begin_generation(self) -> None:
         """The next forward starts new requests on this rank. Others that hold the conversation so far keep it."""
         with self._choice:
-            if not self._unused():
+            if not self.pinned and not self._unused():  # passed as a cache it is the conversation, and what forwards returned is it too
                 self._follow()
             self.conversation.begin()
             self.pinned = False
