@@ -217,7 +217,8 @@ class AttachedCache(HFCache):
 
     def _follow(self) -> None:
         """Stand for a new conversation; the one so far ends if nobody else has it."""
-        if self._shared() or len(self.layers) != self.owner.num_layers:
+        idled = not self.conversation.fresh and not any(self.conversation.lens)  # it has only kept step: nobody loses a token
+        if (self._shared() and not idled) or len(self.layers) != self.owner.num_layers:
             self.conversation = self.owner.take()
             self.layers = self.conversation.layers
         else:
