@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.tiny_models import prompt
+from tests.torch_defaults import double_by_default
 
 Found = dict[str, torch.Tensor]
 TURNS = (12, 5, 1, 1)  # tokens of the forwards of a conversation
@@ -167,15 +168,6 @@ def deterministic():
         yield
     finally:
         torch.use_deterministic_algorithms(False)
-
-
-@contextlib.contextmanager
-def double_by_default():
-    torch.set_default_dtype(torch.float64)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(torch.float32)
 
 
 def both(model, around) -> Found:

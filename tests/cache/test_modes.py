@@ -4,7 +4,6 @@ The cases are those of the covering array. Every call of the cache runs in a mod
 long form all of them.
 """
 
-import contextlib
 import random
 from functools import partial
 
@@ -17,17 +16,9 @@ from tests.covering.book import read
 from tests.covering.test_covering import changes
 from tests.held import paths
 from tests.long_form import short_or_long
+from tests.torch_defaults import double_by_default
 
 RUNS = read()[0]
-
-
-@contextlib.contextmanager
-def double_by_default():
-    torch.set_default_dtype(torch.float64)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(torch.float32)
 
 
 MODES = (torch.inference_mode, torch.no_grad, torch.enable_grad, double_by_default, partial(torch.autocast, "cpu", torch.bfloat16))

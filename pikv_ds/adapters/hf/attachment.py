@@ -102,8 +102,9 @@ class Attachment:
         spare = self._spare.setdefault(len(core.layers), [])
         if len(spare) < SPARE_CORES and not self._over:
             spare.append(core)
-        if self.attached is None and not list(self.live):
-            self.detach()
+        if self.attached is None and not list(self.live) and not self._over:
+            self._over = True
+            self._remove()  # no collective: nobody knows when an object is collected
 
     def join(self, num_layers: int) -> Conversation:
         """The conversation of a cache that another rank opens: what this rank would open next, where that is the same."""
