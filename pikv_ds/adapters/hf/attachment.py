@@ -97,7 +97,6 @@ class Attachment:
         return conversation
 
     def _give_back(self, core: PiKVCache) -> None:
-        self.lockstep.dropped(core.number)
         core.retire()
         spare = self._spare.setdefault(len(core.layers), [])
         if len(spare) < SPARE_CORES and not self._over:
@@ -111,7 +110,9 @@ class Attachment:
         attached = self.attached
         if attached is not None and attached.waits and len(attached.layers) == num_layers:
             return attached.conversation
-        return self.take(num_layers)
+        conversation = self.take(num_layers)
+        conversation.joined = True
+        return conversation
 
     @torch.no_grad()
     def run_idle(self, conversation: Conversation) -> None:

@@ -30,6 +30,14 @@ class HFCache(Cache):
         super().__init__(layers=conversation.layers)
         self.conversation = conversation
 
+    @property
+    def conversation(self) -> Conversation:
+        return self._hold.conversation
+
+    @conversation.setter
+    def conversation(self, conversation: Conversation) -> None:
+        self._hold = conversation.hold()
+
     @classmethod
     def of(cls, conversation: Conversation) -> HFCache:
         """The object that stands for a conversation where none was given: the same one each time, as long as somebody holds it."""

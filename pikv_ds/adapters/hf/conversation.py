@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from typing import Protocol
-from weakref import ref
+from weakref import finalize, ref
 
 import torch
 from torch import Tensor
@@ -27,19 +27,34 @@ class InStep(Protocol):
 
     def opened(self, conversation: Conversation) -> None: ...
 
+    def released(self, conversation: Conversation) -> None: ...
+
     def ask(self, active: bool, conversation: Conversation) -> bool: ...
 
     def awaited(self, otherwise: Conversation) -> Conversation: ...
 
 
+class Hold:
+    """What cache objects have of a conversation: as long as one of them lives, so does this."""
+
+    __slots__ = ("__weakref__", "conversation")
+
+    def __init__(self, conversation: Conversation) -> None:
+        self.conversation = conversation
+
+
 class Conversation:
-    """B rows. Several cache objects may stand for one conversation; its entries are dropped when the last of them goes, or on end()."""
+    """B rows. Several cache objects may stand for one conversation. When the last of them goes, or on end(), its entries are dropped; on
+    several ranks perhaps later, as others may need those (lockstep.py)."""
 
     def __init__(self, core: PiKVCache, model: str, expert_ids: ExpertIds, lockstep: InStep, attachment: int, parts: Anatomy) -> None:
         """model: what the user calls it, for errors. expert_ids: where the experts of its entries come from. attachment: who made it.
         parts: of the model."""
         self.expert_ids, self.lockstep, self.attachment = expert_ids, lockstep, attachment
-        self.held, self.model = core, model
+        self.held_core, self.model = core, model
+        self._hold: ref[Hold] | None = None
+        self.joined = False  # it is kept for other ranks; nobody on this one has asked for it
+        self.told = False  # the other ranks hear, or have heard, that nobody holds it here
         self.ended: str | None = None
         """Why nothing more can be asked of it."""
         self.thread: int | None = None
@@ -62,7 +77,20 @@ class Conversation:
     @property
     def core(self) -> PiKVCache:
         self.check()
-        return self.held
+        return self.held_core
+
+    def hold(self) -> Hold:
+        """That of a cache object; all have the same."""
+        hold = None if self._hold is None else self._hold()
+        if hold is None:
+            hold = Hold(self)
+            self._hold = ref(hold)
+            finalize(hold, self.lockstep.released, self).atexit = False
+        return hold
+
+    @property
+    def is_held(self) -> bool:
+        return self._hold is not None and self._hold() is not None
 
     def check(self) -> None:
         """Raises: UnsupportedError once it has ended."""
@@ -73,7 +101,7 @@ class Conversation:
         """Drop the entries for good. why: "was closed", completes "this cache ..."."""
         if self.ended is None:
             self.end_past_recording()
-            self.held.reset()
+            self.held_core.reset()
             self.ended = why
 
     def begin(self) -> None:

@@ -50,11 +50,12 @@ class Lockstep:
     def __init__(self) -> None:
         self._makers: list[ref[Maker]] = []
         self._known: WeakValueDictionary[int, Conversation] = WeakValueDictionary()
-        self._joined: list[Conversation] = []
-        """Those that only other ranks have asked for, until one of these says that it has dropped it."""
-        self._shared: dict[int, Conversation] = {}
-        """Those with tokens of other ranks, until the generate() is over on all: they may go on when this rank has dropped its own."""
-        self._dropped: list[int] = []  # numbers that the other ranks have not been told yet
+        self._kept: dict[int, Conversation] = {}
+        """Those that nobody holds on this rank and others may go on with; and, inside of generate(), those that may become such."""
+        self._new: list[Conversation] = []  # joined, and not opened yet
+        self._gone: dict[int, set[int]] = {}
+        """By number, the ranks on which nobody holds it any more."""
+        self._to_tell: list[int] = []  # numbers that nobody holds here, which the other ranks have not been told yet
         self._awaited: Wish | None = None
         """What the other ranks run next, while this one is not active."""
         self._waited_for = False
@@ -69,7 +70,7 @@ class Lockstep:
     @contextmanager
     def generating(self, exchange: Exchange) -> Iterator[None]:
         """Forwards inside are in step. At the end of the outermost one this rank stays until the others are done as well."""
-        depth = getattr(self._thread, "depth", 0)
+        depth = self._depth
         self._thread.depth = depth + 1
         try:
             yield
@@ -78,7 +79,7 @@ class Lockstep:
         if not depth:
             while (chosen := self._meet(exchange, None, leaves=True)[0]) is not None:
                 self._run_idle(chosen)
-            self._shared.clear()
+            self._kept = {number: one for number, one in self._kept.items() if not one.is_held}
 
     def leave(self, exchange: Exchange) -> None:
         """The last of a rank that goes: those that wait in a loop of theirs for its next generate() need not."""
@@ -87,7 +88,7 @@ class Lockstep:
 
     def before_forward(self, conversation: Conversation) -> None:
         """Of a generate(): until all ranks are ready for it, run what they need first."""
-        if not getattr(self._thread, "depth", 0) or self.runs_idle:
+        if not self._depth or self.runs_idle:
             return
         while (chosen := self._meet(conversation.core.ranks, Wish.of(conversation))[0]) != Wish.of(conversation):
             self._run_idle(chosen)
@@ -113,29 +114,52 @@ class Lockstep:
         """The conversation of the next idle forward, for a rank that is not active."""
         return otherwise if self._awaited is None else self._find(self._awaited)
 
-    def dropped(self, number: int) -> None:
-        """A cache has gone on this rank; others that only joined it need not keep its entries."""
-        if number:
-            self._dropped.append(number)
+    def released(self, conversation: Conversation) -> None:
+        """Nobody holds it on this rank any more. Its entries go now, but inside of generate(), where the ranks are at different calls."""
+        number = conversation.held_core.number
+        if not number or conversation.ended is not None or conversation.told:  # told: it was held for an idle forward
+            return
+        conversation.told = True
+        self._to_tell.append(number)
+        if not self._depth and not conversation.joined:
+            self._kept.pop(number, None)
 
     def opened(self, conversation: Conversation) -> None:
         """A forward of it has run: the group has numbered it."""
         number = conversation.core.number
+        if not number:
+            return
         self._known[number] = conversation
-        if getattr(self._thread, "depth", 0) and conversation.core.holds_others:
-            self._shared[number] = conversation
+        if conversation.joined or (self._depth and conversation.core.holds_others):
+            self._kept[number] = conversation
+        self._new = [one for one in self._new if one is not conversation]
+
+    @property
+    def _depth(self) -> int:
+        """Of generate() in this thread."""
+        return getattr(self._thread, "depth", 0)
 
     def _meet(self, exchange: Exchange, wish: Wish | None, *, leaves: bool = False) -> tuple[Wish | None, bool]:
         """What runs next, None = no rank is active; and whether some rank is only leaving a generate()."""
-        told, self._dropped = self._dropped[:DROPS], self._dropped[DROPS:]
+        told, self._to_tell = self._to_tell[:DROPS], self._to_tell[DROPS:]
         words = (int(leaves), *(wish or Wish(0, 0, 0, 0)), *told)
         said = exchange.lockstep_with(wish is not None, words)
-        if self._joined:
-            gone = {number for _, words in said for number in words[5:] if number}
-            self._joined = [one for one in self._joined if one.ended is None and one.core.number not in gone]
+        self._let_go(said, exchange)
         wishes = [Wish(*words[1:5]) for active, words in said if active]
         self._waited_for = leaves and not wishes and not all(words[0] for _, words in said)
         return max(wishes, default=None), any(words[0] for _, words in said)
+
+    def _let_go(self, said: list[tuple[bool, tuple[int, ...]]], exchange: Exchange) -> None:
+        """Of what is kept for the other ranks, what none of them holds any more."""
+        for rank, (_, words) in enumerate(said):
+            for number in words[5:]:
+                if number:
+                    self._gone.setdefault(number, set()).add(rank)
+        over = [number for number, ranks in self._gone.items() if len(ranks - {exchange.rank}) == exchange.size - 1]
+        for number in over:
+            del self._gone[number]
+            self._kept.pop(number, None)
+        self._kept = {number: one for number, one in self._kept.items() if one.ended is None}
 
     def _find(self, wish: Wish) -> Conversation:
         conversation = self._known.get(wish.number)
@@ -146,7 +170,7 @@ class Lockstep:
                     "another rank opens a cache of a model that is not attached here any more; attach and detach alike on all ranks"
                 )
             conversation = maker.join(wish.layers)
-            self._joined.append(conversation)
+            self._new.append(conversation)
         if conversation is None or conversation.ended is not None:
             raise PeerError(
                 f"another rank goes on with cache {wish.number} of the group, which this rank has closed or dropped; its entries are gone. "
