@@ -449,6 +449,20 @@ def test_attached_drafts(family, block):
             assert greedy(model, ids, 30, assistant_model=draft).tolist() == expected.tolist()
 
 
+def test_a_draft_whose_prompt_has_padding_inside():
+    """The model writes its padding token, which transformers then hides from the draft: with windows that is refused but for drafts."""
+    model, draft = tiny_model("gpt_oss"), tiny_model("gpt_oss", seed=5)
+    model.lm_head.register_forward_hook(lambda module, args, logits: logits + 2 * (torch.arange(logits.shape[-1]) == 0))
+    ids = prompt(20, 2)
+    expected = greedy(model, ids, 20)
+    assert (expected[:, 20:-1] == 0).any() and (expected[:, 20:] != 0).any()
+    assert greedy(model, ids, 20, assistant_model=draft).tolist() == expected.tolist()
+    with pikv_ds.attach(draft, BLOCK):
+        assert greedy(model, ids, 20, assistant_model=draft).tolist() == expected.tolist()
+        with pytest.raises(UnsupportedError, match="attention_mask hides"):
+            greedy(draft, expected, 2)
+
+
 # ---- models without generate() ---------------------------------------------------------------------------------------------------------
 
 

@@ -61,6 +61,7 @@ class Conversation:
         """Of the forward that runs through it."""
         self.generating: int | None = None
         """The thread of the generate() that it is the cache of."""
+        self.drafts = False  # an assistant's: another draft than plain's is no less a draft, so what only moves a window is not refused
         self.broken = False  # a forward failed midway
         self.probe_s = 0.0
         """Seconds that the probe of its model took when it was attached."""

@@ -80,6 +80,7 @@ class GenerateHooks:
             cache = given.named()
         else:
             return self._prepare_cache(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
+        cache.conversation.drafts = bool(generation_config.is_assistant)
         self._check_last_column(model_kwargs.get("attention_mask"), cache)
         model_kwargs["past_key_values"] = cache
         if running.generations:
@@ -93,7 +94,7 @@ class GenerateHooks:
 
     def _check_last_column(self, mask, cache: HFCache) -> None:
         """Sync: with a mask, one read. Raises: UnsupportedError."""
-        windows = any(spec.window is not None for spec in cache.core.layers)
+        windows = not cache.conversation.drafts and any(spec.window is not None for spec in cache.core.layers)
         if windows and isinstance(mask, Tensor) and mask.dim() == 2 and not bool(mask[:, -1].all()):
             raise UnsupportedError(
                 "attention_mask hides the last column of a row, from which its next token would come, and the model has layers with a "

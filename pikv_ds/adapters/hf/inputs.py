@@ -62,7 +62,7 @@ def _unseen(mask: Tensor, rows: int, columns: int) -> Tensor:
 
 def _check_holes(cache: Conversation, new: Tensor) -> None:
     """Windows count columns in transformers and tokens here: the same unless padding lies between the tokens of a row."""
-    if bool(new.all()) and cache.column_mask is None or all(spec.window is None for spec in cache.core.layers):
+    if cache.drafts or bool(new.all()) and cache.column_mask is None or all(spec.window is None for spec in cache.core.layers):
         return
     old = torch.ones(len(new), cache.columns, dtype=torch.bool) if cache.column_mask is None else cache.column_mask
     real = torch.cat([old, new], 1)
