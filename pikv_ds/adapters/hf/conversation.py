@@ -144,11 +144,11 @@ class Conversation:
         if self.fresh:
             return
         self.states.select(index)
+        self.touched = self.touched or index != list(range(len(self.parent)))
         self.parent = [self.parent[i] for i in index]
         self.lens = [self.lens[i] for i in index]
         self.column_mask = None if self.column_mask is None else self.column_mask[index]
         self.last_position = self.last_position[index]
-        self.touched = self.touched or index != list(range(len(self.parent)))
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last columns; a negative number, as DynamicCache takes it. crop(0) ends a speculative forward."""
