@@ -26,3 +26,6 @@ class PeerError(RuntimeError):
 
 class DivergedError(RuntimeError):
     """Ranks declared to hold replicated requests saw different tokens."""
+
+
+PIKV_ERRORS = (ConfigError, UnsupportedError, CapacityError, PeerError, DivergedError)

@@ -16,6 +16,7 @@ CHECKS = [
     "2 and 0 prompts, then lockstep",
     "a rank that detaches ends the loop of the other",
     "a forward inside the generation of one rank",
+    "and then what the other rank has not used yet",
     "one rank goes on with a conversation, the other begins",
     "attached draft on the same group",
     "drafts with the first layer",

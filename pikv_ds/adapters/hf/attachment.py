@@ -105,10 +105,14 @@ class Attachment:
             self._over = True
             self._remove()  # no collective: nobody knows when an object is collected
 
-    def join(self, num_layers: int) -> Conversation:
-        """The conversation of a cache that another rank opens: what this rank would open next, where that is the same."""
+    def join(self, num_layers: int, *, in_a_loop: bool) -> Conversation:
+        """The conversation of a cache that another rank opens.
+
+        in_a_loop: the user's own, of lockstep(): what this rank would open next, where that is the same, as it may take part later. In
+        generate() a rank never knows whether what the other opens will last.
+        """
         attached = self.attached
-        if attached is not None and attached.waits and len(attached.layers) == num_layers:
+        if in_a_loop and attached is not None and attached.waits and len(attached.layers) == num_layers:
             return attached.conversation
         conversation = self.take(num_layers)
         conversation.joined = True

@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary, WeakValueDictionary, ref
 
 import torch.distributed as dist
 
-from pikv_ds.errors import PeerError
+from pikv_ds.errors import PIKV_ERRORS, PeerError
 from pikv_ds.exchange.exchange import Exchange
 
 from .conversation import Conversation
@@ -39,7 +39,7 @@ class Wish(NamedTuple):
 class Maker(Protocol):
     """What is asked of an attachment (attachment.py)."""
 
-    def join(self, num_layers: int) -> Conversation: ...
+    def join(self, num_layers: int, *, in_a_loop: bool) -> Conversation: ...
 
     def run_idle(self, conversation: Conversation) -> None: ...
 
@@ -112,7 +112,7 @@ class Lockstep:
 
     def awaited(self, otherwise: Conversation) -> Conversation:
         """The conversation of the next idle forward, for a rank that is not active."""
-        return otherwise if self._awaited is None else self._find(self._awaited)
+        return otherwise if self._awaited is None else self._find(self._awaited, in_a_loop=True)
 
     def released(self, conversation: Conversation) -> None:
         """Nobody holds it on this rank any more. Its entries go now, but inside of generate(), where the ranks are at different calls."""
@@ -161,7 +161,7 @@ class Lockstep:
             self._kept.pop(number, None)
         self._kept = {number: one for number, one in self._kept.items() if one.ended is None}
 
-    def _find(self, wish: Wish) -> Conversation:
+    def _find(self, wish: Wish, *, in_a_loop: bool = False) -> Conversation:
         conversation = self._known.get(wish.number)
         if wish.new:
             maker = self._makers[wish.attachment]()
@@ -169,7 +169,7 @@ class Lockstep:
                 raise PeerError(
                     "another rank opens a cache of a model that is not attached here any more; attach and detach alike on all ranks"
                 )
-            conversation = maker.join(wish.layers)
+            conversation = maker.join(wish.layers, in_a_loop=in_a_loop)
             self._new.append(conversation)
         if conversation is None or conversation.ended is not None:
             raise PeerError(
@@ -184,6 +184,13 @@ class Lockstep:
         self._thread.idle = True
         try:
             maker.run_idle(conversation)
+        except PIKV_ERRORS:
+            raise
+        except Exception as error:
+            raise PeerError(
+                f"a forward without tokens, which this rank ran because another rank of the group runs one with {wish.layers} layers, "
+                f"failed, and so will that one: {type(error).__name__}: {error}"
+            ) from error
         finally:
             self._thread.idle = False
 

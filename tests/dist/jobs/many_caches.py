@@ -107,6 +107,15 @@ def check_differing_generations(report: Report, model, group) -> None:
         with pikv_ds.attach(model, OWN, group):
             looks = {"stopping_criteria": StoppingCriteriaList([Looks(model)])} if rank == 0 else {}
             assert greedy(model, ids, **looks).tolist() == expected.tolist()
+    with report.check("and then what the other rank has not used yet"):
+        ids, other = prompt(9 + rank, 11 + rank), prompt(6 + rank, 15 + rank)
+        expected, then = greedy(model, ids), greedy(model, other)
+        with pikv_ds.attach(model, OWN, group) as cache:
+            looks = {"stopping_criteria": StoppingCriteriaList([Looks(model)])} if rank == 0 else {"past_key_values": cache.new_cache()}
+            assert greedy(model, ids, **looks).tolist() == expected.tolist()
+            if rank == 1:  # the object of attach has stood for nothing so far on this rank
+                assert greedy(model, other).tolist() == then.tolist()
+            rest(model, cache)
     with report.check("one rank goes on with a conversation, the other begins"):
         ids, other = prompt(9 + rank, 13 + rank), prompt(6 + rank, 15 + rank)
         expected, begun = greedy(model, ids, 10), greedy(model, other, 4)
