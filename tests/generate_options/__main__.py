@@ -23,7 +23,7 @@ def main() -> int:
     if args.table:
         found = run_table()
         FILE.write_text(written(found), encoding="utf-8")
-        bad += sum(one["status"] not in ("served", "refused", "same error") for one in found.values())
+        bad += sum(one["status"] not in ("served", "tie", "refused", "same error") for one in found.values())
     if args.random:
         bad += run_random(args.random, [int(ranks) for ranks in args.ranks.split(",")], args.json)
     return 1 if bad else 0

@@ -13,7 +13,7 @@ from .cases import names_what_it_refuses
 from .drive import outcomes
 from .programs import case_of
 
-LETTERS = {"served": "s", "refused": "r", "same error": "e"}
+LETTERS = {"served": "s", "refused": "r", "same error": "e", "tie": "t"}
 AT_ONCE = 25
 
 
@@ -43,7 +43,7 @@ def run_random(count: int, all_ranks: list[int], file: Path | None) -> int:
                 says = outcome["says"].splitlines()[0][:60]
                 results["refusals"][says] = results["refusals"].get(says, 0) + 1
         results["done"][str(ranks)] = done
-        tally = {letter: done.count(letter) for letter in "serw"}
+        tally = {letter: done.count(letter) for letter in "strew"}
         print(f"{ranks} ranks: {len(done)} of {len(seeds)}: {tally}", flush=True)
         if file is not None:
             file.write_text(_text(results, count, all_ranks, file), encoding="utf-8")
@@ -59,6 +59,7 @@ def _text(results: dict, count: int, all_ranks: list[int], file: Path) -> str:
         "torch": torch.__version__,
         "cases": sum(letters.values()),
         "served": letters["s"],
+        "another choice between two that are alike for plain": letters["t"],
         "refused by name": letters["r"],
         "raise as plain does": letters["e"],
         "wrong or hung": letters["w"],

@@ -20,6 +20,7 @@ SHORT = {
 """By the number of ranks."""
 RANDOM = 1000 if LONG else 15
 """For each number of ranks."""
+ONCE_WRONG = {1: [1126], 2: [53, 671]}
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +56,6 @@ def test_what_the_rows_say_happens(ranks, written):
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_options_composed_at_random(ranks):
-    chosen = {str(seed): case_of(seed, ranks) for seed in range(ranks - 1, 2 * RANDOM, 2)}
+    chosen = {str(seed): case_of(seed, ranks) for seed in (*range(ranks - 1, 2 * RANDOM, 2), *ONCE_WRONG[ranks])}
     wrong = {seed: outcome for seed, outcome in outcomes(chosen, ranks) if not is_right(chosen[seed], outcome)}
     assert not wrong
