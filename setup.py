@@ -15,6 +15,8 @@ packages = find_packages(include=["pikv_ds", "pikv_ds.*"])
 for name, folder in GRAFTS.items():
     packages += [name, *(f"{name}.{sub}" for sub in find_packages(folder))]
 
+EVAL = ["lm-eval[hf]>=0.4.9,<0.5"]
+
 AHEAD = os.environ.get("DS_BUILD_PIKV") == "1"
 
 
@@ -84,7 +86,12 @@ setup(
     ],
     extras_require={
         "cuda": ["cupy-cuda13x"],
-        "test": ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "matplotlib", "ruff", "mypy"],
+        "eval": EVAL,
+        "test": [
+            *("pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "matplotlib", "ruff", "mypy"),
+            *EVAL,
+            *("accelerate", "peft", "torchao", "optimum-quanto", "bitsandbytes"),  # what wraps or packs the weights of models
+        ],
     },
     entry_points={"console_scripts": ["pikv=pikv_ds.launch.cli:main"]},
 )

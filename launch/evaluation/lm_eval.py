@@ -24,7 +24,7 @@ def register() -> None:
         from lm_eval.api.registry import register_model
         from lm_eval.models.huggingface import HFLM
     except ImportError as error:
-        raise ConfigError(f"lm-eval can't be imported ({error}); pip install 'lm-eval[hf]>=0.4.9,<0.5'") from None
+        raise ConfigError(f"lm-eval can't be imported ({error}); pip install 'pikv-ds[eval]', which is lm-eval[hf]>=0.4.9,<0.5") from None
     from pikv_ds.launch.evaluation.harness import cache_lm
 
     for name, host in HOSTS.items():
