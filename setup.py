@@ -15,8 +15,6 @@ packages = find_packages(include=["pikv_ds", "pikv_ds.*"])
 for name, folder in GRAFTS.items():
     packages += [name, *(f"{name}.{sub}" for sub in find_packages(folder))]
 
-EVAL = ["lm-eval[hf]>=0.4.9,<0.5"]
-
 AHEAD = os.environ.get("DS_BUILD_PIKV") == "1"
 
 
@@ -86,12 +84,9 @@ setup(
     ],
     extras_require={
         "cuda": ["cupy-cuda13x"],
-        "eval": EVAL,
-        "test": [
-            *("pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "matplotlib", "ruff", "mypy"),
-            *EVAL,
-            *("accelerate", "peft", "torchao", "optimum-quanto", "bitsandbytes"),  # what wraps or packs the weights of models
-        ],
+        "eval": ["lm-eval[hf]>=0.4.9,<0.5"],
+        "test": ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "matplotlib", "ruff", "mypy", "pikv-ds[eval,weights]"],
+        "weights": ["accelerate", "peft", "torchao", "optimum-quanto", "bitsandbytes"],  # what wraps or packs them, for tests
     },
     entry_points={"console_scripts": ["pikv=pikv_ds.launch.cli:main"]},
 )
