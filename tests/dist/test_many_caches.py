@@ -19,6 +19,7 @@ CHECKS = [
     "and then what the other rank has not used yet",
     "one rank goes on with a conversation, the other begins",
     "attached draft on the same group",
+    "a draft that evicts",
     "drafts with the first layer",
     "a cache that another rank goes on with was dropped",
     "one rank raises inside generate()",

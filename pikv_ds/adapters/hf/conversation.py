@@ -170,7 +170,8 @@ class Conversation:
     def activate_past_recording(self) -> None:
         """Assisted decoding will crop: keep what leaves a sliding window until then. Once is enough."""
         if not self.recording:
-            self._crops.enter_context(self.core.announce_crops())
+            # A draft is many forwards and then one crop; what it looked at may stay counted, as it only proposes.
+            self._crops.enter_context(self.core.announce_crops(rehearsal=self.drafts))
             self.states.record()
             self.recording = True
 

@@ -137,6 +137,12 @@ def check_drafts(report: Report, model, draft, group) -> None:
     expected = greedy(model, ids, 8 + 6 * rank)
     with report.check("attached draft on the same group"), pikv_ds.attach(model, OWN, group), pikv_ds.attach(draft, OWN, group):
         assert greedy(model, ids, 8 + 6 * rank, assistant_model=draft).tolist() == expected.tolist()
+    watches = {"scheduling": {"method": "h2o", "budget_tokens": 24, "recent_tokens": 4, "sink_tokens": 2}}
+    draft.generation_config.assistant_confidence_threshold = 0.0  # many forwards, then one crop
+    expected_later = greedy(model, ids, 30)
+    with report.check("a draft that evicts"), pikv_ds.attach(model, OWN, group), pikv_ds.attach(draft, {**OWN, **watches}, group) as drafts:
+        assert greedy(model, ids, 30, assistant_model=draft).tolist() == expected_later.tolist()
+        assert drafts.stats()["entries_evicted"] > 0
     with report.check("drafts with the first layer"), pikv_ds.attach(model, OWN, group):
         assert greedy(model, ids, 8 + 6 * rank, assistant_early_exit=1).tolist() == expected.tolist()
 
