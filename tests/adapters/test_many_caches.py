@@ -13,6 +13,7 @@ from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, Sto
 import pikv_ds
 from pikv_ds.cache.stats import stats
 from pikv_ds.errors import ConfigError, UnsupportedError
+from tests.long_form import short_or_long
 from tests.tiny_models import prompt, tiny_model
 
 BLOCK = {"page_size": 4}
@@ -441,8 +442,8 @@ DRAFTS = {"exact": ("qwen3_moe", {}), "evicts": ("qwen3_moe", EVICTS), "watches"
 DRAFTS |= {"windows": ("gpt_oss", {}), "windows, evicts": ("gpt_oss", EVICTS), "windows only": ("mixtral", {})}
 
 
-@pytest.mark.parametrize("threshold", [0.0, 0.4])
-@pytest.mark.parametrize("name", DRAFTS)
+@pytest.mark.parametrize("threshold", short_or_long([0.0], [0.0, 0.4]))
+@pytest.mark.parametrize("name", short_or_long(["evicts", "watches", "windows, evicts"], list(DRAFTS)))
 def test_attached_drafts(name, threshold):
     """threshold 0: a draft is 20 forwards long, and then most of it is taken back."""
     family, block = DRAFTS[name]

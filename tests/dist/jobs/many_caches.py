@@ -1,5 +1,6 @@
 """Several caches alive on the ranks of a group, and ranks whose generations differ. The oracle is plain transformers on each rank alone."""
 
+import sys
 from datetime import timedelta
 
 import torch
@@ -83,7 +84,7 @@ def check_differing_generations(report: Report, model, group) -> None:
         expected = greedy(model, ids, 3 + 5 * rank)
         with pikv_ds.attach(model, OWN, group):
             assert greedy(model, ids, 3 + 5 * rank).tolist() == expected.tolist()
-    for mine in ((1, 0), (0, 1), (3, 1), (2, 0)):
+    for mine in ([int(n) for n in pair.split(",")] for pair in sys.argv[1:]):
         with report.check(f"{mine[0]} and {mine[1]} prompts, then lockstep"):
             prompts = [prompt(7 + i + 2 * rank, 40 + i + rank) for i in range(mine[rank])]
             expected = [greedy(model, ids).tolist() for ids in prompts]
