@@ -63,6 +63,11 @@ def given_cache(given: Mapping[str, Any]) -> Any:
     return found
 
 
+def given_name(given: Mapping[str, Any]) -> str:
+    """The name that the caller gave a cache by."""
+    return next((name for name in NAMES if given.get(name) is not None), IN_GENERATE)
+
+
 def renamed(given: Mapping[str, Any], name: str, cache: Any) -> dict[str, Any]:
     """The arguments with `cache` by `name`, and by no other name."""
     return {key: value for key, value in given.items() if key not in NAMES} | {name: cache}

@@ -15,7 +15,7 @@ from pikv_ds.exchange.digest import digest
 from pikv_ds.modes import eager, refuse_transforms, untraced
 from pikv_ds.step.step import LocalStep
 
-from .argument_names import given_cache, renamed
+from .argument_names import given_cache, given_name, renamed
 from .cache import HFCache
 from .conversation import Conversation
 from .host import Host
@@ -78,18 +78,18 @@ class ForwardHooks:
         if not isinstance(past, HFCache):
             if attached is None:
                 return None
-            self.refuse_foreign(past)
+            self.refuse_foreign(past, given_name(given))
         self.host.attachment_of(past)
         if training:
             raise UnsupportedError("a PiKV cache was passed to a forward in train mode; call model.eval() first")
         return past.named()
 
-    def refuse_foreign(self, past) -> NoReturn:
-        """past: what was given as the cache, and is no PiKV cache."""
+    def refuse_foreign(self, past, name: str) -> NoReturn:
+        """past: what was given as the cache, by this name, and is no PiKV cache."""
         what = "" if isinstance(past, Cache) else ", which is no Cache"
         raise UnsupportedError(
-            f"the model is attached to PiKV but was called with a {type(past).__name__} as {self._cache_name}{what}; pass no cache, or one "
-            "of its own, or detach"
+            f"the model is attached to PiKV but was called with a {type(past).__name__} as {name}{what}; pass no cache, or one of "
+            "its own, or detach"
         )
 
     def _plan(self, conversation: Conversation, given: dict) -> tuple[LocalStep, Growth]:

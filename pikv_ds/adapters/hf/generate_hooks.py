@@ -9,7 +9,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from pikv_ds.errors import UnsupportedError
 
-from .argument_names import IN_GENERATE, given_cache, renamed
+from .argument_names import IN_GENERATE, given_cache, given_name, renamed
 from .cache import HFCache
 from .forward_hooks import ForwardHooks
 from .host import Host
@@ -41,7 +41,7 @@ class GenerateHooks:
                 "cache_implementation = 'paged' is continuous batching, which has a cache of its own; unset it, or detach"
             )
         if given is not None and not isinstance(given, HFCache) and self.host.attached is not None:
-            self.forwards.refuse_foreign(given)  # before this rank's draft model runs, or any collective
+            self.forwards.refuse_foreign(given, given_name(kwargs))  # before this rank's draft model runs, or any collective
         if isinstance(given, HFCache):
             kwargs = renamed(kwargs, IN_GENERATE, given)
         cache = given if isinstance(given, HFCache) else self.host.attached
