@@ -43,8 +43,9 @@ def main() -> int:
     parser.add_argument("--as", dest="taken_for", metavar="VERSION", help="what the installed version is taken for")
     args = parser.parse_args()
     warnings.simplefilter("ignore", FutureWarning)  # of the older word
-    import transformers
+    import tests.tiny_models  # noqa: F401  before 5.19 transformers replaces itself in sys.modules when a model is imported
 
+    transformers = sys.modules["transformers"]
     print(f"transformers {transformers.__version__} in {transformers.__path__[0]}")
     transformers.__version__ = args.taken_for or transformers.__version__
     for family in SHORT if args.short else FAMILIES:
