@@ -59,10 +59,11 @@ class HFBackend:
 
 class _Sharded:
     def __init__(self, model: Any, cache: Any) -> None:
-        self.model, self.cache, self._given = model, cache, cache_argument(model, cache)
+        self.model, self.cache = model, cache
 
     def feed(self, ids: Tensor) -> Tensor:
-        return self.model(ids.to(self.model.device), **self._given, use_cache=True).logits.float()
+        given = cache_argument(self.model, self.cache)
+        return self.model(ids.to(self.model.device), **given, use_cache=True).logits.float()
 
     def memory(self) -> Memory:
         stats = self.cache.stats()
