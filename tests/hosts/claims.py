@@ -45,6 +45,9 @@ def untrue(given: list[Requirement], results: dict) -> list[str]:
     """Where ranges and rows differ, in words; nothing: they are equal."""
     wrong = []
     for host in HOSTS:
+        if host not in results["hosts"]:
+            wrong.append(f"{host} has no row at all")
+            continue
         releases, rows = results["hosts"][host]["releases"], results["hosts"][host]["rows"]
         passed = {row["version"] for row in rows if row["result"] == PASSED}
         inside = set()
