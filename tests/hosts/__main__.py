@@ -113,8 +113,9 @@ def smoke(name: str, environment: Path, folder: Path, leg: Leg, *, taken_for: bo
 
 
 def first_cause(output: str) -> str:
-    """The first error that pytest shows, else the last line."""
-    shown = re.search(r"^E\s+(\S.*)$", output, re.MULTILINE)
+    """The first error of a rank, else the first that pytest shows, else the last line."""
+    ranks = re.search(r"\[rank\d+\]: (\w*(?:Error|Exception): .+)$", output, re.MULTILINE)
+    shown = ranks or re.search(r"^E\s+(\S.*)$", output, re.MULTILINE)
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     return (shown[1] if shown else lines[-1] if lines else "no output")[:300]
 
