@@ -97,8 +97,8 @@ def newest() -> tuple[str, list[str]]:
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     folder = cache / "pikv_ds" / "hosts" / f"transformers-{version}"
     if not (folder / ".complete").is_file():
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-compile", "--upgrade", "--disable-pip-version-check"]
-        command += ["--target", str(folder), f"transformers=={version}"]
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps", "--no-compile"]
+        command += ["--upgrade", "--target", str(folder), f"transformers=={version}"]
         try:
             subprocess.run(command, capture_output=True, text=True, timeout=DOWNLOAD_LIMIT_S, check=True, stdin=subprocess.DEVNULL)
         except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
