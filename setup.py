@@ -74,9 +74,9 @@ setup(
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.11",
-        "deepspeed>=0.19",
-        "transformers>=5.0",
-        "megatron-core>=0.16",
+        "deepspeed>=0.19.8,<0.20",
+        "transformers>=5.19,<5.25",
+        "megatron-core>=0.16,<0.17",
         "numpy",
         "pydantic>=2",
         "rich",

@@ -10,6 +10,7 @@ COMMANDS=(
     "full|every test, the short form (bash launch/test.sh)"
     "docs|make the generated documents anew and say which of them were not up to date"
     "bench|time a decode step against its stored baseline (python -m tests.gate)"
+    "hosts|run lowest, pinned and newest of each host in environments of their own (python -m tests.hosts); hours, needs the package index"
     "hooks|check staged files at every commit of this clone (git config core.hooksPath .ci/hooks)"
 )
 
@@ -101,6 +102,10 @@ PY
 
 run_bench() {
     python -m tests.gate "$@"
+}
+
+run_hosts() {
+    python -m tests.hosts "$@"
 }
 
 run_hooks() {
