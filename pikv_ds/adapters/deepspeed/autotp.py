@@ -46,8 +46,8 @@ def check_inference_tp(ds_config: Mapping[str, Any], model: PreTrainedModel, num
         group = next((found for block in blocks if (found := nested(ds_config, block, "tp_group")) is not None), None)
         if not hasattr(mpu, "get_model_parallel_group") or group is None:
             raise UnsupportedError(
-                f"mpu is set (a {type(mpu).__name__}): DeepSpeed takes the size from its get_model_parallel_group() and cuts nothing unless "
-                f"tensor_parallel.tp_group is that group too; pass both, or neither"
+                f"mpu is set (a {type(mpu).__name__}): DeepSpeed takes the size from its get_model_parallel_group() and cuts nothing "
+                f"unless tensor_parallel.tp_group is that group too; pass both, or neither"
             )
         key, size = "mpu.get_model_parallel_group()", dist.get_world_size(mpu.get_model_parallel_group())
     if size <= 1:
@@ -58,13 +58,14 @@ def check_inference_tp(ds_config: Mapping[str, Any], model: PreTrainedModel, num
     if size != num_ranks:
         raise UnsupportedError(
             f"{key} is {size} and the job has {num_ranks} ranks: init_inference makes one tensor-parallel group, of ranks 0 to {size - 1}, "
-            f"and gives the others none; start {size} ranks, or pass tensor_parallel.mpu and tensor_parallel.tp_group with the group of each rank"
+            f"and gives the others none; start {size} ranks, or pass tensor_parallel.mpu and tensor_parallel.tp_group with the group of "
+            f"each rank"
         )
     first = InferenceEngine.inference_mp_group
     if first is not None and dist.get_world_size(first) != size:
         raise UnsupportedError(
-            f"{key} is {size}, and DeepSpeed keeps the tensor-parallel group of this process's first engine, of {dist.get_world_size(first)} "
-            f"ranks, for all that follow; use one size in a process, or pass tensor_parallel.mpu"
+            f"{key} is {size}, and DeepSpeed keeps the tensor-parallel group of this process's first engine, of "
+            f"{dist.get_world_size(first)} ranks, for all that follow; use one size in a process"
         )
 
 
@@ -82,7 +83,7 @@ def tensor_parallel_peers(model: nn.Module) -> tuple[int, ...]:
 
 
 def equal_parts(peers: Sequence[int]) -> tuple[int, ...]:
-    """Ranks that hold the same part of the model as this one, itself included: data-parallel ranks. Collective over all ranks of the job."""
+    """Ranks that hold the same part of the model as this one, itself included: data-parallel ranks. Collective over the job."""
     ranks = all_ranks()
     if not dist.is_initialized():
         return ranks
@@ -102,8 +103,8 @@ def fit_requests(config: PiKVConfig, members: Sequence[int], peers: Sequence[int
         return config
     if config.storage.requests == "replicated":
         raise ConfigError(
-            f"pikv.storage.requests = 'replicated' and the cache is sharded over ranks {list(members)}, of which {shared} are tensor-parallel "
-            f"peers, whose keys are different heads; use 'auto' or 'distinct'"
+            f"pikv.storage.requests = 'replicated' and the cache is sharded over ranks {list(members)}, of which {shared} are "
+            f"tensor-parallel peers, whose keys are different heads; use 'auto' or 'distinct'"
         )
     return config.model_copy(update={"storage": config.storage.model_copy(update={"requests": "distinct"})})
 
@@ -133,12 +134,13 @@ def _check_model(model: PreTrainedModel, size: int, key: str, moe_size: int | No
     sinks = next((path for path, _ in model.named_parameters() if path.endswith(".sinks")), None)
     if sinks is not None:
         raise UnsupportedError(
-            f"{key} is {size} and {name} has attention sinks ({sinks}), one number per query head, which DeepSpeed leaves whole on every rank: "
-            f"its own forward fails on them; use expert or data parallelism"
+            f"{key} is {size} and {name} has attention sinks ({sinks}), one number per query head, which DeepSpeed leaves whole on every "
+            f"rank: its own forward fails on them; use expert or data parallelism"
         )
     if moe_size:
         raise UnsupportedError(
-            f"{key} is {size} and the model has DeepSpeed MoE layers of ep_size {moe_size}: their experts would be cut besides; use one of both"
+            f"{key} is {size} and the model has DeepSpeed MoE layers of ep_size {moe_size}: their experts would be cut besides; use one "
+            f"of both"
         )
 
 

@@ -18,6 +18,7 @@ from deepspeed.accelerator import get_accelerator
 
 from pikv_ds.adapters.hf.attach import attach
 from pikv_ds.config.pikv import PiKVConfig
+from pikv_ds.ops.build.torch_builds import locks_watched
 
 from .autoep import check_expert_parallel, expert_group_members
 from .autoep_shim import registry_shim
@@ -29,13 +30,14 @@ from .moe import check_moe_layers, moe_group_members, open_groups
 from .monitor import MonitorWriter
 from .refusals import check_inference, check_initialize, check_model
 from .register import register, unregister
+from .shm import unlink_own_buffers
 
 
 def initialize(*args: Any, **kwargs: Any) -> tuple:
     """deepspeed.initialize; with the block, the returned engine has the KV cache handle as `engine.pikv`.
 
     The cache is sharded over AutoEP's expert-parallel group ("expert_parallel" block), over that of DeepSpeed's own MoE layers, or,
-    with replicated experts, over all data-parallel ranks: under AutoTP those that hold the same heads. No optimizer is needed for inference.
+    with replicated experts, over all data-parallel ranks: under AutoTP those that hold the same heads. Inference needs no optimizer.
 
     Args and returns: those of deepspeed.initialize.
 
@@ -56,7 +58,7 @@ def initialize(*args: Any, **kwargs: Any) -> tuple:
     moe_size = check_moe_layers(model, _world_size())
     check_initialize_tp(ds_config, model, autoep_size, moe_size)
     register()
-    with registry_shim() if autoep_size else contextlib.nullcontext():
+    with locks_watched(), registry_shim() if autoep_size else contextlib.nullcontext():
         returned = host(*args, **kwargs)
     engine = returned[0]
     if autoep_size:
@@ -95,8 +97,9 @@ def init_inference(model: Any, config: str | dict | None = None, **kwargs: Any) 
     moe_size = check_moe_layers(model, _world_size())
     check_inference_tp({**(ds_config or {}), **kwargs}, model, _world_size(), moe_size)
     register()
-    _init_distributed(pikv.timeout_s)
-    engine = host(model, ds_config, **kwargs)
+    with locks_watched():
+        _init_distributed(pikv.timeout_s)
+        engine = host(model, ds_config, **kwargs)
     if moe_size:
         open_groups(engine.module)
         _add_cache(engine, pikv, moe_group_members(engine.module), "ep_size")
@@ -125,6 +128,7 @@ def _add_cache(engine: Any, config: PiKVConfig, members: Sequence[int] | None, n
     peers = tensor_parallel_peers(engine.module)
     members = equal_parts(peers) if members is None else members
     group = own_group(members, config.timeout_s)
+    unlink_own_buffers()  # own_group has heard of all ranks: each has them mapped
     engine.pikv = attach(engine.module, fit_requests(config, members, peers), group)
     hide_cache_from_check(engine)
     group_name = f"{name}_{len(members)}"

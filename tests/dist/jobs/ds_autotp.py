@@ -34,6 +34,7 @@ def start(function, host: bool, model, config: dict, **more):
 def compare(name: str, function: str, family: str, config: dict, group: list[int], mode: str, *, own_prompt: int = 0, **changes) -> None:
     """group: the ranks over which the cache is to be sharded; mode: as what the store sees their requests."""
     mpu = changes.pop("mpu", None)
+    changes.setdefault("intermediate_size", 128)  # DeepSpeed before 0.19.8 cuts MLPs by 64 columns
     if mpu is not None:
         config = {**config, "tensor_parallel": {**config["tensor_parallel"], "mpu": mpu, "tp_group": mpu.group}}
     with report.check(name) as row:
