@@ -74,10 +74,11 @@ setup(
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.11",
-        "deepspeed>=0.19",
+        "deepspeed>=0.19.2",
         "transformers>=5.0",
         "megatron-core>=0.16",
         "numpy",
+        "packaging",
         "pydantic>=2",
         "rich",
         "safetensors",
