@@ -74,10 +74,11 @@ setup(
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.11",
-        "deepspeed>=0.19.8,<0.20",
+        "deepspeed>=0.19.2,<0.20",
         "transformers>=5.19,<5.25",
         "megatron-core>=0.16,<0.17",
         "numpy",
+        "packaging",
         "pydantic>=2",
         "rich",
         "safetensors",

@@ -12,7 +12,7 @@ from typing import Any
 import pikv_ds
 
 _SIDEWAYS_WIDTH = 14  # characters a column needs to be read on its side
-_PACKAGES = ("torch", "deepspeed", "megatron-core", "transformers")
+HOSTS = ("torch", "deepspeed", "megatron-core", "transformers")
 
 
 def versions() -> dict[str, str | None]:
@@ -20,7 +20,7 @@ def versions() -> dict[str, str | None]:
     return {
         "python": platform.python_version(),
         "pikv-ds": pikv_ds.__version__,
-        **{name: package_version(name) for name in _PACKAGES},
+        **{name: package_version(name) for name in HOSTS},
     }
 
 

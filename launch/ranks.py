@@ -9,11 +9,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 import pikv_ds
+
+from .shm_buffers import remove_buffers
 
 _LOG_LINES = 40
 
@@ -25,8 +27,12 @@ class RanksFailed(RuntimeError):
 def run_ranks(module: str, arguments: Sequence[str], ranks: int) -> None:
     """Run `module` on `ranks` ranks of this machine and wait. Rank 0 may write to this process's stdout.
 
-    What the ranks log goes to stderr; it is kept in a file and shown only when the job fails.
+    What the ranks log goes to stderr; it is kept in a file and shown only when the job fails. Raises: RanksFailed, also for a lock that an
+    earlier job left in the folder of DeepSpeed's op.
     """
+    from pikv_ds.ops.build.torch_builds import announce_build
+
+    port, env = free_port(), rank_environment(ranks)
     # --no_local_rank: the ranks read LOCAL_RANK, which is also what torchrun sets.
     command = [
         sys.executable,
@@ -36,28 +42,49 @@ def run_ranks(module: str, arguments: Sequence[str], ranks: int) -> None:
         "--num_accelerators",
         str(ranks),
         "--master_port",
-        str(free_port()),
+        str(port),
         "--no_local_rank",
         "--module",
         module,
         *arguments,
     ]
+    announce_build(env)
     with tempfile.TemporaryFile("w+", errors="replace") as log:
-        process = subprocess.Popen(command, env=rank_environment(ranks), stdin=subprocess.DEVNULL, stderr=log, start_new_session=True)
+        process = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stderr=log, start_new_session=True)
         try:
-            status = process.wait()
+            status = _wait(process, env)
         finally:
             end_group(process)
+            remove_buffers(port)
         if status != 0:
             log.seek(0)
             tail = "".join(log.readlines()[-_LOG_LINES:])
             raise RanksFailed(f"{module} on {ranks} ranks ended with status {status}; the end of its log:\n{tail}")
 
 
+def _wait(process: subprocess.Popen, env: Mapping[str, str]) -> int:
+    from pikv_ds.ops.build.torch_builds import DEEPSPEED_OP, AbandonedLock, Watch, build_root
+
+    watch = Watch(build_root(env), f"{DEEPSPEED_OP}/lock")
+    while True:
+        try:
+            return process.wait(timeout=2)
+        except subprocess.TimeoutExpired:
+            pass
+        try:
+            watch.check()
+        except AbandonedLock as left:
+            raise RanksFailed(str(left)) from left
+
+
 def rank_environment(ranks: int) -> dict[str, str]:
+    """This process's, with what ranks of ours need: one thread each, DeepSpeed's accelerator, a folder for the ops that torch builds."""
     import torch
 
+    from pikv_ds.ops.build.torch_builds import own_folder
+
     env = dict(os.environ)
+    env.setdefault("TORCH_EXTENSIONS_DIR", str(own_folder()))
     # One thread per rank: ranks that share cores slow each other down by far more than they gain.
     env.setdefault("OMP_NUM_THREADS", "1")
     if torch.cuda.device_count() < ranks:

@@ -6,6 +6,7 @@ torchrun -m pikv_ds.launch.run user_script.py
 
 from __future__ import annotations
 
+import atexit
 import os
 import runpy
 import sys
@@ -30,10 +31,18 @@ def main() -> None:
     script, arguments = split_arguments(sys.argv[1:])
     if not os.path.isfile(script):
         raise SystemExit(f"{USAGE}\nno such file: {script}")
+    from pikv_ds.ops.build.torch_builds import announce_build, own_folder, watch_locks
+
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(own_folder()))
+    watch_locks()
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        announce_build()
     # Before the script runs, so that its own `from deepspeed import ...` finds the functions that know the block.
     from pikv_ds.adapters.deepspeed.initialize import install
+    from pikv_ds.adapters.deepspeed.shm import unlink_own_buffers
 
     install()
+    atexit.register(unlink_own_buffers)  # of a script without the block; an engine with it has done so
     sys.argv = [script, *arguments]
     # As `python script.py` does: the script's folder comes first, not the current one.
     sys.path[0] = os.path.dirname(os.path.abspath(script))

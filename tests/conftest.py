@@ -1,5 +1,7 @@
 """Fixtures shared by all tests."""
 
+import os
+import sys
 from collections import Counter
 
 import pytest
@@ -24,6 +26,14 @@ def nan_filled_empty():
     torch.use_deterministic_algorithms(was)
 
 
+def pytest_configure(config) -> None:
+    """What DeepSpeed builds for the tests lies in our own folder, where no other environment builds over it."""
+    if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):  # not in the process that only hands out tests
+        from pikv_ds.ops.build.torch_builds import own_folder
+
+        os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(own_folder()))
+
+
 def pytest_collection_modifyitems(config, items) -> None:
     """With several workers: files with slow tests first, of these and of the others those with most cases. A long one that is started
     last leaves the other workers idle. (launch/test.sh: --no-loadscope-reorder, or the order would be by the number of cases alone.)"""
@@ -31,3 +41,11 @@ def pytest_collection_modifyitems(config, items) -> None:
         return
     cases, slow = Counter(item.path for item in items), {item.path for item in items if any(map(item.get_closest_marker, ("slow", "dist")))}
     items.sort(key=lambda item: (item.path not in slow, -cases[item.path], item.path))
+
+
+def pytest_sessionfinish() -> None:
+    """Tests that start DeepSpeed in this process leave its buffers in shared memory."""
+    if "deepspeed" in sys.modules:
+        from pikv_ds.adapters.deepspeed.shm import unlink_own_buffers
+
+        unlink_own_buffers()

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pikv_ds.codecs.table import CodecTable
 
 _DTYPES = ("float32", "bfloat16", "float16")
+_ASSUMED = "bfloat16"  # of a configuration that names none: what models of this size are published in
 
 _BYTES_COLUMNS = {
     "layer_kind": "layer kind",
@@ -47,7 +48,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--page-size", type=_positive, metavar="N", help="tokens per page (default: the codec's)")
     parser.add_argument("--num-shards", type=_positive, metavar="N", help="shards per layer (default: ranks)")
-    parser.add_argument("--dtype", choices=_DTYPES, help="of keys and values (default: the model's)")
+    parser.add_argument("--dtype", choices=_DTYPES, help=f"of keys and values (default: the model's, or {_ASSUMED})")
     parser.add_argument(
         "--kept-pages",
         type=_positive,
@@ -70,6 +71,8 @@ def run(args: argparse.Namespace) -> int:
         f"{total['dtype']}, codec {args.codec}, pages of {total['page_size']}",
         [_shown(row, _BYTES_COLUMNS) for row in rows],
     )
+    if total["dtype_assumed"]:
+        print(f"The model's configuration has no dtype: {total['dtype']} is assumed, --dtype says otherwise.")
     print(
         "values: numbers per token of one layer; tokens: those kept of the longest request.\n"
         "balanced: shards equally full; worst: each filled to the default capacity, ceil(1.1 x share) + one page.\n"
@@ -102,11 +105,15 @@ def plan_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
 
     config = PiKVConfig(page_size=args.page_size, compression=_compression(args.codec))
     model = load_model_config(args.model or model_path())
-    dtype = args.dtype or str(getattr(model, "dtype", None)).removeprefix("torch.")
+    of_model = getattr(model, "dtype", None) or getattr(model.get_text_config(decoder=True), "dtype", None)
+    assumed = of_model is None and args.dtype is None
+    dtype = args.dtype or (_ASSUMED if assumed else str(of_model).removeprefix("torch."))
     if dtype not in _DTYPES:
         raise ConfigError(f"--dtype is not given and the model's configuration says {dtype!r}; legal: {', '.join(_DTYPES)}")
     per_rank = _per_rank_contexts(args)
-    context = {"batch": args.batch, "codec": args.codec, "dtype": dtype, "page_size": config.resolve_page_size()}
+    context = {
+        "batch": args.batch, "codec": args.codec, "dtype": dtype, "dtype_assumed": assumed, "page_size": config.resolve_page_size(),
+    }  # fmt: skip
     by_kind = sorted(read_model_spec(model), key=_kind)
     groups = [(kind, list(layers)) for kind, layers in groupby(by_kind, key=_kind)]
     codec = codec_of(config.compression)

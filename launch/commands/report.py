@@ -9,7 +9,8 @@ import shutil
 import subprocess
 from typing import Any
 
-from pikv_ds.launch.output import machine, package_version, print_table, versions, write_json
+from pikv_ds.launch.output import HOSTS, machine, package_version, print_table, versions, write_json
+from pikv_ds.launch.tested_versions import OUTSIDE, tested_ranges, verdict
 
 # import name -> (distribution names, what pikv_ds or a host would use it for)
 _OPTIONAL = {
@@ -30,6 +31,9 @@ def run(args: argparse.Namespace) -> int:
         "environment": environment_rows(), "optional": optional_rows(), "op": op_rows(), "implementation": implementation_rows(),
     }  # fmt: skip
     print_table("Environment", sections["environment"])
+    for row in sections["environment"]:
+        if row["tested"].startswith(OUTSIDE):
+            print(f"{row['what']} {row['found']} is outside of the versions that pikv_ds was tested with, {row['tested'][len(OUTSIDE) :]}.")
     print_table("Optional packages", sections["optional"])
     print_table("DeepSpeed C++/CUDA extension op, as in ds_report", sections["op"])
     print_table("What serves the tensors of a device: the first that can be built; PIKV_OPS forces one", sections["implementation"])
@@ -44,7 +48,15 @@ def environment_rows() -> list[dict[str, Any]]:
     found |= {"torch CUDA": torch.version.cuda, "accelerator": _accelerator()}
     found |= {"compiler": _tool(os.environ.get("CXX", "g++")), "nvcc": _tool(_nvcc()), "ninja": _tool("ninja")}
     found |= {name: ", ".join(value) if isinstance(value, list) else value for name, value in machine().items()}
-    return [{"what": name, "found": "not found" if value is None else str(value)} for name, value in found.items()]
+    packages, ranges = versions(), tested_ranges()
+    return [
+        {
+            "what": name,
+            "found": "not found" if value is None else str(value),
+            "tested": verdict(name, packages.get(name), ranges) if name in HOSTS else "",
+        }
+        for name, value in found.items()
+    ]
 
 
 def optional_rows() -> list[dict[str, Any]]:

@@ -53,9 +53,16 @@ class Library:
 
 
 def cache_dir() -> Path:
-    if "TORCH_EXTENSIONS_DIR" in os.environ:
-        return Path(os.environ["TORCH_EXTENSIONS_DIR"]) / "pikv_ds"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pikv_ds"
+    """Our own ops: below TORCH_EXTENSIONS_DIR if the user has set it, else one folder for all environments, as their names hold the key."""
+    given = os.environ.get("TORCH_EXTENSIONS_DIR")
+    if given is not None and Path(given).parent != own_extensions():
+        return Path(given) / "pikv_ds"
+    return own_extensions().parent
+
+
+def own_extensions() -> Path:
+    """Where the folders lie in which torch builds the ops of others for us (torch_builds.py)."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pikv_ds" / "torch_extensions"
 
 
 def cpu_library(extra_flags: Sequence[str] = ()) -> Library:

@@ -6,9 +6,11 @@ import json
 
 import pytest
 
-from pikv_ds.adapters.deepspeed.autoep import LEGAL_KEYS, check_expert_parallel
+from pikv_ds.adapters.deepspeed.autoep import check_expert_parallel, legal_keys
+from pikv_ds.adapters.deepspeed.autotp import check_inference_tp, check_initialize_tp, fit_requests
 from pikv_ds.adapters.deepspeed.config import inference_block, initialize_config, pikv_config, without_block
 from pikv_ds.adapters.deepspeed.refusals import check_inference, check_initialize, check_model
+from pikv_ds.config.pikv import PiKVConfig
 from pikv_ds.errors import ConfigError, UnsupportedError
 from tests.tiny_models import tiny_model
 
@@ -71,7 +73,6 @@ class TwoModelRanks:
 @pytest.mark.parametrize(
     "ds_config, mpu, message",
     [
-        ({"tensor_parallel": {"autotp_size": 2}}, None, "tensor_parallel.autotp_size is 2"),
         ({"sequence_parallel_size": 2}, None, "sequence_parallel_size is 2"),
         ({"hybrid_engine": {"enabled": True}}, None, "hybrid_engine.enabled is true"),
         ({}, TwoModelRanks(), r"mpu.get_model_parallel_world_size\(\) is 2"),
@@ -92,19 +93,55 @@ def test_zero3_is_refused_for_latent_attention_only():
 @pytest.mark.parametrize(
     "ds_config, message",
     [
-        ({"tensor_parallel": {"tp_size": 2}}, "tensor_parallel.tp_size is 2"),
-        ({"tp": {"tp_size": 4}}, "tp.tp_size is 4"),
-        ({"mp_size": 2}, "mp_size is 2"),
-        ({"mpu": TwoModelRanks()}, "mpu is set"),
         ({"replace_with_kernel_inject": True}, "replace_with_kernel_inject is true"),
         ({"kernel_inject": True}, "kernel_inject is true"),
         ({"enable_cuda_graph": True}, "enable_cuda_graph is true"),
     ],
 )
 def test_inference_refusals_name_key_and_value(ds_config, message):
-    with pytest.raises(UnsupportedError, match=f"{message}.*pikv.enabled to false|{message}.*drop the key"):
+    with pytest.raises(UnsupportedError, match=f"{message}.*pikv.enabled to false"):
         check_inference(ds_config)
     check_inference({"tensor_parallel": {"tp_size": 1}, "mp_size": 1, "kernel_inject": False})
+
+
+@pytest.mark.parametrize(
+    "ds_config, ranks, message",
+    [
+        ({"tensor_parallel": {"tp_size": 2}}, 4, "tensor_parallel.tp_size is 2 and the job has 4 ranks"),
+        ({"tp": {"tp_size": 4}}, 4, "tp.tp_size is 4 and .* has 2 KV heads"),
+        ({"mp_size": 2}, 1, "mp_size is 2 and the job has 1 ranks"),
+        ({"mpu": TwoModelRanks()}, 2, "mpu is set .*tensor_parallel.tp_group"),
+    ],
+)
+def test_tensor_parallel_refusals_of_inference(ds_config, ranks, message):
+    with pytest.raises(UnsupportedError, match=message):
+        check_inference_tp(ds_config, tiny_model("qwen3_moe"), ranks, None)
+    check_inference_tp({"tensor_parallel": {"tp_size": 1}, "mp_size": 1}, tiny_model("qwen3_moe"), ranks, None)
+    check_inference_tp({"tensor_parallel": {"tp_size": 2}}, tiny_model("qwen3_moe"), 2, None)
+
+
+@pytest.mark.parametrize(
+    "family, changes, autoep, moe, message",
+    [
+        ("qwen3_moe", {"num_key_value_heads": 1}, None, None, "autotp_size is 2 and .* has 1 KV heads"),
+        ("qwen3_moe", {"num_key_value_heads": 3, "num_attention_heads": 6}, 2, None, "beside an expert_parallel block.* 3 KV heads"),
+        ("gpt_oss", {}, None, None, "attention sinks"),
+        ("qwen3_dense", {}, None, 2, "MoE layers of ep_size 2"),
+    ],
+)
+def test_tensor_parallel_refusals_of_initialize(family, changes, autoep, moe, message):
+    model = tiny_model(family, **changes)
+    with pytest.raises(UnsupportedError, match=message):
+        check_initialize_tp({"tensor_parallel": {"autotp_size": 2}}, model, autoep, moe)
+    check_initialize_tp({"tensor_parallel": {"autotp_size": 1}}, model, autoep, moe)
+
+
+def test_peers_of_one_group_are_distinct_requests():
+    config = PiKVConfig()
+    assert fit_requests(config, [0, 2], [0, 1]) is config
+    assert fit_requests(config, [0, 1, 2, 3], [0, 1]).storage.requests == "distinct"
+    with pytest.raises(ConfigError, match=r"'replicated'.*\[0, 1\] are tensor-parallel peers"):
+        fit_requests(PiKVConfig(storage={"requests": "replicated"}), [0, 1], [0, 1])
 
 
 def expert_parallel(**keys):
@@ -126,7 +163,7 @@ def test_expert_parallel_accepted(family, monkeypatch):
 def test_unknown_expert_parallel_key_is_named_with_the_legal_ones():
     with pytest.raises(ConfigError, match="unknown key 'ep_size'.*autoep_size"):
         check_expert_parallel(expert_parallel(ep_size=2), tiny_model("qwen3_moe"))
-    assert {"enabled", "autoep_size", "preset_model", "use_grouped_mm"} <= set(LEGAL_KEYS)
+    assert {"enabled", "autoep_size", "preset_model", "use_grouped_mm"} <= set(legal_keys())
 
 
 def test_model_without_preset_is_refused_before_deepspeed_runs():

@@ -14,7 +14,6 @@ REFUSALS = (
     "experts not divisible",
     "unknown expert_parallel key",
     "unknown pikv key",
-    "tensor parallel",
     "wrapped model",
 )
 
@@ -55,6 +54,11 @@ def test_autoep_text_equals_eager(job, family, requests):
 def test_autoep_patches_nothing_beyond_the_engine(job, family):
     job[0].check(f"autoep {family} leaves configuration and registry alone")
     job[0].check(f"autoep {family} detach")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_placement_of_layers_without_a_descriptor(job, family):
+    job[0].check(f"autoep {family} without a descriptor of its placement")
 
 
 def test_init_inference_starts_the_group_and_shards(job):

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import IO
 
 from pikv_ds.launch.ranks import end_group, free_port
+from pikv_ds.launch.shm_buffers import remove_buffers
+from pikv_ds.ops.build.torch_builds import DEEPSPEED_OP, Watch, build_root
 from tests.dist import warm
 from tests.long_form import LONG
 
@@ -150,6 +152,8 @@ def run_commands(
             finally:
                 for process in processes:
                     end_group(process)
+                for port in _ports(commands, envs):
+                    remove_buffers(port)
         result = JobResult(
             command=list(commands[0]),
             rows=_read_rows(Path(folder)),
@@ -163,9 +167,15 @@ def run_commands(
     return result
 
 
+def _ports(commands: Sequence[list[str]], envs: Sequence[Mapping[str, str]]) -> set[str]:
+    """At which the jobs meet: an argument of DeepSpeed's launcher, or a variable of the ranks."""
+    given = {env["MASTER_PORT"] for env in envs if "MASTER_PORT" in env}
+    return given | {command[command.index("--master_port") + 1] for command in commands if "--master_port" in command}
+
+
 def _wait_all(processes: Sequence[subprocess.Popen | warm.Rank], deadline: float, grace_s: float = 20) -> bool:
-    """True when all ended by themselves, or one failed; False when the deadline passed first."""
-    failed_at = None
+    """True when all ended by themselves, or one failed; False when the deadline passed first. Raises: AbandonedLock."""
+    failed_at, watch = None, Watch(build_root(), f"{DEEPSPEED_OP}/lock")
     while any(process.poll() is None for process in processes):
         now = time.monotonic()
         if failed_at is None and any(process.poll() not in (None, 0) for process in processes):
@@ -174,6 +184,7 @@ def _wait_all(processes: Sequence[subprocess.Popen | warm.Rank], deadline: float
             return True
         if now > deadline:
             return False
+        watch.check()
         time.sleep(0.1)
     return True
 

@@ -5,6 +5,7 @@ import torch
 
 from pikv_ds import bundled
 from pikv_ds.codecs import CODECS
+from pikv_ds.launch import tested_versions
 from pikv_ds.launch.cli import build_parser, main
 from pikv_ds.launch.output import human_bytes, print_table
 from pikv_ds.pages.estimate import dense_bytes, pikv_bytes
@@ -95,6 +96,18 @@ def test_plan_separates_kinds_of_layers(tmp_path):
     assert rows[-1]["dense_bytes"] == 18 * (32768 + 127) * 1024 * 2
 
 
+@pytest.mark.parametrize("dtype", [None, "float16"])
+def test_plan_of_a_configuration_without_a_dtype(tmp_path, capsys, dtype):
+    from transformers import AutoConfig
+
+    AutoConfig.for_model("qwen3_moe").save_pretrained(tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    assert "dtype" not in json.loads(file.read_text())
+    total = run_json(tmp_path, "plan", "--context", "64", "--ranks", "1", "--model", str(file), *(("--dtype", dtype) if dtype else ()))[-1]
+    assert (total["dtype"], total["dtype_assumed"]) == (dtype or "bfloat16", dtype is None)
+    assert ("has no dtype: bfloat16 is assumed" in capsys.readouterr().out) == (dtype is None)
+
+
 @pytest.mark.parametrize(
     "extra, said",
     [
@@ -120,6 +133,37 @@ def test_report_names_what_is_missing(tmp_path):
     optional = {row["package"]: row for row in rows if row["section"] == "optional"}
     assert {"cupy", "apex", "transformer_engine", "flash_attn", "flashinfer"} == set(optional)
     assert all(row["found"] and row["would be used for"] for row in optional.values())
+
+
+def test_report_marks_hosts_outside_of_the_tested_range(tmp_path, capsys, monkeypatch):
+    texts = [
+        "transformers>=4.0,<5.0",
+        'deepspeed>=0.19.2; python_version >= "3"',
+        'torch>=99; python_version < "3"',
+        "megatron-core>=0.16",
+        "x; extra == 'y'",
+    ]
+    monkeypatch.setattr(tested_versions, "requires", lambda name: texts)
+    environment = {row["what"]: row for row in run_json(tmp_path, "report") if row["section"] == "environment"}
+    assert environment["transformers"]["tested"] == "OUTSIDE of >=4.0,<5.0"
+    assert environment["deepspeed"]["tested"] == ">=0.19.2" and environment["torch"]["tested"] == environment["python"]["tested"] == ""
+    said = capsys.readouterr().out
+    found = environment["transformers"]["found"]
+    assert f"transformers {found} is outside of the versions that pikv_ds was tested with, >=4.0,<5.0." in said.replace("\n", " ")
+    assert "deepspeed 0" not in said.partition("is outside")[2]
+
+
+def test_ranges_are_those_of_the_installed_requirements(monkeypatch):
+    ranges = tested_versions.tested_ranges()
+    if ranges is not None:  # not a checkout that nothing has installed
+        assert {"torch", "deepspeed", "transformers", "megatron-core"} <= set(ranges) and "matplotlib" not in ranges
+
+    def nothing(name):
+        raise tested_versions.PackageNotFoundError(name)
+
+    monkeypatch.setattr(tested_versions, "requires", nothing)
+    assert tested_versions.tested_ranges() is None
+    assert tested_versions.verdict("torch", "2.13.0", None).startswith("unknown") and tested_versions.verdict("torch", None, None) == ""
 
 
 @pytest.mark.parametrize(("forced", "serving"), [(None, "cpu"), ("torch", "torch reference")])

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib
 import os
 from collections.abc import Mapping
+from types import ModuleType
 from typing import Any
 
+import deepspeed
 import torch.distributed as dist
-from deepspeed.module_inject.auto_ep import AutoEP
-from deepspeed.module_inject.auto_ep_config import AutoEPConfig, parse_autoep_config
-from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
-from deepspeed.module_inject.auto_ep_presets.registry import available_preset_names
 from torch import nn
 
 from pikv_ds.errors import ConfigError, UnsupportedError
-
-LEGAL_KEYS = tuple(field.name for field in dataclasses.fields(AutoEPConfig) if not field.name.startswith("_"))
 
 
 def check_expert_parallel(ds_config: Mapping[str, Any], model: nn.Module) -> int | None:
@@ -28,19 +25,21 @@ def check_expert_parallel(ds_config: Mapping[str, Any], model: nn.Module) -> int
     block = ds_config.get("expert_parallel")
     if block is None:
         return None
+    host, legal = _autoep("auto_ep_config"), legal_keys()
     if not isinstance(block, Mapping):
-        raise ConfigError(f"expert_parallel = {block!r}: legal is an object with the keys {', '.join(LEGAL_KEYS)}")
-    unknown = [key for key in block if key not in LEGAL_KEYS]
+        raise ConfigError(f"expert_parallel = {block!r}: legal is an object with the keys {', '.join(legal)}")
+    unknown = [key for key in block if key not in legal]
     if unknown:
         raise ConfigError(
-            f"expert_parallel has the unknown key {unknown[0]!r}, which DeepSpeed would ignore; legal: {', '.join(LEGAL_KEYS)}"
+            f"expert_parallel has the unknown key {unknown[0]!r}, which deepspeed {deepspeed.__version__} would ignore; "
+            f"legal: {', '.join(legal)}"
         )
     if not block.get("enabled", False):
         return None
-    autoep = parse_autoep_config(dict(block))
+    autoep = host.parse_autoep_config(dict(block))
     _check_world(autoep.autoep_size)
     # A copy: the detection fills the configuration in from the model.
-    specs = AutoEP(model, copy.copy(autoep)).ep_parser()
+    specs = _autoep("auto_ep").AutoEP(model, copy.copy(autoep)).ep_parser()
     if not specs:
         raise UnsupportedError(_no_preset(model))
     for spec in specs:
@@ -53,9 +52,15 @@ def check_expert_parallel(ds_config: Mapping[str, Any], model: nn.Module) -> int
     return autoep.autoep_size
 
 
+def legal_keys() -> list[str]:
+    """Of the "expert_parallel" block, in this DeepSpeed."""
+    return [field.name for field in dataclasses.fields(_autoep("auto_ep_config").AutoEPConfig) if not field.name.startswith("_")]
+
+
 def expert_group_members(model: nn.Module) -> tuple[int, ...]:
     """Global ranks of the expert-parallel group that all AutoEP layers of the model share."""
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, AutoEPMoELayer)}
+    kind = _autoep("auto_ep_layer").AutoEPMoELayer
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, kind)}
     if not layers:
         raise UnsupportedError(_no_preset(model))
     members_of = {name: _layer_members(layer) for name, layer in layers.items()}
@@ -68,22 +73,48 @@ def expert_group_members(model: nn.Module) -> tuple[int, ...]:
     return next(iter(members_of.values()))
 
 
-def _layer_members(layer: AutoEPMoELayer) -> tuple[int, ...]:
+def _layer_members(layer: nn.Module) -> tuple[int, ...]:
     if layer.ep_group is None:
         return (dist.get_rank(),)
     return tuple(dist.get_process_group_ranks(layer.ep_group))
 
 
-def _check_contiguous(name: str, layer: AutoEPMoELayer) -> None:
+def _check_contiguous(name: str, layer: nn.Module) -> None:
     """Placement `experts` homes entries by expert // num_local_experts, which is how AutoEP dispatches."""
-    placed = {entry["rank"]: list(entry["experts"]) for entry in layer.expert_placement_descriptor["ranks"]}
-    count = layer.num_local_experts
-    expected = {rank: list(range(rank * count, (rank + 1) * count)) for rank in range(layer.ep_size)}
+    placed, count = _placed(layer), layer.num_local_experts
+    expected = {rank: list(range(rank * count, (rank + 1) * count)) for rank in placed}
     if placed != expected:
         raise UnsupportedError(
             f"{name} places its experts as {placed}; PiKV follows AutoEP's contiguous placement "
             f"{expected}. Use storage.placement 'table' with replicated experts instead"
         )
+
+
+def _placed(layer: nn.Module) -> dict[int, list[int]]:
+    """Experts by rank of the group: of all ranks where the layer has a descriptor, which came with DeepSpeed 0.19.8.
+
+    Before that AutoEP cut the experts in one way, the slice of length num_local_experts that begins at ep_rank * num_local_experts
+    (moe/ep_repack.py), and sent tokens to rank expert // num_local_experts. What may differ is ep_rank: it must be the rank in the group.
+    """
+    descriptor = getattr(layer, "expert_placement_descriptor", None)
+    if descriptor is not None:
+        return {entry["rank"]: list(entry["experts"]) for entry in descriptor["ranks"]}
+    count, rank = layer.num_local_experts, 0 if layer.ep_group is None else dist.get_rank(layer.ep_group)
+    return {rank: list(range(layer.ep_rank * count, (layer.ep_rank + 1) * count))}
+
+
+def _autoep(module: str) -> ModuleType:
+    """A module of AutoEP. Raises: UnsupportedError where this DeepSpeed has none."""
+    name = f"deepspeed.module_inject.{module}"
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            raise
+        raise UnsupportedError(
+            f"the configuration has an expert_parallel block and deepspeed {deepspeed.__version__} has no {name}: AutoEP came with 0.19.2. "
+            f"Install a later DeepSpeed, or drop the block to run with replicated experts: the KV cache is sharded all the same"
+        ) from error
 
 
 def _check_world(autoep_size: Any) -> None:
@@ -96,9 +127,10 @@ def _check_world(autoep_size: Any) -> None:
 
 
 def _no_preset(model: nn.Module) -> str:
+    presets = _autoep("auto_ep_presets.registry").available_preset_names()
     return (
         f"expert_parallel is enabled and AutoEP finds no expert layer in model type {model.config.model_type!r}: "
-        f"it has no preset for it (presets: {', '.join(available_preset_names())}). Drop the expert_parallel block "
+        f"it has no preset for it (presets: {', '.join(presets)}). Drop the expert_parallel block "
         f"to run with replicated experts, the KV cache is sharded over the data-parallel ranks all the same; or "
         f"describe the layers with expert_parallel.moe_layer_pattern"
     )

@@ -53,6 +53,12 @@ def without_block(mapping: Any) -> Any:
     return {key: value for key, value in mapping.items() if key != BLOCK} if isinstance(mapping, dict) else mapping
 
 
+def nested(ds_config: Mapping[str, Any], block: str, key: str) -> Any:
+    """ds_config[block][key]; None where either is missing. A block may be an object with attributes."""
+    value = ds_config.get(block)
+    return value.get(key) if isinstance(value, Mapping) else getattr(value, key, None)
+
+
 def pikv_config(ds_config: Mapping[str, Any] | None) -> PiKVConfig | None:
     """The validated block if it is there and enabled, else None: then DeepSpeed is to run untouched."""
     if not isinstance(ds_config, Mapping):

@@ -18,23 +18,26 @@ from deepspeed.accelerator import get_accelerator
 
 from pikv_ds.adapters.hf.attach import attach
 from pikv_ds.config.pikv import PiKVConfig
+from pikv_ds.ops.build.torch_builds import locks_watched
 
 from .autoep import check_expert_parallel, expert_group_members
 from .autoep_shim import registry_shim
+from .autotp import check_inference_tp, check_initialize_tp, equal_parts, fit_requests, hide_cache_from_check, tensor_parallel_peers
 from .config import inference_block, inference_config, initialize_config, pikv_config, without_block
-from .groups import all_ranks, own_group
+from .groups import own_group
 from .install import host_function, replace, restore
 from .moe import check_moe_layers, moe_group_members, open_groups
 from .monitor import MonitorWriter
 from .refusals import check_inference, check_initialize, check_model
 from .register import register, unregister
+from .shm import unlink_own_buffers
 
 
 def initialize(*args: Any, **kwargs: Any) -> tuple:
     """deepspeed.initialize; with the block, the returned engine has the KV cache handle as `engine.pikv`.
 
     The cache is sharded over AutoEP's expert-parallel group ("expert_parallel" block), over that of DeepSpeed's own MoE layers, or,
-    with replicated experts, over all data-parallel ranks. No optimizer is needed for inference.
+    with replicated experts, over all data-parallel ranks: under AutoTP those that hold the same heads. Inference needs no optimizer.
 
     Args and returns: those of deepspeed.initialize.
 
@@ -53,24 +56,26 @@ def initialize(*args: Any, **kwargs: Any) -> tuple:
     check_initialize(ds_config, model, call.get("mpu"))
     autoep_size = check_expert_parallel(ds_config, model)
     moe_size = check_moe_layers(model, _world_size())
+    check_initialize_tp(ds_config, model, autoep_size, moe_size)
     register()
-    with registry_shim() if autoep_size else contextlib.nullcontext():
+    with locks_watched(), registry_shim() if autoep_size else contextlib.nullcontext():
         returned = host(*args, **kwargs)
     engine = returned[0]
     if autoep_size:
-        _add_cache(engine, config, expert_group_members(engine.module), f"ep_size_{autoep_size}")
+        _add_cache(engine, config, expert_group_members(engine.module), "ep_size")
     elif moe_size:
-        _add_cache(engine, config, moe_group_members(engine.module), f"ep_size_{moe_size}")
+        _add_cache(engine, config, moe_group_members(engine.module), "ep_size")
     else:
-        _add_cache(engine, config, all_ranks(), f"dp_size_{len(all_ranks())}")
+        _add_cache(engine, config, None, "dp_size")
     return returned
 
 
 def init_inference(model: Any, config: str | dict | None = None, **kwargs: Any) -> deepspeed.InferenceEngine:
     """deepspeed.init_inference; with the block, the returned engine has the KV cache handle as `engine.pikv`.
 
-    Experts are replicated (DeepSpeed shards no Hugging Face experts here) and the cache is sharded over all ranks; with DeepSpeed's own
-    MoE layers of ep_size > 1 over their group, which they are given here.
+    Experts are replicated (DeepSpeed shards no Hugging Face experts here) and the cache is sharded over all ranks, under AutoTP
+    (tensor_parallel.tp_size) over those that hold the same heads; with DeepSpeed's own MoE layers of ep_size > 1 over their group, which
+    they are given here.
     torch.distributed is initialised if the launcher started more than one rank and the script has not done it.
 
     Args and returns: those of deepspeed.init_inference, which does not get to see the block.
@@ -90,14 +95,16 @@ def init_inference(model: Any, config: str | dict | None = None, **kwargs: Any) 
     check_model(model)
     check_inference({**(ds_config or {}), **kwargs})
     moe_size = check_moe_layers(model, _world_size())
+    check_inference_tp({**(ds_config or {}), **kwargs}, model, _world_size(), moe_size)
     register()
-    _init_distributed(pikv.timeout_s)
-    engine = host(model, ds_config, **kwargs)
+    with locks_watched():
+        _init_distributed(pikv.timeout_s)
+        engine = host(model, ds_config, **kwargs)
     if moe_size:
         open_groups(engine.module)
-        _add_cache(engine, pikv, moe_group_members(engine.module), f"ep_size_{moe_size}")
+        _add_cache(engine, pikv, moe_group_members(engine.module), "ep_size")
     else:
-        _add_cache(engine, pikv, all_ranks(), f"dp_size_{len(all_ranks())}")
+        _add_cache(engine, pikv, None, "dp_size")
     return engine
 
 
@@ -116,9 +123,15 @@ def uninstall() -> None:
     unregister()
 
 
-def _add_cache(engine: Any, config: PiKVConfig, members: Sequence[int], group_name: str) -> None:
+def _add_cache(engine: Any, config: PiKVConfig, members: Sequence[int] | None, name: str) -> None:
+    """members: global ranks over which the cache is sharded; None = all that hold the same part of the model."""
+    peers = tensor_parallel_peers(engine.module)
+    members = equal_parts(peers) if members is None else members
     group = own_group(members, config.timeout_s)
-    engine.pikv = attach(engine.module, config, group)
+    unlink_own_buffers()  # own_group has heard of all ranks: each has them mapped
+    engine.pikv = attach(engine.module, fit_requests(config, members, peers), group)
+    hide_cache_from_check(engine)
+    group_name = f"{name}_{len(members)}"
     # Both answers come from the configuration, so all ranks agree on making the writer's collective.
     monitor = getattr(engine, "monitor", None)
     if config.monitor.enabled and monitor is not None and monitor.enabled:

@@ -10,6 +10,8 @@ from torch import nn
 
 from pikv_ds.errors import UnsupportedError
 
+from .config import nested
+
 
 def check_model(model: nn.Module) -> None:
     from transformers import PreTrainedModel
@@ -28,11 +30,6 @@ def check_model(model: nn.Module) -> None:
 
 def check_initialize(ds_config: Mapping[str, Any], model: nn.Module, mpu: Any = None) -> None:
     """Refuse what `deepspeed.initialize` would do to the model and PiKV cannot follow."""
-    _at_most_one(
-        "tensor_parallel.autotp_size",
-        _nested(ds_config, "tensor_parallel", "autotp_size"),
-        "its ranks hold parts of every attention head set",
-    )
     _at_most_one("sequence_parallel_size", ds_config.get("sequence_parallel_size"), "its ranks hold parts of every sequence")
     if mpu is not None:
         for name in (
@@ -43,12 +40,12 @@ def check_initialize(ds_config: Mapping[str, Any], model: nn.Module, mpu: Any = 
         ):
             if hasattr(mpu, name):
                 _at_most_one(f"mpu.{name}()", getattr(mpu, name)(), "its ranks hold parts of the model")
-    if _nested(ds_config, "hybrid_engine", "enabled"):
+    if nested(ds_config, "hybrid_engine", "enabled"):
         raise UnsupportedError(
             "hybrid_engine.enabled is true: the hybrid engine swaps in its own attention modules "
             "with a dense cache; turn it off or set pikv.enabled to false"
         )
-    stage = _nested(ds_config, "zero_optimization", "stage") or 0
+    stage = nested(ds_config, "zero_optimization", "stage") or 0
     if stage == 3 and getattr(model.config.get_text_config(decoder=True), "kv_lora_rank", None):
         raise UnsupportedError(
             f"zero_optimization.stage is 3 and the model type is {model.config.model_type!r}: "
@@ -59,13 +56,6 @@ def check_initialize(ds_config: Mapping[str, Any], model: nn.Module, mpu: Any = 
 
 def check_inference(ds_config: Mapping[str, Any]) -> None:
     """Refuse what `deepspeed.init_inference` would do to the model and PiKV cannot follow."""
-    for key in ("tensor_parallel", "tp"):
-        _at_most_one(f"{key}.tp_size", _nested(ds_config, key, "tp_size"), "its ranks hold parts of every head set")
-        if _nested(ds_config, key, "mpu") is not None:
-            raise UnsupportedError(f"{key}.mpu is set: init_inference would shard the model with it; drop the key")
-    _at_most_one("mp_size", ds_config.get("mp_size"), "it is the older name of tensor_parallel.tp_size")
-    if ds_config.get("mpu") is not None:
-        raise UnsupportedError("mpu is set: init_inference would shard the model with it; drop the key")
     for key, effect in (
         ("replace_with_kernel_inject", "swaps in attention modules with their own dense cache"),
         ("kernel_inject", "swaps in attention modules with their own dense cache"),
@@ -81,8 +71,3 @@ def _at_most_one(key: str, size: Any, why: str) -> None:
             f"{key} is {size} and PiKV is not sharded over it: {why}; set {key} to 1 (experts may "
             f"be sharded with expert_parallel under initialize) or set pikv.enabled to false"
         )
-
-
-def _nested(ds_config: Mapping[str, Any], block: str, key: str) -> Any:
-    value = ds_config.get(block)
-    return value.get(key) if isinstance(value, Mapping) else getattr(value, key, None)

@@ -56,6 +56,18 @@ def of_module(module: nn.Module, config: PreTrainedConfig) -> dict:
     return {"num_kv_heads": heads, "k_dim": k_dim, "v_dim": getattr(module, "v_head_dim", None) or k_dim, "latent": False}
 
 
+def first_head_of(module: nn.Module | None, config: PreTrainedConfig) -> int:
+    """Index, among the KV heads of the whole model, of the first that this rank computes.
+
+    A key projection that DeepSpeed's AutoTP has cut tells which part it is, tp_index of tp_world_size; the first parts have one head more
+    where the number does not divide.
+    """
+    keys = _projection(module, _KEYS)
+    each, more = divmod(of_configuration(config)["num_kv_heads"], getattr(keys, "tp_world_size", 1))
+    place = getattr(keys, "tp_index", 0)
+    return place * each + min(place, more)
+
+
 def _ungrouped(module: nn.Module) -> int | None:
     """KV heads by the number of queries that share one, or as many as query heads where nothing says that they share."""
     num_q_heads = _first(module, _QUERY_HEADS)
@@ -69,8 +81,13 @@ def _first(owner: object, names: tuple[str, ...]) -> int | None:
 
 def _out_features(module: nn.Module, names: tuple[str, ...]) -> int | None:
     """Of the first of these projections, also under ZeRO-3 and quantised, where a weight's shape says nothing."""
-    for name in names:
-        projection = getattr(module, name, None)
-        if isinstance(projection, nn.Module):
-            return _first(projection, ("out_features", "nf"))
-    return None
+    projection = _projection(module, names)
+    if projection is None:
+        return None
+    if hasattr(projection, "tp_world_size"):  # a layer of AutoTP, which has its part of the weight and no numbers
+        return getattr(projection.weight, "ds_shape", projection.weight.shape)[0]
+    return _first(projection, ("out_features", "nf"))
+
+
+def _projection(module: nn.Module | None, names: tuple[str, ...]) -> nn.Module | None:
+    return next((part for name in names if isinstance(part := getattr(module, name, None), nn.Module)), None)

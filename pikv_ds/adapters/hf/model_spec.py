@@ -11,7 +11,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from pikv_ds.errors import UnsupportedError
 from pikv_ds.spec import LayerSpec
 
-from .geometry import latent_of, of_configuration, of_module, softcap_of
+from .geometry import first_head_of, latent_of, of_configuration, of_module, softcap_of
 from .layer_kinds import LayerKind, layer_kinds
 
 
@@ -47,7 +47,8 @@ def read_model_spec(
         module = None if attentions is None else attentions[number]
         shape = of_configuration(layers[index]) if module is None else latent_of(module, layers[index]) or of_module(module, layers[index])
         window, softcap = _window(kinds, text, layers, index), softcap_of(module, layers[index])
-        specs.append(LayerSpec(layer_idx=number, window=window, softcap=softcap, **shape))
+        first_head = 0 if shape["latent"] else first_head_of(module, layers[index])
+        specs.append(LayerSpec(layer_idx=number, window=window, softcap=softcap, first_head=first_head, **shape))
     return specs
 
 

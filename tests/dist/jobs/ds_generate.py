@@ -12,6 +12,7 @@ from deepspeed.inference.v2.modules.interfaces import DSSelfAttentionRegistry
 from transformers.utils import output_capturing
 
 import pikv_ds
+from pikv_ds.adapters.deepspeed.autoep import expert_group_members
 from pikv_ds.adapters.hf.argument_names import cache_of
 from pikv_ds.errors import ConfigError, UnsupportedError
 from tests.dist.jobs.ds_compare import MICRO, assert_same_text, generate, rank_prompt, ready, record_stats
@@ -52,6 +53,19 @@ for family in ("qwen3_moe", "mixtral", "deepseek_v3"):
         assert config == before
         assert dict(output_capturing._CAN_RECORD_REGISTRY) == registry
         assert dict(vars(type(output_capturing._CAN_RECORD_REGISTRY))) == methods
+    with report.check(f"autoep {family} without a descriptor of its placement"):  # as AutoEP's layers are before DeepSpeed 0.19.8
+        layers = [module for module in engine.module.modules() if hasattr(module, "ep_group_name")]
+        for layer in layers:
+            vars(layer).pop("expert_placement_descriptor", None)
+        assert layers and expert_group_members(engine.module) == (0, 1)
+        own, layers[-1].ep_rank = layers[-1].ep_rank, 1 - layers[-1].ep_rank
+        try:
+            expert_group_members(engine.module)
+        except UnsupportedError as error:
+            assert "places its experts as" in str(error) and "'table'" in str(error), error
+        else:
+            raise AssertionError("a rank with the other's experts was accepted")
+        layers[-1].ep_rank = own
     with report.check(f"autoep {family} detach"):
         engine.pikv.detach()
         ids = rank_prompt("replicated")
@@ -142,13 +156,6 @@ refused(
     ConfigError,
     "page_sise",
     "page_size",
-)
-refused(
-    "tensor parallel",
-    lambda: pikv_ds.init_inference(qwen, {"dtype": "fp32", "pikv": {}, "mp_size": 2}),
-    UnsupportedError,
-    "mp_size is 2",
-    "set mp_size to 1",
 )
 refused(
     "wrapped model",
