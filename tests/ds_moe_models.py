@@ -54,3 +54,10 @@ def moe_model(k: int, ep_size: int = 1, rank: int = 0, **options) -> PreTrainedM
 
 def gates(model: PreTrainedModel) -> list[nn.Module]:
     return [layer.mlp.moe.deepspeed_moe.gate for layer in model.model.layers]
+
+
+def routed_experts(output: tuple) -> Tensor:
+    """[T] the expert of the largest weight that a TopKGate routed to. Sparse routes came with DeepSpeed 0.19.4; before that [T, E, C]."""
+    if len(output) == 7:
+        return output[3].gather(0, output[5].argmax(0, keepdim=True))[0].long()
+    return output[1].sum(2).argmax(1)

@@ -13,6 +13,8 @@ What it adds is said beside each use of LONG: products of things that the short 
 - tests/dist, tests/megatron: every rank is an interpreter of its own; short: forked with the imports done (tests/dist/warm.py).
 - tests/adapters: training, MoE layers and pairs of ranks under DeepSpeed's launcher; short: with the variables that it sets, while
   tests/adapters/test_deepspeed_launch.py and the inference engines start it.
+- tests/adapters/test_deepspeed_autotp.py: tensor parallelism on 4 ranks, a window, folded expert groups; short: 2 ranks and a latent.
+  tests/adapters/test_launch_run.py: ds_report with our row and without; tests/launch/test_shm_buffers.py: a rank killed under our launcher.
 - tests/launch/test_lm_eval.py: every style of task, also on 2 ranks and under Megatron; short: six of them on one rank.
 - tests/survey: every family that the survey serves or refuses, short: one of each kind.
 - tests/generate_options: every try of every option of generate(), and 2,000 random cases; short: those that need hooks, and 19.

@@ -86,8 +86,8 @@ class GateOutput(RouterOutput):
     def routed(self, output: tuple) -> Routed:
         if len(output) != 7 or not isinstance(output[3], Tensor) or output[3].shape != output[5].shape:
             raise UnsupportedError(
-                f"TopKGate returned {len(output)} values, not (l_aux, capacity, experts, ids, locations, weights, counts) as in DeepSpeed "
-                f"0.19.8; PiKV can't tell the experts of a token. Set pikv.storage.expert_ids = 'hash'"
+                f"TopKGate returned {len(output)} values, not (l_aux, capacity, experts, ids, locations, weights, counts) as from "
+                f"DeepSpeed 0.19.4 on; PiKV can't tell the experts of a token. Set pikv.storage.expert_ids = 'hash'"
             )
         return Routed(output[3].t(), output[5].t())
 

@@ -9,7 +9,7 @@ from pikv_ds.cache.inspect import CacheProbe
 from pikv_ds.errors import UnsupportedError
 from tests.dist.jobs.ds_compare import MICRO, generate, ready
 from tests.dist.jobs.report import Report
-from tests.ds_moe_models import NUM_EXPERTS, gates, moe_model
+from tests.ds_moe_models import NUM_EXPERTS, gates, moe_model, routed_experts
 from tests.moe_routers import check_calls, watch
 from tests.tiny_models import prompt, tiny_model
 
@@ -63,7 +63,7 @@ for k in (1, 2):
             gate.register_forward_hook(lambda _m, _a, out, own=own: own.append(out))
         generate(engine.module, rank_prompt("replicated"))
         for layer, outputs in enumerate(seen):
-            ids = torch.cat([out[3].gather(0, out[5].argmax(0, keepdim=True))[0] for out in outputs]).long()
+            ids = torch.cat([routed_experts(out) for out in outputs])
             homes = CacheProbe(engine.pikv.core).homes(layer)[0, : len(ids)]
             assert torch.equal(homes, ids), (layer, homes.tolist(), ids.tolist())  # a shard per expert
         engine.pikv.detach()
