@@ -30,14 +30,33 @@ from .refusals import refuse_config, refuse_dtype, refuse_model
 from .subclass import is_pikv
 from .tokens import Tokens
 
+_OF_MODEL = ("core", "layers", "links", "heads", "expert_ids")
+
 
 class PiKVContext(ABC):
     """Owns the PiKVCache of one model. A subclass says what a forward brings, and keeps what it needs to say that."""
 
     dynamic = False
+    has_model = False
+
+    @eager
+    def bind(self, model: nn.Module, config=None, group: dist.ProcessGroup | None = None) -> None:
+        """Give a context that was made without one its model, once; arguments as in its constructor. Collectives: none."""
+        if self.has_model:
+            raise UnsupportedError(f"this {type(self).__name__} has its model already; make one context for each model")
+        self._open(model, config, group)
+        self.has_model = True
+
+    def __getattr__(self, name: str):
+        if name in _OF_MODEL and not self.has_model:
+            raise UnsupportedError(
+                f"this {type(self).__name__} has no model yet: pass model=, call bind(model), or leave it to install(), which does "
+                f"that when the model is wrapped for inference"
+            )
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def _open(self, model: nn.Module, config, group: dist.ProcessGroup | None) -> None:
-        """Build the cache. Collectives: none."""
+        """Build the cache."""
         self.layers = find_layers(model)
         for layer in self.layers:
             if not is_pikv(layer.attention):

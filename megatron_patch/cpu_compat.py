@@ -9,46 +9,29 @@ from __future__ import annotations
 import contextlib
 import importlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 
-_MISSING = object()
-_originals: list[tuple[Any, str, Any]] = []
+from .patches import Patch, Patches
 
-
-@dataclass(frozen=True, slots=True)
-class Patch:
-    """One replaced name: `owner.name`, what stands there instead, and why Megatron-Core needs it."""
-
-    owner: Any
-    name: str
-    replacement: Any
-    reason: str
+_patches = Patches()
 
 
 def install() -> bool:
     """Make Megatron-Core run on this machine's CPU. Returns False, and changes nothing, with CUDA or when installed already."""
-    if torch.cuda.is_available() or _originals:
+    if torch.cuda.is_available() or _patches.in_place:
         return False
-    for patch in patches():
-        _originals.append((patch.owner, patch.name, getattr(patch.owner, patch.name, _MISSING)))
-        setattr(patch.owner, patch.name, patch.replacement)
+    _patches.put(patches())
     return True
 
 
 def uninstall() -> bool:
     """Put every original back. Returns False when nothing was installed."""
-    if not _originals:
+    if not _patches.in_place:
         return False
-    while _originals:
-        owner, name, original = _originals.pop()
-        if original is _MISSING:
-            delattr(owner, name)
-        else:
-            setattr(owner, name, original)
+    _patches.take_back()
     return True
 
 

@@ -29,10 +29,10 @@ class PiKVDynamicInferenceContext(PiKVContext, DynamicInferenceContext):
     dynamic = True
 
     @eager
-    def __init__(self, *, model: nn.Module, config=None, group: dist.ProcessGroup | None = None, **options) -> None:
+    def __init__(self, *, model: nn.Module | None = None, config=None, group: dist.ProcessGroup | None = None, **options) -> None:
         """
         Args:
-            model: enabled by enable_pikv, or built from a pikv_layer_spec.
+            model: enabled by enable_pikv, or built from a pikv_layer_spec; None = bind(model) follows.
             config: the "pikv" block; None = the one the model was enabled with.
             group: None = the model's expert-parallel group.
             options: as DynamicInferenceContext; without CUDA graphs, flashinfer's fused rope, Mamba states and cached MLA latents.
@@ -41,13 +41,20 @@ class PiKVDynamicInferenceContext(PiKVContext, DynamicInferenceContext):
         """
         _refuse(options)
         super().__init__(**options)
-        self._open(model, config, group)
+        self.use_flashinfer_fused_rope = False  # None, which scripts pass, means "if it is there"
+        self._stored: dict[int, int] | None = None  # request id -> tokens stored, in the order of the cache's rows; None = no forward yet
+        if model is not None:
+            self.bind(model, config, group)
+        elif config is not None or group is not None:
+            raise UnsupportedError("config and group go with model: give all of them here, or all of them to bind()")
+
+    def _open(self, model: nn.Module, config, group: dist.ProcessGroup | None) -> None:
+        super()._open(model, config, group)
         if any(is_latent(layer.attention) for layer in self.layers):
             raise UnsupportedError(
                 "MLA with dynamic batching: Megatron-Core asks for cache_mla_latents, whose kernels read a cache of its own; use static "
                 "batching (PiKVInferenceContext)"
             )
-        self._stored: dict[int, int] | None = None  # request id -> tokens stored, in the order of the cache's rows; None = no forward yet
 
     # ---- the caller's controls -----------------------------------------------------------------------------------------------
 

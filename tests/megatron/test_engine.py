@@ -10,16 +10,13 @@ from tests.megatron.marks import on_cpu
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(240), on_cpu]
 LAYOUTS = {"EP2": "1,2,1", "TP2": "2,1,1", "TP2xEP2-peers": "2,2,1", "PP2": "1,1,1,2"}  # tp,ep,etp,pp on two ranks
 LARGER = {"PP2xEP2": (4, "1,2,1,2"), "PP2xTP2xEP2": (8, "2,2,2,2")}  # world, layout
-IN_PLACE, BY_SPEC, REPLACED = (
-    "StaticInferenceEngine, in place",
-    "StaticInferenceEngine, --spec",
-    "an engine that replaces the context is refused",
-)
+IN_PLACE, FROM_CONFIG, BY_SPEC = (f"StaticInferenceEngine, {name}" for name in ("in place", "from_config", "--spec"))
+REPLACED = "an engine that replaces the context is refused"
 _jobs: list[JobResult] = []
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("check", [IN_PLACE, BY_SPEC, REPLACED])
+@pytest.mark.parametrize("check", [IN_PLACE, FROM_CONFIG, BY_SPEC, REPLACED])
 def test_engine(check: str, layout: str, tmp_path_factory):
     if check == REPLACED and layout == "PP2":
         pytest.skip("the first stage refuses, the next one waits for its hidden states")
@@ -32,5 +29,5 @@ def test_engine(check: str, layout: str, tmp_path_factory):
 def test_engine_on_more_ranks(layout: str, tmp_path):
     world, parallel = LARGER[layout]
     result = run_gloo(JOBS / "engine.py", [tmp_path, parallel], ranks=world, timeout_s=200)
-    for check in (IN_PLACE, BY_SPEC):
+    for check in (IN_PLACE, FROM_CONFIG, BY_SPEC):
         result.check(f"{parallel} {check}")

@@ -18,13 +18,12 @@ ROOT = Path(__file__).resolve().parents[3]
 STEPS = 12
 
 
-def patched(script: str, diffs: list[str]) -> str:
-    for diff in diffs:
-        lines = diff.splitlines(keepends=True)
-        old, new = ("".join(line[1:] for line in lines if line[0] in kept) for kept in (" -", " +"))
-        assert script.count(old) == 1, f"the script has no place, or several, for\n{diff}"
-        script = script.replace(old, new)
-    return script
+def as_of_0_16(script: str) -> str:
+    """The script as Megatron-LM's are at core_v0.16.1, which take the context's limits from the wrapper's configuration."""
+    old = "StaticInferenceContext(\n        args.inference_max_requests, args.inference_max_seq_length\n    )"
+    assert script.count(old) == 1
+    script = script.replace(old, "StaticInferenceContext.from_config(inference_wrapper_config)")
+    return script.replace("    wrapper_config = ", "    wrapper_config = inference_wrapper_config = ")
 
 
 def run(script: str, *arguments: str):
@@ -45,17 +44,21 @@ def run(script: str, *arguments: str):
 def check_layout(report: Report, layout: str, folder: Path) -> None:
     start(*map(int, layout.split(",")))
     script = (ROOT / "tests" / "megatron" / "static_script.py").read_text()
-    diffs, spec = documented.diffs(), documented.code("\nspec = ")
+    spec = documented.code("\nspec = ")
+    texts = {
+        "in place": documented.patched(script, documented.diffs("constructor")),
+        "from_config": documented.patched(as_of_0_16(script), documented.diffs("from_config")),
+    }
+    texts["--spec"] = "".join(line for line in texts["in place"].splitlines(keepends=True) if "enable_pikv(model" not in line)
     expected, expected_log_probs, _ = run(script)
     assert [len(tokens) for tokens in expected] == [STEPS] * 3
-    for name, arguments in (("in place", ()), ("--spec", ("--spec", "my_spec", "spec"))):
+    for name, text in texts.items():
+        arguments = ("--spec", "my_spec", "spec") if name == "--spec" else ()
         with report.check(f"{layout} StaticInferenceEngine, {name}") as row:
-            text = patched(script, diffs)
             if arguments:
                 (folder / f"rank{report.rank}").mkdir(exist_ok=True)
                 (folder / f"rank{report.rank}" / "my_spec.py").write_text(spec)
                 sys.path.insert(0, str(folder / f"rank{report.rank}"))
-                text = "".join(line for line in text.splitlines(keepends=True) if "enable_pikv(model" not in line)
             with dense_is_forbidden():
                 tokens, log_probs, engine = run(text, *arguments)
             context = engine.controller.inference_wrapped_model.inference_context
