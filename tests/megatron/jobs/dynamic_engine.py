@@ -9,7 +9,7 @@ from pikv_ds.megatron_patch import PiKVDynamicInferenceContext, cpu_compat, disa
 from tests.dist.jobs.report import Report
 from tests.megatron import dynamic_script
 from tests.megatron.engines import prompts, serve, wrong
-from tests.megatron.models import start, tiny_config, tiny_model
+from tests.megatron.models import latent_config, start, tiny_config, tiny_model
 from tests.megatron.runs import assert_conserved
 from tests.megatron.serving import reference_flash_decode
 
@@ -56,6 +56,16 @@ def check_layout(report: Report, layout: str) -> None:
         row["difference"] = max(abs(a - b) for n in asked for a, b in zip(served.log_probs[n], dense.log_probs[n], strict=True))
         assert row["difference"] <= 1e-4, row
         assert_conserved(engine.context)
+        disable_pikv(model)
+        assert wrong(model, asked, served.answers, group) == []
+    with report.check(
+        f"{layout} multi-latent attention"
+    ) as row:  # Megatron's own needs a kernel for it: only a full forward to compare with
+        model = enable_pikv(tiny_model(latent_config()))
+        engine = pikv_engine(model, [])
+        with engine.context.serving():
+            served = serve(engine, asked, TOKENS, group)
+        row["how"] = served.how
         disable_pikv(model)
         assert wrong(model, asked, served.answers, group) == []
     dist.barrier()
