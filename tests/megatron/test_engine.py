@@ -29,5 +29,5 @@ def test_engine(check: str, layout: str, tmp_path_factory):
 def test_engine_on_more_ranks(layout: str, tmp_path):
     world, parallel = LARGER[layout]
     result = run_gloo(JOBS / "engine.py", [tmp_path, parallel], ranks=world, timeout_s=200)
-    for check in (IN_PLACE, FROM_CONFIG, BY_SPEC):
+    for check in (IN_PLACE, FROM_CONFIG, BY_SPEC, "equal requests"):
         result.check(f"{parallel} {check}")

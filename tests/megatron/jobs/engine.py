@@ -26,9 +26,9 @@ def as_of_0_16(script: str) -> str:
     return script.replace("    wrapper_config = ", "    wrapper_config = inference_wrapper_config = ")
 
 
-def run(script: str, *arguments: str):
+def run(script: str, *arguments: str, part: int | None = None):
     """Tokens and log-probabilities per prompt, and the engine; ranks of one tensor-parallel group have the same prompts."""
-    dp_rank = parallel_state.get_data_parallel_rank()
+    dp_rank = parallel_state.get_data_parallel_rank() if part is None else part
     # Ragged; a row that is fed its prompt while another generates. All ranks run the same number of forwards, as expert parallelism needs.
     prompts = [["hello", "world!!x", "abcdef"], ["be quick", "to a point.", "as it is!"]][dp_rank % 2]
     module = {"__name__": "static_script"}
@@ -67,6 +67,8 @@ def check_layout(report: Report, layout: str, folder: Path) -> None:
             assert tokens == expected, (tokens, expected)
             assert row["difference"] <= 1e-5, row
             assert_conserved(context, len(context.layers) * context.columns * 3)
+    if parallel_state.get_pipeline_model_parallel_world_size() > 1 and parallel_state.get_data_parallel_world_size() > 1:
+        check_equal_requests(report, layout, script, texts["in place"])
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:  # the first stage refuses, the next waits for its hidden states
         leave()
         return
@@ -79,6 +81,18 @@ def check_layout(report: Report, layout: str, folder: Path) -> None:
             arguments = ["--use-legacy-static-engine", "--prompts", "hello"]
             refused(UnsupportedError, "StaticInferenceContext", lambda: module["main"](arguments))
     leave()
+
+
+def check_equal_requests(report: Report, layout: str, script: str, text: str) -> None:
+    """The same prompts on all ranks: the first stage sees it, later ones are told, or store them once per rank."""
+    expected, _, _ = run(script, part=0)
+    with report.check(f"{layout} equal requests") as row:
+        for requests in ("auto", "replicated"):
+            tokens, _, engine = run(text.replace('"auto"', f'"{requests}"'), part=0)
+            assert tokens == expected
+            row[requests] = engine.controller.inference_wrapped_model.inference_context.stats()["requests"]
+        first = parallel_state.is_pipeline_first_stage()
+        assert (row["auto"], row["replicated"]) == ("replicated" if first else "distinct", "replicated"), row
 
 
 def leave() -> None:
