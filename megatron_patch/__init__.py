@@ -1,7 +1,8 @@
 """Megatron-Core integration: PiKV in place of the dense KV cache. Importing this package patches and loads nothing.
 
 enable_pikv(model, config) or pikv_layer_spec(spec, config), then PiKVInferenceContext(max_batch, max_length, model=model) instead of
-StaticInferenceContext, or PiKVDynamicInferenceContext(model=model, ...) instead of DynamicInferenceContext. See docs/guide/megatron.md.
+StaticInferenceContext, or PiKVDynamicInferenceContext(model=model, ...) instead of DynamicInferenceContext; or install(config) once, for
+scripts that make the host's own contexts. See docs/guide/megatron.md.
 """
 
 from importlib import import_module
@@ -12,7 +13,9 @@ _PUBLIC = {
     "RouterPenalty": "penalty",
     "disable_pikv": "enable",
     "enable_pikv": "enable",
+    "install": "drop_in",
     "pikv_layer_spec": "layer_spec",
+    "uninstall": "drop_in",
 }
 __all__ = list(_PUBLIC)
 

@@ -24,20 +24,39 @@ from pikv_ds.modes import eager
 from .expert_ids import ExpertIds
 from .groups import expert_group, fit_requests
 from .heads import stored_heads
-from .layers import check_calibration, check_routers, connect, find_layers, layer_spec_of, softmax_offset
+from .layers import check_calibration, check_routers, connect, find_layers, is_later_stage, layer_spec_of, softmax_offset
 from .penalty import RouterPenalty, check_installed
 from .refusals import refuse_config, refuse_dtype, refuse_model
 from .subclass import is_pikv
 from .tokens import Tokens
+
+_OF_MODEL = ("core", "layers", "links", "heads", "expert_ids")
 
 
 class PiKVContext(ABC):
     """Owns the PiKVCache of one model. A subclass says what a forward brings, and keeps what it needs to say that."""
 
     dynamic = False
+    has_model = False
+
+    @eager
+    def bind(self, model: nn.Module, config=None, group: dist.ProcessGroup | None = None) -> None:
+        """Give a context that was made without one its model, once; arguments as in its constructor. Collectives: none."""
+        if self.has_model:
+            raise UnsupportedError(f"this {type(self).__name__} has its model already; make one context for each model")
+        self._open(model, config, group)
+        self.has_model = True
+
+    def __getattr__(self, name: str):
+        if name in _OF_MODEL and not self.has_model:
+            raise UnsupportedError(
+                f"this {type(self).__name__} has no model yet: pass model=, call bind(model), or leave it to install(), which does "
+                f"that when the model is wrapped for inference"
+            )
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def _open(self, model: nn.Module, config, group: dist.ProcessGroup | None) -> None:
-        """Build the cache. Collectives: none."""
+        """Build the cache."""
         self.layers = find_layers(model)
         for layer in self.layers:
             if not is_pikv(layer.attention):
@@ -50,7 +69,8 @@ class PiKVContext(ABC):
         refuse_config(config)
         check_routers(self.layers, config.storage.expert_ids)
         group = expert_group(self.layers) if group is None else group
-        config, self.shared = fit_requests(config, self.layers, group, self.dynamic)
+        self.later_stage = is_later_stage(model)
+        config, self.shared = fit_requests(config, self.layers, group, self.dynamic, self.later_stage)
         weight = attention.linear_proj.weight
         refuse_dtype(weight.dtype)
         num_shards = config.storage.num_shards or (1 if group is None else group.size())
@@ -205,7 +225,8 @@ class PiKVContext(ABC):
 
 def positions_digest(core: PiKVCache, shared: bool, key: Tensor, positions: Tensor) -> int:
     """What replicated ranks compare. Keys of the first layer are a function of token and position alone; tensor-parallel peers see the same
-    tokens by construction, and compute a shared KV head in GEMMs of their own, so theirs are not compared bit by bit."""
+    tokens by construction, and compute a shared KV head in GEMMs of their own, so theirs are not compared bit by bit, nor are those of a
+    later pipeline stage."""
     return 0 if core.ranks.size == 1 else digest([positions] if shared else [key, positions])
 
 

@@ -26,21 +26,37 @@ class PiKVInferenceContext(PiKVContext, StaticInferenceContext):
 
     @eager
     def __init__(
-        self, max_batch_size: int, max_sequence_length: int, *, model: nn.Module, config=None, group: dist.ProcessGroup | None = None
+        self,
+        max_batch_size: int,
+        max_sequence_length: int,
+        *options,
+        model: nn.Module | None = None,
+        config=None,
+        group: dist.ProcessGroup | None = None,
+        **named_options,
     ) -> None:
         """
         Args:
             max_batch_size, max_sequence_length: limits as in StaticInferenceContext; nothing is allocated for them.
-            model: enabled by enable_pikv, or built from a pikv_layer_spec.
+            model: enabled by enable_pikv, or built from a pikv_layer_spec; None = bind(model) follows.
             config: the "pikv" block; None = the one the model was enabled with.
             group: None = the model's expert-parallel group.
+            options, named_options: what else the host's StaticInferenceContext takes.
 
         Collectives: none.
         """
-        super().__init__(max_batch_size, max_sequence_length)
+        super().__init__(max_batch_size, max_sequence_length, *options, **named_options)
         self.key_value_memory_dict = _NoDenseCache()
-        self._open(model, config, group)
         self._begin_generation()
+        if model is not None:
+            self.bind(model, config, group)
+        elif config is not None or group is not None:
+            raise UnsupportedError("config and group go with model: give all of them here, or all of them to bind()")
+
+    @classmethod
+    def from_config(cls, config, *, model: nn.Module | None = None, pikv=None, group: dist.ProcessGroup | None = None):
+        """With the limits of an InferenceWrapperConfig, as StaticInferenceContext.from_config; pikv: the "pikv" block."""
+        return cls(config.inference_max_requests, config.inference_max_seq_length, model=model, config=pikv, group=group)
 
     # ---- the caller's controls -----------------------------------------------------------------------------------------------
 
@@ -91,7 +107,7 @@ class PiKVInferenceContext(PiKVContext, StaticInferenceContext):
         keep, after = _real_tokens(padding, rows, start), _real_tokens(padding, rows, end)
         value = 0
         if fresh or self.core.replicated:
-            value = positions_digest(self.core, self.shared is not None or idle, key, tokens.positions)
+            value = positions_digest(self.core, self.shared is not None or self.later_stage or idle, key, tokens.positions)
         self.core.begin_step(
             LocalStep(
                 num_rows=rows,

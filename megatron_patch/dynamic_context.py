@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 import torch.distributed as dist
 from megatron.core.inference.contexts.dynamic_context import DynamicInferenceContext
@@ -27,27 +30,36 @@ class PiKVDynamicInferenceContext(PiKVContext, DynamicInferenceContext):
     """
 
     dynamic = True
+    sequence_len_offset = 0  # what the host's static path begins its rotations at, see latent_attention.py
+    _as_static = False
 
     @eager
-    def __init__(self, *, model: nn.Module, config=None, group: dist.ProcessGroup | None = None, **options) -> None:
+    def __init__(self, *, model: nn.Module | None = None, config=None, group: dist.ProcessGroup | None = None, **options) -> None:
         """
         Args:
-            model: enabled by enable_pikv, or built from a pikv_layer_spec.
+            model: enabled by enable_pikv, or built from a pikv_layer_spec; None = bind(model) follows.
             config: the "pikv" block; None = the one the model was enabled with.
             group: None = the model's expert-parallel group.
-            options: as DynamicInferenceContext; without CUDA graphs, flashinfer's fused rope, Mamba states and cached MLA latents.
+            options: as DynamicInferenceContext; without CUDA graphs, flashinfer's fused rope and Mamba states. cache_mla_latent
+                says how wide an entry of a model with MLA is, so how many tokens a block of the budget holds.
 
         Collectives: none.
         """
         _refuse(options)
         super().__init__(**options)
-        self._open(model, config, group)
-        if any(is_latent(layer.attention) for layer in self.layers):
-            raise UnsupportedError(
-                "MLA with dynamic batching: Megatron-Core asks for cache_mla_latents, whose kernels read a cache of its own; use static "
-                "batching (PiKVInferenceContext)"
-            )
+        self.use_flashinfer_fused_rope = False  # None, which scripts pass, means "if it is there"
         self._stored: dict[int, int] | None = None  # request id -> tokens stored, in the order of the cache's rows; None = no forward yet
+        if model is not None:
+            self.bind(model, config, group)
+        elif config is not None or group is not None:
+            raise UnsupportedError("config and group go with model: give all of them here, or all of them to bind()")
+
+    def _open(self, model: nn.Module, config, group: dist.ProcessGroup | None) -> None:
+        super()._open(model, config, group)
+        if self.cache_mla_latent and not is_latent(self.layers[0].attention):
+            raise UnsupportedError(
+                f"cache_mla_latent = True, but {type(model).__name__} has no multi-latent attention: its blocks would be counted too small"
+            )
 
     # ---- the caller's controls -----------------------------------------------------------------------------------------------
 
@@ -65,6 +77,18 @@ class PiKVDynamicInferenceContext(PiKVContext, DynamicInferenceContext):
     def free(self) -> None:
         super().free()
         self._stored = None
+
+    def is_static_batching(self) -> bool:
+        return self._as_static
+
+    @contextlib.contextmanager
+    def as_static(self) -> Iterator[None]:
+        """Inside, the host takes this for a context of static batching: one layer's multi-latent attention does."""
+        self._as_static = True
+        try:
+            yield
+        finally:
+            self._as_static = False
 
     def allocate_all_tensors(self, *, is_init: bool) -> None:
         """The host's bookkeeping, and a block buffer without layers: it takes no memory, and a kernel that reaches for it fails."""
@@ -146,7 +170,6 @@ def _refuse(options: dict) -> None:
         "num_cuda_graphs": "pages grow between steps, which a captured graph can't follow; leave it at None",
         "use_flashinfer_fused_rope": "PiKV rotates with Megatron's own tables; leave it at False",
         "mamba_inference_state_config": "hybrid models keep states that are not keys and values; PiKV does not handle them",
-        "cache_mla_latent": "PiKV stores no MLA latents under dynamic batching; use static batching",
         "unified_memory_level": "there is no block buffer to place; leave it at 0",
         "offload_kv_cache": "there is no block buffer to offload; leave it at False",
     }

@@ -8,7 +8,8 @@ from torch import nn
 from pikv_ds.config.pikv import PiKVConfig
 from pikv_ds.errors import UnsupportedError
 
-from .attention import core_attention_class, self_attention_class
+from .attention import core_attention_class
+from .latent_attention import attention_class
 from .layers import check_routers, find_layers, layer_spec_of
 from .penalty import RouterPenalty, check_penalty, check_router, chosen_penalty
 from .refusals import refuse_config, refuse_model
@@ -48,7 +49,7 @@ def enable_pikv(model: nn.Module, config=None, *, router_penalty: RouterPenalty 
             f"{type(model).__name__} is enabled already (or was built from a pikv_layer_spec); call disable_pikv(model) first"
         )
     for layer in layers:
-        put_on(layer.attention, self_attention_class)
+        put_on(layer.attention, attention_class)
         layer.attention.pikv_config = config
         put_on(layer.attention.core_attention, core_attention_class)
         if isinstance(layer.router, TopKRouter):

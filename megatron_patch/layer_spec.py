@@ -17,7 +17,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from pikv_ds.config.pikv import PiKVConfig
 from pikv_ds.errors import UnsupportedError
 
-from .attention import self_attention_class
+from .latent_attention import attention_class
 from .penalty import RouterPenalty, check_router, chosen_penalty
 from .refusals import refuse_config
 from .router import router_class
@@ -75,7 +75,7 @@ def _layer(spec: ModuleSpec, config: PiKVConfig, penalty: RouterPenalty | None) 
         )
     # A shallow copy of each changed level: the modules' submodules may hold classes and functions that are meant to be shared.
     attention = copy.copy(attention)
-    attention.module = self_attention_class(host)
+    attention.module = attention_class(host)
     attention.params = {**attention.params, "pikv_config": config}
     spec = copy.copy(spec)
     spec.submodules = copy.copy(spec.submodules)

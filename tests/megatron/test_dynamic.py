@@ -9,6 +9,7 @@ from tests.megatron.marks import on_cpu
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(300), on_cpu]
 LAYOUTS = {"EP2": "1,2,1", "TP2xEP2-peers": "2,2,1"}  # tp,ep,etp on two ranks
 REQUESTS, SHARED, EVICTIONS = "20 requests of 1 to 300 tokens", "a KV head that peers share", "evicted requests that start again"
+LATENT = "MLA, chunked prefill"
 _jobs: list[JobResult] = []
 
 
@@ -26,6 +27,7 @@ def rows_of(layout: str, check: str) -> list[dict]:
         "ids true",
         "ids lookahead",
         "sliding window, ids true, chunked prefill",
+        "MLA with YaRN, ids true",
         "a forward without a context is the host's own unless serving",
         "the documented lines",
         "refusals",
@@ -37,7 +39,7 @@ def test_expert_parallel(check: str):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("check", ["chunked prefill", SHARED, EVICTIONS])
+@pytest.mark.parametrize("check", ["chunked prefill", SHARED, EVICTIONS, LATENT])
 def test_also_with_tensor_parallel_peers(check: str, layout: str):
     rows_of(layout, check)
 

@@ -18,7 +18,8 @@ from tests.megatron.serving import Log, Request, random_requests, reference_flas
 LONGEST, BLOCK = 300, 16
 MAIN = "1,2,1"
 CHUNKED, SHARED, EVICTED = "chunked prefill", "a KV head that peers share", "evicted requests that start again"
-ON_PEERS = (CHUNKED, SHARED, EVICTED)  # also where the expert group is the tensor-parallel peers
+LATENT, YARN = "MLA, chunked prefill", "MLA with YaRN, ids true"
+ON_PEERS = (CHUNKED, SHARED, EVICTED, LATENT)  # also where the expert group is the tensor-parallel peers
 
 
 def options(config, blocks: int, paused: int) -> dict:
@@ -108,11 +109,13 @@ def check_variants(report: Report, layout: str) -> None:
         "sliding window, ids true, chunked prefill": (dict(window_size=(9, 0)), {"storage": {"expert_ids": "true"}}, dict(chunk=24)),
         SHARED: (dict(num_query_groups=1), {}, {}),
         EVICTED: (dict(), {}, dict(blocks=10, paused=1)),
+        LATENT: (dict(), {}, dict(chunk=24)),
+        YARN: (dict(rope_type="yarn"), {"storage": {"expert_ids": "true"}}, {}),
     }
     for name, (changes, config, how) in variants.items():
         if layout != MAIN and name not in ON_PEERS:
             continue
-        model = tiny_model(tiny_config(**changes))
+        model = tiny_model((latent_config if name in (LATENT, YARN) else tiny_config)(**changes))
         enable_pikv(model)
         requests = own_requests(8, 60, seed=11)
         if name == EVICTED:  # all of them fill their block at about the same time, and want another one
@@ -141,13 +144,12 @@ def check_limits(report: Report, layout: str, model) -> None:
         )
         assert all(len(request.generated) == request.num_tokens for request in own)
     with report.check(f"{layout} refusals"):
-        for name, value in dict(num_cuda_graphs=1, use_flashinfer_fused_rope=True, unified_memory_level=1, cache_mla_latent=True).items():
+        for name, value in dict(num_cuda_graphs=1, use_flashinfer_fused_rope=True, unified_memory_level=1).items():
             refused(
                 UnsupportedError, name, lambda name=name, value=value: PiKVDynamicInferenceContext(model=model, **given, **{name: value})
             )
-        latent = tiny_model(latent_config())
-        enable_pikv(latent)
-        refused(UnsupportedError, "MLA with dynamic batching", lambda: PiKVDynamicInferenceContext(model=latent, **given))
+        latents = dict(block_size_tokens=64, cache_mla_latent=True, kv_lora_rank=16, qk_pos_emb_head_dim=8)
+        refused(UnsupportedError, "no multi-latent attention", lambda: PiKVDynamicInferenceContext(model=model, **given | latents))
         with reference_flash_decode():
             refused(
                 UnsupportedError,

@@ -18,18 +18,17 @@ ROOT = Path(__file__).resolve().parents[3]
 STEPS = 12
 
 
-def patched(script: str, diffs: list[str]) -> str:
-    for diff in diffs:
-        lines = diff.splitlines(keepends=True)
-        old, new = ("".join(line[1:] for line in lines if line[0] in kept) for kept in (" -", " +"))
-        assert script.count(old) == 1, f"the script has no place, or several, for\n{diff}"
-        script = script.replace(old, new)
-    return script
+def as_of_0_16(script: str) -> str:
+    """The script as Megatron-LM's are at core_v0.16.1, which take the context's limits from the wrapper's configuration."""
+    old = "StaticInferenceContext(\n        args.inference_max_requests, args.inference_max_seq_length\n    )"
+    assert script.count(old) == 1
+    script = script.replace(old, "StaticInferenceContext.from_config(inference_wrapper_config)")
+    return script.replace("    wrapper_config = ", "    wrapper_config = inference_wrapper_config = ")
 
 
-def run(script: str, *arguments: str):
+def run(script: str, *arguments: str, part: int | None = None):
     """Tokens and log-probabilities per prompt, and the engine; ranks of one tensor-parallel group have the same prompts."""
-    dp_rank = parallel_state.get_data_parallel_rank()
+    dp_rank = parallel_state.get_data_parallel_rank() if part is None else part
     # Ragged; a row that is fed its prompt while another generates. All ranks run the same number of forwards, as expert parallelism needs.
     prompts = [["hello", "world!!x", "abcdef"], ["be quick", "to a point.", "as it is!"]][dp_rank % 2]
     module = {"__name__": "static_script"}
@@ -45,17 +44,21 @@ def run(script: str, *arguments: str):
 def check_layout(report: Report, layout: str, folder: Path) -> None:
     start(*map(int, layout.split(",")))
     script = (ROOT / "tests" / "megatron" / "static_script.py").read_text()
-    diffs, spec = documented.diffs(), documented.code("\nspec = ")
+    spec = documented.code("\nspec = ")
+    texts = {
+        "in place": documented.patched(script, documented.diffs("constructor")),
+        "from_config": documented.patched(as_of_0_16(script), documented.diffs("from_config")),
+    }
+    texts["--spec"] = "".join(line for line in texts["in place"].splitlines(keepends=True) if "enable_pikv(model" not in line)
     expected, expected_log_probs, _ = run(script)
     assert [len(tokens) for tokens in expected] == [STEPS] * 3
-    for name, arguments in (("in place", ()), ("--spec", ("--spec", "my_spec", "spec"))):
+    for name, text in texts.items():
+        arguments = ("--spec", "my_spec", "spec") if name == "--spec" else ()
         with report.check(f"{layout} StaticInferenceEngine, {name}") as row:
-            text = patched(script, diffs)
             if arguments:
                 (folder / f"rank{report.rank}").mkdir(exist_ok=True)
                 (folder / f"rank{report.rank}" / "my_spec.py").write_text(spec)
                 sys.path.insert(0, str(folder / f"rank{report.rank}"))
-                text = "".join(line for line in text.splitlines(keepends=True) if "enable_pikv(model" not in line)
             with dense_is_forbidden():
                 tokens, log_probs, engine = run(text, *arguments)
             context = engine.controller.inference_wrapped_model.inference_context
@@ -64,6 +67,11 @@ def check_layout(report: Report, layout: str, folder: Path) -> None:
             assert tokens == expected, (tokens, expected)
             assert row["difference"] <= 1e-5, row
             assert_conserved(context, len(context.layers) * context.columns * 3)
+    if parallel_state.get_pipeline_model_parallel_world_size() > 1 and parallel_state.get_data_parallel_world_size() > 1:
+        check_equal_requests(report, layout, script, texts["in place"])
+    if parallel_state.get_pipeline_model_parallel_world_size() > 1:  # the first stage refuses, the next waits for its hidden states
+        leave()
+        return
     with report.check(f"{layout} an engine that replaces the context is refused"):
         model = engine.controller.inference_wrapped_model.model
         module = {"__name__": "static_script"}
@@ -72,6 +80,22 @@ def check_layout(report: Report, layout: str, folder: Path) -> None:
         with cpu_compat.cuda_literals_on_cpu():
             arguments = ["--use-legacy-static-engine", "--prompts", "hello"]
             refused(UnsupportedError, "StaticInferenceContext", lambda: module["main"](arguments))
+    leave()
+
+
+def check_equal_requests(report: Report, layout: str, script: str, text: str) -> None:
+    """The same prompts on all ranks: the first stage sees it, later ones are told, or store them once per rank."""
+    expected, _, _ = run(script, part=0)
+    with report.check(f"{layout} equal requests") as row:
+        for requests in ("auto", "replicated"):
+            tokens, _, engine = run(text.replace('"auto"', f'"{requests}"'), part=0)
+            assert tokens == expected
+            row[requests] = engine.controller.inference_wrapped_model.inference_context.stats()["requests"]
+        first = parallel_state.is_pipeline_first_stage()
+        assert (row["auto"], row["replicated"]) == ("replicated" if first else "distinct", "replicated"), row
+
+
+def leave() -> None:
     dist.barrier()
     parallel_state.destroy_model_parallel()
 

@@ -20,6 +20,7 @@ from pikv_ds.megatron_patch import PiKVInferenceContext, cpu_compat, disable_pik
 from pikv_ds.megatron_patch.groups import expert_group
 from pikv_ds.megatron_patch.layers import find_layers
 from tests.dist.jobs.report import Report
+from tests.megatron.host_limits import check_host_limits
 from tests.megatron.masks import check_masks
 from tests.megatron.models import local_spec, start, tiny_config, tiny_model, tokens
 from tests.megatron.penalty import check_penalty
@@ -111,7 +112,6 @@ def check_refusals(report: Report, ids: torch.Tensor) -> None:
     with report.check("settings refused by name"):
         for changes in (
             dict(context_parallel_size=2),
-            dict(pipeline_model_parallel_size=2),
             dict(cuda_graph_impl="local"),
             dict(flash_decode=True),
             dict(sequence_parallel=True),
@@ -173,6 +173,7 @@ def main() -> None:
     check_refusals(report, ids)
     check_masks(report, ids)
     check_penalty(report, ids)
+    check_host_limits(report, ids)
     dist.barrier()
     dist.destroy_process_group()
 
