@@ -14,6 +14,7 @@ from pikv_ds.step.step import LocalStep
 from .base_context import PiKVContext, check_length, positions_digest
 from .masks import padding_of
 from .tokens import Columns, Nothing, Tokens
+from .version import check_feature
 
 
 class PiKVInferenceContext(PiKVContext, StaticInferenceContext):
@@ -37,6 +38,7 @@ class PiKVInferenceContext(PiKVContext, StaticInferenceContext):
 
         Collectives: none.
         """
+        check_feature("static batching")
         super().__init__(max_batch_size, max_sequence_length)
         self.key_value_memory_dict = _NoDenseCache()
         self._open(model, config, group)

@@ -22,7 +22,7 @@ from .penalty import RouterPenalty, check_router, chosen_penalty
 from .refusals import refuse_config
 from .router import router_class
 from .subclass import is_pikv_class
-from .version import check_version
+from .version import check_feature
 
 Spec = ModuleSpec | TransformerBlockSubmodules
 
@@ -39,7 +39,7 @@ def pikv_layer_spec(spec: Spec, config=None, *, router_penalty: RouterPenalty | 
 
     Raises: UnsupportedError for another kind of object, and for attention or routers that PiKV does not handle.
     """
-    check_version()
+    check_feature("attention and routing")
     config = PiKVConfig.parse(config)
     refuse_config(config)
     router_penalty = chosen_penalty(config, router_penalty)

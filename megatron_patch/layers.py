@@ -19,6 +19,7 @@ from pikv_ds.spec import LayerSpec
 
 from .link import Link
 from .subclass import is_pikv
+from .version import check_feature
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +65,10 @@ def is_latent(attention: nn.Module) -> bool:
 
 def refuse_attention(attention: nn.Module) -> None:
     """What PiKV can't do for one layer's attention, by the parts it was built from. Raises UnsupportedError."""
-    if is_latent(attention) and hasattr(attention.linear_kv_up_proj, "layer_norm_weight"):
+    if not is_latent(attention):
+        return
+    check_feature("multi-latent attention")
+    if hasattr(attention.linear_kv_up_proj, "layer_norm_weight"):
         raise UnsupportedError(
             f"layer {attention.layer_number}: {type(attention.linear_kv_up_proj).__name__} normalises the latent inside the projection, "
             f"where PiKV can't read it; use a specification with a kv_layernorm of its own (get_gpt_layer_local_spec)"

@@ -10,12 +10,11 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from megatron.core.inference.inference_request import DynamicInferenceRequest
-from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper import GPTInferenceWrapper
-from megatron.core.inference.model_inference_wrappers.inference_wrapper_config import InferenceWrapperConfig
 from megatron.core.inference.sampling_params import SamplingParams
 from megatron.core.transformer.attention import Attention
 
-from tests.megatron.models import VOCAB, tokens
+from tests.megatron.hosts import inference_wrapper
+from tests.megatron.models import tokens
 
 
 @dataclass
@@ -62,16 +61,7 @@ def serve(model, context, requests: list[Request], *, group=None, chunk: int | N
 
     chunk: prefill at most so many tokens of a prompt at a time, as the engine's chunked prefill does.
     """
-    wrapper = GPTInferenceWrapper(
-        model,
-        InferenceWrapperConfig(
-            hidden_size=model.config.hidden_size,
-            params_dtype=torch.float32,
-            inference_batch_times_seqlen_threshold=-1,
-            padded_vocab_size=VOCAB,
-        ),
-        context,
-    )
+    wrapper = inference_wrapper(model, context)
     log, waiting, by_number = Log(), sorted(requests, key=lambda r: r.arrival), {r.number: r for r in requests}
     partial: DynamicInferenceRequest | None = None  # being prefilled in chunks; always the last of the active requests
     while True:
