@@ -7,6 +7,7 @@ do nothing. Nothing is replaced at import. The layers must be built with `cpu_co
 from __future__ import annotations
 
 import contextlib
+import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -60,7 +61,7 @@ def cpu_config_options() -> dict[str, Any]:
 
 def patches() -> list[Patch]:
     """Everything install() replaces. Imports Megatron-Core."""
-    return [*_torch_patches(), *_rng_patches(), *_moe_patches(), *_mask_patches(), *_attention_patches()]
+    return [*_torch_patches(), *_rng_patches(), *_moe_patches(), *_mask_patches(), *_attention_patches(), *_inference_patches()]
 
 
 class _Stream:
@@ -181,11 +182,40 @@ def _attention_patches() -> list[Patch]:
     return found
 
 
+def _inference_patches() -> list[Patch]:
+    """Of names that modules of megatron.core.inference hold; versions differ in which, and a name that is not there is not replaced."""
+    wanted = [
+        ("engines.dynamic_engine", "range_push", lambda *args: 0, "bound by name: torch.cuda.nvtx raises without CUDA"),
+        ("engines.dynamic_engine", "range_pop", lambda *args: 0, "as range_push"),
+        ("text_generation_controllers.text_generation_controller", "range_push", lambda *args: 0, "as in the engine, from 0.18 on"),
+        ("text_generation_controllers.text_generation_controller", "range_pop", lambda *args: 0, "as range_push"),
+        ("communication_utils", "_is_cuda", _is_there, "pipeline stages assert that what they send lies on a GPU"),
+        (
+            "contexts.dynamic_context",
+            "triton_append_key_value_cache",
+            None,
+            "with Triton installed and no GPU the dense dynamic context would launch its kernel; without it, it writes in plain torch",
+        ),
+    ]
+    found = []
+    for module, name, replacement, reason in wanted:
+        owner = importlib.import_module(f"megatron.core.inference.{module}")
+        if getattr(owner, name, None) is not None:
+            found.append(Patch(owner, name, replacement, reason))
+    return found
+
+
+def _is_there(tensor: torch.Tensor | None) -> None:
+    assert tensor is not None
+
+
 class _LiteralsOnCPU(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
-        if func is torch.Tensor.cuda:
+        if func in (torch.Tensor.cuda, torch.Tensor.pin_memory):
             return args[0]
+        if kwargs.get("pin_memory"):  # without CUDA there is no memory to pin for
+            kwargs["pin_memory"] = False
         if _is_cuda(kwargs.get("device")):
             kwargs["device"] = torch.device("cpu")
         if func is torch.Tensor.to:
@@ -202,6 +232,6 @@ def _is_cuda(device) -> bool:
 
 @contextlib.contextmanager
 def cuda_literals_on_cpu() -> Iterator[None]:
-    """Inside, device="cuda" and .cuda() mean the CPU: for Megatron's optimizer and engines. Does nothing with CUDA."""
+    """Inside, device="cuda" and .cuda() mean the CPU and nothing is pinned: for Megatron's optimizer and engines. Nothing with CUDA."""
     with contextlib.nullcontext() if torch.cuda.is_available() else _LiteralsOnCPU():
         yield

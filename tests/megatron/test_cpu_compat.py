@@ -59,6 +59,53 @@ def test_literals_mean_the_cpu_only_inside():
         x = torch.ones(2, device="cuda")
         assert x.cuda() is x and x.to("cuda").device.type == "cpu"
         assert x.type() == "torch.cuda.FloatTensor"
+        assert not torch.empty_like(x, device="cpu", pin_memory=True).is_pinned() and x.pin_memory() is x
     assert x.type() == "torch.FloatTensor"
-    with pytest.raises((AssertionError, RuntimeError)):
-        torch.ones(2, device="cuda")
+    for cuda_only in (lambda: torch.ones(2, device="cuda"), lambda: torch.empty_like(x, pin_memory=True), x.pin_memory):
+        with pytest.raises((AssertionError, RuntimeError)):
+            cuda_only()
+
+
+@needs_cpu
+def test_what_the_engines_ask_of_a_gpu():
+    """Each raises without the aid, runs with it, and raises again afterwards. A kernel stands in for Triton's, which may not be there."""
+    from megatron.core.inference import communication_utils
+    from megatron.core.inference.contexts import dynamic_context
+    from megatron.core.inference.engines import dynamic_engine
+
+    def kernel(**arguments):
+        raise AssertionError("All tensors must be on CUDA devices")
+
+    ranges = [lambda: dynamic_engine.range_push("step"), lambda: dynamic_engine.range_pop()]
+    calls = [*ranges, lambda: communication_utils._is_cuda(torch.ones(1))]
+
+    def all_raise() -> None:
+        for call in calls[len(ranges) :] if torch.version.cuda else calls:  # a CUDA build marks ranges without a GPU too
+            with pytest.raises((AssertionError, RuntimeError)):
+                call()
+
+    with mock.patch.object(dynamic_context, "triton_append_key_value_cache", kernel):
+        all_raise()
+        try:
+            assert cpu_compat.install()
+            for call in calls:
+                call()
+            with pytest.raises(AssertionError):
+                communication_utils._is_cuda(None)
+            assert dynamic_context.triton_append_key_value_cache is None
+        finally:
+            assert cpu_compat.uninstall()
+        all_raise()
+        assert dynamic_context.triton_append_key_value_cache is kernel
+
+
+@needs_cpu
+def test_a_name_that_a_version_does_not_have_is_left_alone(monkeypatch):
+    from megatron.core.inference import communication_utils
+
+    monkeypatch.delattr(communication_utils, "_is_cuda")
+    try:
+        assert cpu_compat.install()
+        assert not hasattr(communication_utils, "_is_cuda")
+    finally:
+        assert cpu_compat.uninstall()
