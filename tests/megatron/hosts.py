@@ -3,6 +3,7 @@
 import inspect
 
 import torch
+from megatron.core.inference.contexts.dynamic_context import DynamicInferenceContext
 from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper import GPTInferenceWrapper
 
 from tests.megatron.models import VOCAB
@@ -22,3 +23,35 @@ def inference_wrapper(model, context, **limits) -> GPTInferenceWrapper:
         **limits,
     )
     return GPTInferenceWrapper(model, config, context)
+
+
+def takes_configs() -> bool:
+    """Whether DynamicInferenceContext takes (model_config, inference_config), from 0.17 on, in place of many arguments."""
+    return "inference_config" in inspect.signature(DynamicInferenceContext.__init__).parameters
+
+
+def dynamic_arguments(config, *, blocks: int, paused: int, **more) -> dict:
+    """Arguments of DynamicInferenceContext for a buffer of so many blocks, some of them for paused requests.
+
+    more: max_sequence_length, block_size_tokens, ...; the names are the same in both ways.
+    """
+    heads = max(1, config.num_query_groups // config.tensor_model_parallel_size)
+    block_bytes = 4 * 2 * config.num_layers * more["block_size_tokens"] * heads * config.kv_channels
+    sizes = dict(buffer_size_gb=(blocks + 0.5) * block_bytes / 1024**3, paused_buffer_size_gb=(paused + 0.5) * block_bytes / 1024**3)
+    if takes_configs():
+        from megatron.core.inference.config import InferenceConfig
+
+        return dict(model_config=config, inference_config=InferenceConfig(**sizes, **more))
+    return dict(
+        params_dtype=torch.float32,
+        num_layers=config.num_layers,
+        kv_channels=config.kv_channels,
+        num_attention_heads=config.num_query_groups,
+        tensor_model_parallel_size=min(config.tensor_model_parallel_size, config.num_query_groups),
+        **sizes,
+        **more,
+    )
+
+
+def blocks_in_use(context: DynamicInferenceContext) -> int:
+    return (context.kv_block_allocator if takes_configs() else context.block_allocator).get_total_used()

@@ -13,7 +13,7 @@ from megatron.core.inference.inference_request import DynamicInferenceRequest
 from megatron.core.inference.sampling_params import SamplingParams
 from megatron.core.transformer.attention import Attention
 
-from tests.megatron.hosts import inference_wrapper
+from tests.megatron.hosts import blocks_in_use, inference_wrapper
 from tests.megatron.models import tokens
 
 
@@ -88,7 +88,7 @@ def serve(model, context, requests: list[Request], *, group=None, chunk: int | N
             wrapper.dummy_forward()
             log.idle += 1
         log.paused += context.paused_request_count > 0
-        log.most_blocks = max(log.most_blocks, context.block_allocator.get_total_used())
+        log.most_blocks = max(log.most_blocks, blocks_in_use(context))
         if each_step is not None:
             each_step()
 

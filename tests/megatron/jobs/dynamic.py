@@ -10,7 +10,7 @@ from megatron.core.inference.contexts.dynamic_context import DynamicInferenceCon
 from pikv_ds.errors import UnsupportedError
 from pikv_ds.megatron_patch import PiKVDynamicInferenceContext, cpu_compat, disable_pikv, enable_pikv
 from tests.dist.jobs.report import Report
-from tests.megatron import documented
+from tests.megatron import documented, hosts
 from tests.megatron.models import latent_config, start, tiny_config, tiny_model, tokens
 from tests.megatron.runs import assert_conserved, full_forward, refused
 from tests.megatron.serving import Log, Request, random_requests, reference_flash_decode, serve
@@ -21,23 +21,14 @@ CHUNKED, SHARED, EVICTED = "chunked prefill", "a KV head that peers share", "evi
 ON_PEERS = (CHUNKED, SHARED, EVICTED)  # also where the expert group is the tensor-parallel peers
 
 
-def options(config, blocks: int, paused: int) -> dict:
+def options(config, blocks: int, paused: int, **more) -> dict:
     """Arguments of DynamicInferenceContext for a buffer of so many blocks, some of them for paused requests."""
-    heads = max(1, config.num_query_groups // config.tensor_model_parallel_size)
-    block_bytes = 4 * 2 * config.num_layers * BLOCK * heads * config.kv_channels
-    return dict(
-        params_dtype=torch.float32,
-        num_layers=config.num_layers,
-        kv_channels=config.kv_channels,
-        num_attention_heads=config.num_query_groups,
-        tensor_model_parallel_size=min(config.tensor_model_parallel_size, config.num_query_groups),
-        max_sequence_length=LONGEST + 20,
-        buffer_size_gb=(blocks + 0.5) * block_bytes / 1024**3,
-        paused_buffer_size_gb=(paused + 0.5) * block_bytes / 1024**3,
-        block_size_tokens=BLOCK,
-        max_requests=8,
-        max_tokens=1024,
-    )
+    limits = dict(max_sequence_length=LONGEST + 20, block_size_tokens=BLOCK, max_requests=8, max_tokens=1024)
+    return hosts.dynamic_arguments(config, blocks=blocks, paused=paused, **limits, **more)
+
+
+def suspendable(config) -> dict:
+    return options(config, 20, 6, **(dict(kv_cache_management_mode="recompute") if hosts.takes_configs() else {}))
 
 
 def worst_difference(model, requests: list[Request]) -> float:
@@ -141,10 +132,11 @@ def check_limits(report: Report, layout: str, model) -> None:
         )
         assert all(len(request.generated) == request.num_tokens for request in own)
     with report.check(f"{layout} refusals"):
-        for name, value in dict(num_cuda_graphs=1, use_flashinfer_fused_rope=True, unified_memory_level=1, cache_mla_latent=True).items():
-            refused(
-                UnsupportedError, name, lambda name=name, value=value: PiKVDynamicInferenceContext(model=model, **given, **{name: value})
-            )
+        unwanted = dict(num_cuda_graphs=1, use_flashinfer_fused_rope=True, unified_memory_level=1)
+        own = dict(enable_prefix_caching=True, num_speculative_tokens=2, kv_cache_management_mode="offload")
+        for name, value in (unwanted | (own if hosts.takes_configs() else dict(cache_mla_latent=True, offload_kv_cache=True))).items():
+            changed = options(model.config, 20, 6, **{name: value})
+            refused(UnsupportedError, name, lambda changed=changed: PiKVDynamicInferenceContext(model=model, **changed))
         latent = tiny_model(latent_config())
         enable_pikv(latent)
         refused(UnsupportedError, "MLA with dynamic batching", lambda: PiKVDynamicInferenceContext(model=latent, **given))
@@ -154,10 +146,16 @@ def check_limits(report: Report, layout: str, model) -> None:
                 "DynamicInferenceContext",
                 lambda: serve(model, DynamicInferenceContext(**given), own_requests(2, 9, seed=1)),
             )
-        suspended = PiKVDynamicInferenceContext(model=model, **given)
-        suspended.deallocate_all_tensors()
-        suspended.allocate_all_tensors(is_init=False)
-        assert suspended.memory_buffer.numel() == 0
+        suspended = PiKVDynamicInferenceContext(model=model, **suspendable(model.config))
+        suspended.add_misses(0, torch.ones(8))
+        if hosts.takes_configs():
+            suspended.deallocate_inference_state_buffers()
+            assert not hasattr(suspended, "memory_buffer")
+            suspended.reinitialize_inference_state_buffers()
+        else:
+            suspended.deallocate_all_tensors()
+            suspended.allocate_all_tensors(is_init=False)
+        assert suspended.memory_buffer.numel() == 0 and suspended._misses[0].sum() == 8
         disable_pikv(model)
         refused(UnsupportedError, "call enable_pikv(model) first", lambda: PiKVDynamicInferenceContext(model=model, **given))
         enable_pikv(model)
