@@ -30,6 +30,8 @@ REFUSED = {  # arguments of 0.16, fields of InferenceConfig from 0.17 on: what t
 class _OfArguments(DynamicInferenceContext):
     """0.16: keyword arguments; tensors are allocated by one method, which a resume calls too."""
 
+    dummy_step = False
+
     def allocate_all_tensors(self, *, is_init: bool) -> None:
         """The host's bookkeeping, and a block buffer without layers: it takes no memory, and a kernel that reaches for it fails."""
         num_layers, self.num_attention_layers = self.num_attention_layers, 0
@@ -49,7 +51,19 @@ class _OfArguments(DynamicInferenceContext):
 
 
 class _OfConfigs(DynamicInferenceContext):
-    """From 0.17 on: (model_config, inference_config); the buffer is allocated by a method of its own; requests live on the host from 0.18."""
+    """From 0.17 on: (model_config, inference_config); the buffer is allocated by a method of its own.
+
+    From 0.18 on the table of requests is on the CPU, and a rank without work runs its dummy forward with the context, for a request that
+    is none (dummy_step); before, without one.
+    """
+
+    dummy_step = False
+
+    def initialize_attention_state(self, *args, is_expert_parallel_dummy_cuda_graph_step: bool = False, **kwargs):
+        self.dummy_step = is_expert_parallel_dummy_cuda_graph_step
+        if self.dummy_step:
+            kwargs["is_expert_parallel_dummy_cuda_graph_step"] = True
+        return super().initialize_attention_state(*args, **kwargs)
 
     def _allocate_memory_buffer(self) -> None:
         """As _OfArguments.allocate_all_tensors."""

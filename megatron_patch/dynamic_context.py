@@ -24,7 +24,8 @@ class PiKVDynamicInferenceContext(PiKVContext, CountedBlocks):
 
     A block is a promise here: it is counted as the host counts it, so that requests wait, pause and are evicted alike, but no memory
     stands behind it. Entries lie in the pages of all ranks of the expert-parallel group, and follow their request by its id.
-    All ranks run the same number of forwards: those without work run wrapper.dummy_forward() under serving(), or any forward under idle().
+    All ranks run the same number of forwards: those without work run the dummy_forward() of wrapper or controller under serving(), or any
+    forward under idle().
     """
 
     dynamic = True
@@ -92,7 +93,7 @@ class PiKVDynamicInferenceContext(PiKVContext, CountedBlocks):
 
     def begin_forward(self, key: Tensor, attention_mask: Tensor | None, idle: bool) -> Tokens:
         """Sync: reads the host's request table back, once per forward."""
-        stored = self._stored or {}
+        stored, idle = self._stored or {}, idle or self.dummy_step
         self._refuse_after_failure(bool(stored))
         pieces = {} if idle else self._active()
         waiting = stored if idle else self.request_ids[: self.paused_request_count].tolist()

@@ -1,8 +1,10 @@
 """What the tests build in another way on each Megatron-Core: its own objects around a model and a context."""
 
+import contextlib
 import inspect
 
 import torch
+from megatron.core.inference import utils
 from megatron.core.inference.contexts.dynamic_context import DynamicInferenceContext
 from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper import GPTInferenceWrapper
 
@@ -55,3 +57,22 @@ def dynamic_arguments(config, *, blocks: int, paused: int, **more) -> dict:
 
 def blocks_in_use(context: DynamicInferenceContext) -> int:
     return (context.kv_block_allocator if takes_configs() else context.block_allocator).get_total_used()
+
+
+def dummy_forward(wrapper: GPTInferenceWrapper) -> None:
+    """What the engine's controller has a rank without work do: up to 0.17 without the context, from 0.18 on with it."""
+    if hasattr(wrapper, "dummy_forward"):
+        wrapper.dummy_forward()
+        return
+    context = wrapper.inference_context
+    context.initialize_attention_state(is_expert_parallel_dummy_cuda_graph_step=True)
+    ids, at = context.current_input_and_position_ids()
+    with torch.inference_mode():
+        wrapper.run_one_forward_step({"tokens": ids, "position_ids": at, "attention_mask": None})
+    kept = inspect.signature(DynamicInferenceContext.reset).parameters.keys() & {"preserve_prefix_cache", "preserve_counters"}
+    context.reset(**dict.fromkeys(kept, True))
+
+
+def engine_runs() -> contextlib.AbstractContextManager:
+    """What an engine says of itself from 0.18 on, and a model asks before it gives the last logits of each request alone."""
+    return utils.InferenceMode.active() if hasattr(utils, "InferenceMode") else contextlib.nullcontext()
