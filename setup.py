@@ -76,7 +76,9 @@ setup(
         "torch>=2.11",
         "deepspeed>=0.19",
         "transformers>=5.0",
-        "megatron-core>=0.16",
+        "megatron-core>=0.16,<0.17; python_version < '3.12'",
+        "megatron-core>=0.16,<0.20; python_version >= '3.12'",
+        "triton; python_version >= '3.12' and sys_platform == 'linux'",  # 0.18 and later import it without asking for it
         "numpy",
         "pydantic>=2",
         "rich",

@@ -161,6 +161,11 @@ def _real_tokens(padding: Tensor | None, rows: int, end: int) -> list[int]:
     return [end] * rows if padding is None else (~padding[:, :end]).sum(1).tolist()
 
 
+def all_logits(context: StaticInferenceContext) -> None:
+    """From now on a forward with this context, PiKV's or the host's, gives the logits of all its columns, not of the last one alone."""
+    getattr(context, "config", context).materialize_only_last_token_logits = False  # from 0.17 on a context keeps it in its config
+
+
 class _NoDenseCache(dict):
     """Stands where Megatron keeps its dense buffers: whoever allocates one has not been replaced, and stops here."""
 

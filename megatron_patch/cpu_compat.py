@@ -53,7 +53,7 @@ def uninstall() -> bool:
 
 
 def cpu_config_options() -> dict[str, Any]:
-    """TransformerConfig options without which a model can't be built or run on CPU: no fused kernel, no grouped GEMM. Imports Megatron-Core."""
+    """TransformerConfig options without which a model can't be built or run on CPU: no fused kernel, no grouped GEMM."""
     from megatron.core.transformer import TransformerConfig
 
     fusions = ("gradient_accumulation", "masked_softmax", "bias_dropout", "bias_activation", "apply_rope", "moe_permute")

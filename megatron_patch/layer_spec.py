@@ -71,9 +71,9 @@ def _layer(spec: ModuleSpec, config: PiKVConfig, penalty: RouterPenalty | None) 
     # A shallow copy of each changed level: the modules' submodules may hold classes and functions that are meant to be shared.
     spec = copy.copy(spec)
     spec.submodules = copy.copy(spec.submodules)
-    spec.submodules.mlp = _mlp(spec.submodules.mlp, config, penalty)
     if attention is not IdentityOp:
         spec.submodules.self_attention = _attention(attention, config)
+    spec.submodules.mlp = _mlp(spec.submodules.mlp, config, penalty)
     return spec
 
 

@@ -17,6 +17,7 @@ What it adds is said beside each use of LONG: products of things that the short 
 - tests/survey: every family that the survey serves or refuses, short: one of each kind.
 - tests/generate_options: every try of every option of generate(), and 2,000 random cases; short: those that need hooks, and 30.
 - tests/megatron/test_decode.py: 32 decode steps, short: 16.
+- tests/megatron/test_hybrid.py: three orders of layers, every source of ids, dynamic batching; short: one order, two sources.
 - tests/cache/test_modes.py, tests/cache/test_gradient.py: every case of the covering array; short: eight of each.
 - tests/adapters/test_modes.py: torch.compile by three backends, the profiler, anomaly mode and save_on_cpu, short: the other modes;
   every choice of calls under inference mode, short: four.

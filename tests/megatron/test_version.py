@@ -30,14 +30,18 @@ def test_what_one_feature_misses_is_named_and_the_others_are_served(without_bloc
     for feature in FEATURES:
         if feature != "dynamic batching":
             check_feature(feature)
-    message = f"megatron-core {megatron.core.__version__} cannot serve dynamic batching: DynamicInferenceContext._allocate_memory_buffer is gone"
+    message = (
+        f"megatron-core {megatron.core.__version__} cannot serve dynamic batching: DynamicInferenceContext._allocate_memory_buffer is gone"
+    )
     with pytest.raises(UnsupportedError, match=f"^{message}.* and DynamicInferenceContext.allocate_all_tensors is gone, .*0.19.2"):
         PiKVDynamicInferenceContext(model=None)
 
 
 def test_static_batching_alone(monkeypatch):
     monkeypatch.setattr(StaticInferenceContext, "swap_key_value_dict", lambda self: None)
-    with pytest.raises(UnsupportedError, match=r"static batching: StaticInferenceContext.swap_key_value_dict takes \(self\), .*\(self, batch_idx, "):
+    with pytest.raises(
+        UnsupportedError, match=r"static batching: StaticInferenceContext.swap_key_value_dict takes \(self\), .*\(self, batch_idx, "
+    ):
         PiKVInferenceContext(1, 8, model=None)
     check_feature("dynamic batching")
 
