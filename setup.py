@@ -87,7 +87,7 @@ setup(
     extras_require={
         "cuda": ["cupy-cuda13x"],
         "eval": ["lm-eval[hf]>=0.4.9,<0.5"],
-        "test": ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "matplotlib", "ruff", "mypy", "pikv-ds[eval,weights]"],
+        "test": ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "matplotlib", "ruff", "mypy", "pyzmq", "pikv-ds[eval,weights]"],
         "weights": ["accelerate", "peft", "torchao", "optimum-quanto", "bitsandbytes"],  # what wraps or packs them, for tests
     },
     entry_points={"console_scripts": ["pikv=pikv_ds.launch.cli:main"]},

@@ -24,7 +24,7 @@ from pikv_ds.modes import eager
 from .expert_ids import ExpertIds
 from .groups import expert_group, fit_requests
 from .heads import stored_heads
-from .layers import check_calibration, check_routers, connect, find_layers, layer_spec_of, softmax_offset
+from .layers import check_calibration, check_routers, connect, find_layers, is_later_stage, layer_spec_of, softmax_offset
 from .penalty import RouterPenalty, check_installed
 from .refusals import refuse_config, refuse_dtype, refuse_model
 from .subclass import is_pikv
@@ -50,7 +50,8 @@ class PiKVContext(ABC):
         refuse_config(config)
         check_routers(self.layers, config.storage.expert_ids)
         group = expert_group(self.layers) if group is None else group
-        config, self.shared = fit_requests(config, self.layers, group, self.dynamic)
+        self.later_stage = is_later_stage(model)
+        config, self.shared = fit_requests(config, self.layers, group, self.dynamic, self.later_stage)
         weight = attention.linear_proj.weight
         refuse_dtype(weight.dtype)
         num_shards = config.storage.num_shards or (1 if group is None else group.size())
@@ -206,7 +207,8 @@ class PiKVContext(ABC):
 
 def positions_digest(core: PiKVCache, shared: bool, key: Tensor, positions: Tensor) -> int:
     """What replicated ranks compare. Keys of the first layer are a function of token and position alone; tensor-parallel peers see the same
-    tokens by construction, and compute a shared KV head in GEMMs of their own, so theirs are not compared bit by bit."""
+    tokens by construction, and compute a shared KV head in GEMMs of their own, so theirs are not compared bit by bit, nor are those of a
+    later pipeline stage."""
     return 0 if core.ranks.size == 1 else digest([positions] if shared else [key, positions])
 
 

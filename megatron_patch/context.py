@@ -93,7 +93,7 @@ class PiKVInferenceContext(PiKVContext, StaticInferenceContext):
         keep, after = _real_tokens(padding, rows, start), _real_tokens(padding, rows, end)
         value = 0
         if fresh or self.core.replicated:
-            value = positions_digest(self.core, self.shared is not None or idle, key, tokens.positions)
+            value = positions_digest(self.core, self.shared is not None or self.later_stage or idle, key, tokens.positions)
         self.core.begin_step(
             LocalStep(
                 num_rows=rows,

@@ -39,13 +39,16 @@ class Peers(NamedTuple):
 
 
 def fit_requests(
-    config: PiKVConfig, layers: list[Layer], group: dist.ProcessGroup | None, dynamic: bool
+    config: PiKVConfig, layers: list[Layer], group: dist.ProcessGroup | None, dynamic: bool, later_stage: bool = False
 ) -> tuple[PiKVConfig, Peers | None]:
     """Decide storage.requests where the layout leaves no choice, and check the number of shards. Returns the peers that share KV heads.
 
     Tensor-parallel peers in one expert group see the same tokens but hold different heads: to the store they are distinct requests,
     keyed by their rank, so each head's entry is stored once. Where they hold the same heads (a latent, or fewer KV heads than ranks) and
     nobody else is in the group, they are replicated requests. Dynamic batching serves requests of each rank's own.
+
+    later_stage: keys come out of layers of other ranks, whose sums may differ in the last bit, so equal requests can't be recognised by
+    them; "replicated" is taken at its word there, and checked by the first stage.
     """
     num_ranks = 1 if group is None else group.size()
     storage = config.storage
@@ -63,6 +66,8 @@ def fit_requests(
         forced, why = "distinct", "it holds tensor-parallel peers, whose keys are different heads"
     elif dynamic:
         forced, why = "distinct", "under dynamic batching every rank has requests of its own"
+    elif later_stage and storage.requests == "auto":
+        forced, why = "distinct", "equal requests can't be recognised on a later pipeline stage"
     else:
         return config, None
     if storage.requests not in ("auto", forced):

@@ -65,6 +65,11 @@ def find_layers(model: nn.Module) -> list[Layer]:
     return layers
 
 
+def is_later_stage(model: nn.Module) -> bool:
+    """Whether the model is a pipeline stage that gets hidden states, not tokens."""
+    return any(getattr(module, "pre_process", True) is False for module in model.modules())
+
+
 def is_latent(attention: nn.Module) -> bool:
     return isinstance(attention, MLASelfAttention)
 

@@ -17,11 +17,6 @@ def refuse_model(model: nn.Module, config: TransformerConfig) -> None:
     """Raises UnsupportedError with the setting, its value and the way out."""
     facts = [
         (config.context_parallel_size > 1, "context_parallel_size", "PiKV shards the cache over experts, not over context; use 1"),
-        (
-            config.pipeline_model_parallel_size > 1,
-            "pipeline_model_parallel_size",
-            "inference over pipeline stages has not been tested with PiKV and can't run on CPU; use 1",
-        ),
         (config.cuda_graph_impl != "none", "cuda_graph_impl", "pages grow between steps, which a captured graph can't follow; use 'none'"),
         (config.flash_decode, "flash_decode", "its kernel writes a dense cache of its own; set it to False"),
         (getattr(config, "cache_mla_latents", False), "cache_mla_latents", "PiKV stores the latent itself; set it to False"),

@@ -18,6 +18,8 @@ What it adds is said beside each use of LONG: products of things that the short 
 - tests/generate_options: every try of every option of generate(), and 2,000 random cases; short: those that need hooks, and 30.
 - tests/megatron/test_decode.py: 32 decode steps, short: 16.
 - tests/megatron/test_hybrid.py: three orders of layers, every source of ids, dynamic batching; short: one order, two sources.
+- tests/megatron/test_dynamic_engine.py, tests/megatron/test_engine.py: Megatron's engines on 4 and 8 ranks with pipeline stages, and behind
+  the zmq coordinator; short: on two ranks.
 - tests/cache/test_modes.py, tests/cache/test_gradient.py: every case of the covering array; short: eight of each.
 - tests/adapters/test_modes.py: torch.compile by three backends, the profiler, anomaly mode and save_on_cpu, short: the other modes;
   every choice of calls under inference mode, short: four.

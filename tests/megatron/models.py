@@ -33,11 +33,11 @@ SHAPE = dict(
 )
 
 
-def start(tp: int = 1, ep: int = 1, etp: int = 1) -> None:
+def start(tp: int = 1, ep: int = 1, etp: int = 1, pp: int = 1) -> None:
     """Process groups and seeds; the world's size comes from the launcher's variables, or is 1."""
     if not dist.is_initialized():
         dist.init_process_group("gloo")
-    parallel_state.initialize_model_parallel(tp, expert_model_parallel_size=ep, expert_tensor_parallel_size=etp)
+    parallel_state.initialize_model_parallel(tp, pp, expert_model_parallel_size=ep, expert_tensor_parallel_size=etp)
     torch.manual_seed(0)
     model_parallel_cuda_manual_seed(123)
 
@@ -48,6 +48,9 @@ def tiny_config(kind=TransformerConfig, **changes) -> TransformerConfig:
         expert_model_parallel_size=parallel_state.get_expert_model_parallel_world_size(),
         expert_tensor_parallel_size=parallel_state.get_expert_tensor_parallel_world_size(),
     )
+    stages = parallel_state.get_pipeline_model_parallel_world_size()
+    if stages > 1:
+        world |= dict(pipeline_model_parallel_size=stages, pipeline_dtype=torch.float32, num_layers=2 * stages)
     return kind(**{**cpu_config_options(), **SHAPE, **world, **changes})
 
 
@@ -79,25 +82,27 @@ def local_spec(config: TransformerConfig):
 
 
 def tiny_model(config: TransformerConfig, spec=None, **options) -> GPTModel:
-    torch.manual_seed(1)
+    torch.manual_seed(1 + parallel_state.get_pipeline_model_parallel_rank())
+    ends = dict(pre_process=parallel_state.is_pipeline_first_stage(), post_process=parallel_state.is_pipeline_last_stage())
     model = GPTModel(
         config,
         spec or local_spec(config),
-        **{**dict(vocab_size=VOCAB, max_sequence_length=256, position_embedding_type="rope", parallel_output=True), **options},
+        **{**dict(vocab_size=VOCAB, max_sequence_length=256, position_embedding_type="rope", parallel_output=True), **ends, **options},
     ).eval()
     draw_weights(model)
     return model
 
 
 def draw_weights(model: torch.nn.Module) -> None:
-    """Of a model seeded alike on all ranks: experts are drawn again per rank, since equal experts would hide a token sent to the wrong one.
+    """Of a model seeded alike on all ranks of a stage: experts are drawn again per rank, since equal experts would hide a token sent to a wrong one.
 
     Weights are scaled up: the default initialisation gives near-uniform attention, in which a lost entry is invisible.
     """
+    stage = parallel_state.get_pipeline_model_parallel_rank()
     tp_rank = parallel_state.get_tensor_model_parallel_rank()
     expert_rank = dist.get_rank(parallel_state.get_expert_model_parallel_group())
-    own_experts = torch.Generator().manual_seed(100 + expert_rank)
-    own_heads = torch.Generator().manual_seed(200 + tp_rank)
+    own_experts = torch.Generator().manual_seed(100 + expert_rank + 1000 * stage)
+    own_heads = torch.Generator().manual_seed(200 + tp_rank + 1000 * stage)
     for name, parameter in model.named_parameters():
         if ".experts." in name:
             parameter.data.normal_(0, 0.1, generator=own_experts)

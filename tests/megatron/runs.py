@@ -6,9 +6,15 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.inference.communication_utils import (
+    broadcast_from_last_pipeline_stage,
+    recv_from_prev_pipeline_rank_,
+    send_to_next_pipeline_rank,
+)
 from megatron.core.transformer.attention import Attention
 
-from tests.megatron.models import causal_mask, positions
+from tests.megatron.models import VOCAB, causal_mask, positions
 
 
 def decode(model, context, ids: torch.Tensor, pieces: list[int]) -> torch.Tensor:
@@ -33,8 +39,20 @@ def step(model, context, ids: torch.Tensor) -> torch.Tensor:
 
 
 def full_forward(model, ids: torch.Tensor) -> torch.Tensor:
+    """Logits [B, T, V], without any cache; over pipeline stages every rank gets them."""
+    stages = parallel_state.get_pipeline_model_parallel_world_size()
     with torch.no_grad():
-        return model(ids, positions(ids), causal_mask(ids.shape[1]), runtime_gather_output=True)
+        if not parallel_state.is_pipeline_first_stage():
+            hidden = torch.empty(ids.shape[1], ids.shape[0], model.config.hidden_size)
+            recv_from_prev_pipeline_rank_(hidden)
+            model.set_input_tensor(hidden)
+        out = model(ids, positions(ids), causal_mask(ids.shape[1]), runtime_gather_output=True)
+        if stages == 1:
+            return out
+        last = parallel_state.is_pipeline_last_stage()
+        if not last:
+            send_to_next_pipeline_rank(out)
+        return broadcast_from_last_pipeline_stage([*ids.shape, VOCAB], torch.float32, out.contiguous() if last else None)
 
 
 @contextlib.contextmanager

@@ -64,6 +64,9 @@ def check_layout(report: Report, layout: str, folder: Path) -> None:
             assert tokens == expected, (tokens, expected)
             assert row["difference"] <= 1e-5, row
             assert_conserved(context, len(context.layers) * context.columns * 3)
+    if parallel_state.get_pipeline_model_parallel_world_size() > 1:  # the first stage refuses, the next waits for its hidden states
+        leave()
+        return
     with report.check(f"{layout} an engine that replaces the context is refused"):
         model = engine.controller.inference_wrapped_model.model
         module = {"__name__": "static_script"}
@@ -72,6 +75,10 @@ def check_layout(report: Report, layout: str, folder: Path) -> None:
         with cpu_compat.cuda_literals_on_cpu():
             arguments = ["--use-legacy-static-engine", "--prompts", "hello"]
             refused(UnsupportedError, "StaticInferenceContext", lambda: module["main"](arguments))
+    leave()
+
+
+def leave() -> None:
     dist.barrier()
     parallel_state.destroy_model_parallel()
 

@@ -111,7 +111,6 @@ def check_refusals(report: Report, ids: torch.Tensor) -> None:
     with report.check("settings refused by name"):
         for changes in (
             dict(context_parallel_size=2),
-            dict(pipeline_model_parallel_size=2),
             dict(cuda_graph_impl="local"),
             dict(flash_decode=True),
             dict(sequence_parallel=True),

@@ -1,0 +1,53 @@
+"""Megatron's own DynamicInferenceEngine over PiKV: the tokens and the steps it takes over its own cache, and those of a full forward.
+
+Long form: also on one rank, on TP2xEP2 and on pipeline stages of both, and behind its zmq coordinator. That is run where no rank has
+tensor-parallel peers: those subscribe while the first messages are sent, and one run in six of Megatron's own cache hangs at the start too.
+"""
+
+import pytest
+
+from tests.dist.launcher import JobResult, run_gloo
+from tests.long_form import short_or_long
+from tests.megatron import JOBS
+from tests.megatron.marks import on_cpu
+
+pytestmark = [pytest.mark.dist, pytest.mark.timeout(300), on_cpu]
+LAYOUTS = {  # name: world, "tp,ep,etp,pp"
+    "world1": (1, "1,1,1"),
+    "EP2": (2, "1,2,1"),
+    "PP2": (2, "1,1,1,2"),
+    "TP2xEP2": (4, "2,2,2"),
+    "TP2xEP2-peers": (4, "2,2,1"),
+    "PP2xEP2": (4, "1,2,1,2"),
+    "PP2xTP2xEP2": (8, "2,2,2,2"),
+}
+DENSE, PIKV, CONVERSED = "Megatron's own cache", "chunked prefill, idle ranks", "coordinator and client"
+_jobs: dict[tuple[str, str], JobResult] = {}
+
+
+def rows_of(layout: str, check: str, job: str = "dynamic_engine.py") -> list[dict]:
+    world, parallel = LAYOUTS[layout]
+    if (job, layout) not in _jobs:
+        _jobs[job, layout] = run_gloo(JOBS / job, [parallel], ranks=world, timeout_s=240)
+    return _jobs[job, layout].check(f"{parallel} {check}")
+
+
+@pytest.mark.parametrize("layout", short_or_long(["EP2", "PP2"], list(LAYOUTS)))
+@pytest.mark.parametrize("check", [DENSE, PIKV])
+def test_engine(check: str, layout: str):
+    rows_of(layout, check)
+
+
+@pytest.mark.parametrize("layout", short_or_long(["EP2", "PP2"], list(LAYOUTS)))
+def test_prompts_are_chunked_and_ranks_idle(layout: str):
+    """The checks above mean something only if this happened in them."""
+    ways = [row["how"] for row in rows_of(layout, PIKV)]
+    assert max(chunked for _, _, chunked in ways) >= 3, ways
+    assert max(idle for _, idle, _ in ways) >= (3 if layout.endswith("EP2") else 0), ways
+
+
+@pytest.mark.parametrize("layout", short_or_long([], ["EP2"]))
+def test_coordinator(layout: str):
+    pytest.importorskip("zmq", reason="Megatron's coordinator needs pyzmq")
+    rows = rows_of(layout, CONVERSED, "coordinator.py")
+    assert layout != "EP2" or sum(row["idle"] for row in rows) > 0, rows
