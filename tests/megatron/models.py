@@ -94,7 +94,7 @@ def tiny_model(config: TransformerConfig, spec=None, **options) -> GPTModel:
 
 
 def draw_weights(model: torch.nn.Module) -> None:
-    """Of a model seeded alike on all ranks of a stage: experts are drawn again per rank, since equal experts would hide a token sent to a wrong one.
+    """Of a model seeded alike on all ranks of a stage: experts are drawn per rank, since equal ones would hide a token sent to a wrong one.
 
     Weights are scaled up: the default initialisation gives near-uniform attention, in which a lost entry is invisible.
     """
