@@ -11,20 +11,25 @@ from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper 
 from tests.megatron.models import VOCAB
 
 
-def inference_wrapper(model, context, **limits) -> GPTInferenceWrapper:
-    """limits: inference_max_requests, inference_max_seq_length. From 0.17 on a wrapper takes all it needs from the context."""
+def wrapper_config(model, **limits):
+    """limits: inference_max_requests, inference_max_seq_length. None from 0.17 on, where the context says it all."""
     if "inference_wrapper_config" not in inspect.signature(GPTInferenceWrapper.__init__).parameters:
-        return GPTInferenceWrapper(model, context)
+        return None
     from megatron.core.inference.model_inference_wrappers.inference_wrapper_config import InferenceWrapperConfig
 
-    config = InferenceWrapperConfig(
+    return InferenceWrapperConfig(
         hidden_size=model.config.hidden_size,
         params_dtype=torch.float32,
         inference_batch_times_seqlen_threshold=-1,
         padded_vocab_size=VOCAB,
         **limits,
     )
-    return GPTInferenceWrapper(model, config, context)
+
+
+def inference_wrapper(model, context, config=None) -> GPTInferenceWrapper:
+    """config: what wrapper_config gave, for other limits than its defaults."""
+    config = config or wrapper_config(model)
+    return GPTInferenceWrapper(model, *([] if config is None else [config]), context)
 
 
 def takes_configs() -> bool:

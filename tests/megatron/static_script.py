@@ -12,7 +12,7 @@ from megatron.core.inference.text_generation_controllers.text_generation_control
 from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.spec_utils import import_module
 
-from tests.megatron.hosts import inference_wrapper
+from tests.megatron import hosts
 from tests.megatron.models import VOCAB, tiny_config, tiny_model
 
 
@@ -39,17 +39,15 @@ def get_model(args):
 
 def get_inference_engine(args, model) -> StaticInferenceEngine:
     tokenizer = Tokenizer()
+    wrapper_config = hosts.wrapper_config(
+        model, inference_max_requests=args.inference_max_requests, inference_max_seq_length=args.inference_max_seq_length
+    )
     # fmt: off
     inference_context = StaticInferenceContext(
         args.inference_max_requests, args.inference_max_seq_length
     )
     # fmt: on
-    inference_wrapped_model = inference_wrapper(
-        model,
-        inference_context,
-        inference_max_requests=args.inference_max_requests,
-        inference_max_seq_length=args.inference_max_seq_length,
-    )
+    inference_wrapped_model = hosts.inference_wrapper(model, inference_context, wrapper_config)
     controller = TextGenerationController(inference_wrapped_model, tokenizer)
     return StaticInferenceEngine(controller, legacy=args.use_legacy_static_engine)
 
