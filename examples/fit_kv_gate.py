@@ -13,12 +13,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import pikv_ds
 from pikv_ds import bundled
+from pikv_ds.adapters.hf.argument_names import cache_of
 
 
 @torch.no_grad()
 def collect_keys(model, ids: torch.Tensor) -> list[torch.Tensor]:
     """Keys of every layer as the ordinary cache holds them, [tokens, num_kv_heads * head_dim]."""
-    past = model(ids, use_cache=True).past_key_values
+    past = cache_of(model(ids, use_cache=True))
     return [layer.keys[0].transpose(0, 1).flatten(1).float() for layer in past.layers]
 
 

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pikv_ds import bundled
+from pikv_ds.adapters.hf.argument_names import cache_of
 from pikv_ds.bundled.recall import KINDS, Prose, recall_prompt
 from pikv_ds.policies.quest_mlp import mlp_scores
 
@@ -34,7 +35,7 @@ def windows(prose: Prose, count: int, context: int, facts: bool) -> list[list[in
 def entries(model, ids: list[int], gap: int) -> tuple[torch.Tensor, torch.Tensor]:
     """x [L, H, n, k_dim + v_dim] and targets [L, H, n] of the entries that at least `gap` later queries could see."""
     out = model(torch.tensor([ids]), output_attentions=True, use_cache=True)
-    x = torch.stack([torch.cat([layer.keys[0], layer.values[0]], -1) for layer in out.past_key_values.layers])
+    x = torch.stack([torch.cat([layer.keys[0], layer.values[0]], -1) for layer in cache_of(out).layers])
     share = torch.stack([layer[0].unflatten(0, (x.shape[1], -1)).amax(1) for layer in out.attentions])  # [L, H, query, entry]
     later = torch.arange(len(ids)).unsqueeze(1) - torch.arange(len(ids)) >= gap
     target = share.masked_fill(~later, 0).amax(-2).clamp_min(FLOOR).log()

@@ -42,7 +42,7 @@ def homes(model, ids: Tensor, shards: int) -> list[Tensor]:
     """The shard of every token in each layer of a cache, [T] int64."""
     with pikv_ds.attach(model, {"storage": {"num_shards": shards}}) as cache:
         for part in ids.split(CHUNK, 1):
-            model(part, past_key_values=cache, use_cache=True)
+            model(part, cache=cache, use_cache=True)
         probe = CacheProbe(cache.core)
         return [probe.homes(layer)[0] for layer in range(probe.num_layers)]
 

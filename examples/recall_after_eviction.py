@@ -27,15 +27,15 @@ def answers(model, prose: Prose, prompts: list[RecallPrompt], scheduling: dict, 
     ids, question = torch.tensor([prompt.ids for prompt in prompts]), prompts[0].question_tokens
     with pikv_ds.attach(model, {"page_size": page_size, "scheduling": scheduling}) as cache:
         for part in ids[:, :-question].split(CHUNK, 1):
-            model(part, past_key_values=cache, logits_to_keep=1)
+            model(part, cache=cache, logits_to_keep=1)
         if repeats:
             rehearse(model, cache, ids[:, 1:-question], chunk=CHUNK)
         said = []
         for token in ids[:, -question:].split(1, 1):
-            answer = model(token, past_key_values=cache).logits[:, -1:].argmax(-1)
+            answer = model(token, cache=cache).logits[:, -1:].argmax(-1)
         while len(said) < prose.answer_tokens():
             said.append(answer)
-            answer = model(answer, past_key_values=cache).logits[:, -1:].argmax(-1)
+            answer = model(answer, cache=cache).logits[:, -1:].argmax(-1)
         size = cache.stats()["kv_bytes_allocated"] / len(prompts) / CONTEXT
     texts = [prose.tokenizer.decode(row).strip() for row in torch.cat(said, 1)]
     return sum(text.startswith(prompt.answer) for text, prompt in zip(texts, prompts, strict=True)), size

@@ -11,6 +11,7 @@ COMMANDS=(
     "docs|make the generated documents anew and say which of them were not up to date"
     "bench|time a decode step against its stored baseline (python -m tests.gate)"
     "megatron-newest|the tests of Megatron-Core on Python 3.12 with the newest version, in an environment of their own; minutes to make"
+    "hosts|run lowest, pinned and newest of each host in environments of their own (python -m tests.hosts); hours, needs the package index"
     "hooks|check staged files at every commit of this clone (git config core.hooksPath .ci/hooks)"
 )
 
@@ -106,6 +107,10 @@ run_bench() {
 
 run_megatron-newest() {
     bash launch/megatron_newest.sh "$@"
+}
+
+run_hosts() {
+    python -m tests.hosts "$@"
 }
 
 run_hooks() {

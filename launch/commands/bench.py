@@ -89,6 +89,7 @@ def _decode_rows(args: argparse.Namespace, context: int) -> list[dict[str, Any]]
     import torch
 
     import pikv_ds
+    from pikv_ds.adapters.hf.argument_names import cache_argument, cache_of
 
     dense, pikv = _load(args), _load(args)
     ids = torch.randint(3, dense.config.vocab_size, (args.batch, context), generator=torch.Generator().manual_seed(0))
@@ -96,7 +97,8 @@ def _decode_rows(args: argparse.Namespace, context: int) -> list[dict[str, Any]]
     cpu_times: dict[str, list[float]] = {"dense": [], "pikv": []}
     difference = 0.0
     with torch.no_grad(), pikv_ds.attach(pikv, args.config) as cache:
-        past = dense(ids, use_cache=True).past_key_values
+        past = cache_of(dense(ids, use_cache=True))
+        given = {"dense": cache_argument(dense, past), "pikv": cache_argument(pikv, cache)}
         pikv(ids)
         token = ids[:, -1:]
         for step in range(args.warmup + args.steps):
@@ -104,7 +106,7 @@ def _decode_rows(args: argparse.Namespace, context: int) -> list[dict[str, Any]]
             # The order alternates, so that neither always runs on the other's warm caches.
             for name in ("dense", "pikv") if step % 2 else ("pikv", "dense"):
                 started, cpu_started = time.perf_counter(), time.process_time()
-                out = (dense(token, past_key_values=past) if name == "dense" else pikv(token, past_key_values=cache)).logits
+                out = (dense if name == "dense" else pikv)(token, **given[name]).logits
                 elapsed, cpu = 1e3 * (time.perf_counter() - started), 1e3 * (time.process_time() - cpu_started)
                 logits[name] = out
                 if step >= args.warmup:

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from pikv_ds.adapters.deepspeed.groups import all_ranks, own_group
+from pikv_ds.adapters.hf.argument_names import cache_argument
 from pikv_ds.adapters.hf.attach import attach
 from pikv_ds.adapters.hf.model_spec import read_model_spec
 from pikv_ds.cache.stats import dense_bytes
@@ -61,7 +62,8 @@ class _Sharded:
         self.model, self.cache = model, cache
 
     def feed(self, ids: Tensor) -> Tensor:
-        return self.model(ids.to(self.model.device), past_key_values=self.cache, use_cache=True).logits.float()
+        given = cache_argument(self.model, self.cache)
+        return self.model(ids.to(self.model.device), **given, use_cache=True).logits.float()
 
     def memory(self) -> Memory:
         stats = self.cache.stats()

@@ -14,6 +14,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from pikv_ds.adapters.hf.argument_names import IN_GENERATE
 from pikv_ds.adapters.hf.model_spec import read_model_spec
 from pikv_ds.megatron_patch import PiKVInferenceContext, cpu_compat, disable_pikv, enable_pikv
 from pikv_ds.megatron_patch.checkpoint import load_checkpoint
@@ -84,7 +85,7 @@ class MegatronBackend:
             for width in sorted(set(padding)):
                 rows = [row for row, own in enumerate(padding) if own == width]
                 groups.append(Group(rows, width, sessions.enter_context(self.session(block, len(rows), length - width))))
-            yield {"past_key_values": GroupedCache(groups)}
+            yield {IN_GENERATE: GroupedCache(groups)}
 
     def close(self) -> None:
         parallel_state.destroy_model_parallel()

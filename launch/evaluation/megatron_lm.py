@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import GENERATION_CONFIG_NAME
 
+from pikv_ds.adapters.hf.argument_names import IN_GENERATE
 from pikv_ds.errors import UnsupportedError
 
 from .backend import Session
@@ -100,14 +101,19 @@ class MegatronCausalLM(PreTrainedModel, GenerationMixin):
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
+        cache: GroupedCache | None = None,
         past_key_values: GroupedCache | None = None,
         use_cache: bool = True,
         return_dict: bool = True,
     ) -> CausalLMOutputWithPast:
-        """The next columns of the rows that the cache holds. The mask is not read: the cache knows the padding."""
-        if past_key_values is None:
+        """The next columns of the rows that the cache holds. The mask is not read: the cache knows the padding.
+
+        cache, past_key_values: two names of one argument; generate() of transformers before 5.24 gives the second.
+        """
+        cache = past_key_values if cache is None else cache
+        if cache is None:
             raise UnsupportedError(
                 "a forward without the cache of its generation (guidance_scale?): under Megatron tokens are fed to sessions only; "
                 "leave the option out, or use the model pikv_ds"
             )
-        return CausalLMOutputWithPast(logits=past_key_values.feed(input_ids), past_key_values=past_key_values)
+        return CausalLMOutputWithPast(logits=cache.feed(input_ids), **{IN_GENERATE: cache})

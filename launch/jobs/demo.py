@@ -54,6 +54,8 @@ def build_engine(ranks: int, block: dict) -> Any:
 def generate(engine: Any, ids: list[int], new_tokens: int) -> Generated:
     import torch
 
+    from pikv_ds.adapters.hf.argument_names import cache_of
+
     clock = StepClock()
     prompt = torch.tensor([ids], device=engine.device)
     # synced_gpus: every forward of an expert-parallel model is a collective, also for a rank that has finished.
@@ -71,7 +73,8 @@ def generate(engine: Any, ids: list[int], new_tokens: int) -> Generated:
         )
     cache = getattr(engine, "pikv", None)
     if cache is None:
-        bytes_, entries, per_expert = dense_bytes(output.past_key_values), dense_entries(output.past_key_values), []
+        dense = cache_of(output)
+        bytes_, entries, per_expert = dense_bytes(dense), dense_entries(dense), []
     else:
         stats = cache.stats()
         bytes_, entries, per_expert = stats["kv_bytes_allocated"], stats["entries_live"], stats["load_per_expert"]

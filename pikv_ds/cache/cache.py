@@ -26,7 +26,7 @@ from pikv_ds.placement.shard_map import ShardMap
 from pikv_ds.retention.retention import Retention
 from pikv_ds.selection.selection import Selection
 from pikv_ds.spec import LayerSpec
-from pikv_ds.step.agreement import Agreed, Agreement
+from pikv_ds.step.agreement import Agreed, Agreement, Announced
 from pikv_ds.step.query import Partial, Query
 from pikv_ds.step.step import LocalStep, Step
 from pikv_ds.tiers.bases import RequestBases
@@ -68,7 +68,7 @@ class PiKVCache(HostFace):
         told = Told(
             len(layers),
             facts=partial(alike, config, layers, num_experts, dtype, holders),
-            header=lambda: self.agreement.header(self.local, self.hold),
+            header=lambda: self.agreement.header(self.local, self.announced),
             state=lambda: self.agreement.known(),
         )
         self.exchange = Exchange(group, config.timeout_s, device, told)
@@ -110,7 +110,8 @@ class PiKVCache(HostFace):
         evict, encode, move_on = (None if part is None else part.after_forward for part in (self.retention, self.window, behind))
         self.after_forward = tuple(each for each in (pages.expire, evict, refit, encode, move_on) if each is not None)
         self.hold_margin: int | None = None  # assisted decoding: tokens a crop may still take back; None = no crop is announced
-        self.hold = self.rehearsal = False  # this rank announced crops before the running forward; what they take back stays counted
+        self.rehearsal = False  # what announced crops take back stays counted
+        self.announced = Announced()  # what this rank has said before the running forward
         self.step: Step | None = None
         self.local: LocalStep | None = None
 
@@ -120,7 +121,7 @@ class PiKVCache(HostFace):
     def reset(self) -> None:
         """Drop every entry, return all memory, zero the entry counters. All ranks must call it at the same point of their loops."""
         self.step = self.local = self.hold_margin = None
-        self.hold = False
+        self.announced = Announced()
         self._start(0)
         self.agreement.forget()
         self.exchange.turn.close()
@@ -134,8 +135,9 @@ class PiKVCache(HostFace):
         self.exchange.turn.begin()
         if self.bases is not None:
             self.bases.begin(local)
-        self.hold = self.hold_margin is not None
-        if self.hold:
+        self.announced = Announced()
+        if self.hold_margin is not None:
+            self.announced = Announced(hold=True, unsettled=self.hold_margin > 0, rehearsal=self.rehearsal)
             self.hold_margin += local.num_columns
 
     @eager
@@ -162,14 +164,13 @@ class PiKVCache(HostFace):
     @eager
     def agree(self, headers: list[list[int]], k: Tensor) -> None:
         """Agree on a forward that is not plain decoding; k: this rank's keys of the first layer, compared only if the inputs are equal."""
-        hold = self.agreement.any_hold(headers)
-        self.open(self.agreement.agree(self.local, headers, lambda: digest([k])), hold)
+        self.open(self.agreement.agree(self.local, headers, lambda: digest([k])), [Announced.of(header) for header in headers])
 
     @eager
-    def open(self, agreed: Agreed, hold: bool) -> None:
+    def open(self, agreed: Agreed, announced: list[Announced]) -> None:
         """Bring tables and sizes in line with what the ranks agreed on, before any entry of the forward is written.
 
-        hold: some rank announced crops.
+        announced: by each rank.
         """
         old_lens = self.agreement.lens
         before, after = self.agreement.commit(agreed)
@@ -186,10 +187,12 @@ class PiKVCache(HostFace):
             if self.bases is not None:
                 self.bases.rows.change(change)
         # How far another rank may crop is not known here: while it may, window layers of distinct requests keep everything.
+        hold = any(one.hold for one in announced)
         margin = None if hold and self.agreement.mode == "distinct" else self.hold_margin or 0
         self.step = Step(
-            agreed.shapes, self.agreement.own, before, after, self.device, hold=hold, margin=margin, late_experts=self.late_experts,
-            rehearsal=self.rehearsal,
+            agreed.shapes, self.agreement.own, before, after, self.device,
+            hold=hold, margin=margin, late_experts=self.late_experts, rehearsal=any(one.rehearsal for one in announced),
+            unsettled=[one.unsettled for one in announced],
         )  # fmt: skip
         if self.retention is not None:
             self.retention.before_forward(self.step)

@@ -9,6 +9,7 @@ from pikv_ds import ops
 from pikv_ds.exchange.wire import HEADER, Layout, headers_of
 from pikv_ds.pages.view import Before
 from pikv_ds.selection.returns import return_needed
+from pikv_ds.step.agreement import Announced
 from pikv_ds.step.query import LateEntries, LateLse, PageLse, Partial, Query
 from pikv_ds.step.step import Step
 
@@ -79,7 +80,7 @@ class DistinctWay:
         if not agreement.all_plain(headers):
             cache.agree(headers, query.k)
             return None
-        cache.open(agreement.continue_plain(local, headers), agreement.any_hold(headers))
+        cache.open(agreement.continue_plain(local, headers), [Announced.of(header) for header in headers])
         return fields
 
     def _share(
@@ -107,7 +108,7 @@ class DistinctWay:
                 fields.append((name, (num_tokens, *value.shape[1:]), value.dtype))
                 values[name] = value
         layout = Layout(fields)
-        header = torch.tensor(cache.agreement.header(cache.local, cache.hold), dtype=torch.int32).to(cache.device)
+        header = torch.tensor(cache.agreement.header(cache.local, cache.announced), dtype=torch.int32).to(cache.device)
         buffers = cache.exchange.all_gather(layout.pack(header, values if send else {}, cache.device), what)
         return headers_of(buffers) if step is None else [], layout.unpack(buffers)
 

@@ -67,7 +67,8 @@ class HostFace:
     def announce_crops(self, *, rehearsal: bool = False) -> Iterator[None]:
         """Forwards inside may be taken back (assisted decoding, rehearsals): what would leave a window stays until a crop is noted.
 
-        rehearsal: what their queries attended to stays counted when they are taken back. The same on all ranks.
+        rehearsal: what their queries attended to stays counted when they are taken back. A crop may then take back tokens of several
+            forwards, else, where something counts attention, of the last one only.
         """
         before, self.hold_margin, self.rehearsal = (self.hold_margin, self.rehearsal), self.hold_margin or 0, rehearsal
         try:

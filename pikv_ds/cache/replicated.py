@@ -65,10 +65,10 @@ class ReplicatedWay:
             if selects and cache.exchange.size > 1:
                 # Choosing pages is a collective before that of the partials: the headers can't ride in the latter.
                 agreement.check_replicated(self._answer(query, 0))
-            cache.open(agreement.continue_plain(local), cache.hold)
+            cache.open(agreement.continue_plain(local), [cache.announced])
             return cache.exchange.size > 1 and not selects
         if cache.exchange.size == 1:
-            cache.agree([agreement.header(local, cache.hold)], query.k)
+            cache.agree([agreement.header(local, cache.announced)], query.k)
             return False
         # Other ranks may be in plain decoding: answer their collective, then all see that this forward is not plain.
         headers = self._answer(query, 0 if selects else query.v_dim)
@@ -86,7 +86,7 @@ class ReplicatedWay:
     def _gather(self, out: Tensor, lse: Tensor, read_headers: bool) -> tuple[Tensor, Tensor, list[list[int]] | None]:
         """out [N, Hq, Dv] and lse [N, Hq] of every rank, by its first shard: all ranks merge the same numbers in the same order."""
         cache = self.cache
-        header = torch.tensor(cache.agreement.header(cache.local, cache.hold), dtype=torch.int32).to(cache.device)
+        header = torch.tensor(cache.agreement.header(cache.local, cache.announced), dtype=torch.int32).to(cache.device)
         layout = Layout([("out", tuple(out.shape), torch.float32), ("lse", tuple(lse.shape), torch.float32)])
         gathered = cache.exchange.all_gather(layout.pack(header, {"out": out, "lse": lse}, cache.device), "merging partial attention")
         outs, lses = (cache.map.in_rank_order(layout.unpack(gathered)[name]) for name in ("out", "lse"))

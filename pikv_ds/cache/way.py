@@ -10,7 +10,7 @@ from torch import Tensor
 from pikv_ds.exchange.exchange import Exchange
 from pikv_ds.placement.shard_map import ShardMap
 from pikv_ds.selection.selection import Selection
-from pikv_ds.step.agreement import Agreed, Agreement
+from pikv_ds.step.agreement import Agreed, Agreement, Announced
 from pikv_ds.step.query import Partial, Query
 from pikv_ds.step.step import LocalStep, Step
 
@@ -42,9 +42,9 @@ class Core(Protocol):
 
     # The running forward: a way opens it, with what this rank brings.
     local: LocalStep
-    hold: bool
+    announced: Announced
     step: Step | None
 
     def agree(self, headers: list[list[int]], k: Tensor) -> None: ...
 
-    def open(self, agreed: Agreed, hold: bool) -> None: ...
+    def open(self, agreed: Agreed, announced: list[Announced]) -> None: ...

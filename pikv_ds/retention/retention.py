@@ -6,6 +6,8 @@ heads with budgets per head, else 1. Layers with a sliding window are not evicte
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -53,10 +55,12 @@ class Retention:
         self.steps, self.due = 0, False
 
     def before_forward(self, step: Step) -> None:
-        """Evict what could not go after the last forward. A prompt that is kept whole waits for the first decode step."""
+        """Evict what could not go after the last forward. A prompt that is kept whole waits for the first decode step, and a row some of
+        whose tokens may still be taken back until it is known which stay."""
         if self.due and (step.decode or self.config.prefill == "evict"):
-            if self.evict(step.lens_before_host):
+            if self.evict(step.lens_before_host, step.unsettled):
                 self.pages.shrink()
+            self.due = any(step.unsettled)
 
     def after_forward(self, step: Step) -> bool:
         """Evict what this forward made too much, unless a crop may still take back its tokens. Returns whether pages left."""
@@ -66,13 +70,14 @@ class Retention:
         self.due = True
         return not step.hold and (step.decode or self.config.prefill == "evict") and self.evict(step.lens_after_host)
 
-    def evict(self, lens: list[int]) -> bool:
-        """Free pages of all rows that are over their budget. Collectives: one when there are several ranks and some row is over.
+    def evict(self, lens: list[int], waits: Sequence[bool] = ()) -> bool:
+        """Free pages of all rows that are over their budget, but of those that wait. Collectives: one when there are several ranks and some
+        row is over.
 
         Returns whether some were; the same on every rank.
         """
         self.due = False
-        excess = self._excess(lens)
+        excess = self._excess(lens, waits or [False] * len(lens))
         over = [i for i, rows in enumerate(excess) if any(n > 0 for n in rows)]
         if not over:
             return False
@@ -86,12 +91,14 @@ class Retention:
         self.pages.note_eviction(lens)
         return True
 
-    def _excess(self, lens: list[int]) -> list[list[int]]:
+    def _excess(self, lens: list[int], waits: Sequence[bool]) -> list[list[int]]:
         """[L][R] entries above the budget, known on the host without the device; with "uniform" heads [L][R * H], each of its own."""
         budgets, joint = [self.budgets.of(n) for n in lens], self.config.head_budget == "adaptive"
         excess = []
         for i, layer in enumerate(self.layers):
-            over = [[n - budgets[row][i] - gone for gone in self.pages.evicted[layer][row]] for row, n in enumerate(lens)]
+            over = [
+                [0 if waits[row] else n - budgets[row][i] - gone for gone in self.pages.evicted[layer][row]] for row, n in enumerate(lens)
+            ]
             excess.append([sum(heads) for heads in over] if joint else [n for heads in over for n in heads])
         return excess
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple, Self
 
 import torch
 
@@ -19,7 +20,27 @@ from pikv_ds.exchange.wire import HEADER
 
 from .step import LocalStep
 
-PLAIN, IDLE, FRESH, HOLD = 1, 2, 4, 8
+PLAIN, IDLE, FRESH = 1, 2, 4
+ANNOUNCED = 8  # and the two bits above it
+
+
+class Announced(NamedTuple):
+    """What a rank has said of crops before a forward."""
+
+    hold: bool = False
+    """Tokens of the forward may be taken back."""
+    unsettled: bool = False
+    """And those of an earlier one, which nobody has taken back or kept yet."""
+    rehearsal: bool = False
+    """What the forward counts stays counted when its tokens go."""
+
+    @property
+    def flags(self) -> int:
+        return sum(ANNOUNCED << place for place, yes in enumerate(self) if yes)
+
+    @classmethod
+    def of(cls, header: list[int]) -> Self:
+        return cls(*(bool(header[0] & ANNOUNCED << place) for place in range(3)))
 
 
 @dataclass(slots=True)
@@ -60,8 +81,8 @@ class Agreement:
     def forget(self) -> None:
         self.mode, self.num_rows, self.lens = None, [], []
 
-    def header(self, step: LocalStep, hold: bool) -> list[int]:
-        flags = PLAIN * self.is_plain(step) | IDLE * step.idle | FRESH * step.fresh | HOLD * hold
+    def header(self, step: LocalStep, announced: Announced) -> list[int]:
+        flags = PLAIN * self.is_plain(step) | IDLE * step.idle | FRESH * step.fresh | announced.flags
         low, high = step.digest & 0x7FFFFFFF, (step.digest >> 31) & 0x7FFFFFFF
         header = [flags, step.num_rows, step.num_columns, low, high, step.digest >> 62]
         return header + [0] * (HEADER - len(header))
@@ -78,10 +99,6 @@ class Agreement:
     @staticmethod
     def all_fresh(headers: list[list[int]]) -> bool:
         return all(h[0] & FRESH for h in headers)
-
-    @staticmethod
-    def any_hold(headers: list[list[int]]) -> bool:
-        return any(h[0] & HOLD for h in headers)
 
     def check_replicated(self, headers: list[list[int]]) -> None:
         """All ranks call this with the same headers, so all of them raise or none."""

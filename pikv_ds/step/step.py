@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
@@ -78,18 +78,22 @@ class Step:
         margin: int | None = 0,
         late_experts: bool = False,
         rehearsal: bool = False,
+        unsettled: Sequence[bool] = (),
     ) -> None:
         """shapes: (B, T) per source; own: index of this rank's source; before, after: tokens of every row, in source order.
 
         hold: some rank may take back tokens of it (a crop is announced); margin: so many at most, None = another rank knows how many.
         late_experts: entries wait for their layer's router, and are stored after the queries of their layer (storage.expert_ids "true").
-        rehearsal: what this forward counts stays, though its tokens go.
+        rehearsal: what this forward counts stays, though its tokens go. unsettled: per rank, whether it may take back tokens of an earlier
+            forward, too; shorter than the sources: those of the others may not.
         """
         self.sources: list[Source] = []
         row0 = 0
         for num_rows, num_columns in shapes:
             self.sources.append(Source(num_rows, num_columns, row0))
             row0 += num_rows
+        self.unsettled = [yes for source, yes in zip(self.sources, unsettled, strict=False) for _ in range(source.num_rows)]
+        """Per row; empty: none is."""
         self.own, self.device = own, device
         self.hold, self.margin, self.late_experts = hold, margin, late_experts
         self.tentative = hold and not rehearsal

@@ -13,6 +13,7 @@ from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, Sto
 import pikv_ds
 from pikv_ds.cache.stats import stats
 from pikv_ds.errors import ConfigError, UnsupportedError
+from tests.long_form import short_or_long
 from tests.tiny_models import prompt, tiny_model
 
 BLOCK = {"page_size": 4}
@@ -434,13 +435,20 @@ def test_drafts_of_the_model_itself(family, options):
     assert model.config.num_hidden_layers == 3
 
 
+WATCHES = {"scheduling": {**EVICTS["scheduling"], "method": "h2o"}}
+LEARNS = {"routing": {"method": "load_balanced"}}
 # All layers of mixtral have windows: a budget is refused.
-DRAFTS = [("qwen3_moe", {}), ("qwen3_moe", EVICTS), ("gpt_oss", {}), ("gpt_oss", EVICTS), ("mixtral", {})]
+DRAFTS = {"exact": ("qwen3_moe", {}), "evicts": ("qwen3_moe", EVICTS), "watches": ("qwen3_moe", WATCHES), "learns": ("qwen3_moe", LEARNS)}
+DRAFTS |= {"windows": ("gpt_oss", {}), "windows, evicts": ("gpt_oss", EVICTS), "windows only": ("mixtral", {})}
 
 
-@pytest.mark.parametrize("family, block", DRAFTS, ids=lambda value: value if isinstance(value, str) else "evicts" if value else "exact")
-def test_attached_drafts(family, block):
+@pytest.mark.parametrize("threshold", short_or_long([0.0], [0.0, 0.4]))
+@pytest.mark.parametrize("name", short_or_long(["evicts", "watches", "windows, evicts"], list(DRAFTS)))
+def test_attached_drafts(name, threshold):
+    """threshold 0: a draft is 20 forwards long, and then most of it is taken back."""
+    family, block = DRAFTS[name]
     model, draft = tiny_model(family), tiny_model(family, seed=5)
+    draft.generation_config.assistant_confidence_threshold = threshold
     ids = torch.cat([prompt(14, 2)] * 2, 1)
     expected = greedy(model, ids, 30)
     with pikv_ds.attach(draft, {**BLOCK, **block}):

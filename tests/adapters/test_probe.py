@@ -11,6 +11,7 @@ from transformers.models.qwen3_moe import modeling_qwen3_moe as qwen3
 
 import pikv_ds
 from pikv_ds.adapters.hf.anatomy import find_attentions
+from pikv_ds.adapters.hf.argument_names import IN_GENERATE
 from pikv_ds.errors import ConfigError, UnsupportedError
 from tests.adapters.test_latent_weights import Around, Low, Packed, steps
 from tests.survey.configs import tiny_config
@@ -21,14 +22,15 @@ from tests.tiny_models import prompt, tiny_model
 class LengthAttention(qwen3.Qwen3MoeAttention):
     """Sharper the more keys it is given: through PiKV these are only the new ones."""
 
-    def forward(self, hidden_states, position_embeddings, attention_mask, past_key_values=None, **kwargs):
+    def forward(self, hidden_states, position_embeddings, attention_mask, **kwargs):
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         query = self.q_norm(self.q_proj(hidden_states).view(shape)).transpose(1, 2)
         key = self.k_norm(self.k_proj(hidden_states).view(shape)).transpose(1, 2)
         value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
         query, key = qwen3.apply_rotary_pos_emb(query, key, *position_embeddings)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        cache = kwargs.pop(IN_GENERATE, None)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
         attend = qwen3.ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, qwen3.eager_attention_forward)
         scale = self.scaling * key.shape[2] ** 0.5
         out, weights = attend(self, query, key, value, attention_mask, dropout=0.0, scaling=scale, sliding_window=None, **kwargs)

@@ -3,22 +3,22 @@
 import pytest
 
 from tests.dist.launcher import JobResult, run_gloo
+from tests.long_form import short_or_long
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(600)]
+PROMPTS = short_or_long(["3,1"], ["1,0", "0,1", "3,1", "2,0"])
 CHECKS = [
     "four caches, replicated",
     "four caches, distinct",
     "prefill in chunks, other numbers of them",
     "other batches, lengths and ends",
-    "1 and 0 prompts, then lockstep",
-    "0 and 1 prompts, then lockstep",
-    "3 and 1 prompts, then lockstep",
-    "2 and 0 prompts, then lockstep",
+    *(f"{pair[0]} and {pair[2]} prompts, then lockstep" for pair in PROMPTS),
     "a rank that detaches ends the loop of the other",
     "a forward inside the generation of one rank",
     "and then what the other rank has not used yet",
     "one rank goes on with a conversation, the other begins",
     "attached draft on the same group",
+    "a draft that evicts",
     "drafts with the first layer",
     "a cache that another rank goes on with was dropped",
     "one rank raises inside generate()",
@@ -27,7 +27,7 @@ CHECKS = [
 
 @pytest.fixture(scope="module")
 def job() -> JobResult:
-    return run_gloo("many_caches.py", (), ranks=2, timeout_s=300)
+    return run_gloo("many_caches.py", PROMPTS, ranks=2, timeout_s=300)
 
 
 @pytest.mark.parametrize("check", CHECKS)

@@ -9,6 +9,7 @@ from . import (
     commands_reference,
     config_reference,
     generate_reference,
+    hosts_reference,
     methods_reference,
     models_reference,
     modes_reference,
@@ -27,6 +28,7 @@ DOCUMENTS: dict[str, tuple[Path, Callable[[], str]]] = {
     "rules": (REFERENCE / "rules.md", rules_reference.written),
     "commands": (REFERENCE / "commands.md", commands_reference.written),
     "generate": (REFERENCE / "generate.md", generate_reference.written),
+    "hosts": (REFERENCE / "hosts.md", hosts_reference.written),
     "files": (file_map.TARGET, file_map.written),
     "picture": (ROOT / "docs" / "figures" / "readme.svg", picture.written),
 }

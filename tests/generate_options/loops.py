@@ -5,6 +5,8 @@ from pathlib import Path
 
 import torch
 
+from pikv_ds.adapters.hf.argument_names import IN_GENERATE
+
 
 def _finish(model, input_ids, scores, cache):
     from transformers.generation import GenerateDecoderOnlyOutput
@@ -14,7 +16,7 @@ def _finish(model, input_ids, scores, cache):
 
 def greedy(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
     """One token a step."""
-    cache, mask, scores = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask"), []
+    cache, mask, scores = model_kwargs.get(IN_GENERATE), model_kwargs.get("attention_mask"), []
     fed = 0
     while True:
         out = model(input_ids[:, fed:], attention_mask=mask, past_key_values=cache)
@@ -29,7 +31,7 @@ def greedy(model, input_ids, logits_processor, stopping_criteria, generation_con
 
 def rewinding(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
     """Every token is fed twice, with another one behind it the first time, and taken back."""
-    cache, scores, fed = model_kwargs["past_key_values"], [], 0
+    cache, scores, fed = model_kwargs[IN_GENERATE], [], 0
     cache.activate_past_recording()
     while True:
         new = input_ids[:, fed:]
@@ -45,7 +47,7 @@ def rewinding(model, input_ids, logits_processor, stopping_criteria, generation_
 
 def contrastive(model, input_ids, logits_processor, stopping_criteria, generation_config, top=3, alpha=0.6, **model_kwargs):
     """Of the likeliest tokens, the one whose hidden state is least like those before: rows are repeated, run, and one of each kept."""
-    cache, rows, scores = model_kwargs["past_key_values"], len(input_ids), []
+    cache, rows, scores = model_kwargs[IN_GENERATE], len(input_ids), []
     out = model(input_ids, past_key_values=cache, output_hidden_states=True)
     hidden, logits = out.hidden_states[-1], out.logits[:, -1].float()
     while True:

@@ -176,7 +176,7 @@ class Driver:
             fresh=self.fresh,
         )
         self.cache.begin_step(self.local)
-        self.reference.begin(num_new, decode=num_columns == 1, hold=self.cache.hold)
+        self.reference.begin(num_new, decode=num_columns == 1, hold=self.cache.announced.hold)
         outputs = [self._layer(i, positions) for i in range(len(self.layers))]
         self.cache.end_step()
         self.reference.expire(self.cache.hold_margin or 0)

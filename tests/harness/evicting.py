@@ -70,7 +70,7 @@ class Kept(Check):
         if self.driver.fresh:
             self.held = [[[[] for _ in range(self.driver.cache.num_shards)] for _ in mask] for _ in self.driver.layers]
         self.staged: list[tuple[int, int, list[int]]] = []
-        if self.waits and (mask.shape[1] == 1 or self.scheduling["prefill"] == "evict"):
+        if self.waits and not self.driver.cache.hold_margin and (mask.shape[1] == 1 or self.scheduling["prefill"] == "evict"):
             self.evict()
             self.waits = False
 

@@ -101,7 +101,7 @@ class Rows:
                 identity=not self.fresh and not self.touched, fresh=self.fresh,
             )
         )  # fmt: skip
-        fed = [Fed(row, self.cache.hold, num_columns > 1) for row in tokens]
+        fed = [Fed(row, self.cache.announced.hold, num_columns > 1) for row in tokens]
         for i in range(len(self.layers)):
             out = self._layer(i, tokens, positions)
             for row, one in enumerate(fed):

@@ -210,6 +210,7 @@ def test_without_lm_eval_the_package_is_named(monkeypatch, capsys):
     assert "lm-eval can't be imported" in capsys.readouterr().err
 
 
+@pytest.mark.skipif(not LONG, reason="long form: lm-eval reads all of its tasks")
 def test_a_missing_task_is_named(tasks, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["lm_eval", "--model", "pikv_ds", "--tasks", "no_such_task"])
     assert lm_eval_main() == 2

@@ -130,6 +130,23 @@ def test_crops_that_were_announced_wait_with_eviction(num_shards):
     assert kept.evicted > 20
 
 
+@pytest.mark.parametrize("num_shards", [1, 4], ids="S{}".format)
+def test_many_forwards_and_then_one_crop(num_shards):
+    """A draft: nothing is evicted until it is known which of its tokens stay."""
+    options = {"method": "streaming_llm", "budget_tokens": 24, **SMALL}
+    driver, kept = evicting(KINDS, last_position, options, page_size=3, num_shards=num_shards)
+    driver.prefill([40, 17])
+    driver.announce_crops()
+    for taken_back in (9, 0, 12):
+        for _ in range(12):
+            driver.decode()
+            poison(driver)
+        driver.crop([n - taken_back for n in driver.lens])
+    driver.end_crops()
+    driver.decode()
+    assert kept.evicted > 20
+
+
 def test_a_crop_behind_an_eviction_is_refused():
     driver, kept = evicting([layer(0)], last_position, {"method": "streaming_llm", "budget_tokens": 12, **SMALL}, page_size=4)
     driver.prefill([30])

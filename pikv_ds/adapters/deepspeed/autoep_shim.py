@@ -1,4 +1,4 @@
-"""Let DeepSpeed 0.19 AutoEP use the output-capture registry of transformers 5.23.
+"""Let DeepSpeed 0.19 AutoEP use the output-capture registry of transformers 5.23 and later.
 
 AutoEP looks entries up by class name and with a default (`registry.get(name, default)`, `registry[name] = entry`);
 since transformers 5.23 the registry takes the model itself and no default, so AutoEP fails on Qwen3-MoE and Mixtral.

@@ -1,9 +1,15 @@
 """Hugging Face transformers: `attach`, and the Cache that it returns."""
 
+import transformers
+
 from pikv_ds.moved import moved
 
-from .anatomy import find_attentions
-from .attach import Cache, attach
+from .versions import check_hook_points
+
+check_hook_points(transformers.__version__)  # before what follows fails on a name that is not there
+
+from .anatomy import find_attentions  # noqa: E402
+from .attach import Cache, attach  # noqa: E402
 
 __all__ = ["Cache", "attach", "find_attentions"]
 

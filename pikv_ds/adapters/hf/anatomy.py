@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from pikv_ds.errors import UnsupportedError
 
+from .argument_names import IN_GENERATE, cache_name
 from .layer_kinds import LayerKind, layer_kinds
 
 # Attention to an encoder's states, beside that of the decoder itself.
@@ -21,7 +22,7 @@ class Anatomy(NamedTuple):
     """L layers that have keys and values, in the order of the decoder; there may be others between them."""
 
     decoder: nn.Module
-    """Its forward takes past_key_values and makes the masks."""
+    """Its forward takes a cache and makes the masks."""
     layers: list[nn.Module]
     """[L] the decoder layers; one that has two attention modules stands there twice."""
     attentions: list[nn.Module]
@@ -30,6 +31,13 @@ class Anatomy(NamedTuple):
     """Of all layers that the model's cache has."""
     at: list[int]
     """[L] the index of each in the model's cache, ascending."""
+
+    @property
+    def cache_name(self) -> str:
+        """What the decoder's forward calls its cache."""
+        name = cache_name(self.decoder.forward)
+        assert name is not None  # it was found by that
+        return name
 
     def first(self, num_layers: int) -> Anatomy:
         """Of the first layers of the cache alone. Raises: UnsupportedError when none of them has keys and values."""
@@ -47,9 +55,9 @@ def find_attentions(model: nn.Module) -> list[nn.Module]:
 def anatomy(model: nn.Module) -> Anatomy:
     """Raises: UnsupportedError when there is no decoder, or not one attention module for every layer that has keys and values."""
     kinds = layer_kinds(model.config)
-    takers = [module for module in model.modules() if "past_key_values" in inspect.signature(module.forward).parameters]
+    takers = [module for module in model.modules() if cache_name(module.forward) is not None]
     decoders = [module for module in takers if isinstance(module, PreTrainedModel)] or takers
-    missing = f"{type(model).__name__} has no module whose forward takes past_key_values"
+    missing = f"{type(model).__name__} has no module whose forward takes {IN_GENERATE}"
     for decoder in reversed(decoders):  # from the inside out: masks are made in the innermost that has all layers
         found = _attentions(decoder)
         at = [i for i, kind in enumerate(kinds) if kind.stores or (kind.shares and len(found.get(i, [])) == 1)]

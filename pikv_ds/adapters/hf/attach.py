@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch.distributed as dist
+import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -17,6 +18,7 @@ from .forward_hooks import ForwardHooks
 from .generate_hooks import GenerateHooks
 from .host import Host
 from .probe import probe
+from .versions import warn_if_untested
 from .weights_at import dtype_of
 
 
@@ -52,7 +54,7 @@ def attach(model: PreTrainedModel, config=None, group: dist.ProcessGroup | None 
 
 
 class Cache(HFCache):
-    """A PiKV cache to pass as `past_key_values`, as a DynamicCache is; forwards that are given none stay with the host's own.
+    """A PiKV cache to pass as `cache` or `past_key_values`, as a DynamicCache is; forwards that are given none stay with the host's own.
 
     Any number may live at once on one model, also with different configurations. The model's hooks go with the last of them.
     """
@@ -89,6 +91,7 @@ def _attachment(model: PreTrainedModel, config: PiKVConfig, group: dist.ProcessG
         raise UnsupportedError(f"attach needs a transformers PreTrainedModel, got {type(model).__name__}; for an engine pass engine.module")
     host, new = Host.of(model), False
     if host is None:
+        warn_if_untested(transformers.__version__)
         host, new = Host(model), True
         check_model(model, host.attentions, host.specs, dtype_of(model), group)
         host.probe_s = probe(host, config, group)

@@ -122,7 +122,7 @@ class Attachment:
     def run_idle(self, conversation: Conversation) -> None:
         """A forward without tokens, for the other ranks of the group."""
         with self.host.layers_limited(len(conversation.layers)):
-            self.host.model(**conversation.idle_inputs(), past_key_values=HFCache.of(conversation))
+            self.host.model(**conversation.idle_inputs(), **{self.host.parts.cache_name: HFCache.of(conversation)})
 
     def count_step(self) -> None:
         self.steps += 1

@@ -66,7 +66,7 @@ class Binding:
         new = (key, value) if self.shares else self.cache.layers[self.at].take()
         if new is None:
             raise UnsupportedError(
-                f"layer {self.layer} reached attention without updating the cache; a model must call past_key_values.update"
+                f"layer {self.layer} reached attention without updating the cache; a model must call update() of its cache"
             )
         k, v = (t.transpose(1, 2) for t in new)
         dtype = self.core.dtype

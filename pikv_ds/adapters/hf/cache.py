@@ -20,7 +20,7 @@ from .host_penalty import HostPenalty
 
 
 class HFCache(Cache):
-    """One conversation. Pass it as `past_key_values` to the model that it belongs to, in generate() or in a forward.
+    """One conversation. Pass it as `cache` or `past_key_values` to the model that it belongs to, in generate() or in a forward.
 
     Its entries are dropped and their memory returned when the object goes, on close(), and when its model is detached. From then on every
     use raises UnsupportedError. It can't be copied or saved: repeat rows to fork it.
@@ -88,7 +88,7 @@ class HFCache(Cache):
     def idle_inputs(self) -> dict:
         """Inputs of a forward that stores nothing, changes nothing and whose output means nothing: for a rank that only keeps step."""
         conversation = self.conversation.lockstep.awaited(self.conversation)
-        return {**conversation.idle_inputs(), "past_key_values": HFCache.of(conversation)}
+        return {**conversation.idle_inputs(), conversation.cache_name: HFCache.of(conversation)}
 
     # ---- rows, as transformers moves them ------------------------------------------------------------------------------------
 
@@ -165,7 +165,7 @@ class AttachedCache(HFCache):
     """What `attach` returns: the controls of an attached model, and the cache of the newest conversation that was begun without one.
 
     Every generate() and every forward with a cache runs through PiKV while the model is attached, and one that is given no cache gets a new
-    conversation, as with DynamicCache; this object then stands for that one. Passed as `past_key_values` it stays with the conversation
+    conversation, as with DynamicCache; this object then stands for that one. Passed as a cache it stays with the conversation
     that it stands for, until begin_generation(). Leaving the `with` block, or detach(), gives the model back unchanged and ends all caches.
     """
 

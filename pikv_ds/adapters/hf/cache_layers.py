@@ -13,11 +13,11 @@ from weakref import ref
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin, DummyLayer, LinearAttentionLayer
+from transformers.cache_utils import CacheLayerMixin, LinearAttentionLayer
 
 from pikv_ds.errors import UnsupportedError
 
-from .layer_kinds import LayerKind
+from .layer_kinds import EmptyLayer, LayerKind
 
 
 class Owner(Protocol):
@@ -173,7 +173,7 @@ def cache_layers(conversation: ref[Owner], kinds: Sequence[LayerKind], windows: 
         if index in windows:
             made.append(HybridLayer(conversation, windows[index], kind.states) if kind.states else PiKVLayer(conversation, windows[index]))
         else:
-            made.append(StateLayer(kind.states) if kind.states else DummyLayer())
+            made.append(StateLayer(kind.states) if kind.states else EmptyLayer())
     return made
 
 

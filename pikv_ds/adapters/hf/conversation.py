@@ -51,7 +51,7 @@ class Conversation:
         """model: what the user calls it, for errors. expert_ids: where the experts of its entries come from. attachment: who made it.
         parts: of the model."""
         self.expert_ids, self.lockstep, self.attachment = expert_ids, lockstep, attachment
-        self.held_core, self.model = core, model
+        self.held_core, self.model, self.cache_name = core, model, parts.cache_name
         self._hold: ref[Hold] | None = None
         self.joined = False  # it is kept for other ranks; nobody on this one has asked for it
         self.told = False  # the other ranks hear, or have heard, that nobody holds it here
@@ -170,7 +170,8 @@ class Conversation:
     def activate_past_recording(self) -> None:
         """Assisted decoding will crop: keep what leaves a sliding window until then. Once is enough."""
         if not self.recording:
-            self._crops.enter_context(self.core.announce_crops())
+            # A draft is many forwards and then one crop; what it looked at may stay counted, as it only proposes.
+            self._crops.enter_context(self.core.announce_crops(rehearsal=self.drafts))
             self.states.record()
             self.recording = True
 

@@ -15,6 +15,7 @@ from pikv_ds.exchange.digest import digest
 from pikv_ds.modes import eager, refuse_transforms, untraced
 from pikv_ds.step.step import LocalStep
 
+from .argument_names import given_cache, given_name, renamed
 from .cache import HFCache
 from .conversation import Conversation
 from .host import Host
@@ -31,6 +32,7 @@ class ForwardHooks:
         self._names = [  # of positional arguments
             p.name for p in inspect.signature(host.decoder.forward).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD
         ]
+        self._cache_name = host.parts.cache_name
         self._handles = [
             host.decoder.register_forward_pre_hook(self._before, with_kwargs=True),
             host.decoder.register_forward_hook(self._after, with_kwargs=True, always_call=True),
@@ -60,12 +62,13 @@ class ForwardHooks:
                 self.host.lock.release()
             self.abandon()
             raise
-        at = self._names.index("past_key_values")
-        return args[:at], {**dict(zip(self._names[at:], args[at:], strict=False)), **kwargs, "past_key_values": cache}
+        at = self._names.index(self._cache_name)
+        by_name = {**dict(zip(self._names[at:], args[at:], strict=False)), **kwargs}
+        return args[:at], renamed(by_name, self._cache_name, cache)
 
     def _cache_of(self, given: dict, training: bool) -> HFCache | None:
         """The cache that a forward runs through; None = it is the host's affair."""
-        past, attached = given.get("past_key_values"), self.host.attached
+        past, attached = given_cache(given), self.host.attached
         if past is None:
             use_cache = given.get("use_cache")
             use_cache = getattr(self.config, "use_cache", True) if use_cache is None else use_cache
@@ -75,17 +78,17 @@ class ForwardHooks:
         if not isinstance(past, HFCache):
             if attached is None:
                 return None
-            self.refuse_foreign(past)
+            self.refuse_foreign(past, given_name(given))
         self.host.attachment_of(past)
         if training:
             raise UnsupportedError("a PiKV cache was passed to a forward in train mode; call model.eval() first")
         return past.named()
 
-    def refuse_foreign(self, past) -> NoReturn:
-        """past: what was given as past_key_values, and is no PiKV cache."""
+    def refuse_foreign(self, past, name: str) -> NoReturn:
+        """past: what was given as the cache, by this name, and is no PiKV cache."""
         what = "" if isinstance(past, Cache) else ", which is no Cache"
         raise UnsupportedError(
-            f"the model is attached to PiKV but was called with a {type(past).__name__} as past_key_values{what}; pass no cache, or one of "
+            f"the model is attached to PiKV but was called with a {type(past).__name__} as {name}{what}; pass no cache, or one of "
             "its own, or detach"
         )
 
@@ -96,7 +99,7 @@ class ForwardHooks:
         rows, columns = tokens.shape[:2]
         if not columns:
             raise UnsupportedError(
-                f"the forward has no tokens; past_key_values holds {conversation.columns} columns already: give what is new as well"
+                f"the forward has no tokens; {self._cache_name} holds {conversation.columns} columns already: give what is new as well"
             )
         if not conversation.fresh and rows != len(conversation.lens):
             raise UnsupportedError(
@@ -163,7 +166,7 @@ class ForwardHooks:
     @untraced
     def _after(self, decoder: nn.Module, args: tuple, kwargs: dict, output) -> None:
         forward = self.host.running.forward
-        if forward is None or kwargs.get("past_key_values") is not forward.cache:
+        if forward is None or kwargs.get(self._cache_name) is not forward.cache:
             return
         self.abandon(unlock=False)
         try:

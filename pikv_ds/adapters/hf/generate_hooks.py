@@ -9,6 +9,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from pikv_ds.errors import UnsupportedError
 
+from .argument_names import IN_GENERATE, given_cache, given_name, renamed
 from .cache import HFCache
 from .forward_hooks import ForwardHooks
 from .host import Host
@@ -34,13 +35,15 @@ class GenerateHooks:
 
     def generate(self, *args, **kwargs):
         """generate with synced_gpus on more than one rank: every forward is a collective, so no rank may stop early."""
-        given = kwargs.get("past_key_values")
+        given = given_cache(kwargs)
         if kwargs.get("cache_implementation") == "paged" and self.host.attached is not None:
             raise UnsupportedError(
                 "cache_implementation = 'paged' is continuous batching, which has a cache of its own; unset it, or detach"
             )
         if given is not None and not isinstance(given, HFCache) and self.host.attached is not None:
-            self.forwards.refuse_foreign(given)  # before this rank's draft model runs, or any collective
+            self.forwards.refuse_foreign(given, given_name(kwargs))  # before this rank's draft model runs, or any collective
+        if isinstance(given, HFCache):
+            kwargs = renamed(kwargs, IN_GENERATE, given)
         cache = given if isinstance(given, HFCache) else self.host.attached
         generation = Generation()
         if cache is not None and cache.core.ranks.size > 1:
@@ -66,7 +69,7 @@ class GenerateHooks:
                     conversation.end_past_recording()
 
     def prepare_cache(self, generation_config, model_kwargs: dict, generation_mode, batch_size: int, max_cache_length: int):
-        given, attached, running = model_kwargs.get("past_key_values"), self.host.attached, self.host.running
+        given, attached, running = model_kwargs.get(IN_GENERATE), self.host.attached, self.host.running
         made = given is None and generation_config.use_cache is not False and attached is not None
         if made:
             if generation_config.cache_implementation is not None:
@@ -82,7 +85,7 @@ class GenerateHooks:
             return self._prepare_cache(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
         cache.conversation.drafts = bool(generation_config.is_assistant)
         self._check_last_column(model_kwargs.get("attention_mask"), cache)
-        model_kwargs["past_key_values"] = cache
+        model_kwargs[IN_GENERATE] = cache
         if running.generations:
             generation = running.generations[-1]
             generation.cache, generation.is_assistant = cache, generation_config.is_assistant

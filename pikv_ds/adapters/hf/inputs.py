@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pikv_ds.errors import UnsupportedError
 
+from .argument_names import given_cache
 from .conversation import Conversation
 from .masks import visible
 
@@ -103,7 +104,7 @@ def check_inputs(decoder: nn.Module, given: dict) -> None:
     positions = given.get("position_ids")
     if given.get("attention_mask") is not None or not isinstance(positions, Tensor) or positions.dim() != 2:
         return
-    flash, without_cache = "flash" in str(decoder.config._attn_implementation), given.get("past_key_values") is None
+    flash, without_cache = "flash" in str(decoder.config._attn_implementation), given_cache(given) is None
     if bool((positions.diff(dim=1) != 1).any()) and (flash or (without_cache and _masks_come_first(decoder))):
         raise UnsupportedError(
             f"position_ids restart within a row, which {type(decoder).__name__} takes for several sequences in a forward without a cache "

@@ -4,30 +4,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import transformers
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, cache_utils
 from transformers.cache_utils import (
     DYNAMIC_LAYER_TYPE_MAPPING,
-    DummyLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionAndFullAttentionLayer,
     LinearAttentionAndSlidingWindowAttentionLayer,
     LinearAttentionLayer,
+    get_layer_types_and_kwargs,
 )
-
-try:
-    from transformers.cache_utils import get_layer_types_and_kwargs
-except ImportError as error:
-    raise ImportError(
-        f"transformers {transformers.__version__} has no cache_utils.get_layer_types_and_kwargs, through which PiKV reads layer types; "
-        f"tested with 5.23.0: pip install 'transformers>=5.23'"
-    ) from error
 
 from pikv_ds.errors import UnsupportedError
 
 _BOTH = (LinearAttentionAndFullAttentionLayer, LinearAttentionAndSlidingWindowAttentionLayer)
 _STORED = (DynamicLayer, DynamicSlidingWindowLayer, *_BOTH)
+EmptyLayer = getattr(cache_utils, "DummyLayer", LinearAttentionLayer)
+"""What transformers puts where a layer keeps nothing. Before 5.23: a state that nobody fills."""
+_EMPTY, _OLDER_EMPTY = "dummy", ("moe", "mlp")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +47,7 @@ def layer_kinds(config: PreTrainedConfig) -> list[LayerKind]:
     if config.is_encoder_decoder:
         raise UnsupportedError(f"model_type {config.model_type!r} is an encoder-decoder; PiKV handles decoder-only models")
     text = config.get_text_config(decoder=True)
-    names, options = get_layer_types_and_kwargs(text)
+    names, options = _layer_types(text)
     foreign = sorted({name for name in names if not _known(name)})
     if foreign:
         where = [idx for idx, name in enumerate(names) if name in foreign]
@@ -64,12 +58,23 @@ def layer_kinds(config: PreTrainedConfig) -> list[LayerKind]:
     return [_kind(name, option) for name, option in zip(names, options, strict=True)]
 
 
+def _layer_types(text: PreTrainedConfig) -> tuple[list[str], list[dict]]:
+    """By layer, as transformers 5.23 and later give them: before, layers that keep nothing had other names, or none at the end."""
+    names, options = get_layer_types_and_kwargs(text)
+    if _EMPTY in DYNAMIC_LAYER_TYPE_MAPPING:
+        return names, options
+    shared = getattr(text, "num_kv_shared_layers", None) or 0
+    return [_EMPTY if name in _OLDER_EMPTY else name for name in names] + [_EMPTY] * shared, options + [{}] * shared
+
+
 def _known(name: str) -> bool:
     made = DYNAMIC_LAYER_TYPE_MAPPING.get(name)
-    return name != "chunked_attention" and (made in _STORED or made in (LinearAttentionLayer, DummyLayer))
+    return name != "chunked_attention" and (name == _EMPTY or made in _STORED or made is LinearAttentionLayer)
 
 
 def _kind(name: str, option: dict) -> LayerKind:
+    if name == _EMPTY:
+        return LayerKind(name, stores=False)
     made = DYNAMIC_LAYER_TYPE_MAPPING[name]
     states = option.get("number_of_states", 1) if issubclass(made, LinearAttentionLayer) else 0
     return LayerKind(name, made in _STORED, option.get("sliding_window"), states)

@@ -67,7 +67,7 @@ class Rig:
         """The outputs of all attention modules for ids [B, T], in order: (layer, [B, T, width]). Raises: CannotProbe, what PiKV refuses."""
         self.outputs, self._shape = [], None
         try:
-            self.host.decoder(ids, past_key_values=cache, use_cache=True)
+            self.host.decoder(ids, **{self.host.parts.cache_name: cache}, use_cache=True)
         except _REFUSALS:
             raise
         except Exception as error:  # of any kind: what a model does is not known here, and all of it is told

@@ -8,6 +8,7 @@ import torch
 
 from pikv_ds.errors import ConfigError
 
+from .argument_names import cache_argument
 from .cache import HFCache
 
 if TYPE_CHECKING:
@@ -30,5 +31,5 @@ def rehearse(model: PreTrainedModel, cache: HFCache, ids: torch.Tensor, *, chunk
     core.clear_column("peak")
     with core.announce_crops(rehearsal=True):
         for part in ids.split(chunk, 1):
-            model(part, past_key_values=cache, logits_to_keep=1)
+            model(part, **cache_argument(model, cache), logits_to_keep=1)
         cache.crop(-ids.shape[1])

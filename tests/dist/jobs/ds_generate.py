@@ -12,6 +12,7 @@ from deepspeed.inference.v2.modules.interfaces import DSSelfAttentionRegistry
 from transformers.utils import output_capturing
 
 import pikv_ds
+from pikv_ds.adapters.hf.argument_names import cache_of
 from pikv_ds.errors import ConfigError, UnsupportedError
 from tests.dist.jobs.ds_compare import MICRO, assert_same_text, generate, rank_prompt, ready, record_stats
 from tests.dist.jobs.report import Report
@@ -39,7 +40,7 @@ with report.check("the op is known to DeepSpeed"):
 for family in ("qwen3_moe", "mixtral", "deepseek_v3"):
     config, model = {**AUTOEP, "pikv": {}}, tiny_model(family)
     before, registry = copy.deepcopy(config), dict(output_capturing._CAN_RECORD_REGISTRY)
-    methods = dict(vars(output_capturing._CanRecordRegistry))
+    methods = dict(vars(type(output_capturing._CAN_RECORD_REGISTRY)))
     engine = ready(pikv_ds.initialize, model=model, config=config)
     for requests in ("replicated", "distinct"):
         with report.check(f"autoep {family} {requests}") as row:
@@ -50,12 +51,12 @@ for family in ("qwen3_moe", "mixtral", "deepseek_v3"):
     with report.check(f"autoep {family} leaves configuration and registry alone"):
         assert config == before
         assert dict(output_capturing._CAN_RECORD_REGISTRY) == registry
-        assert dict(vars(output_capturing._CanRecordRegistry)) == methods
+        assert dict(vars(type(output_capturing._CAN_RECORD_REGISTRY))) == methods
     with report.check(f"autoep {family} detach"):
         engine.pikv.detach()
         ids = rank_prompt("replicated")
         out = generate(engine.module, ids, synced_gpus=True)
-        assert type(out.past_key_values).__name__ == "DynamicCache"
+        assert type(cache_of(out)).__name__ == "DynamicCache"
 
 with report.check("replicated experts under initialize") as row:
     engine = ready(pikv_ds.initialize, model=tiny_model("olmoe"), config={**MICRO, "pikv": {}})
@@ -92,7 +93,7 @@ with report.check("disabled") as row:
             engine = ready(start, model=model, config={**AUTOEP, **block})
             out = generate(engine.module, ids, synced_gpus=True)
             assert model.config._attn_implementation == "sdpa" and "generate" not in vars(model)
-            assert type(out.past_key_values).__name__ == "DynamicCache" and "pikv" not in vars(engine)
+            assert type(cache_of(out)).__name__ == "DynamicCache" and "pikv" not in vars(engine)
             runs.append(out)
         assert all(torch.equal(a, b) for a, b in zip(runs[0].logits, runs[1].logits, strict=True))
         plain = deepspeed.init_inference(tiny_model("qwen3_moe"), {"dtype": "fp32"})

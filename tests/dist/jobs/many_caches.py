@@ -1,5 +1,6 @@
 """Several caches alive on the ranks of a group, and ranks whose generations differ. The oracle is plain transformers on each rank alone."""
 
+import sys
 from datetime import timedelta
 
 import torch
@@ -83,7 +84,7 @@ def check_differing_generations(report: Report, model, group) -> None:
         expected = greedy(model, ids, 3 + 5 * rank)
         with pikv_ds.attach(model, OWN, group):
             assert greedy(model, ids, 3 + 5 * rank).tolist() == expected.tolist()
-    for mine in ((1, 0), (0, 1), (3, 1), (2, 0)):
+    for mine in ([int(n) for n in pair.split(",")] for pair in sys.argv[1:]):
         with report.check(f"{mine[0]} and {mine[1]} prompts, then lockstep"):
             prompts = [prompt(7 + i + 2 * rank, 40 + i + rank) for i in range(mine[rank])]
             expected = [greedy(model, ids).tolist() for ids in prompts]
@@ -137,6 +138,12 @@ def check_drafts(report: Report, model, draft, group) -> None:
     expected = greedy(model, ids, 8 + 6 * rank)
     with report.check("attached draft on the same group"), pikv_ds.attach(model, OWN, group), pikv_ds.attach(draft, OWN, group):
         assert greedy(model, ids, 8 + 6 * rank, assistant_model=draft).tolist() == expected.tolist()
+    watches = {"scheduling": {"method": "h2o", "budget_tokens": 24, "recent_tokens": 4, "sink_tokens": 2}}
+    draft.generation_config.assistant_confidence_threshold = 0.0  # many forwards, then one crop
+    expected_later = greedy(model, ids, 30)
+    with report.check("a draft that evicts"), pikv_ds.attach(model, OWN, group), pikv_ds.attach(draft, {**OWN, **watches}, group) as drafts:
+        assert greedy(model, ids, 30, assistant_model=draft).tolist() == expected_later.tolist()
+        assert drafts.stats()["entries_evicted"] > 0
     with report.check("drafts with the first layer"), pikv_ds.attach(model, OWN, group):
         assert greedy(model, ids, 8 + 6 * rank, assistant_early_exit=1).tolist() == expected.tolist()
 
