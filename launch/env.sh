@@ -62,7 +62,7 @@ torch_index() {
 }
 
 constraints_file() { # the exact versions for the active Python
-    python -c 'import sys; print("constraints.txt" if sys.version_info < (3, 12) else "constraints-py312.txt")'
+    python -c 'import sys; print("constraints.txt" if sys.version_info < (3, 12) else "constraints-3.12.txt")'
 }
 
 install() {

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The tests of Megatron-Core in their long form on Python 3.12, with the newest version that constraints-py312.txt pins, in an environment of
+# The tests of Megatron-Core in their long form on Python 3.12, with the newest version that constraints-3.12.txt pins, in an environment of
 # its own that is made when it is not there. Arguments go to pytest, in place of tests/megatron.
 #   PIKV_MEGATRON_NEWEST  where the environment lies (default: .venv-megatron-newest)
 #   PYTHON312             the interpreter that makes it (default: python3.12, or pyenv's)

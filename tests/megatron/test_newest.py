@@ -14,7 +14,7 @@ from tests.megatron.marks import on_cpu
 
 ROOT = Path(__file__).resolve().parents[2]
 PINNED = next(
-    line.partition("==")[2] for line in (ROOT / "constraints-py312.txt").read_text().splitlines() if line.startswith("megatron-core==")
+    line.partition("==")[2] for line in (ROOT / "constraints-3.12.txt").read_text().splitlines() if line.startswith("megatron-core==")
 )
 
 

@@ -9,7 +9,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[2]
-FILES = {"3.11": "constraints.txt", "3.12": "constraints-py312.txt"}
+FILES = {"3.11": "constraints.txt", "3.12": "constraints-3.12.txt"}
 
 
 def required() -> list[Requirement]:
