@@ -10,6 +10,7 @@ COMMANDS=(
     "full|every test, the short form (bash launch/test.sh)"
     "docs|make the generated documents anew and say which of them were not up to date"
     "bench|time a decode step against its stored baseline (python -m tests.gate)"
+    "megatron-newest|the tests of Megatron-Core on Python 3.12 with the newest version, in an environment of their own; minutes to make"
     "hosts|run lowest, pinned and newest of each host in environments of their own (python -m tests.hosts); hours, needs the package index"
     "hooks|check staged files at every commit of this clone (git config core.hooksPath .ci/hooks)"
 )
@@ -27,7 +28,7 @@ usage() {
     local line
     echo "usage: bash launch/dev.sh COMMAND [ARGUMENT ...]"
     for line in "${COMMANDS[@]}"; do
-        printf '  %-6s %s\n' "${line%%|*}" "${line#*|}"
+        printf '  %-15s %s\n' "${line%%|*}" "${line#*|}"
     done
 }
 
@@ -102,6 +103,10 @@ PY
 
 run_bench() {
     python -m tests.gate "$@"
+}
+
+run_megatron-newest() {
+    bash launch/megatron_newest.sh "$@"
 }
 
 run_hosts() {

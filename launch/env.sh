@@ -61,14 +61,20 @@ torch_index() {
     fi
 }
 
+constraints_file() { # the exact versions for the active Python
+    python -c 'import sys; print("constraints.txt" if sys.version_info < (3, 12) else "constraints-3.12.txt")'
+}
+
 install() {
-    local torch constraints=constraints.txt
+    local torch pinned constraints
+    pinned=$(constraints_file)
+    constraints=$pinned
     local pip=(python -m pip install --quiet --disable-pip-version-check)
     torch=$(installed_torch)
     if [[ -n "$torch" ]]; then
         # It stays: another build may not fit the driver.
         constraints=$(mktemp)
-        sed "s/^torch==.*/torch==$torch/" constraints.txt >"$constraints"
+        sed "s/^torch==.*/torch==$torch/" "$pinned" >"$constraints"
     else
         # shellcheck disable=SC2046
         "${pip[@]}" -c "$constraints" $(torch_index) torch
@@ -76,7 +82,7 @@ install() {
     # DeepSpeed's setup.py looks at the torch that is installed, hence no build isolation: setuptools must be here.
     "${pip[@]}" -c "$constraints" 'setuptools>=77'
     "${pip[@]}" --no-build-isolation -c "$constraints" -e '.[test]'
-    if [[ "$constraints" != constraints.txt ]]; then
+    if [[ "$constraints" != "$pinned" ]]; then
         rm -f "$constraints"
     fi
 }
@@ -84,7 +90,7 @@ install() {
 install_if_changed() { # since the last time, in this environment: the requirements, or where the repository lies
     local stamp wanted
     stamp=$(python -c 'import sys; print(sys.prefix)')/.pikv-installed
-    wanted=$(cat setup.py constraints.txt <(pwd) | python -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())')
+    wanted=$(cat setup.py "$(constraints_file)" <(pwd) | python -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())')
     if [[ ! -f "$stamp" || "$(cat "$stamp")" != "$wanted" ]]; then
         echo "pikv: installing into $(dirname "$stamp") (a few minutes the first time)"
         install

@@ -82,11 +82,12 @@ class PiKVContext(ABC):
         check_calibration(self.core, self.layers)
         self.heads = [stored_heads(layer.attention, self.core, i, self.shared) for i, layer in enumerate(self.layers)]
         self.expert_ids = ExpertIds(config.storage.expert_ids, self.core, num_experts)
-        self.links = connect(self.layers)
+        self.links = connect(self.layers, config.storage.expert_ids)
         self._layer_of = {layer.attention.layer_number: i for i, layer in enumerate(self.layers)}
         self._next_layer: int | None = None  # while a forward runs: the layer whose attention comes next
         self._idle = False
-        self._misses = torch.zeros(len(self.layers), num_experts, dtype=torch.float32, device=weight.device)
+        # Rows of their own: a host that suspends its context deletes the tensors that are its attributes.
+        self._misses = list(torch.zeros(len(self.layers), num_experts, dtype=torch.float32, device=weight.device))
 
     # ---- the caller's controls -----------------------------------------------------------------------------------------------
 

@@ -15,12 +15,15 @@ from torch import nn
 
 from pikv_ds.errors import UnsupportedError
 
+from .version import check_feature
+
 
 def save_checkpoint(model: nn.Module, folder: str | Path) -> None:
     """Write the weights of `model`, enabled or not, to `folder`. Collective over the job.
 
     Megatron-Core writes from processes of its own that import the script again: it needs `if __name__ == "__main__"`.
     """
+    check_feature("checkpoints")
     folder = Path(folder)
     if dist.get_rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
@@ -37,6 +40,7 @@ def load_checkpoint(model: nn.Module, folder: str | Path) -> None:
         FileNotFoundError: there is no dist checkpoint in `folder`.
         UnsupportedError: tensors of the checkpoint and of the model differ in name or in global shape; the model is as it was.
     """
+    check_feature("checkpoints")
     if not dist_checkpointing.check_is_distributed_checkpoint(str(folder)):
         raise FileNotFoundError(f"{str(folder)!r} holds no dist checkpoint; give the folder that dist_checkpointing.save wrote")
     _check(model, folder)

@@ -14,6 +14,7 @@ from pikv_ds.step.step import LocalStep
 from .base_context import PiKVContext, check_length, positions_digest
 from .masks import padding_of
 from .tokens import Columns, Nothing, Tokens
+from .version import check_feature
 
 
 class PiKVInferenceContext(PiKVContext, StaticInferenceContext):
@@ -45,6 +46,7 @@ class PiKVInferenceContext(PiKVContext, StaticInferenceContext):
 
         Collectives: none.
         """
+        check_feature("static batching")
         super().__init__(max_batch_size, max_sequence_length, *options, **named_options)
         self.key_value_memory_dict = _NoDenseCache()
         self._begin_generation()
@@ -173,6 +175,11 @@ def _positions(padding: Tensor | None, rows: int, start: int, end: int, device: 
 def _real_tokens(padding: Tensor | None, rows: int, end: int) -> list[int]:
     """Per row, how many of the first `end` columns are not padding."""
     return [end] * rows if padding is None else (~padding[:, :end]).sum(1).tolist()
+
+
+def all_logits(context: StaticInferenceContext) -> None:
+    """From now on a forward with this context, PiKV's or the host's, gives the logits of all its columns, not of the last one alone."""
+    getattr(context, "config", context).materialize_only_last_token_logits = False  # from 0.17 on a context keeps it in its config
 
 
 class _NoDenseCache(dict):

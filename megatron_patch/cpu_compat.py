@@ -37,8 +37,12 @@ def uninstall() -> bool:
 
 def cpu_config_options() -> dict[str, Any]:
     """TransformerConfig options without which a model can't be built or run on CPU: no fused kernel, no grouped GEMM."""
+    from megatron.core.transformer import TransformerConfig
+
     fusions = ("gradient_accumulation", "masked_softmax", "bias_dropout", "bias_activation", "apply_rope", "moe_permute")
     options = {f"{name}_fusion": False for name in fusions}
+    if "inference_moe_token_dispatcher_type" in TransformerConfig.__dataclass_fields__:
+        options["inference_moe_token_dispatcher_type"] = "nccl"  # a dynamic context allocates for "nvls", its default from 0.18 on, at once
     return options | {"use_cpu_initialization": True, "moe_grouped_gemm": False, "persist_layer_norm": False}
 
 

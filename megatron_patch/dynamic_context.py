@@ -7,7 +7,6 @@ from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
-from megatron.core.inference.contexts.dynamic_context import DynamicInferenceContext
 from torch import Tensor, nn
 
 from pikv_ds.errors import UnsupportedError
@@ -15,18 +14,21 @@ from pikv_ds.modes import eager
 from pikv_ds.step.step import LocalStep
 
 from .base_context import PiKVContext, positions_digest
+from .blocks import CountedBlocks, refuse_options
 from .layers import is_latent
 from .tokens import Nothing, Packed, Piece, Tokens
+from .version import check_feature
 
 _NOBODY = -1  # the row of a rank that has no request: the host's own sign for an empty place
 
 
-class PiKVDynamicInferenceContext(PiKVContext, DynamicInferenceContext):
+class PiKVDynamicInferenceContext(PiKVContext, CountedBlocks):
     """Takes the place of DynamicInferenceContext: the same arguments and `model=`. Requests, blocks and their budget are the host's.
 
     A block is a promise here: it is counted as the host counts it, so that requests wait, pause and are evicted alike, but no memory
     stands behind it. Entries lie in the pages of all ranks of the expert-parallel group, and follow their request by its id.
-    All ranks run the same number of forwards: those without work run wrapper.dummy_forward() under serving(), or any forward under idle().
+    All ranks run the same number of forwards: those without work run the dummy_forward() of wrapper or controller under serving(), or any
+    forward under idle().
     """
 
     dynamic = True
@@ -34,19 +36,21 @@ class PiKVDynamicInferenceContext(PiKVContext, DynamicInferenceContext):
     _as_static = False
 
     @eager
-    def __init__(self, *, model: nn.Module | None = None, config=None, group: dist.ProcessGroup | None = None, **options) -> None:
+    def __init__(self, *args, model: nn.Module | None = None, config=None, group: dist.ProcessGroup | None = None, **options) -> None:
         """
         Args:
+            args, options: as DynamicInferenceContext (0.16: keywords; from 0.17 on: model_config, inference_config); without CUDA graphs,
+                flashinfer's fused rope, Mamba states, prefix caching and speculation. cache_mla_latent says how wide an entry of a model
+                with MLA is, so how many tokens a block of the budget holds.
             model: enabled by enable_pikv, or built from a pikv_layer_spec; None = bind(model) follows.
             config: the "pikv" block; None = the one the model was enabled with.
             group: None = the model's expert-parallel group.
-            options: as DynamicInferenceContext; without CUDA graphs, flashinfer's fused rope and Mamba states. cache_mla_latent
-                says how wide an entry of a model with MLA is, so how many tokens a block of the budget holds.
 
         Collectives: none.
         """
-        _refuse(options)
-        super().__init__(**options)
+        check_feature("dynamic batching")
+        refuse_options(args, options)
+        super().__init__(*args, **options)
         self.use_flashinfer_fused_rope = False  # None, which scripts pass, means "if it is there"
         self._stored: dict[int, int] | None = None  # request id -> tokens stored, in the order of the cache's rows; None = no forward yet
         if model is not None:
@@ -56,7 +60,12 @@ class PiKVDynamicInferenceContext(PiKVContext, DynamicInferenceContext):
 
     def _open(self, model: nn.Module, config, group: dist.ProcessGroup | None) -> None:
         super()._open(model, config, group)
-        if self.cache_mla_latent and not is_latent(self.layers[0].attention):
+        if not self.serves_latents and any(is_latent(layer.attention) for layer in self.layers):
+            raise UnsupportedError(
+                "MLA with dynamic batching on Megatron-Core 0.17 and later, which asks for cache_mla_latents, whose kernels read a cache "
+                "of its own; use static batching (PiKVInferenceContext), or 0.16"
+            )
+        if getattr(self, "cache_mla_latent", False) and not is_latent(self.layers[0].attention):
             raise UnsupportedError(
                 f"cache_mla_latent = True, but {type(model).__name__} has no multi-latent attention: its blocks would be counted too small"
             )
@@ -65,12 +74,15 @@ class PiKVDynamicInferenceContext(PiKVContext, DynamicInferenceContext):
 
     def stats(self) -> dict:
         """Plain numbers of this rank, see pikv_ds.cache.stats.stats; kv_bytes_dense = the blocks in use. Sync: reads the device."""
-        return self._stats(0, 0) | {"kv_bytes_dense": self.block_allocator.get_total_used() * self.block_size_bytes}
+        return self._stats(0, 0) | {"kv_bytes_dense": self.blocks.get_total_used() * self.block_size_bytes}
 
     @eager
-    def reset(self) -> None:
-        """No request is left; their memory returns with the next forward. Local: ranks may reset at different times."""
-        super().reset()
+    def reset(self, *args, **kwargs) -> None:
+        """No request is left; their memory returns with the next forward. Local: ranks may reset at different times.
+
+        args, kwargs: of the host's reset, from 0.19 on: what it keeps of its own counters.
+        """
+        super().reset(*args, **kwargs)
         if self._stored is not None:
             self._stored = {}
 
@@ -90,14 +102,6 @@ class PiKVDynamicInferenceContext(PiKVContext, DynamicInferenceContext):
         finally:
             self._as_static = False
 
-    def allocate_all_tensors(self, *, is_init: bool) -> None:
-        """The host's bookkeeping, and a block buffer without layers: it takes no memory, and a kernel that reaches for it fails."""
-        num_layers, self.num_attention_layers = self.num_attention_layers, 0
-        try:
-            super().allocate_all_tensors(is_init=is_init)
-        finally:
-            self.num_attention_layers = num_layers
-
     def append_key_value_cache(self, layer_number: int, key: Tensor, value: Tensor) -> None:
         raise UnsupportedError(
             f"layer {layer_number} appends to the block buffer of a PiKVDynamicInferenceContext: that layer is not enabled for PiKV; call "
@@ -114,11 +118,11 @@ class PiKVDynamicInferenceContext(PiKVContext, DynamicInferenceContext):
                 f"a forward of {columns} tokens, but the context has laid out {self.padded_active_token_count}; call "
                 f"initialize_attention_state() and pass current_input_and_position_ids(), or run the forward under idle()"
             )
-        return self.token_to_pos_ids[:columns]
+        return self.positions[:columns]
 
     def begin_forward(self, key: Tensor, attention_mask: Tensor | None, idle: bool) -> Tokens:
         """Sync: reads the host's request table back, once per forward."""
-        stored = self._stored or {}
+        stored, idle = self._stored or {}, idle or self.dummy_step
         self._refuse_after_failure(bool(stored))
         pieces = {} if idle else self._active()
         waiting = stored if idle else self.request_ids[: self.paused_request_count].tolist()
@@ -163,16 +167,3 @@ class PiKVDynamicInferenceContext(PiKVContext, DynamicInferenceContext):
                     f"through this context"
                 )
         return pieces
-
-
-def _refuse(options: dict) -> None:
-    reasons = {
-        "num_cuda_graphs": "pages grow between steps, which a captured graph can't follow; leave it at None",
-        "use_flashinfer_fused_rope": "PiKV rotates with Megatron's own tables; leave it at False",
-        "mamba_inference_state_config": "hybrid models keep states that are not keys and values; PiKV does not handle them",
-        "unified_memory_level": "there is no block buffer to place; leave it at 0",
-        "offload_kv_cache": "there is no block buffer to offload; leave it at False",
-    }
-    for name, reason in reasons.items():
-        if options.get(name):
-            raise UnsupportedError(f"PiKVDynamicInferenceContext({name} = {options[name]!r}): {reason}")

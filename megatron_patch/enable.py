@@ -15,7 +15,7 @@ from .penalty import RouterPenalty, check_penalty, check_router, chosen_penalty
 from .refusals import refuse_config, refuse_model
 from .router import router_class
 from .subclass import is_pikv, put_on, take_off
-from .version import check_version
+from .version import check_feature
 
 
 def enable_pikv(model: nn.Module, config=None, *, router_penalty: RouterPenalty | None = None) -> nn.Module:
@@ -32,7 +32,7 @@ def enable_pikv(model: nn.Module, config=None, *, router_penalty: RouterPenalty 
         UnsupportedError: a Megatron-Core version, layer or setting that PiKV can't honour; the model is left as it was.
         ConfigError: a "pikv" block that is not legal here.
     """
-    check_version()
+    check_feature("attention and routing")
     config = PiKVConfig.parse(config)
     refuse_config(config)
     layers = find_layers(model)

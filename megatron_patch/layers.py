@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, replace
 
 from megatron.core.transformer.attention import SelfAttention
@@ -19,14 +20,17 @@ from pikv_ds.spec import LayerSpec
 
 from .link import Link
 from .subclass import is_pikv
+from .version import check_feature
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One transformer layer with self-attention; moe is None in a dense layer."""
+    """A layer with self-attention and the MoE layer that homes its entries: its own, or in a hybrid stack, whose layers are attention or
+    experts, the one that follows before the next attention. moe is None where there is none."""
 
     attention: SelfAttention | MLASelfAttention
     moe: MoELayer | None
+    alone: bool = False  # the layer is attention alone, as in a hybrid stack
 
     @property
     def router(self) -> nn.Module | None:
@@ -38,13 +42,16 @@ def find_layers(model: nn.Module) -> list[Layer]:
 
     Raises: UnsupportedError for attention that PiKV does not handle.
     """
-    layers = []
+    layers: list[Layer] = []
     for module in model.modules():
         if not isinstance(module, TransformerLayer):
             continue
+        moe = module.mlp if isinstance(module.mlp, MoELayer) else None
         if not isinstance(module.cross_attention, IdentityOp):
             raise UnsupportedError(f"layer {module.layer_number} has cross-attention; PiKV handles decoder-only models")
         if isinstance(module.self_attention, IdentityOp):
+            if layers and layers[-1].moe is None:  # a hybrid stack: experts as a layer of their own
+                layers[-1] = replace(layers[-1], moe=moe)
             continue
         if not isinstance(module.self_attention, SelfAttention | MLASelfAttention):
             raise UnsupportedError(
@@ -52,7 +59,7 @@ def find_layers(model: nn.Module) -> list[Layer]:
                 f"their subclasses"
             )
         refuse_attention(module.self_attention)
-        layers.append(Layer(module.self_attention, module.mlp if isinstance(module.mlp, MoELayer) else None))
+        layers.append(Layer(module.self_attention, moe, alone=isinstance(module.mlp, IdentityOp)))
     if not layers:
         raise UnsupportedError(f"{type(model).__name__} has no Megatron-Core TransformerLayer with self-attention")
     return layers
@@ -69,7 +76,10 @@ def is_latent(attention: nn.Module) -> bool:
 
 def refuse_attention(attention: nn.Module) -> None:
     """What PiKV can't do for one layer's attention, by the parts it was built from. Raises UnsupportedError."""
-    if is_latent(attention) and hasattr(attention.linear_kv_up_proj, "layer_norm_weight"):
+    if not is_latent(attention):
+        return
+    check_feature("multi-latent attention")
+    if hasattr(attention.linear_kv_up_proj, "layer_norm_weight"):
         raise UnsupportedError(
             f"layer {attention.layer_number}: {type(attention.linear_kv_up_proj).__name__} normalises the latent inside the projection, "
             f"where PiKV can't read it; use a specification with a kv_layernorm of its own (get_gpt_layer_local_spec)"
@@ -86,17 +96,40 @@ def check_routers(layers: list[Layer], source: str) -> None:
             )
 
 
-def connect(layers: list[Layer]) -> list[Link]:
-    """One Link per layer, shared by its attention, its router and all contexts of the model."""
+def connect(layers: list[Layer], source: str) -> list[Link]:
+    """One Link per layer, shared by its attention, its router and all contexts of the model. source: pikv.storage.expert_ids.
+
+    Warns, when a model is first connected, of attention layers of a hybrid stack that no MoE layer follows.
+
+    Raises: UnsupportedError for a router that was not enabled with its attention, from which ids would be missing.
+    """
     links = []
+    if layers[0].attention.pikv_link is None and source != "hash":
+        _warn_of_no_experts([layer.attention.layer_number for layer in layers if layer.alone and layer.moe is None], source)
     for i, layer in enumerate(layers):
         router = layer.router if layer.router is not None and is_pikv(layer.router) else None
+        if layer.router is not None and router is None and source != "hash":
+            raise UnsupportedError(
+                f"layer {layer.attention.layer_number} is enabled for PiKV, but not the router ({type(layer.router).__name__}) that names "
+                f"its experts; give pikv_layer_spec the specification of the whole stack, or set pikv.storage.expert_ids = 'hash'"
+            )
         if layer.attention.pikv_link is None:
             layer.attention.pikv_link = Link(i, router)
             if router is not None:
                 router.pikv_link = layer.attention.pikv_link
         links.append(layer.attention.pikv_link)
     return links
+
+
+def _warn_of_no_experts(numbers: list[int], source: str) -> None:
+    if numbers:
+        homed = "by the router of the nearest earlier layer that has one, else by position" if source == "previous_layer" else "by position"
+        warnings.warn(
+            f"no MoE layer follows the attention of layers {', '.join(map(str, numbers))} before the next attention: with "
+            f"pikv.storage.expert_ids = {source!r} their entries are homed {homed}",
+            UserWarning,
+            stacklevel=5,
+        )
 
 
 def layer_spec_of(layer: Layer, layer_idx: int, shared: bool = False) -> LayerSpec:

@@ -41,6 +41,11 @@ def refuse_model(model: nn.Module, config: TransformerConfig) -> None:
         if refused:
             raise UnsupportedError(f"TransformerConfig.{name} = {getattr(config, name)!r} with PiKV: {way_out}")
     for module in model.modules():
+        if type(module).__name__ == "MambaLayer":
+            raise UnsupportedError(
+                f"layer {module.layer_number} is a MambaLayer, which keeps a state that is not keys and values in Megatron's own contexts; "
+                f"PiKV handles stacks of attention, experts and MLPs"
+            )
         if getattr(module, "position_embedding_type", None) == "mrope":
             raise UnsupportedError(
                 "position_embedding_type = 'mrope': its rotations depend on the input, not on the position alone; PiKV does not handle it"

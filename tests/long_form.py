@@ -21,6 +21,7 @@ What it adds is said beside each use of LONG: products of things that the short 
 - tests/adapters/test_many_caches.py: every kind of cache for a draft, short: three of seven; tests/dist/test_many_caches.py: four ways for
   ranks to have other numbers of prompts, short: one.
 - tests/megatron/test_decode.py: 32 decode steps, short: 16.
+- tests/megatron/test_hybrid.py: three orders of layers, every source of ids, dynamic batching; short: one order, two sources.
 - tests/megatron/test_dynamic_engine.py, tests/megatron/test_engine.py: Megatron's engines on 4 and 8 ranks with pipeline stages, and behind
   the zmq coordinator; short: on two ranks.
 - tests/cache/test_modes.py, tests/cache/test_gradient.py: every case of the covering array; short: eight of each.

@@ -18,6 +18,7 @@ from pikv_ds.adapters.hf.argument_names import IN_GENERATE
 from pikv_ds.adapters.hf.model_spec import read_model_spec
 from pikv_ds.megatron_patch import PiKVInferenceContext, cpu_compat, disable_pikv, enable_pikv
 from pikv_ds.megatron_patch.checkpoint import load_checkpoint
+from pikv_ds.megatron_patch.context import all_logits
 from pikv_ds.megatron_patch.hf_config import build_gpt
 from pikv_ds.megatron_patch.hf_weights import load_hf_weights
 from pikv_ds.megatron_patch.layers import find_layers
@@ -95,7 +96,7 @@ class MegatronBackend:
 class _Dense:
     def __init__(self, model: Any, context: Any) -> None:
         self.model, self.context = model, context
-        context.materialize_only_last_token_logits = False
+        all_logits(context)
         self.device = next(model.parameters()).device
 
     def feed(self, ids: Tensor) -> Tensor:

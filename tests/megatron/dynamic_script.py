@@ -1,5 +1,6 @@
 """A Megatron-LM user's dynamic-inference script in small, without PiKV: the functions of examples/inference/gpt/gpt_dynamic_inference.py
-at core_v0.16.1. Jobs run it as it is, over Megatron's own cache, and again with PiKV installed or with the diff of docs/guide/megatron.md.
+at core_v0.16.1, and with the arguments of a later Megatron-Core where that is installed. Jobs run it as it is, over Megatron's own cache,
+and again with PiKV installed or with the diff of docs/guide/megatron.md.
 """
 
 import argparse
@@ -8,12 +9,10 @@ import logging
 import torch
 from megatron.core.inference.contexts.dynamic_context import DynamicInferenceContext
 from megatron.core.inference.engines import DynamicInferenceEngine
-from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper import GPTInferenceWrapper
-from megatron.core.inference.model_inference_wrappers.inference_wrapper_config import InferenceWrapperConfig
 from megatron.core.inference.sampling_params import SamplingParams
 from megatron.core.inference.text_generation_controllers.text_generation_controller import TextGenerationController
 
-from tests.megatron.models import VOCAB
+from tests.megatron import hosts
 from tests.megatron.static_script import Tokenizer
 
 BLOCK = 16
@@ -31,11 +30,32 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def get_inference_context(args, config) -> DynamicInferenceContext:
+def block_gb(config) -> float:
     heads = config.num_attention_heads if config.num_query_groups is None else config.num_query_groups
     on_this_rank = max(1, heads // config.tensor_model_parallel_size)
+    return 4 * 2 * (config.num_layers // config.pipeline_model_parallel_size) * BLOCK * on_this_rank * config.kv_channels / 1024**3
+
+
+def get_inference_config(args, config):
+    from megatron.core.inference.config import InferenceConfig
+
+    return InferenceConfig(
+        max_sequence_length=args.inference_max_seq_length,
+        block_size_tokens=BLOCK,
+        buffer_size_gb=(args.inference_dynamic_batching_blocks + 0.5) * block_gb(config),
+        paused_buffer_size_gb=(args.inference_dynamic_batching_paused_blocks + 0.5) * block_gb(config),
+        max_requests=args.inference_dynamic_batching_max_requests,
+        max_tokens=args.inference_dynamic_batching_max_tokens,
+        materialize_only_last_token_logits=not args.return_log_probs,
+        enable_chunked_prefill=not args.disable_chunked_prefill,
+    )
+
+
+def get_inference_context(args, config) -> DynamicInferenceContext:
+    if hosts.takes_configs():
+        return DynamicInferenceContext(model_config=config, inference_config=get_inference_config(args, config))
+    heads = config.num_attention_heads if config.num_query_groups is None else config.num_query_groups
     num_layers = config.num_layers // config.pipeline_model_parallel_size
-    block_gb = 4 * 2 * num_layers * BLOCK * on_this_rank * config.kv_channels / 1024**3
     context = DynamicInferenceContext(
         params_dtype=torch.float32,
         num_layers=num_layers,
@@ -44,8 +64,8 @@ def get_inference_context(args, config) -> DynamicInferenceContext:
         max_sequence_length=args.inference_max_seq_length,
         num_cuda_graphs=None,
         block_size_tokens=BLOCK,
-        buffer_size_gb=(args.inference_dynamic_batching_blocks + 0.5) * block_gb,
-        paused_buffer_size_gb=(args.inference_dynamic_batching_paused_blocks + 0.5) * block_gb,
+        buffer_size_gb=(args.inference_dynamic_batching_blocks + 0.5) * block_gb(config),
+        paused_buffer_size_gb=(args.inference_dynamic_batching_paused_blocks + 0.5) * block_gb(config),
         max_requests=args.inference_dynamic_batching_max_requests,
         max_tokens=args.inference_dynamic_batching_max_tokens,
         tensor_model_parallel_size=config.tensor_model_parallel_size,
@@ -60,13 +80,7 @@ def get_inference_context(args, config) -> DynamicInferenceContext:
 
 
 def get_inference_controller(model, context: DynamicInferenceContext) -> TextGenerationController:
-    wrapper_config = InferenceWrapperConfig(
-        hidden_size=model.config.hidden_size,
-        params_dtype=torch.float32,
-        inference_batch_times_seqlen_threshold=-1,
-        padded_vocab_size=VOCAB,
-    )
-    model = GPTInferenceWrapper(model, wrapper_config, context)
+    model = hosts.inference_wrapper(model, context)
     return TextGenerationController(model, Tokenizer())
 
 
@@ -74,6 +88,8 @@ def get_engine(args, model) -> DynamicInferenceEngine:
     context = get_inference_context(args, model.config)
     controller = get_inference_controller(model, context)
     logging.getLogger("megatron").setLevel(logging.WARNING)
+    if hosts.takes_configs():
+        return DynamicInferenceEngine(controller, context)
     return DynamicInferenceEngine(
         controller,
         context,

@@ -5,6 +5,7 @@ from megatron.core.inference.contexts import StaticInferenceContext
 
 from pikv_ds.errors import UnsupportedError
 from pikv_ds.megatron_patch import PiKVInferenceContext, disable_pikv, enable_pikv
+from pikv_ds.megatron_patch.context import all_logits
 from tests.dist.jobs.report import Report
 from tests.megatron.models import causal_mask, positions, tiny_config, tiny_model, tokens
 from tests.megatron.runs import assert_conserved, dense_is_forbidden, refused
@@ -27,7 +28,7 @@ def mask_of(hidden: torch.Tensor, start: int, end: int) -> torch.Tensor:
 def run(model, context, ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
     """Logits of the tokens that are no padding, [tokens, V]; after the crop the second row is continued twice."""
     context.reset()
-    context.materialize_only_last_token_logits = False
+    all_logits(context)
     kept, start = [], 0
     for columns in PIECES:
         context.increment_sequence_len_offset(min(columns, 0))

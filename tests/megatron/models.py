@@ -82,18 +82,23 @@ def local_spec(config: TransformerConfig):
 
 
 def tiny_model(config: TransformerConfig, spec=None, **options) -> GPTModel:
-    """Seeded alike on all ranks; then experts are drawn again per rank, since equal experts would hide a token sent to the wrong one.
-
-    Weights are scaled up: the default initialisation gives near-uniform attention, in which a lost entry is invisible.
-    """
-    stage = parallel_state.get_pipeline_model_parallel_rank()
-    torch.manual_seed(1 + stage)
+    torch.manual_seed(1 + parallel_state.get_pipeline_model_parallel_rank())
     ends = dict(pre_process=parallel_state.is_pipeline_first_stage(), post_process=parallel_state.is_pipeline_last_stage())
     model = GPTModel(
         config,
         spec or local_spec(config),
         **{**dict(vocab_size=VOCAB, max_sequence_length=256, position_embedding_type="rope", parallel_output=True), **ends, **options},
     ).eval()
+    draw_weights(model)
+    return model
+
+
+def draw_weights(model: torch.nn.Module) -> None:
+    """Of a model seeded alike on all ranks of a stage: experts are drawn per rank, since equal ones would hide a token sent to a wrong one.
+
+    Weights are scaled up: the default initialisation gives near-uniform attention, in which a lost entry is invisible.
+    """
+    stage = parallel_state.get_pipeline_model_parallel_rank()
     tp_rank = parallel_state.get_tensor_model_parallel_rank()
     expert_rank = dist.get_rank(parallel_state.get_expert_model_parallel_group())
     own_experts = torch.Generator().manual_seed(100 + expert_rank + 1000 * stage)
@@ -103,7 +108,6 @@ def tiny_model(config: TransformerConfig, spec=None, **options) -> GPTModel:
             parameter.data.normal_(0, 0.1, generator=own_experts)
         elif any(f"linear_{part}" in name for part in ("qkv", "q_up_proj", "kv_up_proj", "kv_down_proj", "q_down_proj")):
             parameter.data.normal_(0, 0.2, generator=own_heads)
-    return model
 
 
 def tokens(batch: int, length: int, seed: int) -> torch.Tensor:

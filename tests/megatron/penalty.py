@@ -5,6 +5,7 @@ import torch
 from pikv_ds.cache.inspect import CacheProbe
 from pikv_ds.errors import ConfigError, UnsupportedError
 from pikv_ds.megatron_patch import PiKVInferenceContext, RouterPenalty, disable_pikv, enable_pikv, pikv_layer_spec
+from pikv_ds.megatron_patch.layer_spec import moe_submodules
 from pikv_ds.megatron_patch.penalty import model_weights
 from tests.dist.jobs.report import Report
 from tests.megatron import documented
@@ -78,7 +79,7 @@ def check_penalty(report: Report, ids: torch.Tensor) -> None:
         assert torch.equal(decode(model, PiKVInferenceContext(len(ids), ids.shape[1], model=model), ids, [9]), expected)
         disable_pikv(model)
         built = pikv_layer_spec(local_spec(tiny_config()), asked)
-        assert built.submodules.mlp.submodules.router.keywords["pikv_penalty"] == given
+        assert moe_submodules(built.submodules.mlp).router.keywords["pikv_penalty"] == given
         enable_pikv(model, CONFIG)
         assert all(layer.mlp.router.pikv_penalty is None for layer in model.decoder.layers)
         other = lambda: PiKVInferenceContext(len(ids), ids.shape[1], model=model, config=asked)  # noqa: E731

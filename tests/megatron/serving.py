@@ -10,12 +10,11 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from megatron.core.inference.inference_request import DynamicInferenceRequest
-from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper import GPTInferenceWrapper
-from megatron.core.inference.model_inference_wrappers.inference_wrapper_config import InferenceWrapperConfig
 from megatron.core.inference.sampling_params import SamplingParams
 from megatron.core.transformer.attention import Attention
 
-from tests.megatron.models import VOCAB, tokens
+from tests.megatron.hosts import blocks_in_use, dummy_forward, engine_runs, inference_wrapper
+from tests.megatron.models import tokens
 
 
 @dataclass
@@ -62,16 +61,12 @@ def serve(model, context, requests: list[Request], *, group=None, chunk: int | N
 
     chunk: prefill at most so many tokens of a prompt at a time, as the engine's chunked prefill does.
     """
-    wrapper = GPTInferenceWrapper(
-        model,
-        InferenceWrapperConfig(
-            hidden_size=model.config.hidden_size,
-            params_dtype=torch.float32,
-            inference_batch_times_seqlen_threshold=-1,
-            padded_vocab_size=VOCAB,
-        ),
-        context,
-    )
+    with engine_runs():
+        return _serve(model, context, requests, group, chunk, each_step)
+
+
+def _serve(model, context, requests: list[Request], group, chunk: int | None, each_step) -> Log:
+    wrapper = inference_wrapper(model, context)
     log, waiting, by_number = Log(), sorted(requests, key=lambda r: r.arrival), {r.number: r for r in requests}
     partial: DynamicInferenceRequest | None = None  # being prefilled in chunks; always the last of the active requests
     while True:
@@ -95,10 +90,10 @@ def serve(model, context, requests: list[Request], *, group=None, chunk: int | N
             log.evicted += len(evicted)
             waiting = [by_number[number] for number in evicted] + waiting
         elif group is not None:
-            wrapper.dummy_forward()
+            dummy_forward(wrapper)
             log.idle += 1
         log.paused += context.paused_request_count > 0
-        log.most_blocks = max(log.most_blocks, context.block_allocator.get_total_used())
+        log.most_blocks = max(log.most_blocks, blocks_in_use(context))
         if each_step is not None:
             each_step()
 
@@ -140,7 +135,10 @@ def _step(wrapper, context, by_number: dict[int, Request], partial: DynamicInfer
 def reference_flash_decode() -> Iterator[None]:
     """Megatron's own DynamicInferenceContext on CPU: attention over its block buffer in plain torch, where it would call flash-attn."""
 
-    def attend(self, q, k, v, max_seqlen_q, max_seqlen_k, cu_seqlens_q, cu_seqlens_k, seqlens_k, block_table, is_decode_only):
+    def attend(
+        self, q, k, v, max_seqlen_q, max_seqlen_k, cu_seqlens_q, cu_seqlens_k, seqlens_k, block_table, is_decode_only, softmax_offset=None
+    ):
+        assert softmax_offset is None, "the reference knows no sinks"
         out = torch.zeros_like(q)
         bounds, lengths = cu_seqlens_q.tolist(), seqlens_k.tolist()
         for i, (begin, end) in enumerate(zip(bounds, bounds[1:], strict=False)):

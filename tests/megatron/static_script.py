@@ -7,13 +7,12 @@ import argparse
 import torch
 from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.inference.engines import StaticInferenceEngine
-from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper import GPTInferenceWrapper
-from megatron.core.inference.model_inference_wrappers.inference_wrapper_config import InferenceWrapperConfig
 from megatron.core.inference.sampling_params import SamplingParams
 from megatron.core.inference.text_generation_controllers.text_generation_controller import TextGenerationController
 from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.spec_utils import import_module
 
+from tests.megatron import hosts
 from tests.megatron.models import VOCAB, tiny_config, tiny_model
 
 
@@ -40,20 +39,15 @@ def get_model(args):
 
 def get_inference_engine(args, model) -> StaticInferenceEngine:
     tokenizer = Tokenizer()
-    wrapper_config = InferenceWrapperConfig(
-        hidden_size=model.config.hidden_size,
-        params_dtype=torch.float32,
-        inference_batch_times_seqlen_threshold=-1,
-        padded_vocab_size=VOCAB,
-        inference_max_requests=args.inference_max_requests,
-        inference_max_seq_length=args.inference_max_seq_length,
+    wrapper_config = hosts.wrapper_config(
+        model, inference_max_requests=args.inference_max_requests, inference_max_seq_length=args.inference_max_seq_length
     )
     # fmt: off
     inference_context = StaticInferenceContext(
         args.inference_max_requests, args.inference_max_seq_length
     )
     # fmt: on
-    inference_wrapped_model = GPTInferenceWrapper(model, wrapper_config, inference_context)
+    inference_wrapped_model = hosts.inference_wrapper(model, inference_context, wrapper_config)
     controller = TextGenerationController(inference_wrapped_model, tokenizer)
     return StaticInferenceEngine(controller, legacy=args.use_legacy_static_engine)
 

@@ -10,7 +10,7 @@ from megatron.core.inference.contexts.dynamic_context import DynamicInferenceCon
 from pikv_ds.errors import UnsupportedError
 from pikv_ds.megatron_patch import PiKVDynamicInferenceContext, cpu_compat, disable_pikv, enable_pikv
 from tests.dist.jobs.report import Report
-from tests.megatron import documented
+from tests.megatron import documented, hosts
 from tests.megatron.models import latent_config, start, tiny_config, tiny_model, tokens
 from tests.megatron.runs import assert_conserved, full_forward, refused
 from tests.megatron.serving import Log, Request, random_requests, reference_flash_decode, serve
@@ -22,23 +22,14 @@ LATENT, YARN = "MLA, chunked prefill", "MLA with YaRN, ids true"
 ON_PEERS = (CHUNKED, SHARED, EVICTED, LATENT)  # also where the expert group is the tensor-parallel peers
 
 
-def options(config, blocks: int, paused: int) -> dict:
+def options(config, blocks: int, paused: int, **more) -> dict:
     """Arguments of DynamicInferenceContext for a buffer of so many blocks, some of them for paused requests."""
-    heads = max(1, config.num_query_groups // config.tensor_model_parallel_size)
-    block_bytes = 4 * 2 * config.num_layers * BLOCK * heads * config.kv_channels
-    return dict(
-        params_dtype=torch.float32,
-        num_layers=config.num_layers,
-        kv_channels=config.kv_channels,
-        num_attention_heads=config.num_query_groups,
-        tensor_model_parallel_size=min(config.tensor_model_parallel_size, config.num_query_groups),
-        max_sequence_length=LONGEST + 20,
-        buffer_size_gb=(blocks + 0.5) * block_bytes / 1024**3,
-        paused_buffer_size_gb=(paused + 0.5) * block_bytes / 1024**3,
-        block_size_tokens=BLOCK,
-        max_requests=8,
-        max_tokens=1024,
-    )
+    limits = dict(max_sequence_length=LONGEST + 20, block_size_tokens=BLOCK, max_requests=8, max_tokens=1024)
+    return hosts.dynamic_arguments(config, blocks=blocks, paused=paused, **limits, **more)
+
+
+def suspendable(config) -> dict:
+    return options(config, 20, 6, **(dict(kv_cache_management_mode="recompute") if hosts.takes_configs() else {}))
 
 
 def worst_difference(model, requests: list[Request]) -> float:
@@ -144,22 +135,34 @@ def check_limits(report: Report, layout: str, model) -> None:
         )
         assert all(len(request.generated) == request.num_tokens for request in own)
     with report.check(f"{layout} refusals"):
-        for name, value in dict(num_cuda_graphs=1, use_flashinfer_fused_rope=True, unified_memory_level=1).items():
-            refused(
-                UnsupportedError, name, lambda name=name, value=value: PiKVDynamicInferenceContext(model=model, **given, **{name: value})
-            )
-        latents = dict(block_size_tokens=64, cache_mla_latent=True, kv_lora_rank=16, qk_pos_emb_head_dim=8)
-        refused(UnsupportedError, "no multi-latent attention", lambda: PiKVDynamicInferenceContext(model=model, **given | latents))
+        unwanted = dict(num_cuda_graphs=1, use_flashinfer_fused_rope=True)
+        own = dict(enable_prefix_caching=True, num_speculative_tokens=2, kv_cache_management_mode="offload")
+        for name, value in (unwanted | (own if hosts.takes_configs() else dict(unified_memory_level=1, offload_kv_cache=True))).items():
+            changed = options(model.config, 20, 6, **{name: value})
+            refused(UnsupportedError, name, lambda changed=changed: PiKVDynamicInferenceContext(model=model, **changed))
+        if hosts.takes_configs():
+            latent = tiny_model(latent_config())
+            enable_pikv(latent)
+            refused(UnsupportedError, "MLA with dynamic batching", lambda: PiKVDynamicInferenceContext(model=latent, **given))
+        else:
+            latents = dict(block_size_tokens=64, cache_mla_latent=True, kv_lora_rank=16, qk_pos_emb_head_dim=8)
+            refused(UnsupportedError, "no multi-latent attention", lambda: PiKVDynamicInferenceContext(model=model, **given | latents))
         with reference_flash_decode():
             refused(
                 UnsupportedError,
                 "DynamicInferenceContext",
                 lambda: serve(model, DynamicInferenceContext(**given), own_requests(2, 9, seed=1)),
             )
-        suspended = PiKVDynamicInferenceContext(model=model, **given)
-        suspended.deallocate_all_tensors()
-        suspended.allocate_all_tensors(is_init=False)
-        assert suspended.memory_buffer.numel() == 0
+        suspended = PiKVDynamicInferenceContext(model=model, **suspendable(model.config))
+        suspended.add_misses(0, torch.ones(8))
+        if hosts.takes_configs():
+            suspended.deallocate_inference_state_buffers()
+            assert not hasattr(suspended, "memory_buffer")
+            suspended.reinitialize_inference_state_buffers()
+        else:
+            suspended.deallocate_all_tensors()
+            suspended.allocate_all_tensors(is_init=False)
+        assert suspended.memory_buffer.numel() == 0 and suspended._misses[0].sum() == 8
         disable_pikv(model)
         refused(UnsupportedError, "call enable_pikv(model) first", lambda: PiKVDynamicInferenceContext(model=model, **given))
         enable_pikv(model)

@@ -125,10 +125,14 @@ def check_refusals(report: Report, ids: torch.Tensor) -> None:
         assert [type(m) for m in model.modules()] == classes, "a refusal must leave the model as it was"
     with report.check("versions refused"):
         with mock.patch.object(megatron.core, "__version__", "0.15.2"):
-            refused(UnsupportedError, "0.15.2 is older than 0.16; tested with megatron-core 0.16.1", lambda: enable_pikv(model))
+            refused(UnsupportedError, "0.15.2 is older than 0.16; tested with megatron-core 0.16.0, 0.16.1", lambda: enable_pikv(model))
         moved = "_adjust_key_value_for_inference"
         with mock.patch.object(megatron.core, "__version__", "0.99.0"), mock.patch.object(Attention, moved, lambda self, x: x):
-            refused(UnsupportedError, f"megatron-core 0.99.0: Attention.{moved} takes (self, x)", lambda: enable_pikv(model))
+            refused(
+                UnsupportedError,
+                f"0.99.0 cannot serve attention and routing: Attention.{moved} takes (self, x)",
+                lambda: enable_pikv(model),
+            )
     with report.check("specifications refused"):
         refused(UnsupportedError, "GPTModel", lambda: pikv_layer_spec(model))
         refused(UnsupportedError, "MoELayer", lambda: pikv_layer_spec(local_spec(model.config).submodules.mlp))
