@@ -32,7 +32,8 @@ def written() -> str:
     for host in HOSTS:
         for python in results["hosts"][host]["releases"]:
             claim = claimed(host, python, requirements())
-            claims.append((host, python, f"`{claim}`" if claim is not None else "not asked for", pins(python).get(host, "")))
+            shown = "not asked for" if claim is None else f"`{','.join(sorted(map(str, claim), reverse=True))}`"
+            claims.append((host, python, shown, pins(python).get(host, "")))
     head = HEAD.format(
         made=MADE,
         machine=results["machine"],

@@ -113,11 +113,11 @@ def smoke(name: str, environment: Path, folder: Path, leg: Leg, *, taken_for: bo
 
 
 def first_cause(output: str) -> str:
-    """The first error of a rank, else the first that pytest shows, else the last line."""
-    ranks = re.search(r"\[rank\d+\]: (\w*(?:Error|Exception): .+)$", output, re.MULTILINE)
-    shown = ranks or re.search(r"^E\s+(\S.*)$", output, re.MULTILINE)
+    """The first error that pytest shows, before what the launcher of jobs makes of it; without one, the last line."""
+    shown = re.findall(r"^E\s+(?:\[rank\d+\]: )?((?:\w+\.)*\w*(?:Error|Exception|Timeout)\b.*)$", output, re.MULTILINE)
     lines = [line.strip() for line in output.splitlines() if line.strip()]
-    return (shown[1] if shown else lines[-1] if lines else "no output")[:300]
+    own = [error for error in shown if not re.search(r"JobTimeout|^AssertionError: check '", error)]
+    return next(iter(own or shown or lines[-1:]), "no output")[:300]
 
 
 def stamp() -> str:

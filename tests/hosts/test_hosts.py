@@ -79,12 +79,11 @@ def test_a_leg_that_has_a_row_of_these_sources_is_not_run_again():
     assert row_of(more, row["sources"]) is None
 
 
-def test_the_first_cause_is_that_of_a_rank_or_what_pytest_shows_first():
-    assert (
-        first_cause("E  JobTimeout: killed\nE  [rank1]: raise X\nE  [rank1]: AttributeError: 'a' has no b\n")
-        == "AttributeError: 'a' has no b"
-    )
-    assert first_cause("x\nE   ImportError: a\nE   b\n1 failed\n") == "ImportError: a" and first_cause("a\nb\n\n") == "b"
+def test_the_first_cause_is_what_a_rank_raised():
+    assert first_cause("E   a.JobTimeout: killed\nE  [rank1]: raise X\nE  [rank1]: AttributeError: b\n") == "AttributeError: b"
+    assert first_cause("E   AssertionError: check 'x' ran on 0 of 2 ranks\nE   TypeError: c\n") == "TypeError: c"
+    assert first_cause("x\nE   ImportError: a\n") == "ImportError: a" and first_cause("E   a.JobTimeout: d\n") == "a.JobTimeout: d"
+    assert first_cause("a\nb\n\n") == "b" and first_cause("") == "no output"
 
 
 @pytest.fixture(scope="module")
