@@ -8,7 +8,7 @@ import pytest
 
 from tests.dist.launcher import JobResult, run_gloo
 from tests.long_form import short_or_long
-from tests.megatron import JOBS
+from tests.megatron import JOBS, hosts
 from tests.megatron.marks import on_cpu
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(300), on_cpu]
@@ -49,5 +49,7 @@ def test_prompts_are_chunked_and_ranks_idle(layout: str):
 @pytest.mark.parametrize("layout", short_or_long([], ["EP2"]))
 def test_coordinator(layout: str):
     pytest.importorskip("zmq", reason="Megatron's coordinator needs pyzmq")
+    if hosts.takes_configs():
+        pytest.skip("the job speaks to coordinators of megatron-core 0.16; from 0.17 on client and engine have other signals")
     rows = rows_of(layout, CONVERSED, "coordinator.py")
     assert layout != "EP2" or sum(row["idle"] for row in rows) > 0, rows
