@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMANDS = ("lint", "types", "quick", "full", "docs", "bench", "hosts", "hooks")
+COMMANDS = ("lint", "types", "quick", "full", "docs", "bench", "megatron-newest", "hosts", "hooks")
 BADLY_FORMATTED = "x = {  'a':1 }\n"
 UNUSED_IMPORT = "import os\n"
 # The environment is taken as it is, and found first; no settings of the user's git.

@@ -8,7 +8,7 @@ import pytest
 
 from tests.dist.launcher import JobResult, run_gloo
 from tests.long_form import LONG, short_or_long
-from tests.megatron import JOBS
+from tests.megatron import JOBS, hosts
 from tests.megatron.marks import on_cpu
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(300), on_cpu]
@@ -52,5 +52,7 @@ def test_prompts_are_chunked_and_ranks_idle(layout: str):
 @pytest.mark.skipif(not LONG, reason="long form: the coordinator is an interpreter of its own")
 def test_coordinator():
     pytest.importorskip("zmq", reason="Megatron's coordinator needs pyzmq")
+    if hosts.takes_configs():
+        pytest.skip("the job speaks to coordinators of megatron-core 0.16; from 0.17 on client and engine have other signals")
     rows = run_gloo(JOBS / "coordinator.py", ["1,2,1"], ranks=2, timeout_s=240).check(f"1,2,1 {CONVERSED}")
     assert sum(row["idle"] for row in rows) > 0, rows
