@@ -117,6 +117,7 @@ class PiKVDynamicInferenceContext(PiKVContext, DynamicInferenceContext):
                 positions=tokens.positions,
                 fresh=fresh,
                 identity=list(keep.items()) == list(stored.items()),
+                aligned=True,
                 digest=positions_digest(self.core, True, key, tokens.positions) if fresh or replicated else 0,
             )
         )

@@ -189,7 +189,7 @@ class PiKVCache(HostFace):
         margin = None if hold and self.agreement.mode == "distinct" else self.hold_margin or 0
         self.step = Step(
             agreed.shapes, self.agreement.own, before, after, self.device, hold=hold, margin=margin, late_experts=self.late_experts,
-            rehearsal=self.rehearsal,
+            rehearsal=self.rehearsal, aligned=agreed.aligned,
         )  # fmt: skip
         if self.retention is not None:
             self.retention.before_forward(self.step)
