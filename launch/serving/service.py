@@ -43,7 +43,7 @@ def _watch(ranks: Ranks | None):
 
 
 def _run(engine: Engine, host: str, port: int) -> int:
-    config = uvicorn.Config(build_app(engine), host=host, port=port, log_level="warning", timeout_graceful_shutdown=int(GRACE_S))
+    config = uvicorn.Config(build_app(engine), host=host, port=port, log_level="warning", lifespan="off", timeout_graceful_shutdown=int(GRACE_S))
     server = _Server(config, engine)
 
     def loop() -> None:
