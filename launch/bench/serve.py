@@ -21,7 +21,20 @@ from typing import Any
 
 from pikv_ds.launch.output import print_table, write_json
 
-_SHOWN = ("name", "requests", "at_once", "lost", "wrong", "ttft_p50", "ttft_p99", "tbt_p50", "tbt_p99", "latency_p50", "latency_p99", "tokens_s")
+_SHOWN = (
+    "name",
+    "requests",
+    "at_once",
+    "lost",
+    "wrong",
+    "ttft_p50",
+    "ttft_p99",
+    "tbt_p50",
+    "tbt_p99",
+    "latency_p50",
+    "latency_p99",
+    "tokens_s",
+)
 _STARTS = 4  # beginnings that prompts share
 
 

@@ -56,15 +56,16 @@ def read_spec(args: argparse.Namespace) -> Any:
     """Checked here, so that a mistake does not first start ranks."""
     from pikv_ds.adapters.hf.model_spec import load_model_config
     from pikv_ds.bundled import model_path
-    from pikv_ds.config.pikv import PiKVConfig
     from pikv_ds.errors import ConfigError
+    from pikv_ds.launch.evaluation.plan import block_of, expert_ranks, megatron_folder
     from pikv_ds.launch.serving.spec import ServeSpec
 
     _check_installed()
     model = Path(args.model).expanduser().resolve() if args.model else model_path()
-    text = load_model_config(model).get_text_config(decoder=True)
-    config = PiKVConfig.parse(args.config)
-    ep = args.ep or (args.ranks // args.tp if args.backend == "megatron" else 1)
+    config = load_model_config(model)
+    text, block = config.get_text_config(decoder=True), block_of(args.config)
+    if args.backend == "hf" and args.ep is None:
+        args.ep = 1
     most = getattr(text, "max_position_embeddings", None)
     max_length = args.max_length or most
     positive = ("ranks", "tp", "threads", "max_running", "max_waiting", "max_chunk", "ttft_ms", "tbt_ms")
@@ -75,17 +76,16 @@ def read_spec(args: argparse.Namespace) -> Any:
         raise ConfigError(f"{model}/config.json names no max_position_embeddings; give --max-length")
     if most is not None and max_length > most:
         raise ConfigError(f"--max-length {max_length}: the model has {most} positions")
-    if args.backend == "hf" and (args.tp > 1 or args.load):
-        raise ConfigError("--tp and --load belong to --backend megatron")
-    if args.ranks % (args.tp * ep):
-        raise ConfigError(f"--ranks {args.ranks} is no multiple of --tp {args.tp} x --ep {ep}")
-    if config.storage.requests == "replicated" and args.ranks > 1:
-        raise ConfigError("pikv.storage.requests is 'replicated': the ranks of a service run requests of their own; use 'auto' or 'distinct'")
+    ep, load = expert_ranks(args, config), megatron_folder(args.load, args.backend)
+    if block["storage"]["requests"] == "replicated" and args.ranks > 1:
+        raise ConfigError(
+            "pikv.storage.requests is 'replicated': the ranks of a service run requests of their own; use 'auto' or 'distinct'"
+        )
     return ServeSpec(
-        backend=args.backend, model=str(model), load=args.load, name=args.name or model.name, block=config.model_dump(mode="json"),
+        backend=args.backend, model=str(model), load=load, name=args.name or (model.name if args.model else "bundled"), block=block,
         dtype=args.dtype, ranks=args.ranks, tp=args.tp, ep=ep, threads=args.threads, max_length=max_length, max_running=args.max_running,
         max_waiting=args.max_waiting, kv_tokens=args.kv_tokens, prefix_rows=args.prefix_rows, max_chunk=args.max_chunk,
-        schedule=args.schedule, ttft_ms=args.ttft_ms, tbt_ms=args.tbt_ms, timeout_s=config.timeout_s,
+        schedule=args.schedule, ttft_ms=args.ttft_ms, tbt_ms=args.tbt_ms, timeout_s=block["timeout_s"],
         chat_template=None if args.chat_template is None else Path(args.chat_template).read_text(encoding="utf-8"),
     )  # fmt: skip
 

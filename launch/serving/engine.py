@@ -61,7 +61,9 @@ class Engine:
                 raise Gone(self.failed or "the service stops and takes no further requests")
             if self.num_waiting + len(requests) > self.spec.max_waiting:
                 self.counts.refused.inc(len(requests))
-                raise Busy(f"{self.num_waiting} requests wait, and {len(requests)} more than the {self.spec.max_waiting} that may; try later")
+                raise Busy(
+                    f"{self.num_waiting} requests wait, and {len(requests)} more than the {self.spec.max_waiting} that may; try later"
+                )
             self._inbox.extend(requests)
             self._change.notify()
 
@@ -77,7 +79,7 @@ class Engine:
 
     @property
     def state(self) -> str:
-        """"ok", "stopping", or why it has failed."""
+        """ "ok", "stopping", or why it has failed."""
         return self.failed or ("stopping" if self._draining else "ok")
 
     def stop(self) -> None:

@@ -7,8 +7,8 @@ import sys
 import torch
 
 from .control import Control
+from .load import load
 from .rank import Rank
-from .runner import load
 from .spec import ServeSpec
 from .start import join
 

@@ -9,8 +9,6 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from .spec import ServeSpec
-
 
 class Piece(NamedTuple):
     """Tokens of one request in a step. start: of its tokens, how many are stored before; they may be another request's (source)."""
@@ -51,12 +49,7 @@ class Runner(Protocol):
     def close(self) -> None: ...
 
 
-def load(spec: ServeSpec) -> Runner:
-    """On all ranks; torch.distributed is initialised where there are several."""
-    if spec.backend == "hf":
-        from .hf import HFRunner
-
-        return HFRunner(spec)
-    from .megatron import MegatronRunner
-
-    return MegatronRunner(spec)
+def eos_of(generation_config: Any) -> frozenset[int]:
+    """Tokens that end a text."""
+    found = generation_config.eos_token_id
+    return frozenset([found] if isinstance(found, int) else found or ())

@@ -122,9 +122,7 @@ class Scheduler:
         free = [
             rank
             for rank in range(self.data_ranks)
-            if left[rank]
-            and load[rank] < self.spec.max_running
-            and (limit is None or not load[rank] or held[rank] + tokens <= limit)
+            if left[rank] and load[rank] < self.spec.max_running and (limit is None or not load[rank] or held[rank] + tokens <= limit)
         ]
         if match is not None and match.rank in free:
             return match.rank

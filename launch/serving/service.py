@@ -16,8 +16,8 @@ import uvicorn
 from .control import Control
 from .engine import Engine
 from .http.app import build_app
+from .load import load
 from .rank import Rank
-from .runner import load
 from .spec import ServeSpec
 from .start import Ranks, ranks_of
 
@@ -43,7 +43,9 @@ def _watch(ranks: Ranks | None):
 
 
 def _run(engine: Engine, host: str, port: int) -> int:
-    config = uvicorn.Config(build_app(engine), host=host, port=port, log_level="warning", lifespan="off", timeout_graceful_shutdown=int(GRACE_S))
+    config = uvicorn.Config(
+        build_app(engine), host=host, port=port, log_level="warning", lifespan="off", timeout_graceful_shutdown=int(GRACE_S)
+    )
     server = _Server(config, engine)
 
     def loop() -> None:

@@ -71,7 +71,7 @@ class Ranks:
 @contextmanager
 def ranks_of(spec: ServeSpec) -> Iterator[Ranks | None]:
     """Start the others and join them; they load the model meanwhile. None: there are none. Raises: RankEnded."""
-    if spec.ranks == 1:
+    if spec.ranks == 1 and spec.backend == "hf":  # Megatron asks for a group, also of one
         yield None
         return
     # A store of our own: while we wait for the others in it, we can see whether they live.
@@ -111,5 +111,3 @@ def _join(store: dist.Store, rank: int, spec: ServeSpec) -> None:
 
 def _ready(rank: int) -> str:
     return f"pikv_serve_ready_{rank}"
-
-

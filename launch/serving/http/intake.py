@@ -77,7 +77,9 @@ class Intake:
             )
         limit = self.spec.kv_tokens
         if limit is not None and len(prompt) + wanted > limit:
-            raise Refused(f"{len(prompt) + wanted} tokens never fit into the cache, which may hold {limit} per rank (--kv-tokens)", "max_tokens")
+            raise Refused(
+                f"{len(prompt) + wanted} tokens never fit into the cache, which may hold {limit} per rank (--kv-tokens)", "max_tokens"
+            )
         return wanted
 
     @asynccontextmanager
