@@ -65,8 +65,8 @@ class PiKVPackedContext(PiKVContext, StaticInferenceContext):
 
     @contextmanager
     def packed(self, parent: list[int], keep: list[int], new: list[int]) -> Iterator[Tensor]:
-        """The forward inside brings, per row: the row of the last forward that it continues (-1: it is new), how many tokens of it stay, how
-        many come. Rows that are not named are dropped. Gives position_ids [1, N] int64; N = 1 where nothing comes."""
+        """What the forward inside brings, per row: the row of the last forward that it continues (-1: it is new), how many tokens of it
+        stay, how many come. Rows that are not named are dropped. Gives position_ids [1, N] int64; N = 1 where nothing comes."""
         held = self.lens or []
         for row, (source, kept) in enumerate(zip(parent, keep, strict=True)):
             if source >= len(held) or kept > (held[source] if source >= 0 else 0):

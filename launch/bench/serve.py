@@ -118,7 +118,7 @@ async def _send_all(args: argparse.Namespace, asked: list[Asked]) -> float:
             for each in waiting:
                 try:
                     await _send(client, name, each)
-                except Exception as error:  # whatever goes wrong, this request is lost and the others go on
+                except Exception as error:  # noqa: BLE001  whatever goes wrong, this request is lost and the others go on
                     each.error = f"{type(error).__name__}: {error}"
 
         started = time.perf_counter()

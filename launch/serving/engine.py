@@ -15,6 +15,7 @@ from .rank import Rank
 from .request import Request, Update
 from .schedule import Scheduler
 from .spec import ServeSpec
+from .start import RankEnded
 
 TICK_S = 1.0  # between two signs of life while there is nothing to do, and between two looks at the cache's numbers
 
@@ -98,10 +99,7 @@ class Engine:
             self.control.tell(Plan(stop=True))
         except Exception as error:
             self.failed = f"{type(error).__name__}: {error}"
-            try:
-                self.watch()
-            except Exception as cause:  # a rank that ended is why a collective failed
-                self.failed = str(cause)
+            self._name_cause()
             raise
         finally:
             why = self.failed or "the service has stopped"
@@ -110,6 +108,17 @@ class Engine:
                 left = [*self._requests.values(), *self._inbox]
             for request in left:
                 request.tell(Update("", [], [], [], error=why))
+
+    def _name_cause(self) -> None:
+        """A rank that has ended is why a collective failed; it may take a moment to be gone."""
+        deadline = time.monotonic() + TICK_S
+        while time.monotonic() < deadline:
+            try:
+                self.watch()
+            except RankEnded as cause:
+                self.failed = str(cause)
+                return
+            time.sleep(0.05)
 
     def _wait(self) -> bool:
         """True when there is something to do, at the latest after a tick."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import threading
+import time
 
 import torch
 
@@ -13,7 +16,15 @@ from .spec import ServeSpec
 from .start import join
 
 
+def end_with(parent: int) -> None:
+    """Rank 0 is the parent. In a collective its end is noticed at once, but not while a model loads or an op is compiled."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)
+
+
 def main() -> None:
+    threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
     port, spec = int(sys.argv[1]), ServeSpec.from_json(sys.argv[2])
     torch.set_num_threads(spec.threads)
     join(port, spec)

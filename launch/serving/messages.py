@@ -26,7 +26,10 @@ class Sampling:
 
 
 class NewRequest(NamedTuple):
-    """A request that begins on `rank`, counted without tensor-parallel peers. It takes over the first `keep` tokens of request `source`, which the cache holds; -1: of none."""
+    """A request that begins on `rank`, counted without tensor-parallel peers.
+
+    It takes over the first `keep` tokens of request `source`, which the cache holds; -1: of none.
+    """
 
     number: int
     rank: int

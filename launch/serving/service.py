@@ -52,9 +52,6 @@ def _run(engine: Engine, host: str, port: int) -> int:
         torch.set_num_threads(engine.spec.threads)  # OpenMP keeps it per thread
         try:
             engine.run()
-        except Exception as error:
-            if engine.failed is None:
-                engine.failed = f"{type(error).__name__}: {error}"
         finally:
             server.should_exit = True
 

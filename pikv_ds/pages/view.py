@@ -32,10 +32,11 @@ class PageView(NamedTuple):
 
     def of_rows(self, rows: Tensor, num_rows: int) -> PageView:
         """The tables of some of the R = num_rows rows; rows [n] int64."""
-        chosen = [
-            None if x is None else x.unflatten(0, (num_rows, -1)).index_select(0, rows).flatten(0, 1) for x in (*self[:2], self.tail_rows)
-        ]
-        return PageView(chosen[0], chosen[1], self.tail, chosen[2])
+
+        def of(x: Tensor) -> Tensor:
+            return x.unflatten(0, (num_rows, -1)).index_select(0, rows).flatten(0, 1)
+
+        return PageView(of(self.block_table), of(self.seqlens), self.tail, None if self.tail_rows is None else of(self.tail_rows))
 
     def per_query(self, num_rows: int, num_queries: int) -> PageView:
         """The tables of every row once for each of its queries, [R * T * S, ...]."""

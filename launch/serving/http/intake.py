@@ -86,7 +86,7 @@ class Intake:
     async def running(
         self, asked: CompletionRequest | ChatRequest, prompts: Sequence[Sequence[int]], samplings: Sequence[Sequence[Sampling]]
     ) -> AsyncIterator[tuple[list[Request], asyncio.Queue[tuple[int, Update]]]]:
-        """Inside, one request per prompt and choice runs; updates come as (index, update). What has not finished at the end is cancelled."""
+        """Inside, one request per prompt and choice runs; updates come as (index, update). What has not finished then is cancelled."""
         loop, updates = asyncio.get_running_loop(), asyncio.Queue()
         eos = frozenset() if asked.ignore_eos else self.runner.eos
         requests: list[Request] = []

@@ -19,7 +19,7 @@ class StreamOptions(BaseModel):
 
 
 class _Asked(BaseModel):
-    """What both kinds of requests have. top_k and ignore_eos are not OpenAI's: the most likely tokens alone; texts do not end by themselves."""
+    """What both kinds have. top_k and ignore_eos are not OpenAI's: the most likely tokens alone; texts do not end by themselves."""
 
     model_config = ConfigDict(extra="forbid")
 
