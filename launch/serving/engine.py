@@ -62,9 +62,7 @@ class Engine:
                 raise Gone(self.failed or "the service stops and takes no further requests")
             if self.num_waiting + len(requests) > self.spec.max_waiting:
                 self.counts.refused.inc(len(requests))
-                raise Busy(
-                    f"{self.num_waiting} requests wait, and {len(requests)} more than the {self.spec.max_waiting} that may; try later"
-                )
+                raise Busy(f"{self.num_waiting} requests wait, at most {self.spec.max_waiting} may, and {len(requests)} came; try later")
             self._inbox.extend(requests)
             self._change.notify()
 

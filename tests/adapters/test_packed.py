@@ -147,9 +147,10 @@ def test_what_can_not_be_packed_is_refused_by_name():
         with torch.no_grad():
             with pytest.raises(UnsupportedError, match="row 0 keeps 3 tokens of row 0, which has 0"):
                 packed_forward(model, cache, Rows([0], [3], [1]), [5])
-            with pytest.raises(UnsupportedError, match=r"a packed forward of 2 tokens was given tokens \(1, 3\)"), cache.packed(
-                Rows([-1], [0], [2])
-            ) as packed:
+            with (
+                pytest.raises(UnsupportedError, match=r"a packed forward of 2 tokens was given tokens \(1, 3\)"),
+                cache.packed(Rows([-1], [0], [2])) as packed,
+            ):
                 model(torch.tensor([[1, 2, 3]]), position_ids=packed.position_ids, past_key_values=cache)
             with pytest.raises(UnsupportedError, match="takes position_ids and no attention_mask"), cache.packed(Rows([-1], [0], [2])):
                 model(torch.tensor([[1, 2]]), past_key_values=cache)
