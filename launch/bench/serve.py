@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     asked = make_load(args)
     load_before = os.getloadavg()[0]
-    seconds = asyncio.run(_send_all(args, asked))
+    seconds = asyncio.run(send_all(args, asked))
     row = summary(args, asked, seconds) | {"load_average": [round(load_before, 2), round(os.getloadavg()[0], 2)]}
     row |= {"attainment": _attainment(args.url)}
     if not args.unchecked:
@@ -107,7 +107,7 @@ def make_load(args: argparse.Namespace) -> list[Asked]:
     return asked
 
 
-async def _send_all(args: argparse.Namespace, asked: list[Asked]) -> float:
+async def send_all(args: argparse.Namespace, asked: list[Asked]) -> float:
     from openai import AsyncOpenAI
 
     async with AsyncOpenAI(base_url=f"{args.url}/v1", api_key="none", max_retries=0, timeout=args.timeout_s) as client:
