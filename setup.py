@@ -69,6 +69,7 @@ setup(
         "pikv_ds": ["py.typed"],
         "pikv_ds.bundled": ["PROVENANCE.md", "haystack.txt", "wikitext2_test.txt", "wikitext2_valid.txt", "model/*"],
         "pikv_ds.launch": ["sweeps/*.json"],
+        "pikv_ds.launch.serving.http": ["page.html"],
         "pikv_ds.ops": [f"csrc/**/*.{ext}" for ext in ("cu", "cuh", "cpp", "h")],
     },
     python_requires=">=3.11",
@@ -85,7 +86,8 @@ setup(
     extras_require={
         "cuda": ["cupy-cuda13x"],
         "eval": ["lm-eval[hf]>=0.4.9,<0.5"],
-        "test": ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "matplotlib", "ruff", "mypy", "pikv-ds[eval,weights]"],
+        "test": ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "matplotlib", "ruff", "mypy", "lm-eval[api]", "pikv-ds[eval,serve,weights]"],
+        "serve": ["fastapi>=0.115", "uvicorn>=0.30", "openai>=2", "prometheus_client>=0.20"],
         "weights": ["accelerate", "peft", "torchao", "optimum-quanto", "bitsandbytes"],  # what wraps or packs them, for tests
     },
     entry_points={"console_scripts": ["pikv=pikv_ds.launch.cli:main"]},
