@@ -86,7 +86,17 @@ setup(
     extras_require={
         "cuda": ["cupy-cuda13x"],
         "eval": ["lm-eval[hf]>=0.4.9,<0.5"],
-        "test": ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "matplotlib", "ruff", "mypy", "lm-eval[api]", "pikv-ds[eval,serve,weights]"],
+        "test": [
+            "pytest",
+            "pytest-timeout",
+            "pytest-xdist",
+            "hypothesis",
+            "matplotlib",
+            "ruff",
+            "mypy",
+            "lm-eval[api]",
+            "pikv-ds[eval,serve,weights]",
+        ],
         "serve": ["fastapi>=0.115", "uvicorn>=0.30", "openai>=2", "prometheus_client>=0.20"],
         "weights": ["accelerate", "peft", "torchao", "optimum-quanto", "bitsandbytes"],  # what wraps or packs them, for tests
     },

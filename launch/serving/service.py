@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ from typing import Any
 
 import torch
 import uvicorn
+
+from pikv_ds.errors import ConfigError
 
 from .control import Control
 from .engine import Engine
@@ -25,15 +28,15 @@ GRACE_S = 120.0  # that running requests have to finish once the service was tol
 
 
 def serve(spec: ServeSpec, host: str, port: int) -> int:
-    """Until SIGTERM or SIGINT, or until a rank fails. Returns an exit status. Raises: RankEnded, and what loading refuses."""
+    """Until SIGTERM or SIGINT, or until a rank fails. Returns an exit status. Raises: RankEnded, ConfigError, and what loading refuses."""
     torch.set_num_threads(spec.threads)
-    with ranks_of(spec) as ranks:
+    with _listener(host, port) as listener, ranks_of(spec) as ranks:
         rank = Rank(load(spec))
         if spec.chat_template is not None:
             rank.runner.tokenizer.chat_template = spec.chat_template
         engine = Engine(spec, rank, Control(spec.timeout_s), _watch(ranks))
         try:
-            return _run(engine, host, port)
+            return _run(engine, listener)
         finally:
             rank.runner.close()
 
@@ -42,10 +45,20 @@ def _watch(ranks: Ranks | None):
     return (lambda: None) if ranks is None else ranks.check
 
 
-def _run(engine: Engine, host: str, port: int) -> int:
-    config = uvicorn.Config(
-        build_app(engine), host=host, port=port, log_level="warning", lifespan="off", timeout_graceful_shutdown=int(GRACE_S)
-    )
+def _listener(host: str, port: int) -> socket.socket:
+    """Bound before anything is loaded. It listens once the service is ready."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        raise ConfigError(f"--host {host} --port {port}: {error.strerror}; give another, or --port 0 for any that is free") from error
+    return listener
+
+
+def _run(engine: Engine, listener: socket.socket) -> int:
+    config = uvicorn.Config(build_app(engine), log_level="warning", lifespan="off", timeout_graceful_shutdown=int(GRACE_S))
     server = _Server(config, engine)
 
     def loop() -> None:
@@ -58,15 +71,13 @@ def _run(engine: Engine, host: str, port: int) -> int:
     thread = threading.Thread(target=loop, name="engine")
     thread.start()
     try:
-        asyncio.run(server.serve())
+        asyncio.run(server.serve(sockets=[listener]))
     finally:
         engine.stop()
         thread.join()
     if engine.failed is not None:
         print(f"pikv serve: the service has failed, and all requests were told: {engine.failed}", file=sys.stderr, flush=True)
         return 1
-    if not server.started:
-        return 1  # the address is taken; uvicorn has said so
     print(f"stopped; {engine.counts.finished} requests were answered, {server.cut_off} were cut off", flush=True)
     return 0
 
@@ -81,9 +92,7 @@ class _Server(uvicorn.Server):
 
     async def startup(self, sockets: Any = None) -> None:
         await super().startup(sockets)
-        if not self.started:
-            return
-        host, port = self.servers[0].sockets[0].getsockname()[:2]
+        host, port = sockets[0].getsockname()[:2]
         where = f"[{host}]" if ":" in host else host
         spec, why = self.engine.spec, self.engine.rank.runner.shares_prefixes
         print(f"serving {spec.name} on {spec.ranks} rank(s), backend {spec.backend}, schedule {spec.schedule}", flush=True)

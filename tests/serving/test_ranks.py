@@ -115,7 +115,7 @@ def test_a_chat_template_from_a_file_and_what_is_refused_before_ranks_start(tmp_
             assert answer.choices[0].message.content is not None
         taken = service.url.rpartition(":")[2]
         second = run_commands([[sys.executable, "-m", "pikv_ds.launch.cli", "serve", "--port", taken]], ranks=1, timeout_s=120)
-        assert second.returncode == 1 and "address already in use" in second.output
+        assert second.returncode == 2 and f"--port {taken}: Address already in use" in second.output, second.describe()
 
 
 def test_mistakes_are_told_before_anything_starts(capsys):
