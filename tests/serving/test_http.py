@@ -1,4 +1,4 @@
-"""A live service on one rank: the openai client, what lm-eval sends, the load generator, refusals, metrics. The oracle is the model alone."""
+"""A live service on one rank: the openai client, what lm-eval sends, load, refusals, metrics. The oracle is the model alone."""
 
 import json
 import threading
@@ -130,6 +130,8 @@ def test_chat(client, model, tokenizer):
         ({"prompt": "a", "temperature": -1}, 400, "temperature: "),
         ({"prompt": "a", "best_of": 3}, 400, "best_of 3 with n 1"),
         ({"prompt": [5, 99999]}, 400, "token 99999 of the prompt is none of the model's 2048"),
+        ({"prompt": "a", "logit_bias": {"2048": 1}}, 400, "token 2048 of logit_bias is none of the model's 2048"),
+        ({"prompt": "a", "logit_bias": {"7": 1000}}, 400, "logit_bias.7: "),
         ({"prompt": ""}, 400, "the prompt has no tokens"),
         ({"prompt": []}, 400, "prompt is an empty list"),
         ({"prompt": "a", "model": "gpt-4"}, 404, "no model 'gpt-4' here; there is 'bundled'"),

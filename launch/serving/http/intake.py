@@ -69,6 +69,9 @@ class Intake:
         unknown = [token for token in prompt if not 0 <= token < self.vocabulary]
         if unknown:
             raise Refused(f"token {unknown[0]} of the prompt is none of the model's {self.vocabulary}", "prompt")
+        biased = [token for token in asked.logit_bias or {} if not 0 <= token < self.vocabulary]
+        if biased:
+            raise Refused(f"token {biased[0]} of logit_bias is none of the model's {self.vocabulary}", "logit_bias")
         if len(prompt) + wanted > self.spec.max_length or (wanted < 1 and room < 1):
             raise Refused(
                 f"{len(prompt)} tokens of prompt and {wanted} to generate are {len(prompt) + wanted}; at most {self.spec.max_length} fit "

@@ -11,6 +11,7 @@ from pikv_ds.launch.serving.messages import Sampling
 
 TOP_LOGPROBS = 20
 MOST_CHOICES = 16
+_COLDEST = 1e-3  # below it logits / temperature overflow: the most likely token is meant
 
 
 class StreamOptions(BaseModel):
@@ -34,7 +35,7 @@ class _Asked(BaseModel):
     stop: str | Annotated[list[str], Field(max_length=16)] | None = None
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
-    logit_bias: dict[int, float] | None = None
+    logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] | None = None
     seed: int | None = None
     user: str | None = None
     ignore_eos: bool = False
@@ -49,9 +50,10 @@ class _Asked(BaseModel):
 
     def sampling(self, choice: int, logprobs: int | None, echo: bool) -> Sampling:
         """Of one of n choices, each of which draws by itself."""
+        temperature = 0.0 if self.temperature < _COLDEST else self.temperature
         seed = secrets.randbits(31) if self.seed is None else (self.seed + choice) % 2**63
         return Sampling(
-            temperature=self.temperature, top_p=self.top_p, top_k=self.top_k, seed=seed, logprobs=logprobs, echo=echo,
+            temperature=temperature, top_p=self.top_p, top_k=self.top_k, seed=seed, logprobs=logprobs, echo=echo,
             presence_penalty=self.presence_penalty, frequency_penalty=self.frequency_penalty, bias=self.logit_bias or {},
         )  # fmt: skip
 
