@@ -69,6 +69,7 @@ setup(
         "pikv_ds": ["py.typed"],
         "pikv_ds.bundled": ["PROVENANCE.md", "haystack.txt", "wikitext2_test.txt", "wikitext2_valid.txt", "model/*"],
         "pikv_ds.launch": ["sweeps/*.json"],
+        "pikv_ds.launch.serving.http": ["page.html"],
         "pikv_ds.ops": [f"csrc/**/*.{ext}" for ext in ("cu", "cuh", "cpp", "h")],
     },
     python_requires=">=3.11",
@@ -88,7 +89,19 @@ setup(
     extras_require={
         "cuda": ["cupy-cuda13x"],
         "eval": ["lm-eval[hf]>=0.4.9,<0.5"],
-        "test": ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "matplotlib", "ruff", "mypy", "pyzmq", "pikv-ds[eval,weights]"],
+        "serve": ["fastapi>=0.115", "uvicorn>=0.30", "openai>=2", "prometheus_client>=0.20"],
+        "test": [
+            "lm-eval[api]",
+            "pytest",
+            "pytest-timeout",
+            "pytest-xdist",
+            "hypothesis",
+            "matplotlib",
+            "ruff",
+            "mypy",
+            "pyzmq",
+            "pikv-ds[eval,serve,weights]",
+        ],
         "weights": ["accelerate", "peft", "torchao", "optimum-quanto", "bitsandbytes"],  # what wraps or packs them, for tests
     },
     entry_points={"console_scripts": ["pikv=pikv_ds.launch.cli:main"]},

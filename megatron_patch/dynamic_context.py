@@ -145,6 +145,7 @@ class PiKVDynamicInferenceContext(PiKVContext, CountedBlocks):
                 positions=tokens.positions,
                 fresh=fresh,
                 identity=list(keep.items()) == list(stored.items()),
+                aligned=True,
                 digest=positions_digest(self.core, True, key, tokens.positions) if fresh or replicated else 0,
             )
         )

@@ -2,7 +2,7 @@
 
 `decode`: a step against the ordinary cache; `ops`: the ops; `errors`: their accuracy; `select`: reading some pages against reading all;
 `model`: the source paper's latency model, fitted; `layouts`: the page formats beside KIVI's; `latents`: decode over MLA latents;
-`merge`: partial attention into one.
+`merge`: partial attention into one; `serve`: load on an end point.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pikv_ds.launch.bench import merge as bench_merge
 from pikv_ds.launch.bench import model as bench_model
 from pikv_ds.launch.bench import ops as bench_ops
 from pikv_ds.launch.bench import page_choice as bench_select
+from pikv_ds.launch.bench import serve as bench_serve
 from pikv_ds.launch.output import print_table, write_json
 
 
@@ -57,13 +58,16 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     merge = kinds.add_parser("merge", help="partial attention into one: the op against its torch reference, time and error")
     bench_merge.add_arguments(merge)
     merge.add_argument("--json", metavar="FILE", help="write the rows to FILE")
+    serve = kinds.add_parser("serve", help="load on an OpenAI-compatible end point: what is lost, wrong, how long it takes")
+    bench_serve.add_arguments(serve)
+    serve.add_argument("--json", metavar="FILE", help="write the row to FILE")
     errors = kinds.add_parser("errors", help="errors of the page formats and of the op that reads them, against fp64")
     errors.add_argument("--json", metavar="FILE", help="write the rows to FILE")
 
 
 def run(args: argparse.Namespace) -> int:
     kinds = {"ops": bench_ops, "select": bench_select, "model": bench_model, "layouts": bench_layouts, "latents": bench_latents}
-    kinds |= {"errors": bench_errors, "merge": bench_merge}
+    kinds |= {"errors": bench_errors, "merge": bench_merge, "serve": bench_serve}
     if args.kind == "ops" and args.device == "cuda":
         from pikv_ds.launch.bench import ops_cuda as bench_ops_cuda
 

@@ -42,6 +42,8 @@ class MegatronBackend:
         )
         model_parallel_cuda_manual_seed(spec.seed)
         self.data_rank = parallel_state.get_data_parallel_rank()
+        self.speaks = parallel_state.get_tensor_model_parallel_rank() == 0
+        """The first of its tensor-parallel peers, which all have the same logits."""
         self._open = 0  # PiKV sessions
         self.folder = spec.model
         self.tokenizer = AutoTokenizer.from_pretrained(spec.model, local_files_only=True)

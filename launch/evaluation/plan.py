@@ -22,7 +22,7 @@ def read_spec(args: argparse.Namespace) -> tuple[EvalSpec, list[Unit]]:
     Raises: ConfigError, UnsupportedError, FileNotFoundError with what was given, what is legal and what to do.
     """
     tasks = _tasks(args.tasks)
-    blocks = _blocks(args.sweep) if args.sweep else [_block(args.config)]
+    blocks = _blocks(args.sweep) if args.sweep else [block_of(args.config)]
     if args.report:
         check_matplotlib()
     model = Path(args.model).expanduser().resolve() if args.model else model_path()
@@ -32,11 +32,11 @@ def read_spec(args: argparse.Namespace) -> tuple[EvalSpec, list[Unit]]:
             raise ConfigError(f"--{name} {getattr(args, name)}: legal is 1 or more")
     layers = read_model_spec(model_config)
     _check_context(args.context, model_config)
-    ep = _expert_ranks(args, model_config)
+    ep = expert_ranks(args, model_config)
     spec = EvalSpec(
         backend=args.backend,
         model=str(model),
-        load=_folder(args.load, args.backend),
+        load=megatron_folder(args.load, args.backend),
         text=_file(args.text),
         context=args.context,
         chunk=fit_chunk(layers, args.context, args.chunk),
@@ -80,14 +80,14 @@ def _blocks(file: str) -> list[dict[str, Any]]:
     blocks = []
     for idx, given in enumerate(listed):
         try:
-            block = _block(given)
+            block = block_of(given)
         except ConfigError as error:
             raise ConfigError(f"--sweep {file}, entry {idx}: {error}") from None
         blocks += [block] if block not in blocks else []
     return blocks
 
 
-def _block(source: str | dict | None) -> dict[str, Any]:
+def block_of(source: str | dict | None) -> dict[str, Any]:
     """The "pikv" block with all defaults filled in, from a file's name, from JSON or from what JSON held."""
     given: Any = source
     if isinstance(source, str) and source.lstrip().startswith("{"):
@@ -108,7 +108,7 @@ def _check_context(context: int, model_config: Any) -> None:
         raise ConfigError(f"--context {context}: legal for this model is 2 to {longest} (max_position_embeddings)")
 
 
-def _expert_ranks(args: argparse.Namespace, model_config: Any) -> int:
+def expert_ranks(args: argparse.Namespace, model_config: Any) -> int:
     """--ep, or its default: all data-parallel ranks, none for a model without experts."""
     if args.backend == "hf" and args.tp != 1:
         raise ConfigError(f"--tp {args.tp} with --backend hf: tensor parallelism under DeepSpeed is not supported; use --backend megatron")
@@ -124,7 +124,7 @@ def _expert_ranks(args: argparse.Namespace, model_config: Any) -> int:
     return ep
 
 
-def _folder(load: str | None, backend: str) -> str | None:
+def megatron_folder(load: str | None, backend: str) -> str | None:
     if load is None:
         return None
     if backend != "megatron":

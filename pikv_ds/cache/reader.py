@@ -91,7 +91,8 @@ class Reader:
         else:
             needs_positions = window is not None or q.shape[1] > 1
             positions = step.query_positions(rows.start, q.shape[0]) if needs_positions else None
-            read = pool.reader.attend(q, view, scale=query.scale, window=window, q_positions=positions)
+            parts = step.parts(rows.start, q.shape[0]) if q.shape[1] > 1 else None
+            read = _attend(pool, q, view, query.scale, window, positions, parts)
         return read if maps is None else _unfolded(read, maps, shift)
 
     def _choose(
@@ -141,6 +142,25 @@ def _unfolded(read: Read, maps: PageMaps, shift: Tensor | None) -> Read:
     if shift is not None and page_lse is not None:
         page_lse = page_lse + shift[:, :, None, :, None]
     return Read(out, lse, page_lse)
+
+
+def _attend(
+    pool: PagePool, q: Tensor, view: PageView, scale: float, window: int | None, positions: Tensor | None, parts: list | None
+) -> Read:
+    """parts: Step.parts of the rows, None = all at once. What is padding in a long rectangle would cost as much as what is not."""
+    if parts is None:
+        return pool.reader.attend(q, view, scale=scale, window=window, q_positions=positions)
+    reads = [
+        pool.reader.attend(
+            q.index_select(0, rows)[:, :columns], view.of_rows(rows, q.shape[0]), scale=scale, window=window,
+            q_positions=positions.index_select(0, rows)[:, :columns],
+        )
+        for rows, columns in parts
+    ]  # fmt: skip
+    out, lse = nothing(q, reads[0].out.shape[-1])[:2]
+    for (rows, columns), read in zip(parts, reads, strict=True):
+        out[rows, :columns], lse[rows, :columns] = read.out, read.lse
+    return Read(out, lse)
 
 
 def nothing(q: Tensor, v_dim: int) -> Found:

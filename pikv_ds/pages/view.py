@@ -30,6 +30,14 @@ class PageView(NamedTuple):
     tail: Tensor | None
     tail_rows: Tensor | None
 
+    def of_rows(self, rows: Tensor, num_rows: int) -> PageView:
+        """The tables of some of the R = num_rows rows; rows [n] int64."""
+
+        def of(x: Tensor) -> Tensor:
+            return x.unflatten(0, (num_rows, -1)).index_select(0, rows).flatten(0, 1)
+
+        return PageView(of(self.block_table), of(self.seqlens), self.tail, None if self.tail_rows is None else of(self.tail_rows))
+
     def per_query(self, num_rows: int, num_queries: int) -> PageView:
         """The tables of every row once for each of its queries, [R * T * S, ...]."""
         if num_queries == 1:

@@ -20,8 +20,8 @@ from pikv_ds.exchange.wire import HEADER
 
 from .step import LocalStep
 
-PLAIN, IDLE, FRESH = 1, 2, 4
-ANNOUNCED = 8  # and the two bits above it
+PLAIN, IDLE, FRESH, ALIGNED = 1, 2, 4, 8
+ANNOUNCED = 16  # and the two bits above it
 
 
 class Announced(NamedTuple):
@@ -53,6 +53,7 @@ class Agreed:
     num_new: list[int]
     restart: bool  # every request is new
     identity: bool  # rows continue themselves
+    aligned: bool = False  # the tokens of every row are its first columns
 
 
 class Agreement:
@@ -82,7 +83,7 @@ class Agreement:
         self.mode, self.num_rows, self.lens = None, [], []
 
     def header(self, step: LocalStep, announced: Announced) -> list[int]:
-        flags = PLAIN * self.is_plain(step) | IDLE * step.idle | FRESH * step.fresh | announced.flags
+        flags = PLAIN * self.is_plain(step) | IDLE * step.idle | FRESH * step.fresh | ALIGNED * step.aligned | announced.flags
         low, high = step.digest & 0x7FFFFFFF, (step.digest >> 31) & 0x7FFFFFFF
         header = [flags, step.num_rows, step.num_columns, low, high, step.digest >> 62]
         return header + [0] * (HEADER - len(header))
@@ -128,7 +129,8 @@ class Agreement:
         elif self.mode == "replicated":
             self.check_replicated(headers)
         if self.mode in ("replicated", "local"):
-            return Agreed([(step.num_rows, step.num_columns)], step.parent, step.keep, step.num_new, restart, step.identity)
+            shapes = [(step.num_rows, step.num_columns)]
+            return Agreed(shapes, step.parent, step.keep, step.num_new, restart, step.identity, step.aligned)
         return self._agree_distinct(step, headers, restart)
 
     def _refuse_to_continue(self, headers: list[list[int]]) -> None:
@@ -167,7 +169,8 @@ class Agreement:
             row0 += self.num_rows[rank] if self.num_rows and len(self.num_rows) == len(headers) else 0
         shapes = [(h[1], h[2]) for h in headers]
         identity = not restart and parent == list(range(len(self.lens))) and keep == self.lens
-        return Agreed(shapes, parent, keep, num_new, restart, identity)
+        aligned = all(h[0] & ALIGNED or h[2] == 1 for h in headers)
+        return Agreed(shapes, parent, keep, num_new, restart, identity, aligned)
 
     def _of_all(self, values: list[int], what: str) -> list[list[int]]:
         """The integers of every rank, all of which know from the headers how many there are. Sync: reads them back."""

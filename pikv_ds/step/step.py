@@ -34,6 +34,7 @@ class LocalStep:
     digest: int
     identity: bool  # rows continue themselves, nothing cropped
     fresh: bool  # all rows are new requests
+    aligned: bool = False  # the tokens of a row are its first columns
 
     @property
     def idle(self) -> bool:
@@ -79,6 +80,7 @@ class Step:
         late_experts: bool = False,
         rehearsal: bool = False,
         unsettled: Sequence[bool] = (),
+        aligned: bool = False,
     ) -> None:
         """shapes: (B, T) per source; own: index of this rank's source; before, after: tokens of every row, in source order.
 
@@ -86,6 +88,7 @@ class Step:
         late_experts: entries wait for their layer's router, and are stored after the queries of their layer (storage.expert_ids "true").
         rehearsal: what this forward counts stays, though its tokens go. unsettled: per rank, whether it may take back tokens of an earlier
             forward, too; shorter than the sources: those of the others may not.
+        aligned: of all sources, the tokens of a row are its first columns.
         """
         self.sources: list[Source] = []
         row0 = 0
@@ -94,7 +97,7 @@ class Step:
             row0 += num_rows
         self.unsettled = [yes for source, yes in zip(self.sources, unsettled, strict=False) for _ in range(source.num_rows)]
         """Per row; empty: none is."""
-        self.own, self.device = own, device
+        self.own, self.device, self.aligned = own, device, aligned
         self.hold, self.margin, self.late_experts = hold, margin, late_experts
         self.tentative = hold and not rehearsal
         """What is counted of this forward's last tokens waits until it is known which of them stay (pages/undoing.py)."""
@@ -189,6 +192,23 @@ class Step:
         assert self.positions is not None, "set_positions comes first"
         run = self.positions.view(len(self.sources), -1)[first : first + num_rows // source.num_rows, : source.num_tokens]
         return run.reshape(num_rows, source.num_columns)
+
+    def parts(self, row0: int, num_rows: int) -> list[tuple[Tensor, int]] | None:
+        """(rows [n] int64 counted from row0, columns) that hold all tokens of neighbouring sources: rows of one token, and longer ones.
+
+        None: most of their columns hold tokens, or it is not known which do.
+        """
+        if not self.aligned:
+            return None
+        return self.once(("parts", row0, num_rows), lambda: self._parts(row0, num_rows))
+
+    def _parts(self, row0: int, num_rows: int) -> list[tuple[Tensor, int]] | None:
+        new = self.num_new[row0 : row0 + num_rows]
+        columns = next(source.num_columns for source in self.sources if source.row0 == row0 and source.num_rows)
+        if 2 * sum(new) >= num_rows * columns:
+            return None
+        found = ([i for i, n in enumerate(new) if n == 1], [i for i, n in enumerate(new) if n > 1])
+        return [(torch.tensor(rows).to(self.device), max(new[i] for i in rows)) for rows in found if rows]
 
     def same_shape_runs(self) -> list[list[Source]]:
         """Neighbouring sources with equal B and T: their queries are one batch."""

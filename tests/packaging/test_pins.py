@@ -20,7 +20,7 @@ def required() -> list[Requirement]:
         if keyword.arg in ("install_requires", "extras_require")
     }
     extras = given["extras_require"]
-    texts = [text for extra in ("test", "eval", "weights") for text in extras[extra] if text != "pikv-ds[eval,weights]"]
+    texts = [text for extra in ("test", "eval", "serve", "weights") for text in extras[extra] if not text.startswith("pikv-ds[")]
     return [Requirement(text) for text in given["install_requires"] + texts]
 
 

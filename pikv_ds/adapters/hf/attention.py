@@ -42,7 +42,8 @@ def pikv_attention(
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     entry_k, entry_v = binding.entries(key, value)
     up_k, up_v = binding.expansion.maps(module, binding.running, entry_k, key, value) if spec.latent else (None, None)
-    out = attention(
+    packed = binding.forward.packed
+    out = (attention if packed is None else packed.attention)(
         binding.core, binding.layer, Inputs(query.to(entry_k.dtype), key, value, entry_k, entry_v, up_k, up_v, s_aux),
         Chunk(scale, window, binding.chunk.positions, binding.chunk.hidden, mask, softcap), binding.expert_ids.of(binding.layer, entry_k),
     )  # fmt: skip

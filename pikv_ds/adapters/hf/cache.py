@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from threading import Lock
 from typing import NoReturn, Protocol
 from weakref import ref
@@ -17,6 +18,7 @@ from pikv_ds.errors import ConfigError, UnsupportedError
 
 from .conversation import Conversation
 from .host_penalty import HostPenalty
+from .packed import Packed, Rows
 
 
 class HFCache(Cache):
@@ -89,6 +91,25 @@ class HFCache(Cache):
         """Inputs of a forward that stores nothing, changes nothing and whose output means nothing: for a rank that only keeps step."""
         conversation = self.conversation.lockstep.awaited(self.conversation)
         return {**conversation.idle_inputs(), conversation.cache_name: HFCache.of(conversation)}
+
+    @contextmanager
+    def packed(self, rows: Rows) -> Iterator[Packed]:
+        """The forward inside brings requests of different lengths, one after the other in [1, N] tokens, without padding.
+
+        rows: what each row continues, keeps and brings. A row may be new, continue another, fork one from some token on, or bring nothing;
+        rows that are not named are dropped. Pass `position_ids` of what this gives and no attention_mask. Under torch.no_grad().
+
+        with cache.packed(Rows(parent=[0, -1], keep=[7, 0], new=[1, 3])) as packed:
+            model(input_ids=tokens, position_ids=packed.position_ids, past_key_values=cache)
+
+        Raises (in the forward): UnsupportedError for models with recurrent layers, a graph, or rows that are not held.
+        """
+        conversation = self.conversation
+        conversation.packed = packed = Packed(rows, conversation.core.device)
+        try:
+            yield packed
+        finally:
+            conversation.packed = None
 
     # ---- rows, as transformers moves them ------------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pikv_ds.cache.cache import PiKVCache
 from pikv_ds.errors import UnsupportedError
+from pikv_ds.step.step import LocalStep
 
 from .anatomy import Anatomy
 from .cache_layers import States, cache_layers
@@ -32,6 +33,14 @@ class InStep(Protocol):
     def ask(self, active: bool, conversation: Conversation) -> bool: ...
 
     def awaited(self, otherwise: Conversation) -> Conversation: ...
+
+
+class InOneRow(Protocol):
+    """A forward whose rows are packed (packed.py)."""
+
+    def plan(self, conversation: Conversation, tokens: Tensor, given: dict) -> LocalStep: ...
+
+    def finish(self, conversation: Conversation) -> None: ...
 
 
 class Hold:
@@ -70,6 +79,8 @@ class Conversation:
         self.columns = 0  # token columns fed so far, padding included: what transformers calls the sequence length
         self._crops = ExitStack()  # holds announce_crops() of a speculative generation
         self.recording = False
+        self.packed: InOneRow | None = None
+        """How the tokens of the next forward lie, if its rows are packed."""
         windows = {index: spec.window for index, spec in zip(parts.at, core.layers, strict=False)}
         self.layers = cache_layers(ref(self), parts.kinds, windows)
         self.states = States(self.layers)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -33,6 +35,7 @@ class ExpertIds:
         self.source, self.routers, self.penalty = source, routers, penalty
         self.gate = gate  # [layers, E, Hkv * Dk]
         self._core: PiKVCache | None = None  # of the running forward
+        self._arranged: Callable[[Tensor], Tensor] | None = None
         self._latest: Routed | Tensor | None = None
         self._looked_ahead: dict[int, Routed | Tensor] = {}
         self._handles = []
@@ -45,9 +48,10 @@ class ExpertIds:
                 if router is not None:
                     self._handles.append(attention.register_forward_pre_hook(self._lookahead_hook(i, router), with_kwargs=True))
 
-    def begin(self, core: PiKVCache) -> None:
-        """A forward through `core` starts."""
+    def begin(self, core: PiKVCache, arranged: Callable[[Tensor], Tensor] | None = None) -> None:
+        """A forward through `core` starts. arranged: ids [T] as the cache's tokens lie, where that is another order than the routers'."""
         self._forget()
+        self._arranged = arranged
         self._run(core)
 
     def end(self) -> None:
@@ -90,7 +94,8 @@ class ExpertIds:
                 return
             choice = found.entry_experts(args[0] if args else None, output, self._penalty(layer))
             if self.source == "true":
-                self._core.name_experts(layer, choice.primary() if isinstance(choice, Routed) else choice)
+                choice = choice.primary() if isinstance(choice, Routed) else choice
+                self._core.name_experts(layer, choice if self._arranged is None else self._arranged(choice))
             else:
                 self._latest = choice
 

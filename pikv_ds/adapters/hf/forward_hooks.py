@@ -92,9 +92,12 @@ class ForwardHooks:
             "its own, or detach"
         )
 
-    def _plan(self, conversation: Conversation, given: dict) -> tuple[LocalStep, Growth]:
+    def _plan(self, conversation: Conversation, given: dict) -> tuple[LocalStep, Growth | None]:
         """What this rank brings to the forward, and what its rows grow by. Changes nothing. Raises: UnsupportedError, RuntimeError."""
         self.check_use(conversation)
+        if conversation.packed is not None:
+            tokens = given["input_ids"] if given.get("input_ids") is not None else given["inputs_embeds"]
+            return conversation.packed.plan(conversation, tokens, given), None
         tokens = given.get("input_ids") if given.get("input_ids") is not None else given["inputs_embeds"]
         rows, columns = tokens.shape[:2]
         if not columns:
@@ -132,7 +135,7 @@ class ForwardHooks:
         )
         return local, (columns, mask, num_new, last_position)
 
-    def _start(self, cache: HFCache, local: LocalStep, growth: Growth) -> None:
+    def _start(self, cache: HFCache, local: LocalStep, growth: Growth | None) -> None:
         conversation, core = cache.conversation, cache.core
         conversation.broken = True  # until the forward has finished
         core.begin_step(local)
@@ -142,9 +145,10 @@ class ForwardHooks:
         self.host.running.expansions = []
         whole = all(n == local.num_columns for n in local.num_new)
         chunk = Chunk(local.positions, None if whole else local.positions < 0)
-        self.host.running.forward = Forward(cache, chunk, growth, self.config._attn_implementation)
+        packed = conversation.packed
+        self.host.running.forward = Forward(cache, chunk, growth, self.config._attn_implementation, packed)
         conversation.thread = threading.get_ident()
-        conversation.expert_ids.begin(core)
+        conversation.expert_ids.begin(core, None if packed is None else packed.experts)
         self.config._attn_implementation = "pikv"
 
     def check_use(self, conversation: Conversation) -> None:
@@ -176,7 +180,10 @@ class ForwardHooks:
             conversation.core.end_step()
             conversation.states.let_go()
             self.host.running.check_expansions()
-            conversation.finish_forward(*forward.growth, kept_step=self._keeps_step(conversation, forward.growth[2]))
+            if forward.packed is not None:
+                forward.packed.finish(conversation)
+            else:
+                conversation.finish_forward(*forward.growth, kept_step=self._keeps_step(conversation, forward.growth[2]))
             conversation.broken = False
             conversation.lockstep.opened(conversation)
         finally:

@@ -59,7 +59,7 @@ def attention(core: PiKVCache, layer: int, inputs: Inputs, chunk: Chunk, expert_
     spec, record = core.layers[layer], None
     if gradient.is_recorded(*inputs):
         record = Record(entries=inputs.entry_k.requires_grad or inputs.entry_v.requires_grad)
-    found, v_dim = _stored(core, layer, inputs, chunk.scale, expert_ids, record)
+    found, v_dim = stored(core, layer, inputs, chunk.scale, expert_ids, record)
     if record is None:
         return _finished(found, inputs, chunk)
     if found.empty and inputs.sink is None:  # torch has a backward of its own, that holds no scores
@@ -70,7 +70,7 @@ def attention(core: PiKVCache, layer: int, inputs: Inputs, chunk: Chunk, expert_
 
 
 @in_step
-def _stored(
+def stored(
     core: PiKVCache, layer: int, inputs: Inputs, scale: float, expert_ids: Routed | Tensor | None, record: Record | None
 ) -> tuple[Partial, int]:
     """Attention to what is stored, as wide as the model's values; and how wide it is in the cache."""

@@ -12,6 +12,7 @@ from pikv_ds.errors import UnsupportedError
 
 from .cache import HFCache
 from .conversation import Conversation
+from .packed import Packed
 
 Growth = tuple[int, Tensor | None, list[int], Tensor]
 """What a forward adds, for Conversation.finish_forward."""
@@ -29,12 +30,14 @@ class Chunk:
 
 @dataclass(slots=True)
 class Forward:
-    """A forward through a cache. growth: what it adds, for Conversation.finish_forward; host_attention: what the model had set before."""
+    """A forward through a cache. growth: what it adds, for Conversation.finish_forward (None: packed says it); host_attention: what the
+    model had set before; packed: how requests lie in it, where they are packed."""
 
     cache: HFCache
     chunk: Chunk
-    growth: Growth
+    growth: Growth | None
     host_attention: str
+    packed: Packed | None = None
 
     @property
     def conversation(self) -> Conversation:

@@ -1,0 +1,1 @@
+"""What clients talk to: OpenAI's completions and chat, health, metrics, a page."""
