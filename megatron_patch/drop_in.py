@@ -29,7 +29,7 @@ from .patches import Patch, Patches
 from .penalty import RouterPenalty
 from .refusals import refuse_config
 from .subclass import is_pikv
-from .version import check_version
+from .version import check_feature
 
 _patches = Patches()
 _asked: tuple[PiKVConfig, RouterPenalty | None] | None = None
@@ -51,7 +51,7 @@ def install(config=None, *, router_penalty: RouterPenalty | None = None) -> bool
         UnsupportedError: a Megatron-Core version that PiKV can't hook into.
     """
     global _asked
-    check_version()
+    check_feature("attention and routing")
     config = PiKVConfig.parse(config)
     refuse_config(config)
     if _patches.in_place:
