@@ -22,7 +22,7 @@ What it adds is said beside each use of LONG: products of things that the short 
   every choice of calls under inference mode, short: four.
 - tests/serving/test_ranks.py: Megatron, AutoEP and three ranks under load; processes as a user starts them: signals, a rank that dies,
   lm-eval's local-completions. Short: two ranks under load. tests/serving/test_page.py: a browser.
-- tests/adapters/test_packed.py: every family and source of expert ids, short: a window, a latent, sinks, and one more.
+- tests/adapters/test_packed.py: every family and source of expert ids, short: a window, a latent, sinks.
 """
 
 import os
