@@ -27,6 +27,9 @@ What it adds is said beside each use of LONG: products of things that the short 
 - tests/cache/test_modes.py, tests/cache/test_gradient.py: every case of the covering array; short: eight of each.
 - tests/adapters/test_modes.py: torch.compile by three backends, the profiler, anomaly mode and save_on_cpu, short: the other modes;
   every choice of calls under inference mode, short: four.
+- tests/serving/test_ranks.py: Megatron, AutoEP and three ranks under load; processes as a user starts them: signals, a rank that dies,
+  lm-eval's local-completions. Short: two ranks under load. tests/serving/test_page.py: a browser.
+- tests/adapters/test_packed.py: every family and source of expert ids, short: a window, a latent, sinks.
 """
 
 import os

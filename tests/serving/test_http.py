@@ -53,11 +53,11 @@ def greedy(model, ids: list[int], count: int) -> list[int]:
 
 def test_load_of_mixed_lengths_loses_nothing_and_every_text_is_that_of_a_single_run(url, tmp_path):
     file = tmp_path / "row.json"
-    arguments = ["--requests", "24", "--at-once", "12", "--longest-prompt", "90", "--longest-answer", "12", "--shared", "0.5"]
+    arguments = ["--requests", "16", "--at-once", "8", "--longest-prompt", "90", "--longest-answer", "8", "--shared", "0.5"]
     args = build_parser().parse_args(["bench", "serve", "--url", url, *arguments, "--json", str(file)])
     assert load_generator.run(args) == 0
     row = json.loads(file.read_text())["rows"][0]
-    assert (row["requests"], row["lost"], row["wrong"]) == (24, 0, 0)
+    assert (row["requests"], row["lost"], row["wrong"]) == (16, 0, 0)
     assert row["tokens_s"] > 0 and row["ttft_p50"] <= row["ttft_p99"] and set(row["attainment"]) == {"ttft", "tbt"}
 
 

@@ -32,7 +32,7 @@ def test_load_over_ranks_loses_nothing_and_nothing_is_wrong(name):
     options = {"env": {"PIKV_SERVE_ARGUMENTS": arguments}} if arguments else {}
     result = run_gloo("serving.py", ranks=ranks, timeout_s=400, **options)
     rows = result.check("load")
-    assert rows[0]["requests"] == 20
+    assert rows[0]["requests"] == 12
 
 
 @long_form

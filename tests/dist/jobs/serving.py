@@ -13,7 +13,7 @@ from pikv_ds.launch.serving.rank import Rank
 from tests.dist.jobs.report import Report
 from tests.serving.live import engine_of, served, spec_of
 
-LOAD = ["--requests", "20", "--at-once", "10", "--longest-prompt", "80", "--longest-answer", "10", "--shared", "0.4"]
+LOAD = ["--requests", "12", "--at-once", "4", "--longest-prompt", "80", "--longest-answer", "8", "--shared", "0.8"]
 
 
 def follow(spec) -> int:
