@@ -30,7 +30,6 @@ class _OfArguments(DynamicInferenceContext):
     """0.16: keyword arguments; tensors are allocated by one method, which a resume calls too."""
 
     dummy_step = False
-    serves_latents = True
 
     def allocate_all_tensors(self, *, is_init: bool) -> None:
         """The host's bookkeeping, and a block buffer without layers: it takes no memory, and a kernel that reaches for it fails."""
@@ -58,7 +57,6 @@ class _OfConfigs(DynamicInferenceContext):
     """
 
     dummy_step = False
-    serves_latents = False
 
     def initialize_attention_state(self, *args, is_expert_parallel_dummy_cuda_graph_step: bool = False, **kwargs):
         self.dummy_step = is_expert_parallel_dummy_cuda_graph_step

@@ -60,11 +60,6 @@ class PiKVDynamicInferenceContext(PiKVContext, CountedBlocks):
 
     def _open(self, model: nn.Module, config, group: dist.ProcessGroup | None) -> None:
         super()._open(model, config, group)
-        if not self.serves_latents and any(is_latent(layer.attention) for layer in self.layers):
-            raise UnsupportedError(
-                "MLA with dynamic batching on Megatron-Core 0.17 and later, which asks for cache_mla_latents, whose kernels read a cache "
-                "of its own; use static batching (PiKVInferenceContext), or 0.16"
-            )
         if getattr(self, "cache_mla_latent", False) and not is_latent(self.layers[0].attention):
             raise UnsupportedError(
                 f"cache_mla_latent = True, but {type(model).__name__} has no multi-latent attention: its blocks would be counted too small"

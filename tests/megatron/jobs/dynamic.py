@@ -140,11 +140,7 @@ def check_limits(report: Report, layout: str, model) -> None:
         for name, value in (unwanted | (own if hosts.takes_configs() else dict(unified_memory_level=1, offload_kv_cache=True))).items():
             changed = options(model.config, 20, 6, **{name: value})
             refused(UnsupportedError, name, lambda changed=changed: PiKVDynamicInferenceContext(model=model, **changed))
-        if hosts.takes_configs():
-            latent = tiny_model(latent_config())
-            enable_pikv(latent)
-            refused(UnsupportedError, "MLA with dynamic batching", lambda: PiKVDynamicInferenceContext(model=latent, **given))
-        else:
+        if not hosts.takes_configs():
             latents = dict(block_size_tokens=64, cache_mla_latent=True, kv_lora_rank=16, qk_pos_emb_head_dim=8)
             refused(UnsupportedError, "no multi-latent attention", lambda: PiKVDynamicInferenceContext(model=model, **given | latents))
         with reference_flash_decode():
