@@ -89,7 +89,7 @@ setup(
     extras_require={
         "cuda": ["cupy-cuda13x"],
         "eval": ["lm-eval[hf]>=0.4.9,<0.5"],
-        "serve": ["fastapi>=0.115", "uvicorn>=0.30", "openai>=2", "prometheus_client>=0.20"],
+        "serve": ["fastapi>=0.115", "uvicorn>=0.30", "openai>=2", "httpx>=0.27", "prometheus_client>=0.20"],
         "test": [
             "lm-eval[api]",
             "pytest",
