@@ -26,7 +26,7 @@ from pikv_ds.placement.shard_map import ShardMap
 from pikv_ds.retention.retention import Retention
 from pikv_ds.selection.selection import Selection
 from pikv_ds.spec import LayerSpec
-from pikv_ds.step.agreement import Agreed, Agreement, Announced
+from pikv_ds.step.agreement import NOTHING, Agreed, Agreement, Announced
 from pikv_ds.step.query import Partial, Query
 from pikv_ds.step.step import LocalStep, Step
 from pikv_ds.tiers.bases import RequestBases
@@ -111,7 +111,7 @@ class PiKVCache(HostFace):
         self.after_forward = tuple(each for each in (pages.expire, evict, refit, encode, move_on) if each is not None)
         self.hold_margin: int | None = None  # assisted decoding: tokens a crop may still take back; None = no crop is announced
         self.rehearsal = False  # what announced crops take back stays counted
-        self.announced = Announced()  # what this rank has said before the running forward
+        self.announced = NOTHING  # what this rank has said before the running forward
         self.step: Step | None = None
         self.local: LocalStep | None = None
 
@@ -121,7 +121,7 @@ class PiKVCache(HostFace):
     def reset(self) -> None:
         """Drop every entry, return all memory, zero the entry counters. All ranks must call it at the same point of their loops."""
         self.step = self.local = self.hold_margin = None
-        self.announced = Announced()
+        self.announced = NOTHING
         self._start(0)
         self.agreement.forget()
         self.exchange.turn.close()
@@ -135,7 +135,7 @@ class PiKVCache(HostFace):
         self.exchange.turn.begin()
         if self.bases is not None:
             self.bases.begin(local)
-        self.announced = Announced()
+        self.announced = NOTHING
         if self.hold_margin is not None:
             self.announced = Announced(hold=True, unsettled=self.hold_margin > 0, rehearsal=self.rehearsal)
             self.hold_margin += local.num_columns

@@ -43,6 +43,9 @@ class Announced(NamedTuple):
         return cls(*(bool(header[0] & ANNOUNCED << place) for place in range(3)))
 
 
+NOTHING = Announced()
+
+
 @dataclass(slots=True)
 class Agreed:
     """One forward as all ranks see it. Per source: B, T, and per row parent (global row of the last forward or -1), keep, new tokens."""

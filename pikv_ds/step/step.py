@@ -95,8 +95,10 @@ class Step:
         for num_rows, num_columns in shapes:
             self.sources.append(Source(num_rows, num_columns, row0))
             row0 += num_rows
-        self.unsettled = [yes for source, yes in zip(self.sources, unsettled, strict=False) for _ in range(source.num_rows)]
+        self.unsettled: list[bool] = []
         """Per row; empty: none is."""
+        if any(unsettled):
+            self.unsettled = [yes for source, yes in zip(self.sources, unsettled, strict=False) for _ in range(source.num_rows)]
         self.own, self.device, self.aligned = own, device, aligned
         self.hold, self.margin, self.late_experts = hold, margin, late_experts
         self.tentative = hold and not rehearsal
