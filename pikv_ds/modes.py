@@ -14,10 +14,14 @@ from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from pikv_ds.errors import UnsupportedError
 
 P, R = ParamSpec("P"), TypeVar("R")
+
+# Asked several times in every layer: by names of this file, as each dot costs as much as the answer.
+_has_autocast, _has_device, _has_graph = torch._C._is_any_autocast_enabled, torch._C._len_torch_function_stack, torch.is_grad_enabled
 
 
 def eager(function: Callable[P, R]) -> Callable[P, R]:
@@ -29,13 +33,15 @@ def eager(function: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        if torch.compiler.is_compiling():
+        if is_dynamo_compiling():
             return _untraced(run)(*args, **kwargs)
         if torch.is_inference_mode_enabled():
             with torch._C._InferenceMode(False):  # what torch.inference_mode wraps, at a fifth of its time
                 torch._C._set_grad_enabled(False)  # it comes with a graph; the end of the block restores both
                 return inner(*args, **kwargs)
-        return inner(*args, **kwargs)
+        if _has_graph() or _has_autocast() or _has_device():
+            return inner(*args, **kwargs)
+        return function(*args, **kwargs)
 
     inner = in_step(function)
     return run
@@ -47,12 +53,12 @@ def in_step(function: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        if torch.compiler.is_compiling():
+        if is_dynamo_compiling():
             return _untraced(run)(*args, **kwargs)
-        if torch._C._is_any_autocast_enabled() or torch._C._len_torch_function_stack():
+        if _has_autocast() or _has_device():
             with _no_other_mode():
                 return function(*args, **kwargs)
-        if torch.is_grad_enabled():
+        if _has_graph():
             with torch.no_grad():
                 return function(*args, **kwargs)
         return function(*args, **kwargs)
@@ -65,7 +71,7 @@ def untraced(function: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        if torch.compiler.is_compiling():
+        if is_dynamo_compiling():
             return _untraced(function)(*args, **kwargs)
         return function(*args, **kwargs)
 

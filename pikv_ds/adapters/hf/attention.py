@@ -32,22 +32,26 @@ def pikv_attention(
     query [B, Hq, T, D]; key, value [B, Hkv, T, D]: this forward's tokens only (MLA: expanded from the latent). Returns [B, T, Hq, Dv].
     """
     binding = binding_of(module)
-    spec = binding.spec
+    spec, layer, forward = binding.spec, binding.layer, binding.forward
+    conversation, packed, chunk = forward.conversation, forward.packed, forward.chunk
+    core = conversation.core
     _refuse(binding, dropout, sliding_window, softcap)
     check_arguments(module, kwargs)
     queries, columns = query.shape[2], key.shape[2]
-    mask, window = own_mask(binding, attention_mask, columns, queries)
+    mask, window = own_mask(binding, forward, attention_mask, columns, queries)
     if queries < columns:  # a layer that shares keys runs for the last tokens alone, whose logits are asked for
         query = nn.functional.pad(query, (0, 0, columns - queries, 0))
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    entry_k, entry_v = binding.entries(key, value)
+    entry_k, entry_v = binding.entries(forward.cache, core.dtype, key, value)
     up_k, up_v = binding.expansion.maps(module, binding.running, entry_k, key, value) if spec.latent else (None, None)
-    packed = binding.forward.packed
+    asked = query if query.dtype == entry_k.dtype else query.to(entry_k.dtype)
     out = (attention if packed is None else packed.attention)(
-        binding.core, binding.layer, Inputs(query.to(entry_k.dtype), key, value, entry_k, entry_v, up_k, up_v, s_aux),
-        Chunk(scale, window, binding.chunk.positions, binding.chunk.hidden, mask, softcap), binding.expert_ids.of(binding.layer, entry_k),
+        core, layer, Inputs(asked, key, value, entry_k, entry_v, up_k, up_v, s_aux),
+        Chunk(scale, window, chunk.positions, chunk.hidden, mask, softcap), conversation.expert_ids.of(layer, entry_k),
     )  # fmt: skip
-    return out[:, -queries:].to(query.dtype).contiguous(), None
+    if queries < columns:
+        out = out[:, -queries:]
+    return out.to(query.dtype).contiguous(), None
 
 
 def _refuse(binding: Binding, dropout: float, sliding_window: int | None, softcap: float | None) -> None:

@@ -8,14 +8,12 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from pikv_ds.cache.cache import PiKVCache
 from pikv_ds.errors import UnsupportedError
 from pikv_ds.spec import LayerSpec
 
 from .cache import HFCache
-from .expert_ids import ExpertIds
 from .latent import Expansion
-from .running import Chunk, Forward, Running
+from .running import Forward, Running
 
 
 @dataclass(slots=True)
@@ -42,41 +40,25 @@ class Binding:
             )
         return forward
 
-    @property
-    def cache(self) -> HFCache:
-        return self.forward.cache
-
-    @property
-    def core(self) -> PiKVCache:
-        return self.forward.conversation.core
-
-    @property
-    def expert_ids(self) -> ExpertIds:
-        return self.forward.conversation.expert_ids
-
-    @property
-    def chunk(self) -> Chunk:
-        return self.forward.chunk
-
-    def entries(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    def entries(self, cache: HFCache, dtype: torch.dtype, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """New entries as [B, T, Hkv, D]; a latent layer stores [c_kv | k_rot] once, its value has no columns of its own.
 
-        Args: key, value as the attention function got them: what the model gave to the cache, or (MLA) expanded from it.
+        Args: dtype of the cache; key, value as the attention function got them: what the model gave to the cache, or (MLA) expanded from
+            it.
         """
-        new = (key, value) if self.shares else self.cache.layers[self.at].take()
+        new = (key, value) if self.shares else cache.layers[self.at].take()
         if new is None:
             raise UnsupportedError(
                 f"layer {self.layer} reached attention without updating the cache; a model must call update() of its cache"
             )
-        k, v = (t.transpose(1, 2) for t in new)
-        dtype = self.core.dtype
+        k, v = new[0].transpose(1, 2), new[1].transpose(1, 2)
         if k.dtype != dtype or v.dtype != dtype:
             exact = all(torch.promote_types(x.dtype, dtype) == dtype for x in (k, v))
             if torch.is_autocast_enabled(k.device.type) and exact:  # the pages hold what autocast has rounded
                 k, v = k.to(dtype), v.to(dtype)
         if k.dtype != dtype or v.dtype != dtype:
             raise UnsupportedError(
-                f"layer {self.layer}: keys arrive as {k.dtype}, the cache was attached for parameters of {self.core.dtype} (autocast?); "
+                f"layer {self.layer}: keys arrive as {k.dtype}, the cache was attached for parameters of {dtype} (autocast?); "
                 f"convert the model with model.to({k.dtype}) and attach again"
             )
         if self.spec.latent:
@@ -89,7 +71,7 @@ class Binding:
                 f"{tuple(k.shape[2:])} and {tuple(v.shape[2:])}, "
                 f"the model's configuration says {shapes[0]} and {shapes[1]}"
             )
-        if any(a.data_ptr() != b.data_ptr() or a.shape != b.shape for a, b in zip((key, value), new, strict=True)):
+        if not (_same(key, new[0]) and _same(value, new[1])):
             raise UnsupportedError(
                 f"layer {self.layer}: the model changes keys or values between the cache and attention ({tuple(new[0].shape)} became "
                 f"{tuple(key.shape)}); PiKV attends to what is stored and can't honour that"
@@ -103,6 +85,10 @@ class Binding:
                 f"{self.spec.v_dim}; use a version whose cache receives the latent (5.23 does)"
             )
         return torch.cat([c, k_rot], -1)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a is b or (a.data_ptr() == b.data_ptr() and a.shape == b.shape)
 
 
 _BINDINGS: WeakKeyDictionary[nn.Module, Binding] = WeakKeyDictionary()

@@ -56,12 +56,10 @@ class Chunk(NamedTuple):
 
 def attention(core: PiKVCache, layer: int, inputs: Inputs, chunk: Chunk, expert_ids: Routed | Tensor | None) -> Tensor:
     """[B, T, Hq, Dv] f32, with a graph if one is recorded. Sync: as PiKVCache.attend."""
-    spec, record = core.layers[layer], None
-    if gradient.is_recorded(*inputs):
-        record = Record(entries=inputs.entry_k.requires_grad or inputs.entry_v.requires_grad)
+    if not gradient.is_recorded(*inputs):
+        return _plain(core, layer, inputs, chunk, expert_ids)
+    spec, record = core.layers[layer], Record(entries=inputs.entry_k.requires_grad or inputs.entry_v.requires_grad)
     found, v_dim = stored(core, layer, inputs, chunk.scale, expert_ids, record)
-    if record is None:
-        return _finished(found, inputs, chunk)
     if found.empty and inputs.sink is None:  # torch has a backward of its own, that holds no scores
         with without_autocast():
             return finish(found, inputs.query, inputs.key, inputs.value, **chunk._asdict())
@@ -70,7 +68,11 @@ def attention(core: PiKVCache, layer: int, inputs: Inputs, chunk: Chunk, expert_
 
 
 @in_step
-def stored(
+def _plain(core: PiKVCache, layer: int, inputs: Inputs, chunk: Chunk, expert_ids: Routed | Tensor | None) -> Tensor:
+    return _finish(_read(core, layer, inputs, chunk.scale, expert_ids, None)[0], inputs, chunk)
+
+
+def _read(
     core: PiKVCache, layer: int, inputs: Inputs, scale: float, expert_ids: Routed | Tensor | None, record: Record | None
 ) -> tuple[Partial, int]:
     """Attention to what is stored, as wide as the model's values; and how wide it is in the cache."""
@@ -84,9 +86,13 @@ def stored(
     return found, v_dim
 
 
-@in_step
-def _finished(found: Partial, inputs: Inputs, chunk: Chunk) -> Tensor:
+def _finish(found: Partial, inputs: Inputs, chunk: Chunk) -> Tensor:
+    if found.includes_self and inputs.sink is None:  # one column: nothing is missing
+        return found.out
     return finish(found, inputs.query, inputs.key, inputs.value, **chunk._asdict(), sink=inputs.sink)
+
+
+stored, _finished = in_step(_read), in_step(_finish)  # of a graph that is recorded
 
 
 def _again(record: Record, spec: LayerSpec, v_dim: int, chunk: Chunk, *tensors: Tensor | None, includes_self: bool, empty: bool) -> Tensor:

@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary, WeakSet, ref
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 
 from pikv_ds.errors import UnsupportedError
 from pikv_ds.spec import LayerSpec
@@ -46,6 +46,8 @@ class Host:
         self.decoder, self.layers, self.attentions = parts.decoder, parts.layers, parts.attentions
         self.specs: list[LayerSpec] = read_model_spec(model.config, parts.attentions, parts.at)
         self.attachments: list[Attached] = []
+        self._of_config: PreTrainedConfig | None = None
+        self._found: PreTrainedConfig | None = None
         self.running = Running()
         self.lock = threading.RLock()
         self.hooks: list[Hooks] = []
@@ -61,12 +63,20 @@ class Host:
     @property
     def num_layers(self) -> int:
         """Of the decoder that a forward runs; generate() lowers the number for a while when it drafts with the first ones."""
-        return min(self.decoder.config.get_text_config(decoder=True).num_hidden_layers, len(self.parts.kinds))
+        return min(self._text.num_hidden_layers, len(self.parts.kinds))
+
+    @property
+    def _text(self) -> PreTrainedConfig:
+        """What the decoder's configuration says of its text; looked up anew when it is another object, as that takes long."""
+        config = self.decoder.config
+        if self._of_config is not config:
+            self._of_config, self._found = config, config.get_text_config(decoder=True)
+        return self._found
 
     @contextmanager
     def layers_limited(self, num_layers: int) -> Iterator[None]:
         """Forwards inside run the first layers alone, as generate() drafts with them."""
-        text = self.decoder.config.get_text_config(decoder=True)
+        text = self._text
         before, text.num_hidden_layers = text.num_hidden_layers, num_layers
         try:
             yield

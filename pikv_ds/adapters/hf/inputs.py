@@ -94,9 +94,8 @@ def check_inputs(decoder: nn.Module, given: dict) -> None:
         raise UnsupportedError(f"logits_to_keep of {type(decoder).__name__} is a tensor; give the number of last tokens")
     mask = given.get("attention_mask")
     masks = list(mask.values()) if isinstance(mask, dict) else [mask]
-    if decoder.config._attn_implementation == "eager" and any(
-        isinstance(each, Tensor) and each.dim() == 4 and not each.is_floating_point() for each in masks
-    ):
+    added = any(isinstance(each, Tensor) and each.dim() == 4 and not each.is_floating_point() for each in masks)
+    if added and decoder.config._attn_implementation == "eager":
         raise UnsupportedError(
             f"attention_mask {tuple(masks[0].shape)} is of dtype {masks[0].dtype}, which eager attention would add to scores; give one of "
             "0 and the lowest number, or load the model with attn_implementation='sdpa'"

@@ -18,6 +18,7 @@ from pikv_ds.errors import UnsupportedError
 
 if TYPE_CHECKING:
     from .binding import Binding
+    from .running import Forward
 
 _NOT_MADE = object()
 
@@ -83,7 +84,9 @@ def visible(mask: Tensor) -> Tensor:
     return ~hidden
 
 
-def own_mask(binding: Binding, mask: Tensor | None, columns: int, queries: int) -> tuple[Tensor | None, int | None]:
+def own_mask(
+    binding: Binding, forward: Forward, mask: Tensor | None, columns: int, queries: int
+) -> tuple[Tensor | None, int | None]:
     """How the T = columns new tokens of a forward see each other: a mask [B or 1, 1, T, T] bool and a window, as for cache.chunk.finish.
 
     mask: what the model hands to attention, for the last `queries` of them (cache.chunk needs all: the others see nothing).
@@ -92,10 +95,10 @@ def own_mask(binding: Binding, mask: Tensor | None, columns: int, queries: int) 
     """
     window = binding.spec.window
     if mask is None:
-        return None, _window(binding, columns)
-    known = binding.chunk.masks
+        return None, _window(binding, forward, columns)
+    known = forward.chunk.masks
     if (id(mask), window) not in known:
-        own = _checked(binding, mask, columns, queries)
+        own = _checked(binding, forward, mask, columns, queries)
         known[id(mask), window] = (
             mask,
             torch.nn.functional.pad(own, (0, 0, columns - queries, 0)),
@@ -103,7 +106,7 @@ def own_mask(binding: Binding, mask: Tensor | None, columns: int, queries: int) 
     return known[id(mask), window][1], None
 
 
-def _window(binding: Binding, columns: int) -> int | None:
+def _window(binding: Binding, forward: Forward, columns: int) -> int | None:
     """Of a layer whose mask is plain. What the model's mask says counts, where it says it for all layers alike."""
     window, made = binding.spec.window, _made.windows
     if len(made) != 1 or window in made:
@@ -112,7 +115,7 @@ def _window(binding: Binding, columns: int) -> int | None:
         raise UnsupportedError(
             f"layer {binding.layer} attends through a sliding window of {next(iter(made))}, but its configuration has a cache of all tokens"
         )
-    cached = binding.forward.conversation.columns
+    cached = forward.conversation.columns
     if cached and columns > 1 and cached + columns > window:
         raise UnsupportedError(
             f"layer {binding.layer} has a cache of {window} tokens and a mask without a window: what a chunk of {columns} tokens sees "
@@ -121,17 +124,17 @@ def _window(binding: Binding, columns: int) -> int | None:
     return None
 
 
-def _checked(binding: Binding, mask: Tensor, columns: int, queries: int) -> Tensor:
+def _checked(binding: Binding, forward: Forward, mask: Tensor, columns: int, queries: int) -> Tensor:
     """[B or 1, 1, queries, T] bool."""
-    cached = binding.forward.conversation.columns
+    cached = forward.conversation.columns
     if mask.dim() != 4 or mask.shape[1] != 1 or mask.shape[2:] != (queries, cached + columns):
         raise UnsupportedError(
             f"attention_mask of shape {tuple(mask.shape)} reached attention; with {cached} columns cached and {columns} new it must be "
             f"[batch, 1, {queries}, {cached + columns}], the same for all heads, or a 2-D padding mask [batch, tokens]"
         )
-    seen, hidden = visible(mask), binding.chunk.hidden
+    seen, hidden = visible(mask), forward.chunk.hidden
     if cached:
-        real = binding.forward.conversation.column_mask
+        real = forward.conversation.column_mask
         shown = torch.ones(1, cached, dtype=torch.bool) if real is None else real
         shown = shown.to(mask.device)[:, None, None]
         if binding.spec.window is not None:
