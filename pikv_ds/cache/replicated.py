@@ -86,7 +86,7 @@ class ReplicatedWay:
     def _gather(self, out: Tensor, lse: Tensor, read_headers: bool) -> tuple[Tensor, Tensor, list[list[int]] | None]:
         """out [N, Hq, Dv] and lse [N, Hq] of every rank, by its first shard: all ranks merge the same numbers in the same order."""
         cache = self.cache
-        header = torch.tensor(cache.agreement.header(cache.local, cache.announced), dtype=torch.int32).to(cache.device)
+        header = cache.agreement.header_there(cache.local, cache.announced) if read_headers else cache.agreement.no_header
         layout = Layout([("out", tuple(out.shape), torch.float32), ("lse", tuple(lse.shape), torch.float32)])
         gathered = cache.exchange.all_gather(layout.pack(header, {"out": out, "lse": lse}, cache.device), "merging partial attention")
         outs, lses = (cache.map.in_rank_order(layout.unpack(gathered)[name]) for name in ("out", "lse"))

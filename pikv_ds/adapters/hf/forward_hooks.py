@@ -11,8 +11,9 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from pikv_ds.errors import UnsupportedError
-from pikv_ds.exchange.digest import digest
+from pikv_ds.exchange.digest import digest_there
 from pikv_ds.modes import eager, refuse_transforms, untraced
+from pikv_ds.staging import sent
 from pikv_ds.step.step import LocalStep
 
 from .argument_names import given_cache, given_name, renamed
@@ -121,14 +122,14 @@ class ForwardHooks:
         identity = not conversation.fresh and not conversation.touched
         core, value = conversation.core, 0
         if core.ranks.size > 1 and (conversation.fresh or core.replicated):
-            value = digest([tokens, positions, torch.tensor(before), torch.tensor(conversation.parent or [-1])])
+            value = digest_there([tokens], [positions, torch.tensor(before), torch.tensor(conversation.parent or [-1])])
         local = LocalStep(
             num_rows=rows,
             num_columns=columns,
             num_new=num_new,
             parent=[-1] * rows if conversation.fresh else list(conversation.parent),
             keep=[0] * rows if conversation.fresh else list(before),
-            positions=positions.to(core.device),
+            positions=sent(positions, torch.int32, core.device),
             digest=value,
             identity=identity,
             fresh=conversation.fresh,

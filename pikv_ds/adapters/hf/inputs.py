@@ -101,10 +101,10 @@ def check_inputs(decoder: nn.Module, given: dict) -> None:
             "0 and the lowest number, or load the model with attn_implementation='sdpa'"
         )
     positions = given.get("position_ids")
-    if given.get("attention_mask") is not None or not isinstance(positions, Tensor) or positions.dim() != 2:
+    if given.get("attention_mask") is not None or not isinstance(positions, Tensor) or positions.dim() != 2 or positions.shape[1] == 1:
         return
     flash, without_cache = "flash" in str(decoder.config._attn_implementation), given_cache(given) is None
-    if bool((positions.diff(dim=1) != 1).any()) and (flash or (without_cache and _masks_come_first(decoder))):
+    if (flash or (without_cache and _masks_come_first(decoder))) and bool((positions.diff(dim=1) != 1).any()):
         raise UnsupportedError(
             f"position_ids restart within a row, which {type(decoder).__name__} takes for several sequences in a forward without a cache "
             "of its own; pass use_cache=False, or one sequence per row"
