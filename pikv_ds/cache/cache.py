@@ -154,10 +154,7 @@ class PiKVCache(HostFace):
         for part in self.counting:
             part.note(step)
         left = [after_forward(step) for after_forward in self.after_forward]
-        if any(left) or not step.quiet:
-            self.pages.shrink()
-        if self.config.storage.overflow == "error":
-            self.pages.counters.raise_if_overflowed(step.capacity)
+        self.pages.settle(step, left=any(left), refuses_spills=self.config.storage.overflow == "error")
         self.exchange.turn.end()
         self.step = self.local = None
 
@@ -172,6 +169,7 @@ class PiKVCache(HostFace):
 
         announced: by each rank.
         """
+        self.pages.check_last()
         old_lens = self.agreement.lens
         before, after = self.agreement.commit(agreed)
         change = None if agreed.restart or agreed.identity else RowChange.of(agreed, old_lens, self.device)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pikv_ds import ops
-from pikv_ds.exchange.wire import Layout, headers_of
+from pikv_ds.exchange.wire import Layout, headers_of, no_header
 from pikv_ds.pages.events import Written
 from pikv_ds.selection.found import Found
 from pikv_ds.step.query import LateLse, Partial, Query
@@ -86,7 +86,7 @@ class ReplicatedWay:
     def _gather(self, out: Tensor, lse: Tensor, read_headers: bool) -> tuple[Tensor, Tensor, list[list[int]] | None]:
         """out [N, Hq, Dv] and lse [N, Hq] of every rank, by its first shard: all ranks merge the same numbers in the same order."""
         cache = self.cache
-        header = cache.agreement.header_there(cache.local, cache.announced) if read_headers else cache.agreement.no_header
+        header = cache.agreement.header_there(cache.local, cache.announced) if read_headers else no_header(cache.device)
         layout = Layout([("out", tuple(out.shape), torch.float32), ("lse", tuple(lse.shape), torch.float32)])
         gathered = cache.exchange.all_gather(layout.pack(header, {"out": out, "lse": lse}, cache.device), "merging partial attention")
         outs, lses = (cache.map.in_rank_order(layout.unpack(gathered)[name]) for name in ("out", "lse"))

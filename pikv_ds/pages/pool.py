@@ -138,7 +138,7 @@ class PagePool:
         used = self.num_pages - free_pages
         if not self.allocator.wasteful(free_pages):
             return free_pages
-        new_id, keep = self.allocator.compact()
+        new_id, keep = self.allocator.compact(used)
         pages = aligned_bytes(used * self.fmt.record_bytes, self.device).view(used, -1) if used else self.pages[:0].clone()
         self.pages = torch.index_select(self.pages, 0, keep, out=pages)
         self.summaries = {name: x.index_select(0, keep) for name, x in self.summaries.items()}
@@ -159,7 +159,7 @@ class PagePool:
         """gone [P] bool: pages that nobody names any more."""
         for name in self.counters if self.counts_by_page else ():
             self.summaries[name].masked_fill_(gone, 0)
-        for tell in self.events.freed:
+        for tell in self.events.freed:  # reads the device
             tell(self.level, torch.nonzero(gone).squeeze(-1))
 
     # ---- counters ------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import NamedTuple, Self
 
 import torch
@@ -100,11 +99,6 @@ class Agreement:
         header = sent(self._header(step, announced, 0), torch.int32, self.device)
         header[DIGEST].copy_(step.digest.view(1).view(torch.int32))
         return header
-
-    @cached_property
-    def no_header(self) -> Tensor:
-        """[HEADER] zeros on the device, for records after the first of a forward: nobody reads theirs."""
-        return torch.zeros(HEADER, dtype=torch.int32, device=self.device)
 
     def _header(self, step: LocalStep, announced: Announced, digest: int) -> list[int]:
         flags = PLAIN * self.is_plain(step) | IDLE * step.idle | FRESH * step.fresh | ALIGNED * step.aligned | announced.flags

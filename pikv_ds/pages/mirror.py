@@ -1,0 +1,48 @@
+"""Sizes of a rank's pages as its host knows them: what plans the next forward. L layers, R rows, S * H tables of a row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+
+from torch import Tensor
+
+from pikv_ds.staging import Arriving
+
+
+class Mirror:
+    """The sizes of one moment. They are copied when it is made and waited for when they are asked for; on the CPU they are the sizes
+    themselves, without a copy."""
+
+    def __init__(self, counts: Tensor, free_tops: Sequence[Tensor], load: Tensor, counted: Tensor, leaves: Tensor) -> None:
+        """counts [L, R, S * H] of the nearest pools; free_tops: per level [L]; load [L, shards]; counted: as Counters.device_counts; leaves:
+        [R], as RankPages.leaves. Sync: none."""
+        self._sizes = Arriving(counts, load, counted, leaves, *free_tops)
+
+    @property
+    def on_host(self) -> bool:
+        """Nobody has to wait for them."""
+        return self._sizes.on_host
+
+    # Sync: each waits for the copy, once for all of them.
+
+    @property
+    def counts(self) -> Tensor:
+        return self._sizes.values[0]
+
+    @property
+    def load(self) -> Tensor:
+        return self._sizes.values[1]
+
+    @property
+    def spilled(self) -> int:
+        """Entries that any rank has spilled so far."""
+        return int(self._sizes.values[2][2])
+
+    @cached_property
+    def leaves(self) -> list[int]:
+        return self._sizes.values[3].tolist()
+
+    def free(self, level: int) -> Tensor:
+        """[L] free pages. What is written here is known from then on."""
+        return self._sizes.values[4 + level]
