@@ -69,7 +69,7 @@ class RankPages:
         self.unchecked: list[int] | None = None  # capacities of a forward of which it is not known yet whether all entries fitted
         self.rows.start(num_rows)
         self.directory.reset(num_rows)
-        self.evicted = self.directory.evicted_by_head()  # [L][R][H]
+        self.evicted = [[[0] * self.heads for _ in range(num_rows)] for _ in self.layers]  # [L][R][H], as evicted_by_head says it
         self.counters.clear()
         self._forget_leaves(num_rows)
         self.mirror()
@@ -101,7 +101,6 @@ class RankPages:
 
     def mirror(self) -> None:
         """Ask for the sizes that plan the next forward. Sync: none; who looks at them waits."""
-        self.stale = False
         self.sizes = Mirror(self.counts[0], self.free_tops, self.directory.load, self.counters.device_counts, self.leaves)
 
     def change(self, change: RowChange) -> None:
@@ -139,11 +138,9 @@ class RankPages:
     def reserve(self, step: Step) -> None:
         """Fill in the per-layer sizes of a step and make sure that its entries will find pages, without knowing their shards yet."""
         if step.decode and self.quiet:
-            self.quiet, self.stale = self.quiet - 1, True
+            self.quiet -= 1
             step.quiet, step.may_open, step.may_spill = True, [False] * len(self.layers), [False] * len(self.layers)
             return
-        if self.stale:
-            self.mirror()
         if self.gives_back:
             self._give_back()
         page = self.page_size
@@ -172,7 +169,9 @@ class RankPages:
             step.may_spill.append(self.num_shards > 1 and fullest_shard[i] + total_new > step.capacity[i])
             needed = opens[i] if step.decode else self._pages_for_chunk(i, torch.from_numpy(num_new), step.capacity[i], step.hold)
             step.may_open.append(needed > 0)
-            layer.nearest.reserve(free[i], needed, -(-(fullest[i] + most_new) // page))
+            added = layer.nearest.reserve(free[i], needed, -(-(fullest[i] + most_new) // page))
+            if added and not self.sizes.on_host:
+                self.sizes.free(0)[i] += added
         if self.num_shards > 1:
             self.directory.reserve(max(step.lens_after_host, default=0))
 
@@ -219,10 +218,15 @@ class RankPages:
 
         Raises: CapacityError, on all ranks alike.
         """
+        known = self.sizes.on_host
+        if not known and step.decode and not left and self.num_shards == 1:
+            self.sizes.follow(torch.tensor(step.num_new), self.page_size)
+            known = True
         if left or not step.quiet:
-            self.mirror()
+            if left or not known:
+                self.mirror()
             self.gives_back = True
-            if self.sizes.on_host or not step.decode:
+            if known or not step.decode:
                 self._give_back()
         if refuses_spills:
             self.unchecked = step.capacity

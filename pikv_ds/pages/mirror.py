@@ -46,3 +46,11 @@ class Mirror:
     def free(self, level: int) -> Tensor:
         """[L] free pages. What is written here is known from then on."""
         return self._sizes.values[4 + level]
+
+    def follow(self, num_new: Tensor, page_size: int) -> None:
+        """A decode step has stored num_new [R] tokens, 0 or 1 of each row, in all tables of the row, and nothing has left: what is known is
+        brought up to date without asking the device. For copies; where there is none they are up to date."""
+        counts = self.counts
+        opened = (counts % page_size == 0) & (num_new > 0).unsqueeze(-1)
+        self.free(0).sub_(opened.sum((1, 2)))
+        counts.add_(num_new.unsqueeze(-1))

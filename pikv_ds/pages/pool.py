@@ -118,8 +118,9 @@ class PagePool:
         """Bytes of the slots in use, as a share of their records. Sync: reads the device."""
         return int(self.table.counts.sum()) * self.fmt.record_bytes // self.page_size
 
-    def reserve(self, free_pages: int, needed: int, table_width: int) -> None:
-        """Make sure that `needed` pages can be taken from the stack, of which `free_pages` are there, and widen the tables.
+    def reserve(self, free_pages: int, needed: int, table_width: int) -> int:
+        """Make sure that `needed` pages can be taken from the stack, of which `free_pages` are there, and widen the tables. Returns how many
+        pages were added.
 
         Host side, before the step's collectives; no sync. Growing copies the layer once; the slab is max(needed, P // GROWTH) pages.
         """
@@ -127,6 +128,7 @@ class PagePool:
         if missing:
             self._grow(missing)
         self.table.widen(table_width)
+        return missing
 
     def take(self, count: int, uses: Tensor | int = 1) -> Tensor:
         """[count] int32 ids of pages that nobody named, each named by `uses` tables from now on; grows if it must. Host phase."""

@@ -58,7 +58,7 @@ class FarTensor(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
-        raise AssertionError(f"{function} of a far tensor outside of `with Far()`")
+        return Far()._run(function, args, dict(kwargs or {}))  # behind the device's back, as when a cache is given back at last
 
 
 class Far(TorchDispatchMode):
@@ -74,7 +74,6 @@ class Far(TorchDispatchMode):
         self.queued: Counter[tuple[str, str]] = Counter()
         self.waits: Counter[str] = Counter()
         self._pinned: WeakSet[torch.UntypedStorage] = WeakSet()
-        self._pinned_at: set[int] = set()
 
     def clear(self) -> None:
         self.stops.clear(), self.queued.clear(), self.waits.clear()
@@ -83,10 +82,14 @@ class Far(TorchDispatchMode):
         return sum(n for (found, _), n in self.stops.items() if kind in (None, found))
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        kwargs = dict(kwargs or {})
+        if function in PINNED:
+            return PINNED[function](self, args[0])
         if _is_composite(function):  # inference mode hands them on whole
             with self:
-                return function.decompose(*args, **kwargs)
+                return function.decompose(*args, **(kwargs or {}))
+        return self._run(function, args, dict(kwargs or {}))
+
+    def _run(self, function, args: tuple, kwargs: dict):
         flat = tree_flatten((args, kwargs))[0]
         far = [x for x in flat if isinstance(x, FarTensor)]
         near = [x for x in flat if isinstance(x, Tensor) and not isinstance(x, FarTensor)]
@@ -99,7 +102,7 @@ class Far(TorchDispatchMode):
         known = {id(x.held): x for x in far}
         held_args, held_kwargs = tree_map(_held, (args, kwargs))
         made = function(*held_args, **held_kwargs)
-        if function is aten._pin_memory.default or pin:
+        if pin:
             self._pin(made)
 
         def wrapped(x: Any) -> Any:
@@ -144,11 +147,12 @@ class Far(TorchDispatchMode):
     def _copy(self, kind: str, stops: bool) -> None:
         (self.stops if stops else self.queued)[kind, _place()] += 1
 
-    def _pin(self, x: Tensor) -> None:
-        self._pinned_at.add(x.untyped_storage().data_ptr())
+    def _pin(self, x: Tensor) -> Tensor:
+        self._pinned.add(x.untyped_storage())
+        return x
 
     def _is_pinned(self, x: Tensor) -> bool:
-        return x.untyped_storage().data_ptr() in self._pinned_at
+        return x.untyped_storage() in self._pinned
 
     # ---- what goes by without a dispatch -------------------------------------------------------------------------------------
 
@@ -168,6 +172,13 @@ class Far(TorchDispatchMode):
         patch.setitem(load._loaded, FAR.type, load.ensured("cpu"))
         with self:
             yield self
+
+
+PINNED = {
+    aten.is_pinned.default: lambda far, x: far._is_pinned(x),
+    aten._pin_memory.default: lambda far, x: far._pin(x.clone()),
+    aten.pin_memory.default: lambda far, x: far._pin(x.clone()),
+}
 
 
 class _Mark:

@@ -53,6 +53,7 @@ class ForwardHooks:
         refuse_transforms()
         check_inputs(decoder, given)
         self.abandon()
+        self.host.running.check_expansions()
         local, growth = self._plan(cache.conversation, given)  # what is refused here, other ranks need not hear of
         cache.conversation.lockstep.before_forward(cache.conversation)
         self.host.lock.acquire()
@@ -180,7 +181,7 @@ class ForwardHooks:
             conversation = forward.conversation
             conversation.core.end_step()
             conversation.states.let_go()
-            self.host.running.check_expansions()
+            self.host.running.note_expansions(conversation, later=forward.chunk.positions.shape[1] == 1)
             if forward.packed is not None:
                 forward.packed.finish(conversation)
             else:
