@@ -7,7 +7,6 @@ memory first, and what comes down is asked for when it is known and waited for w
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -25,31 +24,26 @@ def sent(numbers: Sequence[Any] | Tensor, dtype: torch.dtype, device: torch.devi
 
 
 class Arriving:
-    """Tensors of the device on their way to the host, in one copy: integers and bools.
-
-    On the CPU they are the tensors themselves, not copies.
-    """
+    """Tensors of the device on their way to the host, in one copy: integers and bools. On the CPU they are the tensors themselves."""
 
     def __init__(self, *tensors: Tensor) -> None:
         """Sync: none."""
-        self._tensors, self._mark = tensors, None
-        if tensors[0].device.type != "cpu":
+        self.on_host = tensors[0].device.type == "cpu"
+        """There is no copy, and nobody has to wait."""
+        self._values: Sequence[Tensor] | None = tensors if self.on_host else None
+        if not self.on_host:
             packed = torch.cat([x.flatten().to(torch.int64) for x in tensors])
+            self._shapes = [x.shape for x in tensors]
             self._packed, self._mark = packed.to("cpu", non_blocking=True), _marked(packed.device)
 
     @property
-    def on_host(self) -> bool:
-        """Nobody has to wait for them: there is no copy."""
-        return self._mark is None
-
-    @cached_property
     def values(self) -> Sequence[Tensor]:
         """On the host, int64 where they have been copied. Sync: waits, once, for what the device was asked for before the copy."""
-        if self._mark is None:
-            return self._tensors
-        self._mark.synchronize()
-        parts = self._packed.split([x.numel() for x in self._tensors])
-        return [part.view(x.shape) for part, x in zip(parts, self._tensors, strict=True)]
+        if self._values is None:
+            self._mark.synchronize()
+            parts = self._packed.split([shape.numel() for shape in self._shapes])
+            self._values = [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
+        return self._values
 
 
 def _marked(device: torch.device) -> torch.Event:

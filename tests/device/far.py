@@ -65,7 +65,8 @@ class Far(TorchDispatchMode):
     """While it is entered there is a device `far`, and `stops` counts what keeps the host waiting for it.
 
     stops: (kind, place) -> times; kinds are "read", "upload" (from memory that is not pinned, which waits as a read does) and "shape".
-    queued: the same of copies that nobody waits for. waits: places where the host waits for such a copy.
+    queued: the same of copies that nobody waits for. waits: places where the host waits for such a copy of an earlier step; for one of
+    this step it is a stop like others.
     """
 
     def __init__(self) -> None:
@@ -73,10 +74,14 @@ class Far(TorchDispatchMode):
         self.stops: Counter[tuple[str, str]] = Counter()
         self.queued: Counter[tuple[str, str]] = Counter()
         self.waits: Counter[str] = Counter()
+        self.step = 0
         self._pinned: WeakSet[torch.UntypedStorage] = WeakSet()
 
     def clear(self) -> None:
         self.stops.clear(), self.queued.clear(), self.waits.clear()
+
+    def next_step(self) -> None:
+        self.step += 1
 
     def total(self, kind: str | None = None) -> int:
         return sum(n for (found, _), n in self.stops.items() if kind in (None, found))
@@ -185,10 +190,13 @@ class _Mark:
     """A place in the device's queue. Far tensors are there at once, so it is reached when somebody waits for it."""
 
     def __init__(self, far: Far) -> None:
-        self.far = far
+        self.far, self.step = far, far.step
 
     def synchronize(self) -> None:
-        self.far.waits[_place()] += 1
+        if self.step == self.far.step:
+            self.far._copy("read", True)
+        else:
+            self.far.waits[_place()] += 1
 
 
 def _is_composite(function) -> bool:
@@ -208,7 +216,7 @@ def _place() -> str:
         short = path.removeprefix(f"{ROOT}/")
         if "site-packages/" in short:
             short = short.split("site-packages/")[1]
-        if "modes.py" in short or short.startswith("<"):
+        if short.startswith(("<", "pikv_ds/modes.py", "pikv_ds/staging.py")) or "functools.py" in short:
             continue
         return f"{short}:{frame.lineno} {frame.name}"
     return "nowhere"
