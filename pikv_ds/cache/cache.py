@@ -258,9 +258,10 @@ class PiKVCache(HostFace):
             self.exchange.turn.step(layer, (q.shape[2], q.dtype, k.dtype))
             if self.agreement.mode is None:
                 self.agree(self.exchange.headers("opening the first forward"), query.k)
-        found = self.ways[self.agreement.mode or "local"].attend(query)
-        self.exchange.turn.stepped()
-        return found
+            found = self.ways[self.agreement.mode].attend(query)
+            self.exchange.turn.stepped()
+            return found
+        return self.ways["local"].attend(query)
 
     @in_step
     def name_experts(self, layer: int, expert_ids: Tensor) -> None:

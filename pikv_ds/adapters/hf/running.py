@@ -9,6 +9,7 @@ from weakref import ref
 import torch
 from torch import Tensor
 
+from pikv_ds.cache.cache import PiKVCache
 from pikv_ds.errors import UnsupportedError
 from pikv_ds.staging import Arriving
 
@@ -36,14 +37,13 @@ class Forward:
     model had set before; packed: how requests lie in it, where they are packed."""
 
     cache: HFCache
+    conversation: Conversation
+    core: PiKVCache
+    """Of the cache, which may be asked for them once per forward: that it has not ended is checked by its layers."""
     chunk: Chunk
     growth: Growth | None
     host_attention: str
     packed: Packed | None = None
-
-    @property
-    def conversation(self) -> Conversation:
-        return self.cache.conversation
 
 
 @dataclass(slots=True)
