@@ -15,8 +15,8 @@ class Mirror:
     themselves, without a copy."""
 
     def __init__(self, counts: Tensor, free_tops: Sequence[Tensor], load: Tensor, counted: Tensor, leaves: Tensor) -> None:
-        """counts [L, R, S * H] of the nearest pools; free_tops: per level [L]; load [L, shards]; counted: as Counters.device_counts; leaves:
-        [R], as RankPages.leaves. Sync: none."""
+        """counts [L, R, S * H] of the nearest pools; free_tops: per level [L]; load [L, shards]; counted: as Counters.device_counts;
+        leaves: [R], as RankPages.leaves. Sync: none."""
         self._sizes = Arriving(counts, load, counted, leaves, *free_tops)
 
     @property

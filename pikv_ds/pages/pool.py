@@ -119,8 +119,8 @@ class PagePool:
         return int(self.table.counts.sum()) * self.fmt.record_bytes // self.page_size
 
     def reserve(self, free_pages: int, needed: int, table_width: int) -> int:
-        """Make sure that `needed` pages can be taken from the stack, of which `free_pages` are there, and widen the tables. Returns how many
-        pages were added.
+        """Make sure that `needed` pages can be taken from the stack, of which `free_pages` are there, and widen the tables. Returns how
+        many pages were added.
 
         Host side, before the step's collectives; no sync. Growing copies the layer once; the slab is max(needed, P // GROWTH) pages.
         """

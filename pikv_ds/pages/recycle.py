@@ -1,6 +1,6 @@
 """Host-phase changes of a pool's tables, between steps: pages leave a window or a budget, rows are forked, cropped or dropped.
 
-R request rows, S tables of a row. All but `expire` may read sizes back to the host; nothing below attend calls them.
+R request rows, S tables of a row. Forks read sizes back to the host; nothing below attend calls them.
 """
 
 from __future__ import annotations
@@ -32,31 +32,23 @@ def expire(pool: PagePool, at: Tensor, lens: Tensor, window: int) -> tuple[Tenso
     )  # [R, S, C], of full pages
     gone = last <= (at - window)[:, None, None]
     soonest = torch.where(gone, torch.iinfo(torch.int32).max, last).flatten(1).amin(1)
-    expired = gone.sum() * size
-    if pool.device.type != "cpu" or bool(expired):  # where that costs a wait, nothing is taken out as well
-        _take_out(pool, gone)
-    return expired, torch.minimum(soonest, lens) + window  # what fills up later ends at a token that is still to come
+    return drop(pool, gone), torch.minimum(soonest, lens) + window  # what fills up later ends at a token that is still to come
 
 
-def drop(pool: PagePool, gone: Tensor) -> int:
+def drop(pool: PagePool, gone: Tensor) -> Tensor:
     """Take full pages out of their tables and free those that no other table names; the pages that stay close up, in their order.
 
     Args: gone [R, S, max_pages] bool.
-    Returns: entries dropped, counted once per table.
+    Returns: entries dropped, counted once per table, 0-d int64. Sync: none.
     """
-    total = int(gone.sum())
-    if total == 0:
-        return 0
-    _take_out(pool, gone)
-    return total * pool.page_size
-
-
-def _take_out(pool: PagePool, gone: Tensor) -> None:
-    """As `drop`. Sync: none."""
-    table, before = pool.table, pool.table.ids
+    entries, table = gone.sum() * pool.page_size, pool.table
+    if pool.device.type == "cpu" and not bool(entries):  # elsewhere that would cost more to know than to do
+        return entries
+    before = table.ids
     table.close_up(gone)
     table.counts -= gone.sum(-1) * pool.page_size
     pool.allocator.release(before, gone)
+    return entries
 
 
 def fork(pool: PagePool, parent: Tensor, counts: Tensor) -> None:

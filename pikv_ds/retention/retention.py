@@ -87,7 +87,7 @@ class Retention:
         candidates = self._gather([self._candidates(pages) for pages in judged], lens)
         for pages, gone in zip(judged, self._choose(over, candidates, num_pages, lens), strict=True):
             for pool, own in pages.by_pool(self.pages.map.own(gone, 1, self.pages.heads)):
-                self.pages.counters.evicted += drop(pool, own)
+                self.pages.counters.evict(drop(pool, own))
             self.pages.directory.evict(pages.layer, gone.sum(-1) * self.pages.page_size)
         self.pages.note_eviction(lens)
         return True

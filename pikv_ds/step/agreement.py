@@ -124,7 +124,7 @@ class Agreement:
         if any(h != headers[0] for h in headers):
             raise DivergedError(
                 "the ranks hold replicated requests (pikv.storage.requests), but this forward differs between them: "
-                + "; ".join(f"rank {r}: {h[1]} rows x {h[2]} tokens, digest {h[4] % 2**32:08x}{h[3] % 2**32:08x}" for r, h in enumerate(headers))
+                + "; ".join(f"rank {r}: {h[1]} rows x {h[2]} tokens, digest {_hex(h)}" for r, h in enumerate(headers))
                 + ". Sampling with different seeds makes ranks diverge: seed them alike, or set pikv.storage.requests = 'distinct'"
             )
 
@@ -200,3 +200,9 @@ class Agreement:
         before = list(agreed.keep)
         self.lens = [n + new for n, new in zip(before, agreed.num_new, strict=True)]
         return before, list(self.lens)
+
+
+def _hex(header: list[int]) -> str:
+    """The digest in it."""
+    low, high = (half % 2**32 for half in header[DIGEST])
+    return f"{high:08x}{low:08x}"

@@ -24,7 +24,7 @@ CASES = {  # family, block, how, waits per step at most
     "a policy that watches": ("qwen3_moe", {"scheduling": {"method": "h2o", "budget_tokens": 256}}, "loop", 0),
     "integers": ("qwen3_dense", {"page_size": 64, "compression": {"method": "int8"}}, "generate", 0),
 }
-SHORT = ["a loop", "generate, padded", "a window", "a latent", "shards", "spilling refused", "a router", "a policy that watches"]
+SHORT = ["generate, padded", "a window", "a latent", "shards", "a router", "a policy that watches"]
 
 
 @pytest.mark.parametrize("name", short_or_long(SHORT, list(CASES)))
@@ -41,7 +41,7 @@ def test_one_rank_never_stops(name, monkeypatch):
 
 def check_outputs(found: Counted, here: Counted) -> None:
     """The device decodes what the CPU decodes."""
-    assert len(found.outputs) == len(here.outputs) > 16
+    assert len(found.outputs) == len(here.outputs) > 8
     for there, own in zip(found.outputs, here.outputs, strict=True):
         torch.testing.assert_close(there, own, rtol=0, atol=1e-5)
 
@@ -57,7 +57,8 @@ def test_a_mask_of_the_users_own_is_read_once(monkeypatch):
     ("what", "stops"),
     [
         (lambda x: x.sum().item(), 1), (lambda x: bool(x.any()), 1), (lambda x: x.tolist(), 1), (lambda x: x.cpu(), 1),
-        (lambda x: x.to("cpu", non_blocking=True), 0), (lambda x: x[x > 1], 1), (lambda x: x.nonzero(), 1), (lambda x: torch.equal(x, x), 1),
+        (lambda x: x.to("cpu", non_blocking=True), 0), (lambda x: x[x > 1], 1), (lambda x: x.nonzero(), 1),
+        (lambda x: torch.equal(x, x), 1),
         (lambda x: x[[0, 2]], 1), (lambda x: x.repeat_interleave(x), 1), (lambda x: x.repeat_interleave(2), 0),
         (lambda x: torch.tensor([1, 2]).to(FAR), 1), (lambda x: torch.tensor([1, 2], device=FAR), 1), (lambda x: x.to(FAR), 0),
         (lambda x: torch.tensor([1, 2]).to(FAR, non_blocking=True), 1), (lambda x: torch.tensor([1]).pin_memory().to(FAR), 1),

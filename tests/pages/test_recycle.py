@@ -31,8 +31,8 @@ def test_expire_drops_whole_leading_pages(data):
     expired, leaves = expire(pool, torch.tensor(lens), torch.tensor(lens), window)
     assert expired == gone
     assert contents(pool) == lists
-    soonest = [min([n, *(p[page_size - 1] for (row, _), p in lists.items() if row == i and len(p) >= page_size)]) for i, n in enumerate(lens)]
-    assert leaves.tolist() == [last + window for last in soonest], "a page would leave before it is looked for"
+    last = lambda row: [p[page_size - 1] for (r, _), p in lists.items() if r == row and len(p) >= page_size]  # noqa: E731
+    assert leaves.tolist() == [min([n, *last(row)]) + window for row, n in enumerate(lens)], "a page would leave before it is looked for"
     check_pages(PoolProbe(pool), shrunk=False)
 
 

@@ -16,7 +16,6 @@ from .forward_hooks import ForwardHooks
 from .host import Host
 from .running import Generation
 
-
 PATCHED = ("generate", "_prepare_cache_for_generation", "_has_unfinished_sequences", "_update_model_kwargs_for_generation")
 
 

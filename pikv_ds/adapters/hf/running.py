@@ -66,8 +66,8 @@ class Running(threading.local):
         self.generations: list[Generation] = []
 
     def note_expansions(self, conversation: Conversation, *, later: bool) -> None:
-        """A forward of it ends. later: what its latent layers made of their latents may be looked at before the next one, or at the end of a
-        generate(), where that would keep the host waiting. Raises: as check_expansions."""
+        """A forward of it ends. later: what its latent layers made of their latents may be looked at before the next one, or at the end of
+        a generate(), where that would keep the host waiting. Raises: as check_expansions."""
         compared, self.expansions = self.expansions, []
         if compared:
             wrong = Arriving(torch.stack([deviates for _, _, deviates in compared]))

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from tests.device.far import Far
 from tests.device.steps import decoded
 from tests.dist.jobs.report import Report
+from tests.long_form import short_or_long
 
 POLICY = {"scheduling": {"method": "h2o", "budget_tokens": 256}}
 ROUTED = {"routing": {"method": "bounds", "budget_pages": 4, "sink_tokens": 4, "recent_tokens": 4}}
@@ -16,6 +17,7 @@ CASES = {  # requests, family, block, how
     "replicated, a router": ("replicated", "qwen3_moe", ROUTED, "loop"),
     "distinct, a policy that watches": ("distinct", "qwen3_moe", POLICY, "loop"),
 }
+SHORT = ["replicated", "distinct"]
 
 
 def check(report: Report, name: str, group: dist.ProcessGroup) -> None:
@@ -31,7 +33,7 @@ def check(report: Report, name: str, group: dist.ProcessGroup) -> None:
             patch.undo()
         row["stops"], row["waits"] = found.stops, found.waits
         here = decoded(family, block, how=how, far=None, group=group, seed=seed)
-        assert len(found.outputs) == len(here.outputs) > 16
+        assert len(found.outputs) == len(here.outputs) > 8
         for there, own in zip(found.outputs, here.outputs, strict=True):
             torch.testing.assert_close(there, own, rtol=0, atol=1e-5)
         assert list(found.stops.values()) == [1.0] and "headers_of" in next(iter(found.stops)), found.stops
@@ -41,7 +43,7 @@ def check(report: Report, name: str, group: dist.ProcessGroup) -> None:
 def main() -> None:
     dist.init_process_group("gloo")
     report = Report()
-    for name in CASES:
+    for name in short_or_long(SHORT, list(CASES)):
         check(report, name, dist.group.WORLD)
     dist.destroy_process_group()
 
