@@ -46,7 +46,7 @@ class PiKVCache(HostFace):
     """Expert-sharded KV cache of one model on one rank.
 
     Call order, the same on all ranks: begin_step(local), attend(layer 0), ..., attend(last layer), end_step(). reset() on all ranks or
-    none. From attend down nothing reads the device back except the header of the forward's first record.
+    none. A decode step reads nothing back from the device but, on several ranks, the header of its first record.
 
     The modes that a caller has switched on do not matter: everything here runs as `eager` says (modes.py), and has no graph.
     """
@@ -143,7 +143,8 @@ class PiKVCache(HostFace):
     @eager
     def end_step(self) -> None:
         """Finish a forward: late entries go home, pages leave windows and budgets, slabs are returned, late errors are raised (on all
-        ranks alike)."""
+        ranks alike); those that need sizes of a device at the start of the next forward. Sync: none in a decode step, but when an
+        eviction is due or pages move to another pool."""
         step = self.step
         if step is None:
             raise UnsupportedError("a forward of this cache has ended and no layer has called attend: its tokens are stored nowhere")
