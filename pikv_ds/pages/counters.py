@@ -18,7 +18,7 @@ class Counters:
         self._by_expert = torch.zeros(num_experts, dtype=torch.int64, device=device)
         self._pending: list[tuple[Routed | Tensor, Tensor]] = []
         self._pending_tokens = 0
-        self.device_counts = torch.zeros(4, dtype=torch.int64, device=device)  # expired, spilled to here, spilled anywhere, evicted
+        self.device_counts = torch.zeros(3, dtype=torch.int64, device=device)  # expired, spilled to here, spilled anywhere
         self.clear()
 
     def clear(self) -> None:
@@ -26,6 +26,7 @@ class Counters:
         self._pending.clear()
         self._pending_tokens = 0
         self.device_counts.zero_()
+        self.evicted: int | Tensor = 0
         self.cropped = 0
         self.forked = 0  # entries that beam forks added to this rank's tables, less those they dropped; sums to 0 over the ranks
 
@@ -71,7 +72,7 @@ class Counters:
 
     def evict(self, entries: Tensor) -> None:
         """0-d int64, that a budget has taken. Sync: none."""
-        self.device_counts[3] += entries
+        self.evicted += int(entries) if entries.device.type == "cpu" else entries
 
     def count_spilled(self, over: Tensor, here: Tensor) -> None:
         self.device_counts[1] += here.sum()

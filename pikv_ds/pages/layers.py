@@ -12,7 +12,7 @@ from pikv_ds.codecs.request_maps import PageMaps
 from pikv_ds.config.storage import StorageConfig
 from pikv_ds.placement.directory import Directory
 from pikv_ds.placement.shard_map import ShardMap
-from pikv_ds.staging import sent
+from pikv_ds.staging import Arriving, sent
 from pikv_ds.step.step import Step
 
 from .counters import Counters
@@ -76,7 +76,15 @@ class RankPages:
 
     def _forget_leaves(self, num_rows: int) -> None:
         """Other rows: it is not known yet when their pages leave windows."""
-        self.leaves = torch.zeros(num_rows, dtype=torch.int64, device=self.device)
+        self._leaves: list[int] = [0] * num_rows
+        self._leaving: Arriving | None = None
+
+    @property
+    def leaves(self) -> list[int]:
+        """[R] tokens of a row before which no page of it leaves a window. Sync: waits for the last forward in which some did."""
+        if self._leaving is not None:
+            self._leaves, self._leaving = self._leaving.values[0].tolist(), None
+        return self._leaves
 
     def _counts(self, num_rows: int) -> list[Tensor]:
         """By level [L, R, S * H] int32: level 0 is read once per step, in one piece."""
@@ -97,11 +105,11 @@ class RankPages:
         """Bytes of what says where entries lie, and of their counters."""
         own = sum(x.nbytes for x in (*self.counts, *self.free_tops)) + sum(pool.metadata_nbytes for pool in self.all_pools)
         own += sum(tail.nbytes for tail in self.no_tails.values())
-        return own + self.leaves.nbytes + self.directory.nbytes + self.counters.nbytes + self.rows.nbytes
+        return own + self.directory.nbytes + self.counters.nbytes + self.rows.nbytes
 
     def mirror(self) -> None:
         """Ask for the sizes that plan the next forward. Sync: none; who looks at them waits."""
-        self.sizes = Mirror(self.counts[0], self.free_tops, self.directory.load, self.counters.device_counts, self.leaves)
+        self.sizes = Mirror(self.counts[0], self.free_tops, self.directory.load, self.counters.device_counts)
 
     def change(self, change: RowChange) -> None:
         """Rows are forked, cropped, dropped or new, with all that is kept of them. Raises: RuntimeError, before anything has moved."""
@@ -198,16 +206,16 @@ class RankPages:
         if margin is None or not lens or not self.windowed:
             return False
         self.crops.note_expiry(lens, margin)
-        if all(n - margin < leaves for n, leaves in zip(lens, self.sizes.leaves, strict=True)):
+        if all(n - margin < leaves for n, leaves in zip(lens, self.leaves, strict=True)):
             return False
         at, after = sent([n - margin for n in lens], torch.int64, self.device), sent(lens, torch.int64, self.device)
         expired, leaves = zip(*(expire(layer.nearest, at, after, layer.spec.window) for layer in self.windowed), strict=True)
         total = torch.stack(expired).sum()
         self.counters.expire(total)
-        self.leaves = torch.stack(leaves).amin(0)
-        if self.device.type == "cpu" and not bool(total):
-            self.mirror()
-            return False
+        self._leaving = Arriving(torch.stack(leaves).amin(0))
+        if self._leaving.on_host:
+            self._leaves, self._leaving = self._leaving.values[0].tolist(), None
+            return bool(total)
         return True
 
     def settle(self, step: Step, *, left: bool, refuses_spills: bool) -> None:
@@ -223,7 +231,7 @@ class RankPages:
             self.sizes.follow(torch.tensor(step.num_new), self.page_size)
             known = True
         if left or not step.quiet:
-            if left or not known:
+            if not known:
                 self.mirror()
             self.gives_back = True
             if known or not step.decode:

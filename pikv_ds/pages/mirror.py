@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 
 from torch import Tensor
 
@@ -14,10 +13,10 @@ class Mirror:
     """The sizes of one moment. They are copied when it is made and waited for when they are asked for; on the CPU they are the sizes
     themselves, without a copy."""
 
-    def __init__(self, counts: Tensor, free_tops: Sequence[Tensor], load: Tensor, counted: Tensor, leaves: Tensor) -> None:
-        """counts [L, R, S * H] of the nearest pools; free_tops: per level [L]; load [L, shards]; counted: as Counters.device_counts;
-        leaves: [R], as RankPages.leaves. Sync: none."""
-        self._sizes = Arriving(counts, load, counted, leaves, *free_tops)
+    def __init__(self, counts: Tensor, free_tops: Sequence[Tensor], load: Tensor, counted: Tensor) -> None:
+        """counts [L, R, S * H] of the nearest pools; free_tops: per level [L]; load [L, shards]; counted: as Counters.device_counts.
+        Sync: none."""
+        self._sizes = Arriving(counts, load, counted, *free_tops)
 
     @property
     def on_host(self) -> bool:
@@ -39,13 +38,9 @@ class Mirror:
         """Entries that any rank has spilled so far."""
         return int(self._sizes.values[2][2])
 
-    @cached_property
-    def leaves(self) -> list[int]:
-        return self._sizes.values[3].tolist()
-
     def free(self, level: int) -> Tensor:
         """[L] free pages. What is written here is known from then on."""
-        return self._sizes.values[4 + level]
+        return self._sizes.values[3 + level]
 
     def follow(self, num_new: Tensor, page_size: int) -> None:
         """A decode step has stored num_new [R] tokens, 0 or 1 of each row, in all tables of the row, and nothing has left: what is known is

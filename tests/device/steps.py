@@ -15,7 +15,7 @@ from pikv_ds.cache.cache import PiKVCache
 from tests.device.far import Far, FarTensor, to_far
 from tests.tiny_models import prompt, tiny_model
 
-FIRST, STEPS = 5, 8  # steps that are not counted, tables grow in them; and those that are
+FIRST, STEPS = 4, 8  # steps that are not counted, tables grow in them; and those that are
 DENSE = ("qwen3_dense", "gemma2")
 
 

@@ -17,7 +17,7 @@ CASES = {  # requests, family, block, how
     "replicated, a router": ("replicated", "qwen3_moe", ROUTED, "loop"),
     "distinct, a policy that watches": ("distinct", "qwen3_moe", POLICY, "loop"),
 }
-SHORT = ["replicated", "distinct"]
+SHORT = ["distinct"]
 
 
 def check(report: Report, name: str, group: dist.ProcessGroup) -> None:
