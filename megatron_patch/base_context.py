@@ -18,7 +18,7 @@ from pikv_ds.cache.gradient import is_recorded, with_gradient
 from pikv_ds.cache.stats import stats
 from pikv_ds.config.pikv import PiKVConfig
 from pikv_ds.errors import UnsupportedError
-from pikv_ds.exchange.digest import digest
+from pikv_ds.exchange.digest import digest_there
 from pikv_ds.modes import eager
 
 from .expert_ids import ExpertIds
@@ -224,11 +224,11 @@ class PiKVContext(ABC):
             )
 
 
-def positions_digest(core: PiKVCache, shared: bool, key: Tensor, positions: Tensor) -> int:
+def positions_digest(core: PiKVCache, shared: bool, key: Tensor, positions: Tensor) -> int | Tensor:
     """What replicated ranks compare. Keys of the first layer are a function of token and position alone; tensor-parallel peers see the same
     tokens by construction, and compute a shared KV head in GEMMs of their own, so theirs are not compared bit by bit, nor are those of a
     later pipeline stage."""
-    return 0 if core.ranks.size == 1 else digest([positions] if shared else [key, positions])
+    return 0 if core.ranks.size == 1 else digest_there([positions] if shared else [key, positions], [])
 
 
 def check_length(length: int, limit: int) -> None:

@@ -87,7 +87,7 @@ class PiKVPackedContext(PiKVContext, StaticInferenceContext):
         return self._positions
 
     def begin_forward(self, key: Tensor, attention_mask: Tensor | None, idle: bool) -> Tokens:
-        """Sync: none but that of the digest of replicated requests."""
+        """Sync: none."""
         if self._given is None:
             raise UnsupportedError("a forward with a PiKVPackedContext outside of its packed(): which requests its tokens are is not known")
         if key.shape[:2] != (self._positions.numel(), 1):

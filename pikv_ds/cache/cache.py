@@ -46,7 +46,7 @@ class PiKVCache(HostFace):
     """Expert-sharded KV cache of one model on one rank.
 
     Call order, the same on all ranks: begin_step(local), attend(layer 0), ..., attend(last layer), end_step(). reset() on all ranks or
-    none. From attend down nothing reads the device back except the header of the forward's first record.
+    none. A decode step reads nothing back from the device but, on several ranks, the header of its first record.
 
     The modes that a caller has switched on do not matter: everything here runs as `eager` says (modes.py), and has no graph.
     """
@@ -143,7 +143,8 @@ class PiKVCache(HostFace):
     @eager
     def end_step(self) -> None:
         """Finish a forward: late entries go home, pages leave windows and budgets, slabs are returned, late errors are raised (on all
-        ranks alike)."""
+        ranks alike); those that need sizes of a device at the start of the next forward. Sync: none in a decode step, but when an
+        eviction is due or pages move to another pool."""
         step = self.step
         if step is None:
             raise UnsupportedError("a forward of this cache has ended and no layer has called attend: its tokens are stored nowhere")
@@ -154,10 +155,7 @@ class PiKVCache(HostFace):
         for part in self.counting:
             part.note(step)
         left = [after_forward(step) for after_forward in self.after_forward]
-        if any(left) or not step.quiet:
-            self.pages.shrink()
-        if self.config.storage.overflow == "error":
-            self.pages.counters.raise_if_overflowed(step.capacity)
+        self.pages.settle(step, left=any(left), refuses_spills=self.config.storage.overflow == "error")
         self.exchange.turn.end()
         self.step = self.local = None
 
@@ -172,6 +170,7 @@ class PiKVCache(HostFace):
 
         announced: by each rank.
         """
+        self.pages.check_last()
         old_lens = self.agreement.lens
         before, after = self.agreement.commit(agreed)
         change = None if agreed.restart or agreed.identity else RowChange.of(agreed, old_lens, self.device)
@@ -260,9 +259,10 @@ class PiKVCache(HostFace):
             self.exchange.turn.step(layer, (q.shape[2], q.dtype, k.dtype))
             if self.agreement.mode is None:
                 self.agree(self.exchange.headers("opening the first forward"), query.k)
-        found = self.ways[self.agreement.mode or "local"].attend(query)
-        self.exchange.turn.stepped()
-        return found
+            found = self.ways[self.agreement.mode].attend(query)
+            self.exchange.turn.stepped()
+            return found
+        return self.ways["local"].attend(query)
 
     @in_step
     def name_experts(self, layer: int, expert_ids: Tensor) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pikv_ds import ops
-from pikv_ds.exchange.wire import HEADER, Layout, headers_of
+from pikv_ds.exchange.wire import Layout, headers_of, no_header
 from pikv_ds.pages.view import Before
 from pikv_ds.selection.returns import return_needed
 from pikv_ds.step.agreement import Announced
@@ -63,8 +63,7 @@ class DistinctWay:
     def _flush_lse(self, step: Step, asked: LateLse) -> None:
         cache = self.cache
         layout = Layout([("lse", (step.num_tokens, asked.lse.shape[1]), torch.float32)])
-        header = torch.zeros(HEADER, dtype=torch.int32, device=cache.device)
-        block = layout.pack(header, {"lse": asked.lse}, cache.device)
+        block = layout.pack(no_header(cache.device), {"lse": asked.lse}, cache.device)
         self._observe(step, layout.unpack(cache.exchange.all_gather(block, "sharing the lse of the last layer"))["lse"])
 
     def _observe(self, step: Step, lse: Tensor | None) -> None:
@@ -108,7 +107,7 @@ class DistinctWay:
                 fields.append((name, (num_tokens, *value.shape[1:]), value.dtype))
                 values[name] = value
         layout = Layout(fields)
-        header = torch.tensor(cache.agreement.header(cache.local, cache.announced), dtype=torch.int32).to(cache.device)
+        header = no_header(cache.device) if step is not None else cache.agreement.header_there(cache.local, cache.announced)
         buffers = cache.exchange.all_gather(layout.pack(header, values if send else {}, cache.device), what)
         return headers_of(buffers) if step is None else [], layout.unpack(buffers)
 

@@ -52,7 +52,7 @@ class Reader:
         routed = pages.routed if self.selection is not None else None
         for pool in pages.pools:
             if pool is not routed and pool.num_pages and pool.table.num_rows:
-                view = self._view(step, pool, rows, before)
+                view = pool.view(rows) if before is None else self._view(step, pool, rows, before)
                 parts.append((pool, self._read(step, query, pool, view, q, rows)))
                 if query.saw is not None:
                     query.saw(step, pool, view, rows, None)
@@ -83,8 +83,8 @@ class Reader:
     def _read(self, step: Step, query: Query, pool: PagePool, view: PageView, q: Tensor, rows: slice) -> Read:
         """Of all its pages."""
         window = self.pages.specs[query.layer].window
-        q, maps, shift = _folded(pool, query, q, rows)
-        if self._watched(query.layer, pool):
+        q, maps, shift = (q, None, None) if pool.maps is None else _folded(pool, query, q, rows)
+        if self._shares[query.layer] is not None and self._watched(query.layer, pool):
             read = pool.reader.attend_pages(q, view, scale=query.scale)
         elif pool.table.heads > 1:
             read = pool.reader.attend_pages(q, view, scale=query.scale)._replace(page_lse=None)

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from pikv_ds import ops
-from pikv_ds.exchange.wire import Layout, headers_of
+from pikv_ds.exchange.wire import Layout, headers_of, no_header
 from pikv_ds.pages.events import Written
+from pikv_ds.retention.attention import Shares
 from pikv_ds.selection.found import Found
 from pikv_ds.step.query import LateLse, Partial, Query
 from pikv_ds.step.step import Step
@@ -30,17 +31,19 @@ class ReplicatedWay:
         step = cache.step
         if step.positions is None:
             step.set_positions(cache.local.positions.flatten())
-        before = cache.reader.before(step, query.layer)
+        before = None if step.all_see_own else cache.reader.before(step, query.layer)
         written = cache.writer.store(step, query, cache.writer.due(step, query))
-        source = step.sources[0]
-        if not step.reads(source):
-            self._watch(step, query, written, None, None)
+        source, shares = step.sources[0], cache.reader.shares(query.layer)
+        if not (step.all_see_own or step.reads(source)):
+            if shares is not None:
+                self._show(shares, step, query, written, None, None)
             return Partial(*nothing(query.q, query.v_dim)[:2], False, True)
         found = cache.reader.read(step, query, query.q, source.row0, source.num_rows, before)
         out, lse = found.out, found.lse
         if cache.exchange.size > 1:
             out, lse = self._merge(out, lse, unchecked)
-        self._watch(step, query, written, found, lse)
+        if shares is not None:
+            self._show(shares, step, query, written, found, lse)
         return Partial(out, lse, step.all_see_own)
 
     def flush(self, step: Step) -> None:
@@ -48,14 +51,13 @@ class ReplicatedWay:
             late, step.late = step.late, None
             self.cache.writer.append(step, *late)
 
-    def _watch(self, step: Step, query: Query, written: Written | None, found: Found | None, lse: Tensor | None) -> None:
+    @staticmethod
+    def _show(shares: Shares, step: Step, query: Query, written: Written | None, found: Found | None, lse: Tensor | None) -> None:
         """Show a policy that asks for it what a layer's queries attended to; lse [B, T, Hq] merged over ranks, None = nothing stored."""
-        shares = self.cache.reader.shares(query.layer)
-        if shares is not None:
-            q, k = query.q.flatten(0, 1).unsqueeze(0), query.k.unsqueeze(0)
-            page_lse = {} if found is None else {step.sources[0].row0: found.page_lse}
-            asked = LateLse(query.layer, query.scale, q, k, written.slot_mapping, None, page_lse)
-            shares.observe(asked, step, None if lse is None else lse.flatten(0, 1).unsqueeze(0))
+        q, k = query.q.flatten(0, 1).unsqueeze(0), query.k.unsqueeze(0)
+        page_lse = {} if found is None else {step.sources[0].row0: found.page_lse}
+        asked = LateLse(query.layer, query.scale, q, k, written.slot_mapping, None, page_lse)
+        shares.observe(asked, step, None if lse is None else lse.flatten(0, 1).unsqueeze(0))
 
     def _open(self, query: Query) -> bool:
         """Plan the forward. Returns True when the other ranks' headers are still to be compared, in this layer's own collective."""
@@ -86,7 +88,7 @@ class ReplicatedWay:
     def _gather(self, out: Tensor, lse: Tensor, read_headers: bool) -> tuple[Tensor, Tensor, list[list[int]] | None]:
         """out [N, Hq, Dv] and lse [N, Hq] of every rank, by its first shard: all ranks merge the same numbers in the same order."""
         cache = self.cache
-        header = torch.tensor(cache.agreement.header(cache.local, cache.announced), dtype=torch.int32).to(cache.device)
+        header = cache.agreement.header_there(cache.local, cache.announced) if read_headers else no_header(cache.device)
         layout = Layout([("out", tuple(out.shape), torch.float32), ("lse", tuple(lse.shape), torch.float32)])
         gathered = cache.exchange.all_gather(layout.pack(header, {"out": out, "lse": lse}, cache.device), "merging partial attention")
         outs, lses = (cache.map.in_rank_order(layout.unpack(gathered)[name]) for name in ("out", "lse"))

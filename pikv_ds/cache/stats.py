@@ -17,7 +17,7 @@ def stats(cache: PiKVCache, dense_rows: int, dense_columns: int) -> dict:
     """
     pages, exchange = cache.pages, cache.exchange
     counters = pages.counters
-    born_expired, spilled_here, spilled = counters.device_counts.tolist()
+    expired, spilled_here, spilled = counters.device_counts.tolist()
     by_shard = pages.directory.load.sum(0).tolist() if cache.num_shards > 1 else [int(pages.entries_live)]
     load_per_rank = [0] * exchange.size
     for shard, entries in enumerate(by_shard):
@@ -29,8 +29,8 @@ def stats(cache: PiKVCache, dense_rows: int, dense_columns: int) -> dict:
         "metadata_bytes": metadata_bytes(cache),
         "entries_live": int(pages.entries_live),
         "entries_appended": int(counters.by_expert.sum()) * pages.heads,
-        "entries_expired": counters.expired + born_expired,
-        "entries_evicted": counters.evicted,
+        "entries_expired": expired,
+        "entries_evicted": int(counters.evicted),
         "entries_cropped": counters.cropped,
         "entries_forked": counters.forked,
         "entries_read": None if cache.selection is None else float(cache.selection.entries[0]),

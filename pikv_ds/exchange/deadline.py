@@ -21,17 +21,21 @@ class Deadline:
     """
 
     def __init__(self, group: dist.ProcessGroup | None, timeout_s: float) -> None:
-        self.timed = group is not None and dist.get_backend(group) == "gloo"
+        gloo = _gloo_of(group)
+        self.timed, self.timed_on_host = gloo is not None and dist.get_backend(group) == "gloo", gloo is not None
+        """Its collectives; those of tensors of the host alone, where the group has another backend for a device."""
         last_words_s = min(timeout_s / 2, LAST_WORDS_S)
         self._wait, self._own = timedelta(seconds=timeout_s), timedelta(seconds=timeout_s + last_words_s)
         self._last_words = timedelta(seconds=last_words_s)
-        self._backend: Any = None
-        if group is not None and self.timed:
-            self._backend = group._get_backend(torch.device("cpu"))
+        self._backend: Any = gloo
 
-    def wait(self, start: Callable[[], dist.Work]) -> None:
-        """Raises: RuntimeError when it failed or took too long."""
-        if not self.timed:
+    def bounds(self, device: torch.device) -> bool:
+        """Whether a collective of tensors there has a deadline."""
+        return self.timed or (self.timed_on_host and device.type == "cpu")
+
+    def wait(self, start: Callable[[], dist.Work], device: torch.device) -> None:
+        """For a collective of tensors on `device`. Raises: RuntimeError when it failed or took too long."""
+        if not self.bounds(device):
             start().wait()
         else:
             self._started(start, self._own).wait(self._wait)
@@ -47,3 +51,12 @@ class Deadline:
             return start()
         finally:
             self._backend._set_default_timeout(of_group)
+
+
+def _gloo_of(group: dist.ProcessGroup | None) -> Any:
+    """The backend that serves tensors of the host, if that is gloo: alone, or beside one for a device ("cpu:gloo,cuda:nccl")."""
+    host = torch.device("cpu")
+    if group is None or host not in group._device_types:
+        return None
+    backend = group._get_backend(host)
+    return backend if backend.name() == "gloo" else None

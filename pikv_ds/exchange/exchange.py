@@ -31,6 +31,8 @@ class Exchange:
     def __init__(self, group: dist.ProcessGroup | None, timeout_s: float, device: torch.device = CPU, told: Told | None = None) -> None:
         """told: what the cache says about itself; None = there is none, and only hosts use this exchange, between forwards."""
         self.group, self.device = group, device
+        # From host to host where the group can: then no rank waits for its device to say what it does.
+        self._frames_on = CPU if group is not None and CPU in group._device_types else device
         self.rank = 0 if group is None else dist.get_rank(group)
         self.size = 1 if group is None else dist.get_world_size(group)
         self.timeout_s = timeout_s
@@ -49,7 +51,7 @@ class Exchange:
         self._count((self.size - 1) * block.nbytes)
         # torch 2.13 renamed all_gather_into_tensor; the old name still works but warns.
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-        self._run(what, lambda: gather(gathered.view(-1), block.view(-1), group=self.group, async_op=True))
+        self._run(what, lambda: gather(gathered.view(-1), block.view(-1), group=self.group, async_op=True), block.device)
         return gathered
 
     def all_to_all(self, block: Tensor, send_rows: list[int], what: str) -> Tensor:
@@ -66,7 +68,8 @@ class Exchange:
         received = block.new_empty(sum(receive_rows), *block.shape[1:])
         row_bytes = block[0].nbytes if block.shape[0] else 0
         self._count((sum(send_rows) - send_rows[self.rank]) * row_bytes)
-        self._run(what, lambda: dist.all_to_all_single(received, block, receive_rows, send_rows, group=self.group, async_op=True))
+        start = lambda: dist.all_to_all_single(received, block, receive_rows, send_rows, group=self.group, async_op=True)  # noqa: E731
+        self._run(what, start, block.device)
         return received
 
     def headers(self, what: str) -> list[list[int]]:
@@ -162,9 +165,9 @@ class Exchange:
         """
         table = row.new_zeros(self.size, row.numel())
         table[self.rank] = row
-        table = table.to(device or self.device)
+        table = table.to(device or self._frames_on)
         self._count(2 * (self.size - 1) * row.nbytes)
-        self._run(what, lambda: dist.all_reduce(table, group=self.group, async_op=True), says or what)
+        self._run(what, lambda: dist.all_reduce(table, group=self.group, async_op=True), table.device, says or what)
         return table.tolist()
 
     # ---- calls into torch ----------------------------------------------------------------------------------------------------
@@ -174,18 +177,18 @@ class Exchange:
         self.collectives += 1
         self.bytes_sent += num_bytes
 
-    def _run(self, what: str, start: Callable[[], dist.Work], says: str | None = None) -> None:
+    def _run(self, what: str, start: Callable[[], dist.Work], device: torch.device, says: str | None = None) -> None:
         self.state.check(what)
         started = time.monotonic()
         try:
-            self._deadline.wait(start)
+            self._deadline.wait(start, device)
         except RuntimeError as error:
             says = says or (what if self.turn is None else self.turn.says(what))
-            raise self._failed(what, says, time.monotonic() - started, error) from error
+            raise self._failed(what, says, time.monotonic() - started, self._deadline.bounds(device), error) from error
 
-    def _failed(self, what: str, says: str, waited_s: float, error: RuntimeError) -> PeerError:
+    def _failed(self, what: str, says: str, waited_s: float, timed: bool, error: RuntimeError) -> PeerError:
         """The group is out of step from here on. Where the others still listen, they learn what this rank was doing, and it of them."""
-        said = self._last_words(says) if self._deadline.timed and waited_s >= self.timeout_s else None
+        said = self._last_words(says) if timed and waited_s >= self.timeout_s else None
         late = f"within pikv.timeout_s = {self.timeout_s:g} s"
         if said is not None:
             self.state.broken = f"the ranks were not in step: {listed(said)}"

@@ -6,6 +6,7 @@ read and write plain strided views and every value keeps its bits (positions nev
 
 from __future__ import annotations
 
+from functools import cache
 from math import prod
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pikv_ds import ops
+from pikv_ds.modes import eager
 
 HEADER = 8  # int32 words in front of every buffer
 ALIGN = 16  # bytes; every section starts on a multiple, so a section can be viewed in its dtype
@@ -60,6 +62,13 @@ class Layout:
         """uint8 [G, nbytes] -> fields [G, N, ...], views of the buffer. Sync: none."""
         ranks = buffers.shape[0]
         return {s.name: buffers[:, s.start : s.stop].view(s.dtype).view(ranks, *s.shape) for s in self.sections}
+
+
+@cache
+@eager
+def no_header(device: torch.device) -> Tensor:
+    """[HEADER] int32 zeros, for records after the first of a forward: nobody reads theirs."""
+    return torch.zeros(HEADER, dtype=torch.int32, device=device)
 
 
 def headers_of(buffers: Tensor) -> list[list[int]]:

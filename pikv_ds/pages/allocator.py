@@ -73,10 +73,11 @@ class PageAllocator:
         """One table fewer names each of these pages, and others go on naming all of them."""
         self.refcount.index_add_(0, ids.long(), torch.full_like(ids, -1, dtype=torch.int32))
 
-    def release(self, ids: Tensor) -> None:
-        """One table fewer names each of these pages; those that nobody names now are free. Sync: none."""
+    def release(self, ids: Tensor, gone: Tensor) -> None:
+        """One table fewer names each of these pages, those that nobody names now are free. ids: of tables, -1 = none; gone: bool, which of
+        them, all pages. Sync: none, but for who is told of pages that are free."""
         before = self.used
-        self.unshare(ids)
+        self.refcount.index_add_(0, ids.clamp_min(0).flatten().long(), -gone.flatten().to(torch.int32))
         self._freed(before & ~self.used)
         self._restack()
 
@@ -87,13 +88,13 @@ class PageAllocator:
         self._freed(before & ~self.used)
         self._restack()
 
-    def compact(self) -> tuple[Tensor, Tensor]:
-        """Pages in use move down into the holes, in their order, and no page is free.
+    def compact(self, count: int) -> tuple[Tensor, Tensor]:
+        """Pages in use, `count` of them, move down into the holes, in their order, and no page is free. Sync: none.
 
         Returns: [P] int32, the new id of each page in use; [n] int64, the pages in use.
         """
         taken = self.used
-        keep = torch.nonzero(taken).squeeze(-1)
+        keep = torch.argsort(taken.to(torch.int8), descending=True, stable=True)[:count]
         self.refcount = torch.nn.functional.pad(self.refcount.index_select(0, keep), (0, 1))
         self._restack()
         return torch.cumsum(taken, 0, dtype=torch.int32) - 1, keep

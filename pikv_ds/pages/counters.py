@@ -18,7 +18,7 @@ class Counters:
         self._by_expert = torch.zeros(num_experts, dtype=torch.int64, device=device)
         self._pending: list[tuple[Routed | Tensor, Tensor]] = []
         self._pending_tokens = 0
-        self.device_counts = torch.zeros(3, dtype=torch.int64, device=device)  # expired at birth, spilled to here, spilled anywhere
+        self.device_counts = torch.zeros(3, dtype=torch.int64, device=device)  # expired, spilled to here, spilled anywhere
         self.clear()
 
     def clear(self) -> None:
@@ -26,8 +26,7 @@ class Counters:
         self._pending.clear()
         self._pending_tokens = 0
         self.device_counts.zero_()
-        self.expired = 0
-        self.evicted = 0
+        self.evicted: int | Tensor = 0
         self.cropped = 0
         self.forked = 0  # entries that beam forks added to this rank's tables, less those they dropped; sums to 0 over the ranks
 
@@ -67,12 +66,21 @@ class Counters:
         self._by_expert.index_add_(0, experts, unseen)
         self.device_counts[0] += unseen.sum()
 
+    def expire(self, entries: Tensor) -> None:
+        """0-d int64, that have left a window. Sync: none."""
+        self.device_counts[0] += entries
+
+    def evict(self, entries: Tensor) -> None:
+        """0-d int64, that a budget has taken. Sync: none."""
+        self.evicted += int(entries) if entries.device.type == "cpu" else entries
+
     def count_spilled(self, over: Tensor, here: Tensor) -> None:
         self.device_counts[1] += here.sum()
         self.device_counts[2] += over.sum()
 
-    def raise_if_overflowed(self, capacity: list[int]) -> None:
-        spilled = int(self.device_counts[2])
+    @staticmethod
+    def raise_if_overflowed(spilled: int, capacity: list[int]) -> None:
+        """spilled: entries, anywhere."""
         if spilled:
             raise CapacityError(
                 f"{spilled} entries did not fit into the shard of their expert (pikv.storage.capacity_tokens: {max(capacity)} entries per "

@@ -12,11 +12,13 @@ from pikv_ds.codecs.request_maps import PageMaps
 from pikv_ds.config.storage import StorageConfig
 from pikv_ds.placement.directory import Directory
 from pikv_ds.placement.shard_map import ShardMap
+from pikv_ds.staging import Arriving, sent
 from pikv_ds.step.step import Step
 
 from .counters import Counters
 from .crops import CropLimits
 from .layer import LayerPages
+from .mirror import Mirror
 from .plan import PagesPlan
 from .pool import PagePool, no_tail
 from .recycle import expire, fork
@@ -46,6 +48,7 @@ class RankPages:
         ]
         self.specs = [layer.spec for layer in plan.layers]
         self.num_levels = max(len(layer.pools) for layer in plan.layers)
+        self.windowed = [layer for layer in self.layers if layer.spec.window is not None]
         self.directory = Directory(self.specs, self.num_shards, device, self.heads)
         self.counters = Counters(num_experts, device)
         self.rows = Rows(device)
@@ -62,11 +65,26 @@ class RankPages:
             levels = range(len(layer.plan.pools))
             layer.start([self.counts[level][i] for level in levels], [self.free_tops[level][i] for level in levels], self.no_tails)
         self.quiet = 0  # decode steps that surely open no page: nothing to reserve, mirror or give back
+        self.gives_back = False  # sizes are on their way, by which pools with much free space shrink
+        self.unchecked: list[int] | None = None  # capacities of a forward of which it is not known yet whether all entries fitted
         self.rows.start(num_rows)
         self.directory.reset(num_rows)
-        self.evicted = self.directory.evicted_by_head()  # [L][R][H]
+        self.evicted = [[[0] * self.heads for _ in range(num_rows)] for _ in self.layers]  # [L][R][H], as evicted_by_head says it
         self.counters.clear()
+        self._forget_leaves(num_rows)
         self.mirror()
+
+    def _forget_leaves(self, num_rows: int) -> None:
+        """Other rows: it is not known yet when their pages leave windows."""
+        self._leaves: list[int] = [0] * num_rows
+        self._leaving: Arriving | None = None
+
+    @property
+    def leaves(self) -> list[int]:
+        """[R] tokens of a row before which no page of it leaves a window. Sync: waits for the last forward in which some did."""
+        if self._leaving is not None:
+            self._leaves, self._leaving = self._leaving.values[0].tolist(), None
+        return self._leaves
 
     def _counts(self, num_rows: int) -> list[Tensor]:
         """By level [L, R, S * H] int32: level 0 is read once per step, in one piece."""
@@ -90,16 +108,15 @@ class RankPages:
         return own + self.directory.nbytes + self.counters.nbytes + self.rows.nbytes
 
     def mirror(self) -> None:
-        """Host copies of the sizes that plan the next forward. Sync: one read in forwards that are not quiet; free on CPU."""
-        self.stale = False
-        self.counts_host, self.free_host, self.load_host = self.counts[0].cpu(), self.free_tops[0].cpu(), self.directory.load.cpu()
+        """Ask for the sizes that plan the next forward. Sync: none; who looks at them waits."""
+        self.sizes = Mirror(self.counts[0], self.free_tops, self.directory.load, self.counters.device_counts)
 
     def change(self, change: RowChange) -> None:
         """Rows are forked, cropped, dropped or new, with all that is kept of them. Raises: RuntimeError, before anything has moved."""
         self.rows.check(change)
         self.quiet = 0
         parent = change.index
-        keep, lens = (torch.tensor(x, dtype=torch.int64).to(self.device) for x in (change.keep, change.lens))
+        keep, lens = (sent(x, torch.int64, self.device) for x in (change.keep, change.lens))
         removed = self.directory.fork(parent, keep, lens)
         self.counts, old = self._counts(parent.numel()), self.counts
         self.evicted = self.directory.evicted_by_head()
@@ -116,6 +133,7 @@ class RankPages:
                 self.counters.cropped += gone
                 self.counters.forked += int(self.counts[level][i].sum()) + gone - int(old[level][i].sum())
         self.rows.change(change)
+        self._forget_leaves(parent.numel())
         self.mirror()
 
     def note_eviction(self, lens: list[int]) -> None:
@@ -128,13 +146,13 @@ class RankPages:
     def reserve(self, step: Step) -> None:
         """Fill in the per-layer sizes of a step and make sure that its entries will find pages, without knowing their shards yet."""
         if step.decode and self.quiet:
-            self.quiet, self.stale = self.quiet - 1, True
+            self.quiet -= 1
             step.quiet, step.may_open, step.may_spill = True, [False] * len(self.layers), [False] * len(self.layers)
             return
-        if self.stale:
-            self.mirror()
+        if self.gives_back:
+            self._give_back()
         page = self.page_size
-        num_new, counts = np.array(step.num_new, dtype=np.int64), self.counts_host.numpy()  # numpy: small sizes, each step
+        num_new, counts = np.array(step.num_new, dtype=np.int64), self.sizes.counts.numpy()  # numpy: small sizes, each step
         most_new, total_new = max(step.num_new, default=0), sum(step.num_new)
         fullest = counts.max((1, 2), initial=0).tolist()
         opens = [0] * len(self.layers)
@@ -152,22 +170,24 @@ class RankPages:
             kind: shard_capacity(self.specs, kind[0], step.lens_after_host, self.num_shards, page, self.storage.capacity_tokens, kind[1])
             for kind in set(kinds)
         }
-        free = self.free_host.tolist()
-        fullest_shard = self._tokens(self.load_host).amax(1).tolist() if self.num_shards > 1 else [0] * len(self.layers)
+        free = self.sizes.free(0).tolist()
+        fullest_shard = self._tokens(self.sizes.load).amax(1).tolist() if self.num_shards > 1 else [0] * len(self.layers)
         for i, layer in enumerate(self.layers):
             step.capacity.append(capacity[kinds[i]])
             step.may_spill.append(self.num_shards > 1 and fullest_shard[i] + total_new > step.capacity[i])
             needed = opens[i] if step.decode else self._pages_for_chunk(i, torch.from_numpy(num_new), step.capacity[i], step.hold)
             step.may_open.append(needed > 0)
-            layer.nearest.reserve(free[i], needed, -(-(fullest[i] + most_new) // page))
+            added = layer.nearest.reserve(free[i], needed, -(-(fullest[i] + most_new) // page))
+            if added and not self.sizes.on_host:
+                self.sizes.free(0)[i] += added
         if self.num_shards > 1:
             self.directory.reserve(max(step.lens_after_host, default=0))
 
     def _pages_for_chunk(self, layer: int, num_new: Tensor, capacity: int, hold: bool) -> int:
         window = self.specs[layer].window
         stored = num_new if window is None or hold else num_new.clamp_max(window - 1)
-        room = capacity - self._tokens(self.map.own(self.load_host[layer], 0)) if self.num_shards > 1 and window is None else None
-        counts = self.counts_host[layer].view(-1, self.num_local, self.heads)
+        room = capacity - self._tokens(self.map.own(self.sizes.load[layer], 0)) if self.num_shards > 1 and window is None else None
+        counts = self.sizes.counts[layer].view(-1, self.num_local, self.heads)
         if self.heads == 1:
             return pages_to_open(counts.squeeze(-1), stored, room, self.page_size)
         room = None if room is None else room + 1  # loads of heads are rounded up to tokens: a shard may end one above its capacity
@@ -178,24 +198,62 @@ class RankPages:
         return -(-load // self.heads)
 
     def expire(self, step: Step) -> bool:
-        """Free pages that have left their layer's window, but for what may still be cropped back. Returns whether entries left."""
+        """Free pages that have left their layer's window, but for what may still be cropped back. Returns whether entries may have left.
+
+        Sync: none in a decode step, but for sizes that were asked for after an earlier one.
+        """
         lens, margin = step.lens_after_host, step.margin
-        if margin is None or not lens or all(spec.window is None for spec in self.specs):
+        if margin is None or not lens or not self.windowed:
             return False
-        already = self.counters.expired
         self.crops.note_expiry(lens, margin)
-        at = torch.tensor(lens, dtype=torch.int64).to(self.device) - margin
-        for layer in self.layers:
-            if layer.spec.window is not None:
-                self.counters.expired += expire(layer.nearest, at, layer.spec.window)
-        return self.counters.expired > already
+        if all(n - margin < leaves for n, leaves in zip(lens, self.leaves, strict=True)):
+            return False
+        at, after = sent([n - margin for n in lens], torch.int64, self.device), sent(lens, torch.int64, self.device)
+        expired, leaves = zip(*(expire(layer.nearest, at, after, layer.spec.window) for layer in self.windowed), strict=True)
+        total = torch.stack(expired).sum()
+        self.counters.expire(total)
+        self._leaving = Arriving(torch.stack(leaves).amin(0))
+        if self._leaving.on_host:
+            self._leaves, self._leaving = self._leaving.values[0].tolist(), None
+            return bool(total)
+        return True
+
+    def settle(self, step: Step, *, left: bool, refuses_spills: bool) -> None:
+        """After a forward: give back slabs of pools with much free space, and say what did not fit.
+
+        left: entries have left. refuses_spills: storage.overflow is "error". A decode step does not wait for the sizes that this takes, as
+        long as they are on their way from a device: then both happen at the start of the next forward that may open a page.
+
+        Raises: CapacityError, on all ranks alike.
+        """
+        known = self.sizes.on_host
+        if not known and step.decode and not left and self.num_shards == 1:
+            self.sizes.follow(torch.tensor(step.num_new), self.page_size)
+            known = True
+        if left or not step.quiet:
+            if not known:
+                self.mirror()
+            self.gives_back = True
+            if known or not step.decode:
+                self._give_back()
+        if refuses_spills:
+            self.unchecked = step.capacity
+            if self.sizes.on_host:
+                self.check_last()
 
     def shrink(self) -> None:
-        """Mirror the sizes, then give back slabs of pools with much free space."""
+        """Give back slabs of pools with much free space, now. Sync: waits for the sizes."""
         self.mirror()
+        self._give_back()
+
+    def _give_back(self) -> None:
+        self.gives_back, free = False, self.sizes.free
         for i, layer in enumerate(self.layers):
-            self.free_host[i] = layer.nearest.shrink(int(self.free_host[i]))
-        for level in range(1, self.num_levels):
-            for layer, free in zip(self.layers, self.free_tops[level].tolist(), strict=True):
-                if level < len(layer.pools):
-                    layer.pools[level].shrink(free)
+            for level, pool in enumerate(layer.pools):
+                free(level)[i] = pool.shrink(int(free(level)[i]))
+
+    def check_last(self) -> None:
+        """Whether all entries of the last forward fitted, if that is not known yet. Raises: CapacityError, on all ranks alike."""
+        if self.unchecked is not None:
+            capacity, self.unchecked = self.unchecked, None
+            self.counters.raise_if_overflowed(self.sizes.spilled, capacity)

@@ -118,8 +118,9 @@ class PagePool:
         """Bytes of the slots in use, as a share of their records. Sync: reads the device."""
         return int(self.table.counts.sum()) * self.fmt.record_bytes // self.page_size
 
-    def reserve(self, free_pages: int, needed: int, table_width: int) -> None:
-        """Make sure that `needed` pages can be taken from the stack, of which `free_pages` are there, and widen the tables.
+    def reserve(self, free_pages: int, needed: int, table_width: int) -> int:
+        """Make sure that `needed` pages can be taken from the stack, of which `free_pages` are there, and widen the tables. Returns how
+        many pages were added.
 
         Host side, before the step's collectives; no sync. Growing copies the layer once; the slab is max(needed, P // GROWTH) pages.
         """
@@ -127,6 +128,7 @@ class PagePool:
         if missing:
             self._grow(missing)
         self.table.widen(table_width)
+        return missing
 
     def take(self, count: int, uses: Tensor | int = 1) -> Tensor:
         """[count] int32 ids of pages that nobody named, each named by `uses` tables from now on; grows if it must. Host phase."""
@@ -138,7 +140,7 @@ class PagePool:
         used = self.num_pages - free_pages
         if not self.allocator.wasteful(free_pages):
             return free_pages
-        new_id, keep = self.allocator.compact()
+        new_id, keep = self.allocator.compact(used)
         pages = aligned_bytes(used * self.fmt.record_bytes, self.device).view(used, -1) if used else self.pages[:0].clone()
         self.pages = torch.index_select(self.pages, 0, keep, out=pages)
         self.summaries = {name: x.index_select(0, keep) for name, x in self.summaries.items()}
@@ -159,7 +161,7 @@ class PagePool:
         """gone [P] bool: pages that nobody names any more."""
         for name in self.counters if self.counts_by_page else ():
             self.summaries[name].masked_fill_(gone, 0)
-        for tell in self.events.freed:
+        for tell in self.events.freed:  # reads the device
             tell(self.level, torch.nonzero(gone).squeeze(-1))
 
     # ---- counters ------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Host-phase changes of a pool's tables, between steps: pages leave a window or a budget, rows are forked, cropped or dropped.
 
-R request rows, S tables of a row. These functions may read sizes back to the host; nothing below attend calls them.
+R request rows, S tables of a row. Forks read sizes back to the host; nothing below attend calls them.
 """
 
 from __future__ import annotations
@@ -14,36 +14,41 @@ from .events import PageMove
 from .pool import PagePool
 
 
-def expire(pool: PagePool, lens: Tensor, window: int) -> int:
+def expire(pool: PagePool, at: Tensor, lens: Tensor, window: int) -> tuple[Tensor, Tensor]:
     """Free the leading pages that no later query can see.
 
-    A query at position len sees positions > len - window, so a full page whose last position is <= len - window has left.
+    A query at position n sees positions > n - window, so a full page whose last position is <= n - window has left.
 
-    Args: lens [R] int64, tokens of each row so far. window: W of the layer.
-    Returns: entries expired.
+    Args: at [R] int64, the first query that may still come to each row; lens [R] int64, tokens of each row so far. window: W of the layer.
+    Returns: entries expired, 0-d int64; and [R] int64, the `at` before which no page of the row can leave. Sync: none.
     """
-    table, page_size = pool.table.ids, pool.page_size
-    if table.shape[-1] == 0 or pool.num_pages == 0:
-        return 0
-    full = torch.arange(table.shape[-1], device=table.device) < (pool.table.counts // page_size).unsqueeze(-1)
-    last_position = pool.positions[:, -1][table.clamp_min(0)]  # [R, S, max_pages]
-    gone = full & (last_position <= (lens - window)[:, None, None])
-    return drop(pool, gone)
+    table, size = pool.table, pool.page_size
+    if table.width == 0 or pool.num_pages == 0:
+        return torch.zeros((), dtype=torch.int64, device=pool.device), lens + window
+    last = torch.where(
+        torch.arange(table.width, device=pool.device) < (table.counts // size).unsqueeze(-1),
+        pool.positions[:, -1][table.ids.clamp_min(0)],
+        torch.iinfo(torch.int32).max,
+    )  # [R, S, C], of full pages
+    gone = last <= (at - window)[:, None, None]
+    soonest = torch.where(gone, torch.iinfo(torch.int32).max, last).flatten(1).amin(1)
+    return drop(pool, gone), torch.minimum(soonest, lens) + window  # what fills up later ends at a token that is still to come
 
 
-def drop(pool: PagePool, gone: Tensor) -> int:
+def drop(pool: PagePool, gone: Tensor) -> Tensor:
     """Take full pages out of their tables and free those that no other table names; the pages that stay close up, in their order.
 
     Args: gone [R, S, max_pages] bool.
-    Returns: entries dropped, counted once per table.
+    Returns: entries dropped, counted once per table, 0-d int64. Sync: none.
     """
-    total = int(gone.sum())
-    if total == 0:
-        return 0
-    taken = pool.table.without(gone)
-    pool.table.counts -= gone.sum(-1) * pool.page_size
-    pool.allocator.release(taken)
-    return total * pool.page_size
+    entries, table = gone.sum() * pool.page_size, pool.table
+    if pool.device.type == "cpu" and not bool(entries):  # elsewhere that would cost more to know than to do
+        return entries
+    before = table.ids
+    table.close_up(gone)
+    table.counts -= gone.sum(-1) * pool.page_size
+    pool.allocator.release(before, gone)
+    return entries
 
 
 def fork(pool: PagePool, parent: Tensor, counts: Tensor) -> None:

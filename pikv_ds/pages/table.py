@@ -73,16 +73,14 @@ class PageTable:
             self.counted = {name: torch.nn.functional.pad(x, (0, width - self.width)) for name, x in self.counted.items()}
             self.ids = torch.nn.functional.pad(self.ids, (0, width - self.width), value=-1)
 
-    def without(self, gone: Tensor) -> Tensor:
-        """Take pages out; those that stay close up, in their order. Counts are the caller's affair.
+    def close_up(self, gone: Tensor) -> None:
+        """Take pages out; those that stay close up, in their order. Counts are the caller's affair. Sync: none.
 
-        Args: gone [R, S * H, C] bool. Returns: [n] int32, the ids that were there, once per table.
+        Args: gone [R, S * H, C] bool.
         """
-        taken = self.ids[gone]
         stays_first = gone.to(torch.int8).argsort(dim=-1, stable=True)
         self.ids = torch.where(gone, -1, self.ids).gather(-1, stays_first)
         self.counted = {name: torch.where(gone, 0, x).gather(-1, stays_first) for name, x in self.counted.items()}
-        return taken
 
     def fork(self, parent: Tensor, counts: Tensor, page_size: int) -> None:
         """Rows become earlier rows, each cut to its first `counts` entries per table.

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from pikv_ds.staging import sent
 from pikv_ds.step.step import Step
 
 from .rows import RowChange, Rows, least
@@ -61,4 +62,4 @@ class Undoing:
         for parent, n in zip(change.parent, change.keep, strict=True) if change is not None else ():
             if parent >= 0:
                 keep[parent] = n
-        return torch.tensor(keep, dtype=torch.int64).to(self.rows.device)
+        return sent(keep, torch.int64, self.rows.device)

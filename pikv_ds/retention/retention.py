@@ -18,6 +18,7 @@ from pikv_ds.pages.listing import JoinedPages, Pages, fit
 from pikv_ds.pages.recycle import drop
 from pikv_ds.pages.table import by_head, by_table
 from pikv_ds.policies.base import RetentionPolicy
+from pikv_ds.staging import sent
 from pikv_ds.step.step import Step
 
 from .attention import Shares
@@ -81,12 +82,12 @@ class Retention:
         over = [i for i, rows in enumerate(excess) if any(n > 0 for n in rows)]
         if not over:
             return False
-        num_pages = torch.tensor([[-(-max(n, 0) // self.pages.page_size) for n in excess[i]] for i in over]).to(self.pages.device)
+        num_pages = sent([[-(-max(n, 0) // self.pages.page_size) for n in excess[i]] for i in over], torch.int64, self.pages.device)
         judged = [self.judged(self.layers[i], lens) for i in over]
         candidates = self._gather([self._candidates(pages) for pages in judged], lens)
         for pages, gone in zip(judged, self._choose(over, candidates, num_pages, lens), strict=True):
             for pool, own in pages.by_pool(self.pages.map.own(gone, 1, self.pages.heads)):
-                self.pages.counters.evicted += drop(pool, own)
+                self.pages.counters.evict(drop(pool, own))
             self.pages.directory.evict(pages.layer, gone.sum(-1) * self.pages.page_size)
         self.pages.note_eviction(lens)
         return True
@@ -105,7 +106,7 @@ class Retention:
     def judged(self, layer: int, lens: list[int]) -> Pages:
         """The pages of a layer as the policy sees them. lens: tokens of every row."""
         heads = self.pages.heads
-        each = lambda numbers: torch.tensor(numbers, dtype=torch.int64).to(self.pages.device).repeat_interleave(heads)  # noqa: E731
+        each = lambda numbers: sent(numbers, torch.int64, self.pages.device).repeat_interleave(heads)  # noqa: E731
         lens, last_eviction = each(lens), each(self.pages.crops.evicted_at.values).view(-1, 1, 1)
         parts = [
             Pages(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pikv_ds.exchange.exchange import Exchange
 from pikv_ds.placement.shard_map import ShardMap
+from pikv_ds.staging import sent
 
 from .found import Choice
 
@@ -37,7 +38,7 @@ def page_keys(score: Tensor, hidden: Tensor, pinned: Tensor, shard_map: ShardMap
 @lru_cache(maxsize=4)
 def _tie_order(shards: tuple[int, ...], num_shards: int, columns: int, device: torch.device) -> Tensor:
     """[S, 1, C] int32: the lower half of the keys, higher for lower shards and columns."""
-    shard = torch.tensor(shards, dtype=torch.int32, device=device).view(-1, 1, 1)
+    shard = sent(shards, torch.int32, device).view(-1, 1, 1)
     return 0x7FFFFFFF - (shard * (2**31 // num_shards) + torch.arange(columns, dtype=torch.int32, device=device))
 
 

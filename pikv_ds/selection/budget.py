@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pikv_ds.config.routing import RoutingConfig
+from pikv_ds.staging import sent
 
 
 class NearPages(Protocol):
@@ -40,4 +41,4 @@ def page_budget(
         pinned += min(near.sinks, near.sinks // page_size + num_shards) + near.near_span(seen) // page_size + 2 * num_shards
     width = min(max(*pages, pinned), max(seen) // page_size + 2 * num_shards)
     alike = min(pages) == max(pages) >= pinned
-    return Budget(None if alike else torch.tensor(pages).to(device), width)
+    return Budget(None if alike else sent(pages, torch.int64, device), width)

@@ -13,15 +13,18 @@ from dataclasses import dataclass
 from typing import NamedTuple, Self
 
 import torch
+from torch import Tensor
 
 from pikv_ds.errors import DivergedError, PeerError, UnsupportedError
 from pikv_ds.exchange.exchange import Exchange
 from pikv_ds.exchange.wire import HEADER
+from pikv_ds.staging import sent
 
 from .step import LocalStep
 
 PLAIN, IDLE, FRESH, ALIGNED = 1, 2, 4, 8
 ANNOUNCED = 16  # and the two bits above it
+DIGEST = slice(3, 5)  # of a header, the lower half first
 
 
 class Announced(NamedTuple):
@@ -86,9 +89,21 @@ class Agreement:
         self.mode, self.num_rows, self.lens = None, [], []
 
     def header(self, step: LocalStep, announced: Announced) -> list[int]:
+        """Sync: reads a digest that lies on the device."""
+        return self._header(step, announced, int(step.digest))
+
+    def header_there(self, step: LocalStep, announced: Announced) -> Tensor:
+        """The same as [HEADER] int32 on the device. Sync: none."""
+        if not isinstance(step.digest, Tensor):
+            return sent(self._header(step, announced, step.digest), torch.int32, self.device)
+        header = sent(self._header(step, announced, 0), torch.int32, self.device)
+        header[DIGEST].copy_(step.digest.view(1).view(torch.int32))
+        return header
+
+    def _header(self, step: LocalStep, announced: Announced, digest: int) -> list[int]:
         flags = PLAIN * self.is_plain(step) | IDLE * step.idle | FRESH * step.fresh | ALIGNED * step.aligned | announced.flags
-        low, high = step.digest & 0x7FFFFFFF, (step.digest >> 31) & 0x7FFFFFFF
-        header = [flags, step.num_rows, step.num_columns, low, high, step.digest >> 62]
+        low, high = (((digest >> bits) + 2**31) % 2**32 - 2**31 for bits in (0, 32))  # the halves of an int64, as int32
+        header = [flags, step.num_rows, step.num_columns, low, high]
         return header + [0] * (HEADER - len(header))
 
     def is_plain(self, step: LocalStep) -> bool:
@@ -109,7 +124,7 @@ class Agreement:
         if any(h != headers[0] for h in headers):
             raise DivergedError(
                 "the ranks hold replicated requests (pikv.storage.requests), but this forward differs between them: "
-                + "; ".join(f"rank {r}: {h[1]} rows x {h[2]} tokens, digest {h[3]:08x}{h[4]:08x}" for r, h in enumerate(headers))
+                + "; ".join(f"rank {r}: {h[1]} rows x {h[2]} tokens, digest {_hex(h)}" for r, h in enumerate(headers))
                 + ". Sampling with different seeds makes ranks diverge: seed them alike, or set pikv.storage.requests = 'distinct'"
             )
 
@@ -185,3 +200,9 @@ class Agreement:
         before = list(agreed.keep)
         self.lens = [n + new for n, new in zip(before, agreed.num_new, strict=True)]
         return before, list(self.lens)
+
+
+def _hex(header: list[int]) -> str:
+    """The digest in it."""
+    low, high = (half % 2**32 for half in header[DIGEST])
+    return f"{high:08x}{low:08x}"

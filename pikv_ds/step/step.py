@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from pikv_ds.modes import eager
 from pikv_ds.placement.placement import hash_expert
+from pikv_ds.staging import sent
 
 from .query import LateEntries, LateLse
 
@@ -22,7 +24,8 @@ class LocalStep:
     """What this rank brings to a forward. B request rows, T token columns.
 
     num_new: real (not padding) tokens per row; parent and keep: which earlier row each row continues and up to which position
-    (parent -1 = a new request). positions: [B, T] int32 on the device, -1 = padding.
+    (parent -1 = a new request). positions: [B, T] int32 on the device, -1 = padding. digest: what replicated ranks compare, a number or
+    0-d int64 on the device.
     """
 
     num_rows: int
@@ -31,7 +34,7 @@ class LocalStep:
     parent: list[int]
     keep: list[int]
     positions: Tensor
-    digest: int
+    digest: int | Tensor
     identity: bool  # rows continue themselves, nothing cropped
     fresh: bool  # all rows are new requests
     aligned: bool = False  # the tokens of a row are its first columns
@@ -149,23 +152,25 @@ class Step:
 
     @cached_property
     def rows(self) -> Tensor:
-        token = torch.arange(self.num_tokens)
         if len(self.sources) == 1:
-            columns = self.sources[0].num_columns
-            return (token if columns == 1 else token // columns).to(self.device)
-        return torch.cat([s.row0 + (token // s.num_columns).clamp_max(s.num_rows - 1) for s in self.sources]).to(self.device)
+            token, columns = torch.arange(self.num_tokens, device=self.device), self.sources[0].num_columns
+            return token if columns == 1 else token // columns
+        make = _rows_of if self.decode else _rows_of.__wrapped__
+        return make(tuple((s.num_rows, s.num_columns, s.row0) for s in self.sources), self.num_tokens, self.device)
 
     @cached_property
     def lens_before(self) -> Tensor:
-        return torch.tensor(self.lens_before_host, dtype=torch.int64).to(self.device)
+        return sent(self.lens_before_host, torch.int64, self.device)
 
     @cached_property
     def lens_after(self) -> Tensor:
-        return torch.tensor(self.lens_after_host, dtype=torch.int64).to(self.device)
+        return sent(self.lens_after_host, torch.int64, self.device)
 
     @cached_property
     def one_column(self) -> Tensor:
-        return torch.tensor([s.num_columns == 1 for s in self.sources for _ in range(s.num_rows)]).to(self.device)
+        if self.decode:
+            return torch.ones(len(self.num_new), dtype=torch.bool, device=self.device)
+        return sent([s.num_columns == 1 for s in self.sources for _ in range(s.num_rows)], torch.bool, self.device)
 
     @cached_property
     def rows_see_own(self) -> Tensor:
@@ -210,7 +215,7 @@ class Step:
         if 2 * sum(new) >= num_rows * columns:
             return None
         found = ([i for i, n in enumerate(new) if n == 1], [i for i, n in enumerate(new) if n > 1])
-        return [(torch.tensor(rows).to(self.device), max(new[i] for i in rows)) for rows in found if rows]
+        return [(sent(rows, torch.int64, self.device), max(new[i] for i in rows)) for rows in found if rows]
 
     def same_shape_runs(self) -> list[list[Source]]:
         """Neighbouring sources with equal B and T: their queries are one batch."""
@@ -221,3 +226,11 @@ class Step:
             else:
                 runs.append([source])
         return runs
+
+
+@lru_cache(maxsize=8)
+@eager
+def _rows_of(sources: tuple[tuple[int, int, int], ...], num_tokens: int, device: torch.device) -> Tensor:
+    """[sources * N] int64 of sources (B, T, row0): the same in every decode step. Sync: none."""
+    token = torch.arange(num_tokens, device=device)
+    return torch.cat([row0 + (token // columns).clamp_max(rows - 1) for rows, columns, row0 in sources])

@@ -15,6 +15,7 @@ from pikv_ds.pages.listing import Pages
 from pikv_ds.pages.pool import PagePool
 from pikv_ds.pages.rows import RowChange
 from pikv_ds.pools.base import PoolKind
+from pikv_ds.staging import sent
 from pikv_ds.step.step import Step
 
 
@@ -47,7 +48,7 @@ class PoolsBehind:
             return False
         recent = self.kinds[0].recent_tokens
         self.floor.values = [max(floor, n - recent) for floor, n in zip(self.floor.values, lens, strict=True)]
-        on_device = torch.tensor(lens, dtype=torch.int64).to(self.pages.device)
+        on_device = sent(lens, torch.int64, self.pages.device)
         for layer in self.layers:
             first = len(layer.pools) - len(self.kinds)
             for level, kind in enumerate(self.kinds, first):

@@ -22,6 +22,7 @@ from pikv_ds.pages.sizing import light_pages
 from pikv_ds.retention.attention import Shares
 from pikv_ds.retention.choose import Candidates, choose
 from pikv_ds.retention.gathered import of_all_shards
+from pikv_ds.staging import sent
 from pikv_ds.step.step import Step
 
 
@@ -88,8 +89,7 @@ class RawWindow:
         return any(pages is not None for pages in moved)
 
     def _pages(self, pool: PagePool, lens: list[int]) -> Pages:
-        lens = torch.tensor(lens, dtype=torch.int64).to(pool.device)
-        return Pages(pool=pool, table=pool.table.ids, counts=pool.table.counts, lens=lens)
+        return Pages(pool=pool, table=pool.table.ids, counts=pool.table.counts, lens=sent(lens, torch.int64, pool.device))
 
     def _complete(self, pages: Pages) -> Tensor:
         """[R, S, C] bool: full, and no sink in it."""
@@ -107,7 +107,7 @@ class RawWindow:
         size, soonest = self.pages.page_size, []
         for layer in self.layers:
             pool = layer.nearest
-            fills = (size - pool.table.counts % size).amin(-1) + torch.tensor(lens, device=pool.device)  # [R]
+            fills = (size - pool.table.counts % size).amin(-1) + sent(lens, torch.int64, pool.device)  # [R]
             if pool.num_pages:
                 pages = self._pages(pool, lens)
                 last = torch.where(self._complete(pages), pages.last_position + 1, torch.iinfo(torch.int32).max // 2)
@@ -127,7 +127,7 @@ class RawWindow:
             last.append(fit(pages.last_position if pool.num_pages else torch.full_like(old, -1, dtype=torch.int32), columns, -1))
         what = "gathering the attention to pages"
         score, last = of_all_shards(torch.stack(score), (torch.stack(last),), self.exchange, self.pages.map, 1, what)
-        allowed = torch.tensor([light_pages(self.light_ratio, n, self.pages.page_size) for n in lens], device=score.device)
+        allowed = sent([light_pages(self.light_ratio, n, self.pages.page_size) for n in lens], torch.int64, score.device)
         excess = ((score < torch.inf).sum((-1, -2)) - allowed).clamp_min(0)
         gone = self.pages.map.own(choose(Candidates(score, last, torch.zeros_like(last, dtype=torch.bool)), excess), 2)
         return [fit(which, pool.table.width, False) for which, pool in zip(gone, pools, strict=True)]

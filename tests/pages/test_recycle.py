@@ -28,8 +28,11 @@ def test_expire_drops_whole_leading_pages(data):
         while len(positions) >= page_size and positions[page_size - 1] <= lens[row] - window:
             del positions[:page_size]
             gone += page_size
-    assert expire(pool, torch.tensor(lens), window) == gone
+    expired, leaves = expire(pool, torch.tensor(lens), torch.tensor(lens), window)
+    assert expired == gone
     assert contents(pool) == lists
+    last = lambda row: [p[page_size - 1] for (r, _), p in lists.items() if r == row and len(p) >= page_size]  # noqa: E731
+    assert leaves.tolist() == [min([n, *last(row)]) + window for row, n in enumerate(lens)], "a page would leave before it is looked for"
     check_pages(PoolProbe(pool), shrunk=False)
 
 
@@ -38,7 +41,7 @@ def test_expire_at_the_edge_of_the_window(length, left):
     """Pages of positions 0..3 and 4..7, window 8: the next query, at position `length`, sees length - 7 and up."""
     pool = make_pool(1, 1, 4)
     fill(pool, {(0, 0): list(range(8))})
-    assert expire(pool, torch.tensor([length]), 8) == 8 - left
+    assert expire(pool, torch.tensor([length]), torch.tensor([length]), 8)[0] == 8 - left
     assert contents(pool) == {(0, 0): list(range(8 - left, 8))}
 
 
@@ -46,11 +49,11 @@ def test_a_shared_page_expires_for_one_row_only():
     pool = make_pool(1, 1, 2)
     fill(pool, {(0, 0): [0, 1, 2, 3]})
     fork(pool, torch.tensor([0, 0]), torch.tensor([[4], [4]], dtype=torch.int32))
-    assert expire(pool, torch.tensor([9, 4]), 6) == 4
+    assert expire(pool, torch.tensor([9, 4]), torch.tensor([9, 4]), 6)[0] == 4
     assert contents(pool, {1: 0}) == {(0, 0): [], (1, 0): [0, 1, 2, 3]}
     assert pool.num_pages - int(pool.allocator.free_top) == 2
     check_pages(PoolProbe(pool), shrunk=False)
-    assert expire(pool, torch.tensor([9, 9]), 6) == 4
+    assert expire(pool, torch.tensor([9, 9]), torch.tensor([9, 9]), 6)[0] == 4
     assert pool.num_pages == int(pool.allocator.free_top)
     check_pages(PoolProbe(pool), shrunk=False)
 

@@ -26,6 +26,11 @@ def own_group(members: Sequence[int], timeout_s: float) -> dist.ProcessGroup | N
     # new_group is collective over the whole job: every rank creates every group, in the same order.
     for ranks in sorted(set(members_by_rank)):
         if len(ranks) > 1:
-            group = dist.new_group(list(ranks), timeout=timedelta(seconds=timeout_s))
+            group = dist.new_group(list(ranks), timeout=timedelta(seconds=timeout_s), backend=_backend())
             mine = group if dist.get_rank() in ranks else mine
     return mine
+
+
+def _backend() -> str | None:
+    """Of a group of ours: the job's, and gloo for tensors of the host where the job has NCCL alone. Frames go from host to host then."""
+    return "cpu:gloo,cuda:nccl" if dist.get_backend() == "nccl" else None

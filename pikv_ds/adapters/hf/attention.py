@@ -33,8 +33,7 @@ def pikv_attention(
     """
     binding = binding_of(module)
     spec, layer, forward = binding.spec, binding.layer, binding.forward
-    conversation, packed, chunk = forward.conversation, forward.packed, forward.chunk
-    core = conversation.core
+    conversation, core, packed, chunk = forward.conversation, forward.core, forward.packed, forward.chunk
     _refuse(binding, dropout, sliding_window, softcap)
     check_arguments(module, kwargs)
     queries, columns = query.shape[2], key.shape[2]

@@ -71,7 +71,7 @@ class Binding:
                 f"{tuple(k.shape[2:])} and {tuple(v.shape[2:])}, "
                 f"the model's configuration says {shapes[0]} and {shapes[1]}"
             )
-        if not (_same(key, new[0]) and _same(value, new[1])):
+        if (key is not new[0] or value is not new[1]) and not (_same(key, new[0]) and _same(value, new[1])):
             raise UnsupportedError(
                 f"layer {self.layer}: the model changes keys or values between the cache and attention ({tuple(new[0].shape)} became "
                 f"{tuple(key.shape)}); PiKV attends to what is stored and can't honour that"
@@ -88,7 +88,7 @@ class Binding:
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    return a is b or (a.data_ptr() == b.data_ptr() and a.shape == b.shape)
+    return a.data_ptr() == b.data_ptr() and a.shape == b.shape
 
 
 _BINDINGS: WeakKeyDictionary[nn.Module, Binding] = WeakKeyDictionary()

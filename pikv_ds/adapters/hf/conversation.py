@@ -16,6 +16,7 @@ from pikv_ds.step.step import LocalStep
 from .anatomy import Anatomy
 from .cache_layers import States, cache_layers
 from .expert_ids import ExpertIds
+from .grown import GrownMask
 
 
 class InStep(Protocol):
@@ -124,6 +125,7 @@ class Conversation:
         self.parent: list[int] = []  # pending fork: the row each row continues, in the rows of the last forward
         self.last_position: Tensor | None = None  # [B] position_ids of the last real token of each row
         self.column_mask: Tensor | None = None  # [B, columns] which columns are real tokens, on the host; None = all of them
+        self.grown = GrownMask()
         self.fresh = True
         self.idle = False
         self.touched = False  # parent or lens changed since the last forward
@@ -210,3 +212,4 @@ class Conversation:
                 self.column_mask = torch.cat([old, new], 1)
             self.lens = [n + new for n, new in zip(self.lens, num_new, strict=True)]
             self.columns += num_columns
+            self.grown.ran(self.lens)

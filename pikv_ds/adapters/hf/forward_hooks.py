@@ -11,8 +11,9 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from pikv_ds.errors import UnsupportedError
-from pikv_ds.exchange.digest import digest
+from pikv_ds.exchange.digest import digest_there
 from pikv_ds.modes import eager, refuse_transforms, untraced
+from pikv_ds.staging import sent
 from pikv_ds.step.step import LocalStep
 
 from .argument_names import given_cache, given_name, renamed
@@ -52,6 +53,7 @@ class ForwardHooks:
         refuse_transforms()
         check_inputs(decoder, given)
         self.abandon()
+        self.host.running.check_expansions()
         local, growth = self._plan(cache.conversation, given)  # what is refused here, other ranks need not hear of
         cache.conversation.lockstep.before_forward(cache.conversation)
         self.host.lock.acquire()
@@ -121,14 +123,14 @@ class ForwardHooks:
         identity = not conversation.fresh and not conversation.touched
         core, value = conversation.core, 0
         if core.ranks.size > 1 and (conversation.fresh or core.replicated):
-            value = digest([tokens, positions, torch.tensor(before), torch.tensor(conversation.parent or [-1])])
+            value = digest_there([tokens], [positions, torch.tensor(before), torch.tensor(conversation.parent or [-1])])
         local = LocalStep(
             num_rows=rows,
             num_columns=columns,
             num_new=num_new,
             parent=[-1] * rows if conversation.fresh else list(conversation.parent),
             keep=[0] * rows if conversation.fresh else list(before),
-            positions=positions.to(core.device),
+            positions=sent(positions, torch.int32, core.device),
             digest=value,
             identity=identity,
             fresh=conversation.fresh,
@@ -146,7 +148,7 @@ class ForwardHooks:
         whole = all(n == local.num_columns for n in local.num_new)
         chunk = Chunk(local.positions, None if whole else local.positions < 0)
         packed = conversation.packed
-        self.host.running.forward = Forward(cache, chunk, growth, self.config._attn_implementation, packed)
+        self.host.running.forward = Forward(cache, conversation, core, chunk, growth, self.config._attn_implementation, packed)
         conversation.thread = threading.get_ident()
         conversation.expert_ids.begin(core, None if packed is None else packed.experts)
         self.config._attn_implementation = "pikv"
@@ -179,7 +181,7 @@ class ForwardHooks:
             conversation = forward.conversation
             conversation.core.end_step()
             conversation.states.let_go()
-            self.host.running.check_expansions()
+            self.host.running.note_expansions(conversation, later=forward.chunk.positions.shape[1] == 1)
             if forward.packed is not None:
                 forward.packed.finish(conversation)
             else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 
 from torch import Tensor
+from transformers.generation.utils import GenerationMixin
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from pikv_ds.errors import UnsupportedError
@@ -15,9 +16,11 @@ from .forward_hooks import ForwardHooks
 from .host import Host
 from .running import Generation
 
+PATCHED = ("generate", "_prepare_cache_for_generation", "_has_unfinished_sequences", "_update_model_kwargs_for_generation")
+
 
 class GenerateHooks:
-    """Three instance attributes over the model's methods; remove() deletes them again."""
+    """Instance attributes over the model's methods; remove() deletes them again."""
 
     def __init__(self, host: Host, forwards: ForwardHooks) -> None:
         self.host, self.forwards = host, forwards
@@ -28,9 +31,12 @@ class GenerateHooks:
         model.generate = self.generate
         model._prepare_cache_for_generation = self.prepare_cache
         model._has_unfinished_sequences = self.has_unfinished_sequences
+        self._update = model._update_model_kwargs_for_generation
+        if getattr(self._update, "__func__", None) is GenerationMixin._update_model_kwargs_for_generation:  # known to append ones
+            model._update_model_kwargs_for_generation = self.update_arguments
 
     def remove(self) -> None:
-        for name in ("generate", "_prepare_cache_for_generation", "_has_unfinished_sequences"):
+        for name in PATCHED:
             self.host.model.__dict__.pop(name, None)
 
     def generate(self, *args, **kwargs):
@@ -56,9 +62,12 @@ class GenerateHooks:
         self.host.running.generations.append(generation)
         try:
             if cache is None or cache.core.ranks.size == 1 or is_deepspeed_zero3_enabled():
-                return self._generate(*args, **kwargs)
-            with cache.conversation.lockstep.generating(cache.core.ranks):
-                return self._generate(*args, **kwargs)
+                made = self._generate(*args, **kwargs)
+            else:
+                with cache.conversation.lockstep.generating(cache.core.ranks):
+                    made = self._generate(*args, **kwargs)
+            self.host.running.check_expansions()  # of the last forward
+            return made
         finally:
             self.forwards.abandon()  # a forward that Ctrl-C broke off
             self.host.running.generations.remove(generation)
@@ -94,6 +103,16 @@ class GenerateHooks:
         if generation_config.is_assistant:
             cache.activate_past_recording()
         return None if made else self._prepare_cache(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
+
+    def update_arguments(self, outputs, model_kwargs: dict, *args, **kwargs) -> dict:
+        """Note which mask the next forward gets, so that it need not be read (grown.py)."""
+        before = model_kwargs.get("attention_mask")
+        updated = self._update(outputs, model_kwargs, *args, **kwargs)
+        generations = self.host.running.generations
+        cache = generations[-1].cache if generations else None
+        if cache is not None and before is not None:
+            cache.conversation.grown.grows(before, updated.get("attention_mask"))
+        return updated
 
     def _check_last_column(self, mask, cache: HFCache) -> None:
         """Sync: with a mask, one read. Raises: UnsupportedError."""

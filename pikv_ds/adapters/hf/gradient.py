@@ -57,7 +57,9 @@ class Chunk(NamedTuple):
 def attention(core: PiKVCache, layer: int, inputs: Inputs, chunk: Chunk, expert_ids: Routed | Tensor | None) -> Tensor:
     """[B, T, Hq, Dv] f32, with a graph if one is recorded. Sync: as PiKVCache.attend."""
     if not gradient.is_recorded(*inputs):
-        return _plain(core, layer, inputs, chunk, expert_ids)
+        read = _read if inputs.up_k is None else stored  # without a latent there is nothing to compute but in core.attend
+        found, _ = read(core, layer, inputs, chunk.scale, expert_ids, None)
+        return found.out if found.includes_self and inputs.sink is None else _finished(found, inputs, chunk)
     spec, record = core.layers[layer], Record(entries=inputs.entry_k.requires_grad or inputs.entry_v.requires_grad)
     found, v_dim = stored(core, layer, inputs, chunk.scale, expert_ids, record)
     if found.empty and inputs.sink is None:  # torch has a backward of its own, that holds no scores
@@ -65,11 +67,6 @@ def attention(core: PiKVCache, layer: int, inputs: Inputs, chunk: Chunk, expert_
             return finish(found, inputs.query, inputs.key, inputs.value, **chunk._asdict())
     again = partial(_again, record, spec, v_dim, chunk, includes_self=found.includes_self, empty=found.empty)
     return gradient.with_gradient(_finished(found, inputs, chunk), again, record.refusal, *inputs)
-
-
-@in_step
-def _plain(core: PiKVCache, layer: int, inputs: Inputs, chunk: Chunk, expert_ids: Routed | Tensor | None) -> Tensor:
-    return _finish(_read(core, layer, inputs, chunk.scale, expert_ids, None)[0], inputs, chunk)
 
 
 def _read(

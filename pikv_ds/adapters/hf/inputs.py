@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pikv_ds.errors import UnsupportedError
+from pikv_ds.staging import Arriving
 
 from .argument_names import given_cache
 from .conversation import Conversation
@@ -16,7 +17,8 @@ from .masks import visible
 
 
 def new_mask(cache: Conversation, mask, rows: int, columns: int) -> Tensor | None:
-    """Which of the new columns hold real tokens: [B, T] bool on the host; None = all. Sync: with a mask, reads it.
+    """Which of the new columns hold real tokens: [B, T] bool on the host; None = all. Sync: with a mask, reads it, but for one that
+    generate() has made of the last forward's.
 
     mask: [B, C + T], as a tokenizer makes it; or [B, 1, T, C + T], or several of these by kind of layer, of which columns that nobody sees
     are padding.
@@ -31,7 +33,11 @@ def new_mask(cache: Conversation, mask, rows: int, columns: int) -> Tensor | Non
     if not all(isinstance(each, Tensor) and each.dim() in (2, 4) for each in masks):
         shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise UnsupportedError(f"attention_mask is {shape}; PiKV honours masks [batch, tokens] and [batch, 1, tokens, tokens]")
-    new = [_padding(cache, each, rows, columns) if each.dim() == 2 else _unseen(each, rows, columns) for each in masks]
+    if not cache.fresh and len(masks) == 1 and cache.grown.shows(masks[0], cache.lens, rows, cache.columns, columns):
+        new = [torch.ones(rows, columns, dtype=torch.bool)]
+    else:
+        new = [_padding(cache, each, rows, columns) if each.dim() == 2 else _unseen(each, rows, columns) for each in masks]
+    cache.grown.meets(mask)
     if not new:
         return new_mask(cache, None, rows, columns)
     real = torch.stack(new).any(0)
@@ -45,15 +51,17 @@ def _padding(cache: Conversation, mask: Tensor, rows: int, columns: int) -> Tens
             f"attention_mask has shape {tuple(mask.shape)}; with {cache.columns} columns cached and {columns} new it must be "
             f"[{rows}, {cache.columns + columns}]"
         )
-    mask = mask.to(torch.bool)
-    if cache.columns:
-        seen = mask[:, : cache.columns].sum(1).tolist()
+    mask, cached = mask.to(torch.bool), cache.columns
+    new = mask[:, -columns:]
+    if cached:
+        shown, new = Arriving(mask[:, :cached].sum(1), new).values
+        seen = shown.tolist()
         if seen != cache.lens:
             raise UnsupportedError(
                 f"attention_mask shows {seen} cached tokens per row, the cache holds {cache.lens}: "
                 "a mask can't hide or reveal cached tokens"
             )
-    return mask[:, -columns:].cpu()
+    return new.to("cpu", torch.bool)
 
 
 def _unseen(mask: Tensor, rows: int, columns: int) -> Tensor:
@@ -101,10 +109,10 @@ def check_inputs(decoder: nn.Module, given: dict) -> None:
             "0 and the lowest number, or load the model with attn_implementation='sdpa'"
         )
     positions = given.get("position_ids")
-    if given.get("attention_mask") is not None or not isinstance(positions, Tensor) or positions.dim() != 2:
+    if given.get("attention_mask") is not None or not isinstance(positions, Tensor) or positions.dim() != 2 or positions.shape[1] == 1:
         return
     flash, without_cache = "flash" in str(decoder.config._attn_implementation), given_cache(given) is None
-    if bool((positions.diff(dim=1) != 1).any()) and (flash or (without_cache and _masks_come_first(decoder))):
+    if (flash or (without_cache and _masks_come_first(decoder))) and bool((positions.diff(dim=1) != 1).any()):
         raise UnsupportedError(
             f"position_ids restart within a row, which {type(decoder).__name__} takes for several sequences in a forward without a cache "
             "of its own; pass use_cache=False, or one sequence per row"

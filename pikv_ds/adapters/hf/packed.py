@@ -16,8 +16,9 @@ from pikv_ds.cache.cache import PiKVCache
 from pikv_ds.cache.chunk import finish
 from pikv_ds.cache.gradient import is_recorded
 from pikv_ds.errors import UnsupportedError
-from pikv_ds.exchange.digest import digest
+from pikv_ds.exchange.digest import digest_there
 from pikv_ds.placement.placement import Routed
+from pikv_ds.staging import sent
 from pikv_ds.step.query import Partial
 from pikv_ds.step.step import LocalStep
 
@@ -54,7 +55,7 @@ class Packed:
         columns, new = self.num_columns, torch.tensor(self.rows.new)
         row = torch.arange(self.num_rows).repeat_interleave(new)
         within = torch.arange(self.num_tokens) - (new.cumsum(0) - new).repeat_interleave(new)
-        return (row * columns + within).to(self.device)
+        return sent(row * columns + within, torch.int64, self.device)
 
     @cached_property
     def positions(self) -> Tensor:
@@ -80,7 +81,7 @@ class Packed:
         if self.whole:
             return [(None, self.num_columns)]
         found = ([i for i, n in enumerate(self.rows.new) if n == 1], [i for i, n in enumerate(self.rows.new) if n > 1])
-        return [(torch.tensor(rows, device=self.device), max(self.rows.new[i] for i in rows)) for rows in found if rows]
+        return [(sent(rows, torch.int64, self.device), max(self.rows.new[i] for i in rows)) for rows in found if rows]
 
     def rectangle(self, x: Tensor) -> Tensor:
         """[N, ...] of the host's tokens -> [R, T, ...], zeros where there is none."""
@@ -110,7 +111,7 @@ class Packed:
         self._check(conversation, tokens, given)
         rows, core, value = self.rows, conversation.core, 0
         if core.ranks.size > 1 and (conversation.fresh or core.replicated):
-            value = digest([tokens, self.positions, torch.tensor(rows.keep), torch.tensor(rows.parent)])
+            value = digest_there([tokens], [self.positions, torch.tensor(rows.keep), torch.tensor(rows.parent)])
         continued = rows.parent == list(range(len(conversation.lens))) and rows.keep == conversation.lens
         return LocalStep(
             num_rows=self.num_rows,
@@ -118,7 +119,7 @@ class Packed:
             num_new=rows.new,
             parent=rows.parent,
             keep=rows.keep,
-            positions=self.positions.to(core.device),
+            positions=sent(self.positions, torch.int32, core.device),
             digest=value,
             identity=continued and not conversation.fresh and not conversation.touched,
             fresh=conversation.fresh,

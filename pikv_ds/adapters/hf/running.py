@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass, field
+from weakref import ref
 
 import torch
 from torch import Tensor
 
+from pikv_ds.cache.cache import PiKVCache
 from pikv_ds.errors import UnsupportedError
+from pikv_ds.staging import Arriving
 
 from .cache import HFCache
 from .conversation import Conversation
@@ -34,14 +37,13 @@ class Forward:
     model had set before; packed: how requests lie in it, where they are packed."""
 
     cache: HFCache
+    conversation: Conversation
+    core: PiKVCache
+    """Of the cache, which may be asked for them once per forward: that it has not ended is checked by its layers."""
     chunk: Chunk
     growth: Growth | None
     host_attention: str
     packed: Packed | None = None
-
-    @property
-    def conversation(self) -> Conversation:
-        return self.cache.conversation
 
 
 @dataclass(slots=True)
@@ -60,16 +62,29 @@ class Running(threading.local):
         self.forward: Forward | None = None
         self.expansions: list[tuple[int, str, Tensor]] = []
         """Of the forward: layer, class, and whether a latent layer made something else of its latents than PiKV does (latent.py)."""
+        self._compared: tuple[ref[Conversation], list[tuple[int, str]], Arriving] | None = None
         self.generations: list[Generation] = []
 
-    def check_expansions(self) -> None:
-        """Raises: UnsupportedError when a layer computed what PiKV can't absorb. Sync: one read, if there is something to compare."""
+    def note_expansions(self, conversation: Conversation, *, later: bool) -> None:
+        """A forward of it ends. later: what its latent layers made of their latents may be looked at before the next one, or at the end of
+        a generate(), where that would keep the host waiting. Raises: as check_expansions."""
         compared, self.expansions = self.expansions, []
-        if not compared:
+        if compared:
+            wrong = Arriving(torch.stack([deviates for _, _, deviates in compared]))
+            self._compared = ref(conversation), [(layer, name) for layer, name, _ in compared], wrong
+            if wrong.on_host or not later:
+                self.check_expansions()
+
+    def check_expansions(self) -> None:
+        """Raises: UnsupportedError when a layer of the last forward computed what PiKV can't absorb. Sync: waits for that forward."""
+        compared, self._compared = self._compared, None
+        if compared is None:
             return
-        wrong = torch.stack([deviates for _, _, deviates in compared]).tolist()
-        found = next(((layer, name) for (layer, name, _), yes in zip(compared, wrong, strict=True) if yes), None)
+        conversation, layers, wrong = compared[0](), *compared[1:]
+        found = next((layer for layer, yes in zip(layers, wrong.values[0].tolist(), strict=True) if yes), None)
         if found is not None:
+            if conversation is not None:
+                conversation.broken = True
             raise UnsupportedError(
                 f"layer {found[0]}: {found[1]} does not expand its latent as kv_b_proj(c) beside k_rot, with a linear kv_b_proj without a "
                 "bias (an adapter, inputs that are quantised, or a hook?); PiKV can't absorb it: use the host's own cache"
