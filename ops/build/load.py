@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from pikv_ds.ops import library
+from pikv_ds.ops.devices import one_device
 
 from .compile import BuildError, build, cpu_library
 from .cuda_build import cuda_library, emu_library
@@ -40,11 +41,17 @@ def load_cuda() -> None:
 
 def load_nvrtc() -> None:
     from pikv_ds.ops.nvrtc import compiler as nvrtc
-    from pikv_ds.ops.nvrtc import ops as nvrtc_ops
 
     nvrtc.compiler()  # says what is missing; kernels are compiled when they are first launched
-    for name, op in nvrtc_ops.OPS.items():
+    for name, op in nvrtc_ops().items():
         library._library.impl(name, op, "CUDA")
+
+
+def nvrtc_ops() -> dict[str, Callable]:
+    """What `load_nvrtc` registers."""
+    from pikv_ds.ops.nvrtc import ops
+
+    return {name: one_device(name, library.SCHEMAS[name], op) for name, op in ops.OPS.items()}
 
 
 def load_emu() -> None:
