@@ -83,7 +83,9 @@ def test_another_device_is_refused(which, name):
         args[i] = moved(args[i], "meta")
         with pytest.raises(RuntimeError) as error:
             op(*args)
-        assert f"pikv: {name}: {names[i]} is on meta, {names[first]} on cpu; all tensors of a call must be on one device" in str(error.value)
+        assert f"pikv: {name}: {names[i]} is on meta, {names[first]} on cpu; all tensors of a call must be on one device" in str(
+            error.value
+        )
     if others:
         args = list(legal()[name])
         args[first] = moved(args[first], "meta")

@@ -190,7 +190,7 @@ def test_a_second_choice_says_why_the_first_does_not_serve():
 
 def test_stats_say_what_was_passed_over(tmp_path):
     code = (
-        "from tests.harness.driver import Driver; from tests.harness.driver import layer; from pikv_ds.cache.stats import stats; "
+        "from tests.harness.driver import Driver, layer; from pikv_ds.cache.stats import stats; "
         "import warnings; warnings.simplefilter('ignore'); said = stats(Driver([layer(0)]).cache, 1, 1); "
         "print(said['attention_impl'], '|', said['ops_passed_over'])"
     )
