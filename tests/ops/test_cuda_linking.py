@@ -1,4 +1,4 @@
-"""What the CUDA library asks of the process that loads it: nothing that its own dependencies do not have; and torch's stream at run time."""
+"""What the CUDA library asks of its process: nothing that its own dependencies lack; and torch's stream at run time."""
 
 import os
 import re
