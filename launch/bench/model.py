@@ -116,7 +116,7 @@ def _step(cache, q, k, v, stored: int) -> None:
     from pikv_ds.step.step import LocalStep
 
     rows, tokens = k.shape[:2]
-    positions = torch.arange(stored, stored + tokens, dtype=torch.int32).expand(rows, -1).contiguous()
+    positions = torch.arange(stored, stored + tokens, dtype=torch.int32, device=k.device).expand(rows, -1).contiguous()
     q, k, v = (x.to(cache.dtype) for x in (q, k, v))
     cache.begin_step(
         LocalStep(

@@ -115,7 +115,7 @@ def _step(cache, q, k, v, stored: int) -> None:
     from pikv_ds.step.step import LocalStep
 
     tokens = k.shape[1]
-    positions = torch.arange(stored, stored + tokens, dtype=torch.int32).view(1, -1)
+    positions = torch.arange(stored, stored + tokens, dtype=torch.int32, device=k.device).view(1, -1)
     cache.begin_step(
         LocalStep(
             num_rows=1, num_columns=tokens, num_new=[tokens], parent=[0 if stored else -1], keep=[stored], positions=positions, digest=0,

@@ -59,7 +59,9 @@ def pages_of(name: str, lens: tuple[int, ...], page_size: int, latent: bool, dev
     return Pages(fmt, records, table.to(device), torch.tensor(lens, dtype=torch.int32).view(-1, 1).to(device), tail)
 
 
-def _facts(op: str, name: str, group: int, lens: tuple[int, ...], page_size: int, latent: bool = False, options: str = "") -> dict[str, Any]:
+def _facts(
+    op: str, name: str, group: int, lens: tuple[int, ...], page_size: int, latent: bool = False, options: str = ""
+) -> dict[str, Any]:
     context = lens[0] if len(set(lens)) == 1 else max(lens)
     return {"op": op, "format": name, "group": group, "batch": len(lens), "context_tokens": context, "page_size": page_size,
             "latent": latent, "options": options}  # fmt: skip
@@ -70,7 +72,11 @@ def decode(name: str, group: int, lens: tuple[int, ...], page_size: int, latent:
 
     def make(device: str) -> tuple[Call, int]:
         p = pages_of(name, lens, page_size, latent, device)
-        q = torch.randn(len(lens), p.fmt.num_kv_heads * group, p.fmt.k_dim, generator=torch.Generator().manual_seed(2)).bfloat16().to(device)
+        q = (
+            torch.randn(len(lens), p.fmt.num_kv_heads * group, p.fmt.k_dim, generator=torch.Generator().manual_seed(2))
+            .bfloat16()
+            .to(device)
+        )
         options = {key: value(p) if callable(value) else value for key, value in given.items()} | p.tail
         read = p.records.nbytes if "page_list" not in options else options["page_list"].numel() * p.fmt.record_bytes
         seen = min(1.0, options.get("window", max(lens)) / max(lens))

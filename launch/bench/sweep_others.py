@@ -17,7 +17,9 @@ _CALLS = 64  # of assign_slots on the same tables, more than are timed
 
 
 def cases(quick: bool) -> Iterator[Made]:
-    for name, tokens in itertools.product(("bf16", "int8") if quick else ("bf16", "int8", "int4", "fp8_e4m3"), (2,) if quick else (64, 8192)):
+    for name, tokens in itertools.product(
+        ("bf16", "int8") if quick else ("bf16", "int8", "int4", "fp8_e4m3"), (2,) if quick else (64, 8192)
+    ):
         yield {"op": "append", "format": name, "batch": tokens, "page_size": 64}, _append(name, tokens)
     for tokens in (2,) if quick else (64, 8192):
         yield {"op": "page_bounds", "format": "bf16", "batch": tokens, "page_size": 64}, _bounds(tokens)

@@ -50,7 +50,9 @@ def _tools() -> dict[str, str | None]:
     found = {name: None if path is None else "found" for name, path in found.items()}
     query = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,clocks.max.mem,power.limit", "--format=csv,noheader"]
     try:
-        found["driver, clocks, power"] = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False).stdout.strip() or None
+        found["driver, clocks, power"] = (
+            subprocess.run(query, capture_output=True, text=True, timeout=30, check=False).stdout.strip() or None
+        )
     except FileNotFoundError:
         found["driver, clocks, power"] = None
     return found

@@ -18,7 +18,6 @@ from .runner import Step
 
 STAGES = (1, 2, 3)
 OPS = ("decode", "prefill_cached", "append", "merge", "migrate", "page_bounds", "page_score", "pack", "assign_slots", "checksum")
-_TIMED = ("profile", "model", "select", "latents", "decode")  # of stage 3
 SHARDS = 12  # of the long matrix, beside each other: its f64 reference takes minutes of a core
 CHECKOUT = Path(pikv_ds.__file__).resolve().parents[1]
 
@@ -78,7 +77,9 @@ def _does_it_run(device: str) -> list[Step]:
 
 
 def _sweep(device: str, budget_s: int, *more: str) -> tuple[str, ...]:
-    return _pikv("bench", "ops", "--device", device, "--sweep", "--quick", "--budget", str(budget_s), "--json", "{out}/bench_quick.json", *more)
+    return _pikv(
+        "bench", "ops", "--device", device, "--sweep", "--quick", "--budget", str(budget_s), "--json", "{out}/bench_quick.json", *more
+    )
 
 
 def _how_fast(device: str) -> list[Step]:
@@ -98,28 +99,40 @@ def _how_fast(device: str) -> list[Step]:
 
 def _whole_system(device: str) -> list[Step]:
     gpu = device == "cuda"
-    long = ("--long",) if gpu else ("--points", "24")
-    shards = tuple(_matrix(device, *long, "--shard", f"{i}/{SHARDS}", "--json", f"{{out}}/long_{i}.json")
-                   for i in range(1, (SHARDS if gpu else 1) + 1))  # fmt: skip
-    few = () if gpu else ("--context", "64", "--steps", "1")
-    device_of = ("--device", device)
-    latents = () if gpu else ("--context", "128", "--repeats", "1")
+    where = ("--device", device)
+    small = () if gpu else ("--context", "64", "--steps", "2")
+    of = {  # arguments by benchmark, besides the device
+        "model": ("--quick",) if gpu else (*small, "--batch", "1", "2", "--formats", "bfloat16", "int8"),
+        "select": () if gpu else (*small, "--layers", "1", "--codecs", "none"),
+        "latents": () if gpu else ("--context", "128", "--repeats", "1"),
+        "decode": ("--model", "wide", *(("--context", "8192", "--dtype", "bfloat16") if gpu else small)),
+    }
+    bench = {kind: _pikv("bench", kind, *where, *given, "--json", f"{{out}}/{kind}.json") for kind, given in of.items()}
+    profile = _python("pikv_ds.launch.first_hour.profile", *where, *(() if gpu else ("--quick",)), "--json", "{out}/profile.json")
     steps = [
-        Step("long-matrix", shards, 240, "no failed point of any shard", environment={"OMP_NUM_THREADS": "1"}),
-        _one("profile", _python("pikv_ds.launch.first_hour.profile", *device_of, *(() if gpu else ("--quick",)), "--json", "{out}/profile.json"),
-             60, "kernels per layer and syncs per step"),
-        _one("two-ranks", _python("tests.gpu.two_ranks", *device_of, "--json", "{out}/two_ranks.json"), 90,
+        _one("profile", profile, 60, "kernels per layer and syncs per step"),
+        _one("two-ranks", _python("tests.gpu.two_ranks", *where, "--json", "{out}/two_ranks.json"), 90,
              "tokens of two ranks on one GPU, over gloo, are those of one"),
-        _one("model", _pikv("bench", "model", *device_of, *(("--quick",) if gpu else (*few, "--batch", "1", "--formats", "bfloat16", "int8")),
-                            "--json", "{out}/model.json"), 60, "steps of a cache, by format"),
-        _one("select", _pikv("bench", "select", *device_of, *few, *(() if gpu else ("--layers", "1", "--codecs", "none")), "--json",
-                             "{out}/select.json"), 60, "reading 1/16 of the pages against all"),
-        _one("latents", _pikv("bench", "latents", *device_of, *latents, "--json", "{out}/latents.json"), 60, "MLA by record format"),
-        _one("decode", _pikv("bench", "decode", *device_of, "--model", "wide", *(("--context", "8192", "--dtype", "bfloat16") if gpu else few),
-                             "--json", "{out}/decode.json"), 90, "a step beside DynamicCache and SDPA"),
+        _one("model", bench["model"], 60, "steps of a cache, by format"),
+        _one("select", bench["select"], 60, "reading 1/16 of the pages against all"),
+        _one("latents", bench["latents"], 60, "MLA by record format"),
+        _one("decode", bench["decode"], 90, "a step beside DynamicCache and SDPA"),
     ]  # fmt: skip
-    if gpu:
-        steps.insert(1, _one("end-to-end", _python("pytest", "-q", "-k", "cuda", "tests/gpu/test_end_to_end.py"), 120, "tokens_same"))
-        nvrtc = _python("tests.ops.run_matrix", "nvrtc", "--keep-going", "--json", "{out}/nvrtc.json")
-        steps.append(_one("nvrtc", nvrtc, 90, "the same matrix by NVRTC"))
-    return [replace(step, environment={**step.environment, **_forced(device)}) if step.name in _TIMED else step for step in steps]
+    steps = [replace(step, environment=_forced(device) if step.name != "two-ranks" else {}) for step in steps]
+    return [_long_matrix(device), *_only_on_a_gpu()[: 1 if gpu else 0], *steps, *_only_on_a_gpu()[1 if gpu else 2 :]]
+
+
+def _long_matrix(device: str) -> Step:
+    """In as many processes as there are cores to serve; a rehearsal takes a few points of it."""
+    number, points = (SHARDS, ("--long",)) if device == "cuda" else (1, ("--points", "24"))
+    shards = (_matrix(device, *points, "--shard", f"{i}/{number}", "--json", f"{{out}}/long_{i}.json") for i in range(1, number + 1))
+    return Step("long-matrix", tuple(shards), 240, "no failed point of any shard", environment={"OMP_NUM_THREADS": "1"})
+
+
+def _only_on_a_gpu() -> list[Step]:
+    return [
+        _one("end-to-end", _python("pytest", "-q", "-k", "cuda", "tests/gpu/test_end_to_end.py"), 120, "tokens_same"),
+        _one(
+            "nvrtc", _python("tests.ops.run_matrix", "nvrtc", "--keep-going", "--json", "{out}/nvrtc.json"), 90, "the same matrix by NVRTC"
+        ),
+    ]

@@ -23,7 +23,11 @@ def _points():
     def wrong(op, device):
         raise AssertionError("out is 1.0 away\nmore")
 
-    return [Point("merge", "good", lambda op, device: 1e-7), Point("merge", "bad", wrong), Point("merge", "also good", lambda op, device: 2e-7)]
+    return [
+        Point("merge", "good", lambda op, device: 1e-7),
+        Point("merge", "bad", wrong),
+        Point("merge", "also good", lambda op, device: 2e-7),
+    ]
 
 
 def test_it_keeps_going_when_asked(monkeypatch, capsys):
