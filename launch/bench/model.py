@@ -55,6 +55,10 @@ def run(args: argparse.Namespace) -> int:
     summary = [{"model": name} | {key: value for key, value in model.items() if key != "relative_errors"} for name, model in models.items()]
     print_table("T = S / beta + (eta / 2) S / gamma, S = stored bytes read", [{k: _round(v) for k, v in line.items()} for line in summary])
     write_json(args.json, "bench model", rows, fit=summary)
+    slowest = max(row["step_ms"] for row in rows)
+    print(
+        f"{len(rows)} steps timed, {min(row['step_ms'] for row in rows):.3g} to {slowest:.3g} ms by {rows[0]['attention_impl']} and others"
+    )
     if args.plot:
         draw(Path(args.plot), rows)
     return 0

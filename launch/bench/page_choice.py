@@ -55,6 +55,7 @@ def run(args: argparse.Namespace) -> int:
         [{key: float(f"{row[key]:.4g}") if isinstance(row[key], float) else row[key] for key in shown} for row in rows],
     )
     write_json(args.json, "bench select", rows)
+    print("; ".join(f"{row['codec']}, pages of {row['page_size']}: {row['ratio']:.2f} times as fast as reading all" for row in rows))
     return 0
 
 

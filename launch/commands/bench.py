@@ -69,6 +69,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     kinds = {"ops": bench_ops, "select": bench_select, "model": bench_model, "layouts": bench_layouts, "latents": bench_latents}
     kinds |= {"errors": bench_errors, "merge": bench_merge, "serve": bench_serve}
+    if getattr(args, "device", "cpu") == "cuda" and not _has_cuda():
+        print(f"pikv bench {args.kind} --device cuda: this torch sees no CUDA device")
+        return 1
     if args.kind == "ops" and args.sweep:
         from pikv_ds.launch.bench import sweep as bench_sweep
 
@@ -91,6 +94,8 @@ def _run_decode(args: argparse.Namespace) -> int:
         [{key: _round(row[key]) for key in shown} for row in rows],
     )
     write_json(args.json, "bench decode", rows)
+    ours = [row for row in rows if row["name"] == "pikv exact"]
+    print("; ".join(f"{row['context_tokens']} tokens: {row['ratio']:.2f} of the step of DynamicCache and SDPA" for row in ours))
     return 0
 
 
@@ -171,6 +176,12 @@ def _load(args: argparse.Namespace):
         args.model or model_path(), dtype=getattr(torch, args.dtype), attn_implementation="sdpa", local_files_only=True
     )
     return model.eval().to(args.device)
+
+
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def _spread(name: str, values: list[float]) -> dict[str, float]:

@@ -33,7 +33,6 @@ class Asked(NamedTuple):
     k_dim: int
     v_dim: int
     masked: bool
-    causal: bool
     empty: bool = False  # no query or no key
     softcap: bool = False
 
@@ -50,11 +49,14 @@ def path_of(a: Asked) -> str:
     return "flash" if fits and not a.masked else "efficient"
 
 
-def asked(q: Tensor, k: Tensor, v: Tensor, *, masked: bool, causal: bool, softcap: bool) -> Asked:
-    on_cuda = q.device.type == "cuda"
-    capability = torch.cuda.get_device_capability(q.device) if on_cuda else _FLASH_CAPABILITY
-    return Asked(q.device.type, capability, q.dtype, k.dtype if k.dtype == v.dtype else torch.float64, k.shape[-1], v.shape[-1], masked, causal,
-                 not (q.shape[2] and k.shape[2]), softcap)  # fmt: skip
+def path_for(q: Tensor, k: Tensor, v: Tensor, *, masked: bool, softcap: bool) -> str:
+    """`path_of` the arguments of sdpa_lse."""
+    device = q.device.type
+    if device not in FUSED_ON or k.dtype != v.dtype:
+        return "math"
+    capability = torch.cuda.get_device_capability(q.device) if device == "cuda" else _FLASH_CAPABILITY
+    empty = not (q.shape[2] and k.shape[2])
+    return path_of(Asked(device, capability, q.dtype, k.dtype, k.shape[-1], v.shape[-1], masked, empty, softcap))
 
 
 def flash(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, window: int | None) -> tuple[Tensor, Tensor]:

@@ -45,7 +45,7 @@ def sdpa_lse(
     if window is not None and not causal:
         raise ValueError("sdpa_lse: a window is counted from each query's own key, so it needs causal=True")
     window = None if window is None or window >= k.shape[2] else window
-    path = fused.path_of(fused.asked(q, k, v, masked=mask is not None, causal=causal, softcap=softcap is not None))
+    path = fused.path_for(q, k, v, masked=mask is not None, softcap=softcap is not None)
     if path == "flash":
         return fused.flash(q, k, v, scale, causal, window)
     if path == "efficient":

@@ -1,4 +1,4 @@
-"""Attention by torch's fused CUDA kernels, where there is none: the choice between them, what each is handed, and what memory a prefill takes.
+"""Attention by torch's fused CUDA kernels, without a GPU: the choice between them, what each is handed, what memory a prefill takes.
 
 Which one runs follows from shapes alone. What they are handed is checked twice: by torch's own shape functions on the meta device, and by
 stand-ins on the CPU that compute what the kernels promise, in f64, and refuse what the kernels refuse.
@@ -16,12 +16,11 @@ from tests.ops.cases import make_case
 from tests.ops.live_bytes import LiveBytes
 
 BF16, FP16, F32 = torch.bfloat16, torch.float16, torch.float32
-PLAIN = Asked("cuda", (9, 0), BF16, BF16, 128, 128, masked=False, causal=True)
+PLAIN = Asked("cuda", (9, 0), BF16, BF16, 128, 128, masked=False)
 CHOICES = {
-    "causal": ({}, "flash"),
-    "all keys": ({"causal": False}, "flash"),
+    "no mask": ({}, "flash"),
     "fp16": ({"queries": FP16, "keys": FP16}, "flash"),
-    "padded": ({"masked": True, "causal": False}, "efficient"),
+    "padded": ({"masked": True}, "efficient"),
     "other widths of keys and values": ({"k_dim": 192}, "efficient"),
     "latents": ({"k_dim": 576, "v_dim": 512, "masked": True}, "efficient"),
     "wide heads": ({"k_dim": 512, "v_dim": 512}, "efficient"),
