@@ -14,6 +14,7 @@ import sys
 import pikv_ds
 from pikv_ds.errors import CapacityError, ConfigError, DivergedError, PeerError, UnsupportedError
 from pikv_ds.launch import commands
+from pikv_ds.launch.device import let_memory_grow
 
 # Errors that tell the user what to do; anything else is a bug and keeps its traceback.
 TOLD = (
@@ -46,6 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
+    let_memory_grow()
     try:
         return args.run(args)
     except TOLD as error:

@@ -20,8 +20,10 @@ def main() -> None:
     for path in (block, script):
         if not os.path.isfile(path):
             raise SystemExit(f"{USAGE}\nno such file: {path}")
+    from pikv_ds.launch.device import let_memory_grow
     from pikv_ds.megatron_patch import install
 
+    let_memory_grow()
     install(block)
     sys.argv = arguments[1:]
     # As `python script.py` does: the script's folder comes first, not the current one.

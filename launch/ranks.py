@@ -15,6 +15,7 @@ from typing import Any, TextIO
 
 import pikv_ds
 
+from .device import let_memory_grow
 from .shm_buffers import remove_buffers
 
 _LOG_LINES = 40
@@ -87,6 +88,7 @@ def rank_environment(ranks: int) -> dict[str, str]:
     env.setdefault("TORCH_EXTENSIONS_DIR", str(own_folder()))
     # One thread per rank: ranks that share cores slow each other down by far more than they gain.
     env.setdefault("OMP_NUM_THREADS", "1")
+    let_memory_grow(env)
     if torch.cuda.device_count() < ranks:
         env.setdefault("DS_ACCELERATOR", "cpu")
     root = Path(pikv_ds.__file__).resolve().parents[1]

@@ -31,9 +31,11 @@ def main() -> None:
     script, arguments = split_arguments(sys.argv[1:])
     if not os.path.isfile(script):
         raise SystemExit(f"{USAGE}\nno such file: {script}")
+    from pikv_ds.launch.device import let_memory_grow
     from pikv_ds.ops.build.torch_builds import announce_build, own_folder, watch_locks
 
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(own_folder()))
+    let_memory_grow()
     watch_locks()
     if os.environ.get("LOCAL_RANK", "0") == "0":
         announce_build()

@@ -9,6 +9,7 @@ from pikv_ds.ops.format.bound_codes import SCALE_BYTES, bounds_shape
 from pikv_ds.ops.format.formats import PageFormat
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_INT32_MAX = 2**31 - 1
 _PACKED = (*_FLOATS, torch.float64, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
@@ -157,6 +158,8 @@ def _pages(pages: Tensor, fmt: PageFormat) -> None:
     require(pages.dtype == torch.uint8 and pages.dim() == 2 and pages.shape[1] == fmt.record_bytes,
             f"pages must be uint8 [num_pages, {fmt.record_bytes}] for {fmt.label}, got {pages.dtype} {list(pages.shape)}")  # fmt: skip
     require(pages.is_contiguous(), "pages must be contiguous")
+    require(pages.shape[0] <= _INT32_MAX // fmt.page_size,
+            f"pages has {pages.shape[0]} pages of {fmt.page_size} slots; slots are int32, so a store holds fewer than 2**31")  # fmt: skip
 
 
 def _slots(

@@ -20,6 +20,7 @@ from pikv_ds.ops.format.kernels import MIXED, ROPE
 from pikv_ds.ops.reference.merge_partials import merge_partials
 
 from . import checks
+from .devices import one_device
 from .reference import append as ref_append
 from .reference import attend as ref_attend
 from .reference import bounds as ref_bounds
@@ -124,7 +125,7 @@ def _fake_assign_slots(counts, block_table, free_stack, free_top, refcount, rows
     return rows.new_empty(rows.shape, dtype=torch.int32), rows.new_empty(rows.shape, dtype=torch.int32)
 
 
-REFERENCE = {
+_REFERENCE = {
     "decode": _decode,
     "prefill_cached": _prefill_cached,
     "append": _append,
@@ -137,6 +138,7 @@ REFERENCE = {
     "assign_slots": ref_slots.assign_slots,
     "checksum": ref_pages.checksum,
 }
+REFERENCE = {name: one_device(name, SCHEMAS[name], call) for name, call in _REFERENCE.items()}
 _FAKE = {
     "decode": _fake_decode,
     "prefill_cached": _fake_prefill_cached,
@@ -195,7 +197,7 @@ _library = torch.library.Library("pikv", "DEF")
 for _name, _schema in SCHEMAS.items():
     _library.define(_name + _schema, tags=(torch.Tag.needs_fixed_stride_order,))
     _library.impl(_name, _fallback(_name), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"pikv::{_name}", _FAKE[_name], lib=_library)
+    torch.library.register_fake(f"pikv::{_name}", one_device(_name, _schema, _FAKE[_name]), lib=_library)
 for _name in ("decode", "prefill_cached"):
     _library.define(f"{_name}_reference{SCHEMAS[_name]}", tags=(torch.Tag.needs_fixed_stride_order,))
     _library.impl(f"{_name}_reference", _reference_on_device(_name), "CompositeExplicitAutograd")

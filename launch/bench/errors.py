@@ -135,15 +135,15 @@ def store_pages(fmt: Any, k: torch.Tensor, v: torch.Tensor) -> tuple:
     from pikv_ds import ops
 
     context, size = k.shape[0], fmt.page_size
-    table = torch.randperm(-(-context // size), generator=torch.Generator().manual_seed(1)).int()
-    pages, positions = ops.new_pages(fmt, len(table)), torch.arange(context, dtype=torch.int32)
+    table = torch.randperm(-(-context // size), generator=torch.Generator().manual_seed(1)).int().to(k.device)
+    pages, positions = ops.new_pages(fmt, len(table), k.device), torch.arange(context, dtype=torch.int32, device=k.device)
     slots = table[(positions // size).long()] * size + positions % size
     raw, rows = None, None
     if fmt.grouped:
-        raw, rows = k.new_zeros(1, fmt.num_kv_heads, fmt.group, fmt.k_dim), torch.zeros(context, dtype=torch.int32)
+        raw, rows = k.new_zeros(1, fmt.num_kv_heads, fmt.group, fmt.k_dim), torch.zeros_like(positions)
     ops.append(pages, fmt, k, v.contiguous(), positions, slots, tail=raw, tail_rows=rows)
     tail = {"tail": raw, "tail_rows": rows[:1]} if fmt.grouped else {}
-    return pages, table.view(1, 1, -1), torch.tensor([[context]], dtype=torch.int32), tail
+    return pages, table.view(1, 1, -1), torch.tensor([[context]], dtype=torch.int32, device=k.device), tail
 
 
 def _roundtrip(fmt: Any, pages: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> dict[str, float]:

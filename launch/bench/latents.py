@@ -24,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--context", type=int, default=8192, metavar="T", help="tokens (default 8192)")
     parser.add_argument("--heads", type=int, default=16, metavar="N", help="query heads, all on the one latent (default 16)")
     parser.add_argument("--repeats", type=int, default=9, metavar="N", help="rounds (default 9)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: what serves there, by its own clock (default cpu)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -31,11 +32,13 @@ def run(args: argparse.Namespace) -> int:
 
     from pikv_ds.ops.build import load
 
+    if args.device == "cuda":
+        return _on_cuda(args)
     torch.set_num_threads(1)
     if load.ensured("cpu") != "cpu" or load.cpu_instruction_set() != "vnni":
         print("this needs the CPU ops and a processor with AVX512 and VNNI")
         return 1
-    decodes = {name: _decode(name, args.context, args.heads) for name in FORMATS}
+    decodes = {name: _decode(name, args.context, args.heads, "cpu") for name in FORMATS}
     times: dict[tuple[str, str], list[float]] = {}
     before = os.environ.get("PIKV_CPU")
     for _ in range(args.repeats):
@@ -62,7 +65,25 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _decode(name: str, context: int, heads: int):
+def _on_cuda(args: argparse.Namespace) -> int:
+    """ms of a decode by each format, and bf16's time over it."""
+    from pikv_ds.ops.build import load
+
+    from .clock import Clock
+
+    clock, rows = Clock("cuda"), []
+    for name in FORMATS:
+        decode, nbytes = _decode(name, args.context, args.heads, "cuda")
+        rows.append({"format": name, "bytes_per_token": nbytes, "ms": median(clock.each(clock.graphed(decode), args.repeats))})
+        rows[-1]["bf16 / ms"] = rows[0]["ms"] / rows[-1]["ms"]
+    title = f"decode over latents of {V_DIM} + {K_DIM - V_DIM}, {args.context} tokens, {args.heads} query heads, {load.ensured('cuda')}"
+    print_table(title, [{key: float(f"{value:.4g}") if isinstance(value, float) else value for key, value in row.items()} for row in rows])
+    write_json(args.json, f"bench latents --device cuda --context {args.context} --heads {args.heads}", rows)
+    print("; ".join(f"{row['format']} {row['bf16 / ms']:.2f}x bf16" for row in rows[1:]))
+    return 0
+
+
+def _decode(name: str, context: int, heads: int, device: str):
     """What is timed, and the bytes of a token."""
     import torch
 
@@ -75,6 +96,6 @@ def _decode(name: str, context: int, heads: int):
     size = TRAITS[keys].preferred_page_size
     fmt = ops.PageFormat(keys, 1, K_DIM, V_DIM, size, latent=True, rope_raw=name.endswith("+rope"))
     k = (torch.randn(context, 1, K_DIM, generator=generator) + torch.randn(1, 1, K_DIM, generator=generator)).bfloat16()
-    pages, table, seqlens, tail = store_pages(fmt, k, k[..., :V_DIM])
-    q = torch.randn(1, heads, K_DIM, generator=generator).bfloat16()
+    pages, table, seqlens, tail = store_pages(fmt, k.to(device), k[..., :V_DIM].to(device))
+    q = torch.randn(1, heads, K_DIM, generator=generator).bfloat16().to(device)
     return lambda: ops.decode(q, pages, fmt, table, seqlens, scale=K_DIM**-0.5, **tail), fmt.bytes_per_token

@@ -7,7 +7,6 @@ one context and batch are timed in turns.
 from __future__ import annotations
 
 import argparse
-import time
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -29,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--context", type=int, nargs="+", default=[2048, 4096, 8192, 16384, 32768], metavar="N", help="tokens per request")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 2, 4], metavar="B", help="requests (default 1 2 4)")
     parser.add_argument("--layers", type=int, default=1, metavar="L", help="layers of a step (default 1)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the cache lies (default cpu)")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="torch threads (default 1)")
     parser.add_argument("--steps", type=int, default=21, metavar="N", help="timed steps of each, in turns (default 21)")
     parser.add_argument("--quick", action="store_true", help="short contexts, three steps: shows that it runs")
@@ -55,6 +55,10 @@ def run(args: argparse.Namespace) -> int:
     summary = [{"model": name} | {key: value for key, value in model.items() if key != "relative_errors"} for name, model in models.items()]
     print_table("T = S / beta + (eta / 2) S / gamma, S = stored bytes read", [{k: _round(v) for k, v in line.items()} for line in summary])
     write_json(args.json, "bench model", rows, fit=summary)
+    slowest = max(row["step_ms"] for row in rows)
+    print(
+        f"{len(rows)} steps timed, {min(row['step_ms'] for row in rows):.3g} to {slowest:.3g} ms by {rows[0]['attention_impl']} and others"
+    )
     if args.plot:
         draw(Path(args.plot), rows)
     return 0
@@ -66,9 +70,11 @@ def _rows(args: argparse.Namespace, context: int, batch: int) -> list[dict[str, 
     from pikv_ds.cache.inspect import CacheProbe
     from pikv_ds.cache.stats import stats
 
+    from .clock import Clock
+
     generator = torch.Generator().manual_seed(0)
-    random = lambda tokens, heads: torch.randn(batch, tokens, heads, DIM, generator=generator)  # noqa: E731
-    caches = {name: _cache(name, args.layers) for name in args.formats}
+    random = lambda tokens, heads: torch.randn(batch, tokens, heads, DIM, generator=generator).to(args.device)  # noqa: E731
+    clock, caches = Clock(args.device), {name: _cache(name, args.layers, args.device) for name in args.formats}
     k, v = random(context, HEADS), random(context, HEADS)
     for cache in caches.values():
         _step(cache, k[..., :1, :].expand(-1, -1, HEADS * GROUP, -1), k, v, 0)
@@ -76,10 +82,10 @@ def _rows(args: argparse.Namespace, context: int, batch: int) -> list[dict[str, 
     for step in range(args.steps + 2):
         q, k, v = random(1, HEADS * GROUP), random(1, HEADS), random(1, HEADS)
         for name in caches if step % 2 else reversed(caches):
-            started = time.perf_counter()
+            started = clock.now()
             _step(caches[name], q, k, v, context + step)
             if step >= 2:
-                times[name].append(1e3 * (time.perf_counter() - started))
+                times[name].append(1e3 * (clock.now() - started))
     rows = []
     for name, cache in caches.items():
         fmt = CacheProbe(cache).formats[0]
@@ -87,6 +93,7 @@ def _rows(args: argparse.Namespace, context: int, batch: int) -> list[dict[str, 
         rows.append(
             {
                 "format": name, "context_tokens": context, "batch": batch, "layers": args.layers, "threads": args.threads,
+                "device": args.device,
                 "steps": args.steps, "stored_bytes": stored, "step_ms": median(times[name]), "step_ms_least": min(times[name]),
                 "attention_impl": stats(cache, batch, context)["attention_impl"],
             }
@@ -94,7 +101,7 @@ def _rows(args: argparse.Namespace, context: int, batch: int) -> list[dict[str, 
     return rows
 
 
-def _cache(name: str, num_layers: int):
+def _cache(name: str, num_layers: int, device: str):
     import torch
 
     from pikv_ds.cache.cache import PiKVCache
@@ -104,7 +111,7 @@ def _cache(name: str, num_layers: int):
     layers = [LayerSpec(layer_idx=i, num_kv_heads=HEADS, k_dim=DIM, v_dim=DIM) for i in range(num_layers)]
     dtype = getattr(torch, name) if name in RAW else torch.bfloat16
     config = PiKVConfig(compression={"method": "none" if name in RAW else name})
-    return PiKVCache(layers, config, num_experts=1, dtype=dtype, device=torch.device("cpu"))
+    return PiKVCache(layers, config, num_experts=1, dtype=dtype, device=torch.device(device))
 
 
 def _step(cache, q, k, v, stored: int) -> None:
@@ -113,7 +120,7 @@ def _step(cache, q, k, v, stored: int) -> None:
     from pikv_ds.step.step import LocalStep
 
     rows, tokens = k.shape[:2]
-    positions = torch.arange(stored, stored + tokens, dtype=torch.int32).expand(rows, -1).contiguous()
+    positions = torch.arange(stored, stored + tokens, dtype=torch.int32, device=k.device).expand(rows, -1).contiguous()
     q, k, v = (x.to(cache.dtype) for x in (q, k, v))
     cache.begin_step(
         LocalStep(

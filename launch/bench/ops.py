@@ -55,6 +55,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], metavar="N", help="torch threads (default 1, then 2)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: launch/bench/ops_cuda.py (default cpu)")
     parser.add_argument("--repeats", type=int, default=9, metavar="N", help="runs of each, interleaved (default 9)")
+    parser.add_argument(
+        "--sweep", action="store_true", help="every op over formats, groups, batches, contexts, pages; launch/bench/sweep.py"
+    )
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help="of --sweep: no row is begun later (default: none)")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -35,9 +35,6 @@ PAGE = 64
 
 
 def run(args: argparse.Namespace) -> int:
-    if not torch.cuda.is_available():
-        print("pikv bench ops --device cuda: this torch sees no CUDA device")
-        return 1
     rows = []
     for batch, context in QUICK if args.quick else SHAPES:
         rows += _rows(batch, context, 3 if args.quick else args.repeats)

@@ -61,8 +61,8 @@ def _build(library: Library) -> tuple[dict[str, Any], Path | None]:
     return row | {"seconds": round(time.monotonic() - started, 1), "detail": path.name}, path
 
 
-def _compared(row: dict[str, Any], decode: Any) -> dict[str, Any]:
-    worst = _largest_error(decode)
+def _compared(row: dict[str, Any], decode: Any, device: str = "cpu") -> dict[str, Any]:
+    worst = _largest_error(decode, device)
     return row | {"largest error": float(f"{worst:.2g}"), "status": "ok" if worst < 1e-4 else "wrong results"}
 
 
@@ -87,7 +87,12 @@ def _cuda() -> tuple[dict[str, Any], list[KernelUse]]:
     if path is None:
         return row, []
     uses = ptxas.parse(path.with_suffix(".log").read_text())
-    return _gated(row, uses), uses
+    if not torch.cuda.is_available():
+        return _gated(row, uses, "not run here"), uses
+    row = _gated(row, uses, f"run on {torch.cuda.get_device_name()}")
+    load.load_cuda()
+    compared = _compared(row, torch.ops.pikv.decode, "cuda")
+    return compared if row["status"] == "ok" else row | {"largest error": compared["largest error"]}, uses
 
 
 def _nvrtc() -> tuple[dict[str, Any], list[KernelUse]]:
@@ -98,21 +103,22 @@ def _nvrtc() -> tuple[dict[str, Any], list[KernelUse]]:
             uses += nvrtc.check(arch)
     except BuildError as error:
         return row | {"status": _failure(error), "detail": str(error)}, []
-    return _gated(row | {"seconds": round(time.monotonic() - started, 1)}, uses), uses
+    return _gated(row | {"seconds": round(time.monotonic() - started, 1)}, uses, "not run here"), uses
 
 
-def _gated(row: dict[str, Any], uses: list[KernelUse]) -> dict[str, Any]:
+def _gated(row: dict[str, Any], uses: list[KernelUse], where: str) -> dict[str, Any]:
     breaches = [f"{use.kernel} on {use.arch}: {use.breach()}" for use in uses if use.breach()]
     if breaches:
         return row | {"status": "over the limits", "detail": "; ".join(breaches)}
-    return row | {"detail": f"{len(uses)} kernels compiled, no spill, at most {max(use.registers for use in uses)} registers; not run here"}
+    return row | {"detail": f"{len(uses)} kernels compiled, no spill, at most {max(use.registers for use in uses)} registers; {where}"}
 
 
 _TARGET = {"cpu": _cpu, "cuda": _cuda, "nvrtc": _nvrtc, "emu": _emu}
 
 
-def _largest_error(decode) -> float:
-    """Largest relative error of a decode op over the formats, against the reference in f64 on the same pages."""
+def _largest_error(decode, device: str = "cpu") -> float:
+    """Largest relative error of a decode op over the formats, against the reference in f64 on the same pages on the host."""
+    there = lambda x: None if x is None else x.to(device)  # noqa: E731
     generator = torch.Generator().manual_seed(0)
     worst = 0.0
     for name in FORMATS:
@@ -125,7 +131,7 @@ def _largest_error(decode) -> float:
         lens = torch.tensor([[192 if fmt.grouped else 150]], dtype=torch.int32)
         extra = {"tail": torch.zeros(1, 2, 64, 64), "tail_rows": torch.zeros(1, dtype=torch.int32)} if fmt.grouped else {}
         rows = extra.get("tail"), extra.get("tail_rows")
-        out, _, _ = decode(q, pages, table, lens, None, None, *rows, *library.layout(fmt), 0.125, 0, False, 0)
+        out, _, _ = decode(*map(there, (q, pages, table, lens, None, None, *rows)), *library.layout(fmt), 0.125, 0, False, 0)
         expected, _, _ = ref_attend.attend(q.double().unsqueeze(1), pages, fmt, table, lens, scale=0.125, **extra)
-        worst = max(worst, ((out - expected.squeeze(1)).norm() / expected.norm()).item())
+        worst = max(worst, ((out.cpu() - expected.squeeze(1)).norm() / expected.norm()).item())
     return worst

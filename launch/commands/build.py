@@ -35,4 +35,5 @@ def run(args: argparse.Namespace) -> int:
             print_table(f"Kernels of {name}: registers and bytes spilled", kernel_table(uses))
     print_table("Ops", rows)
     write_json(args.json, f"build {args.target}", rows + kernels, sources=[{"target": "cuda", "digest": kernel_digest()}])
+    print("; ".join(f"{row['target']} {row['status']}: {row['detail'] or 'error ' + str(row['largest error'])}" for row in rows))
     return 0 if all(row["status"] in ("ok", "skipped") for row in rows) else 1

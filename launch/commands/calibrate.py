@@ -42,6 +42,7 @@ def run(args: argparse.Namespace) -> int:
     from pikv_ds.adapters.hf.calibrate import calibrate
     from pikv_ds.adapters.hf.model_spec import load_model_config, read_model_spec
     from pikv_ds.bundled import calibration_text, model_path
+    from pikv_ds.launch.device import own_device
     from pikv_ds.launch.evaluation.job import progress_bar
     from pikv_ds.launch.output import print_table, write_json
 
@@ -53,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     windows = _windows(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], args.context, args.samples)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, args.dtype), local_files_only=True).eval()
-    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model = model.to(own_device())
     about = {"model": folder.name, "text": "bundled" if args.text is None else Path(args.text).name, "context": str(args.context)}
     with progress_bar(f"calibrating {args.codec}", len(windows), sys.stdout) as advance:
         found = calibrate(model, windows, advance, about)

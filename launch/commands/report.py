@@ -12,6 +12,7 @@ from typing import Any
 from pikv_ds.launch.output import HOSTS, machine, package_version, print_table, versions, write_json
 from pikv_ds.launch.tested_versions import OUTSIDE, tested_ranges, verdict
 
+ABSENT = "no such device"
 # import name -> (distribution names, what pikv_ds or a host would use it for)
 _OPTIONAL = {
     "cupy": (("cupy-cuda13x", "cupy-cuda12x", "cupy"), "pikv_ds: CUDA ops compiled at run time through NVRTC, on a machine without nvcc"),
@@ -36,7 +37,12 @@ def run(args: argparse.Namespace) -> int:
             print(f"{row['what']} {row['found']} is outside of the versions that pikv_ds was tested with, {row['tested'][len(OUTSIDE) :]}.")
     print_table("Optional packages", sections["optional"])
     print_table("DeepSpeed C++/CUDA extension op, as in ds_report", sections["op"])
-    print_table("What serves the tensors of a device: the first that can be built; PIKV_OPS forces one", sections["implementation"])
+    served = sections["implementation"]
+    shown = [{name: value for name, value in row.items() if name != "why not"} for row in served]
+    print_table("What serves the tensors of a device: the first that can be built; PIKV_OPS forces one", shown)
+    for row in served:
+        if row["why not"] not in ("", ABSENT):
+            print(f"{row['implementation']} does not serve {row['device']} tensors: {row['why not']}")
     write_json(args.json, "report", [{"section": name, **row} for name, rows in sections.items() for row in rows])
     return 0
 
@@ -106,16 +112,31 @@ def implementation_rows() -> list[dict[str, Any]]:
         is_served = not is_present
         for name in load.candidates(device):
             installed = name == "torch" or builder.prebuilt(name)
-            compatible = is_present and builder.available(name)
+            lacks = _why_not(name) if is_present else ABSENT
+            compatible = not lacks
             rows.append({
                 "device": device if is_present else f"{device} (none here)",
                 "implementation": "torch reference" if name == "torch" else name,
                 "installed": "[YES]" if installed else "[NO]",
                 "compatible": "[OKAY]" if compatible else "[NO]",
                 "serves": "yes" if compatible and not is_served else "no",
+                "why not": lacks,
             })  # fmt: skip
             is_served = is_served or compatible
     return rows
+
+
+def _why_not(name: str) -> str:
+    """What an implementation lacks here: a tool, or code for one of the GPUs."""
+    from pikv_ds.ops.build import builder, load
+    from pikv_ds.ops.build.compile import BuildError
+
+    if name == "cuda":
+        try:
+            load.check_gpus()
+        except BuildError as error:
+            return str(error)
+    return builder.missing(name)
 
 
 def _accelerator() -> str:

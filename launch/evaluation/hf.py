@@ -16,6 +16,7 @@ from pikv_ds.adapters.hf.argument_names import cache_argument
 from pikv_ds.adapters.hf.attach import attach
 from pikv_ds.adapters.hf.model_spec import read_model_spec
 from pikv_ds.cache.stats import dense_bytes
+from pikv_ds.launch.device import own_device
 
 from .backend import Memory, counts_of, watch
 from .spec import EvalSpec
@@ -33,7 +34,7 @@ class HFBackend:
         members = all_ranks()
         if spec.ep > 1:
             model, members = _shard_experts(model, spec)
-        self.model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+        self.model = model.to(own_device())
         self.group = own_group(members, timeout_s)
 
     @contextlib.contextmanager

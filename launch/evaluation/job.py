@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -103,13 +102,13 @@ def progress_bar(title: str, total: int, stdout: TextIO | None, unit: str = "sam
 
 def start_distributed() -> None:
     """torch.distributed over the ranks of the launcher, each on its own device, or over this process alone."""
-    import torch
     import torch.distributed as dist
 
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    from pikv_ds.launch.device import own_device
+
+    device = own_device()
     alone = {} if started_ranks() else {"init_method": f"tcp://127.0.0.1:{free_port()}", "rank": 0, "world_size": 1}
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", **alone)
+    dist.init_process_group("nccl" if device == "cuda" else "gloo", **alone)
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ import sys
 
 from pikv_ds.errors import ConfigError
 from pikv_ds.launch.cli import TOLD
+from pikv_ds.launch.device import let_memory_grow
 
 HOSTS = {"pikv_ds": "hf", "pikv_megatron": "megatron"}
 
@@ -33,6 +34,7 @@ def register() -> None:
 
 def main() -> int:
     try:
+        let_memory_grow()
         register()
         from lm_eval.__main__ import cli_evaluate
 

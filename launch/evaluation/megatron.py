@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from pikv_ds.adapters.hf.argument_names import IN_GENERATE
 from pikv_ds.adapters.hf.model_spec import read_model_spec
+from pikv_ds.launch.device import own_device
 from pikv_ds.megatron_patch import PiKVInferenceContext, cpu_compat, disable_pikv, enable_pikv
 from pikv_ds.megatron_patch.checkpoint import load_checkpoint
 from pikv_ds.megatron_patch.context import all_logits
@@ -141,4 +142,4 @@ def _load(spec: EvalSpec) -> tuple[Any, list]:
     else:
         hf = AutoModelForCausalLM.from_pretrained(spec.model, dtype=dtype, local_files_only=True)
         load_hf_weights(model, config, hf.state_dict())
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), read_model_spec(config)
+    return model.to(own_device()), read_model_spec(config)

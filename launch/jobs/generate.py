@@ -20,8 +20,10 @@ def generate_all(spec: dict[str, Any], stdout: TextIO | None) -> list[dict[str, 
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from pikv_ds.launch.device import own_device
+
     dtype = getattr(torch, spec["dtype"]) if spec["dtype"] else "auto"
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = own_device()
     model = AutoModelForCausalLM.from_pretrained(spec["model"], dtype=dtype, local_files_only=True).eval().to(device)
     tokenizer = AutoTokenizer.from_pretrained(spec["model"], local_files_only=True)
     with open_cache(model, spec["ds_config"]) as (model, cache):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from pikv_ds.launch.cli import TOLD
 from pikv_ds.launch.commands.eval import add_arguments, command_line, finish
+from pikv_ds.launch.device import let_memory_grow
 from pikv_ds.launch.ranks import started_ranks
 
 LAUNCH = "torchrun --nproc-per-node {ranks} -m pikv_ds.launch.jobs.megatron_eval"
@@ -23,6 +24,7 @@ def main() -> int:
     add_arguments(parser)
     parser.add_argument("--json", metavar="FILE", help="also write command, versions, machine and rows to FILE")
     args = parser.parse_args()
+    let_memory_grow()
     ranks = started_ranks()
     if ranks is None:
         parser.error(f"started without a launcher; use {LAUNCH.format(ranks='R')}, or pikv eval --backend megatron --ranks R")

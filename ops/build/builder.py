@@ -11,7 +11,6 @@ Tested with DeepSpeed 0.19.8.
 from __future__ import annotations
 
 import importlib
-import shutil
 import sys
 from types import ModuleType
 
@@ -73,22 +72,30 @@ def prebuilt(implementation: str = "cpu") -> bool:
 
 def available(implementation: str) -> bool:
     """One of load.CHOICES is installed, or what builds it is here. Builds nothing; says nothing about a device."""
+    return not missing(implementation)
+
+
+def missing(implementation: str) -> str:
+    """What would have to be installed for it; empty when nothing is missing."""
     from pikv_ds.ops.nvrtc import compiler as nvrtc
 
-    from .compile import ToolMissing, cpu_library
+    from .compile import ToolMissing, compiler_version, cpu_library
     from .cuda_build import emu_library
     from .cuda_build import nvcc as cuda_compiler
 
     if implementation == "torch" or prebuilt(implementation):
-        return True
-    if implementation == "nvrtc":
-        try:
-            nvrtc.compiler()
-        except ToolMissing:
-            return False
-        return True
-    command = {"cpu": lambda: cpu_library().compiler, "emu": lambda: emu_library().compiler, "cuda": cuda_compiler}[implementation]()
-    return shutil.which(command.split()[0]) is not None
+        return ""
+    needs = {
+        "nvrtc": nvrtc.compiler,
+        "cpu": lambda: compiler_version(cpu_library().compiler),
+        "emu": lambda: compiler_version(emu_library().compiler),
+        "cuda": lambda: compiler_version(cuda_compiler()),
+    }
+    try:
+        needs[implementation]()
+    except ToolMissing as absent:
+        return str(absent)
+    return ""
 
 
 def load(device: str = "cpu") -> ModuleType:

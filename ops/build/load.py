@@ -1,7 +1,7 @@
 """Which implementation of the ops runs. Nothing happens at import: `ensure` is called by the first op on a device.
 
-PIKV_OPS=torch|cpu|cuda|nvrtc|emu forces one, and then a failure is an error. Unset: the compiled one of the device, and the torch
-reference, with one warning, where that cannot be built.
+PIKV_OPS=torch|cpu|cuda|nvrtc|emu forces one, and then a failure is an error. Unset: the first compiled one of the device that can be
+built, else the torch reference. Whatever was passed over is named with its reason, in one warning and by `passed_over`.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from pathlib import Path
 import torch
 
 from pikv_ds.ops import library
+from pikv_ds.ops.devices import one_device
 
 from .compile import BuildError, build, cpu_library
-from .cuda_build import cuda_library, emu_library
+from .cuda_build import architectures, cuda_library, emu_library
 
 CHOICES = ("torch", "cpu", "cuda", "nvrtc", "emu")
 
@@ -35,16 +36,39 @@ def load_cpu() -> None:
 
 
 def load_cuda() -> None:
+    check_gpus()
     torch.ops.load_library(str(build(cuda_library())))
+
+
+def check_gpus() -> None:
+    """Raises BuildError: a GPU of this machine is none that `cuda` compiles for. Without GPUs there is nothing to check."""
+    for index in range(torch.cuda.device_count()):
+        check_covered(torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index), architectures())
+
+
+def check_covered(gpu: str, capability: tuple[int, int], built: tuple[str, ...]) -> None:
+    """Machine code of sm_XY runs on GPUs of the same X whose Y is not smaller. Raises BuildError, where a launch would only fail."""
+    major, minor = capability
+    if not any(int(arch[:-1]) == major and int(arch[-1]) <= minor for arch in built):
+        raise BuildError(
+            f"{gpu} is an sm_{major}{minor}, and the library has code for {', '.join(f'sm_{arch}' for arch in built)} only "
+            f"(PIKV_CUDA_ARCH); PIKV_OPS=nvrtc compiles for the GPU that is there"
+        )
 
 
 def load_nvrtc() -> None:
     from pikv_ds.ops.nvrtc import compiler as nvrtc
-    from pikv_ds.ops.nvrtc import ops as nvrtc_ops
 
     nvrtc.compiler()  # says what is missing; kernels are compiled when they are first launched
-    for name, op in nvrtc_ops.OPS.items():
+    for name, op in nvrtc_ops().items():
         library._library.impl(name, op, "CUDA")
+
+
+def nvrtc_ops() -> dict[str, Callable]:
+    """What `load_nvrtc` registers."""
+    from pikv_ds.ops.nvrtc import ops
+
+    return {name: one_device(name, library.SCHEMAS[name], op) for name, op in ops.OPS.items()}
 
 
 def load_emu() -> None:
@@ -84,6 +108,7 @@ BACKENDS: dict[str, Backend] = {
 }
 _PREFERRED = {"cpu": ("cpu",), "cuda": ("cuda", "nvrtc")}
 _loaded: dict[str, str] = {}  # device type -> the implementation that serves it
+_passed_over: dict[str, str] = {}  # device type -> what would have been better, and why it does not serve
 
 
 def ensure(device: str) -> bool:
@@ -104,9 +129,12 @@ def ensure(device: str) -> bool:
             reasons.append(f"{name}: {error}")
             continue
         _loaded[device] = name
+        if reasons:
+            _passed_over[device] = "; ".join(reasons)
+            warnings.warn(f"pikv: the ops on {device!r} tensors run by {name!r}, not as preferred: {_passed_over[device]}", stacklevel=2)
         return True
-    why = "; ".join(reasons) or f"there is no compiled version for {device!r} tensors"
-    warnings.warn(f"pikv: the ops run in plain torch, slower: {why}", stacklevel=2)
+    _passed_over[device] = "; ".join(reasons) or f"there is no compiled version for {device!r} tensors"
+    warnings.warn(f"pikv: the ops run in plain torch, slower: {_passed_over[device]}", stacklevel=2)
     return False
 
 
@@ -148,6 +176,11 @@ def cpu_instruction_set() -> str:
     function = ctypes.CDLL(str(build(cpu_library()))).pikv_cpu_instruction_set
     function.restype = ctypes.c_char_p
     return function().decode()
+
+
+def passed_over(device: str) -> str:
+    """What was tried before the implementation that serves a device type, and why each could not be had; empty when nothing was."""
+    return _passed_over.get(device, "")
 
 
 def loaded() -> dict[str, str]:

@@ -28,7 +28,11 @@ def shared_floats(width: int) -> int:
 
 
 def _values_are_checked() -> bool:
-    return os.environ.get("PIKV_DEBUG") == "1"
+    asked = os.environ.get("PIKV_DEBUG") == "1"
+    capturing = asked and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    checks.require(not capturing, "PIKV_DEBUG=1 reads page ids, slots and lengths back, which a stream that is being captured into a graph "
+                                  "does not allow; unset it to capture")  # fmt: skip
+    return asked
 
 
 def decode(q, pages, block_table, seqlens, q_positions, page_list, tail, tail_rows, *rest):
@@ -84,7 +88,7 @@ def _attend(q, pages, block_table, seqlens, q_positions, page_list, tail, tail_r
 def choose_splits(num_columns: int, page_size: int, blocks: int, num_splits: int, processors: int) -> int:
     """As choose_splits of csrc/cuda/attend.cu."""
     if num_splits > 0:
-        return min(num_splits, max(1, num_columns))
+        return min(num_splits, max(1, num_columns), 65535)
     most = min(max(num_columns // max(4, 256 // page_size), 1), 128)
     return min(max(-(-3 * processors // blocks), 1), most)
 
@@ -186,6 +190,9 @@ def migrate(target: Tensor, source: Tensor, target_ids: Tensor, source_ids: Tens
 
 def assign_slots(counts, block_table, free_stack, free_top, refcount, rows, shard, here, page_size, one_per_row, may_open):
     checks.assign_slots(counts, block_table, free_stack, free_top, refcount, rows, shard, here)
+    if _values_are_checked():  # the same on the host, for what it refuses: a kernel can only stop, which ends the context
+        state = (counts, block_table, free_stack, free_top, refcount, rows, shard, here)
+        torch.ops.pikv.assign_slots(*(None if x is None else x.to("cpu", copy=True) for x in state), page_size, one_per_row, may_open)
     slots, tables = (counts.new_empty(rows.shape) for _ in range(2))
     if rows.numel():
         given = (counts, block_table, free_stack, free_top, refcount, rows, shard, here, slots, tables)

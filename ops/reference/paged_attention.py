@@ -10,6 +10,9 @@ from pikv_ds.ops.format.formats import PageFormat
 from .formats import decode_pages, positions, views
 from .sdpa_lse import sdpa_lse
 
+_PIECE = 32 << 20  # bytes
+_WHOLE_ON = ("cpu",)  # device types
+
 
 def paged_attention(
     q: Tensor,
@@ -33,10 +36,42 @@ def paged_attention(
         out [R, T, Hq, Dv] f32, lse [R, T, Hq] f32 (natural log); 0 and -inf where a row has no visible entry.
         Slots beyond seqlens are never used: they may hold NaN.
 
-    Sync: none. Cost: copies the R * S * C pages of the tables once, as dense K and V; plain torch on every device.
+    Sync: none. Cost: copies the R * S * C pages of the tables once, as dense K and V; plain torch on every device. On a device 32 MiB of
+    them at a time, each piece merged into the ones before.
     """
+    step = _columns_at_a_time(q, fmt, block_table)
+    options = {"scale": scale, "window": window, "q_positions": q_positions, "tail": tail, "tail_rows": tail_rows}
+    if step >= block_table.shape[2]:
+        return _attend(q, pages, fmt, block_table, seqlens, **options)
+    found = None
+    for first in range(0, block_table.shape[2], step):
+        part = block_table[:, :, first : first + step]
+        # What lies before the piece or behind it is of no length in it; a group that is open is open in one piece only.
+        inside = (seqlens - first * fmt.page_size).clamp(0, part.shape[2] * fmt.page_size)
+        one = _attend(q, pages, fmt, part, inside, **options)
+        found = one if found is None else _added(*found, *one)
+    return found
+
+
+def _columns_at_a_time(q: Tensor, fmt: PageFormat, block_table: Tensor) -> int:
+    """Of the tables: all on a CPU; on a device as many as make dense keys and values of _PIECE bytes in f32."""
+    N, _, C = block_table.shape
+    per_column = N * fmt.page_size * fmt.num_kv_heads * (fmt.k_dim + (0 if fmt.latent else fmt.v_dim)) * 4
+    return C if q.device.type in _WHOLE_ON else max(1, _PIECE // per_column)
+
+
+def _added(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Two partial results as one, in the memory of the first: merge_partials would stack them."""
+    top = torch.maximum(lse, other_lse).clamp_min(torch.finfo(lse.dtype).min)
+    weights = [torch.exp(x - top) for x in (lse, other_lse)]
+    total = weights[0] + weights[1]
+    shares = [(w / total.clamp_min(torch.finfo(lse.dtype).tiny)).unsqueeze(-1) for w in weights]
+    return out.mul_(shares[0]).addcmul_(other, shares[1]), top + total.log()
+
+
+def _attend(q, pages, fmt, block_table, seqlens, *, scale, window, q_positions, tail, tail_rows) -> tuple[Tensor, Tensor]:
     R, N, C = q.shape[0], block_table.shape[0], block_table.shape[2]
-    ids = block_table.clamp_min(0).view(-1)
+    ids = block_table.clamp_min(0).flatten()
     token = torch.arange(C * fmt.page_size, device=q.device)
     valid = token < seqlens  # [N, C * page_size]
     k, v = _dense(pages, fmt, ids, q.dtype)
@@ -55,7 +90,7 @@ def paged_attention(
     if window is not None:
         key_positions = positions(pages, fmt).index_select(0, ids).view(R, 1, 1, -1)
         mask = mask & (key_positions > q_positions[:, None, :, None] - window)
-    out, lse = sdpa_lse(q.to(k.dtype).transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=scale, mask=mask)
+    out, lse = sdpa_lse(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=scale, mask=mask)
     return out.transpose(1, 2), lse.transpose(1, 2)
 
 

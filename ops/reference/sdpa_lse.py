@@ -3,44 +3,67 @@
 import torch
 from torch import Tensor
 
+from . import fused
+
 _TILE = 1 << 26  # score elements held at a time where they are materialised: 256 MiB in f32
 
 
 def sdpa_lse(
-    q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None = None, causal: bool = False, softcap: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attend and keep the normaliser, so that the result can be merged with attention over other keys.
 
     out = softmax(scale q k^T) v,   lse = log sum exp(scale q k^T)
 
     Args:
-        q: [B, Hq, T, Dk], any float dtype; computed in f32 (f64 stays f64).
+        q: [B, Hq, T, Dk], any float dtype. Computed in f32 (f64 stays f64); on CUDA, 16-bit queries in the dtype of k and v, sums in f32.
         k: [B, Hkv, L, Dk]; Hq is a multiple of Hkv (query head h reads kv head h * Hkv // Hq).
         v: [B, Hkv, L, Dv].
         scale: softmax scale.
         mask: bool, broadcastable to [B, 1, T, L] (the head dimension must be 1); True = visible. k and v must be finite where hidden.
         causal: query t sees keys 0..t; needs T == L and no mask.
+        window: with causal, only the last `window` of them, its own included.
         softcap: c of scores c tanh(scale q k^T / c); None = they are not bounded.
 
     Returns:
         out [B, Hq, T, Dv] f32 and lse [B, Hq, T] f32, natural log. A query that sees nothing gives 0 and -inf.
 
-    Sync: none. Cost: on CPU with Dk == Dv and no softcap the scores are never materialised; else B*Hq*T*L*4 bytes.
+    Raises: ValueError: causal or window beside a mask, or a window without causal.
+    Sync: none. Cost: no score is held on CPU with Dk == Dv and no softcap, nor on CUDA by the kernels of fused.py, which take 16-bit
+    queries; elsewhere those of a tile of queries, 256 MiB.
     """
+    if mask is not None and (causal or window is not None):
+        raise ValueError("sdpa_lse: causal and mask exclude each other; fold causality into the mask")
+    if window is not None and not causal:
+        raise ValueError("sdpa_lse: a window is counted from each query's own key, so it needs causal=True")
+    window = None if window is None or window >= k.shape[2] else window
+    path = fused.path_for(q, k, v, masked=mask is not None, softcap=softcap is not None)
+    if path == "flash":
+        return fused.flash(q, k, v, scale, causal, window)
+    if path == "efficient":
+        return fused.efficient(q, k, v, scale, mask, causal, window)
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    if causal and mask is not None:
-        raise ValueError("sdpa_lse: causal and mask exclude each other; fold causality into the mask")
-    if softcap is not None:
-        return _math(q, k, v, scale, mask, causal, softcap)
-    flash = q.device.type == "cpu" and k.shape[-1] == v.shape[-1]
+    flash = q.device.type == "cpu" and k.shape[-1] == v.shape[-1] and softcap is None
+    if flash and window is not None:
+        mask, causal = fused.in_order(range(q.shape[2]), k.shape[2], window, q.device), False
+    if not flash:
+        return _math(q, k, v, scale, mask, causal, window, softcap)
     B, Hq, T, D = q.shape
     group = Hq // k.shape[1]
     if flash and group > 1 and not causal and (mask is None or mask.shape[2] == 1):
         # Every query sees the same keys: the heads that share a kv head become rows of one query, so keys are read once.
         out, lse = _flash_cpu(q.reshape(B, k.shape[1], group * T, D), k, v, scale, mask, causal)
         return out.reshape(B, Hq, T, -1), lse.reshape(B, Hq, T)
-    return (_flash_cpu if flash else _math)(q, k, v, scale, mask, causal)
+    return _flash_cpu(q, k, v, scale, mask, causal)
 
 
 def _flash_cpu(q, k, v, scale, mask, causal):
@@ -54,20 +77,20 @@ def _flash_cpu(q, k, v, scale, mask, causal):
     return out, lse
 
 
-def _math(q, k, v, scale, mask, causal, softcap=None):
+def _math(q, k, v, scale, mask, causal, window, softcap):
     """Query tiles keep the scores of one tile under _TILE elements; tiles share nothing, so the result does not depend on them."""
     B, Hq, T, _ = q.shape
     L = k.shape[2]
     tile = max(1, _TILE // max(1, B * Hq * L))
-    if causal:
-        mask = torch.ones(T, L, dtype=torch.bool, device=q.device).tril_()[None, None]
-    if tile >= T:
-        return _math_tile(q, k, v, scale, mask, softcap)
     parts = []
-    for start in range(0, T, tile):
+    for start in range(0, max(T, 1), tile):
         rows = slice(start, start + tile)
         own = mask if mask is None or mask.shape[2] == 1 else mask[:, :, rows]
+        if causal:
+            own = fused.in_order(range(T)[rows], L, window, q.device)
         parts.append(_math_tile(q[:, :, rows], k, v, scale, own, softcap))
+    if len(parts) == 1:
+        return parts[0]
     return torch.cat([out for out, _ in parts], 2), torch.cat([lse for _, lse in parts], 2)
 
 

@@ -39,9 +39,11 @@ def finish(
     """
     out, lse = partial.out.transpose(1, 2), partial.lse.transpose(1, 2)
     if not partial.includes_self:
-        if mask is None and (hidden is not None or (window is not None and q.shape[2] > window)):
+        in_order = hidden is None and positions is None
+        if mask is None and not in_order and (hidden is not None or (window is not None and q.shape[2] > window)):
             mask = visible_in_chunk(q, window, positions, hidden)
-        own_out, own_lse = sdpa_lse(q, k, v, scale=scale, mask=mask, causal=mask is None, softcap=softcap)
+        causal = mask is None
+        own_out, own_lse = sdpa_lse(q, k, v, scale=scale, mask=mask, causal=causal, window=window if causal else None, softcap=softcap)
         out, lse = (own_out, own_lse) if partial.empty else merge(torch.stack([out, own_out]), torch.stack([lse, own_lse]))
     if sink is not None:
         out = add_sink(out, lse, sink)

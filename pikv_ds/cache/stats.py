@@ -13,7 +13,8 @@ def stats(cache: PiKVCache, dense_rows: int, dense_columns: int) -> dict:
     """Plain numbers of this rank, bytes from storage sizes. With budgets per head an entry is the K and V of one kv head.
 
     Args: dense_rows, dense_columns: the batch and the token columns (padding included) that the ordinary cache would hold on this rank.
-    entries_read and entries_visible are None where every query reads everything. Sync: reads the device.
+    entries_read and entries_visible are None where every query reads everything. ops_passed_over: why a faster implementation of the ops
+    does not serve, empty when the preferred one does. Sync: reads the device.
     """
     pages, exchange = cache.pages, cache.exchange
     counters = pages.counters
@@ -43,6 +44,7 @@ def stats(cache: PiKVCache, dense_rows: int, dense_columns: int) -> dict:
         "spilled_group": spilled,
         "requests": cache.agreement.mode,
         "attention_impl": attention_impl(cache),
+        "ops_passed_over": load.passed_over(cache.device.type),
     }
 
 

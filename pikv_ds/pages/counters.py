@@ -8,7 +8,7 @@ from torch import Tensor
 from pikv_ds.errors import CapacityError
 from pikv_ds.placement.placement import Routed
 
-PENDING_TOKENS = 4096  # counted in one go: a decode step of a model adds a few per layer
+PENDING_TOKENS = 4096  # counted in one go on the CPU: a decode step of a model adds a few per layer
 
 
 class Counters:
@@ -42,10 +42,14 @@ class Counters:
         return self.by_expert.nbytes + self.device_counts.nbytes
 
     def count_appended(self, experts: Routed | Tensor, stored: Tensor) -> None:
-        """experts: of N tokens; stored: [N] bool, which of them count. Both are kept and must not change any more. Sync: none."""
+        """experts: of N tokens; stored: [N] bool, which of them count. Sync: none.
+
+        On the CPU both are kept for a while and must not change any more. On a device they are added up now: a graph that is replayed, or
+        a model that reuses its buffers, writes the next step's into the same tensors.
+        """
         self._pending.append((experts, stored))
         self._pending_tokens += stored.numel()
-        if self._pending_tokens >= PENDING_TOKENS:
+        if self._pending_tokens >= PENDING_TOKENS or stored.device.type != "cpu":
             self._add_up()
 
     def _add_up(self) -> None:

@@ -234,3 +234,16 @@ def test_planted_bugs_in_slots_are_noticed(bug, through, tmp_path):
         except (Fault, AssertionError):
             noticed = True
     assert noticed
+
+
+def test_a_page_that_was_not_reserved(right_kernels, through, monkeypatch):
+    """On a device the kernel stops, which says nothing; with PIKV_DEBUG=1 the host looks first."""
+    through(right_kernels)
+    state = [torch.tensor([[2]], dtype=torch.int32), torch.zeros(1, 1, 3, dtype=torch.int32), torch.zeros(2, dtype=torch.int32),
+             torch.tensor(0), torch.zeros(2, dtype=torch.int32)]  # fmt: skip
+    args = (torch.tensor([0]), None, None, 2, True, True)
+    with pytest.raises(RuntimeError, match="a page is needed for row 0, shard 0 and 0 are free; reserve before"):
+        nvrtc_ops.assign_slots(*state, *args)
+    monkeypatch.delenv("PIKV_DEBUG")
+    with pytest.raises(Fault, match="__trap"):
+        nvrtc_ops.assign_slots(*state, *args)

@@ -11,6 +11,7 @@ import torch
 from pikv_ds import ops
 from pikv_ds.ops import library
 from pikv_ds.ops.build import load
+from pikv_ds.ops.build.compile import BuildError
 from tests.ops.cases import make_case
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -160,6 +161,52 @@ def test_a_missing_compiler_is_named_once_and_torch_takes_over(tmp_path):
     assert "{'cpu': 'torch'}" in result.stdout, result.stderr
     assert result.stderr.count("'no-such-compiler' was not found; install it") == 1
     assert result.stderr.count("the ops run in plain torch, slower") == 1
+
+
+_SECOND_CHOICE = """import warnings, torch
+from pikv_ds.ops.build import load
+from pikv_ds.ops.build.compile import BuildError
+
+def refuse():
+    raise BuildError("nvcc failed (exit status 2): no such macro")
+
+load.BACKENDS["cuda"] = load.Backend("cuda", refuse)
+load.BACKENDS["nvrtc"] = load.Backend("cuda", lambda: None)
+with warnings.catch_warnings(record=True) as heard:
+    warnings.simplefilter("always")
+    assert load.ensure("cuda") and load.ensured("cuda") == "nvrtc"
+print(len(heard), heard[0].message)
+print(load.passed_over("cuda"))
+assert load.passed_over("cpu") == ""
+"""
+
+
+def test_a_second_choice_says_why_the_first_does_not_serve():
+    result = _python(_SECOND_CHOICE)
+    said, kept = result.stdout.strip().splitlines()
+    assert said.startswith("1 pikv: the ops on 'cuda' tensors run by 'nvrtc', not as preferred: cuda: nvcc failed"), result.stderr
+    assert kept == "cuda: nvcc failed (exit status 2): no such macro"
+
+
+def test_stats_say_what_was_passed_over(tmp_path):
+    code = (
+        "from tests.harness.driver import Driver, layer; from pikv_ds.cache.stats import stats; "
+        "import warnings; warnings.simplefilter('ignore'); said = stats(Driver([layer(0)]).cache, 1, 1); "
+        "print(said['attention_impl'], '|', said['ops_passed_over'])"
+    )
+    result = _python(code, CXX="no-such-compiler", TORCH_EXTENSIONS_DIR=str(tmp_path))
+    assert result.stdout.startswith("pikv torch fp32 | cpu: 'no-such-compiler' was not found"), result.stderr
+
+
+@pytest.mark.parametrize(("capability", "fits"), [((8, 0), True), ((8, 9), True), ((9, 0), True), ((7, 5), False), ((10, 0), False)])
+def test_a_gpu_that_the_library_has_no_code_for_is_named(capability, fits):
+    if fits:
+        load.check_covered("A GPU", capability, ("80", "90"))
+        return
+    with pytest.raises(BuildError, match=rf"A GPU is an sm_{capability[0]}{capability[1]}, and the library has code for sm_80, sm_90 only"):
+        load.check_covered("A GPU", capability, ("80", "90"))
+    with pytest.raises(BuildError):
+        load.check_covered("A GPU", (8, 0), ("90",))
 
 
 @pytest.mark.parametrize(

@@ -73,20 +73,18 @@ def test_equals_the_loop(which, data):
         assert torch.equal(x[:-1] if name == "refcount" else x, y[:-1] if name == "refcount" else y), name
 
 
-def test_a_page_that_was_not_reserved():
+@pytest.mark.parametrize("which", ["cpu", "emu"])
+def test_a_page_that_was_not_reserved(which):
+    """The kernel itself can only stop (test_kernel_text.py); under the emulation, and with PIKV_DEBUG=1, the host looks before."""
     rows = torch.tensor([0])
     with pytest.raises(RuntimeError, match="a page is needed for row 0, shard 0 and 0 are free; reserve before"):
-        call("cpu", *make(1, 1, 1, 3, 2, {(0, 0): 2}), rows, None, None, 2, True, True)
+        call(which, *make(1, 1, 1, 3, 2, {(0, 0): 2}), rows, None, None, 2, True, True)
     with pytest.raises(RuntimeError, match="a page is needed for row 0, shard 0 and 1 are free"):
-        call("cpu", *make(1, 1, 2, 3, 2, {(0, 0): 2}), rows, None, None, 2, True, False)
+        call(which, *make(1, 1, 2, 3, 2, {(0, 0): 2}), rows, None, None, 2, True, False)
     with pytest.raises(RuntimeError, match="row 0, shard 0 is full: the block table has 2 columns"):
-        call("cpu", *make(1, 1, 2, 2, 2, {(0, 0): 2}), rows, None, None, 2, True, True)
-
-
-def test_on_a_device_a_page_that_was_not_reserved_stops_the_kernel():
-    for num_pages, width, may_open in ((1, 3, True), (2, 3, False), (2, 2, True)):
-        with pytest.raises(RuntimeError, match="__trap"):
-            call("emu", *make(1, 1, num_pages, width, 2, {(0, 0): 2}), torch.tensor([0]), None, None, 2, True, may_open)
+        call(which, *make(1, 1, 2, 2, 2, {(0, 0): 2}), rows, None, None, 2, True, True)
+    with pytest.raises(RuntimeError, match="token 0 goes to row 1, shard 0 of 1 x 1"):
+        call(which, *make(1, 1, 2, 3, 2, {(0, 0): 2}), rows + 1, None, None, 2, True, True)
 
 
 BAD = {

@@ -121,6 +121,7 @@ void store_tail(void* tail, int type, int64_t at, const float* x, int D) {
 
 void append(Tensor pages, MaybeTensor tail, Tensor k, Tensor v, Tensor positions, Tensor slot_mapping, MaybeTensor tail_rows,
             int64_t format, int64_t num_kv_heads, int64_t k_dim, int64_t v_dim, int64_t page_size, int64_t group, bool latent) {
+  PK_ONE_DEVICE("append", pages, tail, k, v, positions, slot_mapping, tail_rows);
   const PageFormat f = check_pages(pages, format, num_kv_heads, k_dim, v_dim, page_size, group, latent);
   const int type = float_type("k", k);
   const int64_t T = slot_mapping.numel(), H = f.num_kv_heads;
@@ -172,6 +173,7 @@ void append(Tensor pages, MaybeTensor tail, Tensor k, Tensor v, Tensor positions
 }
 
 void migrate(Tensor target, Tensor source, Tensor target_ids, Tensor source_ids) {
+  PK_ONE_DEVICE("migrate", target, source, target_ids, source_ids);
   for (const auto& [name, x] : {std::pair<const char*, const Tensor*>{"target", &target}, {"source", &source}})
     PK_CHECK(x->scalar_type() == ScalarType::Byte && x->dim() == 2 && x->is_contiguous(), name,
              " must be contiguous uint8 [num_pages, record_bytes]");

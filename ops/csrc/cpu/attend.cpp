@@ -160,6 +160,7 @@ std::tuple<Tensor, Tensor, Tensor> decode(Tensor q, Tensor pages, Tensor block_t
                                           int64_t num_kv_heads, int64_t k_dim, int64_t v_dim,
                                           int64_t page_size, int64_t group, bool latent, double scale, int64_t window, bool with_page_lse,
                                           int64_t num_splits) {
+  PK_ONE_DEVICE("decode", q, pages, block_table, seqlens, q_positions, page_list, tail, tail_rows);
   const PageFormat f = check_pages(pages, format, num_kv_heads, k_dim, v_dim, page_size, group, latent);
   PK_CHECK(q.dim() == 3, "q must be [R, num_q_heads, head_dim], got ", shape(q));
   Held held;
@@ -180,6 +181,7 @@ std::tuple<Tensor, Tensor> prefill_cached(Tensor q, Tensor pages, Tensor block_t
                                           MaybeTensor tail_rows, int64_t format, int64_t num_kv_heads, int64_t k_dim, int64_t v_dim,
                                           int64_t page_size, int64_t group, bool latent, double scale, int64_t window, bool causal,
                                           int64_t num_splits) {
+  PK_ONE_DEVICE("prefill_cached", q, pages, block_table, seqlens, q_positions, tail, tail_rows);
   const PageFormat f = check_pages(pages, format, num_kv_heads, k_dim, v_dim, page_size, group, latent);
   PK_CHECK(q.dim() == 4, "q must be [R, T, num_q_heads, head_dim], got ", shape(q));
   Held held;
@@ -198,6 +200,7 @@ Tensor out_like(const Tensor& x) {
 }
 
 std::tuple<Tensor, Tensor> merge(Tensor out, Tensor lse) {
+  PK_ONE_DEVICE("merge", out, lse);
   PK_CHECK(out.scalar_type() == ScalarType::Float && lse.scalar_type() == ScalarType::Float, "merge needs float32 partials, got ",
            dtype_name(out), " and ", dtype_name(lse));
   bool same = out.dim() == lse.dim() + 1;

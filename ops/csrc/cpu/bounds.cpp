@@ -86,6 +86,7 @@ std::vector<int32_t> newest_slots(const Indices& slots, const Indices& rows, int
 
 void page_bounds(Tensor bounds, Tensor pages, Tensor slot_mapping, MaybeTensor tail, MaybeTensor tail_rows, int64_t format,
                  int64_t num_kv_heads, int64_t k_dim, int64_t v_dim, int64_t page_size, int64_t group, bool latent) {
+  PK_ONE_DEVICE("page_bounds", bounds, pages, slot_mapping, tail, tail_rows);
   const PageFormat f = check_pages(pages, format, num_kv_heads, k_dim, v_dim, page_size, group, latent);
   const int type = check_bounds(bounds, pages, f), H = f.num_kv_heads, D = f.k_dim;
   const Indices slots("slot_mapping", slot_mapping), rows("tail_rows", tail_rows);
@@ -147,6 +148,7 @@ void page_bounds(Tensor bounds, Tensor pages, Tensor slot_mapping, MaybeTensor t
 }
 
 Tensor page_score(Tensor q, Tensor bounds, Tensor block_table, Tensor seqlens, MaybeTensor width, int64_t page_size, double scale) {
+  PK_ONE_DEVICE("page_score", q, bounds, block_table, seqlens, width);
   const ScoreSizes sizes = check_score(q, bounds, block_table, seqlens, width);
   const int64_t N = block_table.size(0);
   Score s = {};

@@ -13,14 +13,11 @@
 #include <vector>
 
 #include "../include/page_format.h"
+#include "devices.h"
 
 namespace pikv {
 
 using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using MaybeTensor = std::optional<Tensor>;
-
-#define PK_CHECK(condition, ...) STD_TORCH_CHECK(condition, "pikv: ", __VA_ARGS__)
 
 inline std::string shape(const Tensor& x) {
   std::string s = "[";
@@ -108,6 +105,8 @@ inline PageFormat check_pages(const Tensor& pages, int64_t format, int64_t num_k
            "pages must be uint8 [num_pages, ", f.record_bytes, "] for ", format_name(f), ", got ", dtype_name(pages), " ",
            shape(pages));
   PK_CHECK(pages.is_contiguous(), "pages must be contiguous");
+  PK_CHECK(pages.size(0) <= INT32_MAX / page_size, "pages has ", pages.size(0), " pages of ", page_size,
+           " slots; slots are int32, so a store holds fewer than 2**31");
   return f;
 }
 

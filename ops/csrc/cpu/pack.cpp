@@ -10,6 +10,7 @@ namespace {
 
 void pack(Tensor buffer, std::vector<Tensor> fields, MaybeTensor index, std::vector<int64_t> offsets, std::vector<int64_t> strides,
           std::vector<int64_t> rows) {
+  PK_ONE_DEVICE("pack", buffer, fields, index);
   const std::vector<Field> read = read_fields("pack", buffer, fields, offsets, strides, rows);
   const Indices from("index", index);
   uint8_t* out = static_cast<uint8_t*>(buffer.mutable_data_ptr());
@@ -35,6 +36,7 @@ void pack(Tensor buffer, std::vector<Tensor> fields, MaybeTensor index, std::vec
 }
 
 void unpack(Tensor buffer, std::vector<Tensor> fields, MaybeTensor index, std::vector<int64_t> offsets, std::vector<int64_t> strides) {
+  PK_ONE_DEVICE("unpack", buffer, fields, index);
   const Indices to("index", index);
   std::vector<int64_t> rows;
   for (const Tensor& x : fields) rows.push_back(index ? to.count() : x.dim() ? x.size(0) : 0);

@@ -49,4 +49,26 @@ inline SlotArguments read_slots(const Tensor& counts, const Tensor& block_table,
   return a;
 }
 
+// One pass over the tokens, in order. Pages come off the stack in the order of ops/reference/slots.py. `slot` and `cells`: [N] each.
+inline void assign_on_host(const SlotArguments& a, int64_t page_size, bool may_open, int32_t* slot, int32_t* cells) {
+  const int64_t N = a.N, R = a.R, S = a.S, width = a.width;
+  int64_t& top = *a.free_top;
+  for (int64_t i = 0; i < N; ++i) {
+    slot[i] = -1, cells[i] = 0;
+    if (a.here && !a.here[i]) continue;
+    const int64_t row = a.rows[i], column = a.shard ? a.shard[i] : 0;
+    PK_CHECK(row >= 0 && row < R && column >= 0 && column < S, "token ", i, " goes to row ", row, ", shard ", column, " of ", R, " x ", S);
+    const int64_t cell = row * S + column, page_column = a.counts[cell] / page_size, offset = a.counts[cell] % page_size;
+    PK_CHECK(page_column < width - 1, "row ", row, ", shard ", column, " is full: the block table has ", width, " columns; reserve before");
+    int32_t& page = a.table[cell * width + page_column];
+    if (offset == 0) {
+      PK_CHECK(may_open && top > 0, "a page is needed for row ", row, ", shard ", column, " and ", top, " are free; reserve before");
+      page = a.free_stack[--top];
+      ++a.refcount[page];
+    }
+    ++a.counts[cell];
+    slot[i] = (int32_t)(page * page_size + offset), cells[i] = (int32_t)cell;
+  }
+}
+
 }  // namespace pikv

@@ -11,9 +11,9 @@
 #include "launch.h"
 
 #if !defined(PK_HOST_EMU)
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
-#pragma weak aoti_torch_get_current_cuda_stream  // in libtorch_cuda only: the library also loads beside a CPU torch
+
+#include "torch_stream.h"
 #endif
 
 namespace pikv {
@@ -27,11 +27,7 @@ class Device {
   int num_processors() const { return 2; }
 #else
   explicit Device(const Tensor& x) : index_(x.get_device()), guard_(index_) {}
-  Stream stream() const {
-    void* stream = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));
-    return static_cast<Stream>(stream);
-  }
+  Stream stream() const { return static_cast<Stream>(current_stream(index_)); }
   int num_processors() const {
     int count = 0;
     const cudaError_t error = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, index_);
@@ -45,7 +41,8 @@ class Device {
 #endif
 };
 
-inline bool values_are_checked() {
+// Whether page ids, slots and lengths are read back, of a call on the device of x.
+inline bool values_are_checked([[maybe_unused]] const Tensor& x) {
 #if defined(PK_HOST_EMU)
   return true;
 #else
@@ -53,7 +50,14 @@ inline bool values_are_checked() {
     const char* debug = std::getenv("PIKV_DEBUG");
     return debug && !std::strcmp(debug, "1");
   }();
-  return asked;
+  if (!asked) return false;
+  const Device device(x);
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  const cudaError_t error = cudaStreamIsCapturing(device.stream(), &status);
+  PK_CHECK(error == cudaSuccess && status == cudaStreamCaptureStatusNone,
+           "PIKV_DEBUG=1 reads page ids, slots and lengths back, which a stream that is being captured into a graph does not allow; unset it to "
+           "capture");
+  return true;
 #endif
 }
 

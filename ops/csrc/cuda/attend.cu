@@ -72,15 +72,17 @@ Attend read_arguments(const Tensor& q, const Tensor& pages, const Tensor& block_
     PK_CHECK(tail_rows->size(0) == N && (a.tail_heads == 1 || a.tail_heads == a.H), "tail_rows must be [", N, "] or [", N, ", 1 or ", a.H, "], got ",
              shape(*tail_rows));
   }
-  if (values_are_checked()) check_values(a, pages.size(0), tail ? tail->size(0) : 0, block_table, seqlens, page_list, tail_rows);
+  if (values_are_checked(pages)) check_values(a, pages.size(0), tail ? tail->size(0) : 0, block_table, seqlens, page_list, tail_rows);
   return a;
 }
+
+constexpr int kMostSplits = 65535;  // of a grid's second dimension
 
 // From shapes only, so that a captured graph serves every length: enough blocks for the device, none with less than 256 entries or a page
 // per warp.
 int choose_splits(const Attend& a, int64_t num_splits, int num_processors) {
   const int64_t most = std::max(1, a.num_columns);
-  if (num_splits > 0) return (int)std::min(num_splits, most);
+  if (num_splits > 0) return (int)std::min({num_splits, most, (int64_t)kMostSplits});
   const int64_t rows = a.f.latent ? 2 : 4, blocks = (int64_t)a.R * a.S * a.H * (((int64_t)a.T * a.G + rows - 1) / rows);
   const int64_t columns = std::max<int64_t>(4, 256 / a.f.page_size), wanted = (3LL * num_processors + blocks - 1) / std::max<int64_t>(1, blocks);
   return (int)std::clamp<int64_t>(wanted, 1, std::clamp<int64_t>(a.num_columns / columns, 1, 128));
@@ -131,6 +133,7 @@ std::tuple<Tensor, Tensor, Tensor> decode(Tensor q, Tensor pages, Tensor block_t
                                           MaybeTensor tail, MaybeTensor tail_rows, int64_t format, int64_t num_kv_heads, int64_t k_dim, int64_t v_dim,
                                           int64_t page_size, int64_t group, bool latent, double scale, int64_t window, bool with_page_lse,
                                           int64_t num_splits) {
+  PK_ONE_DEVICE("decode", q, pages, block_table, seqlens, q_positions, page_list, tail, tail_rows);
   const PageFormat f = check_pages(pages, format, num_kv_heads, k_dim, v_dim, page_size, group, latent);
   const int width = kernel_width(f);
   if (!width) {
@@ -159,6 +162,7 @@ std::tuple<Tensor, Tensor> prefill_cached(Tensor q, Tensor pages, Tensor block_t
                                           MaybeTensor tail_rows, int64_t format, int64_t num_kv_heads, int64_t k_dim, int64_t v_dim,
                                           int64_t page_size, int64_t group, bool latent, double scale, int64_t window, bool causal,
                                           int64_t num_splits) {
+  PK_ONE_DEVICE("prefill_cached", q, pages, block_table, seqlens, q_positions, tail, tail_rows);
   const PageFormat f = check_pages(pages, format, num_kv_heads, k_dim, v_dim, page_size, group, latent);
   const int width = kernel_width(f);
   if (!width) {
@@ -186,6 +190,7 @@ Tensor without_first(const Tensor& x) {
 }
 
 std::tuple<Tensor, Tensor> merge(Tensor out, Tensor lse) {
+  PK_ONE_DEVICE("merge", out, lse);
   PK_CHECK(out.scalar_type() == ScalarType::Float && lse.scalar_type() == ScalarType::Float, "merge needs float32 partials, got ", dtype_name(out),
            " and ", dtype_name(lse));
   bool same = out.dim() == lse.dim() + 1;

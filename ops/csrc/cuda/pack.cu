@@ -9,7 +9,7 @@ namespace pikv {
 namespace {
 
 void check_rows(const char* op, const std::vector<Field>& fields, const MaybeTensor& index) {
-  if (!index || !values_are_checked()) return;
+  if (!index || !values_are_checked(*index)) return;
   const HostIndices rows("index", index);
   for (size_t i = 0; i < fields.size(); ++i)
     PK_CHECK(rows->top() < fields[i].rows, op, ": index names row ", rows->top(), " of field ", i, ", which has ", fields[i].rows);
@@ -37,6 +37,7 @@ void move_rows(const Tensor& buffer, const std::vector<Field>& fields, const May
 
 void pack(Tensor buffer, std::vector<Tensor> fields, MaybeTensor index, std::vector<int64_t> offsets, std::vector<int64_t> strides,
           std::vector<int64_t> rows) {
+  PK_ONE_DEVICE("pack", buffer, fields, index);
   const std::vector<Field> read = read_fields("pack", buffer, fields, offsets, strides, rows);
   for (size_t i = 0; index && i < read.size(); ++i)
     PK_CHECK(index->numel() == read[i].num_packed, "pack: field ", i, " has ", read[i].num_packed, " rows in the buffer, index has ", index->numel());
@@ -45,6 +46,7 @@ void pack(Tensor buffer, std::vector<Tensor> fields, MaybeTensor index, std::vec
 }
 
 void unpack(Tensor buffer, std::vector<Tensor> fields, MaybeTensor index, std::vector<int64_t> offsets, std::vector<int64_t> strides) {
+  PK_ONE_DEVICE("unpack", buffer, fields, index);
   std::vector<int64_t> rows;
   for (const Tensor& x : fields) rows.push_back(index ? index->numel() : x.dim() ? x.size(0) : 0);
   const std::vector<Field> read = read_fields("unpack", buffer, fields, offsets, strides, rows);

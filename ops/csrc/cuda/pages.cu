@@ -9,10 +9,12 @@ namespace {
 
 void append(Tensor pages, MaybeTensor tail, Tensor k, Tensor v, Tensor positions, Tensor slot_mapping, MaybeTensor tail_rows, int64_t format,
             int64_t num_kv_heads, int64_t k_dim, int64_t v_dim, int64_t page_size, int64_t group, bool latent) {
+  PK_ONE_DEVICE("append", pages, tail, k, v, positions, slot_mapping, tail_rows);
   const PageFormat f = check_pages(pages, format, num_kv_heads, k_dim, v_dim, page_size, group, latent);
   const int64_t T = slot_mapping.numel(), H = f.num_kv_heads;
   Append a = {};
   a.f = f, a.T = (int)T, a.type = float_type("k", k);
+  check_aligned("pages", pages);
   PK_CHECK(k.dim() == 3 && k.size(0) == T && k.size(1) == H && k.size(2) == f.k_dim, "k must be [", T, ", ", H, ", ", f.k_dim, "], got ", shape(k));
   if (!latent) {
     const int v_type = float_type("v", v);
@@ -26,7 +28,7 @@ void append(Tensor pages, MaybeTensor tail, Tensor k, Tensor v, Tensor positions
   a.tail_type = check_tail(f, tail, tail_rows);
   const bool grouped = format_grouped(f.format);
   PK_CHECK(!grouped || tail_rows->numel() == T, "tail_rows must be [", T, "], got ", shape(*tail_rows));
-  if (values_are_checked()) {
+  if (values_are_checked(pages)) {
     const HostIndices rows("tail_rows", tail_rows), slots("slot_mapping", slot_mapping);
     PK_CHECK(!grouped || rows->top() < tail->size(0), "tail row ", rows->top(), " is beyond the ", tail->size(0), " rows of the tail");
     PK_CHECK(slots->top() < pages.size(0) * page_size, "slot ", slots->top(), " is beyond the ", pages.size(0) * page_size, " slots of the store");
@@ -39,12 +41,13 @@ void append(Tensor pages, MaybeTensor tail, Tensor k, Tensor v, Tensor positions
 }
 
 void migrate(Tensor target, Tensor source, Tensor target_ids, Tensor source_ids) {
+  PK_ONE_DEVICE("migrate", target, source, target_ids, source_ids);
   for (const auto& [name, x] : {std::pair<const char*, const Tensor*>{"target", &target}, {"source", &source}})
     PK_CHECK(x->scalar_type() == ScalarType::Byte && x->dim() == 2 && x->is_contiguous(), name, " must be contiguous uint8 [num_pages, record_bytes]");
   PK_CHECK(target.size(1) == source.size(1), "target has records of ", target.size(1), " bytes, source of ", source.size(1));
   Migrate m = {};
   m.target_ids = read_index("target_ids", target_ids), m.source_ids = read_index("source_ids", source_ids);
-  if (values_are_checked()) {
+  if (values_are_checked(target)) {
     const HostIndices to("target_ids", target_ids), from("source_ids", source_ids);
     PK_CHECK(to->top() < target.size(0), "target_ids has page ", to->top(), ", the store has ", target.size(0));
     PK_CHECK(from->top() < source.size(0), "source_ids has page ", from->top(), ", the store has ", source.size(0));
