@@ -68,7 +68,7 @@ def _on_all_ranks(what: Callable[[], _T]) -> _T:
     result, own = None, None
     try:
         result = what()
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001  of any kind, and the other ranks hear of it
         own = error
     said: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(said, None if own is None else f"{type(own).__name__}: {own}")
@@ -113,12 +113,9 @@ def _keys_of(wanted: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 def _check(wanted: Shapes, stored: Shapes, weights: Path) -> None:
     missing, unexpected = sorted(wanted.keys() - stored.keys()), sorted(stored.keys() - wanted.keys())
     if missing or unexpected:
-        parts = (
-            f"{len(names)} of the {len(of)} tensors of {whose}: {_listed(names)}"
-            for names, of, whose in ((missing, wanted, "the model are missing there"), (unexpected, stored, "the checkpoint have no place in the model"))
-            if names
-        )
-        raise UnsupportedError(f"the checkpoint in {str(weights)!r} is of another model. {'; '.join(parts)}")
+        said = [f"{len(missing)} of the model's {len(wanted)} tensors are missing there: {_listed(missing)}"] if missing else []
+        said += [f"{len(unexpected)} of its {len(stored)} have no place in the model: {_listed(unexpected)}"] if unexpected else []
+        raise UnsupportedError(f"the checkpoint in {str(weights)!r} is of another model. {'; '.join(said)}")
     differing = sorted(key for key in wanted if wanted[key] != stored[key])
     if differing:
         key = differing[0]

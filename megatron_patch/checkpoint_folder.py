@@ -55,7 +55,7 @@ def _check_format(weights: Path) -> None:
     if config is not None:
         if config.sharded_backend != FORMAT:
             raise UnsupportedError(
-                f"{str(weights)!r} is a dist checkpoint of format {config.sharded_backend!r}; Megatron-Core reads {FORMAT!r} only; {_CONVERT}"
+                f"{str(weights)!r} is of format {config.sharded_backend!r}; Megatron-Core reads {FORMAT!r} only; {_CONVERT}"
             )
         return
     if any(path.name.startswith("mp_rank_") for path in weights.iterdir()):

@@ -15,8 +15,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-# Transformer Engine has norms inside the projection that follows. Megatron's local layers save theirs under Transformer Engine's names where
-# a layer is dense, and also, unlike Transformer Engine, where it has experts. MLA's local layers save their own names.
+# Transformer Engine has norms inside the projection that follows, but not before experts. Megatron's local layers save theirs under those
+# names in every layer, before experts too; those with MLA under names of their own.
 _SAME = (
     ("input_layernorm.", "self_attention.linear_qkv.layer_norm_"),
     ("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_"),
