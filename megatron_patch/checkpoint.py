@@ -14,6 +14,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 
 from pikv_ds.errors import UnsupportedError
 
@@ -89,7 +90,7 @@ def _stored(weights: Path) -> dict[str, tuple[int, ...]]:
     """Key -> global shape of the tensors of the model."""
     try:
         found = dist_checkpointing.load_tensors_metadata(str(weights))
-    except Exception as error:
+    except (Exception, CheckpointException) as error:
         raise UnsupportedError(f"the index of the checkpoint in {str(weights)!r} can't be read: {type(error).__name__}: {error}") from error
     return {key: tuple(found[key].global_shape) for key in model_keys(found)}
 
@@ -132,6 +133,9 @@ def _listed(names: list[str]) -> str:
 def _read(wanted: dict[str, Any], weights: Path) -> dict[str, Any]:
     try:
         return dist_checkpointing.load({"model": wanted}, str(weights))["model"]
+    except CheckpointException as error:  # no Exception: it has those of all ranks
+        said = "; ".join(f"rank {rank}: {type(own).__name__}: {own}" for rank, (own, _) in error.failures.items())
+        raise UnsupportedError(f"the weights in {str(weights)!r} can't be read: {said}") from error
     except Exception as error:
         raise UnsupportedError(f"the weights in {str(weights)!r} can't be read: {type(error).__name__}: {error}") from error
 
