@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
@@ -13,6 +14,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.transformer import TransformerConfig
 
 from pikv_ds.megatron_patch.cpu_compat import cuda_literals_on_cpu
+from tests.long_form import LONG
 from tests.megatron.models import positions, tiny_config
 
 VOCAB = 2048  # the bundled tokenizer's
@@ -101,11 +103,19 @@ def save(model: GPTModel, folder: Path, args: Namespace, iteration: int | None, 
     state["rng_state"] = dist_checkpointing.mapping.ShardedObject(
         "rng_state", [{"torch_rng_state": torch.get_rng_state()}], (dist.get_world_size(),), (dist.get_rank(),)
     )
+    queue_from_a_fork()
     dist_checkpointing.save(state, str(folder / name))
     if dist.get_rank() == 0:
         (folder / TRACKER).write_text("release" if iteration is None else str(iteration))
     dist.barrier()
     return folder / name
+
+
+def queue_from_a_fork() -> None:
+    """Short form: the queue that writers of a rank answer through, from a process that is forked. Megatron-Core starts an interpreter for
+    it, which costs as much as all else here."""
+    if not LONG and getattr(filesystem_async, "_results_queue", False) is None:
+        filesystem_async._results_queue = torch.multiprocessing.get_context("fork").Manager().Queue()
 
 
 def load(model: GPTModel, weights: Path) -> None:

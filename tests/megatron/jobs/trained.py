@@ -1,6 +1,7 @@
 """A checkpoint of Megatron's own training: loaded and evaluated. Arguments: folder, [save LAYOUT], LAYOUT...
 
-A layout is tp,ep,etp,pp. The one after `save` trains and saves; the others load what was saved, and evaluate it where there are no stages.
+A layout is tp,ep,etp,pp. The one after `save` trains and saves; the others load what was saved, and evaluate it where there are
+no stages; short form: the first of them.
 """
 
 import sys
@@ -21,18 +22,20 @@ from pikv_ds.megatron_patch.args_config import read_architecture
 from pikv_ds.megatron_patch.checkpoint import load_checkpoint
 from pikv_ds.megatron_patch.checkpoint_folder import checkpoint_args
 from tests.dist.jobs.report import Report
+from tests.long_form import LONG
 from tests.megatron import megatron_lm
 from tests.megatron.models import start
 from tests.megatron.runs import full_forward
 
 ITERATION, STEPS, CONTEXT = 40, 6, 96
+TEXT = evaluation_text()[:40_000]
 
 
 def batches(steps: int) -> list[torch.Tensor]:
     """Of the text that is evaluated: a few steps show in its perplexity. Each data-parallel rank has its own."""
     from transformers import AutoTokenizer
 
-    ids = torch.tensor(AutoTokenizer.from_pretrained(model_path())(evaluation_text()[:40_000])["input_ids"])
+    ids = torch.tensor(AutoTokenizer.from_pretrained(model_path())(TEXT)["input_ids"])
     shift = 64 * 4 * steps * parallel_state.get_data_parallel_rank()
     return list(ids[shift : shift + 64 * 4 * steps].view(steps, 4, 64))
 
@@ -78,7 +81,21 @@ def check_layout(report: Report, folder: Path, layout: str) -> None:
 def check_evaluation(report: Report, folder: Path, layout: str) -> None:
     """`pikv eval` beside a full forward of Megatron's own load."""
     tp, ep, etp, pp = map(int, layout.split(","))
-    words = ["--load", str(folder), "--tokenizer", str(model_path()), "--context", str(CONTEXT), "--samples", "2", "--chunk", "4"]
+    (folder / "text.txt").write_text(TEXT, encoding="utf-8")
+    words = [
+        "--load",
+        str(folder),
+        "--tokenizer",
+        str(model_path()),
+        "--text",
+        str(folder / "text.txt"),
+        "--context",
+        str(CONTEXT),
+        "--samples",
+        "2",
+        "--chunk",
+        "4",
+    ]
     layout_words = ["--ranks", str(dist.get_world_size()), "--tp", str(tp), "--ep", str(ep)]
     spec, units = read_spec(build_parser().parse_args(["eval", "--backend", "megatron", "--tasks", "ppl", *words, *layout_words]))
     with report.check(f"{layout} is evaluated") as row, torch.no_grad():
@@ -109,9 +126,10 @@ def main() -> None:
     if what[0] == "save":
         save(report, folder, what[1])
         what = what[2:]
+    evaluated = [layout for layout in what if layout.endswith(",1")][: None if LONG else 1]
     for layout in what:
         check_layout(report, folder, layout)
-        if layout.endswith(",1"):
+        if layout in evaluated:
             check_evaluation(report, folder, layout)
     dist.destroy_process_group()
 
