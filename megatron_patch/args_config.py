@@ -81,12 +81,13 @@ class Architecture:
 
         Raises: UnsupportedError when the vocabulary can't be cut for the tensor-parallel ranks, or the model can't be built.
         """
-        layout = {
+        layout: dict[str, Any] = {
             "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size(),
             "pipeline_model_parallel_size": parallel_state.get_pipeline_model_parallel_world_size(),
             "expert_model_parallel_size": parallel_state.get_expert_model_parallel_world_size(),
             "expert_tensor_parallel_size": parallel_state.get_expert_tensor_parallel_world_size(),
         }
+        layout["pipeline_dtype"] = options.get("params_dtype", torch.float32)  # of hidden states between stages
         config = self._config({**layout, **options})
         if self.vocab_size % config.tensor_model_parallel_size:
             raise UnsupportedError(
@@ -134,9 +135,11 @@ def read_architecture(args: Namespace) -> Architecture:
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
     }
-    if getattr(args, "rope_type", None) is not None:  # else it depends on the kind of attention
+    if latent and getattr(args, "rope_type", None) is not None:
         config["rope_type"] = args.rope_type
-    config = {name: value for name, value in config.items() if name in kind.__dataclass_fields__} | _activation(args)
+    if config["num_moe_experts"] is None:  # what Megatron-LM saves of experts that a model has not is refused beside none
+        config = {name: value for name, value in config.items() if not name.startswith("moe_")}
+    config |= _activation(args)
     gpt = {
         "vocab_size": args.padded_vocab_size,
         "max_sequence_length": args.max_position_embeddings,

@@ -50,12 +50,15 @@ def config_of(args: Namespace, **options) -> TransformerConfig:
     return tiny_config(**own | {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": args.moe_aux_loss_coeff} | options)
 
 
+def decoder(config: TransformerConfig):
+    return get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization=config.normalization)
+
+
 def build(args: Namespace, spec=None, **options) -> GPTModel:
     config = config_of(args, **options)
-    spec = spec or get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization=args.normalization)
     return GPTModel(
         config,
-        spec,
+        spec or decoder(config),
         vocab_size=args.padded_vocab_size,
         max_sequence_length=args.max_position_embeddings,
         pre_process=parallel_state.is_pipeline_first_stage(),

@@ -17,6 +17,7 @@ pytestmark = [pytest.mark.dist, pytest.mark.slow, pytest.mark.timeout(400), on_c
 SAVING = "1,2,1,1"  # tp,ep,etp,pp
 TWO_RANKS = [SAVING, "2,1,1,1", *(["2,2,1,1", "1,1,1,2"] if LONG else [])]
 EVALUATED = [layout for layout in TWO_RANKS if layout.endswith(",1")] if LONG else [SAVING]
+KINDS = ["gpt-2", "shared experts", "gamma from one", "latent"]
 KEYS = ["te", "te by layer", "singleton", "latent te", *(["grouped"] if hasattr(experts, "GroupedMLP") else [])]
 # Ranks -> layouts that load what two ranks have saved, and the other way round.
 WIDE = {4: ["2,2,1,2", "2,2,2,1", "1,4,1,1", "1,2,1,2"], 8: ["2,2,1,2", "4,2,1,1", "1,4,1,2", "2,4,1,1"]}
@@ -60,6 +61,14 @@ def test_other_layers_keys(tmp_path):
     job = run_gloo(JOBS / "key_layouts.py", [tmp_path, SAVING, *KEYS], ranks=2, timeout_s=150)
     for name in KEYS:
         job.check(f"{SAVING} {name}")
+
+
+@pytest.mark.parametrize(("ranks", "layout"), [(1, "1,1,1"), *([(4, "2,2,1")] if LONG else [])])
+def test_models_are_built_from_their_arguments(tmp_path, ranks, layout):
+    kinds = [kind for kind in KINDS if ranks == 1 or kind != "latent"]
+    job = run_gloo(JOBS / "architectures.py", [tmp_path, layout, *kinds], ranks=ranks, timeout_s=150)
+    for kind in kinds:
+        job.check(f"{layout} {kind}")
 
 
 @pytest.mark.skipif(not LONG, reason="the long form's: four and eight ranks")

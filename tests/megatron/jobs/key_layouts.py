@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.moe.moe_layer import MoELayer
 
 from pikv_ds.megatron_patch import cpu_compat, enable_pikv
@@ -67,8 +66,7 @@ def save_grouped(folder: Path) -> GPTModel:
     draw(source)
     with mock.patch("megatron.core.transformer.moe.grouped_gemm_util.grouped_gemm_is_available", lambda: True):
         config = megatron_lm.config_of(arguments(), moe_grouped_gemm=True)
-        spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm")
-        grouped = megatron_lm.build(arguments(), spec, moe_grouped_gemm=True)
+        grouped = megatron_lm.build(arguments(), megatron_lm.decoder(config), moe_grouped_gemm=True)
     values = source.state_dict()
     for name, parameter in grouped.named_parameters():
         if name.endswith((".experts.weight1", ".experts.weight2")):
