@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from pikv_ds.errors import UnsupportedError
 
-from .checkpoint_folder import find_weights, read_common
+from .checkpoint_folder import find_weights, read_common, said_by
 from .checkpoint_names import Shapes, map_tensors, metadata_for, model_keys, split_objects, stored_as
 from .version import check_feature
 
@@ -91,7 +91,7 @@ def _stored(weights: Path) -> dict[str, tuple[int, ...]]:
     try:
         found = dist_checkpointing.load_tensors_metadata(str(weights))
     except (Exception, CheckpointException) as error:
-        raise UnsupportedError(f"the index of the checkpoint in {str(weights)!r} can't be read: {type(error).__name__}: {error}") from error
+        raise UnsupportedError(f"the index of the checkpoint in {str(weights)!r} can't be read: {said_by(error)}") from error
     return {key: tuple(found[key].global_shape) for key in model_keys(found)}
 
 
@@ -133,11 +133,8 @@ def _listed(names: list[str]) -> str:
 def _read(wanted: dict[str, Any], weights: Path) -> dict[str, Any]:
     try:
         return dist_checkpointing.load({"model": wanted}, str(weights))["model"]
-    except CheckpointException as error:  # no Exception: it has those of all ranks
-        said = "; ".join(f"rank {rank}: {type(own).__name__}: {own}" for rank, (own, _) in error.failures.items())
-        raise UnsupportedError(f"the weights in {str(weights)!r} can't be read: {said}") from error
-    except Exception as error:
-        raise UnsupportedError(f"the weights in {str(weights)!r} can't be read: {type(error).__name__}: {error}") from error
+    except (Exception, CheckpointException) as error:
+        raise UnsupportedError(f"the weights in {str(weights)!r} can't be read: {said_by(error)}") from error
 
 
 def _check_state(model: nn.Module, state: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException, maybe_load_config
+from torch.distributed.checkpoint.api import CheckpointException
 
 from pikv_ds.errors import UnsupportedError
 
@@ -82,8 +83,15 @@ def read_common(weights: Path) -> dict[str, Any]:
             f"what was saved beside the weights in {str(weights)!r} can't be read: {reason} Name the class in "
             f"torch.serialization.add_safe_globals([...]) first, if you trust it"
         ) from error
-    except (CheckpointingException, OSError, RuntimeError, EOFError) as error:
-        raise UnsupportedError(f"what was saved beside the weights in {str(weights)!r} can't be read: {error}") from error
+    except (CheckpointingException, CheckpointException, OSError, RuntimeError, EOFError) as error:
+        raise UnsupportedError(f"what was saved beside the weights in {str(weights)!r} can't be read: {said_by(error)}") from error
+
+
+def said_by(error: BaseException) -> str:
+    """What happened, in one line; torch.distributed.checkpoint's exception, which is no Exception, has those of all ranks in it."""
+    if isinstance(error, CheckpointException):
+        return "; ".join(f"rank {rank}: {said_by(own)}" for rank, (own, _) in error.failures.items())
+    return f"{type(error).__name__}: {error}"
 
 
 def checkpoint_args(folder: str | Path) -> Namespace:
