@@ -100,7 +100,7 @@ def test_the_command(trained, tmp_path):
     trained[1].check("trained and saved")
     words = ["--load", str(trained[0]), "--tokenizer", str(model_path()), "--context", "96", "--samples", "2", "--chunk", "4"]
     command = [sys.executable, "-m", "pikv_ds.launch.cli", "eval", "--backend", "megatron", "--ranks", "2", "--tasks", "ppl,bytes"]
-    result = run_commands([[*command, *words, "--json", str(tmp_path / "rows.json")]], ranks=1, timeout_s=150)
+    result = run_commands([[*command, *words, "--json", str(tmp_path / "rows.json")]], ranks=1, timeout_s=350)
     assert result.returncode == 0, result.describe()
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
     assert {row["method"] for row in rows} == {"dense", "exact"} and {row["ep"] for row in rows} == {2}
