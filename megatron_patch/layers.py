@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass, replace
 
+from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.moe.moe_layer import MoELayer
@@ -135,12 +136,7 @@ def _warn_of_no_experts(numbers: list[int], source: str) -> None:
 def layer_spec_of(layer: Layer, layer_idx: int, shared: bool = False) -> LayerSpec:
     """KV geometry of one layer on this rank: its own heads after the tensor-parallel split, or all of them where the peers share them."""
     attention, config = layer.attention, layer.attention.config
-    window = None
-    if is_layer_window_attention(config.window_size, config.window_attn_skip_freq, attention.layer_number):
-        left, right = config.window_size
-        if left < 1 or right != 0:
-            raise UnsupportedError(f"window_size = {config.window_size}: PiKV handles causal windows (left >= 1, right = 0)")
-        window = left + 1  # Megatron counts the tokens before the query, LayerSpec counts the query too
+    window = window_of(config, attention.layer_number)
     if is_latent(attention):
         rank = config.kv_lora_rank
         return LayerSpec(
@@ -154,6 +150,16 @@ def layer_spec_of(layer: Layer, layer_idx: int, shared: bool = False) -> LayerSp
         window=window,
         first_head=0 if shared else first_head(attention),
     )
+
+
+def window_of(config: TransformerConfig, layer_number: int) -> int | None:
+    """Tokens that a layer sees, the query's own included; None without a window. layer_number counts from 1."""
+    if not is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number):
+        return None
+    left, right = config.window_size
+    if left < 1 or right != 0:
+        raise UnsupportedError(f"window_size = {config.window_size}: PiKV handles causal windows (left >= 1, right = 0)")
+    return left + 1  # Megatron counts the tokens before the query, LayerSpec counts the query too
 
 
 def first_head(attention: nn.Module) -> int:

@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
     from pikv_ds.launch.evaluation.baseline import Baseline, parse
     from pikv_ds.launch.evaluation.plan import read_spec
 
-    for name in ("config", "sweep", "load"):
+    for name in ("config", "sweep", "load", "tokenizer"):
         if getattr(args, name) is not None:
             raise ConfigError(f"--{name} with pikv baseline: it measures transformers' own caches; use pikv eval")
     if args.repeats < 0:

@@ -27,7 +27,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     tasks = f"comma-separated, of: {', '.join(TASKS)} (default: {', '.join(DEFAULT_TASKS)})"
     parser.add_argument("--tasks", default=",".join(DEFAULT_TASKS), metavar="LIST", help=tasks)
     parser.add_argument("--model", metavar="DIR", help="transformers model folder (default: the bundled model)")
-    parser.add_argument("--load", metavar="DIR", help="Megatron dist checkpoint of that model's weights (backend megatron)")
+    parser.add_argument(
+        "--load", metavar="DIR", help="Megatron checkpoint: weights for --model, or with --tokenizer the model too (backend megatron)"
+    )
+    parser.add_argument(
+        "--tokenizer", metavar="T", help="folder of a transformers tokenizer, or tokenizer.json: the model is what --load's arguments say"
+    )
     parser.add_argument("--text", metavar="FILE", help="text to measure on (default: the bundled one)")
     parser.add_argument(
         "--context", type=int, default=1024, metavar="N", help="tokens per window and per prompt with its answer (default 1024)"

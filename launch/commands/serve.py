@@ -57,6 +57,7 @@ def read_spec(args: argparse.Namespace) -> Any:
     from pikv_ds.adapters.hf.model_spec import load_model_config
     from pikv_ds.bundled import model_path
     from pikv_ds.errors import ConfigError
+    from pikv_ds.launch.evaluation.model_facts import experts_of
     from pikv_ds.launch.evaluation.plan import block_of, expert_ranks, megatron_folder
     from pikv_ds.launch.serving.spec import ServeSpec
 
@@ -76,7 +77,7 @@ def read_spec(args: argparse.Namespace) -> Any:
         raise ConfigError(f"{model}/config.json names no max_position_embeddings; give --max-length")
     if most is not None and max_length > most:
         raise ConfigError(f"--max-length {max_length}: the model has {most} positions")
-    ep, load = expert_ranks(args, config), megatron_folder(args.load, args.backend)
+    ep, load = expert_ranks(args, experts_of(config)), megatron_folder(args.load, args.backend)
     if block["storage"]["requests"] == "replicated" and args.ranks > 1:
         raise ConfigError(
             "pikv.storage.requests is 'replicated': the ranks of a service run requests of their own; use 'auto' or 'distinct'"

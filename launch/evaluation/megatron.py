@@ -1,4 +1,4 @@
-"""The same transformers model in Megatron-Core, over tensor- and expert-parallel ranks; static batching, dense or PiKV."""
+"""A transformers model, or that of a Megatron checkpoint, in Megatron-Core on tensor- and expert-parallel ranks; static batching."""
 
 from __future__ import annotations
 
@@ -12,21 +12,25 @@ from megatron.core import parallel_state
 from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from pikv_ds.adapters.hf.argument_names import IN_GENERATE
 from pikv_ds.adapters.hf.model_spec import read_model_spec
 from pikv_ds.launch.device import own_device
 from pikv_ds.megatron_patch import PiKVInferenceContext, cpu_compat, disable_pikv, enable_pikv
+from pikv_ds.megatron_patch.args_config import read_architecture
 from pikv_ds.megatron_patch.checkpoint import load_checkpoint
+from pikv_ds.megatron_patch.checkpoint_folder import checkpoint_args
 from pikv_ds.megatron_patch.context import all_logits
 from pikv_ds.megatron_patch.hf_config import build_gpt
 from pikv_ds.megatron_patch.hf_weights import load_hf_weights
 from pikv_ds.megatron_patch.layers import find_layers
+from pikv_ds.spec import LayerSpec
 
 from .backend import Memory, counts_of, watch
 from .megatron_lm import Group, GroupedCache, MegatronCausalLM
 from .spec import EvalSpec
+from .tokenizer import check_vocabulary, open_tokenizer
 
 
 class MegatronBackend:
@@ -47,8 +51,8 @@ class MegatronBackend:
         """The first of its tensor-parallel peers, which all have the same logits."""
         self._open = 0  # PiKV sessions
         self.folder = spec.model
-        self.tokenizer = AutoTokenizer.from_pretrained(spec.model, local_files_only=True)
-        self.model, self.layers = _load(spec)
+        self.tokenizer = open_tokenizer(spec.tokenizer or spec.model)
+        self.model, self.layers = _load(spec) if spec.tokenizer is None else _load_own(spec, self.tokenizer)
 
     @contextlib.contextmanager
     def session(self, block: dict[str, Any] | None, rows: int, length: int) -> Iterator[_Dense | _Sharded]:
@@ -131,15 +135,28 @@ class _Sharded(_Dense):
         watch(self.context.core, on)
 
 
-def _load(spec: EvalSpec) -> tuple[Any, list]:
-    dtype, config = getattr(torch, spec.dtype), AutoConfig.from_pretrained(spec.model, local_files_only=True)
-    options = {"params_dtype": dtype, "bf16": dtype == torch.bfloat16, "fp16": dtype == torch.float16}
-    if not torch.cuda.is_available():
-        options |= cpu_compat.cpu_config_options()
-    model = build_gpt(config, max_sequence_length=spec.context, **options).eval()
+def _load(spec: EvalSpec) -> tuple[Any, list[LayerSpec]]:
+    config = AutoConfig.from_pretrained(spec.model, local_files_only=True)
+    model = build_gpt(config, max_sequence_length=spec.context, **_options(spec)).eval()
     if spec.load is not None:
         load_checkpoint(model, spec.load)
     else:
-        hf = AutoModelForCausalLM.from_pretrained(spec.model, dtype=dtype, local_files_only=True)
+        hf = AutoModelForCausalLM.from_pretrained(spec.model, dtype=getattr(torch, spec.dtype), local_files_only=True)
         load_hf_weights(model, config, hf.state_dict())
     return model.to(own_device()), read_model_spec(config)
+
+
+def _load_own(spec: EvalSpec, tokenizer: Any) -> tuple[Any, list[LayerSpec]]:
+    """The model that the checkpoint's arguments say, with local layers in place of whatever trained it."""
+    architecture = read_architecture(checkpoint_args(spec.load))
+    check_vocabulary(tokenizer, architecture.vocab_size, f"--tokenizer {spec.tokenizer}")
+    model = architecture.build(**_options(spec)).eval()
+    load_checkpoint(model, spec.load)
+    architecture.finish(model)
+    return model.to(own_device()), architecture.layer_specs()
+
+
+def _options(spec: EvalSpec) -> dict[str, Any]:
+    dtype = getattr(torch, spec.dtype)
+    options = {"params_dtype": dtype, "bf16": dtype == torch.bfloat16, "fp16": dtype == torch.float16}
+    return options if torch.cuda.is_available() else options | cpu_compat.cpu_config_options()

@@ -5,15 +5,17 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from pikv_ds.adapters.hf.model_spec import load_model_config, read_model_spec
+from pikv_ds.adapters.hf.model_spec import load_model_config
 from pikv_ds.bundled import model_path
 from pikv_ds.config.pikv import PiKVConfig
 from pikv_ds.errors import ConfigError
 
+from .model_facts import ModelFacts, facts_of, facts_of_checkpoint, has_args
 from .report import check_matplotlib
 from .spec import TASKS, EvalSpec, Unit, fit_chunk
+from .tokenizer import tokenizer_path
 
 
 def read_spec(args: argparse.Namespace) -> tuple[EvalSpec, list[Unit]]:
@@ -25,21 +27,20 @@ def read_spec(args: argparse.Namespace) -> tuple[EvalSpec, list[Unit]]:
     blocks = _blocks(args.sweep) if args.sweep else [block_of(args.config)]
     if args.report:
         check_matplotlib()
-    model = Path(args.model).expanduser().resolve() if args.model else model_path()
-    model_config = load_model_config(model)
+    source = source_of(args)
     for name in ("samples", "batch", "ranks", "tp"):
         if getattr(args, name) < 1:
             raise ConfigError(f"--{name} {getattr(args, name)}: legal is 1 or more")
-    layers = read_model_spec(model_config)
-    _check_context(args.context, model_config)
-    ep = expert_ranks(args, model_config)
+    _check_context(args.context, source.facts.longest)
+    ep = expert_ranks(args, source.facts.experts)
     spec = EvalSpec(
         backend=args.backend,
-        model=str(model),
-        load=megatron_folder(args.load, args.backend),
+        model=source.model,
+        load=source.load,
+        tokenizer=source.tokenizer,
         text=_file(args.text),
         context=args.context,
-        chunk=fit_chunk(layers, args.context, args.chunk),
+        chunk=fit_chunk(source.facts.layers, args.context, args.chunk),
         samples=args.samples,
         batch=args.batch,
         seed=args.seed,
@@ -55,6 +56,34 @@ def read_spec(args: argparse.Namespace) -> tuple[EvalSpec, list[Unit]]:
             f"use a multiple of {spec.data_ranks}"
         )
     return spec, [Unit(task=task, block=chosen) for chosen in (None, *blocks) for task in tasks]
+
+
+class Source(NamedTuple):
+    """Where a model comes from: names as EvalSpec has them, and what is known of the model."""
+
+    model: str
+    load: str | None
+    tokenizer: str | None
+    facts: ModelFacts
+
+
+def source_of(args: argparse.Namespace) -> Source:
+    """args: backend, model, load, tokenizer. Raises: ConfigError, UnsupportedError, FileNotFoundError."""
+    load = megatron_folder(args.load, args.backend)
+    if args.tokenizer is not None:
+        if load is None or args.model is not None:
+            raise ConfigError(
+                f"--tokenizer {args.tokenizer}: it goes with --load, a Megatron checkpoint whose arguments say what the model is, and "
+                f"without --model, a transformers folder, which has a tokenizer of its own"
+            )
+        return Source(load, load, str(tokenizer_path(args.tokenizer)), facts_of_checkpoint(load))
+    if load is not None and args.model is None and has_args(load):
+        raise ConfigError(
+            f"--load {args.load}: this checkpoint says itself what model it is of; give --tokenizer T beside it, or in --model a "
+            f"transformers folder of the same model"
+        )
+    model = Path(args.model).expanduser().resolve() if args.model else model_path()
+    return Source(str(model), load, None, facts_of(load_model_config(model)))
 
 
 def _tasks(listed: str) -> list[str]:
@@ -102,20 +131,17 @@ def block_of(source: str | dict | None) -> dict[str, Any]:
     return config.model_dump(mode="json")
 
 
-def _check_context(context: int, model_config: Any) -> None:
-    longest = getattr(model_config.get_text_config(decoder=True), "max_position_embeddings", None)
+def _check_context(context: int, longest: int | None) -> None:
     if context < 2 or (longest is not None and context > longest):
         raise ConfigError(f"--context {context}: legal for this model is 2 to {longest} (max_position_embeddings)")
 
 
-def expert_ranks(args: argparse.Namespace, model_config: Any) -> int:
+def expert_ranks(args: argparse.Namespace, experts: int) -> int:
     """--ep, or its default: all data-parallel ranks, none for a model without experts."""
     if args.backend == "hf" and args.tp != 1:
         raise ConfigError(f"--tp {args.tp} with --backend hf: tensor parallelism under DeepSpeed is not supported; use --backend megatron")
     if args.ranks % args.tp:
         raise ConfigError(f"--ranks {args.ranks} is not a multiple of --tp {args.tp}")
-    text = model_config.get_text_config(decoder=True)
-    experts = next((count for name in ("num_local_experts", "num_experts", "n_routed_experts") if (count := getattr(text, name, None))), 1)
     ep = (args.ranks // args.tp if experts > 1 else 1) if args.ep is None else args.ep
     if ep < 1 or args.ranks % ep:
         raise ConfigError(f"--ep {ep}: legal with --ranks {args.ranks} are its divisors")
@@ -125,15 +151,14 @@ def expert_ranks(args: argparse.Namespace, model_config: Any) -> int:
 
 
 def megatron_folder(load: str | None, backend: str) -> str | None:
+    """The folder with the weights, which the tracker file of --load names: a later iteration does not come between."""
     if load is None:
         return None
     if backend != "megatron":
         raise ConfigError(f"--load {load} with --backend {backend}: dist checkpoints are Megatron's; use --backend megatron, or --model")
-    if not (Path(load) / "metadata.json").is_file():
-        raise FileNotFoundError(
-            f"--load {load!r}: no Megatron dist checkpoint there (no metadata.json); give the folder that dist_checkpointing.save wrote"
-        )
-    return str(Path(load).expanduser().resolve())
+    from pikv_ds.megatron_patch.checkpoint_folder import find_weights
+
+    return str(find_weights(load).resolve())
 
 
 def _file(text: str | None) -> str | None:

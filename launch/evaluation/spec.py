@@ -23,7 +23,11 @@ LEAST_STORE_SHARE = 0.95
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvalSpec:
-    """Everything but the units. `model` is a folder; `load` a Megatron dist checkpoint whose weights replace the folder's, or None."""
+    """Everything but the units.
+
+    `model` is a transformers folder; `load` a Megatron dist checkpoint whose weights replace the folder's, or None. With `tokenizer`, a
+    path, there is no such folder: the model is what the checkpoint's arguments say, and `model` is `load`.
+    """
 
     backend: str
     model: str
@@ -39,6 +43,7 @@ class EvalSpec:
     ranks: int
     tp: int
     ep: int
+    tokenizer: str | None = None
 
     @property
     def data_ranks(self) -> int:

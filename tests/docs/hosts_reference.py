@@ -22,7 +22,7 @@ WHAT = {
     "autoep": "DeepSpeed's launcher and AutoEP on 2 gloo ranks: text of three families, and nothing left patched",
     "static engine": "Megatron's StaticInferenceEngine on 2 gloo ranks: EP, TP, TP x EP",
     "dynamic": "DynamicInferenceContext on 2 gloo ranks, driven step by step",
-    "checkpoint": "dist_checkpointing saved in one layout, loaded in three",
+    "checkpoint": "dist_checkpointing saved in one layout, loaded in three; what Megatron's training saved, evaluated; other layers' keys",
 }
 
 

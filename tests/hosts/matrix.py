@@ -15,7 +15,7 @@ SMOKE: dict[str, tuple[str, ...]] = {
     "autoep": (*PYTEST, "tests/adapters/test_deepspeed_engines.py", "-k", "autoep"),
     "static engine": (*PYTEST, "tests/megatron/test_engine.py"),
     "dynamic": (*PYTEST, "tests/megatron/test_dynamic.py"),
-    "checkpoint": (*PYTEST, "tests/megatron/test_checkpoints.py", "-k", "across_layouts"),
+    "checkpoint": (*PYTEST, *(f"tests/megatron/test_{name}.py" for name in ("checkpoints", "trained")), "-k", "across_layouts or trained"),
 }
 """Name -> arguments of the Python of the leg's environment, run in the repository."""
 

@@ -7,9 +7,9 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig
-from megatron.core.transformer.dot_product_attention import DotProductAttention
 
 from pikv_ds.megatron_patch.cpu_compat import cpu_config_options
+from pikv_ds.megatron_patch.local_layers import LatentCoreAttention
 
 VOCAB = 128
 SHAPE = dict(
@@ -58,14 +58,6 @@ def latent_config(**changes) -> MLATransformerConfig:
     """The same model with multi-latent attention."""
     mla = dict(q_lora_rank=24, kv_lora_rank=16, qk_head_dim=8, qk_pos_emb_head_dim=8, v_head_dim=12, rope_type="rope")
     return tiny_config(kind=MLATransformerConfig, multi_latent_attention=True, num_query_groups=8, **{**mla, **changes})
-
-
-class LatentCoreAttention(DotProductAttention):
-    """Megatron's local core attention with the two arguments that MLASelfAttention passes: only Transformer Engine's takes them."""
-
-    def __init__(self, *args, k_channels: int | None = None, v_channels: int | None = None, **kwargs) -> None:
-        super().__init__(*args, **kwargs)  # the base class of MLASelfAttention builds one without them first
-        self.hidden_size_per_partition = (v_channels or 0) * self.num_attention_heads_per_partition
 
 
 def local_spec(config: TransformerConfig):

@@ -14,7 +14,7 @@ from megatron.core.inference.communication_utils import (
 )
 from megatron.core.transformer.attention import Attention
 
-from tests.megatron.models import VOCAB, causal_mask, positions
+from tests.megatron.models import causal_mask, positions
 
 
 def decode(model, context, ids: torch.Tensor, pieces: list[int]) -> torch.Tensor:
@@ -52,7 +52,7 @@ def full_forward(model, ids: torch.Tensor) -> torch.Tensor:
         last = parallel_state.is_pipeline_last_stage()
         if not last:
             send_to_next_pipeline_rank(out)
-        return broadcast_from_last_pipeline_stage([*ids.shape, VOCAB], torch.float32, out.contiguous() if last else None)
+        return broadcast_from_last_pipeline_stage([*ids.shape, model.vocab_size], torch.float32, out.contiguous() if last else None)
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ from pikv_ds.megatron_patch.hf_config import build_gpt
 from pikv_ds.megatron_patch.hf_weights import load_hf_weights
 from tests.dist.jobs.report import Report
 from tests.megatron import documented
+from tests.megatron.megatron_lm import queue_from_a_fork
 from tests.megatron.models import start
 from tests.megatron.runs import decode, full_forward, refused
 
@@ -38,6 +39,7 @@ def check_layout(report: Report, layout: str, folder: Path, hf, save: bool) -> N
     if save:
         source = build(hf.config)
         load_hf_weights(source, hf.config, hf.state_dict())
+        queue_from_a_fork()
         save_checkpoint(enable_pikv(source), folder)
     with report.check(f"{layout} loads") as row:
         model = enable_pikv(build(hf.config))
