@@ -10,6 +10,7 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
+from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlock
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor, nn
@@ -38,13 +39,14 @@ class Layer:
 
 
 def find_layers(model: nn.Module) -> list[Layer]:
-    """In forward order; the model may be wrapped (Float16Module, DDP).
+    """In forward order; the model may be wrapped (Float16Module, DDP). Heads that predict further tokens are left out: they train only.
 
     Raises: UnsupportedError for attention that PiKV does not handle.
     """
     layers: list[Layer] = []
+    heads = {id(part) for module in model.modules() if isinstance(module, MultiTokenPredictionBlock) for part in module.modules()}
     for module in model.modules():
-        if not isinstance(module, TransformerLayer):
+        if not isinstance(module, TransformerLayer) or id(module) in heads:
             continue
         moe = module.mlp if isinstance(module.mlp, MoELayer) else None
         if not isinstance(module.cross_attention, IdentityOp):
