@@ -64,8 +64,8 @@ async def interrupt(engine, client, asked: list) -> None:
     held = engine.context.stats()["kv_bytes_allocated"]
     await all_get("suspend_engines", "SUSPENDED")
     kept = engine.context.stats()["kv_bytes_allocated"]
-    persists = engine.context.kv_cache_management_mode == "persist"
-    assert kept == held if persists else kept < held / 10, (held, kept)
+    if client:  # the others may have been suspended by the time they look
+        assert held > 0 and (kept == held if engine.context.kv_cache_management_mode == "persist" else kept == 0), (held, kept)
     await all_get("resume_engines", "RESUMED")
     await all_get("unpause_engines", "RUNNING")
 
