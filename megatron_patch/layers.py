@@ -50,7 +50,9 @@ def find_layers(model: nn.Module) -> list[Layer]:
             continue
         moe = module.mlp if isinstance(module.mlp, MoELayer) else None
         if not isinstance(module.cross_attention, IdentityOp):
-            raise UnsupportedError(f"layer {module.layer_number} has cross-attention; PiKV handles decoder-only models")
+            raise UnsupportedError(
+                f"layer {module.layer_number} has cross-attention, which Megatron-Core runs without a cache; PiKV handles decoder-only models"
+            )
         if isinstance(module.self_attention, IdentityOp):
             if layers and layers[-1].moe is None:  # a hybrid stack: experts as a layer of their own
                 layers[-1] = replace(layers[-1], moe=moe)

@@ -22,7 +22,12 @@ from tests.megatron.marks import on_cpu
 pytest.importorskip("zmq", reason="Megatron's coordinator needs pyzmq")
 
 CHECKOUT = os.environ.get("PIKV_MEGATRON_LM")  # a git checkout of Megatron-LM with the tag of the installed Megatron-Core
-FOLDERS = ("megatron/inference", "megatron/training", "megatron/legacy", "megatron/post_training")  # what get_dynamic_inference_engine imports
+FOLDERS = (
+    "megatron/inference",
+    "megatron/training",
+    "megatron/legacy",
+    "megatron/post_training",
+)  # what get_dynamic_inference_engine imports
 LAYOUTS = {"EP2": "1,2,1", "TP2": "2,1,1", "PP2": "1,1,1,2"}  # tp,ep,etp,pp on two ranks
 RUN = short_or_long(["EP2"], list(LAYOUTS))
 SINCE_18 = importlib.util.find_spec("megatron.core.inference.apis") is not None
