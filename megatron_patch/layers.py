@@ -51,7 +51,7 @@ def find_layers(model: nn.Module) -> list[Layer]:
         moe = module.mlp if isinstance(module.mlp, MoELayer) else None
         if not isinstance(module.cross_attention, IdentityOp):
             raise UnsupportedError(
-                f"layer {module.layer_number} has cross-attention, which Megatron-Core runs without a cache; PiKV handles decoder-only models"
+                f"layer {module.layer_number} has cross-attention, which Megatron-Core decodes without a cache; PiKV handles decoders alone"
             )
         if isinstance(module.self_attention, IdentityOp):
             if layers and layers[-1].moe is None:  # a hybrid stack: experts as a layer of their own

@@ -69,12 +69,18 @@ def with_positions_of_three_axes(ids: torch.Tensor) -> torch.Tensor:
 
 
 def with_cross_attention(ids: torch.Tensor) -> torch.Tensor:
-    """An encoder-decoder: over a context, keys of the encoder's output join those of the tokens, under the same layer's number. Megatron's
-    T5InferenceWrapper passes no context."""
+    """An encoder-decoder: in a context keys of the encoder's output lie where those of the tokens do, under the same layer's number, so a
+    prompt runs and the token after it does not. Megatron's T5InferenceWrapper passes no context."""
     config = tiny_config(num_moe_experts=None, moe_ffn_hidden_size=None, num_query_groups=8, qk_layernorm=False, normalization="LayerNorm")
     specs = (get_t5_encoder_with_local_block_spec(config.num_layers), get_t5_decoder_with_local_block_spec(config.num_layers))
     model = T5Model(config, config, *specs, vocab_size=VOCAB, max_sequence_length=LENGTH, parallel_output=False).eval()
-    seen = [torch.zeros(ROWS, 1, queries, LENGTH, dtype=torch.bool) for queries in (LENGTH, PROMPT)]
+    context = StaticInferenceContext(ROWS, 4 * LENGTH)
+
+    def forward(start: int, end: int) -> torch.Tensor:
+        encoder, both = (torch.zeros(ROWS, 1, queries, LENGTH, dtype=torch.bool) for queries in (LENGTH, end - start))
+        return model(ids, ids[:, start:end], encoder, causal_mask(end - start, start), both, inference_context=context)
+
     with torch.no_grad():
-        prompt, context = ids[:, :PROMPT], StaticInferenceContext(ROWS, 4 * LENGTH)
-        return model(ids, prompt, seen[0], causal_mask(PROMPT), seen[1], inference_context=context)
+        forward(0, PROMPT)
+        context.increment_sequence_len_offset(PROMPT)
+        return forward(PROMPT, PROMPT + 1)
