@@ -95,6 +95,10 @@ class PiKVContext(ABC):
     def free(self) -> None:
         """reset(), and return all memory now. All ranks of the group must call it at the same point."""
         self.reset()
+        self._forget()
+
+    def _forget(self) -> None:
+        """What free() does beside the host's own reset()."""
         self.core.reset()
         self.tokens = self._after = None
         self.expert_ids.begin(None)

@@ -9,6 +9,7 @@ from megatron.core.inference.contexts.dynamic_context import DynamicInferenceCon
 from torch import Tensor
 
 from pikv_ds.errors import UnsupportedError
+from pikv_ds.modes import eager
 
 _GRAPHS = "pages grow between steps, which a captured graph can't follow; leave it at None"
 _BUFFER = "there is no block buffer to {}; leave it at {!r}"
@@ -31,6 +32,7 @@ class _OfArguments(DynamicInferenceContext):
 
     dummy_step = False
 
+    @eager  # an engine that resumes under torch.inference_mode() would make tensors that reset() can't change
     def allocate_all_tensors(self, *, is_init: bool) -> None:
         """The host's bookkeeping, and a block buffer without layers: it takes no memory, and a kernel that reaches for it fails."""
         num_layers, self.num_attention_layers = self.num_attention_layers, 0
@@ -64,8 +66,12 @@ class _OfConfigs(DynamicInferenceContext):
             kwargs["is_expert_parallel_dummy_cuda_graph_step"] = True
         return super().initialize_attention_state(*args, **kwargs)
 
+    @eager  # as _OfArguments.allocate_all_tensors
+    def initialize_all_tensors(self) -> None:
+        super().initialize_all_tensors()
+
     def _allocate_memory_buffer(self) -> None:
-        """As _OfArguments.allocate_all_tensors."""
+        """A block buffer without layers, as in _OfArguments."""
         num_layers, self.num_attention_layers = self.num_attention_layers, 0
         try:
             super()._allocate_memory_buffer()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
@@ -92,6 +93,7 @@ def _torch_patches() -> list[Patch]:
         Patch(cuda, "manual_seed", torch.manual_seed, rng),
         Patch(cuda, "get_rng_state", lambda *args, **kwargs: torch.get_rng_state(), rng),
         Patch(cuda, "set_rng_state", lambda state, *args, **kwargs: torch.set_rng_state(state), rng),
+        Patch(cuda, "memory_stats", lambda *args: defaultdict(int), "engines say what they give back when they are suspended"),
         Patch(cuda.nvtx, "range_push", lambda *args: 0, "inference requests mark ranges"),
         Patch(cuda.nvtx, "range_pop", lambda *args: 0, "inference requests mark ranges"),
     ]

@@ -81,9 +81,17 @@ class PiKVDynamicInferenceContext(PiKVContext, CountedBlocks):
         if self._stored is not None:
             self._stored = {}
 
-    def free(self) -> None:
-        super().free()
+    def _forget(self) -> None:
+        super()._forget()
         self._stored = None
+
+    @eager
+    def deallocate_inference_state_buffers(self) -> None:
+        """Of engines from 0.17 on that are suspended, all ranks between the same two forwards: requests that will run again from their
+        first token (kv_cache_management_mode "recompute") leave no memory behind; with "persist" they go on where they stopped."""
+        super().deallocate_inference_state_buffers()
+        if self.has_model and self.kv_cache_management_mode == "recompute":
+            self._forget()
 
     def is_static_batching(self) -> bool:
         return self._as_static

@@ -11,6 +11,7 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
+from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlock
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor, nn
@@ -39,17 +40,20 @@ class Layer:
 
 
 def find_layers(model: nn.Module) -> list[Layer]:
-    """In forward order; the model may be wrapped (Float16Module, DDP).
+    """In forward order; the model may be wrapped (Float16Module, DDP). Heads that predict further tokens are left out: they train only.
 
     Raises: UnsupportedError for attention that PiKV does not handle.
     """
     layers: list[Layer] = []
+    heads = {id(part) for module in model.modules() if isinstance(module, MultiTokenPredictionBlock) for part in module.modules()}
     for module in model.modules():
-        if not isinstance(module, TransformerLayer):
+        if not isinstance(module, TransformerLayer) or id(module) in heads:
             continue
         moe = module.mlp if isinstance(module.mlp, MoELayer) else None
         if not isinstance(module.cross_attention, IdentityOp):
-            raise UnsupportedError(f"layer {module.layer_number} has cross-attention; PiKV handles decoder-only models")
+            raise UnsupportedError(
+                f"layer {module.layer_number} has cross-attention, which Megatron-Core decodes without a cache; PiKV handles decoders alone"
+            )
         if isinstance(module.self_attention, IdentityOp):
             if layers and layers[-1].moe is None:  # a hybrid stack: experts as a layer of their own
                 layers[-1] = replace(layers[-1], moe=moe)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import torch
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionLayer
 from torch import nn
 
 from pikv_ds.config.pikv import PiKVConfig
 from pikv_ds.errors import ConfigError, UnsupportedError
 
 EXPERT_IDS = ("previous_layer", "lookahead", "true", "hash")
+HEADS_WAIT = hasattr(MultiTokenPredictionLayer, "forward_single_position")
+"""From 0.17 on: heads of multi-token prediction run in training, and when the engine speculates, which PiKV's context refuses."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -32,9 +35,9 @@ def refuse_model(model: nn.Module, config: TransformerConfig) -> None:
             "inference model without it",
         ),
         (
-            bool(config.mtp_num_layers),
+            bool(config.mtp_num_layers) and not HEADS_WAIT,
             "mtp_num_layers",
-            "multi-token prediction heads have caches of their own; build the inference model without",
+            "megatron-core 0.16 runs the heads at inference too, and can't decode with them; build the inference model without",
         ),
     ]
     for refused, name, way_out in facts:

@@ -12,7 +12,7 @@ import megatron.core
 
 from pikv_ds.errors import UnsupportedError
 
-TESTED = ("0.16.0", "0.16.1", "0.17.1", "0.18.2", "0.19.2")
+TESTED = ("0.16.0", "0.16.1", "0.17.0", "0.17.1", "0.18.0", "0.18.2", "0.19.0", "0.19.2")
 _OLDEST, _NEWEST = ((0, 16), (0, 19))
 
 

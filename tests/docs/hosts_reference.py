@@ -23,6 +23,9 @@ WHAT = {
     "static engine": "Megatron's StaticInferenceEngine on 2 gloo ranks: EP, TP, TP x EP",
     "dynamic": "DynamicInferenceContext on 2 gloo ranks, driven step by step",
     "checkpoint": "dist_checkpointing saved in one layout, loaded in three; what Megatron's training saved, evaluated; other layers' keys",
+    "features": "windows, sinks, masks, routing variants, refusals and the host's own limits; hybrid stacks: 2 gloo ranks",
+    "engines": "over `install()`, 2 gloo ranks: DynamicInferenceEngine, its coordinator and client, MegatronLLM and MegatronAsyncLLM "
+    "(from 0.18 on), unedited scripts",
 }
 
 

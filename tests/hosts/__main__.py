@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from packaging.version import Version
@@ -35,6 +36,7 @@ def main() -> int:
     parser.add_argument("hosts", nargs="*", metavar="HOST", help=f"which (default: all): {', '.join(HOSTS)}")
     parser.add_argument("--every", action="store_true", help="also the releases between lowest and newest")
     parser.add_argument("--versions", default="", help="only these releases, with commas, also outside of the range")
+    parser.add_argument("--smoke", action="append", choices=SMOKE, help="only this of the smoke set, beside what a row has that passed")
     parser.add_argument("--python", action="append", choices=PYTHONS, help="only this one; default: all that are on the machine")
     parser.add_argument("--base", action="append", default=[], metavar="X.Y=FOLDER", help="an environment that has the pins of a Python")
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "hosts", help="of environments and logs (default: build/hosts)")
@@ -59,12 +61,14 @@ def main() -> int:
             made = legs(host, python, releases, claim, pins(python).get(host), every=args.every or bool(only))
             outside = [one for one in only if one in releases and one not in {leg.version for leg in made}]
             made += [Leg(host, one, python, BETWEEN.get(host, OF_HOST[host])) for one in outside]
-            todo += [(leg, below) for leg in made if not only or leg.version in only]
+            wanted = [replace(leg, smoke=tuple(args.smoke or leg.smoke)) for leg in made if not only or leg.version in only]
+            todo += [(leg, below) for leg in wanted]
     for number, (leg, below) in enumerate(todo, 1):
         done = None if args.again else row_of(leg, sources)
         print(f"hosts: {number}/{len(todo)} {leg.name}: {'has a row' if done else ', '.join(leg.smoke)}", flush=True)
         if done is None:
             row = run(leg, below, folder) | {"sources": sources}
+            row = beside(row, row_of(leg)) if args.smoke else row
             write(leg, row)
             print(f"hosts: {leg.name}: {row['result']} {row['cause']}".rstrip(), flush=True)
     wrong = untrue(requirements(), found())
@@ -130,13 +134,22 @@ def stamp() -> str:
     return digest.hexdigest()[:16]
 
 
-def row_of(leg: Leg, sources: str) -> dict | None:
-    """The row of a leg that was run with these sources, and at least its smoke set."""
+def row_of(leg: Leg, sources: str | None = None) -> dict | None:
+    """The row of a leg; with `sources`: that was run with these, and at least its smoke set."""
     for row in found()["hosts"][leg.host]["rows"]:
-        same = (row["version"], row["python"], row["sources"]) == (leg.version, leg.python, sources)
-        if same and (row["result"] != PASSED or set(leg.smoke) <= set(row["smoke"])):
+        if (row["version"], row["python"]) != (leg.version, leg.python):
+            continue
+        whole = row["result"] != PASSED or set(leg.smoke) <= set(row["smoke"])
+        if sources is None or (row["sources"] == sources and whole):
             return row
     return None
+
+
+def beside(row: dict, before: dict | None) -> dict:
+    """A row of a part of the smoke set, with what passed before. The sources are the older ones, so that the whole is run again one day."""
+    if before is None or before["result"] != PASSED:
+        return row
+    return row | {"smoke": before["smoke"] | row["smoke"], "sources": before["sources"]}
 
 
 def keep(host: str, python: str, releases: list[str]) -> None:

@@ -49,7 +49,7 @@ def untrue(given: list[Requirement], results: dict) -> list[str]:
             wrong.append(f"{host} has no row at all")
             continue
         releases, rows = results["hosts"][host]["releases"], results["hosts"][host]["rows"]
-        passed = {row["version"] for row in rows if row["result"] == PASSED}
+        passed = {(row["version"], row["python"]) for row in rows if row["result"] == PASSED}
         inside = set()
         for python, there in releases.items():
             claim = claimed(host, python, given)
@@ -57,7 +57,8 @@ def untrue(given: list[Requirement], results: dict) -> list[str]:
                 continue
             if not any(one.operator == "<" for one in claim):
                 wrong.append(f"{host}{claim} has no upper bound: what comes next has not been run")
-            inside |= {release for release in there if release in claim}
-        wrong += [f"setup.py claims {host} {one}, which has no row that passed" for one in sorted(inside - passed)]
-        wrong += [f"{host} {one} passed, and setup.py does not claim it" for one in sorted(passed - inside)]
+            inside |= {(release, python) for release in there if release in claim}
+        on = "{} {} on Python {}".format
+        wrong += [f"setup.py claims {on(host, *one)}, which has no row that passed" for one in sorted(inside - passed)]
+        wrong += [f"{on(host, *one)} passed, and setup.py does not claim it" for one in sorted(passed - inside)]
     return wrong

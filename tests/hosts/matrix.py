@@ -16,13 +16,15 @@ SMOKE: dict[str, tuple[str, ...]] = {
     "static engine": (*PYTEST, "tests/megatron/test_engine.py"),
     "dynamic": (*PYTEST, "tests/megatron/test_dynamic.py"),
     "checkpoint": (*PYTEST, *(f"tests/megatron/test_{name}.py" for name in ("checkpoints", "trained")), "-k", "across_layouts or trained"),
+    "features": (*PYTEST, "tests/megatron/test_features.py", "tests/megatron/test_hybrid.py"),
+    "engines": (*PYTEST, *(f"tests/megatron/test_{name}.py" for name in ("dynamic_engine", "coordinator", "drop_in"))),
 }
 """Name -> arguments of the Python of the leg's environment, run in the repository."""
 
 OF_HOST = {
     "transformers": ("attach", "autoep"),
     "deepspeed": ("autoep",),
-    "megatron-core": ("static engine", "dynamic", "checkpoint"),
+    "megatron-core": ("static engine", "dynamic", "checkpoint", "features", "engines"),
 }
 BETWEEN = {"transformers": ("attach",)}
 """Of releases that are neither the lowest nor the pinned nor the newest; other hosts: all of it."""

@@ -13,7 +13,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 from pikv_ds.adapters.hf import versions
-from tests.hosts.__main__ import first_cause, row_of
+from tests.hosts.__main__ import beside, first_cause, row_of
 from tests.hosts.claims import PASSED, ROOT, claimed, found, pins, requirements, untrue
 from tests.hosts.matrix import HOSTS, OF_HOST, Leg, legs
 
@@ -27,10 +27,10 @@ def test_setup_claims_what_passed_and_nothing_else():
 @pytest.mark.parametrize(
     "text, said",
     [
-        ("transformers>=5.0,<5.25", "setup.py claims transformers 5.18.0, which has no row that passed"),
+        ("transformers>=5.0,<5.25", "setup.py claims transformers 5.18.0 on Python 3.11, which has no row that passed"),
         ("transformers>=5.19", "transformers>=5.19 has no upper bound"),
-        ("transformers>=5.19,<5.24", "transformers 5.24.0 passed, and setup.py does not claim it"),
-        ("transformers>=5.20,<5.25", "transformers 5.19.0 passed, and setup.py does not claim it"),
+        ("transformers>=5.19,<5.24", "transformers 5.24.0 on Python 3.11 passed, and setup.py does not claim it"),
+        ("transformers>=5.20,<5.25", "transformers 5.19.0 on Python 3.11 passed, and setup.py does not claim it"),
     ],
 )
 def test_a_range_that_says_more_or_less_is_found(text, said):
@@ -43,7 +43,7 @@ def test_a_row_that_failed_is_no_proof():
     for row in results["hosts"]["transformers"]["rows"]:
         if row["version"] == "5.23.0":
             row["result"] = "failed"
-    assert "setup.py claims transformers 5.23.0, which has no row that passed" in untrue(requirements(), results)
+    assert "setup.py claims transformers 5.23.0 on Python 3.11, which has no row that passed" in untrue(requirements(), results)
 
 
 def test_ranges_by_python():
@@ -77,6 +77,14 @@ def test_a_leg_that_has_a_row_of_these_sources_is_not_run_again():
     assert row_of(leg, row["sources"]) == row and row_of(leg, "others") is None
     more = Leg("transformers", row["version"], row["python"], (*row["smoke"], "one more"))
     assert row_of(more, row["sources"]) is None
+
+
+def test_a_part_of_the_smoke_set_is_added_to_a_row_that_passed():
+    before = {"result": PASSED, "cause": "", "smoke": {"a": 1.0}, "sources": "older"}
+    part = {"result": PASSED, "cause": "", "smoke": {"b": 2.0}, "sources": "newer"}
+    assert beside(part, before) == {"result": PASSED, "cause": "", "smoke": {"a": 1.0, "b": 2.0}, "sources": "older"}
+    failed = part | {"result": "failed", "cause": "b: no"}
+    assert beside(failed, before)["result"] == "failed" and beside(part, failed) == part and beside(part, None) == part
 
 
 def test_the_first_cause_is_what_a_rank_raised():

@@ -36,7 +36,7 @@ def block_gb(config) -> float:
     return 4 * 2 * (config.num_layers // config.pipeline_model_parallel_size) * BLOCK * on_this_rank * config.kv_channels / 1024**3
 
 
-def get_inference_config(args, config):
+def get_inference_config(args, config, **more):
     from megatron.core.inference.config import InferenceConfig
 
     return InferenceConfig(
@@ -48,12 +48,14 @@ def get_inference_config(args, config):
         max_tokens=args.inference_dynamic_batching_max_tokens,
         materialize_only_last_token_logits=not args.return_log_probs,
         enable_chunked_prefill=not args.disable_chunked_prefill,
+        **more,
     )
 
 
-def get_inference_context(args, config) -> DynamicInferenceContext:
+def get_inference_context(args, config, **more) -> DynamicInferenceContext:
+    """more: of InferenceConfig, from 0.17 on."""
     if hosts.takes_configs():
-        return DynamicInferenceContext(model_config=config, inference_config=get_inference_config(args, config))
+        return DynamicInferenceContext(config, get_inference_config(args, config, **more))
     heads = config.num_attention_heads if config.num_query_groups is None else config.num_query_groups
     num_layers = config.num_layers // config.pipeline_model_parallel_size
     context = DynamicInferenceContext(
@@ -84,8 +86,9 @@ def get_inference_controller(model, context: DynamicInferenceContext) -> TextGen
     return TextGenerationController(model, Tokenizer())
 
 
-def get_engine(args, model) -> DynamicInferenceEngine:
-    context = get_inference_context(args, model.config)
+def get_engine(args, model, **more) -> DynamicInferenceEngine:
+    """From 0.17 on the calls of get_dynamic_inference_engine (megatron/inference/utils.py)."""
+    context = get_inference_context(args, model.config, **more)
     controller = get_inference_controller(model, context)
     logging.getLogger("megatron").setLevel(logging.WARNING)
     if hosts.takes_configs():

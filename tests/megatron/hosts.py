@@ -6,6 +6,7 @@ import inspect
 import torch
 from megatron.core.inference import utils
 from megatron.core.inference.contexts.dynamic_context import DynamicInferenceContext
+from megatron.core.inference.engines import dynamic_engine
 from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper import GPTInferenceWrapper
 
 from tests.megatron.models import VOCAB
@@ -35,6 +36,16 @@ def inference_wrapper(model, context, config=None) -> GPTInferenceWrapper:
 def takes_configs() -> bool:
     """Whether DynamicInferenceContext takes (model_config, inference_config), from 0.17 on, in place of many arguments."""
     return "inference_config" in inspect.signature(DynamicInferenceContext.__init__).parameters
+
+
+def pauses() -> bool:
+    """Whether ranks behind the coordinator pause before they stop, and clients get requests, both from 0.17 on."""
+    return hasattr(dynamic_engine, "EngineState")
+
+
+def merged(answer):
+    """What a client was answered, as one request."""
+    return answer.merge() if hasattr(answer, "merge") else answer
 
 
 def dynamic_arguments(config, *, blocks: int, paused: int, **more) -> dict:

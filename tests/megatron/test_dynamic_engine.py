@@ -1,14 +1,13 @@
 """Megatron's own DynamicInferenceEngine over PiKV: the tokens and the steps it takes over its own cache, and those of a full forward.
 
-Long form: also on one rank, on TP2xEP2 and on pipeline stages of both, and behind its zmq coordinator. That is run where no rank has
-tensor-parallel peers: those subscribe while the first messages are sent, and one run in six of Megatron's own cache hangs at the start too.
+Long form: also on one rank, on TP2xEP2 and on pipeline stages of both. Behind its coordinator: test_coordinator.py.
 """
 
 import pytest
 
 from tests.dist.launcher import JobResult, run_gloo
-from tests.long_form import LONG, short_or_long
-from tests.megatron import JOBS, hosts
+from tests.long_form import short_or_long
+from tests.megatron import JOBS
 from tests.megatron.marks import on_cpu
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(300), on_cpu]
@@ -21,7 +20,7 @@ LAYOUTS = {  # name: world, "tp,ep,etp,pp"
     "PP2xEP2": (4, "1,2,1,2"),
     "PP2xTP2xEP2": (8, "2,2,2,2"),
 }
-DENSE, PIKV, LATENT, CONVERSED = "Megatron's own cache", "chunked prefill, idle ranks", "multi-latent attention", "coordinator and client"
+DENSE, PIKV, LATENT = "Megatron's own cache", "chunked prefill, idle ranks", "multi-latent attention"
 RUN = short_or_long(["EP2", "PP2"], list(LAYOUTS))
 _jobs: dict[int, JobResult] = {}
 
@@ -47,12 +46,3 @@ def test_prompts_are_chunked_and_ranks_idle(layout: str):
     ways = [row["how"] for row in rows_of(layout, PIKV)]
     assert max(chunked for _, _, chunked in ways) >= 3, ways
     assert max(idle for _, idle, _ in ways) >= (3 if layout.endswith("EP2") else 0), ways
-
-
-@pytest.mark.skipif(not LONG, reason="long form: the coordinator is an interpreter of its own")
-def test_coordinator():
-    pytest.importorskip("zmq", reason="Megatron's coordinator needs pyzmq")
-    if hosts.takes_configs():
-        pytest.skip("the job speaks to coordinators of megatron-core 0.16; from 0.17 on client and engine have other signals")
-    rows = run_gloo(JOBS / "coordinator.py", ["1,2,1"], ranks=2, timeout_s=240).check(f"1,2,1 {CONVERSED}")
-    assert sum(row["idle"] for row in rows) > 0, rows

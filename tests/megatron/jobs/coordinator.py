@@ -1,18 +1,23 @@
-"""Megatron's DynamicInferenceEngine behind its zmq coordinator, asked by its InferenceClient. Arguments: layouts tp,ep,etp."""
+"""Megatron's DynamicInferenceEngine over install() behind its zmq coordinator, asked by its InferenceClient. Arguments: layouts tp,ep,etp.
+
+From 0.17 on ranks pause before they stop, and are suspended and resumed in between, with requests under way, as megatron/rl does it.
+"""
 
 import asyncio
+import contextlib
 import sys
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.inference.inference_client import InferenceClient
 
-from pikv_ds.megatron_patch import cpu_compat, disable_pikv, enable_pikv
+from pikv_ds.megatron_patch import cpu_compat, install, uninstall
 from tests.dist.jobs.report import Report
-from tests.megatron import dynamic_script
+from tests.megatron import dynamic_script, hosts
 from tests.megatron.engines import wrong
-from tests.megatron.jobs.dynamic_engine import pikv_engine
 from tests.megatron.models import start, tiny_config, tiny_model
 from tests.megatron.runs import assert_conserved
 from tests.megatron.static_script import Tokenizer
@@ -21,43 +26,98 @@ PROMPTS = ["a" * n + "bcd" for n in (3, 90, 11, 25, 7)]
 PATIENCE_S = 100
 
 
-async def converse(engine) -> list[tuple[str, list[int]]] | None:
+def lengths(i: int) -> int:
+    return 4 + 5 * i
+
+
+async def converse(engine, suspend: bool) -> list[tuple[str, list[int]]] | None:
     """Every rank listens; rank 0 also asks. Returns its prompts with their answers, on the others None."""
     address = await engine.start_listening_to_data_parallel_coordinator(launch_inference_coordinator=True)
-    answers = None
+    client = None
     if dist.get_rank() == 0:
-        client = InferenceClient(address)
-        await client.start()
-        asked = [client.add_request(prompt, dynamic_script.sampling(4 + 5 * i)) for i, prompt in enumerate(PROMPTS)]
-        records = await asyncio.gather(*asked)
-        answers = [(record.merge().prompt, list(record.merge().generated_tokens)) for record in records]
-        await client.stop_engines()
-        client.stop()
-    await engine.engine_loop_task
+        client = InferenceClient(address, deserialize=True) if hosts.pauses() else InferenceClient(address)
+        started = client.start()
+        await (asyncio.sleep(0) if started is None else started)
+        asked = [client.add_request(prompt, dynamic_script.sampling(lengths(i))) for i, prompt in enumerate(PROMPTS)]
+    if suspend:
+        await interrupt(engine, client, asked if client else [])
+    answers = None
+    if client:
+        answers = [(done.prompt, list(done.generated_tokens)) for done in map(hosts.merged, await asyncio.gather(*asked))]
+    await stop(engine, client)
     return answers
 
 
-def check_layout(report: Report, layout: str) -> None:
-    start(*map(int, layout.split(",")))
+async def interrupt(engine, client, asked: list) -> None:
+    """Pause, suspend and resume with requests under way; all ranks."""
+    from megatron.core.inference.engines.dynamic_engine import EngineState
+
+    async def all_get(signal: str, state: str) -> None:
+        if client:
+            getattr(client, signal)()
+        await engine.wait_until(EngineState[state])
+
+    while client and engine.context.step_count < 3:
+        await asyncio.sleep(0.001)
+    await all_get("pause_engines", "PAUSED")
+    assert not client or not all(future.done() for future in asked), "nothing was under way"
+    held = engine.context.stats()["kv_bytes_allocated"]
+    await all_get("suspend_engines", "SUSPENDED")
+    kept = engine.context.stats()["kv_bytes_allocated"]
+    if client:  # the others may have been suspended by the time they look
+        assert held > 0 and (kept == held if engine.context.kv_cache_management_mode == "persist" else kept == 0), (held, kept)
+    await all_get("resume_engines", "RESUMED")
+    await all_get("unpause_engines", "RUNNING")
+
+
+async def stop(engine, client) -> None:
+    """The engine's loop ends on all ranks, then the coordinator."""
+    if not hosts.pauses():
+        if client:
+            await client.stop_engines()
+            client.stop()
+        await engine.engine_loop_task
+        return
+    from megatron.core.inference.engines.dynamic_engine import EngineState
+
+    if client:
+        client.pause_engines()
+    await engine.wait_until(EngineState.PAUSED)
+    if client:
+        client.stop_engines()
+    await engine.wait_until(EngineState.STOPPED)
+    if client:
+        client.shutdown_coordinator()
+        client.stop()
+    await engine.engine_loop_task
+
+
+@contextlib.contextmanager
+def installed():
+    assert install({"page_size": 4})
+    try:
+        yield
+    finally:
+        assert uninstall()
+
+
+def check(report: Report, name: str, model, get_engine: Callable, *, suspend: bool = False) -> None:
     group = parallel_state.get_expert_model_parallel_group()
-    model = enable_pikv(tiny_model(tiny_config()))
-    with report.check(f"{layout} coordinator and client") as row:
-        with torch.inference_mode():
-            engine = pikv_engine(model, [])
+    with report.check(name) as row:
+        with torch.inference_mode(), installed():
+            engine = get_engine()
             idle = count_idle(engine)
-            with engine.context.serving():
-                answers = engine._loop.run_until_complete(asyncio.wait_for(converse(engine), PATIENCE_S))
-        row |= {"steps": engine.step_count, "idle": len(idle), "stats": engine.context.stats()}
-        engine.stop()
-        disable_pikv(model)
+            answers = engine._loop.run_until_complete(asyncio.wait_for(converse(engine, suspend), PATIENCE_S))
+            row |= {"steps": engine.context.step_count if hosts.pauses() else engine.step_count, "idle": len(idle)}
+            row["stats"] = engine.context.stats()
+            if not hosts.pauses():
+                engine.stop()
         answers = share(answers)
         assert [prompt for prompt, _ in answers] == PROMPTS
-        assert [len(tokens) for _, tokens in answers] == [4 + 5 * i for i in range(len(PROMPTS))]
+        assert [len(tokens) for _, tokens in answers] == [lengths(i) for i in range(len(PROMPTS))]
         asked = {i: Tokenizer().tokenize(prompt) for i, prompt in enumerate(PROMPTS)}
         assert wrong(model, asked, {i: tokens for i, (_, tokens) in enumerate(answers)}, group) == []
         assert_conserved(engine.context)
-    dist.barrier()
-    parallel_state.destroy_model_parallel()
 
 
 def count_idle(engine) -> list[int]:
@@ -65,7 +125,7 @@ def count_idle(engine) -> list[int]:
     seen, original = [], engine.controller.dummy_forward
 
     def dummy_forward():
-        seen.append(engine.step_count)
+        seen.append(1)
         return original()
 
     engine.controller.dummy_forward = dummy_forward
@@ -83,7 +143,15 @@ def main() -> None:
     cpu_compat.install()
     with cpu_compat.cuda_literals_on_cpu():
         for layout in sys.argv[1:]:
-            check_layout(report, layout)
+            start(*map(int, layout.split(",")))
+            model = tiny_model(tiny_config())
+            args = dynamic_script.parse_args([])
+            check(report, f"{layout} coordinator and client", model, partial(dynamic_script.get_engine, args, model))
+            for mode in ("persist", "recompute") if hosts.pauses() else ():
+                engine = partial(dynamic_script.get_engine, args, model, kv_cache_management_mode=mode)
+                check(report, f"{layout} suspended, {mode}", model, engine, suspend=True)
+            dist.barrier()
+            parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
 
 

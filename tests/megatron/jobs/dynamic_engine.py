@@ -27,7 +27,9 @@ def pikv_engine(model, argv: list[str]):
     """The script's engine, its DynamicInferenceContext replaced by hand."""
     script = {name: getattr(dynamic_script, name) for name in ("parse_args", "get_engine")}
     original = dynamic_script.DynamicInferenceContext
-    dynamic_script.DynamicInferenceContext = lambda **options: PiKVDynamicInferenceContext(model=model, config=BLOCK, **options)
+    dynamic_script.DynamicInferenceContext = lambda *args, **options: PiKVDynamicInferenceContext(
+        *args, model=model, config=BLOCK, **options
+    )
     try:
         return script["get_engine"](script["parse_args"](argv), model)
     finally:

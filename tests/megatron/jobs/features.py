@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.extensions import transformer_engine
+from megatron.core.inference import utils as host_utils
 from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.attention import Attention, CrossAttention
@@ -19,10 +20,12 @@ from pikv_ds.errors import ConfigError, UnsupportedError
 from pikv_ds.megatron_patch import PiKVInferenceContext, cpu_compat, disable_pikv, enable_pikv, pikv_layer_spec
 from pikv_ds.megatron_patch.groups import expert_group
 from pikv_ds.megatron_patch.layers import find_layers
+from pikv_ds.megatron_patch.refusals import HEADS_WAIT
 from tests.dist.jobs.report import Report
-from tests.megatron.host_limits import check_host_limits
+from tests.megatron.host_limits import check_host_limits, with_token_heads
+from tests.megatron.hosts import engine_runs
 from tests.megatron.masks import check_masks
-from tests.megatron.models import local_spec, start, tiny_config, tiny_model, tokens
+from tests.megatron.models import causal_mask, local_spec, positions, start, tiny_config, tiny_model, tokens
 from tests.megatron.penalty import check_penalty
 from tests.megatron.runs import assert_conserved, decode, dense_is_forbidden, refused, step
 
@@ -78,6 +81,34 @@ def check_settings(report: Report, ids: torch.Tensor) -> None:
                     assert_conserved(context, len(model.decoder.layers) * ids.numel())
 
 
+def check_token_heads(report: Report, ids: torch.Tensor) -> None:
+    """Multi-token prediction: the heads are there, and train; in an engine that does not speculate only the model runs."""
+    with report.check("heads of multi-token prediction") as row:
+        model = with_token_heads()
+        classes, loss = [type(m) for m in model.mtp.modules()], training_loss(model, ids)
+        with engine_runs():
+            reference = decode(model, StaticInferenceContext(ROWS, LENGTH), ids, [9])
+            enable_pikv(model, {"page_size": 2})
+            context = PiKVInferenceContext(ROWS, LENGTH, model=model)
+            with dense_is_forbidden():
+                row["difference"] = (decode(model, context, ids, [9]) - reference).abs().max().item()
+        assert row["difference"] <= 1e-5, row
+        assert_conserved(context, len(model.decoder.layers) * ids.numel())
+        assert [type(m) for m in model.mtp.modules()] == classes and torch.equal(training_loss(model, ids), loss)
+        if hasattr(host_utils, "InferenceMode"):  # outside of an engine the host runs the heads as well, and fails, over any context
+            context.reset()
+            refused(RuntimeError, "must match", lambda: step(model, context, ids[:, :9]))
+            disable_pikv(model)
+            refused(RuntimeError, "must match", lambda: step(model, StaticInferenceContext(ROWS, LENGTH), ids[:, :9]))
+
+
+def training_loss(model, ids: torch.Tensor) -> torch.Tensor:
+    model.train()
+    loss = model(ids, positions(ids), causal_mask(ids.shape[1]), labels=ids.roll(-1, 1)).detach()
+    model.eval()
+    return loss
+
+
 def check_homes(report: Report, ids: torch.Tensor) -> None:
     """With a shard per expert every entry must lie in the shard of the expert its router chose, token by token."""
     for source, chunks in (("true", 1), ("true", 3), ("previous_layer", 1), ("previous_layer", 3)):
@@ -115,7 +146,7 @@ def check_refusals(report: Report, ids: torch.Tensor) -> None:
             dict(cuda_graph_impl="local"),
             dict(flash_decode=True),
             dict(sequence_parallel=True),
-            dict(mtp_num_layers=1),
+            *([] if HEADS_WAIT else [dict(mtp_num_layers=1)]),
             dict(window_size=(4, 4)),
         ):
             with setting(model.config, **changes):
@@ -173,6 +204,8 @@ def main() -> None:
     start(*map(int, sys.argv[1].split(",")))
     ids = tokens(ROWS, LENGTH, seed=5 + parallel_state.get_data_parallel_rank())
     check_settings(report, ids)
+    if HEADS_WAIT:
+        check_token_heads(report, ids)
     check_homes(report, ids)
     check_refusals(report, ids)
     check_masks(report, ids)
