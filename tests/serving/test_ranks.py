@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -118,13 +119,22 @@ def test_a_chat_template_from_a_file_and_what_is_refused_before_ranks_start(tmp_
         assert second.returncode == 2 and f"--port {taken}: Address already in use" in second.output, second.describe()
 
 
-def test_mistakes_are_told_before_anything_starts(capsys):
+def test_mistakes_are_told_before_anything_starts(capsys, tmp_path):
+    no_weights = tmp_path / "model"
+    shutil.copytree(BUNDLED, no_weights, ignore=shutil.ignore_patterns("*.safetensors"))
     for arguments, said in (
         (["--max-length", "9000"], "--max-length 9000: the model has 4096 positions"),
         (["--ranks", "2", "--config", '{"storage": {"requests": "replicated"}}'], "pikv.storage.requests is 'replicated'"),
         (["--tp", "2", "--ranks", "2"], "--tp 2 with --backend hf"),
         (["--ttft-ms", "0"], "--ttft-ms 0.0: must be above 0"),
         (["--model", "/nowhere"], "/nowhere"),
+        (["--model", str(no_weights), "--port", "0"], f"--model {no_weights}: Error no file named model.safetensors"),
+        (["--port", "99999"], "--port 99999: legal are 1 to 65535"),
+        (["--kv-tokens", "0"], "--kv-tokens 0: must be above 0"),
+        (["--max-length", "-5"], "--max-length -5: must be above 0"),
+        (["--tbt-ms", "nan"], "--tbt-ms nan: must be above 0"),
+        (["--prefix-rows", "-1"], "--prefix-rows -1: must be 0 or more"),
+        (["--chat-template", "/nowhere"], "no file '/nowhere'; --chat-template is a Jinja template"),
     ):
         assert main(["serve", *arguments]) == 2
         assert said in capsys.readouterr().err
