@@ -2,8 +2,7 @@
 
 import pytest
 
-from tests.dist.launcher import JobResult, run_gloo
-from tests.megatron import JOBS
+from tests.megatron.launched import launched
 from tests.megatron.marks import on_cpu
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(300), on_cpu]
@@ -34,16 +33,13 @@ SOURCES = [
     "ids lookahead, the same requests",
 ]
 SHARED = [f"KV heads that peers share, ids {source}" for source in ("previous_layer", "true")]
-_jobs: dict[int, JobResult] = {}
 
 
 def rows_of(layout: str, check: str) -> list[dict]:
     """One launch per world size runs all its layouts."""
     world, parallel = LAYOUTS[layout]
-    if world not in _jobs:
-        layouts = [own for size, own in LAYOUTS.values() if size == world]
-        _jobs[world] = run_gloo(JOBS / "decode.py", layouts, ranks=world, timeout_s=280)
-    return _jobs[world].check(f"{parallel} {check}")
+    layouts = [own for size, own in LAYOUTS.values() if size == world]
+    return launched("decode.py", *layouts, ranks=world, timeout_s=280).check(f"{parallel} {check}")
 
 
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "TP4xEP4-peers"])

@@ -6,9 +6,9 @@ tensor-parallel peers: those subscribe while the first messages are sent, and on
 
 import pytest
 
-from tests.dist.launcher import JobResult, run_gloo
 from tests.long_form import LONG, short_or_long
-from tests.megatron import JOBS, hosts
+from tests.megatron import hosts
+from tests.megatron.launched import launched
 from tests.megatron.marks import on_cpu
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(300), on_cpu]
@@ -23,16 +23,13 @@ LAYOUTS = {  # name: world, "tp,ep,etp,pp"
 }
 DENSE, PIKV, LATENT, CONVERSED = "Megatron's own cache", "chunked prefill, idle ranks", "multi-latent attention", "coordinator and client"
 RUN = short_or_long(["EP2", "PP2"], list(LAYOUTS))
-_jobs: dict[int, JobResult] = {}
 
 
 def rows_of(layout: str, check: str) -> list[dict]:
     """One launch per world size runs all its layouts."""
     world, parallel = LAYOUTS[layout]
-    if world not in _jobs:
-        layouts = [own for name, (size, own) in LAYOUTS.items() if size == world and name in RUN]
-        _jobs[world] = run_gloo(JOBS / "dynamic_engine.py", layouts, ranks=world, timeout_s=280)
-    return _jobs[world].check(f"{parallel} {check}")
+    layouts = [own for name, (size, own) in LAYOUTS.items() if size == world and name in RUN]
+    return launched("dynamic_engine.py", *layouts, ranks=world, timeout_s=280).check(f"{parallel} {check}")
 
 
 @pytest.mark.parametrize("layout", RUN)
@@ -54,5 +51,5 @@ def test_coordinator():
     pytest.importorskip("zmq", reason="Megatron's coordinator needs pyzmq")
     if hosts.takes_configs():
         pytest.skip("the job speaks to coordinators of megatron-core 0.16; from 0.17 on client and engine have other signals")
-    rows = run_gloo(JOBS / "coordinator.py", ["1,2,1"], ranks=2, timeout_s=240).check(f"1,2,1 {CONVERSED}")
+    rows = launched("coordinator.py", "1,2,1").check(f"1,2,1 {CONVERSED}")
     assert sum(row["idle"] for row in rows) > 0, rows

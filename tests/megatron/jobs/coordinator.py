@@ -1,7 +1,6 @@
 """Megatron's DynamicInferenceEngine behind its zmq coordinator, asked by its InferenceClient. Arguments: layouts tp,ep,etp."""
 
 import asyncio
-import sys
 
 import torch
 import torch.distributed as dist
@@ -13,7 +12,8 @@ from tests.dist.jobs.report import Report
 from tests.megatron import dynamic_script
 from tests.megatron.engines import wrong
 from tests.megatron.jobs.dynamic_engine import pikv_engine
-from tests.megatron.models import start, tiny_config, tiny_model
+from tests.megatron.layouts import each_layout
+from tests.megatron.models import tiny_config, tiny_model
 from tests.megatron.runs import assert_conserved
 from tests.megatron.static_script import Tokenizer
 
@@ -37,8 +37,8 @@ async def converse(engine) -> list[tuple[str, list[int]]] | None:
     return answers
 
 
+@cpu_compat.cuda_literals_on_cpu()
 def check_layout(report: Report, layout: str) -> None:
-    start(*map(int, layout.split(",")))
     group = parallel_state.get_expert_model_parallel_group()
     model = enable_pikv(tiny_model(tiny_config()))
     with report.check(f"{layout} coordinator and client") as row:
@@ -56,8 +56,6 @@ def check_layout(report: Report, layout: str) -> None:
         asked = {i: Tokenizer().tokenize(prompt) for i, prompt in enumerate(PROMPTS)}
         assert wrong(model, asked, {i: tokens for i, (_, tokens) in enumerate(answers)}, group) == []
         assert_conserved(engine.context)
-    dist.barrier()
-    parallel_state.destroy_model_parallel()
 
 
 def count_idle(engine) -> list[int]:
@@ -78,14 +76,5 @@ def share(answers):
     return held[0]
 
 
-def main() -> None:
-    report = Report()
-    cpu_compat.install()
-    with cpu_compat.cuda_literals_on_cpu():
-        for layout in sys.argv[1:]:
-            check_layout(report, layout)
-    dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main()
+    each_layout(check_layout)

@@ -1,13 +1,11 @@
 """Unedited scripts over install(): static and dynamic engines, and everything back afterwards. Arguments: layouts."""
 
 import contextlib
-import sys
 import warnings
 from pathlib import Path
 from unittest import mock
 
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.inference.contexts.dynamic_context import DynamicInferenceContext
@@ -28,7 +26,8 @@ from pikv_ds.megatron_patch import (
 from tests.dist.jobs.report import Report
 from tests.megatron import documented, dynamic_script, static_script
 from tests.megatron.engines import prompts, serve, wrong
-from tests.megatron.models import start, tiny_config, tiny_model, tokens
+from tests.megatron.layouts import each_layout
+from tests.megatron.models import tiny_config, tiny_model, tokens
 from tests.megatron.runs import assert_conserved, dense_is_forbidden, full_forward, refused
 from tests.megatron.serving import reference_flash_decode
 
@@ -129,18 +128,12 @@ def check_edges(report: Report, layout: str, model, args) -> None:
         disable_pikv(model)
 
 
-def main() -> None:
-    report = Report()
-    cpu_compat.install()
-    with cpu_compat.cuda_literals_on_cpu(), torch.no_grad():
-        for layout in sys.argv[1:]:
-            start(*map(int, layout.split(",")))
-            check_static(report, layout)
-            check_dynamic(report, layout)
-            dist.barrier()
-            parallel_state.destroy_model_parallel()
-    dist.destroy_process_group()
+@cpu_compat.cuda_literals_on_cpu()
+@torch.no_grad()
+def check_layout(report: Report, layout: str) -> None:
+    check_static(report, layout)
+    check_dynamic(report, layout)
 
 
 if __name__ == "__main__":
-    main()
+    each_layout(check_layout)
