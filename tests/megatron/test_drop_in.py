@@ -53,6 +53,7 @@ CASES = [(name, tag, path) for name, tags in SCRIPTS.items() for tag, paths in t
         "a dynamic script with the documented lines",
         "everything is the host's again",
         "installed twice, contexts from before, models enabled by hand",
+        "names that others replace, threads that install",
         "a context's class by hand",
     ],
 )

@@ -1,6 +1,8 @@
 """Unedited scripts over install(): static and dynamic engines, and everything back afterwards. Arguments: layouts."""
 
 import contextlib
+import threading
+import time
 import warnings
 from pathlib import Path
 from unittest import mock
@@ -116,6 +118,8 @@ def check_edges(report: Report, layout: str, model, args) -> None:
         assert unbound.has_model and not uninstall()
         full_forward(disable_pikv(model), tokens(1, 5, seed=1))
         assert {(owner, name): getattr(owner, name) for owner, name in before} == before
+    with report.check(f"{layout} names that others replace, threads that install"):
+        check_names()
     with report.check(f"{layout} a context's class by hand"):
         enable_pikv(model)
         config = mock.Mock(inference_max_requests=3, inference_max_seq_length=40)
@@ -126,6 +130,31 @@ def check_edges(report: Report, layout: str, model, args) -> None:
         assert later.core.page_size == 8
         refused(UnsupportedError, "go with model", lambda: PiKVInferenceContext.from_config(config, pikv={"page_size": 8}))
         disable_pikv(model)
+
+
+def check_names() -> None:
+    host = StaticInferenceContext.__init__
+    with installed():
+        ours = StaticInferenceContext.__init__
+        with mock.patch.object(StaticInferenceContext, "__init__", lambda self, *args: ours(self, *args)):
+            later = StaticInferenceContext.__init__
+            refused(RuntimeError, "StaticInferenceContext.__init__ was replaced again after PiKV replaced it", uninstall)
+            assert StaticInferenceContext.__init__ is later, "a refusal must leave names as they are"
+    assert StaticInferenceContext.__init__ is host
+    made, names = [], drop_in.patches
+
+    def slowly() -> list:
+        found = names()
+        time.sleep(0.05)
+        return found
+
+    with mock.patch.object(drop_in, "patches", slowly):
+        threads = [threading.Thread(target=lambda: made.append(install(BLOCK))) for _ in range(4)]
+        for each in threads:
+            each.start()
+        for each in threads:
+            each.join()
+    assert sorted(made) == [False, False, False, True] and uninstall() and StaticInferenceContext.__init__ is host
 
 
 @cpu_compat.cuda_literals_on_cpu()
