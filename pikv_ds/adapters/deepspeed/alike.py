@@ -49,6 +49,6 @@ def _compare(tensors: list[torch.Tensor], group: dist.ProcessGroup) -> None:
         ranks = dist.get_process_group_ranks(group)
         shapes = ", ".join(f"rank {rank} {row[:2]}" for rank, row in zip(ranks, told, strict=True))
         raise DivergedError(
-            f"tensor-parallel peers were given different tokens or masks (rows and columns: {shapes}); each computes a part of every layer, "
-            f"so give all of them the same, for example broadcast from rank {ranks[0]}"
+            f"tensor-parallel peers were given different tokens or masks (rows and columns: {shapes}); each computes a part of every "
+            f"layer, so give all of them the same, for example broadcast from rank {ranks[0]}"
         )
