@@ -17,10 +17,10 @@ What it adds is said beside each use of LONG: products of things that the short 
   tests/adapters/test_launch_run.py: ds_report with our row and without; tests/launch/test_shm_buffers.py: a rank killed under our launcher.
 - tests/launch/test_lm_eval.py: every style of task, also on 2 ranks and under Megatron; short: six of them on one rank.
 - tests/survey: every family that the survey serves or refuses, short: one of each kind.
-- tests/generate_options: every try of every option of generate(), and 2,000 random cases; short: those that need hooks, and 19.
+- tests/generate_options: every try of every option of generate(), and 2,000 random cases; short: those that need hooks, and 11.
 - tests/adapters/test_many_caches.py: every kind of cache for a draft, short: three of seven; tests/dist/test_many_caches.py: four ways for
   ranks to have other numbers of prompts, short: one.
-- tests/megatron/test_decode.py: 32 decode steps, short: 16.
+- tests/megatron/test_decode.py: 32 decode steps, short: 8. tests/megatron/test_checkpoints.py: 4 samples of an evaluation, short: 2.
 - tests/megatron/test_hybrid.py: three orders of layers, every source of ids, dynamic batching; short: one order, two sources.
 - tests/megatron/test_dynamic_engine.py, tests/megatron/test_engine.py: Megatron's engines on 4 and 8 ranks with pipeline stages, and behind
   the zmq coordinator; short: on two ranks.

@@ -10,6 +10,7 @@ from pikv_ds.launch.cli import build_parser, main
 from pikv_ds.launch.evaluation.partial import Partial, key_of
 from pikv_ds.launch.evaluation.plan import read_spec
 from tests.dist.launcher import run_commands, run_gloo
+from tests.long_form import LONG
 from tests.megatron import JOBS
 
 pytestmark = [
@@ -20,7 +21,7 @@ pytestmark = [
 ]
 LAYOUTS = ["1,2,1", "2,1,1", "2,2,1"]  # tp,ep,etp on two ranks; the first one saves
 SWEEP = json.dumps([{}, {"compression": {"method": "int8"}}])
-SMALL = ["--context", "160", "--samples", "4", "--chunk", "8"]
+SMALL = ["--context", "160", "--samples", "4" if LONG else "2", "--chunk", "8"]
 
 
 @pytest.fixture(scope="module")

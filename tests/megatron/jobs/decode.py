@@ -26,7 +26,7 @@ from tests.megatron.models import latent_config, tiny_config, tiny_model, tokens
 from tests.megatron.runs import assert_conserved, decode, dense_is_forbidden, full_forward
 
 ROWS, LONGEST_PROMPT = 3, 20
-STEPS = 32 if LONG else 16  # 16 tokens per row: pages of 4 fill and others are opened
+STEPS = 32 if LONG else 8  # 8 tokens per row: pages of 4 fill and others are opened
 LENGTH = LONGEST_PROMPT + STEPS
 
 
