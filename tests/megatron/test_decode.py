@@ -2,6 +2,7 @@
 
 import pytest
 
+from tests.long_form import LONG
 from tests.megatron.launched import launched
 from tests.megatron.marks import on_cpu
 
@@ -18,6 +19,8 @@ LAYOUTS = {  # name: world, "tp,ep,etp"
     "TP4xEP4-peers": (4, "4,4,1"),
     "TP2xEP2-across": (4, "2,2,2"),  # the expert group joins equal tensor-parallel ranks
 }
+if not LONG:
+    del LAYOUTS["EP2xDP2"]  # ranks of other expert groups are also in TP2xEP2xDP2-peers
 CHECKS = ["static decoding equals the full forward", "each rank its own requests", "the same requests on all ranks"]
 LATENT = ["MLA, each rank its own requests", "MLA, the same requests on all ranks"]
 SOURCES = [

@@ -54,6 +54,34 @@ def test_sigterm_finishes_what_runs_and_says_so(tmp_path):
 
 
 @long_form
+def test_a_second_signal_cuts_off_what_runs(tmp_path):
+    with started(tmp_path, "--max-length", "4000") as service:
+        body = {"prompt": "The", "max_tokens": 3900, "temperature": 0, "ignore_eos": True, "stream": True}
+        with httpx.stream("POST", f"{service.url}/v1/completions", json=body, timeout=60) as stream:
+            next(stream.iter_lines())
+            service.terminate()
+            while "SIGTERM: finishing 1 running" not in service.said:
+                time.sleep(0.05)
+            service.terminate()
+            assert service.process.wait(60) == 0, service.said
+        assert "SIGTERM again: 1 requests are cut off" in service.said and "1 were cut off" in service.said
+
+
+@long_form
+def test_two_services_on_one_machine(tmp_path):
+    folders = [tmp_path / name for name in ("a", "b")]
+    for folder in folders:
+        folder.mkdir()
+    body = {"prompt": "The history of", "max_tokens": 8, "temperature": 0}
+    with started(folders[0], "--ranks", "2") as one, started(folders[1], "--ranks", "2") as other:
+        texts = [httpx.post(f"{each.url}/v1/completions", json=body, timeout=60).json()["choices"][0]["text"] for each in (one, other)]
+        assert texts[0] == texts[1] and one.url != other.url
+        other.terminate()
+        assert other.process.wait(60) == 0
+        assert httpx.get(f"{one.url}/health").json() == {"status": "ok"}
+
+
+@long_form
 @pytest.mark.parametrize("busy", [True, False])
 def test_a_rank_that_dies_ends_the_service_with_an_error(tmp_path, busy):
     with started(tmp_path, "--ranks", "2", "--max-length", "4000") as service:
