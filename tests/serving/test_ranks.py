@@ -58,7 +58,8 @@ def test_a_second_signal_cuts_off_what_runs(tmp_path):
     with started(tmp_path, "--max-length", "4000") as service:
         body = {"prompt": "The", "max_tokens": 3900, "temperature": 0, "ignore_eos": True, "stream": True}
         with httpx.stream("POST", f"{service.url}/v1/completions", json=body, timeout=60) as stream:
-            next(stream.iter_lines())
+            lines = stream.iter_lines()  # whoever drops it hangs up
+            next(lines)
             service.terminate()
             while "SIGTERM: finishing 1 running" not in service.said:
                 time.sleep(0.05)
