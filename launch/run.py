@@ -6,7 +6,6 @@ torchrun -m pikv_ds.launch.run user_script.py
 
 from __future__ import annotations
 
-import atexit
 import os
 import runpy
 import sys
@@ -41,10 +40,10 @@ def main() -> None:
         announce_build()
     # Before the script runs, so that its own `from deepspeed import ...` finds the functions that know the block.
     from pikv_ds.adapters.deepspeed.initialize import install
-    from pikv_ds.adapters.deepspeed.shm import unlink_own_buffers
+    from pikv_ds.adapters.deepspeed.shm import unlink_once_mapped
 
     install()
-    atexit.register(unlink_own_buffers)  # of a script without the block; an engine with it has done so
+    unlink_once_mapped()  # a script without the block leaves nothing in /dev/shm either, however its ranks end
     sys.argv = [script, *arguments]
     # As `python script.py` does: the script's folder comes first, not the current one.
     sys.path[0] = os.path.dirname(os.path.abspath(script))

@@ -7,6 +7,7 @@ the engine. That is where the model is enabled and the context learns of it.
 from __future__ import annotations
 
 import contextlib
+import threading
 import weakref
 from collections.abc import Callable
 from functools import wraps
@@ -32,6 +33,7 @@ from .subclass import is_pikv
 from .version import check_feature
 
 _patches = Patches()
+_one_at_a_time = threading.RLock()
 _asked: tuple[PiKVConfig, RouterPenalty | None] | None = None
 _enabled: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # by install, so uninstall() disables them
 
@@ -54,25 +56,30 @@ def install(config=None, *, router_penalty: RouterPenalty | None = None) -> bool
     check_feature("attention and routing")
     config = PiKVConfig.parse(config)
     refuse_config(config)
-    if _patches.in_place:
-        if (config, router_penalty) != _asked:
-            raise ConfigError("install() was called before, with another configuration; call uninstall() first")
-        return False
-    _asked = (config, router_penalty)
-    _patches.put(patches())
+    with _one_at_a_time:
+        if _patches.in_place:
+            if (config, router_penalty) != _asked:
+                raise ConfigError("install() was called before, with another configuration; call uninstall() first")
+            return False
+        _asked = (config, router_penalty)
+        _patches.put(patches())
     return True
 
 
 def uninstall() -> bool:
-    """Every name, and every model that install() enabled, is the host's again. Returns False when nothing was installed."""
+    """Every name, and every model that install() enabled, is the host's again. Returns False when nothing was installed.
+
+    Raises: RuntimeError, and changes nothing, where somebody has replaced one of these names after install().
+    """
     global _asked
-    if not _patches.in_place:
-        return False
-    _patches.take_back()
-    _asked = None
-    for model in list(_enabled):
-        disable_pikv(model)
-    _enabled.clear()
+    with _one_at_a_time:
+        if not _patches.in_place:
+            return False
+        _patches.take_back()
+        _asked = None
+        for model in list(_enabled):
+            disable_pikv(model)
+        _enabled.clear()
     return True
 
 

@@ -43,6 +43,19 @@ def pytest_collection_modifyitems(config, items) -> None:
     items.sort(key=lambda item: (item.path not in slow, -cases[item.path], item.path))
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """One file at a time on each worker, but all of tests/megatron on one: every worker that starts its jobs makes the processes which
+    import Megatron-Core for them (dist/warm.py), seconds each."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Files(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "tests/megatron" if nodeid.startswith("tests/megatron/") else super()._split_scope(nodeid)
+
+    return Files(config, log) if config.getvalue("dist") == "loadfile" else None
+
+
 def pytest_sessionfinish() -> None:
     """Tests that start DeepSpeed in this process leave its buffers in shared memory."""
     if "deepspeed" in sys.modules:

@@ -13,16 +13,17 @@ What it adds is said beside each use of LONG: products of things that the short 
 - tests/retention/test_rows_alone.py, tests/dist/test_lone_rows.py: every policy, router and tier x fork, beams, drops, ragged rows, crops;
   on 2 ranks replicated and distinct; and the model's own calls. Short: one of each kind, and what is refused.
 - tests/dist, tests/megatron: every rank is an interpreter of its own; short: forked with the imports done (tests/dist/warm.py).
-- tests/adapters: training, MoE layers and pairs of ranks under DeepSpeed's launcher; short: with the variables that it sets, while
-  tests/adapters/test_deepspeed_launch.py and the inference engines start it.
+- tests/adapters: engines, MoE layers and pairs of ranks under DeepSpeed's launcher; short: with the variables that it sets, while
+  tests/adapters/test_deepspeed_launch.py starts it.
 - tests/adapters/test_deepspeed_autotp.py: tensor parallelism on 4 ranks, a window, folded expert groups; short: 2 ranks and a latent.
   tests/adapters/test_launch_run.py: ds_report with our row and without; tests/launch/test_shm_buffers.py: a rank killed under our launcher.
 - tests/launch/test_lm_eval.py: every style of task, also on 2 ranks and under Megatron; short: six of them on one rank.
 - tests/survey: every family that the survey serves or refuses, short: one of each kind.
-- tests/generate_options: every try of every option of generate(), and 2,000 random cases; short: those that need hooks, and 19.
+- tests/generate_options: every try of every option of generate(), and 2,000 random cases; short: those that need hooks, and 11.
 - tests/adapters/test_many_caches.py: every kind of cache for a draft, short: three of seven; tests/dist/test_many_caches.py: four ways for
   ranks to have other numbers of prompts, short: one.
-- tests/megatron/test_decode.py: 32 decode steps, short: 16.
+- tests/megatron/test_decode.py: 32 decode steps, short: 8; expert parallelism of 2 on 4 ranks, short: with tensor parallelism besides.
+- tests/megatron/test_checkpoints.py: 4 samples of an evaluation, short: 2; ranks under torchrun, short: with the variables that it sets.
 - tests/megatron/test_hybrid.py: three orders of layers, every source of ids, dynamic batching; short: one order, two sources.
 - tests/megatron/test_dynamic_engine.py, tests/megatron/test_engine.py: Megatron's engines on 4 and 8 ranks with pipeline stages; short: on
   two ranks. tests/megatron/test_coordinator.py: behind the zmq coordinator of 0.16, and MegatronLLM with tensor and pipeline parallelism.

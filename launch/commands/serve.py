@@ -28,7 +28,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--max-length", type=int, metavar="N", help="tokens of a prompt and what follows (default: the model's)")
     parser.add_argument("--max-running", type=int, default=32, metavar="N", help="requests in the cache, per rank (default 32)")
     parser.add_argument("--max-waiting", type=int, default=256, metavar="N", help="requests that wait; more are refused, 429 (default 256)")
-    parser.add_argument("--kv-tokens", type=int, metavar="N", help="tokens that running requests may come to hold, per rank (default: any)")
+    parser.add_argument(
+        "--kv-tokens", type=int, metavar="N", help="tokens that requests of a rank may come to hold, kept ones included (default: any)"
+    )
     parser.add_argument(
         "--prefix-rows", type=int, default=8, metavar="N", help="finished requests kept per rank for prompts that begin alike (default 8)"
     )
@@ -69,10 +71,7 @@ def read_spec(args: argparse.Namespace) -> Any:
         args.ep = 1
     most = getattr(text, "max_position_embeddings", None)
     max_length = args.max_length or most
-    positive = ("ranks", "tp", "threads", "max_running", "max_waiting", "max_chunk", "ttft_ms", "tbt_ms")
-    for name in positive:
-        if getattr(args, name) <= 0:
-            raise ConfigError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be above 0")
+    _check_numbers(args)
     if max_length is None:
         raise ConfigError(f"{model}/config.json names no max_position_embeddings; give --max-length")
     if most is not None and max_length > most:
@@ -87,8 +86,30 @@ def read_spec(args: argparse.Namespace) -> Any:
         dtype=args.dtype, ranks=args.ranks, tp=args.tp, ep=ep, threads=args.threads, max_length=max_length, max_running=args.max_running,
         max_waiting=args.max_waiting, kv_tokens=args.kv_tokens, prefix_rows=args.prefix_rows, max_chunk=args.max_chunk,
         schedule=args.schedule, ttft_ms=args.ttft_ms, tbt_ms=args.tbt_ms, timeout_s=block["timeout_s"],
-        chat_template=None if args.chat_template is None else Path(args.chat_template).read_text(encoding="utf-8"),
+        chat_template=_template(args.chat_template),
     )  # fmt: skip
+
+
+def _check_numbers(args: argparse.Namespace) -> None:
+    from pikv_ds.errors import ConfigError
+
+    positive = ("ranks", "tp", "threads", "max_length", "max_running", "max_waiting", "kv_tokens", "max_chunk", "ttft_ms", "tbt_ms")
+    for name in positive:
+        value = getattr(args, name)
+        if value is not None and not value > 0:  # nor NaN
+            raise ConfigError(f"--{name.replace('_', '-')} {value}: must be above 0")
+    if args.prefix_rows < 0:
+        raise ConfigError(f"--prefix-rows {args.prefix_rows}: must be 0 or more")
+    if not 0 <= args.port <= 65535:
+        raise ConfigError(f"--port {args.port}: legal are 1 to 65535, and 0 for any that is free")
+
+
+def _template(file: str | None) -> str | None:
+    if file is None:
+        return None
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"no file {file!r}; --chat-template is a Jinja template of a chat")
+    return Path(file).read_text(encoding="utf-8")
 
 
 def _check_installed() -> None:

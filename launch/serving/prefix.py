@@ -62,6 +62,21 @@ class PrefixIndex:
             self.forget(one)
         return over
 
+    def parked_tokens(self, rank: int) -> int:
+        """In the cache for finished requests of a rank."""
+        return sum(len(self._held[number][1]) for number, its in self._parked.items() if its == rank)
+
+    def release(self, rank: int, tokens: int) -> list[int]:
+        """Parked requests of a rank, the longest unused first, that together hold at least so many; none is parked any more."""
+        gone, freed = [], 0
+        for number in [one for one, its in self._parked.items() if its == rank]:
+            if freed >= tokens:
+                break
+            freed += len(self._held[number][1])
+            gone.append(number)
+            self.forget(number)
+        return gone
+
     def match(self, prompt: Sequence[int]) -> Match | None:
         """The longest beginning of a prompt that is held. Its last token is always left to run: its logits are needed."""
         found = None

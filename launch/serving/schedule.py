@@ -80,7 +80,14 @@ class Scheduler:
             source, keep = (match.source, match.keep) if match is not None else (-1, 0)
             plan.new.append(NewRequest(request.number, rank, request.prompt, request.sampling, source, keep))
             self.running.append(request)
+            self._make_room(plan, rank)
             self._run(plan, request, left)
+
+    def _make_room(self, plan: Plan, rank: int) -> None:
+        """Parked entries go where running requests may come to need their place, also those that one of them takes over in this step."""
+        if self.spec.kv_tokens is not None and self.prefixes is not None:
+            reserved = sum(one.most_tokens for one in self.running if one.rank == rank)
+            plan.drop += self.prefixes.release(rank, reserved + self.prefixes.parked_tokens(rank) - self.spec.kv_tokens)
 
     def _run(self, plan: Plan, request: Request, left: list[int]) -> None:
         count = min(left[request.rank], request.waits_for_prompt)

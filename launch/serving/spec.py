@@ -17,7 +17,8 @@ class ServeSpec:
     """model: a transformers folder. block: the "pikv" block. Lengths in tokens, times in milliseconds.
 
     max_running: requests with entries in the cache, per rank. prefix_rows: finished requests per rank whose entries stay, for prompts that
-    begin alike. kv_tokens: tokens that running requests may come to hold per rank, None = no limit but max_running.
+    begin alike. kv_tokens: tokens that running requests may come to hold per rank, together with what finished ones still hold; None = no
+    limit but max_running and prefix_rows.
     """
 
     backend: str

@@ -1,8 +1,10 @@
-"""Tokens -> text as they come, and stop strings in it."""
+"""Tokens -> text as they come, and stop strings in it; the bytes of a token."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 _CONTEXT = 6  # tokens of the prompt that the first new one is decoded with: some tokenizers drop a leading space
@@ -54,3 +56,25 @@ class TextOut:
         """Characters at the end that may be the beginning of a stop string."""
         lengths = (n for stop in self._stops for n in range(min(len(stop) - 1, len(self.text)), 0, -1) if self.text.endswith(stop[:n]))
         return max(lengths, default=0)
+
+
+def bytes_of(tokenizer: Any, token: int) -> list[int] | None:
+    """UTF-8 of a token. Half a character has bytes of its own, for clients to join with the next token's; None: they can't be known."""
+    text = tokenizer.decode([token])
+    if "\ufffd" not in text:
+        return list(text.encode())
+    piece = str(tokenizer.convert_ids_to_tokens(token))
+    if fallback := re.fullmatch("<0x([0-9A-F]{2})>", piece):
+        return [int(fallback[1], 16)]
+    found = [_byte_alphabet().get(letter) for letter in piece]
+    if None in found or bytes(found).decode(errors="replace") != text:
+        return None
+    return found
+
+
+@cache
+def _byte_alphabet() -> dict[str, int]:
+    """The letters that byte-level tokenizers write bytes with."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    return {letter: byte for byte, letter in bytes_to_unicode().items()}

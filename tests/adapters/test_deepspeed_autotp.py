@@ -45,9 +45,16 @@ def test_peers_in_one_expert_group_are_distinct_requests(on_two, family):
     assert sum(row["stats"]["entries_live"] for row in rows) == appended
 
 
-@pytest.mark.parametrize("name", ["replicated peers", "sinks", "one head"])
+@pytest.mark.parametrize(
+    "name",
+    ["replicated peers", "sinks", "one head", "a size in words", "cut twice", "other tokens on a peer", "other lengths on a peer"],
+)
 def test_refusals(on_two, name):
     on_two.check(f"refused: {name}")
+
+
+def test_detach(on_two):
+    on_two.check("a detached model is the host's")
 
 
 @pytest.mark.skipif(not LONG, reason="four ranks, in the long form; two above")

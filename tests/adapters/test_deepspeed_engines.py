@@ -1,10 +1,10 @@
-"""The DeepSpeed adapter on 2 gloo ranks, inference under the real launcher; one launch serves many tests."""
+"""The DeepSpeed adapter on 2 gloo ranks; one launch serves many tests."""
 
 import csv
 
 import pytest
 
-from tests.dist.launcher import run_deepspeed, run_deepspeed_ranks
+from tests.dist.launcher import run_deepspeed_ranks
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
@@ -21,7 +21,7 @@ REFUSALS = (
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ds_generate")
-    return run_deepspeed("ds_generate.py", [folder], timeout_s=280), folder
+    return run_deepspeed_ranks("ds_generate.py", [folder], timeout_s=280), folder
 
 
 @pytest.fixture(scope="module")

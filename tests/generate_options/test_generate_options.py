@@ -18,7 +18,7 @@ SHORT = {
     2: {"prefill_chunk_size", "use_cache", "stop_strings", "custom_generate", "assistant_early_exit", "stopping_criteria"},
 }
 """By the number of ranks."""
-RANDOM = 1000 if LONG else 8
+RANDOM = 1000 if LONG else 4
 """For each number of ranks."""
 ONCE_WRONG = {1: [1126], 2: [53, 671]}
 

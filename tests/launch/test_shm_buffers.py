@@ -75,18 +75,33 @@ def test_a_process_removes_the_names_of_what_it_has_mapped():
 
 @pytest.mark.dist
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["killed before an engine", "killed with an engine"])
+@pytest.mark.parametrize("how", ["killed before an engine", "killed with an engine", "killed under our launcher"])
 def test_none_is_left_by_a_job_whose_rank_was_killed(how, monkeypatch):
     port = free_port()
     monkeypatch.setattr("tests.dist.launcher.free_port", lambda: port)
+    if how != "killed before an engine":  # what the rank itself has taken away is all there is
+        monkeypatch.setattr("tests.dist.launcher.remove_buffers", lambda port: [])
+    before = buffers()
     with files("0_another_job") as (other,):
         result = run_deepspeed_ranks("ds_killed.py", [how], timeout_s=120)
         assert other.exists()
     rows = result.check("started")
     assert result.returncode != 0, result.describe()
-    # An engine of PiKV leaves no name from the first on: only the memory of living processes.
+    # Under our launcher, or with an engine of PiKV, there is no name from the first on: only the memory of living processes.
     assert all(len(row["names"]) == (2 if how == "killed before an engine" else 0) for row in rows), rows
-    assert not [name for name in buffers() if f"_{port}_" in name]
+    left = {name for name in buffers() - before if f"_{port}_" in name}
+    assert not left
+
+
+def test_deepspeed_is_given_back_what_the_launcher_replaced():
+    pytest.importorskip("deepspeed")
+    from deepspeed.comm.torch import TorchBackend
+
+    from pikv_ds.adapters.deepspeed.shm import leave_names, unlink_once_mapped
+
+    host = TorchBackend.__init__
+    assert unlink_once_mapped() and not unlink_once_mapped() and TorchBackend.__init__ is not host
+    assert leave_names() and TorchBackend.__init__ is host and not leave_names()
 
 
 @pytest.mark.dist

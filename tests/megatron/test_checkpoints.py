@@ -10,6 +10,7 @@ from pikv_ds.launch.cli import build_parser, main
 from pikv_ds.launch.evaluation.partial import Partial, key_of
 from pikv_ds.launch.evaluation.plan import read_spec
 from tests.dist.launcher import run_commands, run_gloo
+from tests.long_form import LONG
 from tests.megatron import JOBS
 
 pytestmark = [
@@ -20,7 +21,7 @@ pytestmark = [
 ]
 LAYOUTS = ["1,2,1", "2,1,1", "2,2,1"]  # tp,ep,etp on two ranks; the first one saves
 SWEEP = json.dumps([{}, {"compression": {"method": "int8"}}])
-SMALL = ["--context", "160", "--samples", "4", "--chunk", "8"]
+SMALL = ["--context", "160", "--samples", "4" if LONG else "2", "--chunk", "8"]
 
 
 @pytest.fixture(scope="module")
@@ -73,10 +74,15 @@ def test_one_rank_evaluates_what_two_have_saved(job, hf_rows, tmp_path):
 
 
 def test_torchrun_on_two_expert_parallel_ranks_goes_on_where_it_stopped(hf_rows, tmp_path):
-    file, command = tmp_path / "rows.json", [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    file = tmp_path / "rows.json"
     spec, units = read_spec(build_parser().parse_args(["eval", "--backend", "megatron", "--ranks", "2", *SMALL]))
     Partial(tmp_path / "rows.json.partial").add(key_of(spec, units[1]), {**hf_rows["dense", "recall"], "backend": "megatron", "seed": 77})
-    result = run_commands([[*command, "pikv_ds.launch.jobs.megatron_eval", *SMALL, "--json", str(file)]], ranks=2, timeout_s=150)
+    arguments = [*SMALL, "--json", str(file)]
+    if LONG:
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+        result = run_commands([[*torchrun, "pikv_ds.launch.jobs.megatron_eval", *arguments]], ranks=2, timeout_s=150)
+    else:
+        result = run_gloo(JOBS / "evaluate.py", arguments, ranks=2, timeout_s=150)
     assert result.returncode == 0, result.describe()
     assert "1 of 4 units are in" in result.output and not (tmp_path / "rows.json.partial").exists()
     rows = rows_of(file)

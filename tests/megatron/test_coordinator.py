@@ -14,9 +14,9 @@ import megatron.core
 import pytest
 from packaging.version import Version
 
-from tests.dist.launcher import JobResult, run_gloo
 from tests.long_form import LONG, short_or_long
 from tests.megatron import JOBS, hosts
+from tests.megatron.launched import launched
 from tests.megatron.marks import on_cpu
 
 pytest.importorskip("zmq", reason="Megatron's coordinator needs pyzmq")
@@ -31,16 +31,13 @@ FOLDERS = (
 LAYOUTS = {"EP2": "1,2,1", "TP2": "2,1,1", "PP2": "1,1,1,2"}  # tp,ep,etp,pp on two ranks
 RUN = short_or_long(["EP2"], list(LAYOUTS))
 SINCE_18 = importlib.util.find_spec("megatron.core.inference.apis") is not None
-_jobs: dict[str, JobResult] = {}
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow, pytest.mark.timeout(600), on_cpu]
 needs_pauses = pytest.mark.skipif(not hosts.pauses(), reason="ranks behind the coordinator pause from megatron-core 0.17 on")
 
 
 def rows_of(job: str, check: str, layouts: list[str], **how) -> list[dict]:
-    if job not in _jobs:
-        _jobs[job] = run_gloo(JOBS / f"{job}.py", layouts, ranks=2, timeout_s=540, **how)
-    return _jobs[job].check(check)
+    return launched(f"{job}.py", *layouts, timeout_s=540, **how).check(check)
 
 
 @pytest.mark.skipif(not LONG and not hosts.pauses(), reason="long form on megatron-core 0.16: the coordinator is an interpreter of its own")
@@ -90,4 +87,4 @@ def megatron_lm(tmp_path_factory) -> str:
 @pytest.mark.parametrize("tool", ["run_inference_performance_test", "run_dynamic_text_generation_server", "megatron/rl"])
 def test_the_engine_of_megatron_lm(tool: str, megatron_lm: str):
     path = os.pathsep.join(filter(None, [megatron_lm, str(JOBS.parents[2]), os.environ.get("PYTHONPATH")]))
-    rows_of("tools", f"1,2,1 {tool}", ["1,2,1"], env={"PYTHONPATH": path})
+    rows_of("tools", f"1,2,1 {tool}", ["1,2,1"], env=(("PYTHONPATH", path),))

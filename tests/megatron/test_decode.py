@@ -2,8 +2,8 @@
 
 import pytest
 
-from tests.dist.launcher import JobResult, run_gloo
-from tests.megatron import JOBS
+from tests.long_form import LONG
+from tests.megatron.launched import launched
 from tests.megatron.marks import on_cpu
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(300), on_cpu]
@@ -19,6 +19,8 @@ LAYOUTS = {  # name: world, "tp,ep,etp"
     "TP4xEP4-peers": (4, "4,4,1"),
     "TP2xEP2-across": (4, "2,2,2"),  # the expert group joins equal tensor-parallel ranks
 }
+if not LONG:
+    del LAYOUTS["EP2xDP2"]  # ranks of other expert groups are also in TP2xEP2xDP2-peers
 CHECKS = ["static decoding equals the full forward", "each rank its own requests", "the same requests on all ranks"]
 LATENT = ["MLA, each rank its own requests", "MLA, the same requests on all ranks"]
 SOURCES = [
@@ -34,16 +36,13 @@ SOURCES = [
     "ids lookahead, the same requests",
 ]
 SHARED = [f"KV heads that peers share, ids {source}" for source in ("previous_layer", "true")]
-_jobs: dict[int, JobResult] = {}
 
 
 def rows_of(layout: str, check: str) -> list[dict]:
     """One launch per world size runs all its layouts."""
     world, parallel = LAYOUTS[layout]
-    if world not in _jobs:
-        layouts = [own for size, own in LAYOUTS.values() if size == world]
-        _jobs[world] = run_gloo(JOBS / "decode.py", layouts, ranks=world, timeout_s=280)
-    return _jobs[world].check(f"{parallel} {check}")
+    layouts = [own for size, own in LAYOUTS.values() if size == world]
+    return launched("decode.py", *layouts, ranks=world, timeout_s=280).check(f"{parallel} {check}")
 
 
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "TP4xEP4-peers"])

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.dist.launcher import JobResult, run_gloo
 from tests.long_form import LONG
-from tests.megatron import JOBS, documented
+from tests.megatron import documented
+from tests.megatron.launched import launched
 from tests.megatron.marks import on_cpu
 
 CHECKOUT = os.environ.get("PIKV_MEGATRON_LM")  # a git checkout of Megatron-LM that has these tags
@@ -39,7 +39,6 @@ SCRIPTS = {  # what each diff of the guide was taken from
     },
 }
 CASES = [(name, tag, path) for name, tags in SCRIPTS.items() for tag, paths in tags.items() for path in paths]
-_jobs: list[JobResult] = []
 
 
 @pytest.mark.dist
@@ -54,13 +53,12 @@ _jobs: list[JobResult] = []
         "a dynamic script with the documented lines",
         "everything is the host's again",
         "installed twice, contexts from before, models enabled by hand",
+        "names that others replace, threads that install",
         "a context's class by hand",
     ],
 )
 def test_drop_in(check: str):
-    if not _jobs:
-        _jobs.append(run_gloo(JOBS / "drop_in.py", ["1,2,1"], ranks=2, timeout_s=200))
-    _jobs[0].check(f"1,2,1 {check}")
+    launched("drop_in.py", "1,2,1").check(f"1,2,1 {check}")
 
 
 @pytest.mark.parametrize("name, tag, path", CASES)

@@ -2,21 +2,17 @@
 
 import pytest
 
-from tests.dist.launcher import JobResult, run_gloo
-from tests.megatron import JOBS
+from tests.megatron.launched import launched
 from tests.megatron.marks import on_cpu
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(300), on_cpu]
 LAYOUTS = {"EP2": "1,2,1", "TP2xEP2-peers": "2,2,1"}  # tp,ep,etp on two ranks
 REQUESTS, SHARED, EVICTIONS = "20 requests of 1 to 300 tokens", "a KV head that peers share", "evicted requests that start again"
 LATENT = "MLA, chunked prefill"
-_jobs: list[JobResult] = []
 
 
 def rows_of(layout: str, check: str) -> list[dict]:
-    if not _jobs:
-        _jobs.append(run_gloo(JOBS / "dynamic.py", list(LAYOUTS.values()), ranks=2, timeout_s=280))
-    return _jobs[0].check(f"{LAYOUTS[layout]} {check}")
+    return launched("dynamic.py", *LAYOUTS.values(), timeout_s=280).check(f"{LAYOUTS[layout]} {check}")
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,8 @@ Long form: also on one rank, on TP2xEP2 and on pipeline stages of both. Behind i
 
 import pytest
 
-from tests.dist.launcher import JobResult, run_gloo
 from tests.long_form import short_or_long
-from tests.megatron import JOBS
+from tests.megatron.launched import launched
 from tests.megatron.marks import on_cpu
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(300), on_cpu]
@@ -22,16 +21,13 @@ LAYOUTS = {  # name: world, "tp,ep,etp,pp"
 }
 DENSE, PIKV, LATENT = "Megatron's own cache", "chunked prefill, idle ranks", "multi-latent attention"
 RUN = short_or_long(["EP2", "PP2"], list(LAYOUTS))
-_jobs: dict[int, JobResult] = {}
 
 
 def rows_of(layout: str, check: str) -> list[dict]:
     """One launch per world size runs all its layouts."""
     world, parallel = LAYOUTS[layout]
-    if world not in _jobs:
-        layouts = [own for name, (size, own) in LAYOUTS.items() if size == world and name in RUN]
-        _jobs[world] = run_gloo(JOBS / "dynamic_engine.py", layouts, ranks=world, timeout_s=280)
-    return _jobs[world].check(f"{parallel} {check}")
+    layouts = [own for name, (size, own) in LAYOUTS.items() if size == world and name in RUN]
+    return launched("dynamic_engine.py", *layouts, ranks=world, timeout_s=280).check(f"{parallel} {check}")
 
 
 @pytest.mark.parametrize("layout", RUN)

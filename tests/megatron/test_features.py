@@ -5,8 +5,7 @@ import torch
 
 from pikv_ds.megatron_patch.refusals import HEADS_WAIT
 from pikv_ds.megatron_patch.router import routed_experts
-from tests.dist.launcher import JobResult, run_gloo
-from tests.megatron import JOBS
+from tests.megatron.launched import launched
 from tests.megatron.marks import on_cpu
 
 SETTINGS = [
@@ -22,7 +21,6 @@ SETTINGS = [
     "attention scale",
     "sigmoid router with expert bias",
 ]
-_jobs: list[JobResult] = []
 
 
 @pytest.mark.dist
@@ -59,9 +57,7 @@ _jobs: list[JobResult] = []
     ],
 )
 def test_features(check: str):
-    if not _jobs:
-        _jobs.append(run_gloo(JOBS / "features.py", ["1,2,1"], ranks=2, timeout_s=200))
-    _jobs[0].check(check)
+    launched("features.py", "1,2,1").check(check)
 
 
 def test_primary_expert_of_a_routing():

@@ -2,12 +2,10 @@
 
 import pytest
 
-from tests.dist.launcher import JobResult, run_gloo
-from tests.megatron import JOBS
+from tests.megatron.launched import launched
 from tests.megatron.marks import on_cpu
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(240), on_cpu]
-_jobs: dict[int, JobResult] = {}
 
 
 @pytest.mark.parametrize("world", [1, 2], ids=["world1", "EP2"])
@@ -26,6 +24,4 @@ _jobs: dict[int, JobResult] = {}
     ],
 )
 def test_guest(check: str, world: int):
-    if world not in _jobs:
-        _jobs[world] = run_gloo(JOBS / "guest.py", [f"1,{world},1"], ranks=world, timeout_s=200)
-    _jobs[world].check(check)
+    launched("guest.py", f"1,{world},1", ranks=world).check(check)

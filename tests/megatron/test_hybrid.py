@@ -2,15 +2,13 @@
 
 import pytest
 
-from tests.dist.launcher import JobResult, run_gloo
 from tests.long_form import LONG, short_or_long
-from tests.megatron import JOBS
+from tests.megatron.launched import launched
 from tests.megatron.marks import on_cpu
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(240), on_cpu]
 PATTERNS = short_or_long(["*E**E*"], ["*E*E", "E*-E*EE", "*E**E*"])
 SOURCES = short_or_long(["previous_layer", "true"], ["previous_layer", "true", "lookahead"])
-_jobs: list[JobResult] = []
 
 
 @pytest.mark.parametrize(
@@ -23,6 +21,4 @@ _jobs: list[JobResult] = []
     ],
 )
 def test_hybrid(check: str):
-    if not _jobs:
-        _jobs.append(run_gloo(JOBS / "hybrid.py", ["1,2,1"], ranks=2, timeout_s=200))
-    _jobs[0].check(f"1,2,1 {check}")
+    launched("hybrid.py", "1,2,1").check(f"1,2,1 {check}")

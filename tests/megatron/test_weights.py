@@ -2,14 +2,12 @@
 
 import pytest
 
-from tests.dist.launcher import JobResult, run_gloo
-from tests.megatron import JOBS
+from tests.megatron.launched import launched
 from tests.megatron.marks import on_cpu
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(240), on_cpu]
 LAYOUTS = {"EP2": "1,2,1", "TP2xEP2-peers": "2,2,1", "TP2xETP2": "2,1,2"}  # tp,ep,etp on two ranks
 MODELS = ["qwen3_moe, dense first layer", "qwen3_moe, unnormalised", "mixtral, window 8", "mixtral, one KV head", "bundled"]
-_jobs: list[JobResult] = []
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -23,6 +21,4 @@ _jobs: list[JobResult] = []
     ],
 )
 def test_weights(check: str, layout: str):
-    if not _jobs:
-        _jobs.append(run_gloo(JOBS / "weights.py", list(LAYOUTS.values()), ranks=2, timeout_s=200))
-    _jobs[0].check(f"{LAYOUTS[layout]} {check}")
+    launched("weights.py", *LAYOUTS.values()).check(f"{LAYOUTS[layout]} {check}")

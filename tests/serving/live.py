@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 import uvicorn
+from fastapi import FastAPI
 
 from pikv_ds.bundled import model_path
 from pikv_ds.launch.cli import build_parser
@@ -55,9 +56,9 @@ def engine_of(spec: ServeSpec) -> Iterator[Engine]:
 
 
 @contextlib.contextmanager
-def served(engine: Engine) -> Iterator[str]:
+def served(engine: Engine, app: FastAPI | None = None) -> Iterator[str]:
     """The URL of an engine's HTTP side, in a thread."""
-    server = uvicorn.Server(uvicorn.Config(build_app(engine), port=0, log_level="warning", lifespan="off"))
+    server = uvicorn.Server(uvicorn.Config(app or build_app(engine), port=0, log_level="warning", lifespan="off"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     deadline = time.monotonic() + 30

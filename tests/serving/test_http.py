@@ -1,5 +1,6 @@
 """A live service on one rank: the openai client, what lm-eval sends, load, refusals, metrics. The oracle is the model alone."""
 
+import asyncio
 import json
 import threading
 import time
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pikv_ds.bundled import model_path
 from pikv_ds.launch.bench import serve as load_generator
 from pikv_ds.launch.cli import build_parser
+from pikv_ds.launch.serving.http.app import build_app
 from tests.serving.live import CHAT_TEMPLATE, engine_of, served, spec_of
 
 pytestmark = pytest.mark.timeout(300)
@@ -25,8 +27,13 @@ def engine():
 
 
 @pytest.fixture(scope="module")
-def url(engine):
-    with served(engine) as address:
+def app(engine):
+    return build_app(engine)
+
+
+@pytest.fixture(scope="module")
+def url(engine, app):
+    with served(engine, app) as address:
         yield address
 
 
@@ -135,11 +142,94 @@ def test_chat(client, model, tokenizer):
         ({"prompt": ""}, 400, "the prompt has no tokens"),
         ({"prompt": []}, 400, "prompt is an empty list"),
         ({"prompt": "a", "model": "gpt-4"}, 404, "no model 'gpt-4' here; there is 'bundled'"),
+        ({"prompt": ["a", 3]}, 400, "prompt: Input should be a valid string"),
+        ({"prompt": [True]}, 400, "Input should be a number, not true"),
+        ({"prompt": "a", "logprobs": True}, 400, "logprobs: Input should be a number, not true"),
+        ({"prompt": "a", "stream_options": {"include_usage": True}}, 400, "stream_options needs stream: true"),
+        ({"prompt": "a\ud800"}, 400, r"prompt holds '\ud800', half a surrogate pair"),
+        ({"prompt": "a", "stop": ["\ud800"]}, 400, r"stop holds '\ud800'"),
+        ({"prompt": "a", "\ud800": 1}, 400, "the body: Input should be a valid string, unable to parse"),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, 400, r"messages holds '\ud800'"),
+        ({"messages": [{"role": "user", "content": "a"}], "top_logprobs": 2}, 400, "top_logprobs needs logprobs: true"),
+        ({"messages": [{"role": "user", "content": "a " * 504}]}, 400, "tokens of prompt leave no room for an answer; at most 512 fit"),
     ],
 )
 def test_refusals_name_what_is_wrong(url, body, status, said):
-    answer = httpx.post(f"{url}/v1/completions", json=body)
-    assert answer.status_code == status and said in answer.json()["error"]["message"]
+    path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
+    answer = httpx.post(f"{url}{path}", content=json.dumps(body), headers=JSON)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"]) == (status, status) and said in error["message"], error
+    assert error["param"] is None or "." not in error["param"]
+
+
+JSON = {"content-type": "application/json"}
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "content", "headers", "status", "said"),
+    [
+        ("POST", "/v1/completions", b"{nope", JSON, 400, "the body is not JSON: Expecting property name"),
+        ("POST", "/v1/completions", b'{"prompt": "\xff"}', JSON, 400, "error parsing the body"),
+        ("POST", "/v1/completions", b"[" * 100_000, JSON, 400, "error parsing the body"),
+        ("POST", "/v1/completions", b"[1]", JSON, 400, "the body: Input should be a valid dictionary"),
+        ("POST", "/v1/completions", b'{"prompt": "a"}', {"content-type": "text/plain"}, 415, "the header content-type: application/json"),
+        ("POST", "/v1/embeddings", b"{}", JSON, 404, "POST /v1/embeddings: Not Found"),
+        ("GET", "/v1/completions", None, {}, 405, "GET /v1/completions: Method Not Allowed"),
+    ],
+)
+def test_what_is_no_request_at_all_is_answered_in_the_same_layout(url, method, path, content, headers, status, said):
+    answer = httpx.request(method, f"{url}{path}", content=content, headers=headers)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"], error["type"]) == (status, status, "invalid_request_error") and said in error["message"]
+
+
+def test_a_bug_is_told_as_one(app, engine, monkeypatch):
+    """Straight to the application: a server would log the error besides."""
+    monkeypatch.setattr(engine, "submit", _fail)
+    sent: list[dict] = []
+    with pytest.raises(RuntimeError, match="the step has failed"):
+        call(app, {"prompt": "a"}, sent)
+    assert sent[0]["status"] == 500 and b"an error of the service: RuntimeError: the step has failed" in sent[1]["body"]
+
+
+def test_a_client_that_is_gone_before_its_stream_begins_frees_its_place(app, engine):
+    cancelled = engine.counts.requests.labels("cancelled")._value
+    before = cancelled.get()
+    call(app, {"prompt": "The", "max_tokens": 500, "ignore_eos": True, "stream": True}, [], {"type": "http.disconnect"})
+    _until_idle(engine)
+    assert cancelled.get() == before + 1
+
+
+def call(app, body: dict, sent: list[dict], *then: dict) -> None:
+    """POST /v1/completions to an application; then: what comes from the client at once after it."""
+    left = [{"type": "http.request", "body": json.dumps(body).encode()}, *then]
+
+    async def receive() -> dict:
+        return left.pop(0) if left else await asyncio.Event().wait()
+
+    async def send(message: dict) -> None:
+        sent.append(message)
+
+    scope = {
+        "type": "http", "method": "POST", "path": "/v1/completions", "query_string": b"", "root_path": "", "scheme": "http",
+        "headers": [(b"content-type", b"application/json")], "asgi": {"version": "3.0", "spec_version": "2.3"}, "http_version": "1.1",
+    }  # fmt: skip
+    asyncio.run(asyncio.wait_for(app(scope, receive, send), 20))
+
+
+def _until_idle(engine) -> None:
+    deadline = time.monotonic() + 20
+    while engine.num_running or engine.num_waiting:
+        assert time.monotonic() < deadline, "requests of clients that are gone still run"
+        time.sleep(0.02)
+
+
+def test_a_prompt_that_fills_the_length_is_scored(client, model):
+    ids = [5 + i % 40 for i in range(512)]
+    told = client.completions.create(model="bundled", prompt=ids, max_tokens=0, echo=True, logprobs=0).choices[0].logprobs
+    with torch.no_grad():
+        expected = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    assert told.token_logprobs[1:] == pytest.approx([float(expected[i, token]) for i, token in enumerate(ids[1:])], abs=5e-5)
 
 
 def test_too_many_requests_are_refused_with_429_and_the_others_are_served(url):
@@ -156,10 +246,7 @@ def test_a_client_that_hangs_up_frees_its_place(url, engine):
         "POST", f"{url}/v1/completions", json={"prompt": "The", "max_tokens": 500, "ignore_eos": True, "stream": True}
     ) as stream:
         next(stream.iter_lines())
-    deadline = time.monotonic() + 20
-    while engine.num_running:
-        assert time.monotonic() < deadline, "requests of clients that are gone still run"
-        time.sleep(0.02)
+    _until_idle(engine)
 
 
 def test_health_models_metrics_and_page(url, client):
@@ -185,7 +272,7 @@ def test_a_failing_step_ends_the_service_and_every_request_hears_it():
         assert answer.status_code == 503 and "the step has failed" in answer.json()["status"]
 
 
-def _fail(pieces, drop):
+def _fail(*arguments):
     raise RuntimeError("the step has failed")
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -50,6 +51,35 @@ def test_sigterm_finishes_what_runs_and_says_so(tmp_path):
         assert "SIGTERM: finishing 1 running and 0 waiting requests" in service.said
         assert "stopped; 1 requests were answered, 0 were cut off" in service.said
         assert not [pid for pid in children if _alive(pid)]
+
+
+@long_form
+def test_a_second_signal_cuts_off_what_runs(tmp_path):
+    with started(tmp_path, "--max-length", "4000") as service:
+        body = {"prompt": "The", "max_tokens": 3900, "temperature": 0, "ignore_eos": True, "stream": True}
+        with httpx.stream("POST", f"{service.url}/v1/completions", json=body, timeout=60) as stream:
+            lines = stream.iter_lines()  # whoever drops it hangs up
+            next(lines)
+            service.terminate()
+            while "SIGTERM: finishing 1 running" not in service.said:
+                time.sleep(0.05)
+            service.terminate()
+            assert service.process.wait(60) == 0, service.said
+        assert "SIGTERM again: 1 requests are cut off" in service.said and "1 were cut off" in service.said
+
+
+@long_form
+def test_two_services_on_one_machine(tmp_path):
+    folders = [tmp_path / name for name in ("a", "b")]
+    for folder in folders:
+        folder.mkdir()
+    body = {"prompt": "The history of", "max_tokens": 8, "temperature": 0}
+    with started(folders[0], "--ranks", "2") as one, started(folders[1], "--ranks", "2") as other:
+        texts = [httpx.post(f"{each.url}/v1/completions", json=body, timeout=60).json()["choices"][0]["text"] for each in (one, other)]
+        assert texts[0] == texts[1] and one.url != other.url
+        other.terminate()
+        assert other.process.wait(60) == 0
+        assert httpx.get(f"{one.url}/health").json() == {"status": "ok"}
 
 
 @long_form
@@ -118,13 +148,22 @@ def test_a_chat_template_from_a_file_and_what_is_refused_before_ranks_start(tmp_
         assert second.returncode == 2 and f"--port {taken}: Address already in use" in second.output, second.describe()
 
 
-def test_mistakes_are_told_before_anything_starts(capsys):
+def test_mistakes_are_told_before_anything_starts(capsys, tmp_path):
+    no_weights = tmp_path / "model"
+    shutil.copytree(BUNDLED, no_weights, ignore=shutil.ignore_patterns("*.safetensors"))
     for arguments, said in (
         (["--max-length", "9000"], "--max-length 9000: the model has 4096 positions"),
         (["--ranks", "2", "--config", '{"storage": {"requests": "replicated"}}'], "pikv.storage.requests is 'replicated'"),
         (["--tp", "2", "--ranks", "2"], "--tp 2 with --backend hf"),
         (["--ttft-ms", "0"], "--ttft-ms 0.0: must be above 0"),
         (["--model", "/nowhere"], "/nowhere"),
+        (["--model", str(no_weights), "--port", "0"], f"--model {no_weights}: Error no file named model.safetensors"),
+        (["--port", "99999"], "--port 99999: legal are 1 to 65535"),
+        (["--kv-tokens", "0"], "--kv-tokens 0: must be above 0"),
+        (["--max-length", "-5"], "--max-length -5: must be above 0"),
+        (["--tbt-ms", "nan"], "--tbt-ms nan: must be above 0"),
+        (["--prefix-rows", "-1"], "--prefix-rows -1: must be 0 or more"),
+        (["--chat-template", "/nowhere"], "no file '/nowhere'; --chat-template is a Jinja template"),
     ):
         assert main(["serve", *arguments]) == 2
         assert said in capsys.readouterr().err

@@ -131,6 +131,37 @@ def test_prefixes_are_found_by_blocks_and_parked_ones_go_in_order():
     assert index.match(texts[1]) is None and index.match(texts[0]) is not None
 
 
+def parked(scheduler: Scheduler, first: int) -> Request:
+    """A request of 40 tokens that has run and is done; 47 of its tokens stay."""
+    one = request(40, first=first)
+    scheduler.add(one)
+    while len(one.tokens) < one.max_tokens:
+        run(scheduler)
+        if len(one.tokens) == 1:
+            scheduler.prefixes.hold(one.number, one.rank, one.prompt)
+    scheduler.prefixes.hold(one.number, one.rank, (one.prompt + one.tokens)[: one.stored])
+    scheduler.finish(one)
+    return one
+
+
+def test_parked_entries_count_and_go_first_where_others_need_their_room():
+    scheduler = Scheduler(replace(SPEC, kv_tokens=150), PrefixIndex(2))
+    old, new = parked(scheduler, 0), parked(scheduler, 100)
+    assert scheduler.prefixes.parked_tokens(0) == 94
+    fits = request(40, first=300)
+    scheduler.add(fits)  # 48 with its answer
+    assert run(scheduler).drop == []
+    more = request(20, first=400)
+    scheduler.add(more)
+    assert run(scheduler).drop == [old.number] and scheduler.running == [fits, more]
+    # A prompt that takes entries over needs their place for itself: they go in the step that it begins in.
+    again = request(60, first=100)
+    scheduler.add(again)
+    plan = run(scheduler)
+    assert [(one.source, one.keep) for one in plan.new] == [(new.number, 32)] and plan.drop == [new.number]
+    assert len(scheduler.prefixes) == 0 and scheduler.prefixes.parked_tokens(0) == 0
+
+
 def test_pace_is_learned():
     pace = Pace()
     assert pace.chunk(50, 512) == 64  # nothing is known yet

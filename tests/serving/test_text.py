@@ -7,7 +7,7 @@ from transformers import AutoTokenizer
 from pikv_ds.bundled import evaluation_text, model_path
 from pikv_ds.launch.serving.messages import Sampling
 from pikv_ds.launch.serving.sampling import Sampler, logprob_of, of_prompt
-from pikv_ds.launch.serving.text import TextOut
+from pikv_ds.launch.serving.text import TextOut, bytes_of
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +36,29 @@ def test_pieces_are_the_text(tokenizer):
         pieces, _ = told(tokenizer, "It is", text)
         assert "".join(pieces) == text
         assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_bytes_of_tokens_are_those_of_the_text(tokenizer):
+    text = evaluation_text()[:200] + " naïve café – 北京 🙂 end"
+    ids = tokenizer(text).input_ids
+    assert b"".join(bytes(bytes_of(tokenizer, token)) for token in ids).decode() == text
+    assert any("\ufffd" in tokenizer.decode([token]) for token in ids), "no token is half a character"
+
+
+class _Unknown:
+    """A tokenizer that says of no token which bytes it has, but of its byte tokens."""
+
+    pieces = ("<0xE5>", "?\u2581")
+
+    def decode(self, ids: list[int]) -> str:
+        return "\ufffd"
+
+    def convert_ids_to_tokens(self, token: int) -> str:
+        return self.pieces[token]
+
+
+def test_bytes_of_other_tokenizers():
+    assert bytes_of(_Unknown(), 0) == [0xE5] and bytes_of(_Unknown(), 1) is None
 
 
 def test_a_stop_string_is_never_given_in_part(tokenizer):

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from fastapi import Request as HttpRequest
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response
 from openai.types import CompletionUsage
 from openai.types.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionMessage, ChatCompletionTokenLogprob
 from openai.types.chat.chat_completion import Choice, ChoiceLogprobs
@@ -19,11 +19,12 @@ from openai.types.chat.chat_completion_token_logprob import TopLogprob
 
 from pikv_ds.launch.serving.messages import Logprob
 from pikv_ds.launch.serving.request import Request, Update
+from pikv_ds.launch.serving.text import bytes_of
 
 from .errors import Refused, error_body
 from .intake import Intake, collect
 from .schema import ChatRequest
-from .sse import DONE, event
+from .sse import DONE, Stream, event
 
 
 class Chat:
@@ -31,7 +32,7 @@ class Chat:
         self.intake, self.tokenizer, self.name = intake, intake.tokenizer, intake.spec.name
 
     async def answer(self, asked: ChatRequest, http: HttpRequest) -> Response:
-        self.intake.check_model(asked.model)
+        self.intake.check(asked)
         if asked.top_logprobs is not None and not asked.logprobs:
             raise Refused("top_logprobs needs logprobs: true", "top_logprobs")
         prompt = self.intake.chat_prompt(asked)
@@ -42,7 +43,7 @@ class Chat:
         reply = _Reply(self, asked, len(prompt))
         if asked.stream:
             entered = await running.__aenter__()
-            return StreamingResponse(reply.stream(running, *entered), media_type="text/event-stream")
+            return Stream(reply.stream(*entered), running)
         async with running as (requests, updates):
             collected = await collect(http, requests, updates)
         return Response(status_code=499) if collected is None else JSONResponse(reply.whole(requests, collected))
@@ -65,25 +66,22 @@ class _Reply:
         ]
         return ChatCompletion(**self.head, object="chat.completion", choices=choices, usage=self._usage(requests)).model_dump(mode="json")
 
-    async def stream(self, running: Any, requests: list[Request], updates: Any) -> AsyncIterator[str]:
+    async def stream(self, requests: list[Request], updates: Any) -> AsyncIterator[str]:
         left = len(requests)
-        try:
-            for index in range(left):
-                yield self._chunk([ChunkChoice(index=index, delta=ChoiceDelta(role="assistant", content=""))])
-            while left:
-                index, update = await updates.get()
-                if update.error is not None:
-                    yield event(error_body(update.error, 503))
-                    break
-                left -= update.finish is not None
-                choice = ChunkChoice(index=index, delta=ChoiceDelta(content=update.text), finish_reason=update.finish)
-                choice.logprobs = self._logprobs(ChunkLogprobs, [update])
-                yield self._chunk([choice])
-            if self.asked.includes_usage and not left:
-                yield self._chunk([], self._usage(requests))
-            yield DONE
-        finally:
-            await running.__aexit__(None, None, None)
+        for index in range(left):
+            yield self._chunk([ChunkChoice(index=index, delta=ChoiceDelta(role="assistant", content=""))])
+        while left:
+            index, update = await updates.get()
+            if update.error is not None:
+                yield event(error_body(update.error, 503))
+                break
+            left -= update.finish is not None
+            choice = ChunkChoice(index=index, delta=ChoiceDelta(content=update.text), finish_reason=update.finish)
+            choice.logprobs = self._logprobs(ChunkLogprobs, [update])
+            yield self._chunk([choice])
+        if self.asked.includes_usage and not left:
+            yield self._chunk([], self._usage(requests))
+        yield DONE
 
     def _chunk(self, choices: list[ChunkChoice], usage: CompletionUsage | None = None) -> str:
         return event(ChatCompletionChunk(**self.head, object="chat.completion.chunk", choices=choices, usage=usage).model_dump(mode="json"))
@@ -98,8 +96,7 @@ class _Reply:
         return ChatCompletionTokenLogprob(**self._named(each.token), logprob=each.logprob, top_logprobs=top)
 
     def _named(self, token: int) -> dict[str, Any]:
-        text = self.tokenizer.decode([token])
-        return {"token": text, "bytes": list(text.encode())}
+        return {"token": self.tokenizer.decode([token]), "bytes": bytes_of(self.tokenizer, token)}
 
     def _usage(self, requests: list[Request]) -> CompletionUsage:
         made = sum(len(request.tokens) for request in requests)

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from fastapi import Request as HttpRequest
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response
 from openai.types import Completion, CompletionChoice, CompletionUsage
 from openai.types.completion_choice import Logprobs
 
@@ -18,7 +18,7 @@ from pikv_ds.launch.serving.request import Request, Update
 from .errors import Refused, error_body
 from .intake import Intake, collect
 from .schema import CompletionRequest
-from .sse import DONE, event
+from .sse import DONE, Stream, event
 
 
 class Completions:
@@ -26,7 +26,7 @@ class Completions:
         self.intake, self.tokenizer, self.name = intake, intake.tokenizer, intake.spec.name
 
     async def answer(self, asked: CompletionRequest, http: HttpRequest) -> Response:
-        self.intake.check_model(asked.model)
+        self.intake.check(asked)
         if asked.best_of not in (None, asked.n):
             raise Refused(f"best_of {asked.best_of} with n {asked.n}: choices are not ranked here; leave best_of out", "best_of")
         if asked.max_tokens == 0 and not asked.echo:
@@ -39,7 +39,7 @@ class Completions:
         running = self.intake.running(asked, [prompt for _, prompt in prompts], samplings)
         if asked.stream:
             entered = await running.__aenter__()  # what it refuses is an answer of its own, not part of a stream
-            return StreamingResponse(reply.stream(running, *entered), media_type="text/event-stream")
+            return Stream(reply.stream(*entered), running)
         async with running as (requests, updates):
             collected = await collect(http, requests, updates)
         return Response(status_code=499) if collected is None else JSONResponse(reply.whole(requests, collected))
@@ -61,29 +61,26 @@ class _Reply:
             choices.append(self._choice(index, first + [update for update in updates if update.tokens]))
         return _plain(Completion.construct(**self.head, choices=choices, usage=self._usage(requests)))
 
-    async def stream(self, running: Any, requests: list[Request], updates: Any) -> AsyncIterator[str]:
+    async def stream(self, requests: list[Request], updates: Any) -> AsyncIterator[str]:
         left, failed = len(requests), False
         waiting: list[list[Update]] = [[] for _ in requests]
-        try:
-            while left and not failed:
-                index, update = await updates.get()
-                failed = update.error is not None
-                if failed:
-                    yield event(error_body(update.error, 503))
-                    continue
-                if not update.tokens:  # log-probabilities of the prompt come before its first token
-                    waiting[index].append(update)
-                    continue
-                told = [update]
-                if self.asked.echo and len(requests[index].tokens) and not self._echoed(index):
-                    told = [*self._echo(index, waiting[index]), update]
-                left -= update.finish is not None
-                yield event(_plain(Completion.construct(**self.head, choices=[self._choice(index, told)])))
-            if self.asked.includes_usage and not failed:
-                yield event(_plain(Completion.construct(**self.head, choices=[], usage=self._usage(requests))))
-            yield DONE
-        finally:
-            await running.__aexit__(None, None, None)
+        while left and not failed:
+            index, update = await updates.get()
+            failed = update.error is not None
+            if failed:
+                yield event(error_body(update.error, 503))
+                continue
+            if not update.tokens:  # log-probabilities of the prompt come before its first token
+                waiting[index].append(update)
+                continue
+            told = [update]
+            if self.asked.echo and len(requests[index].tokens) and not self._echoed(index):
+                told = [*self._echo(index, waiting[index]), update]
+            left -= update.finish is not None
+            yield event(_plain(Completion.construct(**self.head, choices=[self._choice(index, told)])))
+        if self.asked.includes_usage and not failed:
+            yield event(_plain(Completion.construct(**self.head, choices=[], usage=self._usage(requests))))
+        yield DONE
 
     def _echoed(self, index: int) -> bool:
         return bool(self._told[index])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -28,20 +29,28 @@ class Intake:
         self.tokenizer = self.runner.tokenizer
         self.vocabulary = self.runner.vocabulary
 
-    def check_model(self, name: str | None) -> None:
-        if name is not None and name != self.spec.name:
-            raise Refused(f"no model {name!r} here; there is {self.spec.name!r}", "model", 404)
+    def check(self, asked: CompletionRequest | ChatRequest) -> None:
+        if asked.model is not None and asked.model != self.spec.name:
+            raise Refused(f"no model {asked.model!r} here; there is {self.spec.name!r}", "model", 404)
+        if asked.stream_options is not None and not asked.stream:
+            raise Refused("stream_options needs stream: true", "stream_options")
+        for stop in asked.stops:
+            _check_text(stop, "stop")
 
     def prompts(self, asked: CompletionRequest) -> list[tuple[str | None, list[int]]]:
         """(text if it was given as one, tokens)."""
         given = asked.prompt
         if isinstance(given, str):
-            return [(given, self.tokenizer(given).input_ids)]
+            return [(given, self._ids(given))]
         if given and isinstance(given[0], int):
             return [(None, given)]
         if not given:
             raise Refused("prompt is an empty list", "prompt")
-        return [(one, self.tokenizer(one).input_ids) if isinstance(one, str) else (None, one) for one in given]
+        return [(one, self._ids(one)) if isinstance(one, str) else (None, one) for one in given]
+
+    def _ids(self, text: str) -> list[int]:
+        _check_text(text, "prompt")
+        return self.tokenizer(text).input_ids
 
     def chat_prompt(self, asked: ChatRequest) -> list[int]:
         if not self.tokenizer.chat_template:
@@ -50,6 +59,7 @@ class Intake:
                 "/v1/completions",
                 "messages",
             )
+        _check_text(json.dumps(asked.messages, ensure_ascii=False), "messages")
         try:
             return self.tokenizer.apply_chat_template(
                 asked.messages, add_generation_prompt=True, tokenize=True, return_dict=False, **asked.chat_template_kwargs or {}
@@ -58,7 +68,9 @@ class Intake:
             raise Refused(f"the chat template refuses these messages: {type(error).__name__}: {error}", "messages") from error
 
     def max_tokens(self, asked: CompletionRequest | ChatRequest, prompt: Sequence[int]) -> int:
-        room = self.spec.max_length - len(prompt)
+        limit = self.spec.kv_tokens
+        most = self.spec.max_length if limit is None else min(self.spec.max_length, limit)
+        room = most - len(prompt)
         wanted = asked.max_tokens
         if isinstance(asked, ChatRequest):
             wanted = asked.max_completion_tokens if asked.max_completion_tokens is not None else wanted
@@ -72,13 +84,16 @@ class Intake:
         biased = [token for token in asked.logit_bias or {} if not 0 <= token < self.vocabulary]
         if biased:
             raise Refused(f"token {biased[0]} of logit_bias is none of the model's {self.vocabulary}", "logit_bias")
-        if len(prompt) + wanted > self.spec.max_length or (wanted < 1 and room < 1):
+        if len(prompt) + wanted > self.spec.max_length:
             raise Refused(
                 f"{len(prompt)} tokens of prompt and {wanted} to generate are {len(prompt) + wanted}; at most {self.spec.max_length} fit "
                 "(--max-length)",
                 "max_tokens",
             )
-        limit = self.spec.kv_tokens
+        if room < 1 and asked.max_tokens != 0:
+            raise Refused(
+                f"{len(prompt)} tokens of prompt leave no room for an answer; at most {most} fit (--max-length, --kv-tokens)", "messages"
+            )
         if limit is not None and len(prompt) + wanted > limit:
             raise Refused(
                 f"{len(prompt) + wanted} tokens never fit into the cache, which may hold {limit} per rank (--kv-tokens)", "max_tokens"
@@ -99,7 +114,11 @@ class Intake:
                 index = len(requests)
 
                 def tell(update: Update, index: int = index) -> None:
-                    loop.call_soon_threadsafe(updates.put_nowait, (index, update))
+                    try:
+                        loop.call_soon_threadsafe(updates.put_nowait, (index, update))
+                    except RuntimeError:
+                        if not loop.is_closed():  # with the server's end, and nobody reads it any more
+                            raise
 
                 out = TextOut(self.tokenizer, prompt, asked.stops)
                 requests.append(
@@ -115,6 +134,14 @@ class Intake:
             for request in requests:
                 if request.finished is None:
                     self.engine.cancel(request)
+
+
+def _check_text(text: str, param: str) -> None:
+    """JSON can say half a surrogate pair, which is no character and which no tokenizer takes."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise Refused(f"{param} holds {text[error.start]!r}, half a surrogate pair and no character", param) from error
 
 
 async def until_gone(http: HttpRequest) -> None:

@@ -5,13 +5,23 @@ from __future__ import annotations
 import secrets
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from pikv_ds.launch.serving.messages import Sampling
 
 TOP_LOGPROBS = 20
 MOST_CHOICES = 16
 _COLDEST = 1e-3  # below it logits / temperature overflow: the most likely token is meant
+
+
+def _no_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError(f"Input should be a number, not {str(value).lower()}")
+    return value
+
+
+Count = Annotated[int, BeforeValidator(_no_bool)]
+"""An int; pydantic alone takes true for 1, and logprobs is a number in completions, a boolean in chat."""
 
 
 class StreamOptions(BaseModel):
@@ -25,18 +35,18 @@ class _Asked(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     model: str | None = None
-    max_tokens: int | None = Field(None, ge=0)
+    max_tokens: Count | None = Field(None, ge=0)
     temperature: float = Field(1.0, ge=0, le=100)
     top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=0)
-    n: int = Field(1, ge=1, le=MOST_CHOICES)
+    top_k: Count = Field(0, ge=0)
+    n: Count = Field(1, ge=1, le=MOST_CHOICES)
     stream: bool = False
     stream_options: StreamOptions | None = None
     stop: str | Annotated[list[str], Field(max_length=16)] | None = None
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
     logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] | None = None
-    seed: int | None = None
+    seed: Count | None = None
     user: str | None = None
     ignore_eos: bool = False
 
@@ -59,17 +69,17 @@ class _Asked(BaseModel):
 
 
 class CompletionRequest(_Asked):
-    prompt: str | list[int] | list[str] | list[list[int]]
-    best_of: int | None = None
+    prompt: str | list[Count] | list[str] | list[list[Count]]
+    best_of: Count | None = None
     echo: bool = False
-    logprobs: int | None = Field(None, ge=0, le=TOP_LOGPROBS)
+    logprobs: Count | None = Field(None, ge=0, le=TOP_LOGPROBS)
     suffix: None = None
 
 
 class ChatRequest(_Asked):
     messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
-    max_completion_tokens: int | None = Field(None, ge=0)
+    max_completion_tokens: Count | None = Field(None, ge=0)
     logprobs: bool = False
-    top_logprobs: int | None = Field(None, ge=0, le=TOP_LOGPROBS)
+    top_logprobs: Count | None = Field(None, ge=0, le=TOP_LOGPROBS)
     response_format: dict[Literal["type"], Literal["text"]] | None = None
     chat_template_kwargs: dict[str, Any] | None = None

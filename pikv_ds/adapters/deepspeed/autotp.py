@@ -25,7 +25,7 @@ from .groups import all_ranks
 
 def check_initialize_tp(ds_config: Mapping[str, Any], model: PreTrainedModel, autoep_size: int | None, moe_size: int | None) -> None:
     """Raises: UnsupportedError, before DeepSpeed runs, for tensor parallelism under `initialize` that PiKV can't follow."""
-    size = nested(ds_config, "tensor_parallel", "autotp_size") or 1
+    size = _size("tensor_parallel.autotp_size", nested(ds_config, "tensor_parallel", "autotp_size"))
     if size > 1:
         _check_model(model, size, "tensor_parallel.autotp_size", moe_size)
         heads = _kv_heads(model)
@@ -40,7 +40,7 @@ def check_inference_tp(ds_config: Mapping[str, Any], model: PreTrainedModel, num
     """The same under `init_inference`, which knows the size by several names, and a layout of the user's by its `mpu`."""
     blocks = ("tensor_parallel", "tp")
     named = {f"{block}.tp_size": nested(ds_config, block, "tp_size") for block in blocks} | {"mp_size": ds_config.get("mp_size")}
-    key, size = max(((key, size or 1) for key, size in named.items()), key=lambda item: item[1])
+    key, size = max(((key, _size(key, size)) for key, size in named.items()), key=lambda item: item[1])
     mpu = next((found for block in blocks if (found := nested(ds_config, block, "mpu")) is not None), ds_config.get("mpu"))
     if mpu is not None:
         group = next((found for block in blocks if (found := nested(ds_config, block, "tp_group")) is not None), None)
@@ -125,8 +125,22 @@ def hide_cache_from_check(engine: Any) -> None:
     engine.first_dataloader_check = engine.module.register_forward_pre_hook(without_cache, prepend=True, with_kwargs=True)
 
 
+def _size(key: str, given: Any) -> int:
+    """As DeepSpeed reads it, also from a string of digits; 1 where nothing or 0 is given."""
+    try:
+        return int(given or 1)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{key} is {given!r}; legal is a number of ranks") from error
+
+
 def _check_model(model: PreTrainedModel, size: int, key: str, moe_size: int | None) -> None:
     name, heads = type(model).__name__, _kv_heads(model)
+    cut = next((path for path, module in model.named_modules() if isinstance(module, TensorParallel_Layer) and module.mp_group), None)
+    if cut is not None:
+        raise UnsupportedError(
+            f"{key} is {size} and an earlier engine has cut this {name} already ({cut} is a "
+            f"{type(model.get_submodule(cut)).__name__}): DeepSpeed cuts a model once; use that engine, or load the model anew"
+        )
     if heads < size:
         raise UnsupportedError(
             f"{key} is {size} and {name} has {heads} KV heads: DeepSpeed cuts whole heads, so some ranks would have none"

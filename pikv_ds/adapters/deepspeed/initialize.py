@@ -20,6 +20,7 @@ from pikv_ds.adapters.hf.attach import attach
 from pikv_ds.config.pikv import PiKVConfig
 from pikv_ds.ops.build.torch_builds import locks_watched
 
+from .alike import check_inputs_of_peers
 from .autoep import check_expert_parallel, expert_group_members
 from .autoep_shim import registry_shim
 from .autotp import check_inference_tp, check_initialize_tp, equal_parts, fit_requests, hide_cache_from_check, tensor_parallel_peers
@@ -131,6 +132,9 @@ def _add_cache(engine: Any, config: PiKVConfig, members: Sequence[int] | None, n
     unlink_own_buffers()  # own_group has heard of all ranks: each has them mapped
     engine.pikv = attach(engine.module, fit_requests(config, members, peers), group)
     hide_cache_from_check(engine)
+    hook = check_inputs_of_peers(engine.module)
+    if hook is not None:
+        engine.pikv.owner.hooks.append(hook)
     group_name = f"{name}_{len(members)}"
     # Both answers come from the configuration, so all ranks agree on making the writer's collective.
     monitor = getattr(engine, "monitor", None)

@@ -7,6 +7,7 @@ from weakref import WeakSet, finalize
 
 import torch
 import torch.distributed as dist
+from torch.utils.hooks import RemovableHandle
 
 from pikv_ds.adapters.penalty import RouterPenalty
 from pikv_ds.blueprint.routing import check_has_experts
@@ -37,6 +38,8 @@ class Attachment:
         self.host, self.config, self.group = host, config, group
         specs: list[LayerSpec] = host.specs
         self.end_of_step_callbacks: list[Callable[[int], None]] = []
+        self.hooks: list[RemovableHandle] = []
+        """Of the one who attached; they go with this attachment's own."""
         self.steps = 0
         self.attached: AttachedCache | None = None
         """What stands for forwards that are given no cache; None: these are left to the host."""
@@ -147,6 +150,8 @@ class Attachment:
             for conversation in list(self.live):
                 conversation.end("has ended: the model was detached")
             self._expert_ids.remove()
+            for hook in self.hooks:
+                hook.remove()
             if self.penalty is not None:
                 self.penalty.remove()
             self._spare.clear()

@@ -7,7 +7,7 @@ import torch.distributed as dist
 import pikv_ds
 from pikv_ds.adapters.deepspeed.autoep_shim import registry_shim
 from pikv_ds.cache.inspect import CacheProbe
-from pikv_ds.errors import ConfigError, UnsupportedError
+from pikv_ds.errors import ConfigError, DivergedError, UnsupportedError
 from tests.dist.jobs.ds_compare import MICRO, generate, ready
 from tests.dist.jobs.report import Report
 from tests.long_form import short_or_long
@@ -95,6 +95,19 @@ if world == 2:
     refused("sinks", lambda: start("init_inference", False, tiny_model("gpt_oss"), tp), UnsupportedError, "sinks", "tp_size is 2")
     few = tiny_model("qwen3_moe", num_key_value_heads=1)
     refused("one head", lambda: start("init_inference", False, few, tp), UnsupportedError, "1 KV heads")
+    named = {**INFERENCE, "tensor_parallel": {"tp_size": "two"}}
+    refused("a size in words", lambda: start("init_inference", False, tiny_model("qwen3_moe"), named), ConfigError, "tp_size is 'two'")
+    engine = start("init_inference", False, tiny_model("qwen3_moe", intermediate_size=128), {**tp, "tensor_parallel": {"tp_size": "2"}})
+    refused(
+        "cut twice", lambda: start("init_inference", False, engine.module, dict(tp)), UnsupportedError, "has cut this Qwen3MoeForCausalLM"
+    )
+    own = lambda columns: generate(engine.module, prompt(columns, seed=rank))  # noqa: E731
+    refused("other tokens on a peer", lambda: own(13), DivergedError, "rank 0 [1, 13], rank 1 [1, 13]", "different tokens")
+    refused("other lengths on a peer", lambda: own(13 + 5 * rank), DivergedError, "rank 0 [1, 13], rank 1 [1, 18]")
+    with report.check("a detached model is the host's"):
+        hooks = len(engine.module._forward_pre_hooks)
+        engine.pikv.detach()
+        assert len(engine.module._forward_pre_hooks) == hooks - 1
 else:
     compare("init_inference", "init_inference", "qwen3_moe", tp, [rank], "local", num_key_value_heads=4)
     halves = {**INFERENCE, "tensor_parallel": {"tp_size": 2}}

@@ -1,8 +1,17 @@
-"""A rank of two kills itself, with DeepSpeed started or with an engine besides. Argument: which."""
+"""A rank of two kills itself, with DeepSpeed started or with an engine besides. Argument: which.
+
+"killed under our launcher": this very script, started by launch/run.py in this process.
+"""
 
 import os
 import signal
 import sys
+
+if sys.argv[1:] == ["killed under our launcher"]:
+    from pikv_ds.launch import run
+
+    sys.argv = ["run", __file__, "killed before an engine"]
+    run.main()
 
 import deepspeed
 import torch.distributed as dist

@@ -7,8 +7,6 @@ import sys
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-from megatron.core import parallel_state
 from megatron.core.transformer.enums import AttnBackend
 
 import pikv_ds.bundled
@@ -19,8 +17,8 @@ from pikv_ds.megatron_patch.hf_config import build_gpt
 from pikv_ds.megatron_patch.hf_weights import load_hf_weights
 from tests.dist.jobs.report import Report
 from tests.megatron import documented
+from tests.megatron.layouts import each_layout
 from tests.megatron.megatron_lm import queue_from_a_fork
-from tests.megatron.models import start
 from tests.megatron.runs import decode, full_forward, refused
 
 LENGTH = 60
@@ -32,7 +30,6 @@ def build(hf_config, **changes):
 
 
 def check_layout(report: Report, layout: str, folder: Path, hf, save: bool) -> None:
-    start(*map(int, layout.split(",")))
     ids = torch.randint(3, hf.config.vocab_size, (2, LENGTH), generator=torch.Generator().manual_seed(5))
     with torch.no_grad():
         reference = hf(ids).logits
@@ -65,18 +62,12 @@ def check_layout(report: Report, layout: str, folder: Path, hf, save: bool) -> N
         refused(UnsupportedError, "linear_qkv.bias", lambda: load_checkpoint(with_bias, folder))
         refused(FileNotFoundError, "no dist checkpoint", lambda: load_checkpoint(model, folder.parent))
         assert all(torch.equal(old, new) for old, new in zip(weights, model.parameters(), strict=True))
-    dist.barrier()
-    parallel_state.destroy_model_parallel()
 
 
 def main() -> None:
-    report = Report()
-    cpu_compat.install()
     hf, _ = pikv_ds.bundled.load()
     folder, layouts = Path(sys.argv[1]), sys.argv[2:]
-    for i, layout in enumerate(layouts):
-        check_layout(report, layout, folder, hf, save=i == 0)
-    dist.destroy_process_group()
+    each_layout(lambda report, layout: check_layout(report, layout, folder, hf, save=layout == layouts[0]), layouts)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ From 0.17 on ranks pause before they stop, and are suspended and resumed in betw
 
 import asyncio
 import contextlib
-import sys
 from collections.abc import Callable
 from functools import partial
 
@@ -18,7 +17,8 @@ from pikv_ds.megatron_patch import cpu_compat, install, uninstall
 from tests.dist.jobs.report import Report
 from tests.megatron import dynamic_script, hosts
 from tests.megatron.engines import wrong
-from tests.megatron.models import start, tiny_config, tiny_model
+from tests.megatron.layouts import each_layout
+from tests.megatron.models import tiny_config, tiny_model
 from tests.megatron.runs import assert_conserved
 from tests.megatron.static_script import Tokenizer
 
@@ -138,22 +138,15 @@ def share(answers):
     return held[0]
 
 
-def main() -> None:
-    report = Report()
-    cpu_compat.install()
-    with cpu_compat.cuda_literals_on_cpu():
-        for layout in sys.argv[1:]:
-            start(*map(int, layout.split(",")))
-            model = tiny_model(tiny_config())
-            args = dynamic_script.parse_args([])
-            check(report, f"{layout} coordinator and client", model, partial(dynamic_script.get_engine, args, model))
-            for mode in ("persist", "recompute") if hosts.pauses() else ():
-                engine = partial(dynamic_script.get_engine, args, model, kv_cache_management_mode=mode)
-                check(report, f"{layout} suspended, {mode}", model, engine, suspend=True)
-            dist.barrier()
-            parallel_state.destroy_model_parallel()
-    dist.destroy_process_group()
+@cpu_compat.cuda_literals_on_cpu()
+def check_layout(report: Report, layout: str) -> None:
+    model = tiny_model(tiny_config())
+    args = dynamic_script.parse_args([])
+    check(report, f"{layout} coordinator and client", model, partial(dynamic_script.get_engine, args, model))
+    for mode in ("persist", "recompute") if hosts.pauses() else ():
+        engine = partial(dynamic_script.get_engine, args, model, kv_cache_management_mode=mode)
+        check(report, f"{layout} suspended, {mode}", model, engine, suspend=True)
 
 
 if __name__ == "__main__":
-    main()
+    each_layout(check_layout)

@@ -3,7 +3,6 @@
 Arguments: tp,ep,etp of each layout. Batch of 3 with prompts of 12, 15 and 20 tokens. Experts are drawn per rank.
 """
 
-import sys
 import tempfile
 from dataclasses import replace
 
@@ -16,17 +15,18 @@ from megatron.core.inference.contexts import StaticInferenceContext
 from pikv_ds.cache.inspect import CacheProbe
 from pikv_ds.codecs.rope import default_inv_freq
 from pikv_ds.errors import ConfigError
-from pikv_ds.megatron_patch import PiKVInferenceContext, cpu_compat, enable_pikv
+from pikv_ds.megatron_patch import PiKVInferenceContext, enable_pikv
 from pikv_ds.megatron_patch.layers import find_layers, key_norms, layer_spec_of
 from tests.calibrations import random_calibration
 from tests.dist.jobs.report import Report
 from tests.held import held_bytes
 from tests.long_form import LONG
-from tests.megatron.models import latent_config, start, tiny_config, tiny_model, tokens
+from tests.megatron.layouts import each_layout
+from tests.megatron.models import latent_config, tiny_config, tiny_model, tokens
 from tests.megatron.runs import assert_conserved, decode, dense_is_forbidden, full_forward
 
 ROWS, LONGEST_PROMPT = 3, 20
-STEPS = 32 if LONG else 16  # 16 tokens per row: pages of 4 fill and others are opened
+STEPS = 32 if LONG else 8  # 8 tokens per row: pages of 4 fill and others are opened
 LENGTH = LONGEST_PROMPT + STEPS
 
 
@@ -46,7 +46,6 @@ def check_decode(report: Report, model, name: str, ids: torch.Tensor, pieces: li
 def check_layout(report: Report, layout: str) -> None:
     """On four ranks only what needs them: with tensor parallelism over all of them, what peers share."""
     tp, ep, etp = map(int, layout.split(","))
-    start(tp, ep, etp)
     few, peers = dist.get_world_size() < 4, tp > 1 and etp == 1
     if tp < 4:
         check_heads(report, layout, sources=few)
@@ -54,8 +53,6 @@ def check_layout(report: Report, layout: str) -> None:
         check_latent(report, layout, own_requests=few)
     if tp > 1 and (few or peers):
         check_shared_heads(report, layout)
-    dist.barrier()
-    parallel_state.destroy_model_parallel()
 
 
 def check_heads(report: Report, layout: str, sources: bool) -> None:
@@ -176,13 +173,5 @@ def check_linear(report: Report, model, layout: str, own, own_pieces, own_refere
                     PiKVInferenceContext(ROWS, LENGTH, model=model, config={"page_size": 4, "compression": pre})
 
 
-def main() -> None:
-    report = Report()
-    cpu_compat.install()
-    for layout in sys.argv[1:]:
-        check_layout(report, layout)
-    dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main()
+    each_layout(check_layout)

@@ -1,13 +1,13 @@
 """Unedited scripts over install(): static and dynamic engines, and everything back afterwards. Arguments: layouts."""
 
 import contextlib
-import sys
+import threading
+import time
 import warnings
 from pathlib import Path
 from unittest import mock
 
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.inference.contexts.dynamic_context import DynamicInferenceContext
@@ -28,7 +28,8 @@ from pikv_ds.megatron_patch import (
 from tests.dist.jobs.report import Report
 from tests.megatron import documented, dynamic_script, static_script
 from tests.megatron.engines import prompts, serve, wrong
-from tests.megatron.models import start, tiny_config, tiny_model, tokens
+from tests.megatron.layouts import each_layout
+from tests.megatron.models import tiny_config, tiny_model, tokens
 from tests.megatron.runs import assert_conserved, dense_is_forbidden, full_forward, refused
 from tests.megatron.serving import reference_flash_decode
 
@@ -117,6 +118,8 @@ def check_edges(report: Report, layout: str, model, args) -> None:
         assert unbound.has_model and not uninstall()
         full_forward(disable_pikv(model), tokens(1, 5, seed=1))
         assert {(owner, name): getattr(owner, name) for owner, name in before} == before
+    with report.check(f"{layout} names that others replace, threads that install"):
+        check_names()
     with report.check(f"{layout} a context's class by hand"):
         enable_pikv(model)
         config = mock.Mock(inference_max_requests=3, inference_max_seq_length=40)
@@ -129,18 +132,37 @@ def check_edges(report: Report, layout: str, model, args) -> None:
         disable_pikv(model)
 
 
-def main() -> None:
-    report = Report()
-    cpu_compat.install()
-    with cpu_compat.cuda_literals_on_cpu(), torch.no_grad():
-        for layout in sys.argv[1:]:
-            start(*map(int, layout.split(",")))
-            check_static(report, layout)
-            check_dynamic(report, layout)
-            dist.barrier()
-            parallel_state.destroy_model_parallel()
-    dist.destroy_process_group()
+def check_names() -> None:
+    host = StaticInferenceContext.__init__
+    with installed():
+        ours = StaticInferenceContext.__init__
+        with mock.patch.object(StaticInferenceContext, "__init__", lambda self, *args: ours(self, *args)):
+            later = StaticInferenceContext.__init__
+            refused(RuntimeError, "StaticInferenceContext.__init__ was replaced again after PiKV replaced it", uninstall)
+            assert StaticInferenceContext.__init__ is later, "a refusal must leave names as they are"
+    assert StaticInferenceContext.__init__ is host
+    made, names = [], drop_in.patches
+
+    def slowly() -> list:
+        found = names()
+        time.sleep(0.05)
+        return found
+
+    with mock.patch.object(drop_in, "patches", slowly):
+        threads = [threading.Thread(target=lambda: made.append(install(BLOCK))) for _ in range(4)]
+        for each in threads:
+            each.start()
+        for each in threads:
+            each.join()
+    assert sorted(made) == [False, False, False, True] and uninstall() and StaticInferenceContext.__init__ is host
+
+
+@cpu_compat.cuda_literals_on_cpu()
+@torch.no_grad()
+def check_layout(report: Report, layout: str) -> None:
+    check_static(report, layout)
+    check_dynamic(report, layout)
 
 
 if __name__ == "__main__":
-    main()
+    each_layout(check_layout)

@@ -1,7 +1,5 @@
 """Dynamic batching over PiKV: requests that arrive, pause, are evicted and go, each rank its own. Arguments: layouts."""
 
-import sys
-
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -11,7 +9,8 @@ from pikv_ds.errors import UnsupportedError
 from pikv_ds.megatron_patch import PiKVDynamicInferenceContext, cpu_compat, disable_pikv, enable_pikv
 from tests.dist.jobs.report import Report
 from tests.megatron import documented, hosts
-from tests.megatron.models import latent_config, start, tiny_config, tiny_model, tokens
+from tests.megatron.layouts import each_layout
+from tests.megatron.models import latent_config, tiny_config, tiny_model, tokens
 from tests.megatron.runs import assert_conserved, full_forward, refused
 from tests.megatron.serving import Log, Request, random_requests, reference_flash_decode, serve
 
@@ -184,21 +183,14 @@ def forward(model, context, cut: int = 0) -> torch.Tensor:
         return model(ids[:, :keep], at[:, :keep], None, inference_context=context, runtime_gather_output=True)
 
 
-def main() -> None:
-    report = Report()
-    cpu_compat.install()
-    for layout in sys.argv[1:]:
-        start(*map(int, layout.split(",")))
-        model = tiny_model(tiny_config(), max_sequence_length=LONGEST + 20)
-        with cpu_compat.cuda_literals_on_cpu():
-            check_variants(report, layout)
-            if layout == MAIN:
-                check_requests(report, layout, model)
-                check_limits(report, layout, model)
-        dist.barrier()
-        parallel_state.destroy_model_parallel()
-    dist.destroy_process_group()
+@cpu_compat.cuda_literals_on_cpu()
+def check_layout(report: Report, layout: str) -> None:
+    model = tiny_model(tiny_config(), max_sequence_length=LONGEST + 20)
+    check_variants(report, layout)
+    if layout == MAIN:
+        check_requests(report, layout, model)
+        check_limits(report, layout, model)
 
 
 if __name__ == "__main__":
-    main()
+    each_layout(check_layout)

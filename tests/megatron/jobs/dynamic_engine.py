@@ -1,15 +1,13 @@
 """Megatron's own DynamicInferenceEngine over PiKV, beside the same engine over Megatron's cache. Arguments: layouts tp,ep,etp."""
 
-import sys
-
-import torch.distributed as dist
 from megatron.core import parallel_state
 
 from pikv_ds.megatron_patch import PiKVDynamicInferenceContext, cpu_compat, disable_pikv, enable_pikv
 from tests.dist.jobs.report import Report
 from tests.megatron import dynamic_script
 from tests.megatron.engines import prompts, serve, wrong
-from tests.megatron.models import latent_config, start, tiny_config, tiny_model
+from tests.megatron.layouts import each_layout
+from tests.megatron.models import latent_config, tiny_config, tiny_model
 from tests.megatron.runs import assert_conserved
 from tests.megatron.serving import reference_flash_decode
 
@@ -36,8 +34,8 @@ def pikv_engine(model, argv: list[str]):
         dynamic_script.DynamicInferenceContext = original
 
 
+@cpu_compat.cuda_literals_on_cpu()
 def check_layout(report: Report, layout: str) -> None:
-    start(*map(int, layout.split(",")))
     group = parallel_state.get_expert_model_parallel_group()
     model, asked = tiny_model(tiny_config()), own_requests(seed=7)
     argv = ["--return-log-probs"]
@@ -70,18 +68,7 @@ def check_layout(report: Report, layout: str) -> None:
         row["how"] = served.how
         disable_pikv(model)
         assert wrong(model, asked, served.answers, group) == []
-    dist.barrier()
-    parallel_state.destroy_model_parallel()
-
-
-def main() -> None:
-    report = Report()
-    cpu_compat.install()
-    with cpu_compat.cuda_literals_on_cpu():
-        for layout in sys.argv[1:]:
-            check_layout(report, layout)
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    each_layout(check_layout)

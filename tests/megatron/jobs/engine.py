@@ -1,17 +1,17 @@
 """The user's script and StaticInferenceEngine, before and after the lines of docs/guide/megatron.md. Arguments: module folder, layouts."""
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 
 from pikv_ds.errors import UnsupportedError
 from pikv_ds.megatron_patch import PiKVInferenceContext, cpu_compat
 from tests.dist.jobs.report import Report
 from tests.megatron import documented, hosts
-from tests.megatron.models import start
+from tests.megatron.layouts import each_layout
 from tests.megatron.runs import assert_conserved, dense_is_forbidden, refused
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -42,7 +42,6 @@ def run(script: str, *arguments: str, part: int | None = None):
 
 
 def check_layout(report: Report, layout: str, folder: Path) -> None:
-    start(*map(int, layout.split(",")))
     script = (ROOT / "tests" / "megatron" / "static_script.py").read_text()
     spec = documented.code("\nspec = ")
     texts = {
@@ -71,7 +70,6 @@ def check_layout(report: Report, layout: str, folder: Path) -> None:
     if parallel_state.get_pipeline_model_parallel_world_size() > 1 and parallel_state.get_data_parallel_world_size() > 1:
         check_equal_requests(report, layout, script, texts["in place"])
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:  # the first stage refuses, the next waits for its hidden states
-        leave()
         return
     with report.check(f"{layout} an engine that replaces the context is refused"):
         model = engine.controller.inference_wrapped_model.model
@@ -81,7 +79,6 @@ def check_layout(report: Report, layout: str, folder: Path) -> None:
         with cpu_compat.cuda_literals_on_cpu():
             arguments = ["--use-legacy-static-engine", "--prompts", "hello"]
             refused(UnsupportedError, "StaticInferenceContext", lambda: module["main"](arguments))
-    leave()
 
 
 def check_equal_requests(report: Report, layout: str, script: str, text: str) -> None:
@@ -96,18 +93,5 @@ def check_equal_requests(report: Report, layout: str, script: str, text: str) ->
         assert (row["auto"], row["replicated"]) == ("replicated" if first else "distinct", "replicated"), row
 
 
-def leave() -> None:
-    dist.barrier()
-    parallel_state.destroy_model_parallel()
-
-
-def main() -> None:
-    report = Report()
-    cpu_compat.install()
-    for layout in sys.argv[2:]:
-        check_layout(report, layout, Path(sys.argv[1]))
-    dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main()
+    each_layout(partial(check_layout, folder=Path(sys.argv[1])), sys.argv[2:])

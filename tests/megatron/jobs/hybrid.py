@@ -1,7 +1,6 @@
 """Hybrid stacks, whose experts are layers of their own: exact, and entries homed by the MoE layer that follows. Arguments: layouts."""
 
 import contextlib
-import sys
 import warnings
 
 import torch
@@ -18,7 +17,8 @@ from tests.dist.jobs.report import Report
 from tests.long_form import LONG
 from tests.megatron.hybrid import hybrid_model, hybrid_spec
 from tests.megatron.jobs.dynamic import options, own_requests, worst_difference
-from tests.megatron.models import start, tokens
+from tests.megatron.layouts import each_layout
+from tests.megatron.models import tokens
 from tests.megatron.runs import assert_conserved, decode, dense_is_forbidden, refused
 from tests.megatron.serving import serve
 
@@ -124,21 +124,14 @@ def check_dynamic(report: Report, layout: str) -> None:
         assert row["difference"] <= 1e-5, row
 
 
-def main() -> None:
-    report = Report()
-    cpu_compat.install()
-    for layout in sys.argv[1:]:
-        start(*map(int, layout.split(",")))
-        ids = tokens(ROWS, LENGTH, seed=5 + parallel_state.get_data_parallel_rank())
-        for pattern in PATTERNS if LONG else SHORT:
-            check_pattern(report, layout, pattern, ids)
-        check_specification(report, layout, ids)
-        if LONG:
-            check_dynamic(report, layout)
-        dist.barrier()
-        parallel_state.destroy_model_parallel()
-    dist.destroy_process_group()
+def check_layout(report: Report, layout: str) -> None:
+    ids = tokens(ROWS, LENGTH, seed=5 + parallel_state.get_data_parallel_rank())
+    for pattern in PATTERNS if LONG else SHORT:
+        check_pattern(report, layout, pattern, ids)
+    check_specification(report, layout, ids)
+    if LONG:
+        check_dynamic(report, layout)
 
 
 if __name__ == "__main__":
-    main()
+    each_layout(check_layout)

@@ -1,11 +1,8 @@
 """Hugging Face models in Megatron-Core and back, sliced: same logits, same weights; the bundled model over PiKV. Arguments: layouts."""
 
-import sys
 from functools import partial
 
 import torch
-import torch.distributed as dist
-from megatron.core import parallel_state
 
 import pikv_ds.bundled
 from pikv_ds.errors import UnsupportedError
@@ -15,7 +12,7 @@ from pikv_ds.megatron_patch.hf_weights import gather_hf_weights, load_hf_weights
 from tests import tiny_models
 from tests.dist.jobs.report import Report
 from tests.megatron import documented
-from tests.megatron.models import start
+from tests.megatron.layouts import each_layout
 from tests.megatron.runs import decode, full_forward, refused, step
 
 
@@ -36,7 +33,6 @@ def check_model(report: Report, name: str, hf, length: int, max_sequence_length:
 
 
 def check_layout(report: Report, layout: str) -> None:
-    start(*map(int, layout.split(",")))
     for name, family, changes in (
         ("qwen3_moe, dense first layer", "qwen3_moe", dict(mlp_only_layers=[0])),
         ("qwen3_moe, unnormalised", "qwen3_moe", dict(norm_topk_prob=False)),
@@ -73,17 +69,7 @@ def check_layout(report: Report, layout: str) -> None:
         weights = dict(hf.state_dict())
         weights.pop("model.norm.weight")
         refused(UnsupportedError, "model.norm.weight", lambda: load_hf_weights(model, hf.config, weights))
-    dist.barrier()
-    parallel_state.destroy_model_parallel()
-
-
-def main() -> None:
-    report = Report()
-    cpu_compat.install()
-    for layout in sys.argv[1:]:
-        check_layout(report, layout)
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    each_layout(check_layout)
