@@ -22,6 +22,7 @@ from pikv_ds.launch.output import print_table, write_json
 from pikv_ds.ops.build import load
 
 from . import sweep_cases as cases
+from . import sweep_others
 from .clock import Clock
 
 REPEATS = 15
@@ -62,7 +63,7 @@ def sweep(device: str, *, quick: bool = False, budget_s: float | None = None, fi
 
 def planned(quick: bool) -> Iterator[Row]:
     """All rows, in order."""
-    for make in (cases.rates, cases.decodes, cases.latents, cases.decode_options, cases.other_ops):
+    for make in (cases.rates, cases.decodes, cases.latents, cases.decode_options, sweep_others.cases):
         yield from (Row(*pair) for pair in make(quick))
 
 

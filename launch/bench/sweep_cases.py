@@ -132,9 +132,3 @@ def decode_options(quick: bool) -> Iterator[Made]:
         yield decode(name, 4, lens, 64, what="with page_lse", with_page_lse=True)
         for splits, count in itertools.product(SPLITS[:2] if quick else SPLITS, (1,) if quick else (1, batch)):
             yield decode(name, 4, (context,) * count, 64, what=f"num_splits {splits}", num_splits=splits)
-
-
-def other_ops(quick: bool) -> Iterator[Made]:
-    from . import sweep_others
-
-    return sweep_others.cases(quick)

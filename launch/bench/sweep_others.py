@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pikv_ds import ops
 
-from .sweep_cases import DIM, HEADS, Call, Made
+from .sweep_cases import DIM, HEADS, Call, Made, pages_of
 
 _CALLS = 64  # of assign_slots on the same tables, more than are timed
 
@@ -126,8 +126,6 @@ def _migrate(count: int) -> Callable[[str], tuple[Call, int]]:
 
 def _prefill(queries: int, context: int) -> Callable[[str], tuple[Call, int]]:
     def make(device: str) -> tuple[Call, int]:
-        from .sweep_cases import pages_of
-
         p = pages_of("bf16", (context,), 64, False, device)
         q = _random(1, queries, 4 * HEADS, DIM).bfloat16().to(device)
         asked = torch.arange(context - queries, context, dtype=torch.int32, device=device).view(1, -1)
