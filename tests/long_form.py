@@ -7,8 +7,7 @@ What it adds is said beside each use of LONG: products of things that the short 
 - tests/dist/test_exact.py: every family on 4 ranks, short: a window, a latent, sinks; every family x source of expert ids x placement,
   short: every placement with one family, and on 4 ranks that family; the error of bf16 over 16 windows of text, short: 5.
 - tests/dist/test_evict.py, tests/dist/test_selection.py: every policy and router on 4 ranks, short: one of each kind; all of them on 2.
-- tests/device, tests/dist/test_host_stops.py: every configuration whose host stops are counted, short: four on one rank, distinct requests
-  on two.
+- tests/device, tests/dist/test_host_stops.py: every configuration whose host stops are counted; short: four on one rank, one on two.
 - tests/dist/test_mismatch.py: every way for ranks to be out of step, short: one of each sort; 300 random programs on 2 ranks and 150 on 3,
   short: 3.
 - tests/retention/test_rows_alone.py, tests/dist/test_lone_rows.py: every policy, router and tier x fork, beams, drops, ragged rows, crops;
