@@ -27,6 +27,7 @@ What it adds is said beside each use of LONG: products of things that the short 
 - tests/megatron/test_hybrid.py: three orders of layers, every source of ids, dynamic batching; short: one order, two sources.
 - tests/megatron/test_dynamic_engine.py, tests/megatron/test_engine.py: Megatron's engines on 4 and 8 ranks with pipeline stages; short: on
   two ranks. tests/megatron/test_coordinator.py: behind the zmq coordinator of 0.16, and MegatronLLM with tensor and pipeline parallelism.
+- tests/megatron/test_trained.py: checkpoints in four more layouts and on four and eight ranks, and the command; short: two ranks and one.
 - tests/cache/test_modes.py, tests/cache/test_gradient.py: every case of the covering array; short: eight of each.
 - tests/adapters/test_modes.py: torch.compile by three backends, the profiler, anomaly mode and save_on_cpu, short: the other modes;
   every choice of calls under inference mode, short: four.
