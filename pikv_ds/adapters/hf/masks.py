@@ -84,9 +84,7 @@ def visible(mask: Tensor) -> Tensor:
     return ~hidden
 
 
-def own_mask(
-    binding: Binding, forward: Forward, mask: Tensor | None, columns: int, queries: int
-) -> tuple[Tensor | None, int | None]:
+def own_mask(binding: Binding, forward: Forward, mask: Tensor | None, columns: int, queries: int) -> tuple[Tensor | None, int | None]:
     """How the T = columns new tokens of a forward see each other: a mask [B or 1, 1, T, T] bool and a window, as for cache.chunk.finish.
 
     mask: what the model hands to attention, for the last `queries` of them (cache.chunk needs all: the others see nothing).
