@@ -71,7 +71,8 @@ def with_positions_of_three_axes(ids: torch.Tensor) -> torch.Tensor:
 def with_cross_attention(ids: torch.Tensor) -> torch.Tensor:
     """An encoder-decoder: in a context keys of the encoder's output lie where those of the tokens do, under the same layer's number, so a
     prompt runs and the token after it does not. Megatron's T5InferenceWrapper passes no context."""
-    config = tiny_config(num_moe_experts=None, moe_ffn_hidden_size=None, num_query_groups=8, qk_layernorm=False, normalization="LayerNorm")
+    dense = dict(num_moe_experts=None, moe_ffn_hidden_size=None, expert_model_parallel_size=1)
+    config = tiny_config(**dense, num_query_groups=8, qk_layernorm=False, normalization="LayerNorm")
     specs = (get_t5_encoder_with_local_block_spec(config.num_layers), get_t5_decoder_with_local_block_spec(config.num_layers))
     model = T5Model(config, config, *specs, vocab_size=VOCAB, max_sequence_length=LENGTH, parallel_output=False).eval()
     context = StaticInferenceContext(ROWS, 4 * LENGTH)
