@@ -37,6 +37,11 @@ class Arriving:
             self._packed, self._mark = packed.to("cpu", non_blocking=True), _marked(packed.device)
 
     @property
+    def arrived(self) -> bool:
+        """Somebody has looked at them."""
+        return self._values is not None
+
+    @property
     def values(self) -> Sequence[Tensor]:
         """On the host, int64 where they have been copied. Sync: waits, once, for what the device was asked for before the copy."""
         if self._values is None:

@@ -130,6 +130,12 @@ class CacheProbe:
         return self.cache.pages.directory.shard_at[layer][:, : max(lens, default=0)].long()
 
     @property
+    def known_sizes(self) -> list[tuple[Tensor, Tensor]]:
+        """Entries of tables and free pages: as the host knows them, and as they are. Empty while they are on their way to it."""
+        pages = self.cache.pages
+        return [(pages.sizes.counts, pages.counts[0]), (pages.sizes.free(0), pages.free_tops[0])] if pages.sizes.arrived else []
+
+    @property
     def evicted(self) -> list[list[list[int]]]:
         """[layer][row][head] entries that a budget has taken, in all shards."""
         return self.cache.pages.directory.evicted_by_head()

@@ -23,6 +23,11 @@ class Mirror:
         """Nobody has to wait for them."""
         return self._sizes.on_host
 
+    @property
+    def arrived(self) -> bool:
+        """Somebody has looked at them."""
+        return self._sizes.arrived
+
     # Sync: each waits for the copy, once for all of them.
 
     @property

@@ -12,6 +12,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 import pikv_ds
 from pikv_ds.cache.cache import PiKVCache
+from pikv_ds.cache.inspect import CacheProbe
 from tests.device.far import Far, FarTensor, to_far
 from tests.tiny_models import prompt, tiny_model
 
@@ -94,7 +95,5 @@ class _Steps(StoppingCriteria):
 
 def check_sizes(cache: PiKVCache) -> None:
     """What the host knows of sizes without asking is what they are."""
-    pages = cache.pages
-    if pages.sizes._sizes._values is not None:  # else they are still on their way, and nobody has looked at them
-        assert torch.equal(pages.sizes.counts, pages.counts[0].held.to(torch.int64))
-        assert torch.equal(pages.sizes.free(0), pages.free_tops[0].held)
+    for known, real in CacheProbe(cache).known_sizes:
+        assert torch.equal(known, real.held.to(torch.int64))

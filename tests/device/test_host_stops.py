@@ -17,7 +17,7 @@ CASES = {  # family, block, how, waits per step at most
     "a mask of the user's own": ("qwen3_moe", {}, "loop padded", 0),
     "a latent": ("deepseek_v3", {}, "generate", 1),
     "shards": ("qwen3_moe", {"storage": {"num_shards": 4}}, "loop", 1),
-    "shards, a window, sinks": ("gpt_oss", {"storage": {"num_shards": 2}}, "generate padded", 1),
+    "shards, a window, sinks": ("gpt_oss", {"storage": {"num_shards": 2}}, "generate padded", 1.5),
     "late experts": ("qwen3_moe", {"storage": {"num_shards": 4, "expert_ids": "true"}}, "loop", 1),
     "spilling refused": ("qwen3_moe", {"storage": {"num_shards": 2, "overflow": "error", "capacity_tokens": 200}}, "loop", 1),
     "a router": ("qwen3_moe", ROUTED, "loop", 0),

@@ -37,7 +37,8 @@ def check(report: Report, name: str, group: dist.ProcessGroup) -> None:
         for there, own in zip(found.outputs, here.outputs, strict=True):
             torch.testing.assert_close(there, own, rtol=0, atol=1e-5)
         assert list(found.stops.values()) == [1.0] and "headers_of" in next(iter(found.stops)), found.stops
-        assert found.waits <= 1 and found.theirs <= ("generate" in how), (found.waits, found.theirs)
+        # For sizes; and, where pages have left a window, for when the next of them can.
+        assert found.waits <= 1 + 0.5 * (family == "gpt_oss") and found.theirs <= ("generate" in how), (found.waits, found.theirs)
 
 
 def main() -> None:
