@@ -48,7 +48,8 @@ def sync_answers(model, look: Callable, *, use_coordinator: bool) -> Answers | N
 
 async def async_answers(model, look: Callable) -> Answers | None:
     """Two calls at once; then all ranks pause, and go on."""
-    async with MegatronAsyncLLM(model=model, tokenizer=Tokenizer(), inference_config=inference_config(model)) as llm:
+    given = inference_config(model)
+    async with MegatronAsyncLLM(model=model, tokenizer=Tokenizer(), inference_config=given, use_coordinator=True) as llm:
         found = None
         if llm.is_primary_rank:
             several, one = await asyncio.gather(llm.generate(PROMPTS, SAMPLING), llm.generate(MORE[0], SAMPLING))
