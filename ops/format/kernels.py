@@ -43,10 +43,16 @@ TENSOR = ("bf16", "fp16", "int8", "int4", "fp8_e4m3", "int2", *MIXED)
 TENSOR_DIMS = (64, 128)
 
 
+def tensor_rows(key_bits: int, dim: int) -> tuple[int, ...]:
+    """Query rows of a block that there are kernels for: 16 of coded keys of 128 columns would be spilled."""
+    return (8,) if key_bits < 16 and dim >= 128 else (8, 16)
+
+
 def tensor_kernels(label: str) -> list[str]:
     """The kernels of csrc/kernels/attend_tensor.cuh for a format."""
-    bits = FORMATS[label.partition("/")[2] or label].bits
-    return [f"attend_tensor_kernel<{KERNEL_FORMATS[label]}, {dim}, {rows}>" for dim in TENSOR_DIMS if dim * bits % 256 == 0 for rows in (8, 16)]
+    k, v = FORMATS[label.partition("/")[0]], FORMATS[label.partition("/")[2] or label]
+    dims = [dim for dim in TENSOR_DIMS if dim * v.bits % 256 == 0]
+    return [f"attend_tensor_kernel<{KERNEL_FORMATS[label]}, {dim}, {rows}>" for dim in dims for rows in tensor_rows(k.bits, dim)]
 
 
 def tensor_kernel(fmt: PageFormat, dtype: torch.dtype) -> bool:

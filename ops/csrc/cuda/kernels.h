@@ -37,8 +37,8 @@ inline bool has_tensor_kernel(const Attend& a) {
          reinterpret_cast<uintptr_t>(a.q) % 4 == 0;
 }
 
-// Query rows of a block of the tensor-core kernels.
-inline int rows_of_tensor_block(const Attend& a) { return a.T * a.G <= 8 ? 8 : 16; }
+// Query rows of a block of the tensor-core kernels: TensorTile::served.
+inline int rows_of_tensor_block(const Attend& a) { return a.T * a.G <= 8 || (a.f.format > kFp16 && a.f.k_dim >= 128) ? 8 : 16; }
 
 template <int FORMAT>
 const char* launch_tensor(const Attend& a, Stream stream);

@@ -18,7 +18,7 @@ namespace {
 template <int DIM, int ROWS>
 const char* launch_tensor_kernel(const Attend& a, Stream stream) {
   using T = TensorTile<PK_FORMAT, DIM, ROWS>;
-  if constexpr (!T::K::served || !T::V::served) {
+  if constexpr (!T::served) {
     return "no tensor-core kernel of this width";
   } else {
     const int64_t tails = T::grouped ? (int64_t)a.R * a.S * a.H : 0;

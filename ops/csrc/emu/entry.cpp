@@ -53,6 +53,7 @@ struct Launch {
 
   template <int DIM, int ROWS>
   bool attends_on_tensor_cores(const char** fault) const {
+    if constexpr (!TensorTile<PK_FORMAT, DIM, ROWS>::served) return false;
     char name[64];
     std::snprintf(name, sizeof name, "attend_tensor_kernel<%d, %d, %d>", PK_FORMAT, DIM, ROWS);
     if (shared_bytes != TensorTile<PK_FORMAT, DIM, ROWS>::shared * sizeof(float) && !std::strcmp(kernel, name)) {
@@ -70,7 +71,7 @@ extern "C" const char* pikv_emu_launch(const char* kernel, unsigned grid_x, unsi
   simt::set_reverse(reverse);
   const Launch l = {kernel, dim3(grid_x, grid_y), shared_bytes, params};
   const char* fault = nullptr;
-  const bool found = l.attends_on_tensor_cores<64, 8>(&fault) || l.attends_on_tensor_cores<128, 16>(&fault) || l.attends<64, 4, false>(&fault) || l.attends<128, 4, true>(&fault) || l.attends<128, 1, true>(&fault) ||
+  const bool found = l.attends_on_tensor_cores<64, 8>(&fault) || l.attends_on_tensor_cores<128, 8>(&fault) || l.attends_on_tensor_cores<128, 16>(&fault) || l.attends<64, 4, false>(&fault) || l.attends<128, 4, true>(&fault) || l.attends<128, 1, true>(&fault) ||
                      l.attends<576, 2, false>(&fault) || l.is("finish_kernel", finish_kernel, &fault) || l.is("append_rows_kernel", append_rows_kernel, &fault) ||
                      l.is("append_groups_kernel", append_groups_kernel, &fault) || l.is("append_tail_kernel", append_tail_kernel, &fault) ||
                      l.is("page_bounds_kernel", page_bounds_kernel, &fault) || l.is("page_score_kernel", page_score_kernel, &fault) ||

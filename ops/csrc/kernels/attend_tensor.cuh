@@ -18,6 +18,7 @@ struct TensorTile {
   using V = Side<value_format(FORMAT), DIM, 8>;
   static constexpr int rows = ROWS, sets = ROWS / 8, value_width = DIM, products = DIM / 16;
   static constexpr bool grouped = K::integer, split = K::coded;  // split: Q in two parts
+  static constexpr bool served = K::served && V::served && (ROWS == 8 || !split || DIM < 128);  // Q in two parts of 16 rows would be spilled
   static constexpr int tokens = (K::row_bytes + V::row_bytes) * sets > 256 || DIM * sets > 128 ? 16 : 32, columns = tokens / 8;  // of a tile
   // Floats of shared memory: out, maximum and sum of every warp and row; queries, in the order of a lane's columns; what rows see, the row of work.
   static constexpr int shared = kWarps * ROWS * (DIM + 2) + (split ? ROWS * DIM : 0) + 2 * ROWS + Parts::shared;
@@ -27,6 +28,9 @@ constexpr float kProbabilityScale = 256.0f;  // keeps p * scale, and the lower p
 __device__ __forceinline__ float exponent_of(float x) { return __uint_as_float(max(__float_as_uint(x) & 0x7f800000u, 0x10000000u)); }
 __device__ __forceinline__ float inverse_of(float power) { return __uint_as_float(0x7f000000u - __float_as_uint(power)); }
 
+// Token t of a block of rows, from a lane's place in the first: one multiplication into 64 bits.
+__device__ __forceinline__ const unsigned char* row_of(const unsigned char* first, int t, int row_bytes) { return first + (unsigned long long)(unsigned)t * (unsigned)row_bytes; }
+
 // The running softmax of a lane's row r of each set, in powers of two, and O of its columns. sum and zeros count this lane's tokens only.
 template <class T>
 struct TensorRunning {
@@ -34,10 +38,12 @@ struct TensorRunning {
   float unit;  // of o: the largest scale of a value so far, a power of two
 };
 
-// Q as A: of raw keys as it is given, else times what the codes lack, in two parts. `add`: to every score of the group.
+// Q as A, four registers a product: rows 0..7 and 8..15 of the first columns, then of the others. Of raw keys as it is given, else times what
+// the codes lack, in two parts. With 8 rows the lower parts are rows 8..15. `add`: to every score of the group.
 template <class T>
 struct TensorQueries {
-  unsigned high[T::sets][T::products][2], low[T::sets][T::split ? T::products : 1][2];
+  static constexpr bool both = T::split && T::sets == 1;  // parts in one product
+  unsigned high[T::products][4], low[T::split && !both ? T::products : 1][4];
   float factor[T::sets], add[T::sets];
 
   __device__ __forceinline__ void take(const Attend& a, long long row_of_lane, int set, int c, bool present) {
@@ -46,7 +52,8 @@ struct TensorQueries {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         const long long d = T::K::column(c, key_column<T::K::format>(i, 2 * e));
-        high[set][i][e] = present ? __ldg(reinterpret_cast<const unsigned*>(a.q) + (row_of_lane * a.f.k_dim + d) / 2) : 0u;
+        high[i][2 * e + set] = present ? __ldg(reinterpret_cast<const unsigned*>(a.q) + (row_of_lane * a.f.k_dim + d) / 2) : 0u;
+        if (T::sets == 1) high[i][2 * e + 1] = kept_zero();
       }
   }
 
@@ -71,14 +78,16 @@ struct TensorQueries {
     }
     most = exponent_of(lane_max<1, 2>(most));
     const float inverse = inverse_of(most) * 64.0f;
-    factor[set] = most * (1.0f / 64.0f) * (T::K::format == kFp8 ? 256.0f : 1.0f);
+    factor[set] = most * (1.0f / 64.0f) * (T::K::format == kFp8 ? kFp8Factor : 1.0f);
     add[set] = T::grouped ? lane_sum<1, 2>(offset) : 0.0f;
 #pragma unroll
     for (int i = 0; i < T::products; ++i)
 #pragma unroll
-      for (int e = 0; e < 4; e += 2)
-        split2<Mma::fp16>(x[key_column<T::K::format>(i, e)] * (inverse / key_factor<T::K::format>(i, e)),
-                          x[key_column<T::K::format>(i, e + 1)] * (inverse / key_factor<T::K::format>(i, e + 1)), &high[set][i][e / 2], &low[set][i][e / 2]);
+      for (int e = 0; e < 2; ++e) {
+        const float first = x[key_column<T::K::format>(i, 2 * e)] * (inverse / key_factor<T::K::format>(i, 2 * e));
+        const float second = x[key_column<T::K::format>(i, 2 * e + 1)] * (inverse / key_factor<T::K::format>(i, 2 * e + 1));
+        split2<Mma::fp16>(first, second, &high[i][2 * e + set], both ? &high[i][2 * e + 1] : &low[both ? 0 : i][2 * e + set]);
+      }
   }
 
   // As they are stored in shared memory: 8 columns of a lane side by side, then those of the next lane.
@@ -94,14 +103,18 @@ struct TensorQueries {
 // What a warp reads of one page: tokens [start, stop) of one group, the keys of the first tile already asked for.
 template <class T>
 struct TensorSpan {
-  const unsigned char* head;
+  const unsigned char *head, *k, *v;  // k, v: the first bytes that this lane reads of a token
   const int* positions;
   unsigned keys[T::columns][T::K::words];
 
-  __device__ __forceinline__ void load_keys(const Attend& a, int t0, int last) {
-    const int r = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
+  __device__ __forceinline__ void enter(const Attend& a, const unsigned char* record, int own_head) {
+    head = record + own_head * a.f.head_bytes, positions = reinterpret_cast<const int*>(record + a.f.positions);
+    k = head + a.f.k + T::K::bytes * (threadIdx.x % 4), v = head + a.f.v + T::V::bytes * (threadIdx.x % 32 / 4);
+  }
+
+  __device__ __forceinline__ void load_keys(int t0, int last) {
 #pragma unroll
-    for (int b = 0; b < T::columns; ++b) T::K::load(head + a.f.k + (unsigned)min(t0 + 8 * b + r, last) * T::K::row_bytes, c, keys[b]);
+    for (int b = 0; b < T::columns; ++b) T::K::load(row_of(k, min(t0 + 8 * b + (int)(threadIdx.x % 32 / 4), last), T::K::row_bytes), keys[b]);
   }
 };
 
@@ -122,7 +135,7 @@ __device__ __forceinline__ void add_tensor_span(const Attend& a, TensorSpan<T>& 
     for (int s = 0; s < T::tokens / 16; ++s)
 #pragma unroll
       for (int i = 0; i < 4; ++i)
-        V::load(span.head + a.f.v + (unsigned)min(t0 + 16 * s + 2 * c + (i & 1) + 8 * (i >> 1), last) * V::row_bytes, r, values[s][i]);
+        V::load(row_of(span.v, min(t0 + 16 * s + 2 * c + (i & 1) + 8 * (i >> 1), last), V::row_bytes), values[s][i]);
     float score[T::columns][4];
 #pragma unroll
     for (int b = 0; b < T::columns; ++b) {
@@ -131,13 +144,13 @@ __device__ __forceinline__ void add_tensor_span(const Attend& a, TensorSpan<T>& 
       for (int i = 0; i < T::products; ++i) {
         unsigned k[2];
         key_operand<K::format>(span.keys[b], i, k);
-        constexpr int upper = T::sets - 1;
-        mma_16816<K::type>(score[b], q.high[0][i][0], upper ? q.high[upper][i][0] : 0, q.high[0][i][1], upper ? q.high[upper][i][1] : 0, k[0], k[1]);
-        if constexpr (T::split)
-          mma_16816<K::type>(score[b], q.low[0][i][0], upper ? q.low[upper][i][0] : 0, q.low[0][i][1], upper ? q.low[upper][i][1] : 0, k[0], k[1]);
+        mma_16816<K::type>(score[b], q.high[i][0], q.high[i][1], q.high[i][2], q.high[i][3], k[0], k[1]);
+        if constexpr (T::split && T::sets == 2) mma_16816<K::type>(score[b], q.low[i][0], q.low[i][1], q.low[i][2], q.low[i][3], k[0], k[1]);
       }
+      if constexpr (T::split && T::sets == 1) score[b][0] += score[b][2], score[b][1] += score[b][3];
     }
-    if (t0 + T::tokens < stop) span.load_keys(a, t0 + T::tokens, last);
+    span.load_keys(t0 + T::tokens, last);  // of the next tile; at the end the last token again: a branch would cost more
+    const bool whole = t0 + T::tokens <= stop, hides = !whole || a.window || a.causal;
     float v_scale[T::columns][2], v_zero[T::columns][2], ratio = 1.0f;
     if constexpr (V::coded) {  // of two neighbouring tokens at once; t0 is even, and there are bytes behind an odd last one
       float most = 0;
@@ -146,12 +159,16 @@ __device__ __forceinline__ void add_tensor_span(const Attend& a, TensorSpan<T>& 
         const int t = t0 + 8 * b + 2 * c, from = min(t, last & ~1);
         const unsigned s = load_pair(span.head, a.f.v_scale, from), z = V::integer ? load_pair(span.head, a.f.v_zero, from) : 0;
 #pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const bool here = t + e <= last;
-          v_scale[b][e] = here ? half_of(&s, e) : 0.0f, v_zero[b][e] = V::integer && here ? half_of(&z, e) : 0.0f;
-          most = fmaxf(most, v_scale[b][e]);
-        }
+        for (int e = 0; e < 2; ++e) v_scale[b][e] = half_of(&s, e), v_zero[b][e] = V::integer ? half_of(&z, e) : 0.0f;
       }
+      if (!whole)
+#pragma unroll
+        for (int b = 0; b < T::columns; ++b)
+#pragma unroll
+          for (int e = 0; e < 2; ++e)
+            if (t0 + 8 * b + 2 * c + e > last) v_scale[b][e] = v_zero[b][e] = 0;
+#pragma unroll
+      for (int b = 0; b < T::columns; ++b) most = fmaxf(most, fmaxf(v_scale[b][0], v_scale[b][1]));
       const float unit = fmaxf(run.unit, exponent_of(lane_max<1, 2>(most)));
       ratio = run.unit * inverse_of(unit), run.unit = unit;
     }
@@ -169,22 +186,24 @@ __device__ __forceinline__ void add_tensor_span(const Attend& a, TensorSpan<T>& 
       const float factor = T::split ? scale * q.factor[set] : scale, add = T::grouped ? scale * q.add[set] : 0.0f;
       float most = minus_infinity();
 #pragma unroll
-      for (int b = 0; b < T::columns; ++b) {
+      for (int b = 0; b < T::columns; ++b)
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          const int t = t0 + 8 * b + 2 * c + e;
-          bool visible = t <= last;
-          if (a.window || a.causal) {
-            const int position = __ldg(span.positions + min(t, last));
-            visible = visible && position >= sight[8 * set + r] && position <= sight[T::rows + 8 * set + r];
-          }
-          float x = score[b][2 * set + e] * factor;
+          float& x = score[b][2 * set + e];
           if constexpr (K::format == kFp8) x *= k_scale[b][e];
-          if constexpr (T::grouped) x += add;
-          x = visible ? x : minus_infinity();
-          score[b][2 * set + e] = x, most = fmaxf(most, x);
+          x = T::grouped ? x * factor + add : x * factor;
         }
-      }
+      if (hides)
+#pragma unroll
+        for (int b = 0; b < T::columns; ++b)
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            const int t = t0 + 8 * b + 2 * c + e, position = a.window || a.causal ? __ldg(span.positions + min(t, last)) : 0;
+            const bool visible = t <= last && position >= sight[8 * set + r] && position <= sight[T::rows + 8 * set + r];
+            if (!visible) score[b][2 * set + e] = minus_infinity();
+          }
+#pragma unroll
+      for (int b = 0; b < T::columns; ++b) most = fmaxf(most, fmaxf(score[b][2 * set], score[b][2 * set + 1]));
       most = lane_max<1, 2>(most);
       if (a.page_lse) {
         const float highest = fmaxf(page_top[set], most), base = finite_or_zero(highest);
@@ -206,11 +225,14 @@ __device__ __forceinline__ void add_tensor_span(const Attend& a, TensorSpan<T>& 
         }
         split2<V::type>(x[0], x[1], &p[set][b], &p_low[set][b]);
       }
-      const float of_row = shrink * ratio, shrink0 = __shfl_sync(kAll, of_row, 8 * c), shrink1 = __shfl_sync(kAll, of_row, 8 * c + 4);
+      const float of_row = shrink * ratio;
+      if (__any_sync(kAll, of_row != 1.0f)) {  // seldom, once the highest score has been seen
+        const float shrink0 = __shfl_sync(kAll, of_row, 8 * c), shrink1 = __shfl_sync(kAll, of_row, 8 * c + 4);
 #pragma unroll
-      for (int m = 0; m < T::products; ++m) {
-        float* o = run.o[set][m];
-        o[0] *= shrink0, o[1] *= shrink1, o[2] *= shrink0, o[3] *= shrink1;
+        for (int m = 0; m < T::products; ++m) {
+          float* o = run.o[set][m];
+          o[0] *= shrink0, o[1] *= shrink1, o[2] *= shrink0, o[3] *= shrink1;
+        }
       }
     }
 #pragma unroll
@@ -338,16 +360,15 @@ __global__ void __launch_bounds__(kBlock, 2) attend_tensor_kernel(const Attend a
       for (int set = 0; set < T::sets; ++set) page_top[set] = minus_infinity(), page_sum[set] = 0;
       if (stop > offset) {
         TensorSpan<T> span;
-        const unsigned char* record = a.pages + (long long)at(a.table, table + page_column) * a.f.record_bytes;
-        span.head = record + own_head * a.f.head_bytes, span.positions = reinterpret_cast<const int*>(record + a.f.positions);
+        span.enter(a, a.pages + (long long)at(a.table, table + page_column) * a.f.record_bytes, own_head);
         if constexpr (!T::grouped) {
-          span.load_keys(a, offset, stop - 1);
+          span.load_keys(offset, stop - 1);
           add_tensor_span<T>(a, span, q, offset, stop, scale, sight, run, page_top, page_sum);
         } else {
 #pragma unroll 1
           for (int first = offset; first < stop; first += a.f.group - first % a.f.group) {
             const int end = min(stop, first + a.f.group - first % a.f.group), grid = first / a.f.group * 2 * DIM;
-            span.load_keys(a, first, end - 1);
+            span.load_keys(first, end - 1);
 #pragma unroll
             for (int set = 0; set < T::sets; ++set)
               q.code(queries + set * 8 * DIM + 8 * lane, set, c, span.head + a.f.k_scale + grid, span.head + a.f.k_zero + grid);
@@ -380,7 +401,7 @@ __global__ void __launch_bounds__(kBlock, 2) attend_tensor_kernel(const Attend a
           for (int k = 0; k < 2; ++k) {
             float x = run.o[set][m][2 * k + e];
             if constexpr (V::coded)
-              x = x * (run.unit * ((V::format == kFp8 ? 256.0f : 1.0f) / (kProbabilityScale * value_factor<V::format>(m, k)))) + z;
+              x = x * (run.unit * ((V::format == kFp8 ? kFp8Factor : 1.0f) / (kProbabilityScale * value_factor<V::format>(m, k)))) + z;
             else if constexpr (V::type == Mma::fp16) x *= 1.0f / kProbabilityScale;
             shared[(warp * ROWS + 8 * set + 2 * c + e) * DIM + V::column(r, 2 * m + k)] = x;
           }

@@ -1,6 +1,6 @@
 // Stored codes as operands of mma_16816. A lane reads neighbouring bytes of a token: the order of columns inside a product is free, so that
 // what lies side by side in memory goes to one lane, and Q is laid out in the same order. Codes become 16-bit floats: bf16 and fp16 as they
-// are, integers as fp16 through 1024 + code, e4m3 as fp16 times 2^-8.
+// are, integers as fp16 through 1024 + code, e4m3 as fp16.
 
 namespace pikv {
 
@@ -20,9 +20,10 @@ struct Side {
   // Column of the lane's column l.
   static __device__ __forceinline__ int column(int lane, int l) { return (l / run * LANES + lane) * run + l % run; }
 
-  static __device__ __forceinline__ void load(const unsigned char* row, int lane, unsigned* w) {
+  // From the lane's first byte of a token.
+  static __device__ __forceinline__ void load(const unsigned char* from, unsigned* w) {
 #pragma unroll
-    for (int j = 0; j < loads; ++j) load_once<bytes>(row + bytes * (LANES * j + lane), w + bytes / 4 * j);
+    for (int j = 0; j < loads; ++j) load_once<bytes>(from + bytes * LANES * j, w + bytes / 4 * j);
   }
 };
 
@@ -31,6 +32,24 @@ template <int F>
 __device__ __forceinline__ constexpr float pair_factor(int which) {
   return F == kInt4 ? (which % 2 ? 16.0f : 1.0f) : F == kInt2 ? (which % 4 == 0 ? 1.0f : which % 4 == 1 ? 4.0f : which % 4 == 2 ? 16.0f : 64.0f) : 1.0f;
 }
+
+// Two e4m3 as fp16, times 2^-8 where the device has no instruction for it.
+template <bool UPPER>
+__device__ __forceinline__ unsigned fp8_pair(unsigned x) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+  unsigned y;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(y) : "h"((unsigned short)(UPPER ? x >> 16 : x)));
+  return y;
+#else
+  const unsigned y = __byte_perm(x, 0, UPPER ? 0x3424 : 0x1404);
+  return (y & 0x80008000u) | (y >> 1 & 0x3f803f80u);
+#endif
+}
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+constexpr float kFp8Factor = 1.0f;
+#else
+constexpr float kFp8Factor = 256.0f;
+#endif
 
 // Two codes as fp16, times pair_factor. int8, fp8: bytes 0 and 1 of x; int4: the nibbles `which` of both halves, int2: so the pairs of bits.
 template <int F>
@@ -45,18 +64,14 @@ __device__ __forceinline__ unsigned pair(unsigned x, int which) {
     const unsigned z = which % 4 == 0 ? masked<0x00030003u>(y) : which % 4 == 1 ? masked<0x000c000cu>(y) : which % 4 == 2 ? masked<0x00300030u>(y) : masked<0x00c000c0u>(y);
     return subtract2(z, 0x64006400u);
   }
-  if constexpr (F == kFp8) {
-    const unsigned y = __byte_perm(x, 0, 0x1404);
-    return (y & 0x80008000u) | (y >> 1 & 0x3f803f80u);
-  }
+  if constexpr (F == kFp8) return fp8_pair<false>(x);
   return x;
 }
 // bytes 2 and 3 of x
 template <int F>
 __device__ __forceinline__ unsigned upper_pair(unsigned x) {
   if constexpr (F == kInt8) return subtract2(__byte_perm(x, 0x64646464u, 0x4342), 0x64006400u);
-  const unsigned y = __byte_perm(x, 0, 0x3424);
-  return (y & 0x80008000u) | (y >> 1 & 0x3f803f80u);
+  return fp8_pair<true>(x);
 }
 
 // b0, b1 of product i from the words of a lane for one token.

@@ -21,6 +21,15 @@ __device__ __forceinline__ void mma_16816(float* c, unsigned a0, unsigned a1, un
 #endif
 }
 
+// A zero that stays in its register, where an operand needs it beside others: known as one, it would be made anew for every product.
+__device__ __forceinline__ unsigned kept_zero() {
+  unsigned x = 0;
+#if !defined(PK_HOST_EMU)
+  asm volatile("" : "+r"(x));
+#endif
+  return x;
+}
+
 // Two floats as a pair of 16-bit floats, the first in the low half.
 template <Mma TYPE>
 __device__ __forceinline__ unsigned pack2(float x, float y) {
