@@ -17,17 +17,18 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 from pikv_ds.launch.output import print_table, write_json
+from pikv_ds.ops.build import ptxas
 from pikv_ds.ops.build.compile import CSRC
 from pikv_ds.ops.build.cuda_build import nvcc
 from pikv_ds.ops.format.formats import FORMATS
-from pikv_ds.ops.format.kernels import KERNEL_FORMATS, TENSOR
+from pikv_ds.ops.format.kernels import TENSOR, tensor_kernels
 
 DIM, UNIT = 128, 64
 BUDGET = {"bf16": 14, "fp16": 14, "int8": 30, "fp8_e4m3": 30, "int4": 32}  # instructions for a token and head, DIM columns, 8 query rows
+BEFORE = {"bf16": 128, "int8": 171, "int4": 185, "fp8_e4m3": 168}  # of the fp32 tier, 4 query rows, counted by hand before there was another
 _INSTRUCTION = re.compile(r"\s+/\*([0-9a-f]{4,6})\*/\s+(?:@(!?U?P\d+)\s+)?([A-Z0-9_.]+)\s*(.*?)\s*;")
 _LABEL = re.compile(r"^\s*(\.L_x?_?\d+):|^(\.L_x_\d+):")
 
@@ -60,16 +61,23 @@ def disassembler() -> str | None:
     return given or next((str(folder / "nvdisasm") for folder in folders if (folder / "nvdisasm").is_file()), None)
 
 
-@cache
-def listings(source: str, code: int, arch: str = "90", csrc: Path = CSRC) -> dict[str, str]:
-    """Mangled name of each kernel -> its listing."""
+def listings(kernels: list[str], arch: str = "90") -> dict[str, str]:
+    """Of tensor-core kernels, as ops/format/kernels.py names them -> its listing. One compilation."""
+    headers = ("include/page_format.h", *(f"kernels/{name}.cuh" for name in ("params", "common", "numbers", "work", "attend", "tensor", "operands", "attend_tensor")))
+    text = "#include <cstdint>\n" + "".join(f'#include "{CSRC / name}"\n' for name in headers)
+    text += "".join(f"template __global__ void pikv::{kernel}(const pikv::Attend);\n" for kernel in kernels)
     with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernels.cubin"
-        flags = ("-O3", "-std=c++17", "-cubin", f"-DPK_FORMAT={code}", f"-gencode=arch=compute_{arch},code=sm_{arch}")
-        subprocess.run([nvcc(), *flags, str(csrc / source), "-o", str(cubin)], check=True, capture_output=True, timeout=600)
-        text = subprocess.run([disassembler(), "-c", str(cubin)], check=True, capture_output=True, text=True, timeout=600).stdout
-    parts = re.split(r"\.section\s+\.text\.(\w+)", text)
-    return dict(zip(parts[1::2], parts[2::2], strict=True))
+        source, cubin = Path(folder) / "kernels.cu", Path(folder) / "kernels.cubin"
+        source.write_text(text)
+        flags = ("-O3", "-std=c++17", "-cubin", "-Xptxas=-v", f"-gencode=arch=compute_{arch},code=sm_{arch}")
+        done = subprocess.run([nvcc(), *flags, str(source), "-o", str(cubin)], check=True, capture_output=True, text=True, timeout=600)
+        spilled = [use for use in ptxas.parse(done.stdout + done.stderr) if use.breach()]
+        if spilled:
+            raise RuntimeError("; ".join(f"{use.kernel}: {use.breach()}" for use in spilled))
+        listing = subprocess.run([disassembler(), "-c", str(cubin)], check=True, capture_output=True, text=True, timeout=600).stdout
+    parts = re.split(r"\.section\s+\.text\.(\w+)", listing)
+    mangled = {f"attend_tensor_kernelI{''.join(f'Li{n}E' for n in re.findall(r'[0-9]+', kernel))}E": kernel for kernel in kernels}
+    return {kernel: text for name, text in zip(parts[1::2], parts[2::2], strict=True) for key, kernel in mangled.items() if key in name}
 
 
 def blocks_of(listing: str) -> tuple[list[Block], list[list[int]]]:
@@ -127,7 +135,7 @@ def loops(follow: list[list[int]]) -> list[tuple[int, set[int]]]:
 
 
 def worth(block: Block, product: str) -> int:
-    return sum(i.name.startswith(product) or ".NA" in i.name or (product == "FFMA" and i.name.startswith("LDG")) for i in block)
+    return sum(i.name.startswith(product) or ".NA" in i.name for i in block)
 
 
 def way_through(blocks: list[Block], follow: list[list[int]], head: int, body: set[int], product: str) -> list[Instruction]:
@@ -156,30 +164,27 @@ def way_through(blocks: list[Block], follow: list[list[int]], head: int, body: s
 
 
 def count(listing: str, product: str, row_bytes: int) -> dict[str, float]:
-    """Instructions of the loop and of what lies around it, the tokens of a round."""
+    """Instructions of the loop over the tiles and of what lies around it for a page or group, the tokens of a tile: of its loads, each byte
+    of a token is loaded once."""
     blocks, follow = blocks_of(listing)
-    nest = [(head, body) for head, body in loops(follow) if any(worth(blocks[i], product) and any(x.name.startswith(product) for x in blocks[i]) for i in body)]
-    most = max(sum(i.name.startswith(product) for at in body for i in blocks[at]) for _, body in nest)
-    nest = [(head, body) for head, body in nest if 2 * sum(i.name.startswith(product) for at in body for i in blocks[at]) > most or product == "HMMA"]
+    nest = [(head, body) for head, body in loops(follow) if any(i.name.startswith(product) for at in body for i in blocks[at])]
     inner = way_through(blocks, follow, *nest[0], product)
-    loaded = sum(32 * int(re.search(r"\.(128|64)", i.name + ".32")[1]) // 8 if re.search(r"\.(128|64)", i.name) else 128 for i in inner if ".NA" in i.name)
-    around = way_through(blocks, follow, *nest[-2 if len(nest) > 1 else 0], product)
+    around = way_through(blocks, follow, *nest[-2], product)  # the last is that over the parts
+    loaded = sum(512 if ".128" in i.name else 256 if ".64" in i.name else 128 for i in inner if ".NA" in i.name)  # of 32 lanes
     return {"loop": len(inner), "around": len(around) - len(inner), "tokens": loaded / row_bytes, "products": sum(i.name.startswith(product) for i in inner)}
 
 
-def tensor_rows(labels: tuple[str, ...] = TENSOR, arch: str = "90") -> list[dict[str, object]]:
+def rows(labels: tuple[str, ...] = TENSOR, arch: str = "90") -> list[dict[str, object]]:
+    of = {kernel: label for label in labels for kernel in tensor_kernels(label) if f", {DIM}, " in kernel}
     made = []
-    for label in labels:
-        k, v = label.split("/") if "/" in label else (label, label)
-        row_bytes = DIM * (FORMATS[k].bits + FORMATS[v].bits) // 8
-        for name, listing in listings("cuda/tensor_kernels.cu", KERNEL_FORMATS[label], arch).items():
-            if f"Li{DIM}E" not in name:
-                continue
-            found = count(listing, "HMMA", row_bytes)
-            per_token = found["loop"] / found["tokens"] + found["around"] / UNIT
-            made.append({"format": label, "arch": f"sm_{arch}", "query_rows": int(re.search(r"Li(8|16)EEE", name)[1]), "tokens": int(found["tokens"]),
-                         "loop": found["loop"], "of which HMMA": found["products"], "around, per page or group": found["around"],
-                         "per_token_and_head": round(per_token, 1), "budget": BUDGET.get(label)})  # fmt: skip
+    for kernel, listing in listings(list(of), arch).items():
+        k, _, v = of[kernel].partition("/")
+        found = count(listing, "HMMA", DIM * (FORMATS[k].bits + FORMATS[v or k].bits) // 8)
+        per_token = found["loop"] / found["tokens"] + found["around"] / UNIT
+        eight = kernel.endswith(" 8>")
+        made.append({"format": of[kernel], "kernel": kernel, "arch": f"sm_{arch}", "tokens_of_a_tile": int(found["tokens"]), "tile": found["loop"],
+                     "of_which_products": found["products"], "around": found["around"], "per_token_and_head": round(per_token, 1),
+                     "budget": BUDGET.get(of[kernel]) if eight else None, "before": BEFORE.get(of[kernel]) if eight else None})  # fmt: skip
     return made
 
 
@@ -187,9 +192,9 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.ops.sass")
     parser.add_argument("--json", metavar="FILE", help="write the rows to FILE")
     args = parser.parse_args(argv)
-    rows = tensor_rows()
-    print_table(f"Instructions of a warp for a token and kv head, {DIM} columns", rows)
-    write_json(args.json, "sass", rows)
+    made = rows()
+    print_table(f"Instructions of a warp for a token and kv head, {DIM} columns", made)
+    write_json(args.json, "sass", made)
     return 0
 
 

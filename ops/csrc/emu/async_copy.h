@@ -1,7 +1,7 @@
 // Copies that run beside the threads, under the emulation: cp.async in groups, and bulk copies that an mbarrier counts. Part of simt_host.h.
 //
-// Nothing is copied before it must be there: at the wait for its group, or when the phase of its barrier ends. So what is read without
-// a wait is what was there before: NaN, as shared memory starts, or the tile of the round before.
+// Nothing is copied before it must be there: at the wait for its group or for the phase of its barrier. So what is read without a wait is
+// what was there before: NaN, as shared memory starts, or the tile of the round before.
 #pragma once
 
 namespace simt {

@@ -74,11 +74,17 @@ struct Barrier {
   size_t expected = 0, issued = 0;
   std::vector<Copy> copies;
 
-  void end_phase_if_due() {
-    if (arrived < threads || issued < expected) return;
+  bool due() const { return threads && arrived >= threads && issued >= expected; }
+  // As late as may be: when somebody waits for it, or the next phase begins.
+  void end_phase() {
     for (const Copy& copy : copies) copy.run();
     copies.clear();
     arrived = 0, expected = issued = 0, ++phase;
+  }
+  // Whether the phase of this parity is over.
+  bool passes(unsigned parity) {
+    if ((phase & 1) == parity && due()) end_phase();
+    return (phase & 1) != parity;
   }
 };
 
@@ -86,7 +92,7 @@ struct Thread : Fiber {
   Context context;
   char* stack;
   std::vector<std::vector<Copy>> groups;  // cp.async, oldest first; the last is open
-  const Barrier* awaited;
+  Barrier* awaited;
   unsigned parity;
 };
 
@@ -145,7 +151,7 @@ bool advance(int count) {
   bool ran = false;
   for (int j = 0; j < count && !message[0]; ++j) {
     Thread* t = threads[reverse_order ? count - 1 - j : j];
-    if (t->wait == Wait::copy && (t->awaited->phase & 1) != t->parity) t->wait = Wait::none;
+    if (t->wait == Wait::copy && t->awaited->passes(t->parity)) t->wait = Wait::none;
     if (t->wait != Wait::none) continue;
     current = t;
     switch_context(scheduler, t->context);
@@ -238,21 +244,21 @@ void barrier_init(uint64_t* barrier, unsigned threads, Site) { barriers[barrier]
 
 void barrier_arrive(uint64_t* barrier, unsigned bytes, Site site) {
   Barrier& b = barrier_at(barrier, site);
+  if (b.due()) b.end_phase();
   ++b.arrived, b.expected += bytes;
-  b.end_phase_if_due();
 }
 
 void bulk_copy(void* to, const void* from, size_t bytes, uint64_t* barrier, Site site) {
   if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from) | bytes) % 16) fail("a bulk copy of what is not aligned to 16 bytes", site);
   Barrier& b = barrier_at(barrier, site);
+  if (b.due()) b.end_phase();
   b.copies.push_back({to, from, bytes}), b.issued += bytes;
-  b.end_phase_if_due();
 }
 
 void barrier_wait(uint64_t* barrier, unsigned parity, Site site) {
   Thread* t = static_cast<Thread*>(current);
   t->awaited = &barrier_at(barrier, site), t->parity = parity;
-  if ((t->awaited->phase & 1) != parity) return;
+  if (t->awaited->passes(parity)) return;
   t->site = site, t->wait = Wait::copy;
   yield();
 }
