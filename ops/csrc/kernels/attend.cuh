@@ -356,10 +356,9 @@ __global__ void __launch_bounds__(kBlock, 3) attend_kernel(const Attend a) {
   Parts parts(a, (int)(blockIdx.x / passes), sight + 2 * T::rows);
 #pragma unroll 1
   while (parts.get(a, (int)(blockIdx.x / passes), &part)) {
-    const int n = part.t / a.H, h = part.t % a.H, own_head = a.f.num_kv_heads == 1 ? 0 : h;
+    const int n = part.t / a.H, h = part.t % a.H, own_head = T::latent || a.f.num_kv_heads == 1 ? 0 : h;  // of a latent there is one
     const int len = length_of(a, part.t), limit = T::grouped ? len - len % segment : len;  // entries from here on are in the tail
-    const long long table = ((long long)n * a.table_heads + (a.table_heads == 1 ? 0 : h)) * a.max_pages;
-    const long long list = ((long long)n * a.list_heads + (a.list_heads == 1 ? 0 : h)) * a.num_columns;
+    const int table = n * a.table_heads + (a.table_heads == 1 ? 0 : h), list = n * a.list_heads + (a.list_heads == 1 ? 0 : h);
     float q[T::rows][T::key_chunks][8];
     Running<T> run;
     if constexpr (!PLAIN) {
@@ -387,7 +386,7 @@ __global__ void __launch_bounds__(kBlock, 3) attend_kernel(const Attend a) {
     Place place = {};
     int tail_column = -1;  // which of my columns holds tokens whose keys are in the tail
     const auto enter_page = [&](int page_column) {
-      const unsigned char* record = a.pages + (long long)at(a.table, table + page_column) * a.f.record_bytes;
+      const unsigned char* record = a.pages + (long long)at(a.table, (long long)table * a.max_pages + page_column) * a.f.record_bytes;
       place.head = record + own_head * a.f.head_bytes;
       place.positions = reinterpret_cast<const int*>(record + a.f.positions);
       if (!PLAIN && a.page_lse)
@@ -395,7 +394,7 @@ __global__ void __launch_bounds__(kBlock, 3) attend_kernel(const Attend a) {
     };
 #pragma unroll 1
     for (int u = part.begin + warp; u < part.end; u += kWarps) {
-      const int c = u / units_of_page, offset = u % units_of_page * a.unit, page_column = a.list.data ? at(a.list, list + c) : c;
+      const int c = u / units_of_page, offset = u % units_of_page * a.unit, page_column = a.list.data ? at(a.list, (long long)list * a.num_columns + c) : c;
       const int stop = page_column < 0 ? 0 : min(min(P, offset + a.unit), limit - page_column * P);
       if (T::grouped && page_column >= 0 && limit < len && limit / P == page_column && limit % P / a.unit * a.unit == offset) tail_column = c;
       if (stop > offset) {
