@@ -9,7 +9,7 @@ import os
 import shutil
 from pathlib import Path
 
-from ..format.kernels import KERNEL_FORMATS  # relative: setup.py reads these two folders without the package
+from ..format.kernels import KERNEL_FORMATS, TENSOR  # relative: setup.py reads these two folders without the package
 from .compile import Library, Source
 
 ARCHITECTURES = ("80", "90")
@@ -52,8 +52,14 @@ def nvcc() -> str:
     return shutil.which("nvcc") or ("/usr/local/cuda/bin/nvcc" if Path("/usr/local/cuda/bin/nvcc").is_file() else "nvcc")
 
 
+def tensor_source(label: str) -> Source:
+    """The kernels on tensor cores of a format."""
+    return Source("cuda/tensor_kernels.cu", (f"-DPK_FORMAT={KERNEL_FORMATS[label]}",))
+
+
 def _sources() -> tuple[Source, ...]:
     kernels = tuple(Source("cuda/attend_kernels.cu", (f"-DPK_FORMAT={code}",)) for code in KERNEL_FORMATS.values())
+    kernels += tuple(tensor_source(label) for label in TENSOR)
     launchers = (Source(f"cuda/{name}.cu") for name in ("pages", "bounds", "pack", "slots", "attend"))
     return (Source("cuda/page_kernels.cu"), *launchers, *kernels)
 

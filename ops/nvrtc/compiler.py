@@ -15,10 +15,10 @@ from types import ModuleType
 
 from pikv_ds.ops.build import ptxas
 from pikv_ds.ops.build.compile import CSRC, BuildError, ToolMissing, cache_dir
-from pikv_ds.ops.format.kernels import KERNEL_FORMATS, widths
+from pikv_ds.ops.format.kernels import KERNEL_FORMATS, TENSOR, kinds, tensor_kernels, widths
 
 _COMMON = ("include/page_format.h", "kernels/params.cuh", "kernels/common.cuh", "kernels/numbers.cuh")
-_PAGES = ("append_rows_kernel", "append_groups_kernel", "append_tail_kernel", "page_bounds_kernel", "page_score_kernel", "merge_kernel",
+_PAGES = ("finish_kernel", "append_rows_kernel", "append_groups_kernel", "append_tail_kernel", "page_bounds_kernel", "page_score_kernel", "merge_kernel",
           "pack_kernel", "unpack_kernel", "migrate_kernel", "assign_slots_kernel", "checksum_kernel")  # fmt: skip
 
 
@@ -31,11 +31,18 @@ class Part:
 
 
 def _attend(label: str) -> Part:
-    return Part(("kernels/attend.cuh",), tuple(f"attend_kernel<{KERNEL_FORMATS[label]}, {width}>" for width in widths(label)))
+    kernels = (f"attend_kernel<{KERNEL_FORMATS[label]}, {', '.join(map(str, kind))}>" for width in widths(label) for kind in kinds(label, width))
+    return Part(("kernels/work.cuh", "kernels/attend.cuh"), tuple(kernels))
+
+
+def _on_tensor_cores(label: str) -> Part:
+    files = ("work", "attend", "tensor", "operands", "attend_tensor")
+    return Part(tuple(f"kernels/{name}.cuh" for name in files), tuple(tensor_kernels(label)))
 
 
 PARTS = {label: _attend(label) for label in KERNEL_FORMATS}
-PARTS["pages"] = Part(tuple(f"kernels/{name}.cuh" for name in ("append", "bounds", "merge", "pack", "pages", "slots")), _PAGES)
+PARTS |= {f"{label} on tensor cores": _on_tensor_cores(label) for label in TENSOR}
+PARTS["pages"] = Part(tuple(f"kernels/{name}.cuh" for name in ("append", "bounds", "work", "merge", "pack", "pages", "slots")), _PAGES)
 
 
 @dataclass(frozen=True)
@@ -97,7 +104,7 @@ def check(arch: str) -> list[ptxas.KernelUse]:
 def cached_part(part: str, arch: str) -> tuple[Path, dict[str, str]]:
     """The path of the machine code, compiled unless the cache has it, and the names of the kernels in it."""
     key = hashlib.sha256("\0".join((source(part), arch, version())).encode()).hexdigest()[:16]
-    target = cache_dir() / f"pikv_nvrtc_{part.replace('/', '-')}_sm{arch}-{key}.cubin"
+    target = cache_dir() / f"pikv_nvrtc_{part.replace('/', '-').replace(' ', '_')}_sm{arch}-{key}.cubin"
     names = target.with_suffix(".names")
     if not (target.is_file() and names.is_file()):
         target.parent.mkdir(parents=True, exist_ok=True)

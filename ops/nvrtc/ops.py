@@ -14,17 +14,25 @@ from torch import Tensor
 
 from pikv_ds.ops import checks
 from pikv_ds.ops.format.formats import PageFormat
-from pikv_ds.ops.format.kernels import KERNEL_FORMATS, kernel_width
+from pikv_ds.ops.format.kernels import KERNEL_FORMATS, decode_tier, kernel_width, tensor_rows
 
 from . import params as kp
 from .launch import BLOCK, WARPS, launch, num_processors
 from .params import BOUND_TYPES, FLOAT_TYPES, address, index, page_record
+from .work import count_blocks, share_work
 
 
-def shared_floats(width: int) -> int:
+ROW_INTS = BLOCK + 1 + WARPS  # Row::shared of csrc/kernels/work.cuh
+
+
+def shared_floats(width: int, rows: int, plain: bool) -> int:
     """Tile::shared of csrc/kernels/attend.cuh."""
-    rows, value_width = (2, 512) if width == 576 else (4, width)
-    return 2 * rows * BLOCK + WARPS * rows * (value_width + 2)
+    return (0 if plain else 2 * rows * BLOCK) + WARPS * rows * (min(width, 512) + 2) + 2 * rows + ROW_INTS + 4
+
+
+def tensor_shared_floats(fmt: PageFormat, rows: int) -> int:
+    """TensorTile::shared of csrc/kernels/attend_tensor.cuh."""
+    return WARPS * rows * (fmt.k_dim + 2) + (rows * fmt.k_dim if fmt.traits.bits < 16 else 0) + 2 * rows + ROW_INTS + 4
 
 
 def _values_are_checked() -> bool:
@@ -73,38 +81,37 @@ def _attend(q, pages, block_table, seqlens, q_positions, page_list, tail, tail_r
     if tail is not None:
         checks.aligned("tail", tail)
         a.tail_type, a.tail_heads = FLOAT_TYPES[tail.dtype], tail_rows.shape[1] if tail_rows.dim() == 2 else 1
-    blocks = R * a.S * H * -(-T * a.G // (2 if fmt.latent else 4))
-    a.splits = choose_splits(a.num_columns, fmt.page_size, blocks, num_splits, num_processors(q.device))
-    partial, partial_lse = out, lse
-    if a.S * a.splits > 1:
-        partial, partial_lse = q.new_empty((a.S * a.splits, *out.shape), dtype=torch.float32), lse.new_empty((a.S * a.splits, *lse.shape))
-    a.out, a.lse = partial.data_ptr(), partial_lse.data_ptr()
-    launch(fmt.label, f"attend_kernel<{KERNEL_FORMATS[fmt.label]}, {width}>", (blocks, a.splits), 4 * shared_floats(width), a, q.device)
-    if partial is not out:
-        _merge_into(partial, partial_lse, out, lse)
+    a.out, a.lse = out.data_ptr(), lse.data_ptr()
+    tensor = decode_tier(fmt, q.dtype) == "tensor cores" and q.data_ptr() % 4 == 0
+    plain = (width == 128 or (width == 576 and not fmt.grouped)) and not (window or causal or page_lse is not None)
+    rows = tensor_rows(fmt.traits.bits, fmt.k_dim)[0 if T * a.G <= 8 else -1] if tensor else 2 if width == 576 else 1 if plain and T * a.G == 1 else 4
+    parts, tails = share_work(a, rows, (2 if tensor else 3) * num_processors(q.device), num_splits), tensor and fmt.grouped
+    whole = not a.workers and a.S * a.splits == 1 and not tails
+    if tails:
+        a.tail_parts, parts = parts, parts + R * a.S * H
+    if not whole:
+        part_out, part_lse = q.new_empty((parts, T * a.G, fmt.v_dim), dtype=torch.float32), lse.new_empty((parts, T * a.G))
+        a.part_out, a.part_lse = part_out.data_ptr(), part_lse.data_ptr()
+    blocks, code = count_blocks(a, rows) + tails * R * a.S * H, KERNEL_FORMATS[fmt.label]
+    if tensor:
+        shared = tensor_shared_floats(fmt, rows)
+        launch(f"{fmt.label} on tensor cores", f"attend_tensor_kernel<{code}, {fmt.k_dim}, {rows}>", (blocks, 1), 4 * shared, a, q.device)
+    else:
+        kernel = f"attend_kernel<{code}, {width}, {rows}, {str(plain).lower()}>"
+        launch(fmt.label, kernel, (blocks, 1), 4 * shared_floats(width, rows, plain), a, q.device)
+    if not whole:
+        launch("pages", "finish_kernel", (R * H, -(-T * a.G // WARPS)), 4 * ROW_INTS, a, q.device)
     return out, lse
-
-
-def choose_splits(num_columns: int, page_size: int, blocks: int, num_splits: int, processors: int) -> int:
-    """As choose_splits of csrc/cuda/attend.cu."""
-    if num_splits > 0:
-        return min(num_splits, max(1, num_columns), 65535)
-    most = min(max(num_columns // max(4, 256 // page_size), 1), 128)
-    return min(max(-(-3 * processors // blocks), 1), most)
 
 
 def merge(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     checks.merge(out, lse)
     merged, merged_lse = out.new_empty(out.shape[1:]), lse.new_empty(lse.shape[1:])
-    _merge_into(out, lse, merged, merged_lse)
-    return merged, merged_lse
-
-
-def _merge_into(out: Tensor, lse: Tensor, merged: Tensor, merged_lse: Tensor) -> None:
     rows = merged_lse.numel()
     if rows:
         m = kp.Merge(out.data_ptr(), lse.data_ptr(), merged.data_ptr(), merged_lse.data_ptr(), rows, lse.shape[0], out.shape[-1])
         launch("pages", "merge_kernel", (-(-rows // WARPS), 1), 0, m, out.device)
+    return merged, merged_lse
 
 
 def append(pages, tail, k, v, positions, slot_mapping, tail_rows, *rest):

@@ -17,6 +17,7 @@ import torch
 
 from pikv_ds.ops import library
 from pikv_ds.ops.format.formats import FORMATS
+from pikv_ds.ops.format.kernels import TENSOR, TENSOR_DIMS, tensor_kernel
 from tests.ops.byte_checks import (
     check_append,
     check_bounds,
@@ -27,7 +28,7 @@ from tests.ops.byte_checks import (
     check_score,
     check_slots,
 )
-from tests.ops.cases import answer, compare, compare_lse, make_case, small_page
+from tests.ops.cases import answer, compare, compare_lse, format_of, make_case, small_page
 
 ROPE = ("int8+rope", "int4+rope", "fp8_e4m3+rope", "fp4_e2m1+rope")
 NAMES = (*FORMATS, "int8/int4", "int4/int2", "fp8_e4m3/int4", "int4/fp8_e4m3", "bf16/fp4_e2m1", *ROPE)
@@ -142,6 +143,23 @@ def make_attention(a: Attention):
     if a.mode == "list":
         options["page_list"] = _list_half(case)
     return case, options
+
+
+def tensor_points(long: bool = False) -> Iterator[Point]:
+    """What tensor cores serve: every format that they have, both numbers of rows in a block, lists, windows, tails, pieces."""
+    shapes = ((64, 1, "list"), (64, 8, "window"), (128, 4, "dense"), (128, 12, "list"))
+    if long:
+        shapes = tuple(itertools.product(TENSOR_DIMS, (1, 3, 4, 8, 12, 16, 20), MODES))
+    pieces = itertools.cycle((0, 3))
+    for name, (dim, group, mode) in itertools.product(TENSOR, shapes):
+        dtype = torch.float16 if name == "fp16" else torch.bfloat16
+        small = small_page(name)
+        for page_size in (small, 2 * small, 256) if long else (small,):
+            a = Attention(name, group, mode, dim, dim, page_size, shards=1 + group % 2, dtype=dtype, num_splits=next(pieces))
+            chunk = replace(a, group=max(1, group // 3), mode="window" if group % 8 else "dense", queries=3)
+            for point in (a, chunk) if long or group == 4 else (a,):
+                if tensor_kernel(format_of(name, 1, dim, dim, page_size), dtype):
+                    yield Point("prefill_cached" if point.queries else "decode", point.id, partial(check_attention, point))
 
 
 def _list_half(case) -> torch.Tensor:

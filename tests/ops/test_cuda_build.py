@@ -12,10 +12,10 @@ import pytest
 
 from pikv_ds.launch.commands import _build_targets as build_targets
 from pikv_ds.launch.commands import build as cmd_build
-from pikv_ds.ops.build import ptxas
+from pikv_ds.ops.build import cuda_build, ptxas
 from pikv_ds.ops.build.compile import BuildError, ToolMissing, build, compiler_name
 from pikv_ds.ops.build.cuda_build import ARCHITECTURES, cuda_library, nvcc
-from pikv_ds.ops.format.kernels import KERNEL_FORMATS
+from pikv_ds.ops.format.kernels import KERNEL_FORMATS, tensor_kernels
 from pikv_ds.ops.nvrtc import compiler as nvrtc
 from tests.long_form import LONG
 
@@ -30,8 +30,9 @@ def _python(code, **environment):
 RECORD = Path(__file__).resolve().parents[2] / "docs" / "results" / "build.json"
 COMPILED = ARCHITECTURES if LONG else ("90",)  # for all kernels; of the others FULLEST
 FULLEST = [f"-DPK_FORMAT={KERNEL_FORMATS[name]}" for name in ("int8", "fp4_e2m1", "fp8_e4m3/int4")]  # most registers on sm_80, by kind
-ATTENTION, OTHERS = 50, 11
-KERNELS = ATTENTION + OTHERS
+FULLEST_TENSOR = "fp8_e4m3/int4"
+ATTENTION, TENSOR, OTHERS = 82, 30, 12
+KERNELS = ATTENTION + TENSOR + OTHERS
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +59,7 @@ def test_the_record_is_of_these_kernels(record):
     row, *uses = record["rows"]
     assert row["target"] == "cuda" and row["status"] == "ok" and not any(use["breach"] or use["spill_bytes"] for use in uses)
     assert len({(use["kernel"], use["arch"]) for use in uses}) == len(uses) == len(ARCHITECTURES) * KERNELS
-    assert max(use["registers"] for use in uses) <= ptxas.MAX_REGISTERS
+    assert max(use["registers"] for use in uses if "tensor" not in use["kernel"]) <= ptxas.MAX_REGISTERS
 
 
 @needs_nvcc
@@ -69,13 +70,14 @@ def test_every_kernel_keeps_the_limits(monkeypatch, compiled, record):
     assert row["status"] == "ok", row["detail"]
     attend = {use.kernel for use in uses if use.kernel.startswith("attend_kernel")}
     assert len(attend) == ATTENTION and len(uses) == len(COMPILED) * KERNELS, sorted(attend)
+    assert sum(use.kernel.startswith("attend_tensor_kernel") for use in uses) == TENSOR * len(COMPILED)
     assert {use.arch for use in uses} == {f"sm_{arch}" for arch in COMPILED}
     print({use.kernel: use.registers for use in uses if use.arch == "sm_90"})
     assert_as_recorded(uses, record)
     # The same log against a lower limit: the command fails and names the kernel.
     monkeypatch.setattr(ptxas, "MAX_REGISTERS", 100)
     row, _ = build_targets.build_target("cuda")
-    assert row["status"] == "over the limits" and f"attend_kernel<1, 128> on sm_{COMPILED[0]}: 15" in row["detail"]
+    assert row["status"] == "over the limits" and f"attend_kernel<1, 128, 4, true> on sm_{COMPILED[0]}: 1" in row["detail"]
 
 
 @needs_nvcc
@@ -85,10 +87,12 @@ def test_every_kernel_keeps_the_limits(monkeypatch, compiled, record):
 def test_the_fullest_kernels_keep_the_limits_on_sm_80(monkeypatch, record):
     monkeypatch.setenv("PIKV_CUDA_ARCH", "80")
     whole = cuda_library()
-    chosen = [s for s in whole.sources if s.path == "cuda/page_kernels.cu" or any(flag in FULLEST for flag in s.flags)]
-    assert len(chosen) == 1 + len(FULLEST)
+    tensor = cuda_build.tensor_source(FULLEST_TENSOR)
+    fullest = [s for s in whole.sources if s.path == "cuda/attend_kernels.cu" and any(flag in FULLEST for flag in s.flags)]
+    chosen = [s for s in whole.sources if s in fullest or s.path == "cuda/page_kernels.cu" or s == tensor]
+    assert len(chosen) == 2 + len(FULLEST)
     uses = ptxas.parse(build(replace(whole, name="pikv_cuda_fullest", sources=tuple(chosen))).with_suffix(".log").read_text())
-    assert len(uses) == OTHERS + 4 + 4 + 3 and {use.arch for use in uses} == {"sm_80"}
+    assert len(uses) == OTHERS + 6 + 7 + 5 + len(tensor_kernels(FULLEST_TENSOR)) and {use.arch for use in uses} == {"sm_80"}
     assert not [use for use in uses if use.breach()]
     assert_as_recorded(uses, record)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pikv_ds.ops.build import load
-from tests.ops.matrix import points
+from tests.ops.matrix import points, tensor_points
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
 POINTS = list(points())
@@ -20,15 +20,28 @@ def emu(request):
     load.emu_in_reverse(False)
 
 
-@pytest.mark.parametrize("op", sorted({point.op for point in POINTS}))
-def test_matrix(emu, op):
+def _failures(points, emu):
     failed = {}
-    for point in POINTS:
-        if point.op == op:
-            try:
-                point.check(emu, "cpu")
-            except (AssertionError, RuntimeError) as error:
-                failed[point.id] = str(error)
+    for point in points:
+        try:
+            point.check(emu, "cpu")
+        except (AssertionError, RuntimeError) as error:
+            failed[point.id] = str(error)
+    return failed
+
+
+@pytest.mark.parametrize("op", sorted({point.op for point in POINTS}))
+def test_matrix(emu, op, monkeypatch):
+    """The fp32 tier, which serves everything."""
+    monkeypatch.setenv("PIKV_TENSOR_CORES", "0")
+    failed = _failures((point for point in POINTS if point.op == op), emu)
+    assert not failed, "\n".join(f"{point}: {error}" for point, error in failed.items())
+
+
+def test_tensor_cores(emu, monkeypatch):
+    """The same bounds: Q and P are two 16-bit numbers each."""
+    monkeypatch.delenv("PIKV_TENSOR_CORES", raising=False)
+    failed = _failures(tensor_points(), emu)
     assert not failed, "\n".join(f"{point}: {error}" for point, error in failed.items())
 
 

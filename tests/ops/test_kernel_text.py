@@ -133,16 +133,17 @@ def test_bounds_scores_and_packing(right_kernels, through, reverse):
     check_slots(3, 2, 200, _nvrtc_op, "cpu")
 
 
+MERGED = "    __syncthreads();\n    write_part<T>"
 SCORE, CONST_SCORE = "lane_sum<1, T::lanes / 2>(score", "const float s = lane_sum"
 PLANTED = {
-    "missing barrier before the warps are merged": (("attend.cuh", "  __syncthreads();\n", ""), "wrong"),
+    "missing barrier before the warps are merged": (("attend.cuh", MERGED, "    write_part<T>"), "wrong"),
     "shuffle that stops half way": (("attend.cuh", SCORE, "lane_sum<2, T::lanes / 2>(score"), "wrong"),
     "shuffle beyond the token": (("attend.cuh", SCORE, "lane_sum<1, T::lanes>(score"), "wrong"),
     "shuffle outside the warp": (
         ("common.cuh", "x += __shfl_xor_sync(kAll, x, bit)", "x += __shfl_xor_sync(kAll, x, 4 * bit)"),
         "a lane outside",
     ),
-    "barrier of one warp": (("attend.cuh", "  __syncthreads();\n", "  if (warp == 0) __syncthreads();\n"), "divergent __syncthreads"),
+    "barrier of one warp": (("attend.cuh", MERGED, f"    if (warp == 0){MERGED[3:]}"), "divergent __syncthreads"),
     "shuffle of some lanes": (("attend.cuh", CONST_SCORE, f"if (lane == 3) continue;\n{CONST_SCORE}"), "lanes of a warp"),
     "hidden tokens not masked": (("attend.cuh", "score[step][g] = visible ? s : minus_infinity();", "score[step][g] = s;"), "wrong"),
 }
@@ -192,8 +193,8 @@ _FIRST = "if (__syncthreads_or(other >= 0 && other / P == page)) return;"
 _PRESENT = "atomicMax(newest, j);\n  }\n"
 PLANTED_BOUNDS = {
     "missing barrier after the search": (_PRESENT + "  __syncthreads();\n", _PRESENT),
-    "barrier of some threads": (_FIRST, f"if (j < token) {_FIRST}"),
-    "a shuffle of half a warp": ("lane_sum<1, 16>(sum)", "lane_sum<1, 8>(sum)"),
+    "barrier of some threads": (_FIRST, f"if (j >= 0) {_FIRST}"),
+    "a shuffle of half a warp": ("lane_sum<1, 16>(sum[g])", "lane_sum<1, 8>(sum[g])"),
     "a lane that leaves before the shuffle": ("float top = -kLargest;", "if (lane == 31) return;\n  float top = -kLargest;"),
     "missing barrier before a box is encoded": ("    __syncthreads();\n    signed char* codes", "    signed char* codes"),
     "columns of the next table": ("c >= s.max_pages) return", "c > s.max_pages) return"),

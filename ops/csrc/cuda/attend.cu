@@ -1,4 +1,4 @@
-// decode, prefill_cached and merge: checks, the number of splits, launches. Nothing here waits for the device.
+// decode, prefill_cached and merge: checks, how the work is shared, launches. Nothing here waits for the device.
 #include <torch/csrc/stable/library.h>
 
 #include <array>
@@ -6,6 +6,7 @@
 
 #include "arguments.h"
 #include "kernels.h"
+#include "work.h"
 
 namespace pikv {
 namespace {
@@ -76,18 +77,6 @@ Attend read_arguments(const Tensor& q, const Tensor& pages, const Tensor& block_
   return a;
 }
 
-constexpr int kMostSplits = 65535;  // of a grid's second dimension
-
-// From shapes only, so that a captured graph serves every length: enough blocks for the device, none with less than 256 entries or a page
-// per warp.
-int choose_splits(const Attend& a, int64_t num_splits, int num_processors) {
-  const int64_t most = std::max(1, a.num_columns);
-  if (num_splits > 0) return (int)std::min({num_splits, most, (int64_t)kMostSplits});
-  const int64_t rows = a.f.latent ? 2 : 4, blocks = (int64_t)a.R * a.S * a.H * (((int64_t)a.T * a.G + rows - 1) / rows);
-  const int64_t columns = std::max<int64_t>(4, 256 / a.f.page_size), wanted = (3LL * num_processors + blocks - 1) / std::max<int64_t>(1, blocks);
-  return (int)std::clamp<int64_t>(wanted, 1, std::clamp<int64_t>(a.num_columns / columns, 1, 128));
-}
-
 const char* launch_format(const Attend& a, int width, Stream stream) {
   switch (packed_of(a.f)) {
 #define PK_CASE(F) \
@@ -96,6 +85,22 @@ const char* launch_format(const Attend& a, int width, Stream stream) {
 #undef PK_CASE
   }
   return "no kernels for these formats";
+}
+
+const char* launch_tensor_format(const Attend& a, Stream stream) {
+  switch (packed_of(a.f)) {
+#define PK_CASE(F) \
+  case F: return launch_tensor<F>(a, stream);
+    PK_TENSOR_FORMATS(PK_CASE)
+#undef PK_CASE
+  }
+  return "no tensor-core kernels for these formats";
+}
+
+// PIKV_TENSOR_CORES=0 leaves everything to the kernels of the fp32 tier. Read at every call: tests compare the two.
+bool tensor_cores_are_allowed() {
+  const char* given = std::getenv("PIKV_TENSOR_CORES");
+  return !given || std::strcmp(given, "0");
 }
 
 void merge_into(const Tensor& out, const Tensor& lse, Tensor& merged, Tensor& merged_lse, Stream stream) {
@@ -108,17 +113,18 @@ void merge_into(const Tensor& out, const Tensor& lse, Tensor& merged, Tensor& me
 
 void run(Attend& a, int width, int64_t num_splits, const Tensor& q, const Device& device, Tensor& out, Tensor& lse) {
   if (!lse.numel()) return;
-  a.splits = choose_splits(a, num_splits, device.num_processors());
-  const int64_t parts = (int64_t)a.S * a.splits;
-  if (parts == 1) {
-    a.out = static_cast<float*>(out.mutable_data_ptr()), a.lse = static_cast<float*>(lse.mutable_data_ptr());
-    return check_launch(launch_format(a, width, device.stream()));
-  }
-  Tensor partial = torch::stable::new_empty(q, {parts, lse.numel(), a.f.v_dim}, ScalarType::Float);
-  Tensor partial_lse = torch::stable::new_empty(q, {parts, lse.numel()}, ScalarType::Float);
-  a.out = static_cast<float*>(partial.mutable_data_ptr()), a.lse = static_cast<float*>(partial_lse.mutable_data_ptr());
-  check_launch(launch_format(a, width, device.stream()));
-  merge_into(partial, partial_lse, out, lse, device.stream());
+  a.out = static_cast<float*>(out.mutable_data_ptr()), a.lse = static_cast<float*>(lse.mutable_data_ptr());
+  const bool tensor = tensor_cores_are_allowed() && has_tensor_kernel(a), tails = tensor && format_grouped(a.f.format);
+  const int64_t M = (int64_t)a.T * a.G, slots = (tensor ? 2LL : 3LL) * device.num_processors();
+  int64_t parts = share_work(a, tensor ? rows_of_tensor_block(a) : rows_of_block(a, width), slots, num_splits);
+  const auto attend = [&] { check_launch(tensor ? launch_tensor_format(a, device.stream()) : launch_format(a, width, device.stream())); };
+  if (!a.workers && a.S * a.splits == 1 && !tails) return attend();
+  if (tails) a.tail_parts = (int)parts, parts += (int64_t)a.R * a.S * a.H;
+  Tensor part_out = torch::stable::new_empty(q, {parts, M, a.f.v_dim}, ScalarType::Float);
+  Tensor part_lse = torch::stable::new_empty(q, {parts, M}, ScalarType::Float);
+  a.part_out = static_cast<float*>(part_out.mutable_data_ptr()), a.part_lse = static_cast<float*>(part_lse.mutable_data_ptr());
+  attend();
+  check_launch(launch_finish(a, device.stream()));
 }
 
 // The torch reference, which says once that it runs.

@@ -4,31 +4,36 @@
 #include "../kernels/params.cuh"
 #include "../kernels/common.cuh"
 #include "../kernels/numbers.cuh"
+#include "../kernels/work.cuh"
 #include "../kernels/attend.cuh"
 #include "kernels.h"
+#include "work.h"
 
 namespace pikv {
 namespace {
 
-template <int WIDTH>
-const char* launch_width(const Attend& a, Stream stream) {
-  using T = Tile<PK_FORMAT, WIDTH>;
-  const int64_t passes = ((int64_t)a.T * a.G + T::rows - 1) / T::rows;
-  return launch(attend_kernel<PK_FORMAT, WIDTH>, dim3((unsigned)((int64_t)a.R * a.S * a.H * passes), (unsigned)a.splits), kBlock,
-                T::shared * sizeof(float), stream, a);
+template <int WIDTH, int ROWS, bool PLAIN>
+const char* launch_kernel(const Attend& a, Stream stream) {
+  using T = Tile<PK_FORMAT, WIDTH, ROWS, PLAIN>;
+  return launch(attend_kernel<PK_FORMAT, WIDTH, ROWS, PLAIN>, dim3((unsigned)count_blocks(a, ROWS)), kBlock, T::shared * sizeof(float), stream, a);
 }
 
 }  // namespace
 
 template <>
 const char* launch_attend<PK_FORMAT>(const Attend& a, int width, Stream stream) {
+  const bool plain = is_plain(a, width);
   if constexpr (!rope_raw(PK_FORMAT)) switch (width) {
-    case 32: return launch_width<32>(a, stream);
-    case 64: return launch_width<64>(a, stream);
-    case 128: return launch_width<128>(a, stream);
+    case 32: return launch_kernel<32, 4, false>(a, stream);
+    case 64: return launch_kernel<64, 4, false>(a, stream);
+    case 128:
+      if (rows_of_block(a, width) == 1) return launch_kernel<128, 1, true>(a, stream);
+      return plain ? launch_kernel<128, 4, true>(a, stream) : launch_kernel<128, 4, false>(a, stream);
   }
-  if constexpr (key_format(PK_FORMAT) == value_format(PK_FORMAT)) return launch_width<576>(a, stream);
-  else return "latent pages have one format";
+  if constexpr (key_format(PK_FORMAT) != value_format(PK_FORMAT)) return "latent pages have one format";
+  else if constexpr (!format_grouped(key_format(PK_FORMAT)))
+    return plain ? launch_kernel<576, 2, true>(a, stream) : launch_kernel<576, 2, false>(a, stream);
+  else return launch_kernel<576, 2, false>(a, stream);
 }
 
 }  // namespace pikv

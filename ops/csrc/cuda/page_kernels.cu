@@ -6,6 +6,7 @@
 #include "../kernels/numbers.cuh"
 #include "../kernels/append.cuh"
 #include "../kernels/bounds.cuh"
+#include "../kernels/work.cuh"
 #include "../kernels/merge.cuh"
 #include "../kernels/pack.cuh"
 #include "../kernels/pages.cuh"
@@ -16,6 +17,11 @@ namespace pikv {
 
 const char* launch_merge(const Merge& m, Stream stream) {
   return launch(merge_kernel, dim3((unsigned)((m.rows + kWarps - 1) / kWarps)), kBlock, 0, stream, m);
+}
+
+const char* launch_finish(const Attend& a, Stream stream) {
+  const dim3 grid((unsigned)(a.R * a.H), (unsigned)((a.T * a.G + kWarps - 1) / kWarps));
+  return launch(finish_kernel, grid, kBlock, Row::shared * sizeof(int), stream, a);
 }
 
 const char* launch_append(const Append& a, Stream stream) {

@@ -8,13 +8,18 @@
 #include "params.cuh"
 #include "common.cuh"
 #include "numbers.cuh"
+#include "work.cuh"
 #include "attend.cuh"
+#include "tensor.cuh"
+#include "operands.cuh"
+#include "attend_tensor.cuh"
 #include "append.cuh"
 #include "bounds.cuh"
 #include "merge.cuh"
 #include "pack.cuh"
 #include "pages.cuh"
 #include "slots.cuh"
+#include "../cuda/work.h"
 
 namespace {
 
@@ -35,15 +40,27 @@ struct Launch {
     return true;
   }
 
-  template <int WIDTH>
+  template <int WIDTH, int ROWS, bool PLAIN>
   bool attends(const char** fault) const {
     char name[64];
-    std::snprintf(name, sizeof name, "attend_kernel<%d, %d>", PK_FORMAT, WIDTH);
-    if (shared_bytes != Tile<PK_FORMAT, WIDTH>::shared * sizeof(float) && !std::strcmp(kernel, name)) {
+    std::snprintf(name, sizeof name, "attend_kernel<%d, %d, %d, %s>", PK_FORMAT, WIDTH, ROWS, PLAIN ? "true" : "false");
+    if (shared_bytes != Tile<PK_FORMAT, WIDTH, ROWS, PLAIN>::shared * sizeof(float) && !std::strcmp(kernel, name)) {
       *fault = "wrong size of shared memory";
       return true;
     }
-    return is(name, attend_kernel<PK_FORMAT, WIDTH>, fault);
+    return is(name, attend_kernel<PK_FORMAT, WIDTH, ROWS, PLAIN>, fault);
+  }
+
+  template <int DIM, int ROWS>
+  bool attends_on_tensor_cores(const char** fault) const {
+    if constexpr (!TensorTile<PK_FORMAT, DIM, ROWS>::served) return false;
+    char name[64];
+    std::snprintf(name, sizeof name, "attend_tensor_kernel<%d, %d, %d>", PK_FORMAT, DIM, ROWS);
+    if (shared_bytes != TensorTile<PK_FORMAT, DIM, ROWS>::shared * sizeof(float) && !std::strcmp(kernel, name)) {
+      *fault = "wrong size of shared memory";
+      return true;
+    }
+    return is(name, attend_tensor_kernel<PK_FORMAT, DIM, ROWS>, fault);
   }
 };
 
@@ -54,7 +71,8 @@ extern "C" const char* pikv_emu_launch(const char* kernel, unsigned grid_x, unsi
   simt::set_reverse(reverse);
   const Launch l = {kernel, dim3(grid_x, grid_y), shared_bytes, params};
   const char* fault = nullptr;
-  const bool found = l.attends<64>(&fault) || l.attends<576>(&fault) || l.is("append_rows_kernel", append_rows_kernel, &fault) ||
+  const bool found = l.attends_on_tensor_cores<64, 8>(&fault) || l.attends_on_tensor_cores<128, 8>(&fault) || l.attends_on_tensor_cores<128, 16>(&fault) || l.attends<64, 4, false>(&fault) || l.attends<128, 4, true>(&fault) || l.attends<128, 1, true>(&fault) ||
+                     l.attends<576, 2, false>(&fault) || l.is("finish_kernel", finish_kernel, &fault) || l.is("append_rows_kernel", append_rows_kernel, &fault) ||
                      l.is("append_groups_kernel", append_groups_kernel, &fault) || l.is("append_tail_kernel", append_tail_kernel, &fault) ||
                      l.is("page_bounds_kernel", page_bounds_kernel, &fault) || l.is("page_score_kernel", page_score_kernel, &fault) ||
                      l.is("pack_kernel", pack_kernel, &fault) || l.is("unpack_kernel", unpack_kernel, &fault) ||
@@ -63,6 +81,9 @@ extern "C" const char* pikv_emu_launch(const char* kernel, unsigned grid_x, unsi
                      l.is("checksum_kernel", checksum_kernel, &fault);
   return found ? fault : "no kernel of that name";
 }
+
+// The fields that share_work fills, as it leaves them; returns the number of parts.
+extern "C" long long pikv_share_work(Attend* a, int rows, long long slots, long long num_splits) { return share_work(*a, rows, slots, num_splits); }
 
 extern "C" size_t pikv_sizeof(const char* name) {
   if (!std::strcmp(name, "PageRecord")) return sizeof(PageFormat);

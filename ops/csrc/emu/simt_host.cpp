@@ -2,6 +2,7 @@
 
 #include <cstdio>
 #include <cstdlib>
+#include <map>
 #include <new>
 #include <vector>
 
@@ -61,18 +62,48 @@ struct Context {
 void switch_context(Context& from, Context& to) { swapcontext(&from.state, &to.state); }
 #endif
 
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes;
+  void run() const { std::memcpy(to, from, bytes); }
+};
+
+struct Barrier {
+  unsigned threads = 0, arrived = 0, phase = 0;
+  size_t expected = 0, issued = 0;
+  std::vector<Copy> copies;
+
+  bool due() const { return threads && arrived >= threads && issued >= expected; }
+  // As late as may be: when somebody waits for it, or the next phase begins.
+  void end_phase() {
+    for (const Copy& copy : copies) copy.run();
+    copies.clear();
+    arrived = 0, expected = issued = 0, ++phase;
+  }
+  // Whether the phase of this parity is over.
+  bool passes(unsigned parity) {
+    if ((phase & 1) == parity && due()) end_phase();
+    return (phase & 1) != parity;
+  }
+};
+
 struct Thread : Fiber {
   Context context;
   char* stack;
+  std::vector<std::vector<Copy>> groups;  // cp.async, oldest first; the last is open
+  Barrier* awaited;
+  unsigned parity;
 };
 
 struct Warp {
-  unsigned char value[2][32][16];
+  unsigned char value[2][32][kSlot];
 };
 
 std::vector<Thread*> threads;
 std::vector<Warp> warps;
 std::vector<char> shared_memory;
+std::map<const void*, Barrier> barriers;
 Context scheduler;
 void (*kernel)(void*);
 void* kernel_argument;
@@ -120,6 +151,7 @@ bool advance(int count) {
   bool ran = false;
   for (int j = 0; j < count && !message[0]; ++j) {
     Thread* t = threads[reverse_order ? count - 1 - j : j];
+    if (t->wait == Wait::copy && t->awaited->passes(t->parity)) t->wait = Wait::none;
     if (t->wait != Wait::none) continue;
     current = t;
     switch_context(scheduler, t->context);
@@ -141,13 +173,17 @@ bool advance(int count) {
     if (threads[i]->wait == Wait::block) report("divergent __syncthreads: other threads never reach it", *threads[i], threads[i]->site);
   for (int i = 0; i < count; ++i)
     if (threads[i]->wait == Wait::warp) report("divergent shuffle: other lanes never reach it", *threads[i], threads[i]->site);
+  for (int i = 0; i < count; ++i)
+    if (threads[i]->wait == Wait::copy) report("a copy that is waited for never comes", *threads[i], threads[i]->site);
   return true;
 }
 
 void prepare_block(int count) {
   std::memset(shared_memory.data(), 0xff, shared_memory.size());
+  barriers.clear();
   for (int i = 0; i < count; ++i) {
     Thread& t = *threads[i];
+    t.groups.assign(1, {});
     t.linear = i, t.wait = Wait::none, t.exchanges = 0, t.site = {nullptr, 0};
     t.index = {i % block_dim.x, i / block_dim.x % block_dim.y, i / (block_dim.x * block_dim.y)};
     t.context.start(t.stack, entry);
@@ -171,16 +207,67 @@ void wait_block(Site site) {
   yield();
 }
 
-void exchange(unsigned mask, void* value, size_t bytes, int source, Site site) {
-  if (mask != 0xffffffffu) fail("the mask of a shuffle must be the whole warp", site);
-  if (source < 0 || source > 31) fail("a shuffle reads a lane outside the warp", site);
-  if (bytes > sizeof warps[0].value[0][0]) fail("a shuffle of more than 16 bytes", site);
-  Warp& warp = warps[current->linear / 32];
-  auto& slots = warp.value[current->exchanges++ & 1];
+const unsigned char* collect(const void* value, size_t bytes, Site site) {
+  if (bytes > kSlot) fail("more than 48 bytes of a lane in one exchange", site);
+  auto& slots = warps[current->linear / 32].value[current->exchanges++ & 1];
   std::memcpy(slots[current->linear % 32], value, bytes);
   current->site = site, current->wait = Wait::warp;
   yield();
-  std::memcpy(value, slots[source], bytes);
+  return slots[0];
+}
+
+void copy_async(void* to, const void* from, size_t bytes, Site site) {
+  if (bytes != 4 && bytes != 8 && bytes != 16) fail("cp.async copies 4, 8 or 16 bytes", site);
+  if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % bytes) fail("cp.async from or to a place that is not aligned", site);
+  static_cast<Thread*>(current)->groups.back().push_back({to, from, bytes});
+}
+
+void commit_copies() { static_cast<Thread*>(current)->groups.emplace_back(); }
+
+void wait_copies(int pending) {
+  auto& groups = static_cast<Thread*>(current)->groups;
+  while ((int)groups.size() - 1 > pending) {
+    for (const Copy& copy : groups.front()) copy.run();
+    groups.erase(groups.begin());
+  }
+}
+
+namespace {
+Barrier& barrier_at(const uint64_t* barrier, Site site) {
+  const auto found = barriers.find(barrier);
+  if (found == barriers.end()) fail("an mbarrier that nobody has made", site);
+  return found->second;
+}
+}  // namespace
+
+void barrier_init(uint64_t* barrier, unsigned threads, Site) { barriers[barrier] = {}, barriers[barrier].threads = threads; }
+
+void barrier_arrive(uint64_t* barrier, unsigned bytes, Site site) {
+  Barrier& b = barrier_at(barrier, site);
+  if (b.due()) b.end_phase();
+  ++b.arrived, b.expected += bytes;
+}
+
+void bulk_copy(void* to, const void* from, size_t bytes, uint64_t* barrier, Site site) {
+  if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from) | bytes) % 16) fail("a bulk copy of what is not aligned to 16 bytes", site);
+  Barrier& b = barrier_at(barrier, site);
+  if (b.due()) b.end_phase();
+  b.copies.push_back({to, from, bytes}), b.issued += bytes;
+}
+
+void barrier_wait(uint64_t* barrier, unsigned parity, Site site) {
+  Thread* t = static_cast<Thread*>(current);
+  t->awaited = &barrier_at(barrier, site), t->parity = parity;
+  if (t->awaited->passes(parity)) return;
+  t->site = site, t->wait = Wait::copy;
+  yield();
+}
+
+void exchange(unsigned mask, void* value, size_t bytes, int source, Site site) {
+  if (mask != 0xffffffffu) fail("the mask of a shuffle must be the whole warp", site);
+  if (source < 0 || source > 31) fail("a shuffle reads a lane outside the warp", site);
+  if (bytes > 16) fail("a shuffle of more than 16 bytes", site);
+  std::memcpy(value, collect(value, bytes, site) + source * kSlot, bytes);
 }
 
 const char* run(dim3 grid, dim3 block, size_t shared_bytes, void (*body)(void*), void* argument) {

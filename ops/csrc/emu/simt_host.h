@@ -1,12 +1,14 @@
 // Runs CUDA kernel text on the host, for tests: one fiber per thread of a block, blocks one after another.
 //
 // Include this before the kernels, compile with g++ and -DPK_HOST_EMU, and launch with simt::launch. It knows what the kernels here use:
-// 3-D grids, dynamic shared memory, __syncthreads and its vote, __syncwarp, __shfl_*_sync, atomics, __trap. What it reports instead of computing:
+// 3-D grids, dynamic shared memory, __syncthreads and its vote, __syncwarp, __shfl_*_sync, votes of a warp, atomics, __trap, products on
+// tensor cores and ldmatrix (warp_matrix.h), asynchronous copies (async_copy.h). What it reports instead of computing:
 //   - a __syncthreads that some threads do not reach, or that threads reach at different lines;
-//   - a shuffle that some lanes of the warp do not reach, a mask that is not the whole warp, a source lane outside the warp.
+//   - a shuffle or matrix product that some lanes of the warp do not reach, a mask that is not the whole warp, a source lane outside the warp.
 // Shared memory starts as NaN in every block, and fibers and blocks run in order or in reverse, so a missing barrier, and blocks that rely on
 // their order, give a wrong result in at least one of the two. It does not see races inside one warp step, and its speed means nothing.
 #pragma once
+#include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -28,7 +30,7 @@ struct alignas(16) uint4 { unsigned x, y, z, w; };
 
 namespace simt {
 
-enum class Wait : uint8_t { none, block, warp, done };
+enum class Wait : uint8_t { none, block, warp, copy, done };
 
 struct Site {
   const char* file;
@@ -56,6 +58,10 @@ void set_reverse(bool reverse);  // order of the fibers in a block, and of the b
 long long switches();          // since the library was loaded
 
 void wait_block(Site site);
+// Gives `bytes` (at most kSlot) of this lane; once every lane of the warp has arrived, the values of all 32, kSlot bytes apart. They stay until
+// the lane's next exchange but one.
+constexpr int kSlot = 48;
+const unsigned char* collect(const void* value, size_t bytes, Site site);
 // Gives `bytes` of this lane and takes those of `source` (0..31), once every lane of the warp has arrived.
 void exchange(unsigned mask, void* value, size_t bytes, int source, Site site);
 [[noreturn]] void fail(const char* what, Site site);
@@ -108,6 +114,22 @@ T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32, PK_SI
   const int lane = simt::current->linear % 32, source = lane + (int)delta;
   return __shfl_sync(mask, value, source < 32 ? source : lane, width, file, line);
 }
+
+inline unsigned __ballot_sync(unsigned mask, int predicate, PK_SITE) {
+  if (mask != 0xffffffffu) simt::fail("the mask of a vote must be the whole warp", {file, line});
+  const unsigned char* all = simt::collect(&predicate, sizeof predicate, {file, line});
+  unsigned votes = 0;
+  for (int lane = 0; lane < 32; ++lane) {
+    int vote;
+    std::memcpy(&vote, all + lane * simt::kSlot, sizeof vote);
+    votes |= (unsigned)(vote != 0) << lane;
+  }
+  return votes;
+}
+inline int __any_sync(unsigned mask, int predicate, PK_SITE) { return __ballot_sync(mask, predicate, file, line) != 0; }
+
+#include "warp_matrix.h"
+#include "async_copy.h"
 
 template <class T>
 T __ldg(const T* p) { return *p; }

@@ -1,20 +1,23 @@
 // Attention of up to Tile::rows query rows to the pages of one block table and kv head: decode and prefill_cached.
 //
-// A block of 4 warps serves one (table, kv head, split, pass): every warp takes pages of its own and keeps a running softmax over them, and
-// the four are merged at the end. A group with more rows takes several passes, so that registers do not grow with it. A lane holds 8
-// neighbouring columns of each of its chunks, the lanes of a token lie side by side. Lengths are read here and nowhere on the host.
+// A block of 4 warps takes the parts of one worker (work.cuh) for one pass: every warp takes units of tokens of its own and keeps a running
+// softmax over them, and the four are merged at the end. A group with more rows takes several passes, so that registers do not grow with it.
+// A lane holds 8 neighbouring columns of each of its chunks, the lanes of a token lie side by side. Lengths are read here and nowhere on the
+// host.
 
 namespace pikv {
 
 // FORMAT: that of a layout: K, V and whether the rotary columns of a latent are fp16, see page_format.h. WIDTH: the largest k_dim and v_dim served, 32, 64 or 128; 576 = latent (k_dim up to 576, v_dim up to 512,
 // values are key columns).
-// STEPS: tokens a lane works on together, 0 = chosen here.
-template <int FORMAT, int WIDTH, int STEPS = 0>
+// ROWS: query rows of a block, 0 = chosen here. PLAIN: no window, nothing hidden by causality, no lse of pages, and all ROWS are computed:
+// nothing of that is asked in the loop. STEPS: tokens a lane works on together, 0 = chosen here.
+template <int FORMAT, int WIDTH, int ROWS = 0, bool PLAIN = false, int STEPS = 0>
 struct Tile {
   static constexpr int keys = key_format(FORMAT), values = value_format(FORMAT);
   static constexpr bool latent = WIDTH == 576, rope = rope_raw(FORMAT);
   static constexpr bool grouped = format_grouped(keys);
-  static constexpr int rows = latent ? 2 : 4;
+  static constexpr int rows = ROWS ? ROWS : latent ? 2 : 4;
+  static constexpr bool plain = PLAIN;
   static constexpr int lanes = latent ? 32 : WIDTH / 8;  // of a token
   static constexpr int key_chunks = latent ? 3 : 1;      // of a lane
   static constexpr int value_chunks = latent ? 2 : 1;
@@ -25,9 +28,10 @@ struct Tile {
   static constexpr bool reads_twice = latent && (grouped || keys == kFp8);
   static constexpr int steps = STEPS ? STEPS : latent ? (wide ? 1 : 2) : wide ? 2 : 4;
   static constexpr int tokens = steps * (32 / lanes);
-  // Floats of shared memory: out, maximum and sum of every warp and row; in front, for page_lse, maximum and sum of every thread and row.
-  static constexpr int page_floats = 2 * rows * kBlock;
-  static constexpr int shared = page_floats + kWarps * rows * (value_width + 2);
+  // Floats of shared memory: out, maximum and sum of every warp and row; in front, for page_lse, maximum and sum of every thread and row;
+  // behind, what rows see and the row of work.
+  static constexpr int page_floats = PLAIN ? 0 : 2 * rows * kBlock;
+  static constexpr int shared = page_floats + kWarps * rows * (value_width + 2) + 2 * rows + Parts::shared;
 };
 
 __device__ __forceinline__ float half_of(const unsigned* pairs, int i) { return half_to_float(i % 2 ? pairs[i / 2] >> 16 : pairs[i / 2] & 0xffffu); }
@@ -37,7 +41,6 @@ struct Place {
   const unsigned char* head;  // section of the kv head in the page being read
   const int* positions;       // of that page
   long long tail;             // element of the tail where this head starts
-  int request;
 };
 
 // Scale and zero of 8 columns, as the fp16 pairs they are stored as.
@@ -154,13 +157,26 @@ struct Running {
   float top[T::rows], sum[T::rows], acc[T::rows][T::value_chunks][8];
 };
 
+// Which positions the rows of a block see, in shared memory: sight[g] to sight[rows + g]. The caller puts a barrier behind it.
+template <class T>
+__device__ __forceinline__ void look(const Attend& a, int request, int first_row, int num_rows, int* sight) {
+  constexpr int far = 0x7fffffff;
+  const int g = threadIdx.x;
+  if (g >= T::rows) return;
+  const bool asks = (a.window || a.causal) && g < num_rows;
+  const int asked = asks ? at(a.asked, (long long)request * a.T + (first_row + g) / a.G) : far;
+  sight[g] = asks && a.window ? max(asked - a.window, -1) + 1 : -far;
+  sight[T::rows + g] = asks && a.causal ? asked : far;
+}
+
 __device__ __forceinline__ float finite_or_zero(float top) { return top == minus_infinity() ? 0.0f : top; }
 
 // TAIL: the keys are raw, in the tail; few tokens of each sequence are, so one at a time will do.
-template <int FORMAT, int WIDTH, bool TAIL>
-__device__ __forceinline__ void add_span(const Attend& a, const Place& place, int start, int stop, int first_row, int num_rows,
-                                         const float (*q)[Tile<FORMAT, WIDTH>::key_chunks][8], Running<Tile<FORMAT, WIDTH>>& run, float* page) {
-  using T = Tile<FORMAT, WIDTH, TAIL ? 1 : 0>;
+template <int FORMAT, int WIDTH, int ROWS, bool PLAIN, bool TAIL>
+__device__ __forceinline__ void add_span(const Attend& a, const Place& place, int start, int stop, int num_rows, const int* sight,
+                                         const float (*q)[Tile<FORMAT, WIDTH, ROWS, PLAIN>::key_chunks][8],
+                                         Running<Tile<FORMAT, WIDTH, ROWS, PLAIN>>& run, float* page) {
+  using T = Tile<FORMAT, WIDTH, ROWS, PLAIN, TAIL ? 1 : 0>;
   const int lane = threadIdx.x % 32, column = lane % T::lanes * 8, sub = lane / T::lanes;
   const long long grid = (long long)(start / a.f.group) * a.f.k_coded;
   Grid kept = {};
@@ -194,7 +210,7 @@ __device__ __forceinline__ void add_span(const Attend& a, const Place& place, in
     for (int step = 0; step < T::steps; ++step) {
       const int t = t0 + step * (32 / T::lanes) + sub;
       const bool valid = t < stop;
-      const int position = valid && (a.window || a.causal) ? __ldg(place.positions + t) : 0;
+      const int position = !PLAIN && valid && (a.window || a.causal) ? __ldg(place.positions + t) : 0;
 #pragma unroll
       for (int g = 0; g < T::rows; ++g) score[step][g] = 0;
 #pragma unroll
@@ -203,39 +219,36 @@ __device__ __forceinline__ void add_span(const Attend& a, const Place& place, in
         else key_floats(step, c, true);
 #pragma unroll
         for (int g = 0; g < T::rows; ++g) {
-          if (g >= num_rows) continue;
+          if (!PLAIN && g >= num_rows) continue;
 #pragma unroll
           for (int i = 0; i < 8; ++i) score[step][g] += q[g][c][i] * x[i];
         }
       }
 #pragma unroll
       for (int g = 0; g < T::rows; ++g) {
-        if (g >= num_rows) continue;
+        if (!PLAIN && g >= num_rows) continue;
         const float s = lane_sum<1, T::lanes / 2>(score[step][g]);
         bool visible = valid;
-        if (a.window || a.causal) {
-          const long long asked = at(a.asked, place.request * a.T + (first_row + g) / a.G);
-          visible = valid && !(a.causal && position > asked) && !(a.window && position <= asked - a.window);
-        }
+        if constexpr (!PLAIN) visible = valid && position >= sight[g] && position <= sight[T::rows + g];
         score[step][g] = visible ? s : minus_infinity();
       }
     }
 #pragma unroll
     for (int g = 0; g < T::rows; ++g) {
-      if (g >= num_rows) continue;
+      if (!PLAIN && g >= num_rows) continue;
       float top = score[0][g];
 #pragma unroll
       for (int step = 1; step < T::steps; ++step) top = fmaxf(top, score[step][g]);
       top = lane_max<T::lanes, 16>(top);
-      if (a.page_lse) {
+      if (!PLAIN && a.page_lse) {
         float* state = page + 2 * g * kBlock;
         const float highest = fmaxf(state[0], top), base = finite_or_zero(highest);
-        float sum = state[kBlock] * exp2f(state[0] - base);
+        float sum = state[kBlock] * power2(state[0] - base);
 #pragma unroll
-        for (int step = 0; step < T::steps; ++step) sum += exp2f(score[step][g] - base);
+        for (int step = 0; step < T::steps; ++step) sum += power2(score[step][g] - base);
         state[0] = highest, state[kBlock] = sum;
       }
-      const float highest = fmaxf(run.top[g], top), base = finite_or_zero(highest), shrink = exp2f(run.top[g] - base);
+      const float highest = fmaxf(run.top[g], top), base = finite_or_zero(highest), shrink = power2(run.top[g] - base);
       run.top[g] = highest;
       run.sum[g] *= shrink;
 #pragma unroll
@@ -244,7 +257,7 @@ __device__ __forceinline__ void add_span(const Attend& a, const Place& place, in
         for (int i = 0; i < 8; ++i) run.acc[g][c][i] *= shrink;
 #pragma unroll
       for (int step = 0; step < T::steps; ++step) {
-        score[step][g] = exp2f(score[step][g] - base);
+        score[step][g] = power2(score[step][g] - base);
         run.sum[g] += score[step][g];
       }
     }
@@ -258,7 +271,7 @@ __device__ __forceinline__ void add_span(const Attend& a, const Place& place, in
         else key_floats(step, c, false);
 #pragma unroll
         for (int g = 0; g < T::rows; ++g) {
-          if (g >= num_rows) continue;
+          if (!PLAIN && g >= num_rows) continue;
 #pragma unroll
           for (int i = 0; i < 8; ++i) run.acc[g][c][i] += score[step][g] * x[i];
         }
@@ -278,94 +291,19 @@ __device__ __forceinline__ void write_page_lse(const Attend& a, int n, int h, in
     if (threadIdx.x % 32) continue;
     if (more) {
       const float before = *to * 1.4426950408889634f, highest = fmaxf(top, before), base = finite_or_zero(highest);
-      sum = sum * exp2f(top - base) + exp2f(before - base), top = highest;
+      sum = sum * power2(top - base) + power2(before - base), top = highest;
     }
     *to = (top + log2f(sum)) * 0.6931471805599453f;  // log2 0 = -inf
   }
 }
 
-// Grid: x = (table, kv head, pass), passes fastest so that they find the pages in L2; y = split.
-template <int FORMAT, int WIDTH>
-__global__ void __launch_bounds__(kBlock, 3) attend_kernel(const Attend a) {
-  using T = Tile<FORMAT, WIDTH>;
-  PK_SHARED(shared);
-  float* page = shared + threadIdx.x;  // of this thread: no barrier
-  shared += T::page_floats;
-  const float ln2 = 0.6931471805599453f;
+// Of the lanes of a warp into shared memory, for write_part.
+template <class T>
+__device__ __forceinline__ void gather_warps(const Running<T>& run, int num_rows, float* warp_out, float* warp_top, float* warp_sum) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, column = lane % T::lanes * 8;
-  const int M = a.T * a.G, passes = (M + T::rows - 1) / T::rows;
-  const int first_row = (int)(blockIdx.x % passes) * T::rows, num_rows = min(T::rows, M - first_row);
-  const int h = (int)(blockIdx.x / passes % a.H), n = (int)(blockIdx.x / passes / a.H), split = (int)blockIdx.y;
-  const long long all_heads = (long long)a.H * a.G;
-  float q[T::rows][T::key_chunks][8];
-  Running<T> run;
 #pragma unroll
   for (int g = 0; g < T::rows; ++g) {
-    const int m = first_row + g, request = n / a.S;
-    const bool present = g < num_rows;
-    const long long row = ((long long)request * a.T + m / a.G) * all_heads + (long long)h * a.G + m % a.G;
-    run.top[g] = minus_infinity(), run.sum[g] = 0;
-#pragma unroll
-    for (int c = 0; c < T::key_chunks; ++c)
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const int d = column + 256 * c + i;
-        q[g][c][i] = present && d < a.f.k_dim ? load_float(a.q, a.q_type, row * a.f.k_dim + d) * (a.scale * 1.4426950408889634f) : 0.0f;
-      }
-#pragma unroll
-    for (int c = 0; c < T::value_chunks; ++c)
-#pragma unroll
-      for (int i = 0; i < 8; ++i) run.acc[g][c][i] = 0;
-  }
-  const int P = a.f.page_size, segment = T::grouped ? a.f.group : P, own_head = a.f.num_kv_heads == 1 ? 0 : h;
-  const int len = at(a.seqlens, (long long)n * a.seqlen_heads + (a.seqlen_heads == 1 ? 0 : h));
-  const int limit = T::grouped ? len - len % segment : len;  // entries from here on are in the tail
-  const long long table = ((long long)n * a.table_heads + (a.table_heads == 1 ? 0 : h)) * a.max_pages;
-  const long long list = ((long long)n * a.list_heads + (a.list_heads == 1 ? 0 : h)) * a.num_columns;
-  Place place = {nullptr, nullptr, 0, n / a.S};
-  if (T::grouped)
-    place.tail = ((long long)at(a.tail_rows, (long long)n * a.tail_heads + (a.tail_heads == 1 ? 0 : h)) * a.f.num_kv_heads + own_head) * segment * a.f.k_dim;
-  const int used = a.list.data ? a.num_columns : min(a.num_columns, (len + P - 1) / P);
-  const int per = (used + a.splits - 1) / a.splits, begin = min(used, split * per), end = min(used, begin + per);
-  int tail_column = -1;  // which of my columns holds tokens whose keys are in the tail
-  const auto enter_page = [&](int page_column) {
-    const unsigned char* record = a.pages + (long long)at(a.table, table + page_column) * a.f.record_bytes;
-    place.head = record + own_head * a.f.head_bytes;
-    place.positions = reinterpret_cast<const int*>(record + a.f.positions);
-    if (a.page_lse)
-      for (int g = 0; g < T::rows; ++g) page[2 * g * kBlock] = minus_infinity(), page[(2 * g + 1) * kBlock] = 0;
-  };
-#pragma unroll 1
-  for (int c = begin + warp; c < end; c += kWarps) {
-    const int page_column = a.list.data ? at(a.list, list + c) : c;
-    const int count = page_column < 0 ? 0 : min(P, limit - page_column * P);
-    if (T::grouped && page_column >= 0 && limit < len && limit / P == page_column) tail_column = c;
-    if (count > 0) {
-      enter_page(page_column);
-#pragma unroll 1
-      for (int first = 0; first < count; first += segment)
-        add_span<FORMAT, WIDTH, false>(a, place, first, min(count, first + segment), first_row, num_rows, q, run, page);
-    }
-    if (a.page_lse) write_page_lse<T>(a, n, h, first_row, num_rows, c, count > 0 ? page : nullptr);
-  }
-  if constexpr (T::grouped) {
-    if (tail_column >= 0) {
-      enter_page(limit / P);
-      add_span<FORMAT, WIDTH, true>(a, place, limit % P, len - limit / P * P, first_row, num_rows, q, run, page);
-      if (a.page_lse) write_page_lse<T>(a, n, h, first_row, num_rows, tail_column, page, true);
-    }
-  }
-  if (a.page_lse)  // columns beyond the length belong to no split
-    for (int c = used + split; c < a.num_columns; c += a.splits)
-      if ((int)threadIdx.x < num_rows) {
-        const int m = first_row + threadIdx.x;
-        a.page_lse[(((long long)n * a.T + m / a.G) * all_heads + (long long)h * a.G + m % a.G) * a.num_columns + c] = minus_infinity();
-      }
-  float* warp_top = shared + kWarps * T::rows * T::value_width;
-  float* warp_sum = warp_top + kWarps * T::rows;
-#pragma unroll
-  for (int g = 0; g < T::rows; ++g) {
-    if (g >= num_rows) continue;
+    if (!T::plain && g >= num_rows) continue;
     const float sum = lane_sum<T::lanes, 16>(run.sum[g]);
     if (lane == 0) warp_top[warp * T::rows + g] = run.top[g], warp_sum[warp * T::rows + g] = sum;
 #pragma unroll
@@ -373,24 +311,122 @@ __global__ void __launch_bounds__(kBlock, 3) attend_kernel(const Attend a) {
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
         const float x = lane_sum<T::lanes, 16>(run.acc[g][c][i]);
-        if (lane < T::lanes) shared[(warp * T::rows + g) * T::value_width + column + 256 * c + i] = x;
+        if (lane < T::lanes) warp_out[(warp * T::rows + g) * T::value_width + column + 256 * c + i] = x;
       }
   }
-  __syncthreads();
-  const long long partial = (long long)(n % a.S * a.splits + split) * (a.R * (long long)a.T * all_heads);
+}
+
+// What the warps have found of a part, merged: to its place among the parts, or straight to out. [warp, row, column] and [warp, row].
+template <class T>
+__device__ __forceinline__ void write_part(const Attend& a, const Part& part, int first_row, int num_rows, const float* warp_out,
+                                           const float* warp_top, const float* warp_sum) {
+  const int M = a.T * a.G, n = part.t / a.H, h = part.t % a.H;
   for (int j = threadIdx.x; j < num_rows * a.f.v_dim; j += kBlock) {
     const int g = j / a.f.v_dim, d = j % a.f.v_dim, m = first_row + g;
     float top = minus_infinity(), sum = 0, out = 0;
     for (int w = 0; w < kWarps; ++w) top = fmaxf(top, warp_top[w * T::rows + g]);
     const float base = finite_or_zero(top);
     for (int w = 0; w < kWarps; ++w) {
-      const float weight = exp2f(warp_top[w * T::rows + g] - base);
+      const float weight = power2(warp_top[w * T::rows + g] - base);
       sum += weight * warp_sum[w * T::rows + g];
-      out += weight * shared[(w * T::rows + g) * T::value_width + d];
+      out += weight * warp_out[(w * T::rows + g) * T::value_width + d];
     }
-    const long long row = partial + ((long long)(n / a.S) * a.T + m / a.G) * all_heads + (long long)h * a.G + m % a.G;
-    a.out[row * a.f.v_dim + d] = sum == 0 ? 0.0f : out / sum;
-    if (d == 0) a.lse[row] = sum == 0 ? minus_infinity() : (top + log2f(sum)) * ln2;
+    const long long row = a.part_out ? (long long)part.part * M + m : ((long long)n * a.T + m / a.G) * a.H * a.G + (long long)h * a.G + m % a.G;
+    (a.part_out ? a.part_out : a.out)[row * a.f.v_dim + d] = sum == 0 ? 0.0f : out / sum;
+    if (d == 0) (a.part_out ? a.part_lse : a.lse)[row] = sum == 0 ? minus_infinity() : (top + log2f(sum)) * 0.6931471805599453f;
+  }
+}
+
+// Grid: x = (worker, pass), passes fastest so that they find the pages in L2.
+template <int FORMAT, int WIDTH, int ROWS, bool PLAIN>
+__global__ void __launch_bounds__(kBlock, 3) attend_kernel(const Attend a) {
+  using T = Tile<FORMAT, WIDTH, ROWS, PLAIN>;
+  PK_SHARED(shared);
+  float* page = shared + threadIdx.x;  // of this thread: no barrier
+  float* warp_out = shared + T::page_floats;
+  float* warp_top = warp_out + kWarps * T::rows * T::value_width;
+  float* warp_sum = warp_top + kWarps * T::rows;
+  const int warp = threadIdx.x / 32, column = threadIdx.x % T::lanes * 8;
+  const int M = a.T * a.G, passes = (M + T::rows - 1) / T::rows;
+  const int first_row = (int)(blockIdx.x % passes) * T::rows, num_rows = min(T::rows, M - first_row);
+  const int P = a.f.page_size, segment = T::grouped ? a.f.group : P, units_of_page = (P + a.unit - 1) / a.unit;
+  const long long all_heads = (long long)a.H * a.G;
+  int* sight = reinterpret_cast<int*>(warp_sum + kWarps * T::rows);
+  Part part;
+  Parts parts(a, (int)(blockIdx.x / passes), sight + 2 * T::rows);
+#pragma unroll 1
+  while (parts.get(a, (int)(blockIdx.x / passes), &part)) {
+    const int n = part.t / a.H, h = part.t % a.H, own_head = T::latent || a.f.num_kv_heads == 1 ? 0 : h;  // of a latent there is one
+    const int len = length_of(a, part.t), limit = T::grouped ? len - len % segment : len;  // entries from here on are in the tail
+    const int table = n * a.table_heads + (a.table_heads == 1 ? 0 : h), list = n * a.list_heads + (a.list_heads == 1 ? 0 : h);
+    float q[T::rows][T::key_chunks][8];
+    Running<T> run;
+    if constexpr (!PLAIN) {
+      look<T>(a, n / a.S, first_row, num_rows, sight);
+      __syncthreads();
+    }
+#pragma unroll
+    for (int g = 0; g < T::rows; ++g) {
+      const int m = first_row + g;
+      const bool present = g < num_rows;
+      const long long row = ((long long)(n / a.S) * a.T + m / a.G) * all_heads + (long long)h * a.G + m % a.G;
+      run.top[g] = minus_infinity(), run.sum[g] = 0;
+#pragma unroll
+      for (int c = 0; c < T::key_chunks; ++c)
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          const int d = column + 256 * c + i;
+          q[g][c][i] = present && d < a.f.k_dim ? load_float(a.q, a.q_type, row * a.f.k_dim + d) * (a.scale * 1.4426950408889634f) : 0.0f;
+        }
+#pragma unroll
+      for (int c = 0; c < T::value_chunks; ++c)
+#pragma unroll
+        for (int i = 0; i < 8; ++i) run.acc[g][c][i] = 0;
+    }
+    Place place = {};
+    int tail_column = -1;  // which of my columns holds tokens whose keys are in the tail
+    const auto enter_page = [&](int page_column) {
+      const unsigned char* record = a.pages + (long long)at(a.table, (long long)table * a.max_pages + page_column) * a.f.record_bytes;
+      place.head = record + own_head * a.f.head_bytes;
+      place.positions = reinterpret_cast<const int*>(record + a.f.positions);
+      if (!PLAIN && a.page_lse)
+        for (int g = 0; g < T::rows; ++g) page[2 * g * kBlock] = minus_infinity(), page[(2 * g + 1) * kBlock] = 0;
+    };
+#pragma unroll 1
+    for (int u = part.begin + warp; u < part.end; u += kWarps) {
+      const int c = u / units_of_page, offset = u % units_of_page * a.unit, page_column = a.list.data ? at(a.list, (long long)list * a.num_columns + c) : c;
+      const int stop = page_column < 0 ? 0 : min(min(P, offset + a.unit), limit - page_column * P);
+      if (T::grouped && page_column >= 0 && limit < len && limit / P == page_column && limit % P / a.unit * a.unit == offset) tail_column = c;
+      if (stop > offset) {
+        enter_page(page_column);
+        if constexpr (!T::grouped) {
+          add_span<FORMAT, WIDTH, ROWS, PLAIN, false>(a, place, offset, stop, num_rows, sight, q, run, page);
+        } else {
+#pragma unroll 1
+          for (int first = offset; first < stop; first += segment - first % segment)
+            add_span<FORMAT, WIDTH, ROWS, PLAIN, false>(a, place, first, min(stop, first + segment - first % segment), num_rows, sight, q, run, page);
+        }
+      }
+      if (!PLAIN && a.page_lse) write_page_lse<T>(a, n, h, first_row, num_rows, c, stop > offset ? page : nullptr);
+    }
+    if constexpr (T::grouped) {
+      if (tail_column >= 0) {
+        enter_page(limit / P);
+        place.tail = ((long long)at(a.tail_rows, (long long)n * a.tail_heads + (a.tail_heads == 1 ? 0 : h)) * a.f.num_kv_heads + own_head) * segment * a.f.k_dim;
+        add_span<FORMAT, WIDTH, ROWS, PLAIN, true>(a, place, limit % P, len - limit / P * P, num_rows, sight, q, run, page);
+        if (!PLAIN && a.page_lse) write_page_lse<T>(a, n, h, first_row, num_rows, tail_column, page, true);
+      }
+    }
+    if (!PLAIN && a.page_lse && part.begin == 0)  // columns beyond the length
+      for (int c = units_of(a, part.t) / units_of_page + (int)threadIdx.x / T::rows + (units_of(a, part.t) % units_of_page != 0); c < a.num_columns; c += kBlock / T::rows) {
+        const int g = threadIdx.x % T::rows, m = first_row + g;
+        if (g < num_rows) a.page_lse[(((long long)n * a.T + m / a.G) * all_heads + (long long)h * a.G + m % a.G) * a.num_columns + c] = minus_infinity();
+      }
+    gather_warps<T>(run, num_rows, warp_out, warp_top, warp_sum);
+    __syncthreads();
+    write_part<T>(a, part, first_row, num_rows, warp_out, warp_top, warp_sum);
+    if (threadIdx.x == 0) parts.advance(a);
+    __syncthreads();
   }
 }
 

@@ -58,7 +58,7 @@ __device__ __forceinline__ float stored_key(const PageFormat& f, const unsigned 
   return __fadd_rn(__fmul_rn((float)code, half_to_float(scale[grid])), half_to_float(reinterpret_cast<const unsigned short*>(head + f.k_zero)[grid]));
 }
 
-// Eight blocks to a multiprocessor leave 64 registers. Without a number NVRTC 13.5 spills a few to fit more blocks.
+// Eight blocks to a multiprocessor leave 64 registers, six 80. Without a number NVRTC 13.5 spills a few to fit more blocks.
 // Grid: x = token, y = head. The first token of a page answers for all tokens of that page; every other block ends at once.
 __global__ void __launch_bounds__(kBlock, 8) page_bounds_kernel(const PageBounds b) {
   PK_SHARED(shared);
@@ -71,8 +71,8 @@ __global__ void __launch_bounds__(kBlock, 8) page_bounds_kernel(const PageBounds
   const bool grouped = format_grouped(b.f.format);
   const int slot = at(b.slots, token), page = slot / P;
   if (slot < 0) return;
-  for (int first = 0; first < token; first += kBlock) {
-    const int j = first + threadIdx.x, other = j < token ? at(b.slots, j) : -1;
+  for (int first = token - 1; first >= 0; first -= kBlock) {  // backwards: the token before is most often of the same page
+    const int j = first - (int)threadIdx.x, other = j >= 0 ? at(b.slots, j) : -1;
     if (__syncthreads_or(other >= 0 && other / P == page)) return;
   }
   for (int t = threadIdx.x; t < P; t += kBlock) present[t] = 0;
@@ -138,15 +138,40 @@ __global__ void __launch_bounds__(kBlock, 8) page_bounds_kernel(const PageBounds
   }
 }
 
-// Minimum (edge 0) or maximum (edge 1) of column d; row: page and head.
-__device__ __forceinline__ float bound_at(const void* bounds, int type, long long row, int edge, int D, int d) {
-  if (type != kInt8) return finite(load_float(bounds, type, (2 * row + edge) * D + d));
-  const signed char* codes = static_cast<const signed char*>(bounds) + (2 * row + edge) * (D + kBoundScale);
-  return finite((float)__ldg(codes + d) * bf16_to_float(__ldg(reinterpret_cast<const unsigned short*>(codes + D))));
+// 4 neighbouring columns of queries, or of bounds that are no codes. `some`: how many there are, read one by one; 0 = all 4 at once, from a
+// multiple of their bytes.
+__device__ __forceinline__ void load_columns(const void* p, int type, long long i, int some, float* x) {
+  if (some) {
+#pragma unroll
+    for (int k = 0; k < 4; ++k) x[k] = k < some ? load_float(p, type, i + k) : 0.0f;
+    return;
+  }
+  if (type == kFp32) return load_floats4(static_cast<const float*>(p) + i, x);
+  unsigned w[2];
+  load_words<2>(static_cast<const unsigned char*>(p) + 2 * i, w);
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    const unsigned h = k % 2 ? w[k / 2] >> 16 : w[k / 2] & 0xffffu;
+    x[k] = type == kBf16 ? bf16_to_float(h) : half_to_float(h);
+  }
 }
 
-// Grid: (table, kv head, 4 columns), columns fastest; a warp per column.
-__global__ void __launch_bounds__(kBlock, 8) page_score_kernel(const PageScore s) {
+// Minima (edge 0) or maxima (edge 1) of 4 columns from d; row: page and head.
+__device__ __forceinline__ void bounds_at(const PageScore& s, long long row, int edge, int d, int some, float* x) {
+  if (s.bounds_type != kInt8) {
+    load_columns(s.bounds, s.bounds_type, (2 * row + edge) * s.D + d, some, x);
+  } else {
+    const signed char* codes = static_cast<const signed char*>(s.bounds) + (2 * row + edge) * (s.D + kBoundScale);
+    const float scale = bf16_to_float(__ldg(reinterpret_cast<const unsigned char*>(codes + s.D)) | (unsigned)__ldg(reinterpret_cast<const unsigned char*>(codes + s.D + 1)) << 8);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) x[k] = !some || k < some ? (float)__ldg(codes + d + k) * scale : 0.0f;
+  }
+#pragma unroll
+  for (int k = 0; k < 4; ++k) x[k] = finite(x[k]);
+}
+
+// Grid: (table, kv head, 4 columns), columns fastest; a warp per column, 4 neighbouring columns of the key and 4 queries at a time.
+__global__ void __launch_bounds__(kBlock, 6) page_score_kernel(const PageScore s) {
   const int steps = (s.max_pages + kWarps - 1) / kWarps, lane = threadIdx.x % 32;
   const int c = (int)(blockIdx.x % steps) * kWarps + threadIdx.x / 32, h = (int)(blockIdx.x / steps % s.H), n = (int)(blockIdx.x / steps / s.H);
   if (c >= s.max_pages) return;
@@ -159,17 +184,31 @@ __global__ void __launch_bounds__(kBlock, 8) page_score_kernel(const PageScore s
   const long long page = at(s.table, ((long long)n * s.table_heads + (s.table_heads == 1 ? 0 : h)) * s.max_pages + c);
   const long long row = page * s.bound_heads + (s.bound_heads == 1 ? 0 : h);
   const long long queries = ((long long)(n / s.S) * s.H + h) * s.G * s.D;
+  const bool wide = s.D % 4 == 0 && ((unsigned long long)s.q | (unsigned long long)s.width | (unsigned long long)s.bounds) % 16 == 0;
   float top = -kLargest;
-  for (int g = 0; g < s.G; ++g) {
-    float sum = 0;
 #pragma unroll 1
-    for (int d = lane; d < s.D; d += 32) {
-      const float x = load_float(s.q, s.q_type, queries + (long long)g * s.D + d) * s.scale;
-      const float low = bound_at(s.bounds, s.bounds_type, row, 0, s.D, d), high = bound_at(s.bounds, s.bounds_type, row, 1, s.D, d);
-      const float w = s.width ? load_float(s.width, s.q_type, queries + (long long)g * s.D + d) * s.scale : fabsf(x);
-      sum += 0.5f * (x - w) * low + 0.5f * (x + w) * high;
+  for (int g0 = 0; g0 < s.G; g0 += 4) {
+    float sum[4] = {0, 0, 0, 0};
+#pragma unroll 1
+    for (int d = 4 * lane; d < s.D; d += 128) {
+      float low[4], high[4], x[4], w[4];
+      const int some = wide ? 0 : min(4, s.D - d);
+      bounds_at(s, row, 0, d, some, low);
+      bounds_at(s, row, 1, d, some, high);
+#pragma unroll
+      for (int g = 0; g < 4; ++g) {
+        const long long from = queries + (long long)min(g0 + g, s.G - 1) * s.D + d;
+        load_columns(s.q, s.q_type, from, some, x);
+        if (s.width) load_columns(s.width, s.q_type, from, some, w);
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          const float q = x[k] * s.scale, reach = s.width ? w[k] * s.scale : fabsf(q);
+          sum[g] += 0.5f * (q - reach) * low[k] + 0.5f * (q + reach) * high[k];
+        }
+      }
     }
-    top = fmaxf(top, lane_sum<1, 16>(sum));
+#pragma unroll
+    for (int g = 0; g < 4; ++g) top = fmaxf(top, lane_sum<1, 16>(sum[g]));
   }
   if (lane == 0) *score = top;
 }

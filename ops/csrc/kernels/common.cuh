@@ -54,4 +54,23 @@ __device__ __forceinline__ void load_words(const unsigned char* from, unsigned* 
   }
 }
 
+// 4 floats from a 16-byte boundary.
+__device__ __forceinline__ void load_floats4(const float* from, float* x) {
+  unsigned w[4];
+  load_words<4>(reinterpret_cast<const unsigned char*>(from), w);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) x[i] = __uint_as_float(w[i]);
+}
+
+// 2^x. The device's own approximation, two units in the last place off: exp2f is five instructions.
+__device__ __forceinline__ float power2(float x) {
+#if defined(PK_HOST_EMU)
+  return exp2f(x);
+#else
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#endif
+}
+
 }  // namespace pikv

@@ -22,11 +22,17 @@ struct Attend {
   Index tail_rows;  // [N, tail_heads]
   const void* tail;  // [rows, f.num_kv_heads, group, k_dim] of tail_type
   const void* q;     // [R, T, H * G, k_dim] of q_type
-  float* out;        // [S * splits, R, T, H * G, v_dim]
-  float* lse;        // [S * splits, R, T, H * G]
+  float* out;        // [R, T, H * G, v_dim]
+  float* lse;        // [R, T, H * G]
+  float* part_out;   // [parts, M, v_dim] or null = every table is one part and S is 1: straight to out and lse
+  float* part_lse;   // [parts, M]
   float* page_lse;   // [N, T, H * G, num_columns] or null
   int tail_type, q_type;  // kFp32, kBf16 or kFp16
-  int R, T, S, H, G, max_pages, num_columns, splits;
+  int R, T, S, H, G, max_pages, num_columns;
+  int unit;     // tokens of a page that a warp takes at a time, see work.cuh
+  int workers;  // which share the rounds of all tables; 0 = `splits` parts of each table
+  int splits, least;  // least: rounds of a worker that has any
+  int tail_parts;     // the first part of a tail, one of each table that has any; 0 = the tail belongs to the other parts
   int table_heads, seqlen_heads, list_heads, tail_heads;
   int window, causal;
   float scale;

@@ -1,0 +1,119 @@
+// Stored codes as operands of mma_16816. A lane reads neighbouring bytes of a token: the order of columns inside a product is free, so that
+// what lies side by side in memory goes to one lane, and Q is laid out in the same order. Codes become 16-bit floats: bf16 and fp16 as they
+// are, integers as fp16 through 1024 + code, e4m3 as fp16.
+
+namespace pikv {
+
+constexpr int load_bytes(int bytes) { return bytes % 16 == 0 ? 16 : bytes % 8 == 0 ? 8 : 4; }
+
+// What is known of one side (keys: 4 lanes a token; values: 8 lanes a token) of DIM columns.
+template <int F, int DIM, int LANES>
+struct Side {
+  static constexpr int format = F, bits = format_bits(F), row_bytes = DIM * bits / 8;
+  static constexpr Mma type = F == kBf16 ? Mma::bf16 : Mma::fp16;
+  static constexpr bool integer = format_grouped(F), coded = F > kFp16;
+  static constexpr int bytes = load_bytes(row_bytes / LANES);  // of a load
+  static constexpr int loads = row_bytes / LANES / bytes, words = row_bytes / LANES / 4;
+  static constexpr int run = bytes * 8 / bits;  // neighbouring columns of a lane
+  static constexpr bool served = row_bytes % (4 * LANES) == 0;
+
+  // Column of the lane's column l.
+  static __device__ __forceinline__ int column(int lane, int l) { return (l / run * LANES + lane) * run + l % run; }
+
+  // From the lane's first byte of a token.
+  static __device__ __forceinline__ void load(const unsigned char* from, unsigned* w) {
+#pragma unroll
+    for (int j = 0; j < loads; ++j) load_once<bytes>(from + bytes * LANES * j, w + bytes / 4 * j);
+  }
+};
+
+// How often a pair of codes is contained in what `pair` makes of them: a power of two.
+template <int F>
+__device__ __forceinline__ constexpr float pair_factor(int which) {
+  return F == kInt4 ? (which % 2 ? 16.0f : 1.0f) : F == kInt2 ? (which % 4 == 0 ? 1.0f : which % 4 == 1 ? 4.0f : which % 4 == 2 ? 16.0f : 64.0f) : 1.0f;
+}
+
+// Two e4m3 as fp16, times 2^-8 where the device has no instruction for it.
+template <bool UPPER>
+__device__ __forceinline__ unsigned fp8_pair(unsigned x) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+  unsigned y;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(y) : "h"((unsigned short)(UPPER ? x >> 16 : x)));
+  return y;
+#else
+  const unsigned y = __byte_perm(x, 0, UPPER ? 0x3424 : 0x1404);
+  return (y & 0x80008000u) | (y >> 1 & 0x3f803f80u);
+#endif
+}
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+constexpr float kFp8Factor = 1.0f;
+#else
+constexpr float kFp8Factor = 256.0f;
+#endif
+
+// Two codes as fp16, times pair_factor. int8, fp8: bytes 0 and 1 of x; int4: the nibbles `which` of both halves, int2: so the pairs of bits.
+template <int F>
+__device__ __forceinline__ unsigned pair(unsigned x, int which) {
+  if constexpr (F == kInt8) return subtract2(__byte_perm(x, 0x64646464u, 0x4140), 0x64006400u);
+  if constexpr (F == kInt4) {
+    const unsigned y = which / 2 ? x >> 8 : x;
+    return subtract2(which % 2 ? masked<0x00f000f0u>(y) : masked<0x000f000fu>(y), 0x64006400u);
+  }
+  if constexpr (F == kInt2) {
+    const unsigned y = which / 4 ? x >> 8 : x;
+    const unsigned z = which % 4 == 0 ? masked<0x00030003u>(y) : which % 4 == 1 ? masked<0x000c000cu>(y) : which % 4 == 2 ? masked<0x00300030u>(y) : masked<0x00c000c0u>(y);
+    return subtract2(z, 0x64006400u);
+  }
+  if constexpr (F == kFp8) return fp8_pair<false>(x);
+  return x;
+}
+// bytes 2 and 3 of x
+template <int F>
+__device__ __forceinline__ unsigned upper_pair(unsigned x) {
+  if constexpr (F == kInt8) return subtract2(__byte_perm(x, 0x64646464u, 0x4342), 0x64006400u);
+  return fp8_pair<true>(x);
+}
+
+// b0, b1 of product i from the words of a lane for one token.
+template <int F>
+__device__ __forceinline__ void key_operand(const unsigned* w, int i, unsigned* b) {
+  if constexpr (F <= kFp16) b[0] = w[2 * i], b[1] = w[2 * i + 1];
+  if constexpr (F == kInt8 || F == kFp8) b[0] = pair<F>(w[i], 0), b[1] = upper_pair<F>(w[i]);
+  if constexpr (F == kInt4) b[0] = pair<F>(w[i / 2], 2 * (i % 2)), b[1] = pair<F>(w[i / 2], 2 * (i % 2) + 1);
+  if constexpr (F == kInt2) b[0] = pair<F>(w[i / 4], 2 * (i % 4)), b[1] = pair<F>(w[i / 4], 2 * (i % 4) + 1);
+}
+
+// The lane's column of element e (b0 low, b0 high, b1 low, b1 high) of product i, and the factor of its code.
+template <int F>
+__device__ __forceinline__ constexpr int key_column(int i, int e) {
+  return F == kInt4 ? 8 * (i / 2) + 2 * (i % 2) + e / 2 + 4 * (e % 2) : F == kInt2 ? 16 * (i / 4) + 2 * (i % 4) + e / 2 + 8 * (e % 2) : 4 * i + e;
+}
+template <int F>
+__device__ __forceinline__ constexpr float key_factor(int i, int e) {
+  return F == kInt4 ? pair_factor<F>(e / 2) : F == kInt2 ? pair_factor<F>(2 * (i % 4) + e / 2) : 1.0f;
+}
+
+// a0, a1 of product m from the words of two neighbouring tokens: of each half, x is the lower. a2, a3: the same of the tokens 8 further.
+template <int F>
+__device__ __forceinline__ void value_operand(const unsigned* x, const unsigned* y, int m, unsigned* a) {
+  if constexpr (F <= kFp16) a[0] = __byte_perm(x[m], y[m], 0x5410), a[1] = __byte_perm(x[m], y[m], 0x7632);
+  if constexpr (F == kInt8 || F == kFp8) {
+    const unsigned both = __byte_perm(x[m / 2], y[m / 2], m % 2 ? 0x7362 : 0x5140);
+    a[0] = pair<F>(both, 0), a[1] = upper_pair<F>(both);
+  }
+  if constexpr (F == kInt4) {
+    const unsigned both = __byte_perm(x[m / 4], y[m / 4], m % 4 / 2 ? 0x7632 : 0x5410);
+    a[0] = pair<F>(both, 2 * (m % 2)), a[1] = pair<F>(both, 2 * (m % 2) + 1);
+  }
+  if constexpr (F == kInt2) {
+    const unsigned both = __byte_perm(x[m / 8], y[m / 8], m % 8 / 4 ? 0x7632 : 0x5410);
+    a[0] = pair<F>(both, 2 * (m % 4)), a[1] = pair<F>(both, 2 * (m % 4) + 1);
+  }
+}
+// The lane's column of row r (k = 0) and row r + 8 (k = 1) of product m is 2 m + k; the factor of its code:
+template <int F>
+__device__ __forceinline__ constexpr float value_factor(int m, int k) {
+  return F == kInt4 ? pair_factor<F>(k) : F == kInt2 ? pair_factor<F>(2 * (m % 4) + k) : 1.0f;
+}
+
+}  // namespace pikv
