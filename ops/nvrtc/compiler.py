@@ -31,7 +31,9 @@ class Part:
 
 
 def _attend(label: str) -> Part:
-    kernels = (f"attend_kernel<{KERNEL_FORMATS[label]}, {', '.join(map(str, kind))}>" for width in widths(label) for kind in kinds(label, width))
+    kernels = (
+        f"attend_kernel<{KERNEL_FORMATS[label]}, {', '.join(map(str, kind))}>" for width in widths(label) for kind in kinds(label, width)
+    )
     return Part(("kernels/work.cuh", "kernels/attend.cuh"), tuple(kernels))
 
 

@@ -47,11 +47,12 @@ def small_page(label: str) -> int:
 
 def make_case(
     name="bf16", *, lens=(37,), shards=1, heads=2, group=4, k_dim=64, v_dim=None, page_size=None, latent=False, dtype=torch.bfloat16,
-    seed=0, stretch=1, unused=0xFF, scale_group=GROUP,
+    seed=0, stretch=1, unused=0xFF, scale_group=GROUP, growth=1.0,
 ) -> Case:  # fmt: skip
     """`lens`: entries of each request, dealt to `shards` tables at random, so that no table holds a run of positions.
 
     stretch: the positions of a request are drawn from so many times as many, as those of one shard among others are.
+    growth: the last token's value is so many times as large as the first's.
     unused: every byte that no entry has been written to; 0xFF is NaN in every float format.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -71,7 +72,8 @@ def make_case(
     tokens = sum(counts)
     scale = 1 + torch.rand(1, heads, k_dim, generator=generator)
     k = (torch.randn(tokens, heads, k_dim, generator=generator) * scale + torch.randn(1, heads, k_dim, generator=generator)).to(dtype)
-    v = torch.randn(tokens, heads, fmt.v_dim, generator=generator).to(dtype)
+    v = torch.randn(tokens, heads, fmt.v_dim, generator=generator)
+    v = (v * torch.linspace(1, growth, tokens).view(-1, 1, 1)).to(dtype)
     extra = {}
     if fmt.grouped:
         tail = torch.full((N, heads, fmt.group, k_dim * dtype.itemsize), unused, dtype=torch.uint8).view(dtype)

@@ -12,8 +12,8 @@ from pikv_ds.ops.build.compile import CSRC
 FORMAT = 3  # int8: scales, zeros, tail
 
 
-def compile_kernels(folder: Path, planted: tuple[str, str, str] | None = None, code: int = FORMAT) -> ctypes.CDLL:
-    """csrc/emu/entry.cpp for the format of this code. planted: file, text that occurs in it exactly once, what stands there instead."""
+def compile_kernels(folder: Path, planted: tuple[str, str, str] | None = None, code: int = FORMAT, tiers: int = 3) -> ctypes.CDLL:
+    """csrc/emu/entry.cpp for the format of this code. tiers: as entry.cpp says. planted: file, text that occurs in it exactly once, what stands there instead."""
     kernels = folder / "kernels"
     shutil.copytree(CSRC / "kernels", kernels)
     if planted is not None:
@@ -22,7 +22,7 @@ def compile_kernels(folder: Path, planted: tuple[str, str, str] | None = None, c
         assert text.count(right) == 1, f"{name} has {text.count(right)} times {right!r}; choose the text to replace anew"
         (kernels / name).write_text(text.replace(right, wrong))
     flags = ("-O1", "-std=c++17", "-fPIC", "-shared", "-ffp-contract=off", "-fno-strict-aliasing", "-Wall", "-Wno-unknown-pragmas",
-             "-Wno-unused", "-Werror", "-DPK_HOST_EMU", f"-DPK_FORMAT={code}",
+             "-Wno-unused", "-Werror", "-DPK_HOST_EMU", f"-DPK_FORMAT={code}", f"-DPK_EMU_TIERS={tiers}",
              *(f"-I{path}" for path in (CSRC / "emu", CSRC / "include", kernels)))  # fmt: skip
     sources = [str(CSRC / "emu" / name) for name in ("simt_host.cpp", "entry.cpp")]
     done = subprocess.run(["g++", *flags, *sources, "-o", str(folder / "kernels.so")], capture_output=True, text=True)

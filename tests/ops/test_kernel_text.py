@@ -7,10 +7,13 @@ import pytest
 import torch
 
 from pikv_ds.ops import library
+from pikv_ds.ops.format.kernels import decode_tier
+from pikv_ds.ops.nvrtc import compiler as nvrtc
 from pikv_ds.ops.nvrtc import ops as nvrtc_ops
 from pikv_ds.ops.nvrtc import params as kernel_params
 from tests.ops.byte_checks import check_bounds, check_pack, check_score, check_slots
 from tests.ops.cases import answer, compare, compare_lse, make_case
+from tests.long_form import short_or_long
 from tests.ops.kernel_text import Fault, compile_kernels, launcher
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
@@ -23,9 +26,10 @@ def right_kernels(tmp_path_factory):
 
 @pytest.fixture
 def through(monkeypatch):
-    """Run nvrtc_ops on the host: its launches go to the emulation."""
+    """Run nvrtc_ops on the host: its launches go to the emulation. tensor: on tensor cores what they serve, else by the fp32 tier."""
 
-    def use(kernels, reverse=False):
+    def use(kernels, reverse=False, tensor=False):
+        monkeypatch.setenv("PIKV_TENSOR_CORES", str(int(tensor)))
         monkeypatch.setattr(nvrtc_ops, "launch", launcher(kernels, reverse))
         monkeypatch.setattr(nvrtc_ops, "num_processors", lambda device: 2)
         monkeypatch.setenv("PIKV_DEBUG", "1")
@@ -55,11 +59,34 @@ def _check_decode(case, **options):
     compare_lse(page_lse, expected[2], 1e-4, "page lse")
 
 
+TIERS = pytest.mark.parametrize("tensor", [False, True], ids=["fp32", "tensor"])
+
+
+@TIERS
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 @pytest.mark.parametrize("options", [{}, {"window": 30}, {"num_splits": 3}, {"page_list": torch.tensor([1, -1, 0]).repeat(8, 1, 1)}])
-def test_decode(right_kernels, through, options, reverse):
-    through(right_kernels, reverse)
+def test_decode(right_kernels, through, options, reverse, tensor):
+    through(right_kernels, reverse, tensor)
     _check_decode(_case(), **options)
+
+
+@TIERS
+@pytest.mark.parametrize("group", [1, 12])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_the_kernel_is_chosen_and_its_memory_is_known(right_kernels, through, monkeypatch, dim, group, tensor):
+    """The emulation refuses another size of shared memory; with nothing to ask, plain kernels serve the width of 128."""
+    through(right_kernels, tensor=tensor)
+    launched, host = [], nvrtc_ops.launch
+    monkeypatch.setattr(nvrtc_ops, "launch", lambda part, kernel, *rest: (launched.append((part, kernel)), host(part, kernel, *rest)))
+    case = _case(k_dim=dim, group=group)
+    args = (case.q, case.pages, case.block_table, case.seqlens, None, None, case.extra["tail"], case.extra["tail_rows"])
+    out, lse, _ = nvrtc_ops.decode(*args, *library.layout(case.fmt), dim**-0.5, 0, False, 0)
+    compare(out, answer(case)[0], 1e-5, "out")
+    part, kernel = launched[0]
+    rows = 8 if group == 1 or dim == 128 else 16
+    plain = f"attend_kernel<3, {dim}, {1 if (dim, group) == (128, 1) else 4}, {str(dim == 128).lower()}>"
+    assert kernel == (f"attend_tensor_kernel<3, {dim}, {rows}>" if tensor else plain)
+    assert kernel in nvrtc.PARTS[part].kernels and decode_tier(case.fmt, case.q.dtype) == ("tensor cores" if tensor else "fp32")
 
 
 def test_latent_and_int64(right_kernels, through):
@@ -69,8 +96,9 @@ def test_latent_and_int64(right_kernels, through):
     _check_decode(case)
 
 
-def test_several_queries(right_kernels, through):
-    through(right_kernels)
+@TIERS
+def test_several_queries(right_kernels, through, tensor):
+    through(right_kernels, tensor=tensor)
     case = _case()
     q = torch.randn(4, 3, *case.q.shape[1:], generator=torch.Generator().manual_seed(1)).bfloat16()
     asked = (case.q_positions.unsqueeze(1) - 3 + torch.arange(3)).int()
@@ -143,7 +171,7 @@ PLANTED = {
         ("common.cuh", "x += __shfl_xor_sync(kAll, x, bit)", "x += __shfl_xor_sync(kAll, x, 4 * bit)"),
         "a lane outside",
     ),
-    "barrier of one warp": (("attend.cuh", MERGED, f"    if (warp == 0){MERGED[3:]}"), "divergent __syncthreads"),
+    "barrier of one warp": (("attend.cuh", MERGED, f"    if (warp == 0){MERGED[3:]}"), "__syncthreads"),
     "shuffle of some lanes": (("attend.cuh", CONST_SCORE, f"if (lane == 3) continue;\n{CONST_SCORE}"), "lanes of a warp"),
     "hidden tokens not masked": (("attend.cuh", "score[step][g] = visible ? s : minus_infinity();", "score[step][g] = s;"), "wrong"),
 }
@@ -152,12 +180,49 @@ PLANTED = {
 @pytest.mark.parametrize("bug", list(PLANTED))
 def test_planted_bugs_in_attention_are_noticed(bug, through, tmp_path):
     planted, words = PLANTED[bug]
-    kernels = compile_kernels(tmp_path / "build", planted)
+    kernels = compile_kernels(tmp_path / "build", planted, tiers=1)
     noticed = []
     for reverse in (False, True):
         through(kernels, reverse)
         try:
             _check_decode(_case(), window=30)
+        except Fault as fault:
+            noticed.append(str(fault))
+        except AssertionError:
+            noticed.append("wrong")
+    assert any(words in what for what in noticed), noticed
+
+
+_SPAN = "attend_tensor.cuh"
+PLANTED_TENSOR = {
+    "missing barrier before the warps are merged": ((_SPAN, MERGED + "(a, part,", "    write_part<T>(a, part,"), "wrong"),
+    "missing barrier behind the merge": ((_SPAN, "parts.advance(a);\n    __syncthreads();\n", "parts.advance(a);\n"), "__syncthreads"),
+    "missing barrier behind the queries": ((_SPAN, "    __syncthreads();\n    run.unit", "    run.unit"), "wrong"),
+    "rows and columns of P mixed up": ((_SPAN, "p[set][2 * s], p[set][2 * s + 1]", "p[set][2 * s + 1], p[set][2 * s]"), "wrong"),
+    "the wrong half of a token": (("operands.cuh", "m % 2 ? 0x7362 : 0x5140", "m % 2 ? 0x5140 : 0x7362"), "wrong"),
+    "a product that some lanes leave out": ((_SPAN, "mma_16816<V::type>(run.o[set][m], x[0], x[1], y[0], y[1], p_low",
+                                             "if (lane != 9) mma_16816<V::type>(run.o[set][m], x[0], x[1], y[0], y[1], p_low"), "lanes of a warp"),
+    "O not rescaled": ((_SPAN, "of_row = shrink * ratio", "of_row = 1.0f"), "wrong"),
+    "a largest scale forgotten": ((_SPAN, "of_row = shrink * ratio", "of_row = shrink"), "wrong"),
+    "the next tile's keys too early": ((_SPAN, "span.load_keys(t0 + T::tokens, last)", "span.load_keys(t0, last)"), "wrong"),
+    "the tail forgotten": (("merge.cuh", "if (tail_of(a, t)) use(", "if (false) use("), "wrong"),
+    "hidden tokens not masked": ((_SPAN, "if (!visible) score", "if (false) score"), "wrong"),
+}  # fmt: skip
+
+
+QUICK = ["missing barrier behind the queries", "a product that some lanes leave out", "a largest scale forgotten", "the tail forgotten"]
+
+
+@pytest.mark.parametrize("bug", short_or_long(QUICK, list(PLANTED_TENSOR)))
+def test_planted_bugs_on_tensor_cores_are_noticed(bug, through, tmp_path):
+    planted, words = PLANTED_TENSOR[bug]
+    kernels = compile_kernels(tmp_path / "build", planted, tiers=2)
+    noticed = []
+    for reverse in (False, True):
+        through(kernels, reverse, tensor=True)
+        try:
+            _check_decode(_case(growth=50.0), window=30)
+            _check_decode(_case(growth=50.0, group=8))
         except Fault as fault:
             noticed.append(str(fault))
         except AssertionError:
@@ -175,7 +240,7 @@ PLANTED_APPEND = {
 
 @pytest.mark.parametrize("bug", list(PLANTED_APPEND))
 def test_planted_bugs_in_append_are_noticed(bug, through, tmp_path):
-    kernels = compile_kernels(tmp_path / "build", ("append.cuh", *PLANTED_APPEND[bug]))
+    kernels = compile_kernels(tmp_path / "build", ("append.cuh", *PLANTED_APPEND[bug]), tiers=0)
     noticed = False
     for reverse in (False, True):
         through(kernels, reverse)
@@ -203,7 +268,7 @@ PLANTED_BOUNDS = {
 
 @pytest.mark.parametrize("bug", list(PLANTED_BOUNDS))
 def test_planted_bugs_in_bounds_and_scores_are_noticed(bug, through, tmp_path):
-    kernels = compile_kernels(tmp_path / "build", ("bounds.cuh", *PLANTED_BOUNDS[bug]))
+    kernels = compile_kernels(tmp_path / "build", ("bounds.cuh", *PLANTED_BOUNDS[bug]), tiers=0)
     noticed = False
     for reverse in (False, True):
         through(kernels, reverse)
@@ -226,7 +291,7 @@ PLANTED_SLOTS = {
 
 @pytest.mark.parametrize("bug", list(PLANTED_SLOTS))
 def test_planted_bugs_in_slots_are_noticed(bug, through, tmp_path):
-    kernels = compile_kernels(tmp_path / "build", ("slots.cuh", *PLANTED_SLOTS[bug]))
+    kernels = compile_kernels(tmp_path / "build", ("slots.cuh", *PLANTED_SLOTS[bug]), tiers=0)
     noticed = False
     for reverse in (False, True):
         through(kernels, reverse)

@@ -87,4 +87,7 @@ def test_sums_are_cut_off(library):
     generator = torch.Generator().manual_seed(1)
     for _ in range(200):
         terms = torch.randn(17, generator=generator).double() * 2.0 ** torch.randint(-20, 20, (17,), generator=generator)
-        assert abs(total(*terms.tolist()) - terms.sum().item()) <= 17 * 2.0**-24 * terms.abs().max().item() + 2.0**-23 * terms.sum().abs().item()
+        assert (
+            abs(total(*terms.tolist()) - terms.sum().item())
+            <= 17 * 2.0**-24 * terms.abs().max().item() + 2.0**-23 * terms.sum().abs().item()
+        )

@@ -1,5 +1,6 @@
 // Kernels by name, with grid and arguments from the caller: how tests run one kernel, also with a bug planted in its text, and check what
-// ops/nvrtc/ops.py hands over. Compiled by the tests for one -DPK_FORMAT.
+// ops/nvrtc/ops.py hands over. Compiled by the tests for one -DPK_FORMAT, with the attention kernels of -DPK_EMU_TIERS: 1 = fp32, 2 = tensor
+// cores, 3 = both.
 #include "simt_host.h"
 
 #include <cstdio>
@@ -71,8 +72,19 @@ extern "C" const char* pikv_emu_launch(const char* kernel, unsigned grid_x, unsi
   simt::set_reverse(reverse);
   const Launch l = {kernel, dim3(grid_x, grid_y), shared_bytes, params};
   const char* fault = nullptr;
-  const bool found = l.attends_on_tensor_cores<64, 8>(&fault) || l.attends_on_tensor_cores<128, 8>(&fault) || l.attends_on_tensor_cores<128, 16>(&fault) || l.attends<64, 4, false>(&fault) || l.attends<128, 4, true>(&fault) || l.attends<128, 1, true>(&fault) ||
-                     l.attends<576, 2, false>(&fault) || l.is("finish_kernel", finish_kernel, &fault) || l.is("append_rows_kernel", append_rows_kernel, &fault) ||
+#if PK_EMU_TIERS & 1
+  const bool attends = l.attends<64, 4, false>(&fault) || l.attends<128, 4, true>(&fault) || l.attends<128, 1, true>(&fault) ||
+                       l.attends<576, 2, false>(&fault);
+#else
+  const bool attends = false;
+#endif
+#if PK_EMU_TIERS & 2
+  const bool on_tensor_cores = l.attends_on_tensor_cores<64, 8>(&fault) || l.attends_on_tensor_cores<64, 16>(&fault) ||
+                               l.attends_on_tensor_cores<128, 8>(&fault) || l.attends_on_tensor_cores<128, 16>(&fault);
+#else
+  const bool on_tensor_cores = false;
+#endif
+  const bool found = attends || on_tensor_cores || l.is("finish_kernel", finish_kernel, &fault) || l.is("append_rows_kernel", append_rows_kernel, &fault) ||
                      l.is("append_groups_kernel", append_groups_kernel, &fault) || l.is("append_tail_kernel", append_tail_kernel, &fault) ||
                      l.is("page_bounds_kernel", page_bounds_kernel, &fault) || l.is("page_score_kernel", page_score_kernel, &fault) ||
                      l.is("pack_kernel", pack_kernel, &fault) || l.is("unpack_kernel", unpack_kernel, &fault) ||
