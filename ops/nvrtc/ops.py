@@ -21,7 +21,6 @@ from .launch import BLOCK, WARPS, launch, num_processors
 from .params import BOUND_TYPES, FLOAT_TYPES, address, index, page_record
 from .work import count_blocks, share_work
 
-
 ROW_INTS = BLOCK + 1 + WARPS  # Row::shared of csrc/kernels/work.cuh
 
 

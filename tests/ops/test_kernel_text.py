@@ -11,9 +11,9 @@ from pikv_ds.ops.format.kernels import decode_tier
 from pikv_ds.ops.nvrtc import compiler as nvrtc
 from pikv_ds.ops.nvrtc import ops as nvrtc_ops
 from pikv_ds.ops.nvrtc import params as kernel_params
+from tests.long_form import short_or_long
 from tests.ops.byte_checks import check_bounds, check_pack, check_score, check_slots
 from tests.ops.cases import answer, compare, compare_lse, make_case
-from tests.long_form import short_or_long
 from tests.ops.kernel_text import Fault, compile_kernels, launcher
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
