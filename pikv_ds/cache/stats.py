@@ -61,8 +61,8 @@ def dense_bytes(spec: LayerSpec, rows: int, columns: int, itemsize: int) -> int:
 
 
 def attention_impl(cache: PiKVCache) -> str:
-    """Which code reads the pages, and their format: "pikv cpu int8", "pikv torch fp32"; "pikv cpu fp32+int4" with several pools. On a GPU also
-    the tier of its kernels for queries of the model's dtype: "pikv cuda (tensor cores) int8".
+    """Which code reads the pages, and their format: "pikv cpu int8", "pikv torch fp32"; "pikv cpu fp32+int4" with several pools. On a GPU
+    also the tier of its kernels for queries of the model's dtype: "pikv cuda (tensor cores) int8".
 
     torch also where some layer holds un-rotated keys (pages/unrotated.py).
     """

@@ -197,9 +197,20 @@ def rows(labels: tuple[str, ...] = TENSOR, arch: str = "90") -> list[dict[str, o
         found = count(listing, "HMMA", DIM * (FORMATS[k].bits + FORMATS[v or k].bits) // 8)
         per_token = found["loop"] / found["tokens"] + found["around"] / UNIT
         eight = kernel.endswith(" 8>")
-        made.append({"format": of[kernel], "kernel": kernel, "arch": f"sm_{arch}", "tokens_of_a_tile": int(found["tokens"]), "tile": found["loop"],
-                     "of_which_products": found["products"], "around": found["around"], "per_token_and_head": round(per_token, 1),
-                     "budget": BUDGET.get(of[kernel]) if eight else None, "before": BEFORE.get(of[kernel]) if eight else None})  # fmt: skip
+        made.append(
+            {
+                "format": of[kernel],
+                "kernel": kernel,
+                "arch": f"sm_{arch}",
+                "tokens_of_a_tile": int(found["tokens"]),
+                "tile": found["loop"],
+                "of_which_products": found["products"],
+                "around": found["around"],
+                "per_token_and_head": round(per_token, 1),
+                "budget": BUDGET.get(of[kernel]) if eight else None,
+                "before": BEFORE.get(of[kernel]) if eight else None,
+            }
+        )
     return made
 
 

@@ -1,4 +1,7 @@
-"""The instructions of the tensor-core kernels stay within their budgets; the record: python -m tests.ops.sass --json docs/results/sass.json."""
+"""The instructions of the tensor-core kernels stay within their budgets.
+
+The record: python -m tests.ops.sass --json docs/results/sass.json.
+"""
 
 import json
 import shutil

@@ -1,4 +1,7 @@
-"""Tensor cores and asynchronous copies in the host emulation: what is right is right, what is planted in csrc/emu/planted_matrix.cpp is noticed."""
+"""Tensor cores and asynchronous copies in the host emulation: what is right is right, what is planted is noticed.
+
+The bugs: csrc/emu/planted_matrix.cpp.
+"""
 
 import ctypes
 import shutil
@@ -75,7 +78,8 @@ def test_faults_are_named_with_their_line(library, bug, barriers, reverse):
 
 
 def test_sums_are_cut_off(library):
-    """What is below 2^-24 of the largest term is lost, and nothing is rounded up: the bound of an error is 17 x 2^-24 of that term, and a bit."""
+    """What is below 2^-24 of the largest term is lost, and nothing is rounded up: the bound of an error is 17 x 2^-24 of that term, and
+    a bit."""
 
     def total(*terms: float) -> float:
         return library.planted_sum((ctypes.c_double * len(terms))(*terms), len(terms))
