@@ -56,8 +56,8 @@ def tensor_kernels(label: str) -> list[str]:
 
 
 def tensor_kernel(fmt: PageFormat, dtype: torch.dtype) -> bool:
-    """Whether tensor cores serve queries of this dtype: 16 bits, which raw keys must be of too; keys and values of a width in TENSOR_DIMS, with
-    four bytes for each of the 8 lanes of a value. csrc/cuda/kernels.h has the same."""
+    """Whether tensor cores serve queries of this dtype: 16 bits, which raw keys must be of too; keys and values of a width in TENSOR_DIMS,
+    with four bytes for each of the 8 lanes of a value. csrc/cuda/kernels.h has the same."""
     given = {"torch.bfloat16": "bf16", "torch.float16": "fp16"}.get(str(dtype))
     return (
         fmt.label in TENSOR and given is not None and not fmt.latent and fmt.k_dim in TENSOR_DIMS and fmt.v_dim == fmt.k_dim
@@ -66,7 +66,8 @@ def tensor_kernel(fmt: PageFormat, dtype: torch.dtype) -> bool:
 
 
 def decode_tier(fmt: PageFormat, dtype: torch.dtype) -> str:
-    """What serves decode on a GPU: "tensor cores", "fp32" (CUDA cores) or "torch", the reference. PIKV_TENSOR_CORES=0 leaves out the first."""
+    """What serves decode on a GPU: "tensor cores", "fp32" (CUDA cores) or "torch", the reference. PIKV_TENSOR_CORES=0 leaves out the
+    first."""
     if os.environ.get("PIKV_TENSOR_CORES") != "0" and tensor_kernel(fmt, dtype):
         return "tensor cores"
     return "fp32" if kernel_width(fmt) else "torch"

@@ -18,7 +18,8 @@ from pikv_ds.ops.build.compile import CSRC, BuildError, ToolMissing, cache_dir
 from pikv_ds.ops.format.kernels import KERNEL_FORMATS, TENSOR, kinds, tensor_kernels, widths
 
 _COMMON = ("include/page_format.h", "kernels/params.cuh", "kernels/common.cuh", "kernels/numbers.cuh")
-_PAGES = ("finish_kernel", "append_rows_kernel", "append_groups_kernel", "append_tail_kernel", "page_bounds_kernel", "page_score_kernel", "merge_kernel",
+_PAGES = ("finish_kernel", "append_rows_kernel", "append_groups_kernel", "append_tail_kernel", "page_bounds_kernel", "page_score_kernel",
+          "merge_kernel",
           "pack_kernel", "unpack_kernel", "migrate_kernel", "assign_slots_kernel", "checksum_kernel")  # fmt: skip
 
 
@@ -31,7 +32,9 @@ class Part:
 
 
 def _attend(label: str) -> Part:
-    kernels = (f"attend_kernel<{KERNEL_FORMATS[label]}, {', '.join(map(str, kind))}>" for width in widths(label) for kind in kinds(label, width))
+    kernels = (
+        f"attend_kernel<{KERNEL_FORMATS[label]}, {', '.join(map(str, kind))}>" for width in widths(label) for kind in kinds(label, width)
+    )
     return Part(("kernels/work.cuh", "kernels/attend.cuh"), tuple(kernels))
 
 

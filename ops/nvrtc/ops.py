@@ -21,7 +21,6 @@ from .launch import BLOCK, WARPS, launch, num_processors
 from .params import BOUND_TYPES, FLOAT_TYPES, address, index, page_record
 from .work import count_blocks, share_work
 
-
 ROW_INTS = BLOCK + 1 + WARPS  # Row::shared of csrc/kernels/work.cuh
 
 
@@ -80,7 +79,15 @@ def _attend(q, pages, block_table, seqlens, q_positions, page_list, tail, tail_r
     a.out, a.lse = out.data_ptr(), lse.data_ptr()
     tensor = decode_tier(fmt, q.dtype) == "tensor cores" and q.data_ptr() % 4 == 0
     plain = (width == 128 or (width == 576 and not fmt.grouped)) and not (window or causal or page_lse is not None)
-    rows = tensor_rows(fmt.traits.bits, fmt.k_dim)[0 if T * a.G <= 8 else -1] if tensor else 2 if width == 576 else 1 if plain and T * a.G == 1 else 4
+    rows = (
+        tensor_rows(fmt.traits.bits, fmt.k_dim)[0 if T * a.G <= 8 else -1]
+        if tensor
+        else 2
+        if width == 576
+        else 1
+        if plain and T * a.G == 1
+        else 4
+    )
     parts, tails = share_work(a, rows, (2 if tensor else 3) * num_processors(q.device), num_splits), tensor and fmt.grouped
     whole = not a.workers and a.S * a.splits == 1 and not tails
     if tails:

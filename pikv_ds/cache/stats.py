@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pikv_ds.exchange.wire import ALIGN, HEADER
 from pikv_ds.ops.build import load
+from pikv_ds.ops.format.kernels import decode_tier
 from pikv_ds.spec import LayerSpec
 
 from .cache import PiKVCache
@@ -59,13 +60,16 @@ def dense_bytes(spec: LayerSpec, rows: int, columns: int, itemsize: int) -> int:
 
 
 def attention_impl(cache: PiKVCache) -> str:
-    """Which code reads the pages, and their format: "pikv cpu int8", "pikv torch fp32"; "pikv cpu fp32+int4" with several pools. On a GPU also
-    the tier of its kernels for queries of the model's dtype: "pikv cuda (tensor cores) int8".
+    """Which code reads the pages, and their format: "pikv cpu int8", "pikv torch fp32"; "pikv cpu fp32+int4" with several pools. On a GPU
+    also the tier of its kernels for queries of the model's dtype: "pikv cuda (tensor cores) int8".
 
     torch also where some layer holds un-rotated keys (pages/unrotated.py).
     """
     code = "torch" if any(pool.reader.rebuilds for pool in cache.pages.all_pools) else load.ensured(cache.device.type)
-    formats = [pool.fmt.name for pool in cache.blueprint.pages.layers[0].pools]
+    pools = cache.blueprint.pages.layers[0].pools
+    if code in ("cuda", "nvrtc"):
+        code += f" ({', '.join(dict.fromkeys(decode_tier(pool.fmt, cache.dtype) for pool in pools))})"
+    formats = [pool.fmt.name for pool in pools]
     return f"pikv {code} {'+'.join(formats)}"
 
 

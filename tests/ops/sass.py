@@ -28,7 +28,12 @@ from pikv_ds.ops.format.kernels import TENSOR, tensor_kernels
 
 DIM, UNIT = 128, 64
 BUDGET = {"bf16": 14, "fp16": 14, "int8": 30, "fp8_e4m3": 30, "int4": 32}  # instructions for a token and head, DIM columns, 8 query rows
-BEFORE = {"bf16": 128, "int8": 171, "int4": 185, "fp8_e4m3": 168}  # of the fp32 tier, 4 query rows, counted by hand before there was another
+BEFORE = {
+    "bf16": 128,
+    "int8": 171,
+    "int4": 185,
+    "fp8_e4m3": 168,
+}  # of the fp32 tier, 4 query rows, counted by hand before there was another
 _INSTRUCTION = re.compile(r"\s+/\*([0-9a-f]{4,6})\*/\s+(?:@(!?U?P\d+)\s+)?([A-Z0-9_.]+)\s*(.*?)\s*;")
 _LABEL = re.compile(r"^\s*(\.L_x?_?\d+):|^(\.L_x_\d+):")
 
@@ -47,7 +52,9 @@ class Instruction:
 
     @property
     def ends(self) -> bool:
-        return not self.predicate and (self.name in ("EXIT", "RET") or (self.target is not None and "P" not in self.arguments.split("`")[0]))
+        return not self.predicate and (
+            self.name in ("EXIT", "RET") or (self.target is not None and "P" not in self.arguments.split("`")[0])
+        )
 
 
 Block = list[Instruction]
@@ -63,7 +70,10 @@ def disassembler() -> str | None:
 
 def listings(kernels: list[str], arch: str = "90") -> dict[str, str]:
     """Of tensor-core kernels, as ops/format/kernels.py names them -> its listing. One compilation."""
-    headers = ("include/page_format.h", *(f"kernels/{name}.cuh" for name in ("params", "common", "numbers", "work", "attend", "tensor", "operands", "attend_tensor")))
+    headers = (
+        "include/page_format.h",
+        *(f"kernels/{name}.cuh" for name in ("params", "common", "numbers", "work", "attend", "tensor", "operands", "attend_tensor")),
+    )
     text = "#include <cstdint>\n" + "".join(f'#include "{CSRC / name}"\n' for name in headers)
     text += "".join(f"template __global__ void pikv::{kernel}(const pikv::Attend);\n" for kernel in kernels)
     with tempfile.TemporaryDirectory() as folder:
@@ -171,7 +181,12 @@ def count(listing: str, product: str, row_bytes: int) -> dict[str, float]:
     inner = way_through(blocks, follow, *nest[0], product)
     around = way_through(blocks, follow, *nest[-2], product)  # the last is that over the parts
     loaded = sum(512 if ".128" in i.name else 256 if ".64" in i.name else 128 for i in inner if ".NA" in i.name)  # of 32 lanes
-    return {"loop": len(inner), "around": len(around) - len(inner), "tokens": loaded / row_bytes, "products": sum(i.name.startswith(product) for i in inner)}
+    return {
+        "loop": len(inner),
+        "around": len(around) - len(inner),
+        "tokens": loaded / row_bytes,
+        "products": sum(i.name.startswith(product) for i in inner),
+    }
 
 
 def rows(labels: tuple[str, ...] = TENSOR, arch: str = "90") -> list[dict[str, object]]:
@@ -182,8 +197,8 @@ def rows(labels: tuple[str, ...] = TENSOR, arch: str = "90") -> list[dict[str, o
         found = count(listing, "HMMA", DIM * (FORMATS[k].bits + FORMATS[v or k].bits) // 8)
         per_token = found["loop"] / found["tokens"] + found["around"] / UNIT
         eight = kernel.endswith(" 8>")
-        made.append({"format": of[kernel], "kernel": kernel, "arch": f"sm_{arch}", "tokens_of_a_tile": int(found["tokens"]), "tile": found["loop"],
-                     "of_which_products": found["products"], "around": found["around"], "per_token_and_head": round(per_token, 1),
+        made.append({"format": of[kernel], "kernel": kernel, "arch": f"sm_{arch}", "tokens_of_a_tile": int(found["tokens"]),
+                     "tile": found["loop"], "of_which_products": found["products"], "around": found["around"], "per_token_and_head": round(per_token, 1),
                      "budget": BUDGET.get(of[kernel]) if eight else None, "before": BEFORE.get(of[kernel]) if eight else None})  # fmt: skip
     return made
 

@@ -1,4 +1,4 @@
-"""The instructions of the tensor-core kernels stay within their budgets; the record: python -m tests.ops.sass --json docs/results/sass.json."""
+"""Instructions of the kernels on tensor cores stay within their budgets; the record: python -m tests.ops.sass --json docs/results/sass.json."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Tensor cores and asynchronous copies in the host emulation: what is right is right, what is planted in csrc/emu/planted_matrix.cpp is noticed."""
+"""Tensor cores and asynchronous copies in the host emulation: right where they are, and the bugs of csrc/emu/planted_matrix.cpp noticed."""
 
 import ctypes
 import shutil
@@ -75,7 +75,7 @@ def test_faults_are_named_with_their_line(library, bug, barriers, reverse):
 
 
 def test_sums_are_cut_off(library):
-    """What is below 2^-24 of the largest term is lost, and nothing is rounded up: the bound of an error is 17 x 2^-24 of that term, and a bit."""
+    """What is below 2^-24 of the largest term is lost, and nothing is rounded up: no error is above 17 x 2^-24 of it, and a bit."""
 
     def total(*terms: float) -> float:
         return library.planted_sum((ctypes.c_double * len(terms))(*terms), len(terms))
@@ -87,4 +87,7 @@ def test_sums_are_cut_off(library):
     generator = torch.Generator().manual_seed(1)
     for _ in range(200):
         terms = torch.randn(17, generator=generator).double() * 2.0 ** torch.randint(-20, 20, (17,), generator=generator)
-        assert abs(total(*terms.tolist()) - terms.sum().item()) <= 17 * 2.0**-24 * terms.abs().max().item() + 2.0**-23 * terms.sum().abs().item()
+        assert (
+            abs(total(*terms.tolist()) - terms.sum().item())
+            <= 17 * 2.0**-24 * terms.abs().max().item() + 2.0**-23 * terms.sum().abs().item()
+        )
