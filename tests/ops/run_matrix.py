@@ -23,7 +23,7 @@ from pikv_ds.launch.output import print_table, write_json
 from pikv_ds.ops import library
 from pikv_ds.ops.build import load
 from pikv_ds.ops.build.compile import build, cpu_library
-from tests.ops.matrix import points
+from tests.ops.matrix import points, tensor_points
 
 IMPLEMENTATIONS = ("torch", "cpu", "emu", "cuda", "nvrtc")
 CPU_LIBRARY = "PIKV_TEST_LIBRARY"  # path of the library to run instead of the usual one
@@ -57,7 +57,7 @@ def run(implementation: str, long: bool) -> list[dict[str, object]]:
     device = "cuda" if implementation in ("cuda", "nvrtc") else "cpu"
     rows: dict[tuple[str, ...], dict[str, object]] = {}
     for label, op in settings(implementation):
-        for point in points(long):
+        for point in (*points(long), *tensor_points(long)):
             started = time.monotonic()
             error = point.check(op, device)
             family = point.id.split("-")[0] if point.op in ("decode", "prefill_cached", "append", "page_bounds") else ""
