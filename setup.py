@@ -99,6 +99,7 @@ setup(
             "matplotlib",
             "ruff",
             "mypy",
+            "nvidia-cuda-nvdisasm; sys_platform == 'linux'",  # tests/ops/sass.py, where nvcc is
             "pyzmq",
             "pikv-ds[eval,serve,weights]",
         ],

@@ -19,7 +19,8 @@ from pikv_ds.ops.format.kernels import KERNEL_FORMATS, TENSOR, kinds, tensor_ker
 
 _COMMON = ("include/page_format.h", "kernels/params.cuh", "kernels/common.cuh", "kernels/numbers.cuh")
 _PAGES = ("finish_kernel", "append_rows_kernel", "append_groups_kernel", "append_tail_kernel", "page_bounds_kernel", "page_score_kernel",
-          "merge_kernel", "pack_kernel", "unpack_kernel", "migrate_kernel", "assign_slots_kernel", "checksum_kernel")  # fmt: skip
+          "merge_kernel",
+          "pack_kernel", "unpack_kernel", "migrate_kernel", "assign_slots_kernel", "checksum_kernel")  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ def best_workers(passes: int, slots: int) -> int:
 
 
 def share_work(a: Attend, rows: int, slots: int, num_splits: int) -> int:
-    """Fills unit, workers, splits and least; the number of parts. rows: of a block; slots: blocks that run at once. num_splits 0 =
-    chosen."""
+    """Fills unit, workers, splits and least; the number of parts. rows: of a block; slots: blocks that run at once.
+    num_splits 0 = chosen."""
     tables, passes, page = a.R * a.S * a.H, -(-a.T * a.G // rows), a.f.page_size
     a.unit = page if a.page_lse else min(page, UNIT)
     rounds = lambda: -(-a.num_columns * -(-page // a.unit) // WARPS)  # noqa: E731

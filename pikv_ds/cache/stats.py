@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pikv_ds.exchange.wire import ALIGN, HEADER
 from pikv_ds.ops.build import load
+from pikv_ds.ops.format.kernels import decode_tier
 from pikv_ds.spec import LayerSpec
 
 from .cache import PiKVCache
@@ -67,7 +68,10 @@ def attention_impl(cache: PiKVCache) -> str:
     torch also where some layer holds un-rotated keys (pages/unrotated.py).
     """
     code = "torch" if any(pool.reader.rebuilds for pool in cache.pages.all_pools) else load.ensured(cache.device.type)
-    formats = [pool.fmt.name for pool in cache.blueprint.pages.layers[0].pools]
+    pools = cache.blueprint.pages.layers[0].pools
+    if code in ("cuda", "nvrtc"):
+        code += f" ({', '.join(dict.fromkeys(decode_tier(pool.fmt, cache.dtype) for pool in pools))})"
+    formats = [pool.fmt.name for pool in pools]
     return f"pikv {code} {'+'.join(formats)}"
 
 

@@ -13,8 +13,8 @@ FORMAT = 3  # int8: scales, zeros, tail
 
 
 def compile_kernels(folder: Path, planted: tuple[str, str, str] | None = None, code: int = FORMAT, tiers: int = 3) -> ctypes.CDLL:
-    """csrc/emu/entry.cpp for the format of this code. tiers: as entry.cpp says. planted: file, text that occurs in it exactly once, what
-    stands there instead."""
+    """csrc/emu/entry.cpp for the format of this code. tiers: as entry.cpp says. planted: file, text that
+    occurs in it exactly once, what stands there instead."""
     kernels = folder / "kernels"
     shutil.copytree(CSRC / "kernels", kernels)
     if planted is not None:

@@ -24,7 +24,7 @@ from pikv_ds.launch.output import print_table, write_json
 from pikv_ds.ops import library
 from pikv_ds.ops.build import load
 from pikv_ds.ops.build.compile import build, cpu_library
-from tests.ops.matrix import Point, points
+from tests.ops.matrix import Point, points, tensor_points
 
 IMPLEMENTATIONS = ("torch", "cpu", "emu", "cuda", "nvrtc")
 CPU_LIBRARY = "PIKV_TEST_LIBRARY"  # path of the library to run instead of the usual one
@@ -59,7 +59,7 @@ SHOWN = 5  # of the points that failed
 
 def chosen(long: bool, op: str | None = None, count: int | None = None, shard: tuple[int, int] = (1, 1)) -> list[Point]:
     """The points of one op or of all; `count` of them spread evenly; of these every n-th from the i-th on, for shard (i, n)."""
-    found = [point for point in points(long) if op in (None, point.op)]
+    found = [point for point in (*points(long), *tensor_points(long)) if op in (None, point.op)]
     if count is not None and count < len(found):
         found = [found[i * len(found) // count] for i in range(count)]
     return found[shard[0] - 1 :: shard[1]]

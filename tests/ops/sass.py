@@ -61,10 +61,10 @@ Block = list[Instruction]
 
 
 def disassembler() -> str | None:
-    """nvdisasm: NVDISASM, beside nvcc, in the path, or in the packages triton and nvidia-cuda-nvdisasm; None = there is none."""
+    """nvdisasm: NVDISASM, beside nvcc, in the path, or of the package nvidia-cuda-nvdisasm; None = there is none."""
     given = os.environ.get("NVDISASM") or shutil.which("nvdisasm")
     folders = [Path(shutil.which(nvcc()) or "/").resolve().parent, *Path("/usr/local").glob("cuda*/bin")]
-    folders += [path for root in sys.path for path in Path(root).glob("triton/backends/nvidia/bin")]
+    folders += [path for root in sys.path for path in Path(root).glob("nvidia/cu*/bin")]
     return given or next((str(folder / "nvdisasm") for folder in folders if (folder / "nvdisasm").is_file()), None)
 
 
@@ -197,20 +197,10 @@ def rows(labels: tuple[str, ...] = TENSOR, arch: str = "90") -> list[dict[str, o
         found = count(listing, "HMMA", DIM * (FORMATS[k].bits + FORMATS[v or k].bits) // 8)
         per_token = found["loop"] / found["tokens"] + found["around"] / UNIT
         eight = kernel.endswith(" 8>")
-        made.append(
-            {
-                "format": of[kernel],
-                "kernel": kernel,
-                "arch": f"sm_{arch}",
-                "tokens_of_a_tile": int(found["tokens"]),
-                "tile": found["loop"],
-                "of_which_products": found["products"],
-                "around": found["around"],
-                "per_token_and_head": round(per_token, 1),
-                "budget": BUDGET.get(of[kernel]) if eight else None,
-                "before": BEFORE.get(of[kernel]) if eight else None,
-            }
-        )
+        made.append({"format": of[kernel], "kernel": kernel, "arch": f"sm_{arch}", "tokens_of_a_tile": int(found["tokens"]),
+                     "tile": found["loop"], "of_which_products": found["products"], "around": found["around"],
+                     "per_token_and_head": round(per_token, 1),
+                     "budget": BUDGET.get(of[kernel]) if eight else None, "before": BEFORE.get(of[kernel]) if eight else None})  # fmt: skip
     return made
 
 

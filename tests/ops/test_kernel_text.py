@@ -193,16 +193,14 @@ def test_planted_bugs_in_attention_are_noticed(bug, through, tmp_path):
     assert any(words in what for what in noticed), noticed
 
 
-_SPAN = "attend_tensor.cuh"
+_SPAN, _LAST = "attend_tensor.cuh", "mma_16816<V::type>(run.o[set][m], x[0], x[1], y[0], y[1], p_low"
 PLANTED_TENSOR = {
     "missing barrier before the warps are merged": ((_SPAN, MERGED + "(a, part,", "    write_part<T>(a, part,"), "wrong"),
     "missing barrier behind the merge": ((_SPAN, "parts.advance(a);\n    __syncthreads();\n", "parts.advance(a);\n"), "__syncthreads"),
     "missing barrier behind the queries": ((_SPAN, "    __syncthreads();\n    run.unit", "    run.unit"), "wrong"),
     "rows and columns of P mixed up": ((_SPAN, "p[set][2 * s], p[set][2 * s + 1]", "p[set][2 * s + 1], p[set][2 * s]"), "wrong"),
     "the wrong half of a token": (("operands.cuh", "m % 2 ? 0x7362 : 0x5140", "m % 2 ? 0x5140 : 0x7362"), "wrong"),
-    "a product that some lanes leave out": ((_SPAN, "mma_16816<V::type>(run.o[set][m], x[0], x[1], y[0], y[1], p_low",
-                                             "if (lane != 9) mma_16816<V::type>(run.o[set][m], x[0], x[1], y[0], y[1], p_low"),
-                          "lanes of a warp"),
+    "a product that some lanes leave out": ((_SPAN, _LAST, "if (lane != 9) " + _LAST), "lanes of a warp"),
     "O not rescaled": ((_SPAN, "of_row = shrink * ratio", "of_row = 1.0f"), "wrong"),
     "a largest scale forgotten": ((_SPAN, "of_row = shrink * ratio", "of_row = shrink"), "wrong"),
     "the next tile's keys too early": ((_SPAN, "span.load_keys(t0 + T::tokens, last)", "span.load_keys(t0, last)"), "wrong"),

@@ -3,11 +3,11 @@
 import pytest
 
 from tests.ops import run_matrix
-from tests.ops.matrix import Point, points
+from tests.ops.matrix import Point, points, tensor_points
 
 
 def test_shards_are_the_whole_and_share_nothing():
-    whole = [point.id + point.op for point in points(True)]
+    whole = [point.id + point.op for point in (*points(True), *tensor_points(True))]
     parts = [[point.id + point.op for point in run_matrix.chosen(True, shard=(i, 7))] for i in range(1, 8)]
     assert sorted(sum(parts, [])) == sorted(whole) and max(map(len, parts)) - min(map(len, parts)) <= 1
 

@@ -1,7 +1,4 @@
-"""Tensor cores and asynchronous copies in the host emulation: what is right is right, what is planted is noticed.
-
-The bugs: csrc/emu/planted_matrix.cpp.
-"""
+"""Tensor cores and asynchronous copies in the host emulation: right where they are, and the bugs of csrc/emu/planted_matrix.cpp noticed."""
 
 import ctypes
 import shutil
@@ -78,8 +75,7 @@ def test_faults_are_named_with_their_line(library, bug, barriers, reverse):
 
 
 def test_sums_are_cut_off(library):
-    """What is below 2^-24 of the largest term is lost, and nothing is rounded up: the bound of an error is 17 x 2^-24 of that term, and
-    a bit."""
+    """What is below 2^-24 of the largest term is lost, and nothing is rounded up: no error is above 17 x 2^-24 of it, and a bit."""
 
     def total(*terms: float) -> float:
         return library.planted_sum((ctypes.c_double * len(terms))(*terms), len(terms))
