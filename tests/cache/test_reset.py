@@ -107,13 +107,16 @@ def test_a_forward_that_broke_off_leaves_nothing(name):
     empty = check_bytes(driver.cache)
     run(driver)
 
-    def breaks(*_) -> None:
+    writer = driver.cache.writer
+    stores = writer.store
+
+    def breaks(*arguments) -> None:
+        stores(*arguments)
         raise ArithmeticError
 
-    way = driver.cache.ways["local"]
-    way._watch = breaks  # the last thing of a layer
+    writer.store = breaks
     with pytest.raises(ArithmeticError):
         driver.forward(ragged([3, 1, 2]))
-    del way._watch
+    del writer.store
     driver.reset()
     assert check_bytes(driver.cache) == empty

@@ -258,7 +258,7 @@ def test_two_ranks_under_autoep_share_the_samples_and_give_the_figures_of_one(do
         (["--ranks", "4", "--ep", "3"], "--ep 3: legal with --ranks 4"),
         (["--ranks", "2", "--requests", "distinct", "--samples", "5"], "--samples 5 with --requests distinct"),
         (["--load", "somewhere"], "--load somewhere with --backend hf"),
-        (["--backend", "megatron", "--load", "somewhere"], "no Megatron dist checkpoint there"),
+        (["--backend", "megatron", "--load", "somewhere"], "no folder 'somewhere'"),
         (["--text", "no_such_file.txt"], "no text file 'no_such_file.txt'"),
         (["--model", "no_such_folder"], "no_such_folder"),
     ],

@@ -21,7 +21,7 @@ class GrownMask:
         self._met = self._made = _Kept(None)
         self._lens: list[int] = []
 
-    def meets(self, mask: Tensor | None) -> None:
+    def meets(self, mask: object) -> None:
         """The next forward has been given this mask, and it is understood."""
         self._met, self._made = _Kept(mask), _Kept(None)
 
@@ -29,7 +29,7 @@ class GrownMask:
         """It has run: rows hold so many tokens."""
         self._lens = list(lens)
 
-    def grows(self, before: Tensor | None, after: Tensor | None) -> None:
+    def grows(self, before: object, after: object) -> None:
         """generate() has appended columns of ones to a mask."""
         if self._met.is_still(before):
             self._made = _Kept(after)
@@ -40,13 +40,13 @@ class GrownMask:
 
 
 class _Kept:
-    """A tensor as it was. Who keeps it does not keep it alive."""
+    """A tensor as it was; of anything else, such as a dict of masks, nothing is known. Who keeps it does not keep it alive."""
 
-    def __init__(self, x: Tensor | None) -> None:
-        self._x, self._version = (None, 0) if x is None else (ref(x), _version(x))
+    def __init__(self, x: object) -> None:
+        self._x, self._version = (ref(x), _version(x)) if isinstance(x, Tensor) else (None, 0)
 
-    def is_still(self, x: Tensor | None) -> bool:
-        return x is not None and self._x is not None and self._x() is x and _version(x) == self._version
+    def is_still(self, x: object) -> bool:
+        return isinstance(x, Tensor) and self._x is not None and self._x() is x and _version(x) == self._version
 
 
 def _version(x: Tensor) -> int:
