@@ -5,7 +5,6 @@ R rows, T queries per row, H heads, D head_dim.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -58,12 +57,15 @@ class Reader:
                     query.saw(step, pool, view, rows, None)
         if routed is not None:  # also when it is empty: choosing pages may be a collective
             beside = None if len(pages.pools) == 1 else self._beside(step, parts, q, rows, before)
-            view, choices = self._view(step, routed, rows, before), []
-            with nullcontext() if query.saw is None else self.selection.shown_to(lambda asked, columns: choices.append(columns)):
+            view = self._view(step, routed, rows, before)
+            if query.saw is None:
                 found, readers = self._choose(step, query, routed, view, q, rows, beside)
-            parts.append((routed, found))
-            if query.saw is not None:
+            else:
+                choices: list[Tensor] = []
+                with self.selection.shown_to(lambda asked, columns: choices.append(columns)):
+                    found, readers = self._choose(step, query, routed, view, q, rows, beside)
                 query.saw(step, routed, view, rows, choices)
+            parts.append((routed, found))
         if len(parts) == 1 and self._shares[query.layer] is None:
             return Found(parts[0][1].out, parts[0][1].lse, (), readers)
         return self._merged(pages, query, q, parts, readers)

@@ -18,6 +18,7 @@ class Counters:
         self._by_expert = torch.zeros(num_experts, dtype=torch.int64, device=device)
         self._pending: list[tuple[Routed | Tensor, Tensor]] = []
         self._pending_tokens = 0
+        self._kept_tokens = PENDING_TOKENS if device.type == "cpu" else 1
         self.device_counts = torch.zeros(3, dtype=torch.int64, device=device)  # expired, spilled to here, spilled anywhere
         self.clear()
 
@@ -49,7 +50,7 @@ class Counters:
         """
         self._pending.append((experts, stored))
         self._pending_tokens += stored.numel()
-        if self._pending_tokens >= PENDING_TOKENS or stored.device.type != "cpu":
+        if self._pending_tokens >= self._kept_tokens:
             self._add_up()
 
     def _add_up(self) -> None:

@@ -210,7 +210,8 @@ class Selection:
             table, lens = (per_query(x, num_rows, num_queries) for x in (table, lens))
             tail_rows = None if tail_rows is None else per_query(tail_rows, num_rows, num_queries)
         table = table.contiguous()
-        at = positions[:, begin : begin + num_queries].flatten().contiguous()
+        at = positions if positions.shape[1] == num_queries else positions[:, begin : begin + num_queries]
+        at = at.flatten().contiguous()
 
         def extent():
             return extent_of(pool, table, lens.view(-1, self.pages.num_local, 1), at.view(-1, 1, 1), self.config, window, self.in_order)
@@ -259,6 +260,8 @@ class Selection:
 
 def blocks(num_queries: int) -> list[tuple[int, int]]:
     """Columns of a forward, QUERIES_AT_ONCE at a time and the odd ones first: rows are padded there, so that padding moves no block."""
+    if num_queries <= QUERIES_AT_ONCE:
+        return [(0, num_queries)]
     begins = [0, *range(num_queries % QUERIES_AT_ONCE or QUERIES_AT_ONCE, num_queries, QUERIES_AT_ONCE)]
     return list(zip(begins, [*begins[1:], num_queries], strict=True))
 
