@@ -5,7 +5,6 @@ R rows, T queries per row, H heads, D head_dim.
 
 from __future__ import annotations
 
-
 import torch
 from torch import Tensor
 
