@@ -14,6 +14,7 @@ from megatron.core.inference.communication_utils import (
 )
 from megatron.core.transformer.attention import Attention
 
+from pikv_ds.megatron_patch import install, uninstall
 from tests.megatron.models import causal_mask, positions
 
 
@@ -64,6 +65,16 @@ def dense_is_forbidden() -> Iterator[None]:
 
     with mock.patch.object(Attention, "_allocate_memory", refuse):
         yield
+
+
+@contextlib.contextmanager
+def installed(block: dict) -> Iterator[None]:
+    """megatron_patch.install(block), and everything the host's again afterwards."""
+    assert install(block)
+    try:
+        yield
+    finally:
+        assert uninstall()
 
 
 def assert_conserved(context, expected_live: int | None = None) -> None:

@@ -87,6 +87,7 @@ extern "C" const char* pikv_stream_of(int device) {{
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
+@pytest.mark.skipif((TORCH / "lib" / "libtorch_cuda.so").exists(), reason="this torch is a CUDA build: its own library answers, and loads")
 @pytest.mark.parametrize("present", [True, False])
 def test_the_stream_is_found_in_a_torch_that_nobody_made_global(ours, tmp_path, present):
     """A library of the name of torch's, with the one function, loaded the way Python does it."""

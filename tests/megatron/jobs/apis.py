@@ -4,19 +4,18 @@ Arguments: layouts tp,ep,etp.
 """
 
 import asyncio
-import contextlib
-import sys
 from collections.abc import Callable
 
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.inference.apis import MegatronAsyncLLM, MegatronLLM, SamplingParams
 
-from pikv_ds.megatron_patch import PiKVDynamicInferenceContext, cpu_compat, install, uninstall
+from pikv_ds.megatron_patch import PiKVDynamicInferenceContext, cpu_compat
 from tests.dist.jobs.report import Report
 from tests.megatron import dynamic_script
-from tests.megatron.models import start, tiny_config, tiny_model
-from tests.megatron.runs import assert_conserved
+from tests.megatron.layouts import each_layout
+from tests.megatron.models import tiny_config, tiny_model
+from tests.megatron.runs import assert_conserved, installed
 from tests.megatron.serving import reference_flash_decode
 from tests.megatron.static_script import Tokenizer
 
@@ -68,22 +67,13 @@ def inference_config(model):
     return dynamic_script.get_inference_config(dynamic_script.parse_args([]), model.config)
 
 
-@contextlib.contextmanager
-def installed():
-    assert install(BLOCK)
-    try:
-        yield
-    finally:
-        assert uninstall()
-
-
 def check(report: Report, name: str, answers: Callable) -> None:
     """answers(look): over Megatron's own cache, then over PiKV."""
     seen = []
     with report.check(name) as row:
         with reference_flash_decode():
             expected = answers(lambda context: None)
-        with installed():
+        with installed(BLOCK):
             found = answers(seen.append)
         (context,) = seen
         row["stats"] = context.stats()
@@ -93,8 +83,8 @@ def check(report: Report, name: str, answers: Callable) -> None:
         assert row["stats"]["entries_appended"] > 0 or dist.get_rank() > 0
 
 
+@cpu_compat.cuda_literals_on_cpu()
 def check_layout(report: Report, layout: str) -> None:
-    start(*map(int, layout.split(",")))
     model = tiny_model(tiny_config())
     if parallel_state.get_expert_model_parallel_world_size() == 1:  # the host refuses it otherwise
         check(report, f"{layout} MegatronLLM, direct", lambda look: sync_answers(model, look, use_coordinator=False))
@@ -104,18 +94,7 @@ def check_layout(report: Report, layout: str) -> None:
         f"{layout} MegatronAsyncLLM, coordinator",
         lambda look: asyncio.run(asyncio.wait_for(async_answers(model, look), PATIENCE_S)),
     )
-    dist.barrier()
-    parallel_state.destroy_model_parallel()
-
-
-def main() -> None:
-    report = Report()
-    cpu_compat.install()
-    with cpu_compat.cuda_literals_on_cpu():
-        for layout in sys.argv[1:]:
-            check_layout(report, layout)
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    each_layout(check_layout)

@@ -4,7 +4,6 @@ From 0.17 on ranks pause before they stop, and are suspended and resumed in betw
 """
 
 import asyncio
-import contextlib
 from collections.abc import Callable
 from functools import partial
 
@@ -13,13 +12,13 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.inference.inference_client import InferenceClient
 
-from pikv_ds.megatron_patch import cpu_compat, install, uninstall
+from pikv_ds.megatron_patch import cpu_compat
 from tests.dist.jobs.report import Report
 from tests.megatron import dynamic_script, hosts
 from tests.megatron.engines import wrong
 from tests.megatron.layouts import each_layout
 from tests.megatron.models import tiny_config, tiny_model
-from tests.megatron.runs import assert_conserved
+from tests.megatron.runs import assert_conserved, installed
 from tests.megatron.static_script import Tokenizer
 
 PROMPTS = ["a" * n + "bcd" for n in (3, 90, 11, 25, 7)]
@@ -92,19 +91,10 @@ async def stop(engine, client) -> None:
     await engine.engine_loop_task
 
 
-@contextlib.contextmanager
-def installed():
-    assert install({"page_size": 4})
-    try:
-        yield
-    finally:
-        assert uninstall()
-
-
 def check(report: Report, name: str, model, get_engine: Callable, *, suspend: bool = False) -> None:
     group = parallel_state.get_expert_model_parallel_group()
     with report.check(name) as row:
-        with torch.inference_mode(), installed():
+        with torch.inference_mode(), installed({"page_size": 4}):
             engine = get_engine()
             idle = count_idle(engine)
             answers = engine._loop.run_until_complete(asyncio.wait_for(converse(engine, suspend), PATIENCE_S))

@@ -1,6 +1,5 @@
 """Unedited scripts over install(): static and dynamic engines, and everything back afterwards. Arguments: layouts."""
 
-import contextlib
 import threading
 import time
 import warnings
@@ -30,7 +29,7 @@ from tests.megatron import documented, dynamic_script, static_script
 from tests.megatron.engines import prompts, serve, wrong
 from tests.megatron.layouts import each_layout
 from tests.megatron.models import tiny_config, tiny_model, tokens
-from tests.megatron.runs import assert_conserved, dense_is_forbidden, full_forward, refused
+from tests.megatron.runs import assert_conserved, dense_is_forbidden, full_forward, installed, refused
 from tests.megatron.serving import reference_flash_decode
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -38,19 +37,10 @@ BLOCK = {"page_size": 4, "storage": {"requests": "auto"}}
 ARGUMENTS = ["--use-legacy-static-engine", "--num-tokens-to-generate", "8", "--prompts", "hello", "world!!x", "abcdef"]
 
 
-@contextlib.contextmanager
-def installed():
-    assert install(BLOCK)
-    try:
-        yield
-    finally:
-        assert uninstall()
-
-
 def check_static(report: Report, layout: str) -> None:
     engine, expected = static_script.main(ARGUMENTS)
     with report.check(f"{layout} an unedited static script"):
-        with installed(), dense_is_forbidden():
+        with installed(BLOCK), dense_is_forbidden():
             engine, results = static_script.main(ARGUMENTS)
             context = engine.controller.inference_wrapped_model.inference_context
             assert type(context) is PiKVInferenceContext
@@ -58,7 +48,7 @@ def check_static(report: Report, layout: str) -> None:
         assert [r.generated_tokens.tolist() for r in results] == [r.generated_tokens.tolist() for r in expected]
     with report.check(f"{layout} a static engine that wants CUDA graphs goes back to the static context"):
         # As tools/run_text_generation_server.py does, which does not pass legacy=True on: the host itself falls back, and says why.
-        with installed(), dense_is_forbidden(), warnings.catch_warnings(record=True) as caught:
+        with installed(BLOCK), dense_is_forbidden(), warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             engine, results = static_script.main([a for a in ARGUMENTS if a != "--use-legacy-static-engine"])
             assert isinstance(engine, StaticInferenceEngine) and engine.legacy
@@ -74,7 +64,7 @@ def check_dynamic(report: Report, layout: str) -> None:
     asked = dict(enumerate(prompts([5, 2][rank % 2], seed=31 + rank)))
     classes = [type(module) for module in model.modules()]
     with report.check(f"{layout} an unedited dynamic script") as row:
-        with installed():
+        with installed(BLOCK):
             engine = dynamic_script.get_engine(args, model)
             assert type(engine.context) is PiKVDynamicInferenceContext and engine.context.memory_buffer.numel() == 0
             served = serve(engine, asked, 5, group)  # without serving(): idle ranks join by themselves
@@ -104,7 +94,7 @@ def check_edges(report: Report, layout: str, model, args) -> None:
     with report.check(f"{layout} installed twice, contexts from before, models enabled by hand"):
         before = {(patch.owner, patch.name): getattr(patch.owner, patch.name) for patch in drop_in.patches()}
         dense = dynamic_script.get_inference_context(args, model.config)
-        with installed():
+        with installed(BLOCK):
             assert not install(BLOCK), "a second install must change nothing"
             refused(ConfigError, "another configuration", lambda: install({"page_size": 8}))
             refused(UnsupportedError, "before install()", lambda: dynamic_script.get_inference_controller(model, dense))
@@ -134,7 +124,7 @@ def check_edges(report: Report, layout: str, model, args) -> None:
 
 def check_names() -> None:
     host = StaticInferenceContext.__init__
-    with installed():
+    with installed(BLOCK):
         ours = StaticInferenceContext.__init__
         with mock.patch.object(StaticInferenceContext, "__init__", lambda self, *args: ours(self, *args)):
             later = StaticInferenceContext.__init__

@@ -4,12 +4,10 @@ PYTHONPATH has megatron/inference and megatron/training of the checkout; megatro
 """
 
 import argparse
-import sys
 from unittest import mock
 
 import megatron.inference.utils as megatron_lm
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.inference.sampling_params import SamplingParams
 from megatron.core.transformer import enums
@@ -18,8 +16,10 @@ from megatron.training.arguments import add_megatron_arguments
 from pikv_ds.megatron_patch import PiKVDynamicInferenceContext, cpu_compat
 from tests.dist.jobs.report import Report
 from tests.megatron.engines import prompts, wrong
-from tests.megatron.jobs.coordinator import check, installed
-from tests.megatron.models import start, tiny_config, tiny_model
+from tests.megatron.jobs.coordinator import check
+from tests.megatron.layouts import each_layout
+from tests.megatron.models import tiny_config, tiny_model
+from tests.megatron.runs import installed
 from tests.megatron.serving import reference_flash_decode
 from tests.megatron.static_script import Tokenizer
 
@@ -55,30 +55,19 @@ def performance_test(model, asked: list[list[int]]) -> tuple[list[list[int]], ob
     return [list(record.merge().generated_tokens) for record in records], engine.context
 
 
+@cpu_compat.cuda_literals_on_cpu()
 def check_layout(report: Report, layout: str) -> None:
-    start(*map(int, layout.split(",")))
     group, model, asked = parallel_state.get_expert_model_parallel_group(), tiny_model(tiny_config()), prompts(5, seed=3)
     with report.check(f"{layout} run_inference_performance_test"):
         with reference_flash_decode():
             expected, _ = performance_test(model, asked)
-        with installed():
+        with installed({"page_size": 4}):
             found, context = performance_test(model, asked)
         assert type(context) is PiKVDynamicInferenceContext and context.stats()["entries_appended"] > 0
         assert found == expected and wrong(model, dict(enumerate(asked)), dict(enumerate(found)), group) == []
     check(report, f"{layout} run_dynamic_text_generation_server", model, lambda: get_engine(model, "--return-log-probs"))
     check(report, f"{layout} megatron/rl", model, lambda: get_engine(model, "--return-log-probs", "--skip-prompt-log-probs"), suspend=True)
-    dist.barrier()
-    parallel_state.destroy_model_parallel()
-
-
-def main() -> None:
-    report = Report()
-    cpu_compat.install()
-    with cpu_compat.cuda_literals_on_cpu():
-        for layout in sys.argv[1:]:
-            check_layout(report, layout)
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    each_layout(check_layout)
