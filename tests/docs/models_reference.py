@@ -3,7 +3,7 @@
 import json
 from collections import Counter
 
-from tests.survey.results import RESULTS, SURVEYED
+from tests.survey.results import NEWEST, RESULTS, SURVEYED
 
 from .tables import MADE, table
 
@@ -37,4 +37,7 @@ def written() -> str:
         for title, outcome in (("Wrong", "wrong"), ("Refused", "refused"), ("Not among them", "not in it"))
         if counts[outcome]
     ]
+    newest = json.loads(NEWEST.read_text(encoding="utf-8"))
+    outcomes = ((f"`{row['family']}`", row["outcome"], row["why"]) for row in newest["rows"])
+    others.append((f"New in transformers {newest['versions']['transformers']}", table(("family", "outcome", "why"), outcomes)))
     return "\n".join([head, "## Served\n", served, *(f"## {title}\n\n{text}" for title, text in others)])

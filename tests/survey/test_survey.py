@@ -10,7 +10,7 @@ from tests.long_form import short_or_long
 
 from .compare import survey
 from .configs import FAMILIES, tiny_config
-from .results import RESULTS, SURVEYED
+from .results import NEWEST, RESULTS, SURVEYED
 
 RECORD = json.loads(RESULTS.read_text(encoding="utf-8"))
 ROWS = RECORD["rows"]
@@ -44,6 +44,12 @@ def test_the_committed_rows_are_of_all_families_and_none_is_wrong():
     assert "wrong" not in outcomes and set(outcomes) <= {*SURVEYED, "not in it"}
     assert outcomes.count("served") >= 125
     assert all(row["why"] for row in ROWS if row["outcome"] != "served")
+
+
+def test_the_rows_of_the_newest_version_are_families_of_its_own_and_none_is_wrong():
+    record = json.loads(NEWEST.read_text(encoding="utf-8"))
+    assert not {row["family"] for row in record["rows"]} & {row["family"] for row in ROWS}
+    assert {row["outcome"] for row in record["rows"]} <= {"served", "refused", "not in it"}
 
 
 def test_the_rule_keeps_every_kind_of_layer():
