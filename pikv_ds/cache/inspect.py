@@ -131,8 +131,11 @@ class CacheProbe:
 
     @property
     def known_sizes(self) -> list[tuple[Tensor, Tensor]]:
-        """Entries of tables and free pages: as the host knows them, and as they are. Empty while they are on their way to it."""
+        """Entries of tables and free pages: as the host knows them, and as they are. Empty while they are on their way to it, or
+        nobody asks for them."""
         pages = self.cache.pages
+        if pages.held is not None:  # nobody follows them
+            return []
         return [(pages.sizes.counts, pages.counts[0]), (pages.sizes.free(0), pages.free_tops[0])] if pages.sizes.arrived else []
 
     @property
