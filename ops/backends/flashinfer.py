@@ -6,7 +6,7 @@ It reads our pages where they lie: keys and values are strided views of the reco
 |---|---|
 | bf16 and fp16 pages, queries of the same type, K and V of one width (64, 128, 256) | yes |
 | latents of 512 + 64, bf16 and fp16 | yes |
-| page lists, tables per head, several shards | yes, as more rows; merged by ops.merge |
+| page lists, tables per head, several shards | yes, as more rows; merged by their lse |
 | coded pages (int8, int4, int2, fp8, fp4, pairs) | no: it has no such grids |
 | windows | no: it counts columns, and a shard or a table that has lost pages holds other positions |
 | the lse of each page | no: nothing of it is returned |
@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from pikv_ds.ops.format.formats import PageFormat
-from pikv_ds.ops.merge import merge
 from pikv_ds.ops.reference.formats import views
+from pikv_ds.ops.reference.merge_partials import merge_partials
 
 from .csr import PageRows, page_rows
 
@@ -105,7 +105,7 @@ def merged(out: Tensor, lse: Tensor, shape: torch.Size, tables: int, heads: int,
     empty = (rows.indptr.diff() == 0).view(-1, 1)
     out, lse = torch.where(empty.unsqueeze(-1), 0, out), torch.where(empty, -torch.inf, lse)
     out, lse = (x.unflatten(0, (shape[0], tables, heads)).flatten(2, 3).transpose(0, 1) for x in (out, lse))
-    return (out[0], lse[0]) if tables == 1 else merge(out, lse)
+    return (out[0], lse[0]) if tables == 1 else merge_partials(out, lse)
 
 
 def _heads(q: Tensor, pages: Tensor, fmt: PageFormat, rows: PageRows, scale: float) -> Callable[[], tuple[Tensor, Tensor]]:
