@@ -147,6 +147,19 @@ class CacheProbe:
         """A crop of the row behind this many tokens may be refused, as entries have left a window."""
         return self.cache.pages.crops.expired_at.values[row]
 
+    # ---- memory --------------------------------------------------------------------------------------------------------------
+
+    @property
+    def addresses(self) -> list[int]:
+        """Of the tensors that a decode step reads and writes."""
+        directory = self.cache.pages.directory
+        return [x.data_ptr() for x in (directory.load, *directory.shard_at)] + [at for pool in self.all_pools for at in pool.addresses]
+
+    @property
+    def reserved_tokens(self) -> int | None:
+        """That rows may grow to before one of them is replaced; None: nothing is reserved."""
+        return self.cache.pages.held
+
     # ---- bytes ---------------------------------------------------------------------------------------------------------------
 
     @property

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pikv_ds import ops
 from pikv_ds.cache.cache import PiKVCache
+from pikv_ds.cache.inspect import CacheProbe
 from pikv_ds.cache.step_graph import StepGraph
 from pikv_ds.config.pikv import PiKVConfig
 from pikv_ds.spec import LayerSpec
@@ -34,14 +34,11 @@ class Steps:
         self.cache = PiKVCache(
             self.layers, PiKVConfig(**self.block), num_experts=EXPERTS, dtype=self.dtype, device=self.device, group=self.group
         )
+        self.probe = CacheProbe(self.cache)
         self.lens: list[int] = []
-        self.given = [self._new(1) for _ in self.layers]
 
     def _there(self, x: Tensor) -> Tensor:
         return x if self.device.type == "cpu" else FarTensor(x)
-
-    def _new(self, columns: int) -> list[Tensor]:
-        return [torch.zeros(0)] if not self.rows else []
 
     def local(self, columns: int, num_new: list[int] | None = None) -> LocalStep:
         fresh = not self.lens
@@ -97,34 +94,11 @@ class Steps:
     def _grew(self, local: LocalStep) -> None:
         self.lens = [n + new for n, new in zip(self.lens or [0] * self.rows, local.num_new, strict=True)]
 
-    def memory(self) -> dict[str, Tensor]:
-        """Every tensor of its pages by name."""
-        pages = self.cache.pages
-        found = {"load": pages.directory.load, "spilled": pages.counters.device_counts, "experts": pages.counters.by_expert}
-        found |= {f"homes.{i}": x for i, x in enumerate(pages.directory.shard_at)} if pages.num_shards > 1 else {}
-        for i, layer in enumerate(pages.layers):
-            pool = layer.nearest
-            free = pool.allocator
-            parts = {"pages": pool.pages, "tail": pool.tail, "ids": pool.table.ids, "counts": pool.table.counts, "stack": free.free_stack,
-                     "top": free.free_top, "uses": free.refcount}  # fmt: skip
-            found |= {f"{name}.{i}": x for name, x in parts.items() if x is not None}
-        return {name: held(x) for name, x in found.items()}
-
-    def places(self) -> dict[str, int]:
-        return {name: x.data_ptr() for name, x in self.memory().items()}
-
-    def stored(self, layer: int) -> list[Tensor]:
-        """What must be equal in two caches of the same entries: pages in use, counts, and of every entry its position and its numbers."""
-        pool = self.cache.pages.layers[layer].nearest
-        used, counts = held(pool.allocator.refcount)[:-1] > 0, held(pool.table.counts).flatten()
-        ids, pages = held(pool.table.ids).flatten(0, 1), held(pool.pages)
-        tail = None if pool.tail is None else held(pool.tail)
-        fmt, page = pool.fmt, ids.clamp_min(0).flatten()
-        filled = torch.arange(ids.shape[1] * fmt.page_size) < counts.unsqueeze(-1)
-        k, v = (x.unflatten(0, ids.shape).transpose(2, 3).flatten(1, 2)[filled] for x in ops.decode_pages(pages[page], fmt))
-        if tail is not None:  # the open group lies there, and the codes of its slots are anything
-            closed = torch.arange(filled.shape[1]) < (counts - counts % fmt.group).unsqueeze(-1)
-            k = torch.where(closed[filled][:, None, None], k, 0)
-            v, k = v, [k, *(row[:, : n % fmt.group] for row, n in zip(tail, counts.tolist(), strict=True))]
-        at = ops.positions(pages, fmt)[page].view(ids.shape[0], -1)[filled]
-        return [used.sum(), counts, at, v, *(k if isinstance(k, list) else [k])]
+    def stored(self) -> list[Tensor]:
+        """What must be equal in two caches of the same entries: pages in use, and of every entry its position and its numbers."""
+        found = []
+        for layer in range(len(self.layers)):
+            pool = self.probe.near_pool(layer)
+            found.append(torch.tensor(pool.used_pages))
+            found += [x for row in range(self.rows) for table in range(pool.num_tables) for x in pool.stored(row, table)]
+        return found

@@ -54,11 +54,11 @@ def check(played: Steps, plain: Steps, name: str) -> None:
         found, expected = played.play(graph, 10 + step, num_new), plain.forward(10 + step, 1, num_new)
         for x, y in zip(found, expected, strict=True):
             assert torch.equal(held(x), held(y)), (name, step)
-        for layer in range(len(played.layers)):
-            for x, y in zip(played.stored(layer), plain.stored(layer), strict=True):
-                assert torch.equal(x, y), (name, step, layer)
-        before = before or played.places()
-        assert played.places() == before, (name, step)
+        if step < 3 or step % 5 == 4:
+            for x, y in zip(played.stored(), plain.stored(), strict=True):
+                assert torch.equal(x, y), (name, step)
+        before = before or played.probe.addresses
+        assert played.probe.addresses == before, (name, step)
     assert not graph.stale
 
 
@@ -72,35 +72,32 @@ def test_played_steps_on_a_device_do_not_stop_the_host(name, monkeypatch):
     with Far().entered(monkeypatch) as far:
         played, plain = prepared(name, FAR)
         graph = played.record(Tape())
-        for step in range(PLAYED):
+        for step in range(3):
             found, expected = played.play(graph, 10 + step), plain.forward(10 + step)
             far.next_step()
             assert all(torch.equal(held(x), held(y)) for x, y in zip(found, expected, strict=True)), step
-            if step == 2:
-                far.clear()
-                plain, counted = None, far
-                break
+        far.clear()
         for step in range(3, PLAYED):
             played.play(graph, 10 + step)
             far.next_step()
-        assert counted.total() == (0 if "budget" not in name else counted.total()), counted.stops
+        if name != "a budget":  # an eviction reads one tensor, when it is due
+            assert far.total() == 0, far.stops
 
 
 def test_reserved_steps_ask_for_the_same_each_time():
     """Also unrecorded: no op of a step gets another shape, no tensor of the cache another place."""
     played, _ = prepared("windows and shards", torch.device("cpu"))
     played.forward(2)
-    asked, places = [], played.places()
+    asked, places = [], played.probe.addresses
     for seed in range(8):
         local, given = played.local(1), played.bring(seed, 1)
         played.cache.begin_step(local)
         tape = Tape()
-        played.cache.open(played.cache.agreement.continue_plain(local), [played.cache.announced])
         tape.record(lambda given=given: played.attend(given))
         played.cache.end_step()
         played._grew(local)
         asked.append(tape.asked)
-        assert played.places() == places
+        assert played.probe.addresses == places
     assert asked.count(asked[0]) == len(asked)
 
 
@@ -115,7 +112,7 @@ def test_a_graph_is_stale_once_memory_has_moved():
     played.lens = [PROMPT + 3] * 3
     played.play(graph, 5)  # what was refused has changed nothing
     played.forward(6, columns=RESERVED)  # a longer row: what was reserved is let go
-    assert graph.stale and played.cache.pages.held is None
+    assert graph.stale and played.probe.reserved_tokens is None
     with pytest.raises(UnsupportedError, match="generation"):
         played.play(graph, 7)
     played.cache.reserve(200)
