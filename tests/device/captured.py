@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pikv_ds.cache.cache import PiKVCache
 from pikv_ds.cache.inspect import CacheProbe
+from pikv_ds.cache.stats import stats
 from pikv_ds.cache.step_graph import StepGraph
 from pikv_ds.config.pikv import PiKVConfig
 from pikv_ds.spec import LayerSpec
@@ -102,3 +103,8 @@ class Steps:
             found.append(torch.tensor(pool.used_pages))
             found += [x for row in range(self.rows) for table in range(pool.num_tables) for x in pool.stored(row, table)]
         return found
+
+    def counted(self) -> dict:
+        """What is counted of its entries."""
+        numbers = stats(self.cache, self.rows, max(self.lens))
+        return {name: n for name, n in numbers.items() if name.startswith(("entries", "load", "spilled"))}

@@ -55,6 +55,7 @@ def check(played: Steps, plain: Steps, name: str) -> None:
         for x, y in zip(found, expected, strict=True):
             assert torch.equal(held(x), held(y)), (name, step)
         if step < 3 or step % 5 == 4:
+            assert played.counted() == plain.counted(), (name, step)
             for x, y in zip(played.stored(), plain.stored(), strict=True):
                 assert torch.equal(x, y), (name, step)
         before = before or played.probe.addresses
@@ -116,6 +117,8 @@ def test_a_graph_is_stale_once_memory_has_moved():
     with pytest.raises(UnsupportedError, match="generation"):
         played.play(graph, 7)
     played.cache.reserve(200)
+    with pytest.raises(UnsupportedError, match="generation"):
+        played.play(graph, 7)  # there is room again, but elsewhere
     again = played.record(Tape())
     for seed in range(3):
         played.play(again, seed)
