@@ -45,6 +45,7 @@ def logits(model, block: dict, ids: torch.Tensor) -> tuple[list[torch.Tensor], d
         return found, cache.stats()
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", short_or_long(SHORT, list(CASES)))
 def test_compiled_layers_have_one_graph(name):
     family, block, backend = CASES[name]
@@ -52,7 +53,8 @@ def test_compiled_layers_have_one_graph(name):
     if family != "gemma2":
         model.set_experts_implementation("batched_mm")
     expected, stored = logits(model, block, ids)
-    compiled = model.model.layers if LONG else model.model.layers[:1]  # the other one hears what that one's router has chosen
+    some = not LONG or backend == "inductor"  # the other layer hears what the first one's router has chosen
+    compiled = model.model.layers[:1] if some else model.model.layers
     for layer in compiled:
         layer.compile(backend=backend, fullgraph=True, dynamic=True)
     found, stored_too = logits(model, block, ids)

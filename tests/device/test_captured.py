@@ -22,6 +22,7 @@ def layers(windows: list[int | None], dim: int = 8, latent: bool = False) -> lis
 
 
 INT8 = {"page_size": 64, "compression": {"method": "int8"}}
+BUDGET = {"method": "streaming_llm", "budget_tokens": 16, "sink_tokens": 4, "recent_tokens": 4, "interval": 3}
 SHARDS = {"page_size": 4, "storage": {"num_shards": 4}}
 CASES = {
     "one shard": (layers([None, None]), {"page_size": 4}),
@@ -32,8 +33,7 @@ CASES = {
     "int8": (layers([None], dim=16), INT8),
     "latent": (layers([None], latent=True), {"page_size": 4}),
     "late experts": (layers([None, None]), {"page_size": 4, "storage": {"num_shards": 4, "expert_ids": "true"}}),
-    "a budget": (layers([None, None]), {"page_size": 4, "scheduling": {"method": "streaming_llm", "budget_tokens": 16, "interval": 3}}),
-    "maps": (layers([None], dim=16), {"page_size": 4, "compression": {"method": "crop", "k_rank": 8, "v_rank": 8}}),
+    "a budget": (layers([None, None]), {"page_size": 4, "scheduling": BUDGET}),
 }
 SHORT = ["one shard", "windows and shards", "full shards", "int8", "late experts"]
 
