@@ -9,7 +9,9 @@ Every op takes its record layout as seven arguments, `layout(fmt)`: format, num_
 
 from __future__ import annotations
 
+import os
 import warnings
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import torch
@@ -160,20 +162,38 @@ def _reference_on_device(name: str):
     def call(*args):
         at = next(i for i, arg in enumerate(args) if type(arg) is int)  # the layout starts here: format, num_kv_heads, k_dim, v_dim, ...
         fmt = _format(args[at : at + 7])
+        otherwise = _by_flashinfer(fmt, args) if name == "decode" else None
         if fmt not in _without_kernel:
             _without_kernel.add(fmt)
+            runs = "in plain torch, slower" if otherwise is None else "by flashinfer, whose plan stops the host"
             warnings.warn(
                 f"pikv: there is no CUDA kernel for {fmt.label} pages with k_dim {fmt.k_dim}, v_dim {fmt.v_dim} (widths up to 128, latent "
-                f"up to 576 and 512, with raw rope columns {', '.join(ROPE)}; mixed: {', '.join(MIXED)}): {name} runs in plain torch, "
-                f"slower",
+                f"up to 576 and 512, with raw rope columns {', '.join(ROPE)}; mixed: {', '.join(MIXED)}): {name} runs {runs}",
                 stacklevel=2,
             )
-        return REFERENCE[name](*args)
+        return REFERENCE[name](*args) if otherwise is None else otherwise()
 
     return call
 
 
 _without_kernel: set[PageFormat] = set()
+
+
+def _by_flashinfer(fmt: PageFormat, args: tuple) -> Callable[[], tuple[Tensor, Tensor, Tensor]] | None:
+    """A decode of FlashInfer's, where PIKV_FALLBACK=flashinfer asks for it and the case is its own; else None."""
+    wanted = os.environ.get("PIKV_FALLBACK")
+    if wanted is None:
+        return None
+    if wanted != "flashinfer":
+        raise ValueError(f"PIKV_FALLBACK={wanted!r} is not known; flashinfer, or unset it")
+    from .backends import flashinfer
+
+    q, pages, block_table, seqlens, _, page_list = args[:6]
+    scale, window, with_page_lse, _ = args[15:]
+    if flashinfer.refusal(fmt, q.dtype, window=window, with_page_lse=with_page_lse) is not None:
+        return None
+    options = {"scale": scale, "page_list": page_list}
+    return lambda: (*flashinfer.decode(q, pages, fmt, block_table, seqlens, **options), q.new_empty(0, dtype=torch.float32))
 
 
 def on_first_use(device: str) -> bool:

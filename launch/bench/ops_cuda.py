@@ -8,6 +8,7 @@ Baselines (bf16, those that are there):
     sdpa        contiguous K/V [B, H, L, D], enable_gqa=True
     flex        torch flex_attention, compiled, enable_gqa=True, on the same
     flashinfer  BatchDecodeWithPagedKVCacheWrapper, HND pages of 16 tokens
+    flashinfer_in_place  the same kernels over our own bf16 pages, as strided views (ops/backends/flashinfer.py)
     flash_attn  flash_attn_with_kvcache, pages of 256 tokens
 """
 
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from pikv_ds import ops
 from pikv_ds.launch.output import print_table, write_json
+from pikv_ds.ops.backends import flashinfer as over_pages
 from pikv_ds.ops.build import load
 from pikv_ds.ops.reference import formats as ref_formats
 
@@ -84,27 +86,37 @@ def _rows(batch: int, context: int, repeats: int) -> list[dict[str, Any]]:
 
 def _paged(name: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[Callable[[], Tensor], int]:
     """decode over pages of the format in random order, and the bytes it reads."""
+    fmt, pages, table, seqlens = _stored(name, k, v)
+    tail = {}
+    if fmt.grouped:
+        rows = torch.arange(len(q), dtype=torch.int32, device=q.device)
+        tail = {"tail": torch.zeros(len(q), HEADS, fmt.group, DIM, dtype=torch.bfloat16, device=q.device), "tail_rows": rows}
+    return lambda: ops.decode(q, pages, fmt, table, seqlens, scale=DIM**-0.5, **tail)[0], pages.nbytes
+
+
+def _stored(name: str, k: Tensor, v: Tensor) -> tuple[ops.PageFormat, Tensor, Tensor, Tensor]:
+    """The format, pages of it in random order, their table and lengths."""
     batch, context = k.shape[0], k.shape[2]
     keys, _, values = name.partition("/")
     fmt = ops.PageFormat(keys, HEADS, DIM, DIM, PAGE, v_name=values or None)
     per_request = context // PAGE
-    pages = ops.new_pages(fmt, batch * per_request, device=q.device)
-    table = torch.randperm(batch * per_request, generator=torch.Generator().manual_seed(1)).view(batch, 1, per_request).int().to(q.device)
+    pages = ops.new_pages(fmt, batch * per_request, device=k.device)
+    table = torch.randperm(batch * per_request, generator=torch.Generator().manual_seed(1)).view(batch, 1, per_request).int().to(k.device)
     for r in range(batch):  # one at a time: the reference encoder works in f32
         parts = (x[r].view(HEADS, per_request, PAGE, DIM).transpose(0, 1) for x in (k, v))
         ref_formats.encode_pages(pages, fmt, table[r, 0].long(), *parts)
-    seqlens = torch.full((batch, 1), context, dtype=torch.int32, device=q.device)
-    tail = {}
-    if fmt.grouped:
-        rows = torch.arange(batch, dtype=torch.int32, device=q.device)
-        tail = {"tail": torch.zeros(batch, HEADS, fmt.group, DIM, dtype=torch.bfloat16, device=q.device), "tail_rows": rows}
-    return lambda: ops.decode(q, pages, fmt, table, seqlens, scale=DIM**-0.5, **tail)[0], pages.nbytes
+    return fmt, pages, table, torch.full((batch, 1), context, dtype=torch.int32, device=k.device)
 
 
 def _baselines() -> dict[str, Callable[[Tensor, Tensor, Tensor], Callable[[], Tensor]]]:
     """Those that can run here; the others are named with the reason."""
     made = {"sdpa": _sdpa, "flex": _flex}
-    for name, package, make in (("flashinfer", "flashinfer", _flashinfer), ("flash_attn", "flash_attn", _flash_attn)):
+    packages = (
+        ("flashinfer", "flashinfer", _flashinfer),
+        ("flashinfer_in_place", "flashinfer", _flashinfer_in_place),
+        ("flash_attn", "flash_attn", _flash_attn),
+    )
+    for name, package, make in packages:
         try:
             __import__(package)
         except ImportError as error:
@@ -144,6 +156,12 @@ def _flashinfer(q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
     last = torch.full((batch,), 16, dtype=torch.int32, device=q.device)
     wrapper.plan(indptr, order.int(), last, HEADS * GROUP, HEADS, DIM, 16, q_data_type=q.dtype, kv_data_type=k.dtype)
     return lambda: wrapper.run(q, cache)
+
+
+def _flashinfer_in_place(q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
+    fmt, pages, table, seqlens = _stored("bf16", k, v)
+    run = over_pages.prepared(q, pages, fmt, table, seqlens, scale=DIM**-0.5).run
+    return lambda: run()[0]
 
 
 def _flash_attn(q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:

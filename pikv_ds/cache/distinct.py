@@ -108,7 +108,7 @@ class DistinctWay:
                 values[name] = value
         layout = Layout(fields)
         header = no_header(cache.device) if step is not None else cache.agreement.header_there(cache.local, cache.announced)
-        buffers = cache.exchange.all_gather(layout.pack(header, values if send else {}, cache.device), what)
+        buffers = cache.exchange.all_gather(layout.pack(header, values if send else {}, cache.device), what, read=step is None)
         return headers_of(buffers) if step is None else [], layout.unpack(buffers)
 
     def _answer(self, step: Step, query: Query, queries: Tensor, before: Before | None) -> tuple[Partial, dict[int, PageLse]]:

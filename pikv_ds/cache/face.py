@@ -7,8 +7,10 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
+from pikv_ds.errors import UnsupportedError
 from pikv_ds.exchange.exchange import Exchange
 from pikv_ds.modes import eager
+from pikv_ds.pages.layers import RankPages
 from pikv_ds.step.agreement import Agreement
 
 
@@ -17,6 +19,7 @@ class HostFace:
 
     exchange: Exchange
     agreement: Agreement
+    pages: RankPages
     hold_margin: int | None
     rehearsal: bool
 
@@ -80,6 +83,27 @@ class HostFace:
         """The host has taken back what it will of the forwards so far; the rest of them stays. Without an announcement it means nothing."""
         if self.hold_margin is not None:
             self.hold_margin = 0
+
+    @eager
+    def reserve(self, tokens: int) -> None:
+        """Make room for every row to grow to `tokens` tokens, now: until then decode steps replace no tensor of the cache, which a captured
+        step needs (step_graph.py). Bytes are allocated and reported at once. It ends when rows change (forks, crops, a new generation), on
+        reset(), and with the first row that grows longer. Call it between forwards, on all ranks alike. Sync: waits for sizes.
+
+        Raises: UnsupportedError where pages move to another pool by themselves; CapacityError beyond storage.capacity_tokens.
+        """
+        if not self.agreement.steady or not self.agreement.lens:
+            raise UnsupportedError("reserve() before the first forward: it is not known yet how many rows there are; run the prompt first")
+        if tokens < max(self.agreement.lens):
+            raise UnsupportedError(f"reserve({tokens}): a row has {max(self.agreement.lens)} tokens already; give what rows may grow to")
+        if self.pages.num_levels > 1:
+            raise UnsupportedError(
+                "reserve() with several pools (a raw window, or 'pools' of the block): pages move on to a pool whose size follows from "
+                "what is stored; leave the raw window at 0 and the list empty"
+            )
+        if self.pages.plan.rebased:
+            raise UnsupportedError("reserve() with bases that are fitted to each request (svd): their memory is replaced while they grow")
+        self.pages.hold(tokens)
 
     @eager
     def clear_column(self, name: str) -> None:

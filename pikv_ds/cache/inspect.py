@@ -131,8 +131,11 @@ class CacheProbe:
 
     @property
     def known_sizes(self) -> list[tuple[Tensor, Tensor]]:
-        """Entries of tables and free pages: as the host knows them, and as they are. Empty while they are on their way to it."""
+        """Entries of tables and free pages: as the host knows them, and as they are. Empty while they are on their way to it, or
+        nobody asks for them."""
         pages = self.cache.pages
+        if pages.held is not None:  # nobody follows them
+            return []
         return [(pages.sizes.counts, pages.counts[0]), (pages.sizes.free(0), pages.free_tops[0])] if pages.sizes.arrived else []
 
     @property
@@ -143,6 +146,19 @@ class CacheProbe:
     def uncroppable(self, row: int) -> int:
         """A crop of the row behind this many tokens may be refused, as entries have left a window."""
         return self.cache.pages.crops.expired_at.values[row]
+
+    # ---- memory --------------------------------------------------------------------------------------------------------------
+
+    @property
+    def addresses(self) -> list[int]:
+        """Of the tensors that a decode step reads and writes."""
+        directory = self.cache.pages.directory
+        return [x.data_ptr() for x in (directory.load, *directory.shard_at)] + [at for pool in self.all_pools for at in pool.addresses]
+
+    @property
+    def reserved_tokens(self) -> int | None:
+        """That rows may grow to before one of them is replaced; None: nothing is reserved."""
+        return self.cache.pages.held
 
     # ---- bytes ---------------------------------------------------------------------------------------------------------------
 

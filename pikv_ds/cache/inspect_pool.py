@@ -153,6 +153,13 @@ class PoolProbe:
         return self.pool.pages
 
     @property
+    def addresses(self) -> list[int]:
+        """Of the tensors that a decode step reads and writes."""
+        table, free = self.pool.table, self.pool.allocator
+        found = (self.pool.pages, self.pool.tail, table.ids, table.counts, free.free_stack, free.free_top, free.refcount)
+        return [x.data_ptr() for x in found if x is not None]
+
+    @property
     def fields(self) -> tuple[Tensor, Tensor, Tensor]:
         """Of a raw format: k [P, H, page_size, Dk], v [P, H, page_size, Dv], positions [P, page_size]."""
         return ops.views(self.pool.pages, self.pool.fmt)

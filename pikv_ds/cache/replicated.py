@@ -90,7 +90,8 @@ class ReplicatedWay:
         cache = self.cache
         header = cache.agreement.header_there(cache.local, cache.announced) if read_headers else no_header(cache.device)
         layout = Layout([("out", tuple(out.shape), torch.float32), ("lse", tuple(lse.shape), torch.float32)])
-        gathered = cache.exchange.all_gather(layout.pack(header, {"out": out, "lse": lse}, cache.device), "merging partial attention")
+        block = layout.pack(header, {"out": out, "lse": lse}, cache.device)
+        gathered = cache.exchange.all_gather(block, "merging partial attention", read=read_headers)
         outs, lses = (cache.map.in_rank_order(layout.unpack(gathered)[name]) for name in ("out", "lse"))
         return outs, lses, headers_of(gathered) if read_headers else None
 

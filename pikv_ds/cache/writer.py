@@ -96,6 +96,7 @@ class Writer:
         if not step.may_spill[layer]:
             return wanted
         load = -(-self.pages.directory.load[layer] // self.pages.heads)  # in tokens
-        shard, spilled = spill(wanted, valid, load, step.capacity[layer])
+        capacity = step.capacity[layer] if step.capacity_there is None else step.capacity_there[layer]
+        shard, spilled = spill(wanted, valid, load, capacity)
         self.pages.counters.count_spilled(spilled, spilled & self.pages.map.is_local(shard))
         return shard

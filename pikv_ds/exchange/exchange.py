@@ -44,14 +44,15 @@ class Exchange:
 
     # ---- records of a forward ------------------------------------------------------------------------------------------------
 
-    def all_gather(self, block: Tensor, what: str) -> Tensor:
-        """[...] contiguous, same shape on all ranks -> [G, ...]. `what` names the step in errors."""
+    def all_gather(self, block: Tensor, what: str, *, read: bool = False) -> Tensor:
+        """[...] contiguous, same shape on all ranks -> [G, ...]. `what` names the step in errors. read: the caller reads it back at once;
+        then the wait is bounded on every backend."""
         self._say_first(what)
         gathered = block.new_empty(self.size, *block.shape)
         self._count((self.size - 1) * block.nbytes)
         # torch 2.13 renamed all_gather_into_tensor; the old name still works but warns.
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-        self._run(what, lambda: gather(gathered.view(-1), block.view(-1), group=self.group, async_op=True), block.device)
+        self._run(what, lambda: gather(gathered.view(-1), block.view(-1), group=self.group, async_op=True), block.device, read=read)
         return gathered
 
     def all_to_all(self, block: Tensor, send_rows: list[int], what: str) -> Tensor:
@@ -167,7 +168,7 @@ class Exchange:
         table[self.rank] = row
         table = table.to(device or self._frames_on)
         self._count(2 * (self.size - 1) * row.nbytes)
-        self._run(what, lambda: dist.all_reduce(table, group=self.group, async_op=True), table.device, says or what)
+        self._run(what, lambda: dist.all_reduce(table, group=self.group, async_op=True), table.device, says or what, read=True)
         return table.tolist()
 
     # ---- calls into torch ----------------------------------------------------------------------------------------------------
@@ -177,18 +178,18 @@ class Exchange:
         self.collectives += 1
         self.bytes_sent += num_bytes
 
-    def _run(self, what: str, start: Callable[[], dist.Work], device: torch.device, says: str | None = None) -> None:
+    def _run(self, what: str, start: Callable[[], dist.Work], device: torch.device, says: str | None = None, *, read: bool = False) -> None:
         self.state.check(what)
         started = time.monotonic()
         try:
-            self._deadline.wait(start, device)
+            self._deadline.wait(start, device, read=read)
         except RuntimeError as error:
             says = says or (what if self.turn is None else self.turn.says(what))
-            raise self._failed(what, says, time.monotonic() - started, self._deadline.bounds(device), error) from error
+            raise self._failed(what, says, time.monotonic() - started, self._deadline.bounds(device, read=read), error) from error
 
     def _failed(self, what: str, says: str, waited_s: float, timed: bool, error: RuntimeError) -> PeerError:
         """The group is out of step from here on. Where the others still listen, they learn what this rank was doing, and it of them."""
-        said = self._last_words(says) if timed and waited_s >= self.timeout_s else None
+        said = self._last_words(says) if timed and waited_s >= self.timeout_s and self._deadline.timed_on_host else None
         late = f"within pikv.timeout_s = {self.timeout_s:g} s"
         if said is not None:
             self.state.broken = f"the ranks were not in step: {listed(said)}"

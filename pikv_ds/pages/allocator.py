@@ -11,6 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .addresses import Addresses
+
 GROWTH = 32
 """Pages are added in slabs of at least P // GROWTH, and given back once more than that share is free. Growing copies the layer: with n
 entries per table once in n / GROWTH steps or more, each of which reads every entry, so 2 * GROWTH / n of what attention moves at most."""
@@ -19,9 +21,9 @@ entries per table once in n / GROWTH steps or more, each of which reads every en
 class PageAllocator:
     """Owns ids and counts of uses, no memory: its pool grows and shrinks with it."""
 
-    def __init__(self, device: torch.device, free_top: Tensor, freed: Callable[[Tensor], None]) -> None:
+    def __init__(self, device: torch.device, free_top: Tensor, freed: Callable[[Tensor], None], addresses: Addresses) -> None:
         """free_top: 0-d int64 view of what a rank reads once per step. freed: told [P] bool, pages that nobody names any more."""
-        self.free_top, self._freed = free_top, freed
+        self.free_top, self._freed, self._addresses = free_top, freed, addresses
         # One spare element each, never read as a page: tokens that open no page index it.
         self.refcount = torch.zeros(1, dtype=torch.int32, device=device)  # [P + 1] tables that name a page; > 1 after a beam fork
         self.free_stack = torch.zeros(1, dtype=torch.int32, device=device)  # [P + 1] free page ids, free_top of them valid
@@ -49,6 +51,7 @@ class PageAllocator:
 
     def add(self, count: int) -> None:
         """`count` new pages are free. Sync: none."""
+        self._addresses.moved()
         added = torch.arange(self.num_pages, self.num_pages + count, dtype=torch.int32, device=self.refcount.device)
         self.refcount = torch.nn.functional.pad(self.refcount, (0, count))
         # New ids go on top of the live part of the stack: a host sync is avoided by writing them at free_top on the device.
@@ -84,7 +87,7 @@ class PageAllocator:
     def recount(self, ids: Tensor) -> None:
         """The tables have changed and name `ids` now, each as often as it stands there. Host phase."""
         before = self.used
-        self.refcount = torch.bincount(ids, minlength=self.num_pages + 1).to(torch.int32)
+        self.refcount.copy_(torch.bincount(ids, minlength=self.num_pages + 1))
         self._freed(before & ~self.used)
         self._restack()
 
@@ -93,14 +96,16 @@ class PageAllocator:
 
         Returns: [P] int32, the new id of each page in use; [n] int64, the pages in use.
         """
+        self._addresses.moved()
         taken = self.used
         keep = torch.argsort(taken.to(torch.int8), descending=True, stable=True)[:count]
         self.refcount = torch.nn.functional.pad(self.refcount.index_select(0, keep), (0, 1))
+        self.free_stack = torch.empty_like(self.refcount)
         self._restack()
         return torch.cumsum(taken, 0, dtype=torch.int32) - 1, keep
 
     def _restack(self) -> None:
-        """Derive the free stack from the counts. Sync: none."""
+        """Derive the free stack from the counts, in place. Sync: none."""
         used = self.used
-        self.free_stack = torch.nn.functional.pad(torch.argsort(used.to(torch.int8), stable=True).to(torch.int32), (0, 1))
+        self.free_stack[:-1].copy_(torch.argsort(used.to(torch.int8), stable=True))
         self.free_top.copy_(self.num_pages - used.sum())

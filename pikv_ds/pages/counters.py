@@ -31,6 +31,11 @@ class Counters:
         self.cropped = 0
         self.forked = 0  # entries that beam forks added to this rank's tables, less those they dropped; sums to 0 over the ranks
 
+    def keep_nothing(self) -> None:
+        """From now on what is counted is added up at once: a step that is recorded writes the next one's into the same tensors."""
+        self._kept_tokens = 1
+        self._add_up()
+
     @property
     def by_expert(self) -> Tensor:
         """[E] int64, entries appended here, by primary expert. Sync: none."""

@@ -12,6 +12,7 @@ from pikv_ds.codecs.request_maps import PageMaps
 from pikv_ds.ops import PageFormat
 from pikv_ds.placement.shard_map import ShardMap
 
+from .addresses import Addresses
 from .capped import CappedReader
 from .events import NewEntries, PageChange, PageEvents, Rebased
 from .move import Moved, demote, entries_of, page_slots
@@ -29,8 +30,18 @@ class LayerPages:
     Pools differ by their place and by whether every query reads them (plan.pools); nothing else tells them apart.
     """
 
-    def __init__(self, index: int, plan: LayerPlan, heads: int, dtype: torch.dtype, shard_map: ShardMap, maps: PageMaps | None) -> None:
-        """maps: of the pools whose entries are mapped; None: the same numbers."""
+    def __init__(
+        self,
+        index: int,
+        plan: LayerPlan,
+        heads: int,
+        dtype: torch.dtype,
+        shard_map: ShardMap,
+        maps: PageMaps | None,
+        addresses: Addresses | None = None,
+    ) -> None:
+        """maps: of the pools whose entries are mapped; None: the same numbers. addresses: as for PagePool."""
+        self._addresses = addresses
         self.index, self.plan, self.spec, self.heads, self.dtype, self.map = index, plan, plan.spec, heads, dtype, shard_map
         self.maps, self.entry_maps = maps, plan.entry_maps
         self.events = PageEvents()
@@ -62,7 +73,7 @@ class LayerPages:
             reader = partial(CappedReader, softcap=self.spec.softcap)
         return PagePool(
             plan.fmt, self.dtype, counts, free_top, reader, heads=self.heads, level=level, maps=self.maps if plan.mapped else None,
-            full_pages=level > 0, no_tail=no_tail, events=self.events,
+            full_pages=level > 0, no_tail=no_tail, events=self.events, addresses=self._addresses,
         )  # fmt: skip
 
     # ---- host phase ----------------------------------------------------------------------------------------------------------

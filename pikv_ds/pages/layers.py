@@ -15,6 +15,7 @@ from pikv_ds.placement.shard_map import ShardMap
 from pikv_ds.staging import Arriving, sent
 from pikv_ds.step.step import Step
 
+from .addresses import Addresses
 from .counters import Counters
 from .crops import CropLimits
 from .layer import LayerPages
@@ -23,7 +24,7 @@ from .plan import PagesPlan
 from .pool import PagePool, no_tail
 from .recycle import expire, fork
 from .rows import RowChange, Rows
-from .sizing import pages_to_open, shard_capacity
+from .sizing import held_pages, pages_to_open, shard_capacity
 
 
 class RankPages:
@@ -42,14 +43,15 @@ class RankPages:
         self.plan, self.storage, self.page_size, self.heads = plan, storage, plan.page_size, plan.heads
         self.dtype, self.device, self.map = plan.dtype, device, shard_map
         self.num_shards, self.num_local = shard_map.num_shards, shard_map.num_local
+        self.addresses = Addresses()
         self.layers = [
-            LayerPages(i, layer, plan.heads, plan.dtype, shard_map, layer.transform or request_maps.get(i))
+            LayerPages(i, layer, plan.heads, plan.dtype, shard_map, layer.transform or request_maps.get(i), self.addresses)
             for i, layer in enumerate(plan.layers)
         ]
         self.specs = [layer.spec for layer in plan.layers]
         self.num_levels = max(len(layer.pools) for layer in plan.layers)
         self.windowed = [layer for layer in self.layers if layer.spec.window is not None]
-        self.directory = Directory(self.specs, self.num_shards, device, self.heads)
+        self.directory = Directory(self.specs, self.num_shards, device, self.heads, self.addresses.moved)
         self.counters = Counters(num_experts, device)
         self.rows = Rows(device)
         self.crops = CropLimits(self.specs, self.rows)
@@ -57,6 +59,9 @@ class RankPages:
 
     def allocate(self, num_rows: int) -> None:
         """Start with empty tables of `num_rows` requests and zeroed entry counters; earlier pages are given back."""
+        self.addresses.moved()
+        self.held: int | None = None
+        """Tokens up to which every row may grow before a tensor is replaced (hold); None: nothing is held for them."""
         self.counts = self._counts(num_rows)
         self.free_tops = [torch.zeros(len(self.layers), dtype=torch.int64, device=self.device) for _ in range(self.num_levels)]
         behind = {pool.fmt for plan in self.plan.layers for pool in plan.pools[1:] if pool.fmt.grouped}
@@ -114,7 +119,8 @@ class RankPages:
     def change(self, change: RowChange) -> None:
         """Rows are forked, cropped, dropped or new, with all that is kept of them. Raises: RuntimeError, before anything has moved."""
         self.rows.check(change)
-        self.quiet = 0
+        self.let_go()
+        self.addresses.moved()
         parent = change.index
         keep, lens = (sent(x, torch.int64, self.device) for x in (change.keep, change.lens))
         removed = self.directory.fork(parent, keep, lens)
@@ -143,8 +149,60 @@ class RankPages:
         self.evicted = evicted
         self.crops.note_eviction(lens, lost)
 
+    def hold(self, tokens: int) -> None:
+        """Make room for rows of up to `tokens` tokens, whichever shards they go to. Until rows change, or one grows longer, decode steps
+        replace no tensor of the pages and ask for no sizes. Sync: waits for the sizes.
+
+        Raises: CapacityError where storage.capacity_tokens does not allow so many.
+        """
+        lens = [tokens] * self.counts[0].shape[1]
+        self.mirror()
+        free = self.sizes.free(0)
+        for i, (layer, capacity) in enumerate(zip(self.layers, self._capacities(lens), strict=True)):
+            needed, columns = held_pages(
+                layer.spec, tokens, rows=len(lens), shards=self.num_local, heads=self.heads, page_size=self.page_size, capacity=capacity
+            )
+            pool = layer.nearest
+            added = pool.reserve(int(free[i]), needed - (pool.num_pages - int(free[i])), columns)
+            if added and not self.sizes.on_host:
+                free[i] += added
+            pool.stays = True
+        if self.num_shards > 1:
+            self.directory.reserve(tokens)
+        self.counters.keep_nothing()
+        self.held = tokens
+
+    def let_go(self) -> None:
+        """Nothing is held for rows that grow; what is free is given back as after any step."""
+        self.held, self.quiet = None, 0
+        for layer in self.layers:
+            layer.nearest.stays = False
+
+    def _is_held(self, step: Step) -> bool:
+        """Whether all that a step may need is there. If so its sizes are filled in, else those of the pages are asked for."""
+        assert self.held is not None, "asked where something is held"
+        if max(step.lens_after_host, default=0) > self.held:
+            self.let_go()
+        elif step.decode and not step.hold:  # an announced crop keeps what a window drops
+            step.held, step.may_open, step.may_spill = True, [True] * len(self.layers), [self.num_shards > 1] * len(self.layers)
+            step.capacity = self._capacities(step.lens_after_host)
+            return True
+        self.mirror()
+        return False
+
+    def _capacities(self, lens: list[int]) -> list[int]:
+        """[L] entries that a shard of each layer may hold when its rows have `lens` tokens. Raises: CapacityError."""
+        kinds = [(spec.window, sum(map(sum, evicted)) // self.heads) for spec, evicted in zip(self.specs, self.evicted, strict=True)]
+        capacity = {
+            kind: shard_capacity(self.specs, kind[0], lens, self.num_shards, self.page_size, self.storage.capacity_tokens, kind[1])
+            for kind in set(kinds)
+        }
+        return [capacity[kind] for kind in kinds]
+
     def reserve(self, step: Step) -> None:
         """Fill in the per-layer sizes of a step and make sure that its entries will find pages, without knowing their shards yet."""
+        if self.held is not None and self._is_held(step):
+            return
         if step.decode and self.quiet:
             self.quiet -= 1
             step.quiet, step.may_open, step.may_spill = True, [False] * len(self.layers), [False] * len(self.layers)
@@ -165,15 +223,10 @@ class RankPages:
             # decided anew in each step.
             opens_later = (counts % page == 0) & (num_new == 0)[:, None]
             self.quiet = int(np.where(opens_later, 0, page - 1 - counts % page).min(initial=page - 1)) if step.decode else 0
-        kinds = [(spec.window, sum(map(sum, evicted)) // self.heads) for spec, evicted in zip(self.specs, self.evicted, strict=True)]
-        capacity = {
-            kind: shard_capacity(self.specs, kind[0], step.lens_after_host, self.num_shards, page, self.storage.capacity_tokens, kind[1])
-            for kind in set(kinds)
-        }
+        step.capacity = self._capacities(step.lens_after_host)
         free = self.sizes.free(0).tolist()
         fullest_shard = self._tokens(self.sizes.load).amax(1).tolist() if self.num_shards > 1 else [0] * len(self.layers)
         for i, layer in enumerate(self.layers):
-            step.capacity.append(capacity[kinds[i]])
             step.may_spill.append(self.num_shards > 1 and fullest_shard[i] + total_new > step.capacity[i])
             needed = opens[i] if step.decode else self._pages_for_chunk(i, torch.from_numpy(num_new), step.capacity[i], step.hold)
             step.may_open.append(needed > 0)
@@ -226,6 +279,11 @@ class RankPages:
 
         Raises: CapacityError, on all ranks alike.
         """
+        if step.held:  # nobody asks how much is free
+            if refuses_spills:
+                self.mirror()
+                self._check_later(step)
+            return
         known = self.sizes.on_host
         if not known and step.decode and not left and self.num_shards == 1:
             self.sizes.follow(torch.tensor(step.num_new), self.page_size)
@@ -237,9 +295,13 @@ class RankPages:
             if known or not step.decode:
                 self._give_back()
         if refuses_spills:
-            self.unchecked = step.capacity
-            if self.sizes.on_host:
-                self.check_last()
+            self._check_later(step)
+
+    def _check_later(self, step: Step) -> None:
+        """At the start of the next forward; where there is nobody to wait for, now."""
+        self.unchecked = step.capacity
+        if self.sizes.on_host:
+            self.check_last()
 
     def shrink(self) -> None:
         """Give back slabs of pools with much free space, now. Sync: waits for the sizes."""

@@ -17,6 +17,7 @@ from pikv_ds.codecs.request_maps import PageMaps
 from pikv_ds.ops import PageFormat
 from pikv_ds.ops.memory import aligned_bytes
 
+from .addresses import Addresses
 from .allocator import PageAllocator
 from .events import PageEvents, PageMove
 from .table import PageTable
@@ -50,19 +51,23 @@ class PagePool:
         full_pages: bool = False,
         no_tail: Tensor | None = None,
         events: PageEvents | None = None,
+        addresses: Addresses | None = None,
     ) -> None:
         """dtype: of the model. counts [R, S] int32 and free_top, 0-d int64: views of tensors that a rank reads once per step.
 
         reader: how queries meet what pages hold (pages/raw.py, pages/unrotated.py). level: place among the layer's pools, 0 the nearest.
         maps: between the entries that the layer is given and those of this pool; None: they are the same numbers, encoded.
         full_pages: entries come in full pages only, so that there is no open group. no_tail [1, Hkv, group, Dk]: what ops are given all the
-        same, when the format has groups.
+        same, when the format has groups. addresses: told when memory of the pool is replaced; None: nobody asks.
         """
         self.fmt, self.dtype, self.device, self.level, self.maps = fmt, dtype, counts.device, level, maps
         self.page_size, self.full_pages = fmt.page_size, full_pages
         self.events = PageEvents() if events is None else events
-        self.table = PageTable(counts, heads)
-        self.allocator = PageAllocator(self.device, free_top, self._freed)
+        self._addresses = addresses or Addresses()
+        self.table = PageTable(counts, heads, self._addresses)
+        self.allocator = PageAllocator(self.device, free_top, self._freed, self._addresses)
+        self.stays = False
+        """It is reserved: free pages are not given back."""
         self.pages = aligned_bytes(0, self.device).view(0, fmt.record_bytes)  # [P, record_bytes] uint8
         # [R * S, Hkv, group, Dk], or None; of full pages one row for all tables, which is not read
         self.tail = no_tail if full_pages else self.new_tail(counts.numel())
@@ -138,7 +143,7 @@ class PagePool:
     def shrink(self, free_pages: int) -> int:
         """Give slabs back when more than 1 / GROWTH of the pages is free: pages move down into the holes. Returns the free pages left."""
         used = self.num_pages - free_pages
-        if not self.allocator.wasteful(free_pages):
+        if self.stays or not self.allocator.wasteful(free_pages):
             return free_pages
         new_id, keep = self.allocator.compact(used)
         pages = aligned_bytes(used * self.fmt.record_bytes, self.device).view(used, -1) if used else self.pages[:0].clone()
@@ -192,6 +197,7 @@ class PagePool:
     def part_counters(self) -> None:
         """Rows are about to share pages: from now on each counts for itself. Host phase; no sync."""
         if self.counts_by_page:
+            self._addresses.moved()
             seats = self.seats()[0]  # where no page is the spare one behind, 0
             parted = {name: torch.nn.functional.pad(self.summaries[name], (0, 1))[seats] for name in self.counters}
             self.summaries = {name: x for name, x in self.summaries.items() if name not in parted}

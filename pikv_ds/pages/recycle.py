@@ -44,7 +44,7 @@ def drop(pool: PagePool, gone: Tensor) -> Tensor:
     entries, table = gone.sum() * pool.page_size, pool.table
     if pool.device.type == "cpu" and not bool(entries):  # elsewhere that would cost more to know than to do
         return entries
-    before = table.ids
+    before = table.ids.clone()
     table.close_up(gone)
     table.counts -= gone.sum(-1) * pool.page_size
     pool.allocator.release(before, gone)

@@ -46,6 +46,18 @@ def shard_capacity(
     return fixed
 
 
+def held_pages(spec: LayerSpec, tokens: int, *, rows: int, shards: int, heads: int, page_size: int, capacity: int) -> tuple[int, int]:
+    """Most pages of a layer, and most of one of its tables, while rows grow to `tokens` tokens each, one token at a time.
+
+    Args: shards of this rank, whichever the tokens go to; capacity: tokens that one of them may hold.
+    """
+    live, ends = (tokens, 1) if spec.window is None else (min(tokens, spec.window), 2)  # a window leaves its first page partly empty, too
+    spare = ends * (page_size - 1)  # empty slots of a table
+    by_row = rows * ((live + shards * spare) // page_size)
+    by_shard = shards * ((capacity + 1 + rows * spare) // page_size)  # of one head a shard may hold one more
+    return heads * min(by_row, by_shard), (live + spare) // page_size
+
+
 def light_pages(ratio: float, tokens: int, page_size: int) -> int:
     """Full pages of a request of `tokens` that may stay in the light codec of two (codecs/adaptive.py)."""
     return int(ratio * tokens) // page_size

@@ -9,14 +9,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .addresses import Addresses
 from .allocator import GROWTH
 
 
 class PageTable:
     """Owns the ids; `counts` is a view into a tensor that a rank reads once per step."""
 
-    def __init__(self, counts: Tensor, heads: int = 1) -> None:
-        self.heads = heads
+    def __init__(self, counts: Tensor, heads: int = 1, addresses: Addresses | None = None) -> None:
+        """addresses: told when a tensor of the table is replaced; None: nobody asks."""
+        self.heads, self._addresses = heads, addresses or Addresses()
         self.counts = counts
         """[R, S * H] int32 entries, those that have left not among them."""
         self.ids = torch.full((*counts.shape, 0), -1, dtype=torch.int32, device=counts.device)
@@ -69,24 +71,27 @@ class PageTable:
     def widen(self, pages: int) -> None:
         """Make room for `pages` pages per table, and the spare column. Sync: none."""
         if pages >= self.width:
+            self._addresses.moved()
             width = pages + 1 + pages // GROWTH
             self.counted = {name: torch.nn.functional.pad(x, (0, width - self.width)) for name, x in self.counted.items()}
             self.ids = torch.nn.functional.pad(self.ids, (0, width - self.width), value=-1)
 
     def close_up(self, gone: Tensor) -> None:
-        """Take pages out; those that stay close up, in their order. Counts are the caller's affair. Sync: none.
+        """Take pages out; those that stay close up, in their order, in place. Counts are the caller's affair. Sync: none.
 
         Args: gone [R, S * H, C] bool.
         """
         stays_first = gone.to(torch.int8).argsort(dim=-1, stable=True)
-        self.ids = torch.where(gone, -1, self.ids).gather(-1, stays_first)
-        self.counted = {name: torch.where(gone, 0, x).gather(-1, stays_first) for name, x in self.counted.items()}
+        torch.gather(torch.where(gone, -1, self.ids), -1, stays_first, out=self.ids)
+        for x in self.counted.values():
+            torch.gather(torch.where(gone, 0, x), -1, stays_first, out=x)
 
     def fork(self, parent: Tensor, counts: Tensor, page_size: int) -> None:
         """Rows become earlier rows, each cut to its first `counts` entries per table.
 
         Args: parent [R'] int64, -1 = a fresh row; counts [R', S * H] int32 view, at most what the parent had.
         """
+        self._addresses.moved()
         num_kept = (counts + page_size - 1) // page_size
         source, kept = parent.clamp_min(0), torch.arange(self.width, device=self.ids.device) < num_kept.unsqueeze(-1)
         self.ids, self.counts = torch.where(kept, self.ids[source], -1).contiguous(), counts
@@ -94,6 +99,7 @@ class PageTable:
 
     def renumber(self, new_id: Tensor) -> None:
         """Pages have other ids: new_id [P] int32."""
+        self._addresses.moved()
         self.ids = torch.where(self.ids >= 0, new_id[self.ids.clamp_min(0)], -1)
 
 

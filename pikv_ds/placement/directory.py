@@ -3,6 +3,8 @@ of a row and shard (one, or one per KV head)."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -16,8 +18,12 @@ class Directory:
     reported as metadata, not as KV bytes. With one shard it stores no homes.
     """
 
-    def __init__(self, layers: list[LayerSpec], num_shards: int, device: torch.device, heads: int = 1) -> None:
-        """heads: tables of a row and shard. A token is then as many entries, which a budget takes out one by one."""
+    def __init__(
+        self, layers: list[LayerSpec], num_shards: int, device: torch.device, heads: int = 1, moved: Callable[[], None] = lambda: None
+    ) -> None:
+        """heads: tables of a row and shard. A token is then as many entries, which a budget takes out one by one. moved: called when a
+        tensor of it is replaced."""
+        self._moved = moved
         self.layers, self.heads = layers, heads
         self.num_shards = num_shards
         self.device = device
@@ -31,6 +37,7 @@ class Directory:
         return self.load.nbytes + self.evicted.nbytes + sum(t.nbytes for t in self.shard_at)
 
     def reset(self, num_rows: int) -> None:
+        self._moved()
         self.load.zero_()
         self.evicted = self.evicted.new_zeros(len(self.layers), num_rows, self.num_shards * self.heads)
         self.shard_at = [torch.zeros(num_rows, 0, dtype=torch.int16, device=self.device) for _ in self.layers]
@@ -38,6 +45,7 @@ class Directory:
     def reserve(self, length: int) -> None:
         """Make room for positions 0..length-1. Host side."""
         if self.num_shards > 1 and length >= self.shard_at[0].shape[1]:  # one spare column takes the writes of padding
+            self._moved()
             grown = max(length + 1, 64) + length // 2
             self.shard_at = [torch.nn.functional.pad(t, (0, grown - t.shape[1])) for t in self.shard_at]
 
@@ -102,6 +110,7 @@ class Directory:
         Args: parent [R'] int64, -1 = fresh (keep 0); keep [R'] int64; lens [R] int64 before.
         Returns: per layer, [R', S] int64: tokens of each parent's shard at positions >= keep (what a crop removes).
         """
+        self._moved()
         source = parent.clamp_min(0)
         if self.evicted.shape[1]:
             self.evicted = torch.where((parent >= 0)[:, None], self.evicted[:, source], 0)

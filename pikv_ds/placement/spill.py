@@ -13,7 +13,7 @@ class Homes(NamedTuple):
     spilled: Tensor  # [N] bool, tokens that did not get the shard they asked for
 
 
-def spill(wanted: Tensor, valid: Tensor, load: Tensor, capacity: int) -> Homes:
+def spill(wanted: Tensor, valid: Tensor, load: Tensor, capacity: int | Tensor) -> Homes:
     """Give each token the shard it wants while that shard has room, the others to the least loaded shards.
 
     Every rank computes this from the same gathered ids and the same loads, so all agree without a message.
@@ -22,7 +22,7 @@ def spill(wanted: Tensor, valid: Tensor, load: Tensor, capacity: int) -> Homes:
         wanted: [N] int64 shards, tokens in the global order (source rank, row, position).
         valid: [N] bool; padding takes no room.
         load: [S] int64, entries already in each shard of this layer.
-        capacity: entries one shard may hold; the caller guarantees load.sum() + valid.sum() <= S * capacity.
+        capacity: entries one shard may hold, a number or 0-d int64; the caller guarantees load.sum() + valid.sum() <= S * capacity.
 
     Returns: Homes. Sync: none. Cost: one [N, S] integer table.
     """

@@ -192,7 +192,7 @@ class Agreement:
 
     def _of_all(self, values: list[int], what: str) -> list[list[int]]:
         """The integers of every rank, all of which know from the headers how many there are. Sync: reads them back."""
-        return self.exchange.all_gather(torch.tensor(values, dtype=torch.int64, device=self.device), what).tolist()
+        return self.exchange.all_gather(torch.tensor(values, dtype=torch.int64, device=self.device), what, read=True).tolist()
 
     def commit(self, agreed: Agreed) -> tuple[list[int], list[int]]:
         """Take over the rows; returns the tokens of every row before and after the forward."""

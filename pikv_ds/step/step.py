@@ -124,7 +124,15 @@ class Step:
         self.may_spill: list[bool] = []  # per layer
         self.may_open: list[bool] = []  # per layer: a new page may be needed
         self.quiet = False  # no page is opened, so no sizes change but the counts
+        self.held = False  # every page that it may open is held for it (RankPages.hold)
+        self.capacity_there: Tensor | None = None
+        """[L] int64, the same as `capacity` where a step that is played again reads it; None: it is not."""
         self._shared: dict[Hashable, Any] = {}
+
+    def lies_at(self, lens_before: Tensor, lens_after: Tensor, capacity: Tensor) -> None:
+        """The step is recorded or played again: sizes are read where they lie, [R], [R] and [L] int64, and any row may have no token."""
+        self.__dict__ |= {"lens_before": lens_before, "lens_after": lens_after}
+        self.capacity_there, self.all_valid = capacity, False
 
     def once(self, key: Hashable, make: Callable[[], Made]) -> Made:
         """What is the same in every layer of a forward, made by the first that asks."""

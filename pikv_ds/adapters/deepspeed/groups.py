@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import timedelta
 
 import torch.distributed as dist
+
+from pikv_ds.exchange.deadline import group_timeout
 
 
 def all_ranks() -> tuple[int, ...]:
@@ -26,7 +27,7 @@ def own_group(members: Sequence[int], timeout_s: float) -> dist.ProcessGroup | N
     # new_group is collective over the whole job: every rank creates every group, in the same order.
     for ranks in sorted(set(members_by_rank)):
         if len(ranks) > 1:
-            group = dist.new_group(list(ranks), timeout=timedelta(seconds=timeout_s), backend=_backend())
+            group = dist.new_group(list(ranks), timeout=group_timeout(timeout_s), backend=_backend())
             mine = group if dist.get_rank() in ranks else mine
     return mine
 

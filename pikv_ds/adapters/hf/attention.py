@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 
 from pikv_ds.errors import UnsupportedError
 from pikv_ds.modes import untraced
 
+from . import traced
 from .arguments import check_arguments
 from .binding import Binding, binding_of
 from .gradient import Chunk, Inputs, attention
 from .masks import own_mask
 
 
-@untraced
 def pikv_attention(
     module: nn.Module,
     query: Tensor,
@@ -31,6 +33,34 @@ def pikv_attention(
 
     query [B, Hq, T, D]; key, value [B, Hkv, T, D]: this forward's tokens only (MLA: expanded from the latent). Returns [B, T, Hq, Dv].
     """
+    attend = _when_traced if is_dynamo_compiling() else _attention
+    return attend(module, query, key, value, attention_mask, scaling, dropout, sliding_window, s_aux, softcap, kwargs)
+
+
+def _when_traced(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None, dropout: float,
+    sliding_window: int | None, sink: Tensor | None, softcap: float | None, kwargs: dict,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """One op of the graph; where one is recorded for a backward, a break in it."""
+    if torch.is_grad_enabled():
+        return untraced(_attention)(module, query, key, value, mask, scaling, dropout, sliding_window, sink, softcap, kwargs)
+    names = [name for name, argument in kwargs.items() if argument is not None and argument is not False]
+    return traced.attention(module, query, key, value, mask, scaling, dropout, sliding_window, sink, softcap, names), None
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None,
+    dropout: float,
+    sliding_window: int | None,
+    s_aux: Tensor | None,
+    softcap: float | None,
+    kwargs: dict,
+) -> tuple[Tensor, None]:
     binding = binding_of(module)
     spec, layer, forward = binding.spec, binding.layer, binding.forward
     conversation, core, packed, chunk = forward.conversation, forward.core, forward.packed, forward.chunk
@@ -62,3 +92,26 @@ def _refuse(binding: Binding, dropout: float, sliding_window: int | None, softca
         )
     if softcap != binding.spec.softcap:
         raise UnsupportedError(f"layer {binding.layer} asks for softcap {softcap}, but its configuration says {binding.spec.softcap}")
+
+
+def _of_compiled(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None, dropout: float,
+    sliding_window: int | None, sink: Tensor | None, softcap: float | None, arguments: list[str],
+) -> Tensor:  # fmt: skip
+    """The same for compiled layers, whose keys and values are not the tensors that update() got: those are what is stored."""
+    binding = binding_of(module)
+    layer = binding.forward.cache.layers[binding.at]
+    if not binding.spec.latent and not binding.shares:
+        brought = layer.take()
+        if brought is not None and (brought[0].shape, brought[1].shape) != (key.shape, value.shape):
+            raise UnsupportedError(
+                f"layer {binding.layer}: the model changes keys or values between the cache and attention ({tuple(brought[0].shape)} "
+                f"became {tuple(key.shape)}); PiKV attends to what is stored and can't honour that"
+            )
+        key, value = (key, value) if brought is None else brought
+        layer.new = brought
+    given = dict.fromkeys(arguments, True)
+    return _attention(module, query, key, value, mask, scaling, dropout, sliding_window, sink, softcap, given)[0]
+
+
+traced.answers(_of_compiled)

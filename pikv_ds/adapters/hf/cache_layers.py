@@ -13,10 +13,12 @@ from weakref import ref
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionLayer
 
 from pikv_ds.errors import UnsupportedError
 
+from . import traced
 from .layer_kinds import EmptyLayer, LayerKind
 
 
@@ -26,6 +28,7 @@ class Owner(Protocol):
     model: str
     columns: int
     thread: int | None
+    ended: str | None
 
     def check(self) -> None: ...
 
@@ -43,6 +46,8 @@ class PiKVLayer(CacheLayerMixin):
         self.is_sliding = window is not None
         self.new: tuple[Tensor, Tensor] | None = None
         self.is_initialized = True
+        self.at = -1
+        """Its place among the layers of the cache."""
 
     @property
     def conversation(self) -> Owner:
@@ -66,7 +71,12 @@ class PiKVLayer(CacheLayerMixin):
         """Nothing to allocate: pages belong to the PiKVCache."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        conversation = self.conversation
+        if is_dynamo_compiling() and not torch.is_grad_enabled():
+            traced.bring(key_states, value_states, self.at)
+            return key_states, value_states
+        conversation = self._conversation()
+        if conversation is None or conversation.ended is not None:
+            conversation = self.conversation  # says why not
         if conversation.thread != threading.get_ident():
             raise UnsupportedError(
                 f"a PiKV cache of {conversation.model} was given to a forward that does not run through PiKV: another model, or one that "
@@ -174,6 +184,7 @@ def cache_layers(conversation: ref[Owner], kinds: Sequence[LayerKind], windows: 
             made.append(HybridLayer(conversation, windows[index], kind.states) if kind.states else PiKVLayer(conversation, windows[index]))
         else:
             made.append(StateLayer(kind.states) if kind.states else EmptyLayer())
+        made[-1].at = index
     return made
 
 

@@ -6,12 +6,14 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 
 from pikv_ds.cache.cache import PiKVCache
 from pikv_ds.codecs.weights import read_weights
 from pikv_ds.errors import ConfigError
 from pikv_ds.placement.placement import Routed
 
+from . import traced
 from .host_penalty import HostPenalty
 from .router_output import output_of
 
@@ -90,26 +92,42 @@ class ExpertIds:
         found = output_of(self.routers[layer])
 
         def hook(router: nn.Module, args: tuple, output: tuple) -> None:
-            if self._core is None:
-                return
-            choice = found.entry_experts(args[0] if args else None, output, self._penalty(layer))
-            if self.source == "true":
-                choice = choice.primary() if isinstance(choice, Routed) else choice
-                self._core.name_experts(layer, choice if self._arranged is None else self._arranged(choice))
-            else:
-                self._latest = choice
+            hidden = args[0] if args else None
+            if is_dynamo_compiling() and self.penalty is None:
+                traced.routed(found.entry_experts(hidden, output, None), layer, self.source)
+            elif self._core is not None:
+                penalty = None if self.penalty is None else self.penalty.of(layer, self._core)
+                choice = found.entry_experts(hidden, output, penalty)
+                if self.source == "true":
+                    self.heard(layer, choice)
+                else:
+                    self._latest = choice
 
         return hook
+
+    def heard(self, layer: int, choice: Routed | Tensor) -> None:
+        """A router has chosen, or is known to choose, for the tokens of the running forward."""
+        if self._core is None:
+            return
+        if self.source == "true":
+            choice = choice.primary() if isinstance(choice, Routed) else choice
+            self._core.name_experts(layer, choice if self._arranged is None else self._arranged(choice))
+        elif self.source == "lookahead":
+            self._looked_ahead[layer] = choice
+        else:
+            self._latest = choice
 
     def _lookahead_hook(self, layer: int, router: nn.Module):
         found = output_of(router)
 
         def hook(attention: nn.Module, args: tuple, kwargs: dict) -> None:
-            if self._core is None:
-                return
             hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-            with torch.no_grad():
-                self._looked_ahead[layer] = found.look_ahead(hidden.detach().flatten(0, 1), self._penalty(layer))
+            if is_dynamo_compiling() and self.penalty is None:
+                with torch.no_grad():
+                    traced.routed(found.look_ahead(hidden.detach().flatten(0, 1), None), layer, self.source)
+            elif self._core is not None:
+                with torch.no_grad():
+                    self.heard(layer, found.look_ahead(hidden.detach().flatten(0, 1), self._penalty(layer)))
 
         return hook
 

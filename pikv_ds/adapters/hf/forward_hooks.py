@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import inspect
 import threading
-from typing import NoReturn
+from collections.abc import Callable
+from typing import NoReturn, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from pikv_ds.errors import UnsupportedError
@@ -16,6 +17,7 @@ from pikv_ds.modes import eager, refuse_transforms, untraced
 from pikv_ds.staging import sent
 from pikv_ds.step.step import LocalStep
 
+from . import traced
 from .argument_names import given_cache, given_name, renamed
 from .cache import HFCache
 from .conversation import Conversation
@@ -23,6 +25,8 @@ from .host import Host
 from .inputs import check_inputs, last_positions, new_mask
 from .masks import forget_masks
 from .running import Chunk, Forward, Growth
+
+Made = TypeVar("Made")
 
 
 class ForwardHooks:
@@ -46,6 +50,9 @@ class ForwardHooks:
 
     @eager
     def _before(self, decoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        running = self.host.running.forward
+        if running is not None and running.played and kwargs.get(self._cache_name) is running.cache:
+            return None
         given = {**dict(zip(self._names, args, strict=False)), **kwargs}
         cache = self._cache_of(given, decoder.training)
         if cache is None:
@@ -141,6 +148,11 @@ class ForwardHooks:
         conversation, core = cache.conversation, cache.core
         conversation.broken = True  # until the forward has finished
         core.begin_step(local)
+        self._enter(cache, local, growth)
+
+    def _enter(self, cache: HFCache, local: LocalStep, growth: Growth | None) -> None:
+        """The forward runs in this thread from now on."""
+        conversation, core = cache.conversation, cache.core
         if local.idle:
             conversation.states.hold()
         forget_masks()
@@ -149,6 +161,7 @@ class ForwardHooks:
         chunk = Chunk(local.positions, None if whole else local.positions < 0)
         packed = conversation.packed
         self.host.running.forward = Forward(cache, conversation, core, chunk, growth, self.config._attn_implementation, packed)
+        traced.entered(self.host)
         conversation.thread = threading.get_ident()
         conversation.expert_ids.begin(core, None if packed is None else packed.experts)
         self.config._attn_implementation = "pikv"
@@ -172,25 +185,54 @@ class ForwardHooks:
     @untraced
     def _after(self, decoder: nn.Module, args: tuple, kwargs: dict, output) -> None:
         forward = self.host.running.forward
-        if forward is None or kwargs.get(self._cache_name) is not forward.cache:
+        if forward is None or kwargs.get(self._cache_name) is not forward.cache or forward.played:
             return
         self.abandon(unlock=False)
         try:
             if output is None:  # the forward raised; its error is on its way up
                 return
-            conversation = forward.conversation
-            conversation.core.end_step()
-            conversation.states.let_go()
-            self.host.running.note_expansions(conversation, later=forward.chunk.positions.shape[1] == 1)
-            if forward.packed is not None:
-                forward.packed.finish(conversation)
-            else:
-                conversation.finish_forward(*forward.growth, kept_step=self._keeps_step(conversation, forward.growth[2]))
-            conversation.broken = False
-            conversation.lockstep.opened(conversation)
+            forward.core.end_step()
+            self._finish(forward)
         finally:
             self.host.lock.release()
         self.host.attachment_of(forward.cache).count_step()
+
+    def _finish(self, forward: Forward) -> None:
+        """Account for a forward that has run and been stored."""
+        conversation = forward.conversation
+        conversation.states.let_go()
+        self.host.running.note_expansions(conversation, later=forward.chunk.positions.shape[1] == 1)
+        if forward.packed is not None:
+            forward.packed.finish(conversation)
+        else:
+            conversation.finish_forward(*forward.growth, kept_step=self._keeps_step(conversation, forward.growth[2]))
+        conversation.broken = False
+        conversation.lockstep.opened(conversation)
+
+    @eager
+    def play(self, cache: HFCache, given: dict, positions: Tensor, run: Callable[[LocalStep], Made]) -> Made:
+        """A forward whose layers, and whose steps of the cache, `run` runs: planned and finished as any.
+
+        Args: given: arguments of the model by name. positions: where `run` keeps them, [B, T] int32.
+        """
+        self.abandon()
+        self.host.attachment_of(cache)
+        self.host.running.check_expansions()
+        local, growth = self._plan(cache.conversation, given)
+        cache.conversation.lockstep.before_forward(cache.conversation)
+        self.host.lock.acquire()
+        try:
+            self._enter(cache, local, growth)
+            forward = self.host.running.forward
+            assert forward is not None, "it has just been entered"
+            forward.played, forward.chunk = True, Chunk(positions)
+            made = run(local)
+            self._finish(forward)
+        finally:
+            self.abandon(unlock=False)
+            self.host.lock.release()
+        self.host.attachment_of(cache).count_step()
+        return made
 
     def _keeps_step(self, conversation: Conversation, num_new: list[int]) -> bool:
         """A forward without any token; but in a generate() of this rank, a chunk of a prompt that is all padding, whose columns count."""
@@ -204,6 +246,7 @@ class ForwardHooks:
         if forward is None:
             return
         self.host.running.forward = None
+        traced.left(self.host)
         self.config._attn_implementation = forward.host_attention
         forward.conversation.thread = None
         forward.conversation.expert_ids.end()

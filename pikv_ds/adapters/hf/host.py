@@ -60,6 +60,10 @@ class Host:
         found = _HOSTS.get(model)
         return None if found is None else found()
 
+    def attention_at(self, at: int) -> nn.Module:
+        """The attention module of a layer of the cache."""
+        return self.attentions[self.parts.at.index(at)]
+
     @property
     def num_layers(self) -> int:
         """Of the decoder that a forward runs; generate() lowers the number for a while when it drafts with the first ones."""

@@ -44,6 +44,8 @@ class Forward:
     growth: Growth | None
     host_attention: str
     packed: Packed | None = None
+    played: bool = False
+    """A graph runs it (decode_graph.py): it was planned before the model, and is finished after it, by who plays the graph."""
 
 
 @dataclass(slots=True)
