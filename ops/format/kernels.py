@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 MIXED = ("int8/int4", "int8/int2", "int4/int2", "fp8_e4m3/int4", "bf16/int4")  # K/V, of layers that are not latent
 ROPE = ("int8", "int4", "fp8_e4m3")  # of latents with rope_raw
-WIDTHS = (32, 64, 128, 576)  # csrc/kernels/attend.cuh; 576 = latent
+WIDTHS = (32, 64, 128, 576)  # csrc/kernels/tile.cuh; 576 = latent
 
 
 def _packed(label: str) -> int:

@@ -18,6 +18,8 @@ from pikv_ds.ops.build.compile import CSRC, BuildError, ToolMissing, cache_dir
 from pikv_ds.ops.format.kernels import KERNEL_FORMATS, TENSOR, kinds, tensor_kernels, widths
 
 _COMMON = ("include/page_format.h", "kernels/params.cuh", "kernels/common.cuh", "kernels/numbers.cuh")
+_FP32 = ("work", "tile", "span", "part")  # of kernels/, in this order
+TENSOR_FILES = (*_FP32, "tensor", "operands", "tensor_tile", "tensor_queries", "tensor_span", "tensor_tail", "attend_tensor")
 _PAGES = ("finish_kernel", "append_rows_kernel", "append_groups_kernel", "append_tail_kernel", "page_bounds_kernel", "page_score_kernel",
           "merge_kernel",
           "pack_kernel", "unpack_kernel", "migrate_kernel", "assign_slots_kernel", "checksum_kernel")  # fmt: skip
@@ -35,17 +37,20 @@ def _attend(label: str) -> Part:
     kernels = (
         f"attend_kernel<{KERNEL_FORMATS[label]}, {', '.join(map(str, kind))}>" for width in widths(label) for kind in kinds(label, width)
     )
-    return Part(("kernels/work.cuh", "kernels/attend.cuh"), tuple(kernels))
+    return Part(_files(*_FP32, "attend"), tuple(kernels))
 
 
 def _on_tensor_cores(label: str) -> Part:
-    files = ("work", "attend", "tensor", "operands", "attend_tensor")
-    return Part(tuple(f"kernels/{name}.cuh" for name in files), tuple(tensor_kernels(label)))
+    return Part(_files(*TENSOR_FILES), tuple(tensor_kernels(label)))
+
+
+def _files(*names: str) -> tuple[str, ...]:
+    return tuple(f"kernels/{name}.cuh" for name in names)
 
 
 PARTS = {label: _attend(label) for label in KERNEL_FORMATS}
 PARTS |= {f"{label} on tensor cores": _on_tensor_cores(label) for label in TENSOR}
-PARTS["pages"] = Part(tuple(f"kernels/{name}.cuh" for name in ("append", "bounds", "work", "merge", "pack", "pages", "slots")), _PAGES)
+PARTS["pages"] = Part(_files("append", "bounds", "work", "merge", "pack", "pages", "slots"), _PAGES)
 
 
 @dataclass(frozen=True)

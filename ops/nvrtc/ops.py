@@ -25,12 +25,12 @@ ROW_INTS = BLOCK + 1 + WARPS  # Row::shared of csrc/kernels/work.cuh
 
 
 def shared_floats(width: int, rows: int, plain: bool) -> int:
-    """Tile::shared of csrc/kernels/attend.cuh."""
+    """Tile::shared of csrc/kernels/tile.cuh."""
     return (0 if plain else 2 * rows * BLOCK) + WARPS * rows * (min(width, 512) + 2) + 2 * rows + ROW_INTS + 4
 
 
 def tensor_shared_floats(fmt: PageFormat, rows: int) -> int:
-    """TensorTile::shared of csrc/kernels/attend_tensor.cuh."""
+    """TensorTile::shared of csrc/kernels/tensor_tile.cuh."""
     return WARPS * rows * (fmt.k_dim + 2) + (rows * fmt.k_dim if fmt.traits.bits < 16 else 0) + 2 * rows + ROW_INTS + 4
 
 

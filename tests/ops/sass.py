@@ -25,6 +25,7 @@ from pikv_ds.ops.build.compile import CSRC
 from pikv_ds.ops.build.cuda_build import nvcc
 from pikv_ds.ops.format.formats import FORMATS
 from pikv_ds.ops.format.kernels import TENSOR, tensor_kernels
+from pikv_ds.ops.nvrtc.compiler import TENSOR_FILES
 
 DIM, UNIT = 128, 64
 BUDGET = {"bf16": 14, "fp16": 14, "int8": 30, "fp8_e4m3": 30, "int4": 32}  # instructions for a token and head, DIM columns, 8 query rows
@@ -72,7 +73,7 @@ def listings(kernels: list[str], arch: str = "90") -> dict[str, str]:
     """Of tensor-core kernels, as ops/format/kernels.py names them -> its listing. One compilation."""
     headers = (
         "include/page_format.h",
-        *(f"kernels/{name}.cuh" for name in ("params", "common", "numbers", "work", "attend", "tensor", "operands", "attend_tensor")),
+        *(f"kernels/{name}.cuh" for name in ("params", "common", "numbers", *TENSOR_FILES)),
     )
     text = "#include <cstdint>\n" + "".join(f'#include "{CSRC / name}"\n' for name in headers)
     text += "".join(f"template __global__ void pikv::{kernel}(const pikv::Attend);\n" for kernel in kernels)

@@ -165,15 +165,15 @@ MERGED = "    __syncthreads();\n    write_part<T>"
 SCORE, CONST_SCORE = "lane_sum<1, T::lanes / 2>(score", "const float s = lane_sum"
 PLANTED = {
     "missing barrier before the warps are merged": (("attend.cuh", MERGED, "    write_part<T>"), "wrong"),
-    "shuffle that stops half way": (("attend.cuh", SCORE, "lane_sum<2, T::lanes / 2>(score"), "wrong"),
-    "shuffle beyond the token": (("attend.cuh", SCORE, "lane_sum<1, T::lanes>(score"), "wrong"),
+    "shuffle that stops half way": (("span.cuh", SCORE, "lane_sum<2, T::lanes / 2>(score"), "wrong"),
+    "shuffle beyond the token": (("span.cuh", SCORE, "lane_sum<1, T::lanes>(score"), "wrong"),
     "shuffle outside the warp": (
         ("common.cuh", "x += __shfl_xor_sync(kAll, x, bit)", "x += __shfl_xor_sync(kAll, x, 4 * bit)"),
         "a lane outside",
     ),
     "barrier of one warp": (("attend.cuh", MERGED, f"    if (warp == 0){MERGED[3:]}"), "__syncthreads"),
-    "shuffle of some lanes": (("attend.cuh", CONST_SCORE, f"if (lane == 3) continue;\n{CONST_SCORE}"), "lanes of a warp"),
-    "hidden tokens not masked": (("attend.cuh", "score[step][g] = visible ? s : minus_infinity();", "score[step][g] = s;"), "wrong"),
+    "shuffle of some lanes": (("span.cuh", CONST_SCORE, f"if (lane == 3) continue;\n{CONST_SCORE}"), "lanes of a warp"),
+    "hidden tokens not masked": (("span.cuh", "score[step][g] = visible ? s : minus_infinity();", "score[step][g] = s;"), "wrong"),
 }
 
 
@@ -193,11 +193,11 @@ def test_planted_bugs_in_attention_are_noticed(bug, through, tmp_path):
     assert any(words in what for what in noticed), noticed
 
 
-_SPAN, _LAST = "attend_tensor.cuh", "mma_16816<V::type>(run.o[set][m], x[0], x[1], y[0], y[1], p_low"
+_SPAN, _BLOCK, _LAST = "tensor_span.cuh", "attend_tensor.cuh", "mma_16816<V::type>(run.o[set][m], x[0], x[1], y[0], y[1], p_low"
 PLANTED_TENSOR = {
-    "missing barrier before the warps are merged": ((_SPAN, MERGED + "(a, part,", "    write_part<T>(a, part,"), "wrong"),
-    "missing barrier behind the merge": ((_SPAN, "parts.advance(a);\n    __syncthreads();\n", "parts.advance(a);\n"), "__syncthreads"),
-    "missing barrier behind the queries": ((_SPAN, "    __syncthreads();\n    run.unit", "    run.unit"), "wrong"),
+    "missing barrier before the warps are merged": ((_BLOCK, MERGED + "(a, part,", "    write_part<T>(a, part,"), "wrong"),
+    "missing barrier behind the merge": ((_BLOCK, "parts.advance(a);\n    __syncthreads();\n", "parts.advance(a);\n"), "__syncthreads"),
+    "missing barrier behind the queries": ((_BLOCK, "    __syncthreads();\n    run.unit", "    run.unit"), "wrong"),
     "rows and columns of P mixed up": ((_SPAN, "p[set][2 * s], p[set][2 * s + 1]", "p[set][2 * s + 1], p[set][2 * s]"), "wrong"),
     "the wrong half of a token": (("operands.cuh", "m % 2 ? 0x7362 : 0x5140", "m % 2 ? 0x5140 : 0x7362"), "wrong"),
     "a product that some lanes leave out": ((_SPAN, _LAST, "if (lane != 9) " + _LAST), "lanes of a warp"),

@@ -10,7 +10,7 @@ namespace pikv {
 // Those with tensor-core kernels.
 #define PK_TENSOR_FORMATS(X) X(1) X(2) X(3) X(4) X(5) X(6) X(83) X(115) X(116) X(85) X(81)
 
-// width: 32, 64, 128 or 576, see kernels/attend.cuh.
+// width: 32, 64, 128 or 576, see kernels/tile.cuh.
 template <int FORMAT>
 const char* launch_attend(const Attend& a, int width, Stream stream);
 
