@@ -163,9 +163,9 @@ def _reference_on_device(name: str):
         if fmt not in _without_kernel:
             _without_kernel.add(fmt)
             warnings.warn(
-                f"pikv: there is no CUDA kernel for {fmt.label} pages with k_dim {fmt.k_dim}, v_dim {fmt.v_dim} (widths up to 128, latent "
-                f"up to 576 and 512, with raw rope columns {', '.join(ROPE)}; mixed: {', '.join(MIXED)}): {name} runs in plain torch, "
-                f"slower",
+                f"pikv: there is no CUDA kernel for {fmt.label} pages with k_dim {fmt.k_dim}, v_dim {fmt.v_dim} (widths up to 128, with "
+                f"16-bit queries 192 and 256 too, latent up to 576 and 512, with raw rope columns {', '.join(ROPE)}; mixed: "
+                f"{', '.join(MIXED)}): {name} runs in plain torch, slower",
                 stacklevel=2,
             )
         return REFERENCE[name](*args)

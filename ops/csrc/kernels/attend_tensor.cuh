@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(kBlock, 2) attend_tensor_kernel(const Attend a
   const int M = a.T * a.G, passes = (M + ROWS - 1) / ROWS;
   if constexpr (T::grouped) {
     const int first = (int)gridDim.x - a.R * a.S * a.H;
-    if ((int)blockIdx.x >= first) return attend_tail<FORMAT, DIM, ROWS>(a, (int)blockIdx.x - first, shared);
+    if ((int)blockIdx.x >= first) return attend_tail<FORMAT, T::tail_width, 4, T::shared>(a, (int)blockIdx.x - first, shared);
   }
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, r = lane / 4, c = lane % 4, P = a.f.page_size, units_of_page = (P + a.unit - 1) / a.unit;
   const int first_row = (int)(blockIdx.x % passes) * ROWS, num_rows = min(ROWS, M - first_row);
@@ -45,6 +45,7 @@ __global__ void __launch_bounds__(kBlock, 2) attend_tensor_kernel(const Attend a
     };
     TensorQueries<T> q;
     TensorRunning<T> run;
+    q.kept = reinterpret_cast<uint4*>(shared + warp * ROWS * DIM) + lane;
     look<T>(a, n / a.S, first_row, num_rows, sight);
     if constexpr (T::split) {  // [set, 8 columns of a lane, lane, 8]
       for (int i = threadIdx.x; i < ROWS * DIM; i += kBlock) {
@@ -99,6 +100,7 @@ __global__ void __launch_bounds__(kBlock, 2) attend_tensor_kernel(const Attend a
       for (int g = threadIdx.x % ROWS; g < num_rows; g += ROWS)
         for (int column = (units_of(a, part.t) + units_of_page - 1) / units_of_page + (int)threadIdx.x / ROWS; column < a.num_columns; column += kBlock / ROWS)
           *page_lse_of(a, part.t, first_row + g, column) = minus_infinity();
+    if constexpr (T::wide) __syncwarp();  // all lanes have read Q
 #pragma unroll
     for (int set = 0; set < T::sets; ++set) {
       const float sum = lane_sum<1, 2>(run.sum[set]), zeros = V::integer ? lane_sum<1, 2>(run.zeros[set]) : 0.0f;
@@ -112,7 +114,7 @@ __global__ void __launch_bounds__(kBlock, 2) attend_tensor_kernel(const Attend a
           for (int k = 0; k < 2; ++k) {
             float x = run.o[set][m][2 * k + e];
             if constexpr (V::coded)
-              x = x * (run.unit * ((V::format == kFp8 ? kFp8Factor : 1.0f) / (kProbabilityScale * value_factor<V::format>(m, k)))) + z;
+              x = x * (run.unit * (code_factor<V::format>() / (kProbabilityScale * value_factor<V::format>(m, k)))) + z;
             else if constexpr (V::type == Mma::fp16) x *= 1.0f / kProbabilityScale;
             shared[(warp * ROWS + 8 * set + 2 * c + e) * DIM + V::column(r, 2 * m + k)] = x;
           }

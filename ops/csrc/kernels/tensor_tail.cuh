@@ -2,17 +2,17 @@
 
 namespace pikv {
 
-// The raw keys of the group that is not full, of one table: 4 rows after 4, a quarter of the tokens to a warp.
-template <int FORMAT, int DIM, int ROWS>
+// The raw keys of the group that is not full, of one table: ROWS rows after ROWS, a quarter of the tokens to a warp. WIDTH: of Tile; SHARED: words of
+// shared memory that are there.
+template <int FORMAT, int WIDTH, int ROWS, int SHARED>
 __device__ __forceinline__ void attend_tail(const Attend& a, int t, float* shared) {
-  constexpr int width = DIM <= 64 ? 64 : DIM <= 128 ? 128 : 256;
-  using T = Tile<FORMAT, width, 4, false>;
-  static_assert(kWarps * 4 * (width + 2) + 8 + T::page_floats <= TensorTile<FORMAT, DIM, ROWS>::shared, "the tail needs more shared memory than the rest");
-  float *warp_top = shared + kWarps * 4 * width, *warp_sum = warp_top + kWarps * 4;
-  float* page = warp_sum + kWarps * 4 + threadIdx.x;  // written, not read: the part has the lse
-  int* sight = reinterpret_cast<int*>(warp_sum + kWarps * 4 + T::page_floats);
+  using T = Tile<FORMAT, WIDTH, ROWS, false>;
+  static_assert(kWarps * ROWS * (T::value_width + 2) + 2 * ROWS + T::page_floats <= SHARED, "the tail needs more shared memory than the rest");
+  float *warp_top = shared + kWarps * ROWS * T::value_width, *warp_sum = warp_top + kWarps * ROWS;
+  float* page = warp_sum + kWarps * ROWS + threadIdx.x;  // written, not read: the part has the lse
+  int* sight = reinterpret_cast<int*>(warp_sum + kWarps * ROWS + T::page_floats);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, column = lane % T::lanes * 8;
-  const int n = t / a.H, h = t % a.H, own_head = a.f.num_kv_heads == 1 ? 0 : h, M = a.T * a.G, P = a.f.page_size;
+  const int n = t / a.H, h = t % a.H, own_head = T::latent || a.f.num_kv_heads == 1 ? 0 : h, M = a.T * a.G, P = a.f.page_size;
   const int len = length_of(a, t), limit = len - len % a.f.group, page_column = limit / P;
   if (len == limit) return;
   bool listed = !a.list.data;
@@ -26,25 +26,30 @@ __device__ __forceinline__ void attend_tail(const Attend& a, int t, float* share
   place.head = record + own_head * a.f.head_bytes, place.positions = reinterpret_cast<const int*>(record + a.f.positions);
   place.tail = (tail_row * a.f.num_kv_heads + own_head) * a.f.group * a.f.k_dim;
 #pragma unroll 1
-  for (int first_row = 0; first_row < M; first_row += 4) {
-    const int num_rows = min(4, M - first_row);
-    float q[4][1][8];
+  for (int first_row = 0; first_row < M; first_row += ROWS) {
+    const int num_rows = min(ROWS, M - first_row);
+    float q[ROWS][T::key_chunks][8];
     Running<T> run;
     look<T>(a, n / a.S, first_row, num_rows, sight);
     __syncthreads();
 #pragma unroll
-    for (int g = 0; g < 4; ++g) {
+    for (int g = 0; g < ROWS; ++g) {
       const int m = first_row + min(g, num_rows - 1);
       const long long row = ((long long)(n / a.S) * a.T + m / a.G) * a.H * a.G + (long long)h * a.G + m % a.G;
       run.top[g] = minus_infinity(), run.sum[g] = 0;
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
-        q[g][0][i] = column + i < DIM ? load_float(a.q, a.q_type, row * DIM + column + i) * (a.scale * 1.4426950408889634f) : 0.0f;
-        run.acc[g][0][i] = 0;
+#pragma unroll
+        for (int c = 0; c < T::key_chunks; ++c) {
+          const int d = column + 256 * c + i;
+          q[g][c][i] = d < a.f.k_dim ? load_float(a.q, a.q_type, row * a.f.k_dim + d) * (a.scale * 1.4426950408889634f) : 0.0f;
+        }
+#pragma unroll
+        for (int c = 0; c < T::value_chunks; ++c) run.acc[g][c][i] = 0;
       }
     }
     if (start < stop)
-      add_span<FORMAT, width, 4, false, true>(a, place, start - page_column * P, stop - page_column * P, num_rows, sight, q, run, page);
+      add_span<FORMAT, WIDTH, ROWS, false, true>(a, place, start - page_column * P, stop - page_column * P, num_rows, sight, q, run, page);
     gather_warps<T>(run, num_rows, shared, warp_top, warp_sum);
     __syncthreads();
     write_part<T>(a, {t, 0, 0, a.tail_parts + t}, first_row, num_rows, shared, warp_top, warp_sum);

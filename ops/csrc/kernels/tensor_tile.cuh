@@ -2,14 +2,18 @@
 
 namespace pikv {
 
+// DIM: 64, 96, 128, 192 or 256 columns of keys and values. ROWS: query rows of a block, 8 or 16.
 template <int FORMAT, int DIM, int ROWS>
 struct TensorTile {
   using K = Side<key_format(FORMAT), DIM, 4>;
   using V = Side<value_format(FORMAT), DIM, 8>;
   static constexpr int rows = ROWS, sets = ROWS / 8, value_width = DIM, products = DIM / 16;
   static constexpr bool grouped = K::integer, split = K::coded;  // split: Q in two parts
-  static constexpr bool served = K::served && V::served && (ROWS == 8 || !split || DIM < 128);  // Q in two parts of 16 rows would be spilled
-  static constexpr int tokens = (K::row_bytes + V::row_bytes) * sets > 256 || DIM * sets > 128 ? 16 : 32, columns = tokens / 8;  // of a tile
+  static constexpr bool wide = DIM > 128;  // Q waits in shared memory, where a warp's O will lie
+  static constexpr bool late = wide && (K::row_bytes + V::row_bytes) > 768;  // a tile's values are asked for when its scores are there, the next keys when it is done with
+  static constexpr bool served = K::served && V::served && (ROWS == 8 || (DIM <= 128 && (!split || DIM < 128)));  // else registers would be spilled
+  static constexpr int tokens = (K::row_bytes + V::row_bytes) * sets > 256 || DIM * sets > (K::blocks ? 96 : 128) ? 16 : 32, columns = tokens / 8;  // of a tile
+  static constexpr int tail_width = DIM <= 64 ? 64 : DIM <= 128 ? 128 : 256;  // of Tile
   // Floats of shared memory: out, maximum and sum of every warp and row; queries, in the order of a lane's columns; what rows see, the row of work.
   static constexpr int shared = kWarps * ROWS * (DIM + 2) + (split ? ROWS * DIM : 0) + 2 * ROWS + Parts::shared;
 };
