@@ -90,6 +90,7 @@ __device__ __forceinline__ void add_tensor_span(const Attend& a, TensorSpan<T>& 
     if constexpr (T::split && T::sets == 1)
 #pragma unroll
       for (int b = 0; b < T::columns; ++b) score[b][0] += score[b][2], score[b][1] += score[b][3];
+    if constexpr (T::late && kLateValuesFirst) load_values();
     if constexpr (!T::late) load_next_keys();
     const bool whole = t0 + T::tokens <= stop, hides = !whole || a.window || a.causal;
     float v_scale[T::columns][2], v_zero[T::columns][2], ratio = 1.0f;
@@ -174,7 +175,7 @@ __device__ __forceinline__ void add_tensor_span(const Attend& a, TensorSpan<T>& 
         }
       }
     }
-    if constexpr (T::late) load_values();
+    if constexpr (T::late && !kLateValuesFirst) load_values();
 #pragma unroll
     for (int s = 0; s < T::tokens / 16; ++s)
 #pragma unroll

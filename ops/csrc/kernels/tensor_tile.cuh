@@ -10,13 +10,18 @@ struct TensorTile {
   static constexpr int rows = ROWS, sets = ROWS / 8, value_width = DIM, products = DIM / 16;
   static constexpr bool grouped = K::integer, split = K::coded;  // split: Q in two parts
   static constexpr bool wide = DIM > 128;  // Q waits in shared memory, where a warp's O will lie
-  static constexpr bool late = wide && (K::row_bytes + V::row_bytes) > 768;  // a tile's values are asked for when its scores are there, the next keys when it is done with
+  static constexpr bool late = wide && (K::row_bytes + V::row_bytes) > 768;  // a late tile's values are asked for when its scores are there, the next keys when it is done
   static constexpr bool served = K::served && V::served && (ROWS == 8 || (DIM <= 128 && (!split || DIM < 128)));  // else registers would be spilled
   static constexpr int tokens = (K::row_bytes + V::row_bytes) * sets > 256 || DIM * sets > (K::blocks ? 96 : 128) ? 16 : 32, columns = tokens / 8;  // of a tile
   static constexpr int tail_width = DIM <= 64 ? 64 : DIM <= 128 ? 128 : 256;  // of Tile
   // Floats of shared memory: out, maximum and sum of every warp and row; queries, in the order of a lane's columns; what rows see, the row of work.
   static constexpr int shared = kWarps * ROWS * (DIM + 2) + (split ? ROWS * DIM : 0) + 2 * ROWS + Parts::shared;
 };
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr bool kLateValuesFirst = true;  // late values before the softmax: for either architecture what does not spill registers
+#else
+constexpr bool kLateValuesFirst = false;  // late values behind it
+#endif
 constexpr float kProbabilityScale = 256.0f;  // keeps p * scale, and the lower part of p, in fp16's normal range
 
 __device__ __forceinline__ float exponent_of(float x) { return __uint_as_float(max(__float_as_uint(x) & 0x7f800000u, 0x10000000u)); }
