@@ -182,17 +182,18 @@ def way_through(blocks: list[Block], follow: list[list[int]], head: int, body: s
     return [i for at in found[1] for i in blocks[at]] if found else []
 
 
-def count(listing: str, product: str, row_bytes: int) -> dict[str, float]:
-    """Instructions of the loop over the tiles and of what lies around it for a page or group, the tokens of a tile: of its loads, each byte
-    of a token is loaded once."""
+def count(listing: str, product: str, row_bytes: int) -> dict[str, float | None]:
+    """Instructions of the loop over the tiles and of what lies around it for a page or group (None: no such loop was found), the tokens of
+    a tile: of its loads, each byte of a token is loaded once."""
     blocks, follow = blocks_of(listing)
     nest = [(head, body) for head, body in loops(follow) if any(i.name.startswith(product) for at in body for i in blocks[at])]
     inner = way_through(blocks, follow, *nest[0], product)
-    around = way_through(blocks, follow, *nest[-2], product)  # the last is that over the parts
+    # The last is that over the parts. In the code of sm_80 the loops around may close in ways that are not followed here.
+    around = way_through(blocks, follow, *nest[-2], product) if len(nest) > 1 else None
     loaded = sum(512 if ".128" in i.name else 256 if ".64" in i.name else 128 for i in inner if ".NA" in i.name)  # of 32 lanes
     return {
         "loop": len(inner),
-        "around": len(around) - len(inner),
+        "around": len(around) - len(inner) if around else None,
         "tokens": loaded / row_bytes,
         "products": sum(i.name.startswith(product) for i in inner),
     }
@@ -204,12 +205,13 @@ def rows(labels: tuple[str, ...] = TENSOR, arch: str = "90") -> list[dict[str, o
     for kernel, listing in listings(list(of), arch).items():
         k, _, v = of[kernel].partition("/")
         found = count(listing, "HMMA", DIM * (FORMATS[k].bits + FORMATS[v or k].bits) // 8)
-        per_token = found["loop"] / found["tokens"] + found["around"] / UNIT
-        eight = kernel.endswith(" 8>")
-        made.append({"format": of[kernel], "kernel": kernel, "arch": f"sm_{arch}", "tokens_of_a_tile": int(found["tokens"]),
+        per_token = found["loop"] / found["tokens"] + (found["around"] or 0) / UNIT
+        label, eight = of[kernel], kernel.endswith(" 8>")
+        budget = BUDGET.get(label) if eight and found["around"] is not None else None
+        made.append({"format": label, "kernel": kernel, "arch": f"sm_{arch}", "tokens_of_a_tile": int(found["tokens"]),
                      "tile": found["loop"], "of_which_products": found["products"], "around": found["around"],
-                     "per_token_and_head": round(per_token, 1),
-                     "budget": BUDGET.get(of[kernel]) if eight else None, "before": BEFORE.get(of[kernel]) if eight else None})  # fmt: skip
+                     "per_token_and_head": round(per_token, 1), "budget": budget,
+                     "before": BEFORE.get(label) if eight else None})  # fmt: skip
     return made
 
 
