@@ -167,8 +167,9 @@ def _reference_on_device(name: str):
             _without_kernel.add(fmt)
             runs = "in plain torch, slower" if otherwise is None else "by flashinfer, whose plan stops the host"
             warnings.warn(
-                f"pikv: there is no CUDA kernel for {fmt.label} pages with k_dim {fmt.k_dim}, v_dim {fmt.v_dim} (widths up to 128, latent "
-                f"up to 576 and 512, with raw rope columns {', '.join(ROPE)}; mixed: {', '.join(MIXED)}): {name} runs {runs}",
+                f"pikv: there is no CUDA kernel for {fmt.label} pages with k_dim {fmt.k_dim}, v_dim {fmt.v_dim} (widths up to 128, with "
+                f"16-bit queries 192 and 256 too, latent up to 576 and 512, with raw rope columns {', '.join(ROPE)}; mixed: "
+                f"{', '.join(MIXED)}): {name} runs {runs}",
                 stacklevel=2,
             )
         return REFERENCE[name](*args) if otherwise is None else otherwise()

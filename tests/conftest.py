@@ -7,6 +7,8 @@ from collections import Counter
 import pytest
 from hypothesis import settings
 
+from tests.long_form import LONG
+
 pytest.register_assert_rewrite(*(f"tests.harness.{name}" for name in ("checks", "evicting", "invariants", "windowed")))
 
 # Tests share their machine with others: a slow example is no failure.
@@ -32,6 +34,8 @@ def pytest_configure(config) -> None:
         from pikv_ds.ops.build.torch_builds import own_folder
 
         os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(own_folder()))
+    if not LONG:  # what compiles the CUDA kernels, or emulates them, would take minutes more
+        os.environ.setdefault("PIKV_CUDA_WIDTHS", "64,128")
 
 
 def pytest_collection_modifyitems(config, items) -> None:

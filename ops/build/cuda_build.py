@@ -9,7 +9,8 @@ import os
 import shutil
 from pathlib import Path
 
-from ..format.kernels import KERNEL_FORMATS, TENSOR  # relative: setup.py reads these two folders without the package
+# Relative: setup.py reads these two folders without the package.
+from ..format.kernels import KERNEL_FORMATS, LATENT, LATENT_TENSOR, TENSOR, TENSOR_DIMS, built_dims
 from .compile import Library, Source
 
 ARCHITECTURES = ("80", "90")
@@ -22,6 +23,7 @@ def cuda_library() -> Library:
     torch_root = _torch_root()
     flags = ("-O3", "-std=c++17", "-Xcompiler=-fPIC", "-Xptxas=-v", "-DUSE_CUDA", _TORCH_ABI, f"-I{torch_root / 'include'}",
              *(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in architectures()))  # fmt: skip
+    flags += _width_flags()
     link = ("-cudart=static", f"-L{torch_root / 'lib'}", f"-Xlinker=-rpath={torch_root / 'lib'}", "-ltorch_cpu", "-lc10")
     return Library("pikv_cuda", nvcc(), flags, _sources(), link, HEADERS, keep_log=True)
 
@@ -39,9 +41,20 @@ def emu_library() -> Library:
     torch_root = _torch_root()
     # Contraction off: __fmul_rn and __fsub_rn round one by one. Aliasing: kernels load bytes as vectors.
     flags = ("-x", "c++", "-O2", "-std=c++17", "-fPIC", "-ffp-contract=off", "-fno-strict-aliasing", "-fno-math-errno", "-Wall",
-             "-Wno-unknown-pragmas", "-Werror=return-type", "-DPK_HOST_EMU", _TORCH_ABI, f"-I{torch_root / 'include'}")  # fmt: skip
+             "-Wno-unknown-pragmas", "-Werror=return-type", "-DPK_HOST_EMU", _TORCH_ABI, f"-I{torch_root / 'include'}",
+             *_width_flags())  # fmt: skip
     link = (f"-L{torch_root / 'lib'}", f"-Wl,-rpath,{torch_root / 'lib'}", "-ltorch_cpu", "-lc10")
     return Library("pikv_emu", os.environ.get("CXX", "g++"), flags, (Source("emu/simt_host.cpp"), *_sources()), link, (*HEADERS, "emu"))
+
+
+def _width_flags() -> tuple[str, ...]:
+    """PIKV_CUDA_WIDTHS: tensor-core kernels of some widths only, for a shorter build; what is left out is served by the fp32 tier."""
+    dims = built_dims()
+    return (() if set(TENSOR_DIMS) <= set(dims) else (width_flag(dims),)) + (() if LATENT in dims else ("-DPK_NO_LATENT",))
+
+
+def width_flag(dims: tuple[int, ...]) -> str:
+    return f"-DPK_TENSOR_WIDTHS={' '.join(f'X({dim})' for dim in dims if dim != LATENT)}"
 
 
 def nvcc() -> str:
@@ -57,9 +70,16 @@ def tensor_source(label: str) -> Source:
     return Source("cuda/tensor_kernels.cu", (f"-DPK_FORMAT={KERNEL_FORMATS[label]}",))
 
 
+def latent_source(label: str) -> Source:
+    """The kernel on tensor cores of latents in a format."""
+    return Source("cuda/latent_kernels.cu", (f"-DPK_FORMAT={KERNEL_FORMATS[label]}",))
+
+
 def _sources() -> tuple[Source, ...]:
     kernels = tuple(Source("cuda/attend_kernels.cu", (f"-DPK_FORMAT={code}",)) for code in KERNEL_FORMATS.values())
     kernels += tuple(tensor_source(label) for label in TENSOR)
+    if LATENT in built_dims():
+        kernels += tuple(latent_source(label) for label in LATENT_TENSOR)
     launchers = (Source(f"cuda/{name}.cu") for name in ("pages", "bounds", "pack", "slots", "attend"))
     return (Source("cuda/page_kernels.cu"), *launchers, *kernels)
 

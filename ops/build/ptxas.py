@@ -27,7 +27,7 @@ class KernelUse:
         """What is wrong with it; empty if nothing is."""
         if self.spill_bytes:
             return f"spills {self.spill_bytes} bytes"
-        most = MAX_TENSOR_REGISTERS if self.kernel.startswith("attend_tensor_kernel") else MAX_REGISTERS
+        most = MAX_TENSOR_REGISTERS if self.kernel.startswith(("attend_tensor_kernel", "attend_latent_kernel")) else MAX_REGISTERS
         return f"{self.registers} registers > {most}" if self.registers > most else ""
 
     def row(self) -> dict[str, object]:

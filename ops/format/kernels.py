@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 MIXED = ("int8/int4", "int8/int2", "int4/int2", "fp8_e4m3/int4", "bf16/int4")  # K/V, of layers that are not latent
 ROPE = ("int8", "int4", "fp8_e4m3")  # of latents with rope_raw
-WIDTHS = (32, 64, 128, 576)  # csrc/kernels/attend.cuh; 576 = latent
+WIDTHS = (32, 64, 128, 576)  # csrc/kernels/tile.cuh; 576 = latent
 
 
 def _packed(label: str) -> int:
@@ -39,30 +39,57 @@ def kinds(label: str, width: int) -> list[tuple[int, int, str]]:
     return [(width, 2 if width == 576 else 4, "false"), *plain.get(width, [])]
 
 
-TENSOR = ("bf16", "fp16", "int8", "int4", "fp8_e4m3", "int2", *MIXED)
-TENSOR_DIMS = (64, 128)
+TENSOR = ("bf16", "fp16", "int8", "int4", "fp8_e4m3", "int2", "fp4_e2m1", *MIXED)
+TENSOR_DIMS = (64, 96, 128, 192, 256)
+LATENT = 576  # keys of 512 + 64 columns, of which 512 are the values
+LATENT_TENSOR = ("bf16", "fp16", "int8", "int4", "fp8_e4m3", "int2", "fp4_e2m1", *(f"{name}+rope" for name in ROPE))
+LATENT_ROWS = 16  # query rows of a block
 
 
 def tensor_rows(key_bits: int, dim: int) -> tuple[int, ...]:
-    """Query rows of a block that there are kernels for: 16 of coded keys of 128 columns would be spilled."""
-    return (8,) if key_bits < 16 and dim >= 128 else (8, 16)
+    """Query rows of a block that there are kernels for: 16 of wider ones, or of coded keys of 128 columns, would be spilled."""
+    return (8,) if dim > 128 or (key_bits < 16 and dim == 128) else (8, 16)
 
 
-def tensor_kernels(label: str) -> list[str]:
-    """The kernels of csrc/kernels/attend_tensor.cuh for a format."""
+def built_dims() -> tuple[int, ...]:
+    """The widths that tensor-core kernels are built for: those in PIKV_CUDA_WIDTHS ("64,128"), by default all of TENSOR_DIMS and LATENT."""
+    every = (*TENSOR_DIMS, LATENT)
+    given = os.environ.get("PIKV_CUDA_WIDTHS")
+    if given is None:
+        return every
+    names = {str(dim): dim for dim in every}
+    if set(given.split(",")) - set(names):
+        raise ValueError(f"PIKV_CUDA_WIDTHS={given!r}: legal are {', '.join(names)}, with commas between them")
+    return tuple(names[name] for name in names if name in given.split(","))
+
+
+def tensor_kernels(label: str, dims: tuple[int, ...] = TENSOR_DIMS) -> list[str]:
+    """The kernels of csrc/kernels/attend_tensor.cuh for a format, of these widths."""
     k, v = FORMATS[label.partition("/")[0]], FORMATS[label.partition("/")[2] or label]
-    dims = [dim for dim in TENSOR_DIMS if dim * v.bits % 256 == 0]
-    return [f"attend_tensor_kernel<{KERNEL_FORMATS[label]}, {dim}, {rows}>" for dim in dims for rows in tensor_rows(k.bits, dim)]
+    served = [dim for dim in dims if _lanes_read_whole(dim * k.bits // 8, dim * v.bits // 8)]
+    return [f"attend_tensor_kernel<{KERNEL_FORMATS[label]}, {dim}, {rows}>" for dim in served for rows in tensor_rows(k.bits, dim)]
+
+
+def _lanes_read_whole(k_row_bytes: int, v_row_bytes: int) -> bool:
+    """4 lanes read a key, in words; 8 lanes read a value, in bytes."""
+    return k_row_bytes % 16 == 0 and v_row_bytes % 8 == 0
+
+
+def latent_kernel(label: str) -> str:
+    """The kernel of csrc/kernels/attend_latent.cuh for one of LATENT_TENSOR."""
+    return f"attend_latent_kernel<{KERNEL_FORMATS[label]}>"
 
 
 def tensor_kernel(fmt: PageFormat, dtype: torch.dtype) -> bool:
-    """Whether tensor cores serve queries of this dtype: 16 bits, which raw keys must be of too; keys and values of a width in TENSOR_DIMS,
-    with four bytes for each of the 8 lanes of a value. csrc/cuda/kernels.h has the same."""
+    """Whether tensor cores serve queries of this dtype: 16 bits, which raw keys must be of too; latents of 512 + 64 columns, or keys and
+    values of one width, of which a lane reads whole words and bytes; built. csrc/cuda/kernels.h has the same."""
     given = {"torch.bfloat16": "bf16", "torch.float16": "fp16"}.get(str(dtype))
-    return (
-        fmt.label in TENSOR and given is not None and not fmt.latent and fmt.k_dim in TENSOR_DIMS and fmt.v_dim == fmt.k_dim
-        and fmt.v_row_bytes % 32 == 0 and (fmt.traits.bits < 16 or fmt.name == given) and not (fmt.grouped and fmt.group % 16)
-    )  # fmt: skip
+    if given is None or (fmt.traits.bits >= 16 and fmt.name != given) or fmt.k_dim not in built_dims():
+        return False
+    if fmt.latent:
+        return fmt.label in LATENT_TENSOR and (fmt.k_dim, fmt.v_dim) == (LATENT, 512)
+    whole = _lanes_read_whole(fmt.k_row_bytes, fmt.v_row_bytes)
+    return fmt.label in TENSOR and fmt.v_dim == fmt.k_dim and whole and not (fmt.grouped and fmt.group % 16)
 
 
 def decode_tier(fmt: PageFormat, dtype: torch.dtype) -> str:

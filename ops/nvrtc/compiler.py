@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -15,9 +16,13 @@ from types import ModuleType
 
 from pikv_ds.ops.build import ptxas
 from pikv_ds.ops.build.compile import CSRC, BuildError, ToolMissing, cache_dir
-from pikv_ds.ops.format.kernels import KERNEL_FORMATS, TENSOR, kinds, tensor_kernels, widths
+from pikv_ds.ops.format import kernels
+from pikv_ds.ops.format.kernels import KERNEL_FORMATS, LATENT, LATENT_TENSOR, TENSOR, TENSOR_DIMS
 
 _COMMON = ("include/page_format.h", "kernels/params.cuh", "kernels/common.cuh", "kernels/numbers.cuh")
+_FP32 = ("work", "tile", "span", "part")  # of kernels/, in this order
+TENSOR_FILES = (*_FP32, "tensor", "operands", "tensor_tile", "tensor_queries", "tensor_span", "tensor_tail", "attend_tensor")
+LATENT_FILES = (*_FP32, "tensor", "operands", "tensor_tile", "tensor_tail", "bulk", "latent_tile", "latent_products", "attend_latent")
 _PAGES = ("finish_kernel", "append_rows_kernel", "append_groups_kernel", "append_tail_kernel", "page_bounds_kernel", "page_score_kernel",
           "merge_kernel",
           "pack_kernel", "unpack_kernel", "migrate_kernel", "assign_slots_kernel", "checksum_kernel")  # fmt: skip
@@ -32,20 +37,29 @@ class Part:
 
 
 def _attend(label: str) -> Part:
-    kernels = (
-        f"attend_kernel<{KERNEL_FORMATS[label]}, {', '.join(map(str, kind))}>" for width in widths(label) for kind in kinds(label, width)
-    )
-    return Part(("kernels/work.cuh", "kernels/attend.cuh"), tuple(kernels))
+    kinds = (kind for width in kernels.widths(label) for kind in kernels.kinds(label, width))
+    names = (f"attend_kernel<{KERNEL_FORMATS[label]}, {', '.join(map(str, kind))}>" for kind in kinds)
+    return Part(_files(*_FP32, "attend"), tuple(names))
 
 
-def _on_tensor_cores(label: str) -> Part:
-    files = ("work", "attend", "tensor", "operands", "attend_tensor")
-    return Part(tuple(f"kernels/{name}.cuh" for name in files), tuple(tensor_kernels(label)))
+def tensor_part(label: str, dim: int) -> str:
+    """A part of its own for each width: a process that compiles at its first launch needs one."""
+    return f"{label} on tensor cores, {dim}"
+
+
+def _on_tensor_cores() -> dict[str, Part]:
+    names_of = {(label, dim): tuple(kernels.tensor_kernels(label, (dim,))) for label in TENSOR for dim in TENSOR_DIMS}
+    parts = {tensor_part(*of): Part(_files(*TENSOR_FILES), names) for of, names in names_of.items() if names}
+    return parts | {tensor_part(label, LATENT): Part(_files(*LATENT_FILES), (kernels.latent_kernel(label),)) for label in LATENT_TENSOR}
+
+
+def _files(*names: str) -> tuple[str, ...]:
+    return tuple(f"kernels/{name}.cuh" for name in names)
 
 
 PARTS = {label: _attend(label) for label in KERNEL_FORMATS}
-PARTS |= {f"{label} on tensor cores": _on_tensor_cores(label) for label in TENSOR}
-PARTS["pages"] = Part(tuple(f"kernels/{name}.cuh" for name in ("append", "bounds", "work", "merge", "pack", "pages", "slots")), _PAGES)
+PARTS |= _on_tensor_cores()
+PARTS["pages"] = Part(_files("append", "bounds", "work", "merge", "pack", "pages", "slots"), _PAGES)
 
 
 @dataclass(frozen=True)
@@ -107,7 +121,7 @@ def check(arch: str) -> list[ptxas.KernelUse]:
 def cached_part(part: str, arch: str) -> tuple[Path, dict[str, str]]:
     """The path of the machine code, compiled unless the cache has it, and the names of the kernels in it."""
     key = hashlib.sha256("\0".join((source(part), arch, version())).encode()).hexdigest()[:16]
-    target = cache_dir() / f"pikv_nvrtc_{part.replace('/', '-').replace(' ', '_')}_sm{arch}-{key}.cubin"
+    target = cache_dir() / f"pikv_nvrtc_{re.sub(r'[^A-Za-z0-9.+]+', '_', part)}_sm{arch}-{key}.cubin"
     names = target.with_suffix(".names")
     if not (target.is_file() and names.is_file()):
         target.parent.mkdir(parents=True, exist_ok=True)

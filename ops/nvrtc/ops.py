@@ -14,10 +14,11 @@ from torch import Tensor
 
 from pikv_ds.ops import checks
 from pikv_ds.ops.format.formats import PageFormat
-from pikv_ds.ops.format.kernels import KERNEL_FORMATS, decode_tier, kernel_width, tensor_rows
+from pikv_ds.ops.format.kernels import KERNEL_FORMATS, LATENT_ROWS, decode_tier, kernel_width, latent_kernel, tensor_rows
 
 from . import params as kp
-from .launch import BLOCK, WARPS, launch, num_processors
+from .compiler import tensor_part
+from .launch import BLOCK, WARPS, has_bulk_copies, launch, num_processors
 from .params import BOUND_TYPES, FLOAT_TYPES, address, index, page_record
 from .work import count_blocks, share_work
 
@@ -25,13 +26,29 @@ ROW_INTS = BLOCK + 1 + WARPS  # Row::shared of csrc/kernels/work.cuh
 
 
 def shared_floats(width: int, rows: int, plain: bool) -> int:
-    """Tile::shared of csrc/kernels/attend.cuh."""
+    """Tile::shared of csrc/kernels/tile.cuh."""
     return (0 if plain else 2 * rows * BLOCK) + WARPS * rows * (min(width, 512) + 2) + 2 * rows + ROW_INTS + 4
 
 
 def tensor_shared_floats(fmt: PageFormat, rows: int) -> int:
-    """TensorTile::shared of csrc/kernels/attend_tensor.cuh."""
+    """TensorTile::shared of csrc/kernels/tensor_tile.cuh."""
     return WARPS * rows * (fmt.k_dim + 2) + (rows * fmt.k_dim if fmt.traits.bits < 16 else 0) + 2 * rows + ROW_INTS + 4
+
+
+def latent_shared_words(fmt: PageFormat, q_type: int, bulk: bool) -> int:
+    """LatentTile::shared_for of csrc/kernels/latent_tile.cuh."""
+    tokens, coded = 32, fmt.traits.bits < 16
+    width = 576 + 64 * (fmt.rope_raw and not fmt.grouped)
+    tiles, queries = tokens * (width + 8) // 2, width // 16 * 128
+    tiles = 2 * tiles + 4 if bulk and not coded else 2 * tiles if fmt.grouped else tiles
+    words = tiles + queries + LATENT_ROWS * (tokens + 4) + tokens + 2 * LATENT_ROWS + ROW_INTS + 4
+    return -(-words // 4) * 4 + (queries if coded and q_type != FLOAT_TYPES[torch.bfloat16] else 0)
+
+
+def _tier(fmt: PageFormat, q: Tensor) -> str:
+    """decode_tier; a view of queries that does not start on a word is not for tensor cores."""
+    tier = decode_tier(fmt, q.dtype)
+    return tier if tier != "tensor cores" or q.data_ptr() % 4 == 0 else "fp32" if kernel_width(fmt) else "torch"
 
 
 def _values_are_checked() -> bool:
@@ -44,7 +61,7 @@ def _values_are_checked() -> bool:
 
 def decode(q, pages, block_table, seqlens, q_positions, page_list, tail, tail_rows, *rest):
     fmt, (scale, window, with_page_lse, num_splits) = PageFormat.from_layout(rest[:7]), rest[7:]
-    if not kernel_width(fmt):
+    if _tier(fmt, q) == "torch":
         return torch.ops.pikv.decode_reference(q, pages, block_table, seqlens, q_positions, page_list, tail, tail_rows, *rest)
     checks.attend(q, pages, block_table, seqlens, q_positions, page_list, tail, tail_rows, fmt, window, values=_values_are_checked())
     columns = block_table.shape[2] if page_list is None else page_list.shape[2]
@@ -56,7 +73,7 @@ def decode(q, pages, block_table, seqlens, q_positions, page_list, tail, tail_ro
 
 def prefill_cached(q, pages, block_table, seqlens, q_positions, tail, tail_rows, *rest):
     fmt, (scale, window, causal, num_splits) = PageFormat.from_layout(rest[:7]), rest[7:]
-    if not kernel_width(fmt):
+    if _tier(fmt, q) == "torch":
         return torch.ops.pikv.prefill_cached_reference(q, pages, block_table, seqlens, q_positions, tail, tail_rows, *rest)
     checks.prefill_cached(q, pages, block_table, seqlens, q_positions, tail, tail_rows, fmt, values=_values_are_checked())
     return _attend(q, pages, block_table, seqlens, q_positions, None, tail, tail_rows, fmt, scale, window, causal, None, num_splits)
@@ -81,10 +98,12 @@ def _attend(q, pages, block_table, seqlens, q_positions, page_list, tail, tail_r
         checks.aligned("tail", tail)
         a.tail_type, a.tail_heads = FLOAT_TYPES[tail.dtype], tail_rows.shape[1] if tail_rows.dim() == 2 else 1
     a.out, a.lse = out.data_ptr(), lse.data_ptr()
-    tensor = decode_tier(fmt, q.dtype) == "tensor cores" and q.data_ptr() % 4 == 0
+    tensor = _tier(fmt, q) == "tensor cores"
     plain = (width == 128 or (width == 576 and not fmt.grouped)) and not (window or causal or page_lse is not None)
     rows = (
-        tensor_rows(fmt.traits.bits, fmt.k_dim)[0 if T * a.G <= 8 else -1]
+        LATENT_ROWS
+        if tensor and fmt.latent
+        else tensor_rows(fmt.traits.bits, fmt.k_dim)[0 if T * a.G <= 8 else -1]
         if tensor
         else 2
         if width == 576
@@ -101,8 +120,9 @@ def _attend(q, pages, block_table, seqlens, q_positions, page_list, tail, tail_r
         a.part_out, a.part_lse = part_out.data_ptr(), part_lse.data_ptr()
     blocks, code = count_blocks(a, rows) + tails * R * a.S * H, KERNEL_FORMATS[fmt.label]
     if tensor:
-        shared = tensor_shared_floats(fmt, rows)
-        launch(f"{fmt.label} on tensor cores", f"attend_tensor_kernel<{code}, {fmt.k_dim}, {rows}>", (blocks, 1), 4 * shared, a, q.device)
+        shared = latent_shared_words(fmt, a.q_type, has_bulk_copies(q.device)) if fmt.latent else tensor_shared_floats(fmt, rows)
+        kernel = latent_kernel(fmt.label) if fmt.latent else f"attend_tensor_kernel<{code}, {fmt.k_dim}, {rows}>"
+        launch(tensor_part(fmt.label, fmt.k_dim), kernel, (blocks, 1), 4 * shared, a, q.device)
     else:
         kernel = f"attend_kernel<{code}, {width}, {rows}, {str(plain).lower()}>"
         launch(fmt.label, kernel, (blocks, 1), 4 * shared_floats(width, rows, plain), a, q.device)

@@ -17,7 +17,7 @@ import torch
 
 from pikv_ds.ops import library
 from pikv_ds.ops.format.formats import FORMATS
-from pikv_ds.ops.format.kernels import TENSOR, TENSOR_DIMS, tensor_kernel
+from pikv_ds.ops.format.kernels import LATENT_TENSOR, TENSOR, TENSOR_DIMS, tensor_kernel
 from tests.ops.byte_checks import (
     check_append,
     check_bounds,
@@ -146,10 +146,14 @@ def make_attention(a: Attention):
 
 
 def tensor_points(long: bool = False) -> Iterator[Point]:
-    """What tensor cores serve: every format that they have, both numbers of rows in a block, lists, windows, tails, pieces."""
-    shapes = ((64, 1, "list"), (64, 8, "window"), (128, 4, "dense"), (128, 12, "list"))
+    """What tensor cores serve, of the widths that are built: every format that they have, both numbers of rows in a block, lists, windows,
+    tails, pieces."""
+    shapes = ((64, 1, "list"), (64, 8, "window"), (128, 4, "dense"), (128, 12, "list"), (96, 4, "window"), (96, 9, "list"),
+              (192, 9, "list"), (256, 4, "window"), (256, 8, "dense"))  # fmt: skip
     if long:
-        shapes = tuple(itertools.product(TENSOR_DIMS, (1, 3, 4, 8, 12, 16, 20), MODES))
+        shapes = tuple(itertools.product((64, 128), (1, 3, 4, 8, 12, 16, 20), MODES))
+        shapes += tuple(itertools.product(sorted({*TENSOR_DIMS} - {64, 128}), (3, 8, 20), MODES))
+    yield from _latent_points(long)
     pieces = itertools.cycle((0, 3))
     for name, (dim, group, mode) in itertools.product(TENSOR, shapes):
         dtype = torch.float16 if name == "fp16" else torch.bfloat16
@@ -159,6 +163,20 @@ def tensor_points(long: bool = False) -> Iterator[Point]:
             chunk = replace(a, group=max(1, group // 3), mode="window" if group % 8 else "dense", queries=3)
             for point in (a, chunk) if long or group == 4 else (a,):
                 if tensor_kernel(format_of(name, 1, dim, dim, page_size), dtype):
+                    yield Point("prefill_cached" if point.queries else "decode", point.id, partial(check_attention, point))
+
+
+def _latent_points(long: bool) -> Iterator[Point]:
+    pieces = itertools.cycle((0, 3))
+    for name, (group, mode) in itertools.product(
+        LATENT_TENSOR, itertools.product((1, 8, 16, 20), MODES) if long else ((5, "list"), (20, "window"), (16, "dense"))
+    ):
+        dtype, small = torch.float16 if name == "fp16" else torch.bfloat16, small_page(name)
+        for page_size in (small, 2 * small, 256) if long else (2 * small,):
+            a = Attention(name, group, mode, 576, 512, True, page_size, shards=1 + group % 2, dtype=dtype, num_splits=next(pieces))
+            chunk = replace(a, group=max(1, group // 3), mode="window", queries=3)
+            for point in (a, chunk) if long or group == 5 else (a,):
+                if tensor_kernel(format_of(name, 1, 576, 512, page_size, True), dtype):
                     yield Point("prefill_cached" if point.queries else "decode", point.id, partial(check_attention, point))
 
 

@@ -15,7 +15,8 @@ from pikv_ds.launch.commands import build as cmd_build
 from pikv_ds.ops.build import cuda_build, ptxas
 from pikv_ds.ops.build.compile import BuildError, ToolMissing, build, compiler_name
 from pikv_ds.ops.build.cuda_build import ARCHITECTURES, cuda_library, nvcc
-from pikv_ds.ops.format.kernels import KERNEL_FORMATS, tensor_kernels
+from pikv_ds.ops.format.kernels import KERNEL_FORMATS, LATENT, built_dims, tensor_kernels
+from pikv_ds.ops.format.kernels import TENSOR as TENSOR_FORMATS
 from pikv_ds.ops.nvrtc import compiler as nvrtc
 from tests.long_form import LONG
 
@@ -31,8 +32,10 @@ RECORD = Path(__file__).resolve().parents[2] / "docs" / "results" / "build.json"
 COMPILED = ARCHITECTURES if LONG else ("90",)  # for all kernels; of the others FULLEST
 FULLEST = [f"-DPK_FORMAT={KERNEL_FORMATS[name]}" for name in ("int8", "fp4_e2m1", "fp8_e4m3/int4")]  # most registers on sm_80, by kind
 FULLEST_TENSOR = "fp8_e4m3/int4"
-ATTENTION, TENSOR, OTHERS = 82, 30, 12
-KERNELS = ATTENTION + TENSOR + OTHERS
+ATTENTION, TENSOR, LATENTS, OTHERS = 82, 85, 10, 12
+KERNELS = ATTENTION + TENSOR + LATENTS + OTHERS
+BUILT = sum(len(tensor_kernels(label, built_dims())) for label in TENSOR_FORMATS)  # by the short form: tests/conftest.py
+BUILT_LATENTS = LATENTS if LATENT in built_dims() else 0
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +62,7 @@ def test_the_record_is_of_these_kernels(record):
     row, *uses = record["rows"]
     assert row["target"] == "cuda" and row["status"] == "ok" and not any(use["breach"] or use["spill_bytes"] for use in uses)
     assert len({(use["kernel"], use["arch"]) for use in uses}) == len(uses) == len(ARCHITECTURES) * KERNELS
-    assert max(use["registers"] for use in uses if "tensor" not in use["kernel"]) <= ptxas.MAX_REGISTERS
+    assert max(use["registers"] for use in uses if use["kernel"].startswith("attend_kernel")) <= ptxas.MAX_REGISTERS
 
 
 @needs_nvcc
@@ -69,8 +72,10 @@ def test_every_kernel_keeps_the_limits(monkeypatch, compiled, record):
     row, uses = build_targets.build_target("cuda")
     assert row["status"] == "ok", row["detail"]
     attend = {use.kernel for use in uses if use.kernel.startswith("attend_kernel")}
-    assert len(attend) == ATTENTION and len(uses) == len(COMPILED) * KERNELS, sorted(attend)
-    assert sum(use.kernel.startswith("attend_tensor_kernel") for use in uses) == TENSOR * len(COMPILED)
+    assert len(attend) == ATTENTION and len(uses) == len(COMPILED) * (ATTENTION + BUILT + BUILT_LATENTS + OTHERS), sorted(attend)
+    assert sum(use.kernel.startswith("attend_tensor_kernel") for use in uses) == BUILT * len(COMPILED)
+    assert sum(use.kernel.startswith("attend_latent_kernel") for use in uses) == BUILT_LATENTS * len(COMPILED)
+    assert not LONG or BUILT == TENSOR
     assert {use.arch for use in uses} == {f"sm_{arch}" for arch in COMPILED}
     print({use.kernel: use.registers for use in uses if use.arch == "sm_90"})
     assert_as_recorded(uses, record)
@@ -92,7 +97,7 @@ def test_the_fullest_kernels_keep_the_limits_on_sm_80(monkeypatch, record):
     chosen = [s for s in whole.sources if s in fullest or s.path == "cuda/page_kernels.cu" or s == tensor]
     assert len(chosen) == 2 + len(FULLEST)
     uses = ptxas.parse(build(replace(whole, name="pikv_cuda_fullest", sources=tuple(chosen))).with_suffix(".log").read_text())
-    assert len(uses) == OTHERS + 6 + 7 + 5 + len(tensor_kernels(FULLEST_TENSOR)) and {use.arch for use in uses} == {"sm_80"}
+    assert len(uses) == OTHERS + 6 + 7 + 5 + len(tensor_kernels(FULLEST_TENSOR, built_dims())) and {use.arch for use in uses} == {"sm_80"}
     assert not [use for use in uses if use.breach()]
     assert_as_recorded(uses, record)
 

@@ -14,27 +14,15 @@ from pikv_ds.ops.nvrtc import params as kernel_params
 from tests.long_form import short_or_long
 from tests.ops.byte_checks import check_bounds, check_pack, check_score, check_slots
 from tests.ops.cases import answer, compare, compare_lse, make_case
-from tests.ops.kernel_text import Fault, compile_kernels, launcher
+from tests.ops.kernel_text import Fault, check_decode, compile_kernels, through
 
+__all__ = ["through"]  # a fixture
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
 
 
 @pytest.fixture(scope="module")
 def right_kernels(tmp_path_factory):
     return compile_kernels(tmp_path_factory.mktemp("right") / "build")
-
-
-@pytest.fixture
-def through(monkeypatch):
-    """Run nvrtc_ops on the host: its launches go to the emulation. tensor: on tensor cores what they serve, else by the fp32 tier."""
-
-    def use(kernels, reverse=False, tensor=False):
-        monkeypatch.setenv("PIKV_TENSOR_CORES", str(int(tensor)))
-        monkeypatch.setattr(nvrtc_ops, "launch", launcher(kernels, reverse))
-        monkeypatch.setattr(nvrtc_ops, "num_processors", lambda device: 2)
-        monkeypatch.setenv("PIKV_DEBUG", "1")
-
-    return use
 
 
 @pytest.mark.parametrize(
@@ -48,17 +36,6 @@ def _case(**options):
     return make_case("int8", lens=(200, 0, 65, 64), shards=2, **options)
 
 
-def _check_decode(case, **options):
-    window, page_list = options.get("window", 0), options.get("page_list")
-    args = (case.q, case.pages, case.block_table, case.seqlens, case.q_positions, page_list, case.extra["tail"], case.extra["tail_rows"])
-    rest = (*library.layout(case.fmt), case.fmt.k_dim**-0.5, window, True, options.get("num_splits", 0))
-    out, lse, page_lse = nvrtc_ops.decode(*args, *rest)
-    expected = answer(case, with_page_lse=True, window=window, page_list=page_list)
-    compare(out, expected[0], 1e-5, "out")
-    compare_lse(lse, expected[1], 1e-4, "lse")
-    compare_lse(page_lse, expected[2], 1e-4, "page lse")
-
-
 TIERS = pytest.mark.parametrize("tensor", [False, True], ids=["fp32", "tensor"])
 
 
@@ -67,7 +44,7 @@ TIERS = pytest.mark.parametrize("tensor", [False, True], ids=["fp32", "tensor"])
 @pytest.mark.parametrize("options", [{}, {"window": 30}, {"num_splits": 3}, {"page_list": torch.tensor([1, -1, 0]).repeat(8, 1, 1)}])
 def test_decode(right_kernels, through, options, reverse, tensor):
     through(right_kernels, reverse, tensor)
-    _check_decode(_case(), **options)
+    check_decode(_case(), **options)
 
 
 @TIERS
@@ -93,7 +70,7 @@ def test_latent_and_int64(right_kernels, through):
     through(right_kernels)
     case = make_case("int8", lens=(70, 129), heads=1, group=5, k_dim=576, v_dim=512, latent=True)
     case.block_table, case.seqlens, case.q_positions = case.block_table.long(), case.seqlens.long(), case.q_positions.long()
-    _check_decode(case)
+    check_decode(case)
 
 
 @TIERS
@@ -165,15 +142,15 @@ MERGED = "    __syncthreads();\n    write_part<T>"
 SCORE, CONST_SCORE = "lane_sum<1, T::lanes / 2>(score", "const float s = lane_sum"
 PLANTED = {
     "missing barrier before the warps are merged": (("attend.cuh", MERGED, "    write_part<T>"), "wrong"),
-    "shuffle that stops half way": (("attend.cuh", SCORE, "lane_sum<2, T::lanes / 2>(score"), "wrong"),
-    "shuffle beyond the token": (("attend.cuh", SCORE, "lane_sum<1, T::lanes>(score"), "wrong"),
+    "shuffle that stops half way": (("span.cuh", SCORE, "lane_sum<2, T::lanes / 2>(score"), "wrong"),
+    "shuffle beyond the token": (("span.cuh", SCORE, "lane_sum<1, T::lanes>(score"), "wrong"),
     "shuffle outside the warp": (
         ("common.cuh", "x += __shfl_xor_sync(kAll, x, bit)", "x += __shfl_xor_sync(kAll, x, 4 * bit)"),
         "a lane outside",
     ),
     "barrier of one warp": (("attend.cuh", MERGED, f"    if (warp == 0){MERGED[3:]}"), "__syncthreads"),
-    "shuffle of some lanes": (("attend.cuh", CONST_SCORE, f"if (lane == 3) continue;\n{CONST_SCORE}"), "lanes of a warp"),
-    "hidden tokens not masked": (("attend.cuh", "score[step][g] = visible ? s : minus_infinity();", "score[step][g] = s;"), "wrong"),
+    "shuffle of some lanes": (("span.cuh", CONST_SCORE, f"if (lane == 3) continue;\n{CONST_SCORE}"), "lanes of a warp"),
+    "hidden tokens not masked": (("span.cuh", "score[step][g] = visible ? s : minus_infinity();", "score[step][g] = s;"), "wrong"),
 }
 
 
@@ -185,7 +162,7 @@ def test_planted_bugs_in_attention_are_noticed(bug, through, tmp_path):
     for reverse in (False, True):
         through(kernels, reverse)
         try:
-            _check_decode(_case(), window=30)
+            check_decode(_case(), window=30)
         except Fault as fault:
             noticed.append(str(fault))
         except AssertionError:
@@ -193,11 +170,11 @@ def test_planted_bugs_in_attention_are_noticed(bug, through, tmp_path):
     assert any(words in what for what in noticed), noticed
 
 
-_SPAN, _LAST = "attend_tensor.cuh", "mma_16816<V::type>(run.o[set][m], x[0], x[1], y[0], y[1], p_low"
+_SPAN, _BLOCK, _LAST = "tensor_span.cuh", "attend_tensor.cuh", "mma_16816<V::type>(run.o[set][m], x[0], x[1], y[0], y[1], p_low"
 PLANTED_TENSOR = {
-    "missing barrier before the warps are merged": ((_SPAN, MERGED + "(a, part,", "    write_part<T>(a, part,"), "wrong"),
-    "missing barrier behind the merge": ((_SPAN, "parts.advance(a);\n    __syncthreads();\n", "parts.advance(a);\n"), "__syncthreads"),
-    "missing barrier behind the queries": ((_SPAN, "    __syncthreads();\n    run.unit", "    run.unit"), "wrong"),
+    "missing barrier before the warps are merged": ((_BLOCK, MERGED + "(a, part,", "    write_part<T>(a, part,"), "wrong"),
+    "missing barrier behind the merge": ((_BLOCK, "parts.advance(a);\n    __syncthreads();\n", "parts.advance(a);\n"), "__syncthreads"),
+    "missing barrier behind the queries": ((_BLOCK, "    __syncthreads();\n    run.unit", "    run.unit"), "wrong"),
     "rows and columns of P mixed up": ((_SPAN, "p[set][2 * s], p[set][2 * s + 1]", "p[set][2 * s + 1], p[set][2 * s]"), "wrong"),
     "the wrong half of a token": (("operands.cuh", "m % 2 ? 0x7362 : 0x5140", "m % 2 ? 0x5140 : 0x7362"), "wrong"),
     "a product that some lanes leave out": ((_SPAN, _LAST, "if (lane != 9) " + _LAST), "lanes of a warp"),
@@ -220,8 +197,8 @@ def test_planted_bugs_on_tensor_cores_are_noticed(bug, through, tmp_path):
     for reverse in (False, True):
         through(kernels, reverse, tensor=True)
         try:
-            _check_decode(_case(growth=50.0), window=30)
-            _check_decode(_case(growth=50.0, group=8))
+            check_decode(_case(growth=50.0), window=30)
+            check_decode(_case(growth=50.0, group=8))
         except Fault as fault:
             noticed.append(str(fault))
         except AssertionError:

@@ -88,7 +88,13 @@ const char* launch_format(const Attend& a, int width, Stream stream) {
 }
 
 const char* launch_tensor_format(const Attend& a, Stream stream) {
-  switch (packed_of(a.f)) {
+  if (a.f.latent) switch (packed_of(a.f)) {
+#define PK_CASE(F) \
+  case F: return launch_latent<F>(a, stream);
+    PK_LATENT_FORMATS(PK_CASE)
+#undef PK_CASE
+  }
+  else switch (packed_of(a.f)) {
 #define PK_CASE(F) \
   case F: return launch_tensor<F>(a, stream);
     PK_TENSOR_FORMATS(PK_CASE)
@@ -103,6 +109,10 @@ bool tensor_cores_are_allowed() {
   return !given || std::strcmp(given, "0");
 }
 
+bool on_tensor_cores(const PageFormat& f, const Tensor& q) {
+  return tensor_cores_are_allowed() && has_tensor_kernel(f, float_type("q", q), q.const_data_ptr());
+}
+
 void merge_into(const Tensor& out, const Tensor& lse, Tensor& merged, Tensor& merged_lse, Stream stream) {
   Merge m = {};
   m.S = (int)lse.size(0), m.D = (int)out.size(out.dim() - 1), m.rows = merged_lse.numel();
@@ -111,10 +121,11 @@ void merge_into(const Tensor& out, const Tensor& lse, Tensor& merged, Tensor& me
   if (m.rows) check_launch(launch_merge(m, stream));
 }
 
+// width: of the kernels of the fp32 tier, 0 = on tensor cores.
 void run(Attend& a, int width, int64_t num_splits, const Tensor& q, const Device& device, Tensor& out, Tensor& lse) {
   if (!lse.numel()) return;
   a.out = static_cast<float*>(out.mutable_data_ptr()), a.lse = static_cast<float*>(lse.mutable_data_ptr());
-  const bool tensor = tensor_cores_are_allowed() && has_tensor_kernel(a), tails = tensor && format_grouped(a.f.format);
+  const bool tensor = width == 0, tails = tensor && format_grouped(a.f.format);
   const int64_t M = (int64_t)a.T * a.G, slots = (tensor ? 2LL : 3LL) * device.num_processors();
   int64_t parts = share_work(a, tensor ? rows_of_tensor_block(a) : rows_of_block(a, width), slots, num_splits);
   const auto attend = [&] { check_launch(tensor ? launch_tensor_format(a, device.stream()) : launch_format(a, width, device.stream())); };
@@ -141,8 +152,9 @@ std::tuple<Tensor, Tensor, Tensor> decode(Tensor q, Tensor pages, Tensor block_t
                                           int64_t num_splits) {
   PK_ONE_DEVICE("decode", q, pages, block_table, seqlens, q_positions, page_list, tail, tail_rows);
   const PageFormat f = check_pages(pages, format, num_kv_heads, k_dim, v_dim, page_size, group, latent);
-  const int width = kernel_width(f);
-  if (!width) {
+  const bool tensor = on_tensor_cores(f, q);
+  const int width = tensor ? 0 : kernel_width(f);
+  if (!tensor && !width) {
     std::array<StableIValue, 19> stack = {from(q), from(pages), from(block_table), from(seqlens), from(q_positions), from(page_list), from(tail),
                                           from(tail_rows), from(format), from(num_kv_heads), from(k_dim), from(v_dim), from(page_size), from(group),
                                           from(latent), from(scale), from(window), from(with_page_lse), from(num_splits)};
@@ -170,8 +182,9 @@ std::tuple<Tensor, Tensor> prefill_cached(Tensor q, Tensor pages, Tensor block_t
                                           int64_t num_splits) {
   PK_ONE_DEVICE("prefill_cached", q, pages, block_table, seqlens, q_positions, tail, tail_rows);
   const PageFormat f = check_pages(pages, format, num_kv_heads, k_dim, v_dim, page_size, group, latent);
-  const int width = kernel_width(f);
-  if (!width) {
+  const bool tensor = on_tensor_cores(f, q);
+  const int width = tensor ? 0 : kernel_width(f);
+  if (!tensor && !width) {
     std::array<StableIValue, 18> stack = {from(q), from(pages), from(block_table), from(seqlens), from(q_positions), from(tail), from(tail_rows),
                                           from(format), from(num_kv_heads), from(k_dim), from(v_dim), from(page_size), from(group), from(latent),
                                           from(scale), from(window), from(causal), from(num_splits)};

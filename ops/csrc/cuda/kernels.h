@@ -8,9 +8,16 @@ namespace pikv {
 #define PK_FORMATS(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(83) X(115) X(116) X(85) X(81) X(259) X(260) X(261)
 
 // Those with tensor-core kernels.
-#define PK_TENSOR_FORMATS(X) X(1) X(2) X(3) X(4) X(5) X(6) X(83) X(115) X(116) X(85) X(81)
+#define PK_TENSOR_FORMATS(X) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(83) X(115) X(116) X(85) X(81)
 
-// width: 32, 64, 128 or 576, see kernels/attend.cuh.
+// Those with a tensor-core kernel for latent pages.
+#if defined(PK_NO_LATENT)
+#define PK_LATENT_FORMATS(X)
+#else
+#define PK_LATENT_FORMATS(X) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(259) X(260) X(261)
+#endif
+
+// width: 32, 64, 128 or 576, see kernels/tile.cuh.
 template <int FORMAT>
 const char* launch_attend(const Attend& a, int width, Stream stream);
 
@@ -24,24 +31,50 @@ inline int rows_of_block(const Attend& a, int width) {
   return width == 576 ? 2 : width == 128 && is_plain(a, width) && a.T * a.G == 1 ? 1 : 4;
 }
 
-// Whether tensor cores serve this: 16-bit queries, which raw keys must be of the type of; keys and values of 64 or 128 columns, with four bytes
-// for each of the 8 lanes of a value. ops/format/kernels.py has the same.
-inline bool has_tensor_kernel(const Attend& a) {
-  const PageFormat& f = a.f;
+// Widths of keys and values that tensor-core kernels are compiled for: PIKV_CUDA_WIDTHS, see ops/build/cuda_build.py.
+#if !defined(PK_TENSOR_WIDTHS)
+#define PK_TENSOR_WIDTHS X(64) X(96) X(128) X(192) X(256)
+#endif
+
+constexpr bool is_tensor_width(int dim) {
+#define X(D) \
+  if (dim == D) return true;
+  PK_TENSOR_WIDTHS
+#undef X
+  return false;
+}
+
+inline bool has_latent_kernel(const PageFormat& f) {
+  bool listed = false;
+#define PK_CASE(F) listed = listed || packed_of(f) == F;
+  PK_LATENT_FORMATS(PK_CASE)
+#undef PK_CASE
+  return listed && f.k_dim == 576 && f.v_dim == 512;
+}
+
+// Whether tensor cores serve this: 16-bit queries, which raw keys must be of the type of; latent keys of 512 + 64 columns; else keys and values of
+// one of the widths, of which a lane reads whole words and whole bytes. ops/format/kernels.py has the same.
+inline bool has_tensor_kernel(const PageFormat& f, int q_type, const void* q) {
   bool listed = false;
 #define PK_CASE(F) listed = listed || packed_of(f) == F;
   PK_TENSOR_FORMATS(PK_CASE)
 #undef PK_CASE
-  return listed && a.q_type != kFp32 && !f.latent && (f.k_dim == 64 || f.k_dim == 128) && f.v_dim == f.k_dim && f.v_row_bytes % 32 == 0 &&
-         (f.format > kFp16 || f.format == a.q_type) && (!format_grouped(f.format) || f.group % 16 == 0) &&
-         reinterpret_cast<uintptr_t>(a.q) % 4 == 0;
+  if (q_type == kFp32 || (f.format <= kFp16 && f.format != q_type) || reinterpret_cast<uintptr_t>(q) % 4) return false;
+  if (f.latent) return has_latent_kernel(f);
+  return listed && is_tensor_width(f.k_dim) && f.v_dim == f.k_dim && f.k_row_bytes % 16 == 0 && f.v_row_bytes % 8 == 0 &&
+         (!format_grouped(f.format) || f.group % 16 == 0);
 }
 
-// Query rows of a block of the tensor-core kernels: TensorTile::served.
-inline int rows_of_tensor_block(const Attend& a) { return a.T * a.G <= 8 || (a.f.format > kFp16 && a.f.k_dim >= 128) ? 8 : 16; }
+// Query rows of a block of the tensor-core kernels: TensorTile::served, LatentTile::rows.
+inline int rows_of_tensor_block(const Attend& a) {
+  if (a.f.latent) return 16;
+  return a.T * a.G <= 8 || a.f.k_dim > 128 || (a.f.format > kFp16 && a.f.k_dim == 128) ? 8 : 16;
+}
 
 template <int FORMAT>
 const char* launch_tensor(const Attend& a, Stream stream);
+template <int FORMAT>
+const char* launch_latent(const Attend& a, Stream stream);
 
 const char* launch_finish(const Attend& a, Stream stream);
 const char* launch_merge(const Merge& m, Stream stream);

@@ -5,9 +5,15 @@
 #include "../kernels/common.cuh"
 #include "../kernels/numbers.cuh"
 #include "../kernels/work.cuh"
-#include "../kernels/attend.cuh"
+#include "../kernels/tile.cuh"
+#include "../kernels/span.cuh"
+#include "../kernels/part.cuh"
 #include "../kernels/tensor.cuh"
 #include "../kernels/operands.cuh"
+#include "../kernels/tensor_tile.cuh"
+#include "../kernels/tensor_queries.cuh"
+#include "../kernels/tensor_span.cuh"
+#include "../kernels/tensor_tail.cuh"
 #include "../kernels/attend_tensor.cuh"
 #include "kernels.h"
 #include "work.h"
@@ -32,8 +38,10 @@ template <>
 const char* launch_tensor<PK_FORMAT>(const Attend& a, Stream stream) {
   const bool few = rows_of_tensor_block(a) == 8;
   switch (a.f.k_dim) {
-    case 64: return few ? launch_tensor_kernel<64, 8>(a, stream) : launch_tensor_kernel<64, 16>(a, stream);
-    case 128: return few ? launch_tensor_kernel<128, 8>(a, stream) : launch_tensor_kernel<128, 16>(a, stream);
+#define X(D) \
+  case D: return few ? launch_tensor_kernel<D, 8>(a, stream) : launch_tensor_kernel<D, 16>(a, stream);
+    PK_TENSOR_WIDTHS
+#undef X
   }
   return "no tensor-core kernel of this width";
 }

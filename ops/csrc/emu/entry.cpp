@@ -1,6 +1,6 @@
 // Kernels by name, with grid and arguments from the caller: how tests run one kernel, also with a bug planted in its text, and check what
 // ops/nvrtc/ops.py hands over. Compiled by the tests for one -DPK_FORMAT, with the attention kernels of -DPK_EMU_TIERS: 1 = fp32, 2 = tensor
-// cores, 3 = both.
+// cores, 4 = latents on tensor cores, or a sum of them.
 #include "simt_host.h"
 
 #include <cstdio>
@@ -10,10 +10,21 @@
 #include "common.cuh"
 #include "numbers.cuh"
 #include "work.cuh"
+#include "tile.cuh"
+#include "span.cuh"
+#include "part.cuh"
 #include "attend.cuh"
 #include "tensor.cuh"
 #include "operands.cuh"
+#include "tensor_tile.cuh"
+#include "tensor_queries.cuh"
+#include "tensor_span.cuh"
+#include "tensor_tail.cuh"
 #include "attend_tensor.cuh"
+#include "bulk.cuh"
+#include "latent_tile.cuh"
+#include "latent_products.cuh"
+#include "attend_latent.cuh"
 #include "append.cuh"
 #include "bounds.cuh"
 #include "merge.cuh"
@@ -21,6 +32,10 @@
 #include "pages.cuh"
 #include "slots.cuh"
 #include "../cuda/work.h"
+
+#if !defined(PK_TENSOR_WIDTHS)
+#define PK_TENSOR_WIDTHS X(64) X(128)
+#endif
 
 namespace {
 
@@ -63,6 +78,16 @@ struct Launch {
     }
     return is(name, attend_tensor_kernel<PK_FORMAT, DIM, ROWS>, fault);
   }
+
+  bool attends_latents(const char** fault) const {
+    char name[64];
+    std::snprintf(name, sizeof name, "attend_latent_kernel<%d>", PK_FORMAT);
+    if (shared_bytes != LatentTile<PK_FORMAT, kBulkCopies>::shared_for(static_cast<const Attend*>(params)->q_type) * sizeof(float) && !std::strcmp(kernel, name)) {
+      *fault = "wrong size of shared memory";
+      return true;
+    }
+    return is(name, attend_latent_kernel<PK_FORMAT>, fault);
+  }
 };
 
 }  // namespace
@@ -79,12 +104,19 @@ extern "C" const char* pikv_emu_launch(const char* kernel, unsigned grid_x, unsi
   const bool attends = false;
 #endif
 #if PK_EMU_TIERS & 2
-  const bool on_tensor_cores = l.attends_on_tensor_cores<64, 8>(&fault) || l.attends_on_tensor_cores<64, 16>(&fault) ||
-                               l.attends_on_tensor_cores<128, 8>(&fault) || l.attends_on_tensor_cores<128, 16>(&fault);
+  bool on_tensor_cores = false;
+#define X(D) on_tensor_cores = on_tensor_cores || l.attends_on_tensor_cores<D, 8>(&fault) || l.attends_on_tensor_cores<D, 16>(&fault);
+  PK_TENSOR_WIDTHS
+#undef X
 #else
   const bool on_tensor_cores = false;
 #endif
-  const bool found = attends || on_tensor_cores || l.is("finish_kernel", finish_kernel, &fault) || l.is("append_rows_kernel", append_rows_kernel, &fault) ||
+#if PK_EMU_TIERS & 4
+  const bool latents = l.attends_latents(&fault);
+#else
+  const bool latents = false;
+#endif
+  const bool found = attends || on_tensor_cores || latents || l.is("finish_kernel", finish_kernel, &fault) || l.is("append_rows_kernel", append_rows_kernel, &fault) ||
                      l.is("append_groups_kernel", append_groups_kernel, &fault) || l.is("append_tail_kernel", append_tail_kernel, &fault) ||
                      l.is("page_bounds_kernel", page_bounds_kernel, &fault) || l.is("page_score_kernel", page_score_kernel, &fault) ||
                      l.is("pack_kernel", pack_kernel, &fault) || l.is("unpack_kernel", unpack_kernel, &fault) ||

@@ -21,6 +21,20 @@ __device__ __forceinline__ void mma_16816(float* c, unsigned a0, unsigned a1, un
 #endif
 }
 
+// Four 8 x 8 matrices of 16-bit numbers from shared memory: lane l names row l % 8 of matrix l / 8, and gets elements 2c and 2c + 1 of row r
+// (transposed: of column r) of each.
+template <bool TRANSPOSED>
+__device__ __forceinline__ void ldmatrix4(unsigned* x, const unsigned short* row) {
+#if defined(PK_HOST_EMU)
+  simt::ldmatrix_x4(x, row, TRANSPOSED);
+#else
+  const unsigned from = (unsigned)__cvta_generic_to_shared(row);
+  if constexpr (TRANSPOSED)
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(from) : "memory");
+  else asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(from) : "memory");
+#endif
+}
+
 // A zero that stays in its register, where an operand needs it beside others: known as one, it would be made anew for every product.
 __device__ __forceinline__ unsigned kept_zero() {
   unsigned x = 0;
@@ -96,6 +110,19 @@ __device__ __forceinline__ void load_once(const unsigned char* p, unsigned* w) {
     asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3]) : "l"(p));
   else if constexpr (BYTES == 8) asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0,%1}, [%2];" : "=r"(w[0]), "=r"(w[1]) : "l"(p));
   else asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(w[0]) : "l"(p));
+#endif
+}
+
+// 2 bytes or 1.
+template <int BYTES>
+__device__ __forceinline__ unsigned load_short(const unsigned char* p) {
+#if defined(PK_HOST_EMU)
+  return BYTES == 2 ? p[0] | p[1] << 8 : p[0];
+#else
+  unsigned short x;
+  if constexpr (BYTES == 2) asm volatile("ld.global.nc.L1::no_allocate.u16 %0, [%1];" : "=h"(x) : "l"(p));
+  else asm volatile("ld.global.nc.L1::no_allocate.u8 %0, [%1];" : "=h"(x) : "l"(p));
+  return x;
 #endif
 }
 
