@@ -6,6 +6,7 @@ Baselines:
     dequant_sdpa         pages decoded by the torch reference, then sdpa_grouped in fp32: what compression costs without a kernel
     sdpa_on_dequantised  sdpa_grouped in fp32 on keys and values that have been decoded before the clock starts
     own_bf16             decode over bf16 pages in the same order
+    first_bf16           decode over bf16 pages in order by the kernel "vnni", that of commit d67f97f; what the targets of kernels are over
     contiguous           the same decode with its pages in order; for rows with pages in random order
     stream               the time in which the same bytes are read, by a checksum of 512 MiB
 """
@@ -86,6 +87,7 @@ def _rows(batch: int, context: int, thread_counts: list[int], repeats: int):
     """One list of rows per thread count, of the same data."""
     import torch
 
+    from pikv_ds.ops.build import load
     from pikv_ds.ops.memory import aligned_bytes
 
     from . import runs as bench_runs
@@ -102,8 +104,10 @@ def _rows(batch: int, context: int, thread_counts: list[int], repeats: int):
     for threads in thread_counts:
         torch.set_num_threads(threads)
         times = measure(runs, repeats)
-        common = {"group": bench_runs.GROUP, "batch": batch, "context": context, "threads": threads}
-        yield [row for name in FORMATS for row in _rows_of(name, sizes[name], times, common, data.nbytes)]
+        common = {"kernel": load.kernel("cpu"), "group": bench_runs.GROUP, "batch": batch, "context": context, "threads": threads}
+        fast = {f"{name} fast": sizes[name] for name in FORMATS if f"{name} fast contiguous" in runs}
+        named = [*sizes.items(), *fast.items()]
+        yield [row for name, nbytes in named for row in _rows_of(name, nbytes, times, common, data.nbytes)]
     torch.set_num_threads(before)
 
 
@@ -126,10 +130,10 @@ def measure(runs: Runs, repeats: int) -> dict[str, Times]:
     return times
 
 
-def _rows_of(name: str, nbytes: int, times: dict[str, Times], common: dict[str, int], stream_bytes: int) -> list[dict[str, Any]]:
+def _rows_of(name: str, nbytes: int, times: dict[str, Times], common: dict[str, Any], stream_bytes: int) -> list[dict[str, Any]]:
     rows = []
     stream_gbps = stream_bytes / times["stream"].ms / 1e6
-    for order in ("contiguous", "random"):
+    for order in ("contiguous",) if name.endswith(" fast") else ("contiguous", "random"):
         own = times[f"{name} {order}"]
         for baseline, ran in _baselines(name, order, times).items():
             other = times[ran]
@@ -149,6 +153,10 @@ def _baselines(name: str, order: str, times: dict[str, Times]) -> dict[str, str]
     """Baseline -> the run that stands for it."""
     faster = lambda kind: min((f"{kind} bf16", f"{kind} fp32"), key=lambda ran: times[ran].ms)  # noqa: E731
     found = {kind: faster(kind) for kind in ("sdpa_grouped", "sdpa_gqa")}
+    if order == "contiguous" and "bf16 first contiguous" in times:
+        found["first_bf16"] = "bf16 first contiguous"
+    if name.endswith(" fast"):
+        return {"first_bf16": found["first_bf16"]} | {"high": f"{name.removesuffix(' fast')} contiguous", "stream": "stream"}
     if name != "bf16":
         found |= {kind: f"{kind} {name}" for kind in ("dequant_sdpa", "sdpa_on_dequantised")}
         found["own_bf16"] = f"bf16 {order}"

@@ -63,7 +63,8 @@ def dense_bytes(spec: LayerSpec, rows: int, columns: int, itemsize: int) -> int:
 
 def attention_impl(cache: PiKVCache) -> str:
     """Which code reads the pages, and their format: "pikv cpu int8", "pikv torch fp32"; "pikv cpu fp32+int4" with several pools. On a GPU
-    also the tier of its kernels for queries of the model's dtype: "pikv cuda (tensor cores) int8".
+    also the tier of its kernels for queries of the model's dtype: "pikv cuda (tensor cores) int8"; on a CPU the kernel of this process:
+    "pikv cpu (phases) int8".
 
     torch also where some layer holds un-rotated keys (pages/unrotated.py).
     """
@@ -71,6 +72,8 @@ def attention_impl(cache: PiKVCache) -> str:
     pools = cache.blueprint.pages.layers[0].pools
     if code in ("cuda", "nvrtc"):
         code += f" ({', '.join(dict.fromkeys(decode_tier(pool.fmt, cache.dtype) for pool in pools))})"
+    elif code == "cpu":
+        code += f" ({load.cpu_instruction_set()})"
     formats = [pool.fmt.name for pool in pools]
     return f"pikv {code} {'+'.join(formats)}"
 

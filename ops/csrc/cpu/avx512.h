@@ -8,7 +8,7 @@ namespace pikv {
 
 // The first level of AMD's processors waits for so few lines that reading through it reaches a third of the memory's rate: 10 instead of
 // 20 GB/s of 30 on Zen 4, one query row in bf16. On Intel's the first level is as fast as any.
-extern const bool kPrefetchToL2;  // cpu.cpp
+extern const bool kPrefetchToL2;  // kernels.cpp
 
 namespace {
 

@@ -1,4 +1,4 @@
-// What this CPU can run, decided once, and how many threads torch uses.
+// What serves on this CPU.
 #pragma once
 #include <cstdint>
 
@@ -10,6 +10,5 @@ namespace pikv {
 AttendUnit generic_attend();
 ScoreTable generic_score();
 AttendUnit hand_written_attend(const Attend& a);  // null where this CPU or format has none
-int64_t num_threads();
 
 }  // namespace pikv
