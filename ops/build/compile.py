@@ -66,7 +66,7 @@ def own_extensions() -> Path:
 
 
 def cpu_library(extra_flags: Sequence[str] = ()) -> Library:
-    """The CPU ops. One file per instruction set; which one runs is decided by cpuid (csrc/cpu/kernels.cpp). -DPK_PORTABLE: only plain C++."""
+    """The CPU ops. One file per instruction set; cpuid decides which runs (csrc/cpu/kernels.cpp). -DPK_PORTABLE: only plain C++."""
     import platform
 
     import torch

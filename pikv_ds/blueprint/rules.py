@@ -10,7 +10,8 @@ from .rule import LooksAt, Rule
 
 RULES: tuple[Rule, ...] = (
     *compression.BLOCK, *retention.BLOCK, *routing.BLOCK, *retention.COMBINED, *window.BLOCK, *behind.BLOCK, *compression.COMBINED,
-    *placing.MODEL, *retention.MODEL, *window.MODEL, *behind.MODEL, *compression.MODEL, *ops.MODEL, *softcap.MODEL, *retention.SIZES, *routing.MODEL,
+    *placing.MODEL, *retention.MODEL, *window.MODEL, *behind.MODEL, *compression.MODEL, *ops.MODEL, *softcap.MODEL, *retention.SIZES,
+    *routing.MODEL,
 )  # fmt: skip
 BY_NAME = {rule.name: rule for rule in RULES}
 

@@ -65,7 +65,7 @@ int piece_columns(const Attend& a) {
 
 int pieces_of(const Attend& a, int columns) { return std::max(1, (columns + piece_columns(a) - 1) / piece_columns(a)); }
 
-void run(const Attend& a, int64_t num_splits, float* out, float* lse) {
+void run(Attend& a, int64_t num_splits, float* out, float* lse) {
   const int N = a.R * a.S, M = a.rows(), D = a.f.v_dim;
   const int splits = num_splits > 0 ? (int)std::clamp<int64_t>(num_splits, 1, std::max(1, a.num_columns)) : pieces_of(a, a.num_columns);
   const int parts = splits + (a.tail ? 1 : 0);

@@ -25,6 +25,7 @@ struct Attend {
   float scale;
   int window;
   bool causal;
+  bool first_level;           // the kernel "vnni" on Intel's processors: it reads ahead into the first level, as in its first version
   bool fast;                  // ops.precision: integer queries and weights in one byte
 
   int rows() const { return T * G; }

@@ -80,12 +80,15 @@ void prepare(const Attend& a, const Unit& u, phases::Tier tier, Scratch& own) {
   w.k_dim = f.k_dim, w.v_dim = f.v_dim;
   w.q_parts = a.q_type == kBf16 ? 1 : 3, w.scale = a.scale * kLog2e;
   const size_t chunks = (size_t)a.T * (a.G / 4 + 3), q_bf16 = float_keys ? (amx ? 32ull : 8ull * w.q_parts) * w.q_width : 0;
-  const size_t codes = amx ? 8 * 64ull * kTokens : 0, tiles = amx ? 4 * 1024 : 0;
+  // As operands of tiles a column of keys or values takes 1 byte of an integer format, 2 of floats.
+  const size_t k_codes = amx ? (float_keys ? 2ull : 1ull) * w.q_width * kTokens : 0;
+  const size_t v_codes = amx ? (format_grouped(f.v_format) ? 1ull : 2ull) * w.sums * kTokens : 0;
+  const size_t tiles = amx ? 4 * 1024 : 0, q_tiles = amx ? 16ull * w.q_width : 0;
   own.arena.start(chunks * (16ull * (w.q_width + w.sums) + q_bf16 + 3 * 64) + 32ull * kTokens + 12ull * w.q_width +
-                  kTokens * (size_t)f.v_row_bytes + codes + 3 * tiles + 20 * 64);
+                  kTokens * (size_t)f.v_row_bytes + k_codes + v_codes + 2 * tiles + q_tiles + 20 * 64);
   w.s = own.arena.take<float>(4 * kTokens), w.w_hi = own.arena.take<uint8_t>(8 * kTokens), w.w_lo = own.arena.take<uint8_t>(8 * kTokens);
-  w.codes = own.arena.take<uint8_t>(codes), w.tile = own.arena.take<int32_t>(tiles / 4);
-  w.w_tile = own.arena.take<uint8_t>(tiles), w.q_tile = own.arena.take<uint8_t>(tiles);
+  w.k_codes = own.arena.take<uint8_t>(k_codes), w.v_codes = own.arena.take<uint8_t>(v_codes), w.tile = own.arena.take<int32_t>(tiles / 4);
+  w.w_tile = own.arena.take<uint8_t>(tiles), w.q_tile = own.arena.take<uint8_t>(q_tiles);
   w.q_hi = own.arena.take<int8_t>(4 * (size_t)w.q_width), w.q_lo = own.arena.take<int8_t>(4 * (size_t)w.q_width);
   for (float** x : {&w.q_step, &w.q_bias, &w.w_step, &w.w_zero}) *x = own.arena.take<float>(16);
   w.product = own.arena.take<float>(w.q_width), w.clean = own.arena.take<uint8_t>(kTokens * (size_t)f.v_row_bytes);
@@ -128,7 +131,7 @@ void finish(const Attend& a, const Unit& u, const Scratch& own) {
   const PageFormat& f = a.f;
   static thread_local std::vector<int> order;  // of the columns of values
   order.resize(f.v_dim);
-  for (int d = 0; d < f.v_dim; ++d) order[d] = sum_of(f.v_format, d);
+  for (int d = 0; d < f.v_dim; ++d) order[d] = sum_of(f.v_format, f.v_dim, d);
   for (const Rows& rows : own.rows)
     for (int r = 0; r < rows.count; ++r) {
       const float l = sum_of_lanes(rows.l, rows.size, r), inverse = l > 0 ? 1 / l : 0.0f;
@@ -153,9 +156,11 @@ Phase phase_at(const PageFormat& f, const uint8_t* head, int t0, int tokens, boo
   const int64_t group = format_grouped(f.format) ? 2ll * (t0 / f.group) * f.k_dim : 0;
   phase.k = head + f.k + (int64_t)t0 * f.k_row_bytes, phase.k_stride = f.k_row_bytes;
   phase.v = head + f.v + (int64_t)t0 * f.v_row_bytes, phase.v_stride = f.v_row_bytes;
-  phase.k_scale = head + f.k_scale + (format_grouped(f.format) ? group : 2ll * t0);
-  phase.k_zero = head + f.k_zero + group;
-  phase.v_scale = head + f.v_scale + 2ll * t0, phase.v_zero = head + f.v_zero + 2ll * t0;
+  const bool fp4_keys = f.format == kFp4, fp4_values = f.v_format == kFp4;
+  phase.k_scale = head + f.k_scale + (format_grouped(f.format) ? group : (int64_t)t0 * (fp4_keys ? fp4_blocks(f.k_dim) : 2));
+  phase.k_zero = head + f.k_zero + (fp4_keys ? t0 : group);
+  phase.v_scale = head + f.v_scale + (int64_t)t0 * (fp4_values ? fp4_blocks(f.v_dim) : 2);
+  phase.v_zero = head + f.v_zero + (int64_t)t0 * (fp4_values ? 1 : 2);
   phase.count = tokens, phase.page_lse = page_lse;
   return phase;
 }
@@ -164,6 +169,8 @@ bool phases_serve(const Attend& a, Tier tier) {
   const PageFormat& f = a.f;
   const bool widths = f.k_dim % 64 == 0 && f.v_dim % 64 == 0 && f.k_dim <= 256 && f.v_dim <= 256;
   const int tokens = phase_tokens(f), fewest = tier == Tier::kAmx ? (format_grouped(f.format) || format_grouped(f.v_format) ? 64 : 32) : 16;
+  // One lot of rows over bf16 pages waits for memory, and unpacking pairs of values only adds to that.
+  if (tier == Tier::kAmx && f.format == kBf16 && f.v_format == kBf16 && a.rows() <= 4) return false;
   return !f.latent && widths && tokens >= fewest && serves(tier, f.format) && serves(tier, f.v_format);
 }
 
@@ -182,23 +189,25 @@ void attend_phases(const Attend& a, const Unit& u, Tier tier) {
   KeyPhase keys[kSizes];
   ValuePhase values[kSizes];
   for (int size = 0; size < kSizes; ++size)
-    keys[size] = key_phase(tier, f.format, a.fast, size, w.k_blocks), values[size] = value_phase(tier, f.v_format, a.fast, size);
+    keys[size] = key_phase(tier, f.format, f.k_dim, a.fast, size), values[size] = value_phase(tier, f.v_format, f.v_dim, a.fast, size);
   if (tier == Tier::kAmx) amx_start();
   const int distance = (int)std::clamp<int64_t>(kAheadBytes / f.head_bytes, 1, 8);
-  const bool floats = !format_grouped(f.v_format);
+  const bool floats = !format_grouped(f.v_format), float_keys = !format_grouped(f.format);
+  w.one_by_one = own->rows.size() == 1;
   for (int c = u.c0; c < u.c1; ++c) {
     const int column = column_of(c), count = count_of(column);
     Ahead ahead = {};
     if (c + distance < u.c1 && count_of(column_of(c + distance)) > 0) {
       ahead.at = section_of(column_of(c + distance)), ahead.end = ahead.at + f.head_bytes;
     }
-    const int slots = std::max(1, count / 4 * (int)own->rows.size() * 2);
+    const int slots = std::max(1, count / 4 * (int)own->rows.size() * 4);
     const int lines = (int)((f.head_bytes / 64 + slots - 1) / slots);
     for (int t0 = 0; t0 < count; t0 += tokens) {
       const uint8_t *record = a.pages + (int64_t)table[column] * f.record_bytes, *head = a.section(record, u.h);
       const int32_t* positions = reinterpret_cast<const int32_t*>(record + f.positions) + t0;
       Phase phase = phase_at(f, head, t0, tokens, a.page_lse != nullptr);
-      const uint8_t* rows_of_values = phase.v;
+      const uint8_t *rows_of_values = phase.v, *values_there = nullptr;
+      bool keys_there = false;
       int t = -1;
       for (Rows& rows : own->rows) {
         if (rows.t != t) {
@@ -210,9 +219,14 @@ void attend_phases(const Attend& a, const Unit& u, Tier tier) {
         if (!phase.visible) continue;
         const KeyPhase& key = keys[rows.size];
         const ValuePhase& value = values[rows.size];
+        if (key.unpack && !keys_there && !(float_keys && w.one_by_one)) key.unpack(phase, w, ahead, lines), keys_there = true;
+        if (value.unpack && phase.v != values_there && !(floats && w.one_by_one)) {
+          value.unpack(phase, w, ahead, lines);
+          values_there = phase.v == w.clean ? nullptr : phase.v;
+        }
         if (key.start_group) key.start_group(rows, phase, w);
         key.scores(rows, phase, w, ahead, lines);
-        value.soften(rows, phase, w);
+        value.soften(rows, phase, w, ahead, lines);
         value.add(rows, phase, w, ahead, lines);
       }
     }

@@ -9,6 +9,6 @@ namespace pikv {
 
 AttendUnit generic_attend();
 ScoreTable generic_score();
-AttendUnit hand_written_attend(const Attend& a);  // null where this CPU or format has none
+AttendUnit hand_written_attend(Attend& a);  // null where this CPU or format has none; says how to read ahead
 
 }  // namespace pikv

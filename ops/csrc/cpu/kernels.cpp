@@ -113,11 +113,6 @@ int kernel_now() {
   return kernel;
 }
 
-#if PK_X86
-extern const bool kPrefetchToL2;
-const bool kPrefetchToL2 = (__builtin_cpu_init(), __builtin_cpu_is("amd") != 0);
-#endif
-
 AttendUnit generic_attend() {
 #if PK_X86
   const int kernel = kernel_now();
@@ -136,9 +131,10 @@ ScoreTable generic_score() {
 #endif
 }
 
-AttendUnit hand_written_attend(const Attend& a) {
+AttendUnit hand_written_attend(Attend& a) {
 #if PK_X86
   const int kernel = kernel_now();
+  a.first_level = kernel == kVnni && !__builtin_cpu_is("amd");
   if (kernel == kPhasesAmx && phases_amx_serve(a)) return attend_phases_amx;
   if (kernel >= kPhasesBf16 && (Found::may_serve(kPhasesBf16) || kernel == kPhasesBf16) && phases_bf16_serve(a)) return attend_phases_bf16;
   if (kernel >= kPhases && phases_vnni_serve(a)) return attend_phases_vnni;

@@ -28,42 +28,48 @@ inline void query_tile(const int8_t* hi, const int8_t* lo, int64_t stride, uint8
   }
 }
 
-template <int F>
-void scores(const Rows&, const Phase& phase, Work& w, Ahead& ahead, int lines) {
-  constexpr int parts = 8 / format_bits(F);
+// Codes of keys as bytes: [block][part][64 tokens][64]. int8 is that already.
+template <int F, bool FOLD>
+void unpack_keys(const Phase& phase, Work& w, Ahead& ahead, int lines) {
+  constexpr int parts = parts_of(F, FOLD);
   Ahead next = ahead;
-  _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
-  for (int b = 0; b < w.k_blocks; ++b) {
-    const uint8_t* k = phase.k + 64 * b;
-    int64_t stride = phase.k_stride;
+  uint8_t* to = w.k_codes;
+  for (int b = 0; b < w.k_blocks; ++b, to += parts * kTokens * 64) {
     const __mmask64 there = b + 1 < w.k_blocks ? ~0ull : w.k_last;
-    if (F != kInt8) {
-      for (int t = 0; t < kTokens; ++t) {
-        const __m512i codes = _mm512_maskz_loadu_epi8(there, k + t * stride);
-        if (t % 4 == 0) read_ahead(next, lines);
+    const uint8_t* k = phase.k + 64 * b;
+    for (int t = 0; t < kTokens; ++t) {
+      const __m512i codes = load_codes<FOLD>(k + t * phase.k_stride, there);
+      if (t % 4 == 0) read_ahead(next, lines);
 #pragma GCC unroll 4
-        for (int p = 0; p < parts; ++p) _mm512_store_si512(w.codes + (p * kTokens + t) * 64, part_of<F>(codes, p));
-      }
-    }
-    for (int p = 0; p < parts; ++p) {
-      const int64_t at = 64 * (b * parts + p);
-      query_tile(w.q_hi + at, w.q_lo + at, w.q_width, w.q_tile);
-      _tile_loadd(6, w.q_tile, 64);
-      if (F != kInt8) k = w.codes + p * kTokens * 64, stride = 64;
-      else for (int i = 0; i < 16 / 2; ++i) read_ahead(next, lines);
-      _tile_loadd(4, k, stride); _tile_dpbusd(0, 4, 6);
-      _tile_loadd(5, k + 16 * stride, stride); _tile_dpbusd(1, 5, 6);
-      _tile_loadd(4, k + 32 * stride, stride); _tile_dpbusd(2, 4, 6);
-      _tile_loadd(5, k + 48 * stride, stride); _tile_dpbusd(3, 5, 6);
+      for (int p = 0; p < parts; ++p) _mm512_store_si512(to + (p * kTokens + t) * 64, part_of<F>(codes, p));
     }
   }
   ahead = next;
+}
+
+template <int F, bool FOLD>
+void scores(const Rows&, const Phase& phase, Work& w, Ahead& ahead, int lines) {
+  constexpr int parts = parts_of(F, FOLD);
+  const int blocks = w.k_blocks * parts;
+  for (int b = 0; b < blocks; ++b) query_tile(w.q_hi + 64 * b, w.q_lo + 64 * b, w.q_width, w.q_tile + 1024 * b);
+  Ahead next = ahead;
+  _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
+  for (int b = 0; b < blocks; ++b) {
+    const uint8_t* k = F == kInt8 ? phase.k + 64 * b : w.k_codes + b * kTokens * 64;
+    const int64_t stride = F == kInt8 ? phase.k_stride : 64;
+    _tile_loadd(6, w.q_tile + 1024 * b, 64);
+    _tile_loadd(4, k, stride); _tile_dpbusd(0, 4, 6);
+    _tile_loadd(5, k + 16 * stride, stride); _tile_dpbusd(1, 5, 6);
+    _tile_loadd(4, k + 32 * stride, stride); _tile_dpbusd(2, 4, 6);
+    _tile_loadd(5, k + 48 * stride, stride); _tile_dpbusd(3, 5, 6);
+  }
   int32_t* sums = w.tile;  // [64 tokens][16]: hi of 4 rows, lo of 4 rows
   _tile_stored(0, sums, 64); _tile_stored(1, sums + kTileWords, 64); _tile_stored(2, sums + 2 * kTileWords, 64);
   _tile_stored(3, sums + 3 * kTileWords, 64);
   const __m512 step = _mm512_load_ps(w.q_step), bias = _mm512_load_ps(w.q_bias);
 #pragma GCC unroll 2
   for (int i = 0; i < kTokens / 4; ++i, sums += 64) {
+    read_ahead(next, lines);
     const auto pair = [&](int t) {
       return _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_load_si256((const __m256i*)(sums + 16 * t))),
                                 _mm256_load_si256((const __m256i*)(sums + 16 * t + 16)), 1);
@@ -73,28 +79,37 @@ void scores(const Rows&, const Phase& phase, Work& w, Ahead& ahead, int lines) {
     const __m512i sum = rows_first(_mm512_add_epi32(_mm512_slli_epi32(hi, 8), lo));
     _mm512_store_ps(w.s + 16 * i, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), step, bias));
   }
+  ahead = next;
 }
 
-template <int F>
-void add(Rows& rows, const Phase& phase, Work& w, Ahead& ahead, int lines) {
-  constexpr int parts = 8 / format_bits(F), registers = 4 * parts;
+// Values as quads of tokens: [block][register][16 quads][64].
+template <int F, bool FOLD>
+void unpack_values(const Phase& phase, Work& w, Ahead& ahead, int lines) {
+  constexpr int registers = 4 * parts_of(F, FOLD);
   Ahead next = ahead;
-  by_query_row(w.w_hi, w.w_tile, 64), by_query_row(w.w_lo, w.w_tile + 256, 64);
-  _tile_loadd(7, w.w_tile, 64);
-  alignas(64) float step[16], zero[16];
-  _mm512_store_ps(step, _mm512_load_ps(w.w_step)), _mm512_store_ps(zero, _mm512_load_ps(w.w_zero));
-  for (int b = 0; b < w.v_blocks; ++b) {
+  uint8_t* to = w.v_codes;
+  for (int b = 0; b < w.v_blocks; ++b, to += registers * 1024) {
     const __mmask64 there = b + 1 < w.v_blocks ? ~0ull : w.v_last;
     const uint8_t* v = phase.v + 64 * b;
     for (int i = 0; i < kTokens / 4; ++i, v += 4 * phase.v_stride) {
       __m512i x[registers];
       read_ahead(next, lines);
-      quads<F, registers, false>(v, phase.v_stride, there, 0, x);
+      quads<F, FOLD, registers, false>(v, phase.v_stride, there, 0, x);
 #pragma GCC unroll 16
-      for (int j = 0; j < registers; ++j) _mm512_store_si512(w.codes + (j * 16 + i) * 64, x[j]);
+      for (int j = 0; j < registers; ++j) _mm512_store_si512(to + (j * 16 + i) * 64, x[j]);
     }
+  }
+  ahead = next;
+}
+
+template <int F, bool FOLD>
+void add(Rows& rows, const Phase&, Work& w, Ahead&, int) {
+  constexpr int registers = 4 * parts_of(F, FOLD);
+  by_query_row(w.w_hi, w.w_tile, 64), by_query_row(w.w_lo, w.w_tile + 256, 64);
+  _tile_loadd(7, w.w_tile, 64);
+  for (int b = 0; b < w.v_blocks; ++b) {
     for (int j = 0; j < registers; j += 4) {
-      const uint8_t* codes = w.codes + j * 1024;
+      const uint8_t* codes = w.v_codes + (registers * b + j) * 1024;
       _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
       _tile_loadd(4, codes, 64); _tile_dpbsud(0, 7, 4);
       _tile_loadd(5, codes + 1024, 64); _tile_dpbsud(1, 7, 5);
@@ -109,21 +124,36 @@ void add(Rows& rows, const Phase& phase, Work& w, Ahead& ahead, int lines) {
           const int32_t* sums = w.tile + c * kTileWords + 16 * r;
           const __m512i sum = _mm512_add_epi32(_mm512_slli_epi32(_mm512_load_si512(sums), 8), _mm512_load_si512(sums + 64));
           float* acc = rows.acc + (size_t)r * w.sums + 16 * (registers * b + j + c);
-          const __m512 before = _mm512_add_ps(_mm512_load_ps(acc), lane_of_row(zero, 4, r));
-          _mm512_store_ps(acc, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), lane_of_row(step, 4, r), before));
+          const __m512 before = _mm512_add_ps(_mm512_load_ps(acc), lane_of_row(w.w_zero, 4, r));
+          _mm512_store_ps(acc, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), lane_of_row(w.w_step, 4, r), before));
         }
     }
   }
-  ahead = next;
+}
+
+template <int F, bool FOLD>
+void keys(KeyPhase& key) {
+  key.unpack = F == kInt8 ? nullptr : unpack_keys<F, FOLD>, key.scores = scores<F, FOLD>;
+}
+
+template <int F, bool FOLD>
+void values(ValuePhase& value) {
+  value.unpack = unpack_values<F, FOLD>, value.add = add<F, FOLD>;
 }
 
 }  // namespace
 
-decltype(KeyPhase::scores) amx_int_scores(int format) {
-  return format == kInt8 ? scores<kInt8> : format == kInt4 ? scores<kInt4> : scores<kInt2>;
+void amx_int_keys(int format, bool fold, KeyPhase& key) {
+  if (format == kInt8) keys<kInt8, false>(key);
+  else if (format == kInt4) (fold ? keys<kInt4, true> : keys<kInt4, false>)(key);
+  else (fold ? keys<kInt2, true> : keys<kInt2, false>)(key);
 }
 
-decltype(ValuePhase::add) amx_int_add(int format) { return format == kInt8 ? add<kInt8> : format == kInt4 ? add<kInt4> : add<kInt2>; }
+void amx_int_values(int format, bool fold, ValuePhase& value) {
+  if (format == kInt8) values<kInt8, false>(value);
+  else if (format == kInt4) (fold ? values<kInt4, true> : values<kInt4, false>)(value);
+  else (fold ? values<kInt2, true> : values<kInt2, false>)(value);
+}
 
 void amx_start() {
   static constexpr TileShape shape;

@@ -16,25 +16,37 @@ inline void even_odd(const int8_t* from, int8_t* even, int8_t* odd) {
   _mm512_store_si512(even, e), _mm512_store_si512(odd, o);
 }
 
+// 64 bytes -> 32 of even, 32 of odd places.
+inline void split(const int8_t* from, int8_t* to) { _mm512_store_si512(to, split_columns(_mm512_load_si512(from))); }
+
 // The bytes of a row of the query in the order in which codes are unpacked: [block][part][64].
-template <int F>
+template <int F, bool FOLD>
 inline void in_code_order(int8_t* q, int width) {
-  if constexpr (F == kInt4) {
+  alignas(64) int8_t even[128], odd[128];
+  if constexpr (F == kInt4 && FOLD) {
+    split(q, q);
+  } else if constexpr (F == kInt4) {
     for (int d = 0; d < width; d += 128) even_odd(q + d, q + d, q + d + 64);
+  } else if constexpr (F == kInt2 && FOLD) {  // columns 4 i, then 4 i + 2; 4 i + 1, then 4 i + 3
+    even_odd(q, even, odd), split(even, q), split(odd, q + 64);
   } else if constexpr (F == kInt2) {
     for (int d = 0; d < width; d += 256) {  // parts 0 to 3: columns 4 i, 4 i + 1, ...
-      alignas(64) int8_t even[128], odd[128];
       even_odd(q + d, even, odd), even_odd(q + d + 128, even + 64, odd + 64);
       even_odd(even, q + d, q + d + 128), even_odd(odd, q + d + 64, q + d + 192);
     }
   }
 }
 
+// Dwords of four registers that were packed by lanes.
+inline __m512i in_column_order(__m512i x) {
+  return _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), x);
+}
+
 inline __mmask16 mask_of(int left) { return left >= 16 ? 0xffff : left <= 0 ? 0 : (1u << left) - 1; }
 
 // (q * scale) of a group of tokens as hi + lo / 256 int8 (FAST: one int8), and the share of the zeros. What that leaves out of q meets a
 // code: its middle value goes into the bias, so that only the distance of the code from it is lost.
-template <int F, int R, bool FAST>
+template <int F, bool FOLD, int R, bool FAST>
 void start_group(const Rows& rows, const Phase& phase, Work& w) {
   const int width = w.q_width, D = w.k_dim;
   const uint16_t *scale = reinterpret_cast<const uint16_t*>(phase.k_scale), *zero = reinterpret_cast<const uint16_t*>(phase.k_zero);
@@ -53,34 +65,43 @@ void start_group(const Rows& rows, const Phase& phase, Work& w) {
       _mm512_store_ps(product + d, y), _mm512_store_ps(product + d + 16, y2);
     }
     const float largest = std::max(_mm512_reduce_max_ps(_mm512_max_ps(top, top2)), 1e-30f);
-    const __m512 inverse = _mm512_set1_ps(127.0f / largest), k256 = _mm512_set1_ps(256.0f);
+    // Whole numbers of up to 127 * 256 are split into their two bytes, the low one with a sign.
     steps[r] = largest / (FAST ? 127.0f : 127.0f * 256.0f);
-    __m512 lost = _mm512_setzero_ps();
+    const __m512 inverse = _mm512_set1_ps((FAST ? 127.0f : 127.0f * 256.0f) / largest);
+    __m512 lost = _mm512_setzero_ps(), lost2 = lost;
     int8_t *hi = w.q_hi + (size_t)r * width, *lo = w.q_lo + (size_t)r * width;
-    for (int d = 0; d < width; d += 16) {
-      const __m512 y = _mm512_mul_ps(_mm512_load_ps(product + d), inverse), whole = _mm512_roundscale_ps(y, 8);
-      _mm_store_si128((__m128i*)(hi + d), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(whole)));
-      const __m512 rest = FAST ? _mm512_sub_ps(y, whole) : _mm512_mul_ps(_mm512_sub_ps(y, whole), k256);
+    for (int d = 0; d < width; d += 64) {
+      __m512i whole[4];
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) {
+        const __m512 y = _mm512_mul_ps(_mm512_load_ps(product + d + 16 * j), inverse);
+        whole[j] = _mm512_cvtps_epi32(y);
+        __m512& sum = j % 2 ? lost2 : lost;
+        sum = _mm512_add_ps(sum, _mm512_sub_ps(y, _mm512_cvtepi32_ps(whole[j])));
+      }
+      const __m512i a = _mm512_packs_epi32(whole[0], whole[1]), b = _mm512_packs_epi32(whole[2], whole[3]);
       if constexpr (FAST) {
-        lost = _mm512_add_ps(lost, rest);
+        _mm512_store_si512(hi + d, in_column_order(_mm512_packs_epi16(a, b)));
       } else {
-        const __m512i low = _mm512_min_epi32(_mm512_cvtps_epi32(rest), _mm512_set1_epi32(127));
-        lost = _mm512_add_ps(lost, _mm512_sub_ps(rest, _mm512_cvtepi32_ps(low)));
-        _mm_store_si128((__m128i*)(lo + d), _mm512_cvtepi32_epi8(low));
+        const __m512i half = _mm512_set1_epi16(128), low = _mm512_set1_epi16(255);
+        const __m512i upper = _mm512_packs_epi16(_mm512_srai_epi16(_mm512_adds_epi16(a, half), 8), _mm512_srai_epi16(_mm512_adds_epi16(b, half), 8));
+        _mm512_store_si512(hi + d, in_column_order(upper));
+        _mm512_store_si512(lo + d, in_column_order(_mm512_packus_epi16(_mm512_and_si512(a, low), _mm512_and_si512(b, low))));
       }
     }
+    lost = _mm512_add_ps(lost, lost2);
     biases[r] = _mm512_reduce_add_ps(_mm512_add_ps(bias, bias2)) + _mm512_reduce_add_ps(lost) * steps[r] * (0.5f * levels);
-    in_code_order<F>(hi, width);
-    if (!FAST) in_code_order<F>(lo, width);
+    in_code_order<F, FOLD>(hi, width);
+    if (!FAST) in_code_order<F, FOLD>(lo, width);
   }
   _mm512_store_ps(w.q_step, by_row<R>(steps)), _mm512_store_ps(w.q_bias, by_row<R>(biases));
 }
 
 // Adds the products of four tokens with R rows: x[r * T + t]. BLOCKS registers of a key, or as many as w says.
-template <int F, int R, int BLOCKS>
+template <int F, bool FOLD, int R, int BLOCKS>
 inline void products(const uint8_t* k, int64_t stride, const int8_t* q, const Work& w, __m512i* x) {
-  constexpr int T = tokens_of(R), parts = 8 / format_bits(F);
-  const int blocks = BLOCKS ? BLOCKS : w.k_blocks;
+  constexpr int T = tokens_of(R), parts = parts_of(F, FOLD);
+  const int blocks = BLOCKS ? BLOCKS : FOLD ? 1 : w.k_blocks;
 #pragma GCC unroll 2
   for (int b = 0; b < blocks; ++b) {
     const __mmask64 there = b + 1 < blocks ? ~0ull : w.k_last;
@@ -88,7 +109,7 @@ inline void products(const uint8_t* k, int64_t stride, const int8_t* q, const Wo
     for (int t0 = 0; t0 < T; t0 += 4) {
       __m512i codes[4];
 #pragma GCC unroll 4
-      for (int t = 0; t < 4; ++t) codes[t] = _mm512_maskz_loadu_epi8(there, k + (t0 + t) * stride + 64 * b);
+      for (int t = 0; t < 4; ++t) codes[t] = load_codes<FOLD>(k + (t0 + t) * stride + 64 * b, there);
 #pragma GCC unroll 4
       for (int p = 0; p < parts; ++p) {
         __m512i c[4];
@@ -105,7 +126,7 @@ inline void products(const uint8_t* k, int64_t stride, const int8_t* q, const Wo
   }
 }
 
-template <int F, int R, bool FAST, int BLOCKS>
+template <int F, bool FOLD, int R, bool FAST, int BLOCKS>
 void scores(const Rows&, const Phase& phase, Work& w, Ahead& ahead, int lines) {
   constexpr int T = tokens_of(R);
   const uint8_t* k = phase.k;
@@ -120,38 +141,39 @@ void scores(const Rows&, const Phase& phase, Work& w, Ahead& ahead, int lines) {
     read_ahead(next, lines);
 #pragma GCC unroll 16
     for (int i = 0; i < 16; ++i) x[i] = _mm512_setzero_si512();
-    products<F, R, BLOCKS>(k, stride, hi, w, x);
+    products<F, FOLD, R, BLOCKS>(k, stride, hi, w, x);
     if constexpr (!FAST) {
 #pragma GCC unroll 16
       for (int i = 0; i < 16; ++i) x[i] = _mm512_slli_epi32(x[i], 8);
-      products<F, R, BLOCKS>(k, stride, lo, w, x);
+      products<F, FOLD, R, BLOCKS>(k, stride, lo, w, x);
     }
     _mm512_store_ps(s, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums16(x)), step, bias));
   }
   ahead = next;
 }
 
-template <int F, bool FAST, int BLOCKS>
+template <int F, bool FOLD, bool FAST, int BLOCKS>
 const KeyPhase* of_size(int size) {
-  static constexpr KeyPhase all[kSizes] = {
-      {start_group<F, 1, FAST>, scores<F, 1, FAST, BLOCKS>}, {start_group<F, 2, FAST>, scores<F, 2, FAST, BLOCKS>},
-      {start_group<F, 4, FAST>, scores<F, 4, FAST, BLOCKS>}};
+  static constexpr KeyPhase all[kSizes] = {{nullptr, start_group<F, FOLD, 1, FAST>, scores<F, FOLD, 1, FAST, BLOCKS>},
+                                           {nullptr, start_group<F, FOLD, 2, FAST>, scores<F, FOLD, 2, FAST, BLOCKS>},
+                                           {nullptr, start_group<F, FOLD, 4, FAST>, scores<F, FOLD, 4, FAST, BLOCKS>}};
   return &all[size];
 }
 
-template <int F>
-const KeyPhase* of_format(bool fast, int size, int blocks) {
-  if (fast) return blocks == 1 ? of_size<F, true, 1>(size) : blocks == 2 ? of_size<F, true, 2>(size) : of_size<F, true, 0>(size);
-  return blocks == 1 ? of_size<F, false, 1>(size) : blocks == 2 ? of_size<F, false, 2>(size) : of_size<F, false, 0>(size);
+// BLOCKS: registers of a row known at compile time, for heads of 128 and of 64.
+template <int F, bool FOLD, int BLOCKS>
+const KeyPhase* of_blocks(bool fast, int size, int blocks) {
+  if (BLOCKS && blocks == BLOCKS) return fast ? of_size<F, FOLD, true, BLOCKS>(size) : of_size<F, FOLD, false, BLOCKS>(size);
+  return fast ? of_size<F, FOLD, true, 0>(size) : of_size<F, FOLD, false, 0>(size);
 }
 
 }  // namespace
 
-const KeyPhase* int_key_phase(int format, bool fast, int size, int blocks) {
+const KeyPhase* int_key_phase(int format, bool fold, bool fast, int size, int blocks) {
   switch (format) {
-    case kInt8: return of_format<kInt8>(fast, size, blocks);
-    case kInt4: return of_format<kInt4>(fast, size, blocks);
-    default: return of_format<kInt2>(fast, size, blocks);
+    case kInt8: return of_blocks<kInt8, false, 2>(fast, size, blocks);
+    case kInt4: return fold ? of_blocks<kInt4, true, 0>(fast, size, blocks) : of_blocks<kInt4, false, 1>(fast, size, blocks);
+    default: return fold ? of_blocks<kInt2, true, 0>(fast, size, blocks) : of_blocks<kInt2, false, 0>(fast, size, blocks);
   }
 }
 

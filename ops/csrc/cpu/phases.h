@@ -30,7 +30,7 @@ struct Phase {
   bool page_lse;
 };
 
-// Lines of a later page, read ahead in the arithmetic.
+// Lines of a later page, read ahead in the arithmetic: `lines` of them about every four tokens in each of its steps.
 struct Ahead {
   const uint8_t *at, *end;
 };
@@ -48,20 +48,26 @@ struct Work {
   int k_dim, v_dim;
   int q_parts;                         // bf16 numbers of which a number of the query is the sum: 1 or 3
   float scale;                         // of the scores of float keys, to base 2
-  // AMX, else null: codes of a block of 64 tokens as bytes, sums of four tiles, the weights and the query as operands.
-  uint8_t *codes, *w_tile, *q_tile;
+  // AMX, else null: keys and values of 64 tokens as operands, weights and query too, sums of four tiles.
+  uint8_t *k_codes, *v_codes, *w_tile, *q_tile;
   int32_t* tile;
+  bool one_by_one;  // floats: 64 columns are unpacked just before they are used, for the one lot of rows that there is: they stay near
 };
 
+// Unpacks rows of a phase into memory, where a kernel reads them from there; else null. Once for all rows of the query.
+using Unpack = void (*)(const Phase& phase, Work& w, Ahead& ahead, int lines);
+
 struct KeyPhase {
+  Unpack unpack;
   // Of integers: (q * scale) and the share of the zeros of a group, before its first phase. Else null.
   void (*start_group)(const Rows& rows, const Phase& phase, Work& w);
   void (*scores)(const Rows& rows, const Phase& phase, Work& w, Ahead& ahead, int lines);
 };
 
 struct ValuePhase {
+  Unpack unpack;
   // Scores become weights: raises rows.m, adds to rows.l and rows.page_l.
-  void (*soften)(Rows& rows, const Phase& phase, Work& w);
+  void (*soften)(Rows& rows, const Phase& phase, Work& w, Ahead& ahead, int lines);
   void (*add)(Rows& rows, const Phase& phase, Work& w, Ahead& ahead, int lines);
 };
 
@@ -70,17 +76,21 @@ enum class Tier { kVnni, kBf16, kAmx };
 
 bool serves(Tier tier, int format);
 // For R = 1 << size rows; floats and AMX have only R = 4.
-KeyPhase key_phase(Tier tier, int format, bool fast, int size, int blocks);
-ValuePhase value_phase(Tier tier, int format, bool fast, int size);
+KeyPhase key_phase(Tier tier, int format, int dim, bool fast, int size);
+ValuePhase value_phase(Tier tier, int format, int dim, bool fast, int size);
 void amx_start();  // around the phases of a unit
 void amx_end();
 
-// Registers of a row and columns that they have room for.
+// Integer rows of at most 32 bytes are folded to fill a register (phase_codes.h). Registers of a row, and columns that they have room for.
+inline constexpr bool folds(int format, int dim) { return format_grouped(format) && format != kInt8 && dim * format_bits(format) <= 256; }
 inline constexpr int row_blocks(int format, int dim) { return (dim * format_bits(format) / 8 + 63) / 64; }
-inline constexpr int row_columns(int format, int dim) { return row_blocks(format, dim) * 512 / format_bits(format); }
+inline constexpr int row_columns(int format, int dim) {
+  if (!format_grouped(format)) return dim;
+  return folds(format, dim) ? 256 / format_bits(format) : row_blocks(format, dim) * 512 / format_bits(format);
+}
 
 // Where the sum of a column of values lies, and the column of the query that meets element e of a key of floats.
-int sum_of(int format, int column);
+int sum_of(int format, int dim, int column);
 int query_of(int format, int e);
 
 }  // namespace pikv::phases
