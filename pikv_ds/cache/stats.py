@@ -15,7 +15,7 @@ def stats(cache: PiKVCache, dense_rows: int, dense_columns: int) -> dict:
 
     Args: dense_rows, dense_columns: the batch and the token columns (padding included) that the ordinary cache would hold on this rank.
     entries_read and entries_visible are None where every query reads everything. ops_passed_over: why a faster implementation of the ops
-    does not serve, empty when the preferred one does. Sync: reads the device.
+    does not serve, empty when the preferred one does. attention_kernel: the implementation, and on a CPU its kernel. Sync: reads the device.
     """
     pages, exchange = cache.pages, cache.exchange
     counters = pages.counters
@@ -45,6 +45,7 @@ def stats(cache: PiKVCache, dense_rows: int, dense_columns: int) -> dict:
         "spilled_group": spilled,
         "requests": cache.agreement.mode,
         "attention_impl": attention_impl(cache),
+        "attention_kernel": load.kernel(cache.device.type),
         "ops_passed_over": load.passed_over(cache.device.type),
     }
 
@@ -63,8 +64,7 @@ def dense_bytes(spec: LayerSpec, rows: int, columns: int, itemsize: int) -> int:
 
 def attention_impl(cache: PiKVCache) -> str:
     """Which code reads the pages, and their format: "pikv cpu int8", "pikv torch fp32"; "pikv cpu fp32+int4" with several pools. On a GPU
-    also the tier of its kernels for queries of the model's dtype: "pikv cuda (tensor cores) int8"; on a CPU the kernel of this process:
-    "pikv cpu (phases) int8".
+    also the tier of its kernels for queries of the model's dtype: "pikv cuda (tensor cores) int8".
 
     torch also where some layer holds un-rotated keys (pages/unrotated.py).
     """
@@ -72,8 +72,6 @@ def attention_impl(cache: PiKVCache) -> str:
     pools = cache.blueprint.pages.layers[0].pools
     if code in ("cuda", "nvrtc"):
         code += f" ({', '.join(dict.fromkeys(decode_tier(pool.fmt, cache.dtype) for pool in pools))})"
-    elif code == "cpu":
-        code += f" ({load.cpu_instruction_set()})"
     formats = [pool.fmt.name for pool in pools]
     return f"pikv {code} {'+'.join(formats)}"
 

@@ -29,7 +29,7 @@ using namespace vnni;
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr float kLog2e = 1.44269504f, kLn2 = 0.69314718f;
-const int kAhead[kNumFormats] = {getenv("PK_A32") ? atoi(getenv("PK_A32")) : 2, 2, 2, 4, 6, 4, 8, 6};  // tiles between prefetch and use, by format of K
+constexpr int kAhead[kNumFormats] = {2, 2, 2, 4, 6, 4, 8, 6};  // tiles between prefetch and use, by format of K
 
 __mmask16 visible_tokens(const Attend& a, const Unit& u, int t, const int32_t* positions, int count) {
   const __mmask16 there = mask_of(count);
