@@ -87,7 +87,6 @@ def _rows(batch: int, context: int, thread_counts: list[int], repeats: int):
     """One list of rows per thread count, of the same data."""
     import torch
 
-    from pikv_ds.ops.build import load
     from pikv_ds.ops.memory import aligned_bytes
 
     from . import runs as bench_runs
@@ -104,7 +103,7 @@ def _rows(batch: int, context: int, thread_counts: list[int], repeats: int):
     for threads in thread_counts:
         torch.set_num_threads(threads)
         times = measure(runs, repeats)
-        common = {"kernel": load.kernel("cpu"), "group": bench_runs.GROUP, "batch": batch, "context": context, "threads": threads}
+        common = {"group": bench_runs.GROUP, "batch": batch, "context": context, "threads": threads}
         fast = {f"{name} fast": sizes[name] for name in FORMATS if f"{name} fast contiguous" in runs}
         named = [*sizes.items(), *fast.items()]
         yield [row for name, nbytes in named for row in _rows_of(name, nbytes, times, common, data.nbytes)]
@@ -130,8 +129,10 @@ def measure(runs: Runs, repeats: int) -> dict[str, Times]:
     return times
 
 
-def _rows_of(name: str, nbytes: int, times: dict[str, Times], common: dict[str, Any], stream_bytes: int) -> list[dict[str, Any]]:
-    rows = []
+def _rows_of(name: str, nbytes: int, times: dict[str, Times], common: dict[str, int], stream_bytes: int) -> list[dict[str, Any]]:
+    from pikv_ds.ops.build import load
+
+    rows, kernel = [], load.kernel("cpu")
     stream_gbps = stream_bytes / times["stream"].ms / 1e6
     for order in ("contiguous",) if name.endswith(" fast") else ("contiguous", "random"):
         own = times[f"{name} {order}"]
@@ -143,7 +144,7 @@ def _rows_of(name: str, nbytes: int, times: dict[str, Times], common: dict[str, 
                 "op": "decode", "format": name, **common, "ms": own.ms, "cpu_ms": own.cpu_ms,
                 "baseline": baseline, "baseline_ms": share * other.ms, "ratio": share * other.ms / own.ms,
                 "gbps": nbytes / own.ms / 1e6, "stream_gbps": stream_gbps, "pages": order, "baseline_ran": ran, "bytes": nbytes,
-                **_spread("ms", own.wall), **_spread("ratio", ratios), "repeats": len(ratios),
+                **_spread("ms", own.wall), **_spread("ratio", ratios), "repeats": len(ratios), "kernel": kernel,
                 "valid": max(x.used(common["threads"]) for x in (own, other)) <= MAX_CPU,
             })  # fmt: skip
     return rows
