@@ -41,7 +41,7 @@ def decode(
         tail: [rows, fmt.num_kv_heads, group, Dk] raw keys of the group that is not full (int8, int4).
         tail_rows: [N] or [N, 1 or H] int32, the tail row of each table.
         with_page_lse: also return the lse of each page, for the mass it holds: exp(page_lse - merged lse).
-        num_splits: pieces a table is read in, 0 = by the number of threads.
+        num_splits: pieces a table is read in, 0 = chosen; on a CPU by lengths alone, so that no result depends on the number of threads.
 
     Returns:
         out [R, Hq, Dv] f32, lse [R, Hq] f32 (natural log), page_lse [N, Hq, columns] f32 or None (-inf where a page was not read).

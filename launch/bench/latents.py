@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     if args.device == "cuda":
         return _on_cuda(args)
     torch.set_num_threads(1)
-    if load.ensured("cpu") != "cpu" or load.cpu_instruction_set() != "vnni":
+    if load.ensured("cpu") != "cpu" or not load.cpu_kernels()["vnni"]:
         print("this needs the CPU ops and a processor with AVX512 and VNNI")
         return 1
     decodes = {name: _decode(name, args.context, args.heads, "cpu") for name in FORMATS}

@@ -6,6 +6,7 @@ Baselines:
     dequant_sdpa         pages decoded by the torch reference, then sdpa_grouped in fp32: what compression costs without a kernel
     sdpa_on_dequantised  sdpa_grouped in fp32 on keys and values that have been decoded before the clock starts
     own_bf16             decode over bf16 pages in the same order
+    first_bf16           decode over bf16 pages in order by the kernel "vnni", that of commit d67f97f; what the targets of kernels are over
     contiguous           the same decode with its pages in order; for rows with pages in random order
     stream               the time in which the same bytes are read, by a checksum of 512 MiB
 """
@@ -103,7 +104,9 @@ def _rows(batch: int, context: int, thread_counts: list[int], repeats: int):
         torch.set_num_threads(threads)
         times = measure(runs, repeats)
         common = {"group": bench_runs.GROUP, "batch": batch, "context": context, "threads": threads}
-        yield [row for name in FORMATS for row in _rows_of(name, sizes[name], times, common, data.nbytes)]
+        fast = {f"{name} fast": sizes[name] for name in FORMATS if f"{name} fast contiguous" in runs}
+        named = [*sizes.items(), *fast.items()]
+        yield [row for name, nbytes in named for row in _rows_of(name, nbytes, times, common, data.nbytes)]
     torch.set_num_threads(before)
 
 
@@ -127,9 +130,11 @@ def measure(runs: Runs, repeats: int) -> dict[str, Times]:
 
 
 def _rows_of(name: str, nbytes: int, times: dict[str, Times], common: dict[str, int], stream_bytes: int) -> list[dict[str, Any]]:
-    rows = []
+    from pikv_ds.ops.build import load
+
+    rows, kernel = [], load.kernel("cpu")
     stream_gbps = stream_bytes / times["stream"].ms / 1e6
-    for order in ("contiguous", "random"):
+    for order in ("contiguous",) if name.endswith(" fast") else ("contiguous", "random"):
         own = times[f"{name} {order}"]
         for baseline, ran in _baselines(name, order, times).items():
             other = times[ran]
@@ -139,7 +144,7 @@ def _rows_of(name: str, nbytes: int, times: dict[str, Times], common: dict[str, 
                 "op": "decode", "format": name, **common, "ms": own.ms, "cpu_ms": own.cpu_ms,
                 "baseline": baseline, "baseline_ms": share * other.ms, "ratio": share * other.ms / own.ms,
                 "gbps": nbytes / own.ms / 1e6, "stream_gbps": stream_gbps, "pages": order, "baseline_ran": ran, "bytes": nbytes,
-                **_spread("ms", own.wall), **_spread("ratio", ratios), "repeats": len(ratios),
+                **_spread("ms", own.wall), **_spread("ratio", ratios), "repeats": len(ratios), "kernel": kernel,
                 "valid": max(x.used(common["threads"]) for x in (own, other)) <= MAX_CPU,
             })  # fmt: skip
     return rows
@@ -149,6 +154,10 @@ def _baselines(name: str, order: str, times: dict[str, Times]) -> dict[str, str]
     """Baseline -> the run that stands for it."""
     faster = lambda kind: min((f"{kind} bf16", f"{kind} fp32"), key=lambda ran: times[ran].ms)  # noqa: E731
     found = {kind: faster(kind) for kind in ("sdpa_grouped", "sdpa_gqa")}
+    if order == "contiguous" and "bf16 first contiguous" in times:
+        found["first_bf16"] = "bf16 first contiguous"
+    if name.endswith(" fast"):
+        return {"first_bf16": found["first_bf16"]} | {"high": f"{name.removesuffix(' fast')} contiguous", "stream": "stream"}
     if name != "bf16":
         found |= {kind: f"{kind} {name}" for kind in ("dequant_sdpa", "sdpa_on_dequantised")}
         found["own_bf16"] = f"bf16 {order}"

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from pikv_ds import ops
+from pikv_ds.ops.build import load
 from pikv_ds.ops.memory import aligned_bytes
 from pikv_ds.ops.reference import formats as ref_formats
 
@@ -18,6 +21,9 @@ Runs = dict[str, Callable[[], object]]
 
 def paged_runs(name: str, q: Tensor, context: int, generator: torch.Generator) -> tuple[Runs, int]:
     """`<name> contiguous`, `<name> random`, and for a compressed format its two torch baselines; and the bytes that one decode reads.
+
+    Of an integer format also `<name> fast contiguous`, with ops.precision = "fast"; of bf16 `bf16 first contiguous`, by the kernel that
+    read pages before there were phases (attend_vnni.cpp is as it was in commit d67f97f), where this processor has it.
 
     q [B, HEADS * GROUP, DIM]. The baselines read keys and values in order, whatever the order of the pages: the harder comparison.
     """
@@ -35,12 +41,34 @@ def paged_runs(name: str, q: Tensor, context: int, generator: torch.Generator) -
     for order, listed in (("contiguous", ids), ("random", torch.randperm(len(ids), generator=generator))):
         table = listed.view(batch, 1, -1).int()
         runs[f"{name} {order}"] = lambda table=table: ops.decode(q, pages, fmt, table, seqlens, scale=DIM**-0.5, **tail)
+    table = ids.view(batch, 1, -1).int()
+    if fmt.grouped and fmt.name == fmt.v_name:
+        fast = replace(fmt, fast=True)
+        runs[f"{name} fast contiguous"] = lambda: ops.decode(q, pages, fast, table, seqlens, scale=DIM**-0.5, **tail)
+    if name == "bf16" and load.ensured("cpu") == "cpu" and load.cpu_kernels()["vnni"]:
+        runs["bf16 first contiguous"] = by_kernel("vnni", lambda: ops.decode(q, pages, fmt, table, seqlens, scale=DIM**-0.5))
     if not fmt.raw:
         decoded = lambda: [_dense(x, batch) for x in ops.decode_pages(pages, fmt)]  # noqa: E731
         k, v = decoded()
         runs[f"dequant_sdpa {name}"] = lambda: grouped(q.float(), *decoded())
         runs[f"sdpa_on_dequantised {name}"] = lambda: grouped(q.float(), k, v)
     return runs, pages.nbytes
+
+
+def by_kernel(kernel: str, call: Callable[[], object]) -> Callable[[], object]:
+    """The call with PIKV_KERNEL set."""
+
+    def run() -> object:
+        before = os.environ.get("PIKV_KERNEL")
+        os.environ["PIKV_KERNEL"] = kernel
+        try:
+            return call()
+        finally:
+            os.environ.pop("PIKV_KERNEL")
+            if before is not None:
+                os.environ["PIKV_KERNEL"] = before
+
+    return run
 
 
 def dense_runs(q: Tensor, context: int, generator: torch.Generator) -> Runs:

@@ -43,6 +43,8 @@ def run(args: argparse.Namespace) -> int:
     for row in served:
         if row["why not"] not in ("", ABSENT):
             print(f"{row['implementation']} does not serve {row['device']} tensors: {row['why not']}")
+    sections["cpu"] = cpu_rows()
+    print_table("Attention on the CPU", sections["cpu"])
     write_json(args.json, "report", [{"section": name, **row} for name, rows in sections.items() for row in rows])
     return 0
 
@@ -124,6 +126,34 @@ def implementation_rows() -> list[dict[str, Any]]:
             })  # fmt: skip
             is_served = is_served or compatible
     return rows
+
+
+def cpu_rows() -> list[dict[str, Any]]:
+    """The kernel that reads pages, and whether memory for pages gets huge OS pages. Builds nothing."""
+    from pikv_ds.ops.build import load
+    from pikv_ds.ops.build.compile import built, cpu_library
+    from pikv_ds.ops.memory import huge_pages
+
+    if built(cpu_library()) is None:
+        kernel, others = "not known before the ops are built (pikv build cpu)", ""
+    else:
+        kernels = load.cpu_kernels()
+        kernel = _kernel()
+        others = f"this processor also runs {', '.join(name for name, runs in kernels.items() if runs and name != kernel)}; "
+        others += "PIKV_KERNEL forces one"
+    return [
+        {"what": "kernel", "found": kernel, "more": others},
+        {"what": "huge pages", "found": huge_pages(), "more": "asked for from 2 MiB on"},
+    ]
+
+
+def _kernel() -> str:
+    from pikv_ds.ops.build import load
+
+    try:
+        return load.cpu_instruction_set()
+    except RuntimeError as error:
+        return f"none: {error}"
 
 
 def _why_not(name: str) -> str:

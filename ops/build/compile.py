@@ -66,23 +66,32 @@ def own_extensions() -> Path:
 
 
 def cpu_library(extra_flags: Sequence[str] = ()) -> Library:
-    """The CPU ops. One file per instruction set; which one runs is decided by cpuid (csrc/cpu/cpu.cpp). -DPK_PORTABLE: only plain C++."""
+    """The CPU ops. One file per instruction set; cpuid decides which runs (csrc/cpu/kernels.cpp). -DPK_PORTABLE: only plain C++."""
     import platform
 
     import torch
 
     root = Path(torch.__file__).parent
     exact = ("-ffp-contract=off",)  # the bits of the torch reference: no fused multiply-add
-    plain = [Source(f"cpu/{name}.cpp") for name in ("attend", "slots", "pack", "cpu", "checksum")]
+    plain = [Source(f"cpu/{name}.cpp") for name in ("attend", "slots", "pack", "kernels", "checksum")]
     plain += [Source(f"cpu/{name}.cpp", exact) for name in ("append", "bounds")]
     sets = _per_instruction_set("baseline")
     if platform.machine() == "x86_64" and "-DPK_PORTABLE" not in extra_flags:
         wide = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mavx2", "-mf16c", "-mprefer-vector-width=512")
         sets += _per_instruction_set("avx2", "-mavx2", "-mfma", "-mf16c") + _per_instruction_set("avx512", *wide)
-        sets.append(Source("cpu/attend_vnni.cpp", (*wide, "-mavx512vnni")))
+        vnni = (*wide, "-mavx512vnni")
+        sets += [
+            Source(f"cpu/{name}.cpp", vnni)
+            for name in ("attend_vnni", "attend_phases", "phase_table", "phase_int_keys", "phase_int_values")
+        ]
+        bf16, amx = (*vnni, "-mavx512vbmi", "-mavx512bf16"), ("-mamx-tile", "-mamx-int8", "-mamx-bf16")
+        sets += [
+            Source("cpu/phase_float_dot.cpp", bf16),
+            *(Source(f"cpu/phase_amx_{kind}.cpp", (*bf16, *amx)) for kind in ("int", "float")),
+        ]
         for names in (("kFp32", "kFp16"), ("kBf16", "kFp8", "kFp4"), ("kInt8", "kInt4", "kInt2")):  # so that they compile side by side
             formats = "-DPK_FORMATS=" + "".join(f"X({name})" for name in names)
-            sets += [Source(f"cpu/vnni_{part}.cpp", (*wide, "-mavx512vnni", formats)) for part in ("values", "keys")]
+            sets += [Source(f"cpu/vnni_{part}.cpp", (*vnni, formats)) for part in ("values", "keys")]
     # 0x020b...: the stable ABI as of torch 2.11, so one library serves every later torch.
     flags = ("-O3", "-std=c++17", "-fPIC", "-fopenmp-simd", "-fno-math-errno", "-Wall", "-Werror=return-type",
              "-DTORCH_TARGET_VERSION=0x020b000000000000", f"-I{root / 'include'}", *extra_flags)  # fmt: skip
@@ -131,12 +140,10 @@ def compiler_name(command: str) -> str:
 
 def build(library: Library, directory: Path | None = None) -> Path:
     """The path of the compiled library, built now unless the install or the cache has it. Raises BuildError."""
-    installed = prebuilt(library)
-    if directory is None and installed.is_file():
-        return installed
-    name = f"{library.name}-{library_key(library)}.so"
+    if directory is None and (there := built(library)) is not None:
+        return there
     directory = directory or cache_dir()
-    target = directory / name
+    target = directory / _file_name(library)
     if target.is_file():
         return target
     directory.mkdir(parents=True, exist_ok=True)
@@ -144,6 +151,22 @@ def build(library: Library, directory: Path | None = None) -> Path:
         if not target.is_file():  # another process may have built it while this one waited
             _compile(library, target)
     return target
+
+
+def built(library: Library) -> Path | None:
+    """Where the compiled library lies, from an installation or in the cache; None: it is built at its first use."""
+    installed = prebuilt(library)
+    if installed.is_file():
+        return installed
+    try:
+        cached = cache_dir() / _file_name(library)
+    except ToolMissing:  # its name has the compiler's version
+        return None
+    return cached if cached.is_file() else None
+
+
+def _file_name(library: Library) -> str:
+    return f"{library.name}-{library_key(library)}.so"
 
 
 def prebuilt(library: Library, folder: Path = PREBUILT) -> Path:

@@ -172,10 +172,39 @@ def candidates(device: str) -> list[str]:
 
 
 def cpu_instruction_set() -> str:
-    """baseline, avx2, avx512 (without integer dot products) or vnni, as PIKV_CPU caps it. Builds the library."""
-    function = ctypes.CDLL(str(build(cpu_library()))).pikv_cpu_instruction_set
-    function.restype = ctypes.c_char_p
-    return function().decode()
+    """Name of the attention kernel that serves CPU tensors, as PIKV_KERNEL or PIKV_CPU have it: one of `cpu_kernels`. Builds the library.
+
+    Layouts that it does not serve are served by the next one before it. Raises: RuntimeError for a name that is none, or can't run here.
+    """
+    name = _cpu().pikv_cpu_kernel_now()
+    if name is None:
+        raise RuntimeError(_cpu().pikv_cpu_kernel_refusal().decode())
+    return name.decode()
+
+
+def cpu_kernels(path: str | None = None) -> dict[str, bool]:
+    """The attention kernels of the CPU, the slowest first, and whether this processor runs each. path: a library that is there; None
+    builds the usual one."""
+    found, index, opened = {}, 0, _cpu(path)
+    while (name := opened.pikv_cpu_kernel(index)) is not None:
+        found[name.decode()] = bool(opened.pikv_cpu_kernel_runs(index))
+        index += 1
+    return found
+
+
+def kernel(device: str) -> str:
+    """What reads pages on this device type, for ranks to compare: the implementation, and on a CPU its kernel. Loads it."""
+    served = ensured(device)
+    return f"{served} {cpu_instruction_set()}" if served == "cpu" else served
+
+
+@cache
+def _cpu(path: str | None = None) -> ctypes.CDLL:
+    opened = ctypes.CDLL(path or str(build(cpu_library())))
+    for name in ("pikv_cpu_kernel_now", "pikv_cpu_kernel", "pikv_cpu_kernel_refusal"):
+        getattr(opened, name).restype = ctypes.c_char_p
+    opened.pikv_cpu_kernel_runs.restype = ctypes.c_bool
+    return opened
 
 
 def passed_over(device: str) -> str:

@@ -97,6 +97,7 @@ class PageFormat:
         latent: values are the first v_dim columns of the keys and are not stored again.
         group: tokens that share a K scale (int8, int4, int2), at least 32.
         v_name: format of the values, None = name. rope_raw: the last k_dim - v_dim columns of a latent key are fp16, the rest in `name`.
+        fast: the ops may round queries and weights that meet integers to one byte (docs/reference/formats.md); the record is the same.
     """
 
     name: str
@@ -108,6 +109,7 @@ class PageFormat:
     group: int = GROUP
     v_name: str | None = None
     rope_raw: bool = False
+    fast: bool = False
     # The format as the ops take it (ops/library.py). Made once: it is read per layer and step, and torch.compile traces no cached_property.
     layout: tuple[int, int, int, int, int, int, bool] = field(init=False, repr=False, compare=False)
 
@@ -117,7 +119,7 @@ class PageFormat:
                 raise ValueError(f"page format {name!r} is not known; one of: {', '.join(FORMATS)}")
         object.__setattr__(self, "v_name", self.v_name or self.name)
         check(self)
-        code = self.code | (self.v_traits.code + 1 << 4 if self.mixed else 0) | self.rope_raw << 8
+        code = self.code | (self.v_traits.code + 1 << 4 if self.mixed else 0) | self.rope_raw << 8 | self.fast << 9
         layout = (code, self.num_kv_heads, self.k_dim, self.v_dim, self.page_size, self.group, self.latent)
         object.__setattr__(self, "layout", layout)
 
@@ -125,7 +127,7 @@ class PageFormat:
     def from_layout(cls, layout: tuple[int, int, int, int, int, int, bool]) -> PageFormat:
         code, heads, k_dim, v_dim, page_size, group, latent = layout
         v_name = NAMES[(code >> 4 & 15) - 1] if code >> 4 & 15 else None
-        return cls(NAMES[code & 15], heads, k_dim, v_dim, page_size, latent, group, v_name, bool(code >> 8))
+        return cls(NAMES[code & 15], heads, k_dim, v_dim, page_size, latent, group, v_name, bool(code >> 8 & 1), bool(code >> 9))
 
     @property
     def traits(self) -> Traits:

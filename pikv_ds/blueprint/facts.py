@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -72,6 +72,8 @@ class Facts:
             if spec.window is None:
                 for i, kind in enumerate(methods.pools):
                     pools += (pool_behind(f"pools[{i}]", kind, pools[-1], spec, self.dtype),)
+            if self.config.ops.precision == "fast":
+                pools = tuple(replace(pool, fmt=replace(pool.fmt, fast=True)) for pool in pools)
             plans.append(LayerPlan(spec=spec, pools=pools, transform=pool.maps, columns=columns if spec.window is None else {}))
         return PagesPlan(
             layers=tuple(plans), page_size=self.page_size, heads=heads, num_shards=self.num_shards, dtype=self.dtype,

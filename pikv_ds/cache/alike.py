@@ -13,6 +13,7 @@ import torch
 from pikv_ds.codecs.weights import read_file
 from pikv_ds.config.pikv import PiKVConfig
 from pikv_ds.exchange.digest import digest
+from pikv_ds.ops.build import load
 from pikv_ds.spec import LayerSpec
 
 OWN = ("pikv.timeout_s", "pikv.enabled", "pikv.preset")
@@ -20,13 +21,23 @@ OWN = ("pikv.timeout_s", "pikv.enabled", "pikv.preset")
 
 
 def alike(
-    config: PiKVConfig, layers: Sequence[LayerSpec], num_experts: int, dtype: torch.dtype, holders: tuple[tuple[int, ...], ...] | None
+    config: PiKVConfig,
+    layers: Sequence[LayerSpec],
+    num_experts: int,
+    dtype: torch.dtype,
+    holders: tuple[tuple[int, ...], ...] | None,
+    device: torch.device,
 ) -> list[tuple[str, str]]:
-    """Pairs of a name and a value. A file is told by its content, for ranks may keep it in different folders. Reads those files once."""
+    """Pairs of a name and a value. A file is told by its content, for ranks may keep it in different folders. Reads those files once.
+
+    The kernel that reads pages is one of them: other kernels differ in the last bits (`ops.mixed_kernels`).
+    """
     found = [(name, _value(value)) for name, value in _flat("pikv", config.model_dump(mode="json")) if name not in OWN]
     for layer in layers:
         fields = {name: value for name, value in asdict(layer).items() if name != "first_head"}  # tensor-parallel ranks split heads
         found.append((f"layer {layer.layer_idx}", " ".join(f"{name}={value}" for name, value in fields.items())))
+    if not config.ops.mixed_kernels:
+        found.append(("attention kernel", load.kernel(device.type)))
     return [*found, ("experts", str(num_experts)), ("dtype", str(dtype)), ("holders of shards", str(holders))]
 
 

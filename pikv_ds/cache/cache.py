@@ -67,7 +67,7 @@ class PiKVCache(HostFace):
         self.layers, self.config, self.dtype, self.device = layers, config, dtype, device
         told = Told(
             len(layers),
-            facts=partial(alike, config, layers, num_experts, dtype, holders),
+            facts=partial(alike, config, layers, num_experts, dtype, holders, device),
             header=lambda: self.agreement.header(self.local, self.announced),
             state=lambda: self.agreement.known(),
         )

@@ -15,7 +15,8 @@ def stats(cache: PiKVCache, dense_rows: int, dense_columns: int) -> dict:
 
     Args: dense_rows, dense_columns: the batch and the token columns (padding included) that the ordinary cache would hold on this rank.
     entries_read and entries_visible are None where every query reads everything. ops_passed_over: why a faster implementation of the ops
-    does not serve, empty when the preferred one does. Sync: reads the device.
+    does not serve, empty when the preferred one does. attention_kernel: the implementation, on a CPU with its
+    kernel. Sync: reads the device.
     """
     pages, exchange = cache.pages, cache.exchange
     counters = pages.counters
@@ -45,6 +46,7 @@ def stats(cache: PiKVCache, dense_rows: int, dense_columns: int) -> dict:
         "spilled_group": spilled,
         "requests": cache.agreement.mode,
         "attention_impl": attention_impl(cache),
+        "attention_kernel": load.kernel(cache.device.type),
         "ops_passed_over": load.passed_over(cache.device.type),
     }
 

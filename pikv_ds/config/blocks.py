@@ -8,6 +8,7 @@ from pydantic import Field
 
 from .block import Block
 from .compression import CompressionConfig
+from .ops import OpsConfig
 from .pools import PoolConfig
 from .presets import PRESETS
 from .routing import RoutingConfig
@@ -35,4 +36,5 @@ class Blocks(Block):
     scheduling: SchedulingConfig = Field(SchedulingConfig(), description=SchedulingConfig.__doc__)
     pools: tuple[PoolConfig, ...] = Field((), strict=False, description=PoolConfig.__doc__)
     offload: OffloadConfig = Field(OffloadConfig(), description=OffloadConfig.__doc__)
+    ops: OpsConfig = Field(OpsConfig(), description=OpsConfig.__doc__)
     monitor: MonitorConfig = Field(MonitorConfig(), description=MonitorConfig.__doc__)

@@ -84,6 +84,7 @@ def refused(folder: Path) -> dict[str, list[dict]]:
         ],
         "policy-fits-model": [{"scheduling": {"method": "quest_mlp", "budget_ratio": 0.5} | other}],
         "two-pools-full-attention": [{"compression": RAW, "layers": WINDOWS}],
+        "fast-needs-integers": [{"ops": {"precision": "fast"}}],
         "layers-of-the-model": [{"compression": {"layers": {"7": {"method": "int8"}}}}],
         "codec-fits-layer": [
             {"compression": {"k": {"method": "int8"}}, "layers": [layer(0, dim=16, latent=True)]},

@@ -135,4 +135,6 @@ def test_numbers_of_a_cache():
 def test_attention_impl_names_the_code_and_the_format(monkeypatch):
     from pikv_ds.ops.build import load
 
-    assert stats(Driver([layer(0)]).cache, 1, 1)["attention_impl"] == f"pikv {load.ensured('cpu')} fp32"
+    said = stats(Driver([layer(0)]).cache, 1, 1)
+    assert said["attention_impl"] == f"pikv {load.ensured('cpu')} fp32"
+    assert said["attention_kernel"] == load.kernel("cpu")

@@ -57,6 +57,7 @@ DEFAULTS = {
     },
     "pools": (),
     "offload": {"host_gib": 0, "nvme_path": None},
+    "ops": {"precision": "high", "mixed_kernels": False},
     "monitor": {"enabled": True, "interval": 100},
 }
 
@@ -179,6 +180,7 @@ BAD = {
         ["pikv.routing.budget_pages = 16", "at least 17", "16 pages of 4 tokens", "sink_tokens 4", "recent_tokens 64"],
     ),
     "sinks": ({"routing": {"sink_tokens": -1}}, ["pikv.routing.sink_tokens = -1", ">= 0"]),
+    "precision": ({"ops": {"precision": "low"}}, ["pikv.ops.precision = 'low'", "'high'", "'fast'"]),
     "interval": ({"monitor": {"interval": 0}}, ["pikv.monitor.interval = 0", ">= 1"]),
     "two at once": ({"page_size": 0, "monitor": {"interval": 0}}, ["pikv.page_size = 0", "pikv.monitor.interval = 0"]),
 }

@@ -15,7 +15,7 @@ from pikv_ds.ops.reference import attend as ref_attend
 from pikv_ds.ops.reference import formats as ref_formats
 
 # The reference, the CPU version capped at an instruction set, the CUDA kernels under the host emulation.
-IMPLEMENTATIONS = ("torch", "baseline", "avx2", "avx512", "vnni", "emu")
+IMPLEMENTATIONS = ("torch", "baseline", "avx2", "avx512", "vnni", "phases", "phases_bf16", "phases_amx", "emu")
 
 
 @dataclass

@@ -12,7 +12,6 @@ those that fail and prints the first of them; the exit status is 1 then. A part 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import os
 import sys
 import time
@@ -38,12 +37,10 @@ def settings(implementation: str) -> Iterator[tuple[str, Callable]]:
     elif implementation == "cpu":
         path = os.environ.get(CPU_LIBRARY) or str(build(cpu_library()))
         torch.ops.load_library(path)
-        best = ctypes.CDLL(path).pikv_cpu_instruction_set
-        best.restype = ctypes.c_char_p
-        sets = ("baseline", "avx2", "avx512", "vnni")
-        for name in sets[: sets.index(best().decode()) + 1]:
-            os.environ["PIKV_CPU"] = name
-            yield name, ours
+        for name, runs in load.cpu_kernels(path).items():
+            if runs:
+                os.environ["PIKV_KERNEL"] = name
+                yield name, ours
     elif implementation == "emu":
         load.define_emu()
         for reverse in (False, True):

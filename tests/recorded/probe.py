@@ -52,7 +52,7 @@ def kept(core: PiKVCache) -> dict:
 def numbers(host) -> dict:
     """What stats() reports of the core: integers, lists of integers, words; and the floats it counts entries with."""
     said = stats(host, 1, 1) if isinstance(host, PiKVCache) else host.stats()
-    said = {name: value for name, value in said.items() if name != "ops_passed_over"}  # names the tools of this machine
+    said = {name: value for name, value in said.items() if name not in ("ops_passed_over", "attention_kernel")}  # of this machine
     return {name: value for name, value in said.items() if name not in ("probe_s", "state_bytes")}  # the adapter's own
 
 

@@ -56,14 +56,18 @@ bool tail_is_read(const Attend& a, int n, int h) {
   return !list || std::find(list, list + a.num_columns, len / a.f.page_size) != list + a.num_columns;
 }
 
-void run(const Attend& a, int64_t num_splits, float* out, float* lse) {
+// Columns of a piece of a table that is read by one thread: by the page and the rows of the query alone, so that a result depends neither on
+// the number of threads nor on the other tables of the call, bit for bit. A piece has costs of its own, about those of 100 tokens.
+int piece_columns(const Attend& a) {
+  const int64_t tokens = 4096ll * std::max(1, a.rows() / 16);
+  return (int)std::max<int64_t>(1, tokens / a.f.page_size);
+}
+
+int pieces_of(const Attend& a, int columns) { return std::max(1, (columns + piece_columns(a) - 1) / piece_columns(a)); }
+
+void run(Attend& a, int64_t num_splits, float* out, float* lse) {
   const int N = a.R * a.S, M = a.rows(), D = a.f.v_dim;
-  const int threads = (int)num_threads();
-  if (num_splits <= 0) {  // enough units for every thread to find work, none shorter than 8 pages
-    const int64_t units = (int64_t)N * a.H;
-    num_splits = threads == 1 ? 1 : std::clamp<int64_t>((4 * threads + units - 1) / units, 1, std::max(1, a.num_columns / 8));
-  }
-  const int splits = (int)std::clamp<int64_t>(num_splits, 1, std::max(1, a.num_columns));
+  const int splits = num_splits > 0 ? (int)std::clamp<int64_t>(num_splits, 1, std::max(1, a.num_columns)) : pieces_of(a, a.num_columns);
   const int parts = splits + (a.tail ? 1 : 0);
   std::vector<float> partial((size_t)N * a.H * parts * M * D), partial_lse((size_t)N * a.H * parts * M);
   const AttendUnit generic = generic_attend(), hand = hand_written_attend(a), paged = hand ? hand : generic;
@@ -76,8 +80,12 @@ void run(const Attend& a, int64_t num_splits, float* out, float* lse) {
         continue;
       }
       const int used = a.list ? a.num_columns : (a.paged(n, h) + a.f.page_size - 1) / a.f.page_size;
-      const int per = (used + splits - 1) / splits;
+      const int per = num_splits > 0 ? (used + splits - 1) / splits : piece_columns(a);
       u.c0 = std::min(used, part * per), u.c1 = std::min(used, u.c0 + per);
+      if (!u.tail && u.c0 == u.c1) {
+        std::fill(u.lse, u.lse + M, -kInf);
+        continue;
+      }
       (u.tail ? generic : paged)(a, u);
     }
   });
@@ -166,7 +174,7 @@ std::tuple<Tensor, Tensor, Tensor> decode(Tensor q, Tensor pages, Tensor block_t
   Held held;
   Attend a = read_arguments(q, pages, block_table, seqlens, q_positions, page_list, tail, tail_rows, f, held);
   PK_CHECK(!window || a.asked, "a window needs q_positions");
-  a.scale = (float)scale, a.window = (int)window;
+  a.scale = (float)scale, a.window = (int)window, a.fast = format & kFast;
   Tensor out = new_floats({q.size(0), q.size(1), v_dim}), lse = new_floats({q.size(0), q.size(1)});
   Tensor page_lse = with_page_lse ? new_floats({block_table.size(0), q.size(1), (int64_t)a.num_columns}) : new_floats({0});
   if (with_page_lse) {
@@ -187,7 +195,7 @@ std::tuple<Tensor, Tensor> prefill_cached(Tensor q, Tensor pages, Tensor block_t
   Held held;
   Attend a = read_arguments(q, pages, block_table, seqlens, q_positions, std::nullopt, tail, tail_rows, f, held);
   PK_CHECK(held.asked.count() == q.size(0) * q.size(1), "q_positions must be [", q.size(0), ", ", q.size(1), "], got ", shape(q_positions));
-  a.scale = (float)scale, a.window = (int)window, a.causal = causal;
+  a.scale = (float)scale, a.window = (int)window, a.causal = causal, a.fast = format & kFast;
   Tensor out = new_floats({q.size(0), q.size(1), q.size(2), v_dim}), lse = new_floats({q.size(0), q.size(1), q.size(2)});
   run(a, num_splits, static_cast<float*>(out.mutable_data_ptr()), static_cast<float*>(lse.mutable_data_ptr()));
   return {out, lse};

@@ -25,6 +25,8 @@ struct Attend {
   float scale;
   int window;
   bool causal;
+  bool first_level;           // the kernel "vnni" on Intel's processors: it reads ahead into the first level, as in its first version
+  bool fast;                  // ops.precision: integer queries and weights in one byte
 
   int rows() const { return T * G; }
   int pick(int heads, int n, int h) const { return n * heads + (heads == 1 ? 0 : h); }
@@ -60,5 +62,12 @@ void attend_avx2(const Attend& a, const Unit& u);
 void attend_avx512(const Attend& a, const Unit& u);
 // Hand-written for AVX512 with VNNI.
 void attend_vnni(const Attend& a, const Unit& u);
+// In phases of up to 64 tokens, for the layouts that they serve: with VNNI, with BF16 and VBMI too, with AMX too.
+void attend_phases_vnni(const Attend& a, const Unit& u);
+void attend_phases_bf16(const Attend& a, const Unit& u);
+void attend_phases_amx(const Attend& a, const Unit& u);
+bool phases_vnni_serve(const Attend& a);
+bool phases_bf16_serve(const Attend& a);
+bool phases_amx_serve(const Attend& a);
 
 }  // namespace pikv

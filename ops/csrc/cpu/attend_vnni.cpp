@@ -12,12 +12,11 @@
 // taken in at the end of each group. Raw rotary columns add to the scores what fp16 keys of their width would.
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
 #include <limits>
-#include <memory>
 #include <vector>
 
+#include "arena.h"
 #include "avx512.h"
 #include "numbers.h"
 #include "vnni.h"
@@ -31,31 +30,6 @@ using namespace vnni;
 constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr float kLog2e = 1.44269504f, kLn2 = 0.69314718f;
 constexpr int kAhead[kNumFormats] = {2, 2, 2, 4, 6, 4, 8, 6};  // tiles between prefetch and use, by format of K
-
-// Memory of a thread, grown and kept, on 64-byte boundaries.
-class Arena {
- public:
-  void start(size_t bytes) {
-    if (bytes > size_) {
-      memory_.reset(static_cast<uint8_t*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64)));
-      size_ = bytes;
-    }
-    used_ = 0;
-  }
-  template <class T>
-  T* take(size_t count) {
-    T* p = reinterpret_cast<T*>(memory_.get() + used_);
-    used_ += (count * sizeof(T) + 63) / 64 * 64;
-    return p;
-  }
-
- private:
-  struct Free {
-    void operator()(uint8_t* p) const { std::free(p); }
-  };
-  std::unique_ptr<uint8_t, Free> memory_;
-  size_t size_ = 0, used_ = 0;
-};
 
 __mmask16 visible_tokens(const Attend& a, const Unit& u, int t, const int32_t* positions, int count) {
   const __mmask16 there = mask_of(count);

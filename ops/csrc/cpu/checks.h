@@ -98,7 +98,7 @@ class Indices {
 
 inline PageFormat check_pages(const Tensor& pages, int64_t format, int64_t num_kv_heads, int64_t k_dim, int64_t v_dim, int64_t page_size,
                               int64_t group, bool latent) {
-  PK_CHECK(format >= 0 && (format & 15) < kNumFormats && (format >> 4 & 15) <= kNumFormats && format < 512, "no page format has the code ",
+  PK_CHECK(format >= 0 && (format & 15) < kNumFormats && (format >> 4 & 15) <= kNumFormats && format < 1024, "no page format has the code ",
            format);
   const PageFormat f = make_page_format((int)format, (int)num_kv_heads, (int)k_dim, (int)v_dim, (int)page_size, (int)group, latent);
   PK_CHECK(pages.scalar_type() == ScalarType::Byte && pages.dim() == 2 && pages.size(1) == f.record_bytes,

@@ -1,4 +1,4 @@
-// What this CPU can run, decided once, and how many threads torch uses.
+// What serves on this CPU.
 #pragma once
 #include <cstdint>
 
@@ -9,7 +9,6 @@ namespace pikv {
 
 AttendUnit generic_attend();
 ScoreTable generic_score();
-AttendUnit hand_written_attend(const Attend& a);  // null where this CPU or format has none
-int64_t num_threads();
+AttendUnit hand_written_attend(Attend& a);  // null where this CPU or format has none; says how to read ahead
 
 }  // namespace pikv

@@ -133,7 +133,7 @@ inline void float_products(const float* q, int q_stride, const uint8_t* rows, in
 template <int F, int G, int DC>
 void score_rows(const Attend& a, Work& w, const Tile& tile, int row, __mmask16 visible, bool last_chunk, float* p) {
   const int k_bytes = kTile * a.f.k_row_bytes, k_lines = k_bytes / 64 / G + 1;
-  Prefetch next = {tile.next_k, tile.next_k + (last_chunk ? k_bytes : 0)};
+  Prefetch next = {tile.next_k, tile.next_k + (last_chunk ? k_bytes : 0), a.first_level};
   __m512 k_scale = _mm512_set1_ps(1.0f);
   if constexpr (F == kFp8) k_scale = _mm512_mul_ps(token_halves(visible, tile.k_scale), _mm512_set1_ps(kFp8Factor));
   if constexpr (F == kFp4) k_scale = powers_of_two(visible, tile.k_zero);
@@ -142,7 +142,7 @@ void score_rows(const Attend& a, Work& w, const Tile& tile, int row, __mmask16 v
     float_products<F, G, DC>(w.q + (size_t)row * w.Dk, w.Dk, tile.k, tile.k_stride, tile, a.f.k_coded, sums, next);
   alignas(64) float rope_sums[G * kTile * 16];
   if (w.Dr) {
-    Prefetch next_rope = {tile.next_rope, tile.next_rope + (last_chunk ? kTile * tile.rope_stride : 0)};
+    Prefetch next_rope = {tile.next_rope, tile.next_rope + (last_chunk ? kTile * tile.rope_stride : 0), a.first_level};
     const int width = a.f.k_dim - a.f.k_coded;
     float_products<kFp16, G, 0>(w.q_rope + (size_t)row * w.Dr, w.Dr, tile.rope, tile.rope_stride, tile, width, rope_sums, next_rope);
   }

@@ -108,9 +108,13 @@ inline void load_columns(const uint8_t* row, const uint8_t* scale, int d, int le
 // One line per call, until `end`: spread through the arithmetic, so that the core keeps reading while it computes.
 struct Prefetch {
   const uint8_t *at, *end;
+  bool first_level = false;
   inline void lines(int count) {
-    for (int i = 0; i < count; ++i, at += 64)
-      if (at < end) prefetch(at);
+    for (int i = 0; i < count; ++i, at += 64) {
+      if (at >= end) continue;
+      if (first_level) _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T0);
+      else prefetch(at);
+    }
   }
 };
 

@@ -36,6 +36,8 @@ PK_HD constexpr int value_format(int packed) { return packed >> 4 & 15 ? (packed
 // Bit 8: the last k_dim - v_dim columns of a latent key are fp16.
 constexpr int kRopeRaw = 1 << 8;
 PK_HD constexpr bool rope_raw(int packed) { return packed & kRopeRaw; }
+// Bit 9: queries and weights that meet integers may be of one byte. Says nothing of the record.
+constexpr int kFast = 1 << 9;
 
 // fp4: columns that share a scale, and scales of a row.
 constexpr int kFp4Block = 16;
