@@ -60,8 +60,8 @@ def tensor_source(label: str) -> Source:
 def _sources() -> tuple[Source, ...]:
     kernels = tuple(Source("cuda/attend_kernels.cu", (f"-DPK_FORMAT={code}",)) for code in KERNEL_FORMATS.values())
     kernels += tuple(tensor_source(label) for label in TENSOR)
-    launchers = (Source(f"cuda/{name}.cu") for name in ("pages", "bounds", "pack", "slots", "attend"))
-    return (Source("cuda/page_kernels.cu"), *launchers, *kernels)
+    launchers = (Source(f"cuda/{name}.cu") for name in ("pages", "bounds", "pack", "route", "slots", "attend"))
+    return (Source("cuda/page_kernels.cu"), Source("cuda/route_kernels.cu"), *launchers, *kernels)
 
 
 def _torch_root() -> Path:

@@ -20,7 +20,8 @@ from pikv_ds.ops.format.kernels import KERNEL_FORMATS, TENSOR, kinds, tensor_ker
 _COMMON = ("include/page_format.h", "kernels/params.cuh", "kernels/common.cuh", "kernels/numbers.cuh")
 _PAGES = ("finish_kernel", "append_rows_kernel", "append_groups_kernel", "append_tail_kernel", "page_bounds_kernel", "page_score_kernel",
           "merge_kernel",
-          "pack_kernel", "unpack_kernel", "migrate_kernel", "assign_slots_kernel", "checksum_kernel")  # fmt: skip
+          "pack_kernel", "unpack_kernel", "route_pack_kernel", "route_unpack_kernel", "route_merge_kernel",
+          "migrate_kernel", "assign_slots_kernel", "checksum_kernel")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,9 @@ def _on_tensor_cores(label: str) -> Part:
 
 PARTS = {label: _attend(label) for label in KERNEL_FORMATS}
 PARTS |= {f"{label} on tensor cores": _on_tensor_cores(label) for label in TENSOR}
-PARTS["pages"] = Part(tuple(f"kernels/{name}.cuh" for name in ("append", "bounds", "work", "merge", "pack", "pages", "slots")), _PAGES)
+PARTS["pages"] = Part(
+    tuple(f"kernels/{name}.cuh" for name in ("append", "bounds", "work", "merge", "pack", "route", "pages", "slots")), _PAGES
+)
 
 
 @dataclass(frozen=True)

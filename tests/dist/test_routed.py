@@ -1,0 +1,37 @@
+"""The routed exchange over process groups: the same bits as when every query goes everywhere, and the bytes of the formula."""
+
+import pytest
+
+from pikv_ds.routers import ROUTERS
+from tests.dist.jobs.routed import STORAGES
+from tests.dist.launcher import JobResult, run_gloo
+from tests.long_form import short_or_long
+
+pytestmark = [pytest.mark.dist, pytest.mark.timeout(240)]
+NAMES = [name for name, router in ROUTERS.items() if not (router.reads_all or router.budgeted or router.wants_page_lse)]
+OF_FOUR = ["topk", "experts", "load_balanced", "shuffle_shards"]  # by means, by homes, by what was chosen, by earlier queries
+WORLDS = pytest.mark.parametrize("world", [2, 4], ids="world{}".format, scope="module")
+_jobs: dict[int, JobResult] = {}
+
+
+def names(world: int) -> list[str]:
+    return NAMES if world < 4 else short_or_long(OF_FOUR, NAMES)
+
+
+def job(world: int) -> JobResult:
+    if world not in _jobs:
+        _jobs[world] = run_gloo("routed.py", names(world), ranks=world, timeout_s=200)
+    return _jobs[world]
+
+
+CASES = [(name, storage, world) for world in (2, 4) for name in names(world) for storage in STORAGES if (name, storage) != ("experts", "late")]
+
+
+@pytest.mark.parametrize(("name", "storage", "world"), CASES, ids=["-".join(map(str, case)) for case in CASES])
+def test_the_answers_of_queries_that_go_everywhere(name: str, storage: str, world: int):
+    job(world).check(f"{name} {storage}")
+
+
+@WORLDS
+def test_bytes_of_a_step_are_those_of_the_formula(world: int):
+    job(world).check("bytes")
