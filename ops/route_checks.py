@@ -26,9 +26,10 @@ def route_unpack(buffer, fields, tokens, counts, groups) -> None:
     require(
         K <= 4 and G == buffer.shape[0], f"route_unpack: counts has {K} groups and {G} ranks, buffer has room for 4 and {buffer.shape[0]}"
     )
+    given = f"{tokens.dtype} {list(tokens.shape)}"
     require(tokens.dtype == torch.int32 and tokens.dim() == 2 and tokens.is_contiguous() and tokens.shape[0] == K
             and tokens.shape[1] % max(G, 1) == 0,
-            f"route_unpack: tokens must be contiguous torch.int32 [{K}, {G} * tokens], got {tokens.dtype} {list(tokens.shape)}")  # fmt: skip
+            f"route_unpack: tokens must be contiguous torch.int32 [{K}, {G} * tokens], got {given}")  # fmt: skip
     for i, x in enumerate(fields):
         require(x.shape[0] == tokens.shape[1], f"route_unpack: field {i} has {x.shape[0]} rows, tokens {tokens.shape[1]}")
     _fits("route_unpack", buffer, widths, tokens.shape[1] // max(G, 1))

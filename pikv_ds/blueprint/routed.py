@@ -1,4 +1,4 @@
-"""What routing.exchange "routed" can't do, with the way out: a query's own rank must know alone which shards it reads."""
+"""What routing.exchange "routed" can't do, with the way out: keys go to their homes only, and queries to the ranks that they read."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ def _refused(facts: Facts, does: bool, why: str) -> str | None:
 def _pages(facts: Facts) -> str | None:
     router = facts.methods.router
     return _refused(
-        facts, router.budgeted and not router.reads_all,
-        f"'all' or 'needed' with pikv.routing.method = {router.name!r}: it scores every page where the page lies, so every rank needs "
-        f"every query; or take a router of shards ('topk')",
+        facts, router.budgeted and not router.reads_all and not router.knows_pages_only,
+        f"'all' or 'needed' with pikv.routing.method = {router.name!r}: it must be told of the keys of all ranks, and keys go home only; "
+        f"or take 'bounds'",
     )  # fmt: skip
 
 
@@ -59,8 +59,8 @@ def _shared_bases(facts: Facts) -> str | None:
 
 BLOCK = (
     Rule(
-        "routed-exchange-shards", "block", ("routing",), "exchange 'routed' with a router that scores pages",
-        "pages are scored where they lie, so every rank needs every query", "exchange 'all' or 'needed', or a router of shards", _pages,
+        "routed-exchange-own-pages", "block", ("routing",), "exchange 'routed' with a router of pages that needs the keys of all ranks",
+        "keys go to their homes only", "exchange 'all' or 'needed', or 'bounds'", _pages,
     ),
     Rule(
         "routed-exchange-own-facts", "block", ("routing",), "exchange 'routed' with a router that learns from the attention found",

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pikv_ds.pages.events import Written
 from pikv_ds.step.step import Step
 
 from .writer import Writer
@@ -59,19 +60,25 @@ class Homes:
         pages.directory.record(layer, step.rows, positions, valid, shard, step.lens_after)
         return Placed(experts, valid, shard)
 
-    def store(self, step: Step, layer: int, placed: Placed, tokens: Tensor, k: Tensor, v: Tensor) -> None:
-        """The entries that came here: tokens [E] int32 ascending, -1 = none there; k, v [E, Hkv, D]. Sync: none."""
-        if not tokens.numel():
-            return
-        here, token = tokens >= 0, tokens.long()
-        if tokens.numel() == placed.shard.numel():  # a place for every token, in order
-            token = torch.arange(tokens.numel(), device=tokens.device)
-        pool = self.pages.layers[layer].nearest
-        pool.append(
-            step.rows[token], self.pages.map.index[placed.shard[token]].clamp_min(0), here, step.positions[token], k, v,
-            one_per_row=step.decode, may_open=step.may_open[layer], all_valid=False,
-        )  # fmt: skip
-        self.pages.counters.count_appended(placed.experts[token], here)
+    def store(self, step: Step, layer: int, placed: Placed, tokens: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Written]:
+        """The entries that came here: tokens [E] int32 ascending, -1 = none there; k, v [E, Hkv, D].
+
+        Returns: keys [N, Hkv, Dk] of all ranks' tokens, 0 of those that did not come here, and where these went. Sync: none.
+        """
+        slots = torch.full_like(step.positions, -1)
+        keys = k.new_zeros(slots.numel(), *k.shape[1:])
+        if tokens.numel():
+            here, token = tokens >= 0, tokens.long()
+            if tokens.numel() == placed.shard.numel():  # a place for every token, in order
+                token = torch.arange(tokens.numel(), device=tokens.device)
+            slots[token] = self.pages.layers[layer].nearest.append(
+                step.rows[token], self.pages.map.index[placed.shard[token]].clamp_min(0), here, step.positions[token], k, v,
+                one_per_row=step.decode, may_open=step.may_open[layer], all_valid=False,
+            )  # fmt: skip
+            self.pages.counters.count_appended(placed.experts[token], here)
+            keys[token] = k.masked_fill(~here.view(-1, 1, 1), 0)
+        here = slots >= 0
+        return keys, Written(slots, placed.shard, placed.valid & here, here)
 
     def _expires_at_birth(self, step: Step, window: int | None) -> bool:
         return window is not None and not step.decode and not step.hold

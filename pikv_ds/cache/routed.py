@@ -11,21 +11,27 @@ from torch import Tensor
 
 from pikv_ds.exchange.routes import ENTRIES, QUERIES, Arrived, bring_back, route
 from pikv_ds.exchange.wire import Layout, headers_of, no_header
-from pikv_ds.selection.routes import check_unwatched, choose_ranks, count_visible, read_arrived, tell_own
+from pikv_ds.pages.view import Before
+from pikv_ds.selection.routes import check_unwatched, choose_ranks, count_visible, own_positions, read_arrived, tell_own
 from pikv_ds.step.agreement import Announced
 from pikv_ds.step.query import LateEntries, Partial, Query
 from pikv_ds.step.step import Step
 
+from .distinct import DistinctWay
 from .homes import Homes, Placed
 from .reader import nothing
 from .way import Core
 
 
 class RoutedWay:
-    """The way of a layer for distinct requests and a router of shards. Keeps nothing between layers; works on the cache and its step."""
+    """The way of a layer for distinct requests. Keeps nothing between layers; works on the cache and its step.
+
+    With a router of shards a query's rank chooses. With one of pages all ranks must see a query, and choose together; then only entries
+    and partials travel less.
+    """
 
     def __init__(self, cache: Core) -> None:
-        self.cache, self.homes = cache, Homes(cache.writer)
+        self.cache, self.homes, self.everywhere = cache, Homes(cache.writer), DistinctWay(cache)
 
     def attend(self, query: Query) -> Partial:
         cache = self.cache
@@ -33,29 +39,42 @@ class RoutedWay:
             self._open(query)
         if cache.agreement.mode == "replicated":  # the requests of the new generation are the same on all ranks
             return cache.ways["replicated"].attend(query)
-        step = cache.step
-        check_unwatched(cache.selection)
+        step, by_shard = cache.step, not cache.selection.router.budgeted
+        if by_shard:
+            check_unwatched(cache.selection)
         if step.positions is None:
             step.set_positions(self._gather(step.num_tokens, cache.local.positions.flatten(), "sharing positions").flatten())
-        source, due = step.sources[step.own], cache.writer.due(step, query)
-        wanted = any(step.reads(each) for each in step.sources)
+        due, wanted = cache.writer.due(step, query), any(step.reads(each) for each in step.sources)
         before = cache.reader.before(step, query.layer) if wanted else None
         partial = Partial(*nothing(query.q, query.v_dim)[:2], False, True)
         if due is not None or wanted:
             need, arrived = self._send(step, query if wanted else None, due)
         if wanted:
-            view = cache.pages.layers[query.layer].routed.view(slice(0, len(step.num_new)), before, step.rows_see_own if before else None)
-            count_visible(cache.selection, step, query, view)
-            q, named = arrived.queries
-            out, lse = read_arrived(cache.selection, step, query, q, arrived.tokens, named.bool(), view)
-            partials = torch.cat([out, lse.unsqueeze(-1)], -1)
-            what = f"returning partial attention of layer {query.layer}"
-            out, lse = bring_back(cache.exchange, partials, need[QUERIES], arrived, cache.map.rank_order, what)
-            shape, count = query.q.shape[:2], source.num_tokens
-            partial = Partial(out[:count].unflatten(0, shape), lse[:count].unflatten(0, shape), step.sees_own(source))
+            partial = self._by_shard(step, query, need, arrived, before) if by_shard else self._by_page(step, query, arrived, before)
         if step.late_experts:
             step.late = LateEntries(query.layer, query.k, query.v)
         return partial
+
+    def _by_shard(self, step: Step, query: Query, need: Tensor, arrived: Arrived, before: Before | None) -> Partial:
+        """Read what queries have come here for, and bring it back to them."""
+        cache, source = self.cache, step.sources[step.own]
+        view = cache.pages.layers[query.layer].routed.view(slice(0, len(step.num_new)), before, step.rows_see_own if before else None)
+        count_visible(cache.selection, step, query, view)
+        q, named = arrived.queries
+        out, lse = read_arrived(cache.selection, step, query, q, arrived.tokens, named.bool(), view)
+        partials = torch.cat([out, lse.unsqueeze(-1)], -1)
+        what = f"returning partial attention of layer {query.layer}"
+        out, lse = bring_back(cache.exchange, partials, need[QUERIES], arrived, cache.map.rank_order, what)
+        shape, count = query.q.shape[:2], source.num_tokens
+        return Partial(out[:count].unflatten(0, shape), lse[:count].unflatten(0, shape), step.sees_own(source))
+
+    def _by_page(self, step: Step, query: Query, arrived: Arrived, before: Before | None) -> Partial:
+        """Pages are scored where they lie and chosen over all ranks: all queries have come here."""
+        there, q = arrived.tokens >= 0, arrived.queries[0]
+        queries = q.new_zeros(step.positions.numel() + 1, *q.shape[1:])
+        queries[torch.where(there, arrived.tokens, -1).long()] = q.masked_fill(~there.view(-1, 1, 1), 0)
+        queries = queries[:-1].unflatten(0, (len(step.sources), -1))
+        return self.everywhere.answer(step, query, queries, before)[0]
 
     def flush(self, step: Step) -> None:
         """The last layer has no later record to ride in: late entries go home in one collective of their own."""
@@ -90,30 +109,34 @@ class RoutedWay:
         """
         cache, source = self.cache, step.sources[step.own]
         need = torch.zeros(2, len(step.sources), step.num_tokens, dtype=torch.bool, device=cache.device)
-        common, entries, queries, placed = [], [], [], None
+        common, entries, queries, placed, by_shard = [], [], [], None, not cache.selection.router.budgeted
         if due is not None:
             ids = due.expert_ids
             ids = torch.full((source.num_tokens,), -1, device=cache.device) if ids is None else ids
             valid, shard, placed = self._place(step, due.layer, ids)
-            tell_own(cache.selection, step, due.layer, due.k, valid, shard)
+            if by_shard:
+                tell_own(cache.selection, step, due.layer, due.k, valid, shard)
             home = torch.where(valid, self.homes.rank_of[shard], -1)
             need[ENTRIES, :, : source.num_tokens] = home == torch.arange(len(step.sources), device=cache.device).unsqueeze(1)
             common = [ids.to(torch.int32)] if placed is None else []
             entries = [x for x in (due.k, due.v) if x.shape[-1]]
         if query is not None:
-            named, ranks = self._choose(step, query)
+            named, ranks = self._choose(step, query) if by_shard else (None, own_positions(step) >= 0)
             need[QUERIES, :, : source.num_tokens] = ranks
-            queries = [query.q.flatten(0, 1), named.to(torch.uint8)]
+            queries = [query.q.flatten(0, 1), *([named.to(torch.uint8)] if by_shard else [])]
         what = f"routing layer {(query or due).layer}"
         arrived = route(cache.exchange, need, common, queries, entries, what)
         if due is not None:
-            placed = placed or self.homes.place(step, due.layer, arrived.common[0].long())
+            if placed is None:
+                placed = self.homes.place(step, due.layer, arrived.common[0].long())
             k, v = (
                 arrived.entries
                 if len(entries) == 2
                 else (arrived.entries[0], due.v.new_empty(arrived.entry_tokens.numel(), *due.v.shape[1:]))
             )
-            self.homes.store(step, due.layer, placed, arrived.entry_tokens, k, v)
+            keys, written = self.homes.store(step, due.layer, placed, arrived.entry_tokens, k, v)
+            if not by_shard:  # pages are scored where they lie
+                cache.selection.news.wrote(due.layer, step, keys, written)
         return need, arrived
 
     def _place(self, step: Step, layer: int, ids: Tensor) -> tuple[Tensor, Tensor, Placed | None]:

@@ -8,14 +8,16 @@ from tests.dist.launcher import JobResult, run_gloo
 from tests.long_form import short_or_long
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(240)]
-NAMES = [name for name, router in ROUTERS.items() if not (router.reads_all or router.budgeted or router.wants_page_lse)]
-OF_FOUR = ["topk", "experts", "load_balanced", "shuffle_shards"]  # by means, by homes, by what was chosen, by earlier queries
+ALL = [name for name, router in ROUTERS.items() if not router.reads_all and name not in ("centroids", "cache_aware")]  # refused
+# Short: by means, by homes, by what was chosen, by earlier queries; pages by bounds, and for the attention that they hold.
+NAMES = short_or_long(["topk", "experts", "load_balanced", "shuffle_shards", "bounds", "page_oracle"], ALL)
+OF_FOUR = short_or_long(["topk", "load_balanced", "bounds"], ALL)
 WORLDS = pytest.mark.parametrize("world", [2, 4], ids="world{}".format, scope="module")
 _jobs: dict[int, JobResult] = {}
 
 
 def names(world: int) -> list[str]:
-    return NAMES if world < 4 else short_or_long(OF_FOUR, NAMES)
+    return NAMES if world < 4 else OF_FOUR
 
 
 def job(world: int) -> JobResult:

@@ -1,6 +1,6 @@
 """Queries that go only to the ranks that they read, beside those that go to all: the same bits, counted bytes as the formula says.
 
-Argument: names of routers of shards.
+Argument: names of routers.
 """
 
 import sys
