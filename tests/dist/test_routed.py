@@ -3,7 +3,7 @@
 import pytest
 
 from pikv_ds.routers import ROUTERS
-from tests.dist.jobs.routed import STORAGES
+from tests.dist.jobs.routed import STORAGES, checked
 from tests.dist.launcher import JobResult, run_gloo
 from tests.long_form import short_or_long
 
@@ -26,7 +26,7 @@ def job(world: int) -> JobResult:
     return _jobs[world]
 
 
-CASES = [(name, storage, world) for world in (2, 4) for name in names(world) for storage in STORAGES if (name, storage) != ("experts", "late")]
+CASES = [(name, storage, world) for world in (2, 4) for name in names(world) for storage in STORAGES if checked(name, storage)]
 
 
 @pytest.mark.parametrize(("name", "storage", "world"), CASES, ids=["-".join(map(str, case)) for case in CASES])
@@ -37,3 +37,17 @@ def test_the_answers_of_queries_that_go_everywhere(name: str, storage: str, worl
 @WORLDS
 def test_bytes_of_a_step_are_those_of_the_formula(world: int):
     job(world).check("bytes")
+
+
+def test_a_quarter_of_the_shards_takes_a_third_of_the_bytes():
+    """Queries and partials, beside those of queries that go everywhere."""
+    print(job(4).check("share"))
+
+
+@pytest.mark.parametrize("what", short_or_long(["gone", "reset"], ["gone", "reset", "late"]))
+def test_a_rank_that_is_not_there_or_does_something_else(what: str):
+    """All others, and it where it lives, end in a PeerError within the time limit."""
+    result = run_gloo("routed_faults.py", [what], ranks=2, timeout_s=90)
+    rows = [row for row in result.rows if row["check"] == what]
+    assert all(row["ok"] for row in rows) and len(rows) == (1 if what == "gone" else 2), result.describe()
+    print([(row["rank"], row["waited_s"], row["error_was"]) for row in rows])

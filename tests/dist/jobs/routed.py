@@ -9,12 +9,19 @@ import torch
 import torch.distributed as dist
 
 from pikv_ds.cache.stats import partial_bytes, routed_bytes
+from pikv_ds.launch.jobs.exchange import Wire
 from pikv_ds.ops.build import load
 from tests.dist.jobs.report import Report
 from tests.dist.jobs.selection import DIM, HEADS, LAYERS, SHARDS, Side, drive
+from tests.long_form import LONG
 
 ROOMY = {"capacity_tokens": 4096}  # nothing spills, so that no rank needs the ids of the others first
 STORAGES = {"roomy": ROOMY, "spilling": {}, "late": ROOMY | {"expert_ids": "true"}}
+
+
+def checked(name: str, storage: str) -> bool:
+    """Short: all storages for one router of shards and one of pages."""
+    return (name, storage) != ("experts", "late") and (LONG or storage == "roomy" or name in ("topk", "bounds"))
 
 
 def own_rows(group) -> list[int]:
@@ -72,6 +79,23 @@ def check_bytes(report: Report, group) -> None:
         assert row["bytes"] == expected, (row, expected)
 
 
+def check_share(report: Report, group) -> None:
+    """Queries and partials of decode steps that read one shard of four, those of all ranks, beside queries that go everywhere."""
+    own, more = own_rows(group), {"layers": LAYERS[:1] * 2, "storage": ROOMY, "sink_tokens": 0, "recent_tokens": 1}
+    with report.check("share") as row:
+        side, wire, steps = Side("experts", "distinct", own, group, exchange="routed", **more), Wire(), 12
+        side.forward(60, [60] * len(own))
+        wire.clear()
+        for _ in range(steps):
+            side.forward(1, [1] * len(own))
+        query, partial = HEADS * DIM * 4, partial_bytes(1, HEADS, DIM)
+        sent = torch.tensor([wire.queries * (query + 4 + SHARDS) + wire.partial_bytes, 0])
+        dist.all_reduce(sent, group=group)
+        everywhere = steps * 2 * 4 * (dist.get_world_size() - 1) * (query + partial)
+        row |= {"share": int(sent[0]) / everywhere}
+        assert row["share"] <= 0.35, row
+
+
 def main() -> None:
     report = Report()
     load.ensure("cpu")
@@ -79,9 +103,11 @@ def main() -> None:
     group = dist.new_group()
     for name in sys.argv[1:]:
         for storage in STORAGES:
-            if (name, storage) != ("experts", "late"):
+            if checked(name, storage):
                 check_same_answers(report, name, storage, group)
     check_bytes(report, group)
+    if dist.get_world_size() == 4:
+        check_share(report, group)
     dist.destroy_process_group()
 
 

@@ -35,12 +35,13 @@ class Side:
     """A cache fed with the requests `rows` of all: row r of forward f has tokens that only r, f and the layer decide."""
 
     def __init__(
-        self, name: str, requests: str, rows: list[int], group, compression: dict | None = None, *, layers=LAYERS, storage=None, **more
-    ) -> None:
+        self, name: str, requests: str, rows: list[int], group, compression: dict | None = None, *, layers=LAYERS, storage=None,
+        timeout_s: float = 300, **more,
+    ) -> None:  # fmt: skip
         self.layers = layers
         method = routing(name, Path(FOLDER.name), layers=len(layers), shards=SHARDS, query_width=HEADS * DIM, **more)
         block = {"page_size": 4, "routing": method, "storage": {"num_shards": SHARDS, "requests": requests} | (storage or {})}
-        block["compression"] = compression or {}
+        block |= {"compression": compression or {}, "timeout_s": timeout_s}
         self.cache = PiKVCache(
             layers, PiKVConfig(**block), num_experts=EXPERTS, dtype=torch.float32, device=torch.device("cpu"), group=group
         )
