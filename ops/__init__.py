@@ -22,6 +22,7 @@ from .pack import pack, record_layout, unpack
 from .page_bounds import page_bounds
 from .page_score import page_score
 from .prefill_cached import prefill_cached
+from .route import route_bytes, route_merge, route_pack, route_unpack
 
 __all__ = [
     "PageFormat",
@@ -44,6 +45,10 @@ __all__ = [
     "prefill_cached",
     "record_layout",
     "register",
+    "route_bytes",
+    "route_merge",
+    "route_pack",
+    "route_unpack",
     "sdpa_lse",
     "unpack",
     "unregister",

@@ -10,7 +10,7 @@ from pikv_ds.ops.format.formats import PageFormat
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _INT32_MAX = 2**31 - 1
-_PACKED = (*_FLOATS, torch.float64, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+PACKED = (*_FLOATS, torch.float64, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def require(condition: bool, message: str) -> None:
@@ -238,7 +238,7 @@ def packed(op: str, buffer: Tensor, fields: list[Tensor], index: Tensor | None, 
     top = int(index.max()) if values and index is not None and index.numel() else -1
     for i, (x, offset, stride, count) in enumerate(zip(fields, offsets, strides, rows, strict=True)):
         require(x.dim() >= 1 and x.is_contiguous(), f"{op}: field {i} must be contiguous [rows, ...], got {list(x.shape)}")
-        require(x.dtype in _PACKED, f"pack: a field must be float64, float32, bfloat16, float16 or an integer, got {x.dtype}")
+        require(x.dtype in PACKED, f"pack: a field must be float64, float32, bfloat16, float16 or an integer, got {x.dtype}")
         width = x.shape[1:].numel() * x.element_size()
         end = offset + (count - 1) * stride + width if count else 0
         require(offset >= 0 and count >= 0 and stride >= width and end <= buffer.numel(),

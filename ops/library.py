@@ -28,6 +28,7 @@ from .reference import attend as ref_attend
 from .reference import bounds as ref_bounds
 from .reference import pack as ref_pack
 from .reference import pages as ref_pages
+from .reference import route as ref_route
 from .reference import slots as ref_slots
 
 _LAYOUT = "int format, int num_kv_heads, int k_dim, int v_dim, int page_size, int group, bool latent"
@@ -49,6 +50,9 @@ SCHEMAS = {
     "assign_slots": "(Tensor(a!) counts, Tensor(b!) block_table, Tensor free_stack, Tensor(c!) free_top, Tensor(d!) refcount, Tensor rows, "
     "Tensor? shard, Tensor? here, int page_size, bool one_per_row, bool may_open) -> (Tensor slot_mapping, Tensor tables)",
     "checksum": "(Tensor data) -> Tensor",
+    "route_pack": "(Tensor(a!) buffer, Tensor need, Tensor[] fields, int[] groups, int own, bool dense) -> Tensor",
+    "route_unpack": "(Tensor buffer, Tensor(a!)[] fields, Tensor(b!) tokens, Tensor(c!) counts, int[] groups, bool dense) -> ()",
+    "route_merge": "(Tensor partials, Tensor need, int[] order, bool dense) -> (Tensor out, Tensor lse)",
 }
 
 
@@ -123,6 +127,11 @@ def _fake_merge(out, lse):
     return out.new_empty(out.shape[1:]), lse.new_empty(lse.shape[1:])
 
 
+def _fake_route_merge(partials, need, *rest):
+    rows = (need.shape[1], partials.shape[1])
+    return partials.new_empty((*rows, partials.shape[2] - 1)), partials.new_empty(rows)
+
+
 def _fake_assign_slots(counts, block_table, free_stack, free_top, refcount, rows, *rest):
     return rows.new_empty(rows.shape, dtype=torch.int32), rows.new_empty(rows.shape, dtype=torch.int32)
 
@@ -139,6 +148,9 @@ _REFERENCE = {
     "unpack": ref_pack.unpack,
     "assign_slots": ref_slots.assign_slots,
     "checksum": ref_pages.checksum,
+    "route_pack": ref_route.route_pack,
+    "route_unpack": ref_route.route_unpack,
+    "route_merge": ref_route.route_merge,
 }
 REFERENCE = {name: one_device(name, SCHEMAS[name], call) for name, call in _REFERENCE.items()}
 _FAKE = {
@@ -153,6 +165,9 @@ _FAKE = {
     "unpack": lambda *args: None,
     "assign_slots": _fake_assign_slots,
     "checksum": lambda data: data.new_empty((), dtype=torch.int64),
+    "route_pack": lambda buffer, need, *rest: need.new_empty(need.shape[1:2], dtype=torch.int64),
+    "route_unpack": lambda *args: None,
+    "route_merge": _fake_route_merge,
 }
 
 

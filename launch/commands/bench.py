@@ -2,7 +2,7 @@
 
 `decode`: a step against the ordinary cache; `ops`: the ops; `errors`: their accuracy; `select`: reading some pages against reading all;
 `model`: the source paper's latency model, fitted; `layouts`: the page formats beside KIVI's; `latents`: decode over MLA latents;
-`merge`: partial attention into one; `serve`: load on an end point.
+`merge`: partial attention into one; `serve`: load on an end point; `exchange`: ways of distinct requests on several ranks.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from statistics import median, quantiles
 from typing import Any
 
 from pikv_ds.launch.bench import errors as bench_errors
+from pikv_ds.launch.bench import exchange as bench_exchange
 from pikv_ds.launch.bench import latents as bench_latents
 from pikv_ds.launch.bench import layouts as bench_layouts
 from pikv_ds.launch.bench import merge as bench_merge
@@ -62,13 +63,16 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     serve = kinds.add_parser("serve", help="load on an OpenAI-compatible end point: what is lost, wrong, how long it takes")
     bench_serve.add_arguments(serve)
     serve.add_argument("--json", metavar="FILE", help="write the row to FILE")
+    exchange = kinds.add_parser("exchange", help="distinct requests on several ranks: bytes and time of a step by routing.exchange")
+    bench_exchange.add_arguments(exchange)
+    exchange.add_argument("--json", metavar="FILE", help="write the rows to FILE")
     errors = kinds.add_parser("errors", help="errors of the page formats and of the op that reads them, against fp64")
     errors.add_argument("--json", metavar="FILE", help="write the rows to FILE")
 
 
 def run(args: argparse.Namespace) -> int:
     kinds = {"ops": bench_ops, "select": bench_select, "model": bench_model, "layouts": bench_layouts, "latents": bench_latents}
-    kinds |= {"errors": bench_errors, "merge": bench_merge, "serve": bench_serve}
+    kinds |= {"errors": bench_errors, "merge": bench_merge, "serve": bench_serve, "exchange": bench_exchange}
     if getattr(args, "device", "cpu") == "cuda" and not _has_cuda():
         print(f"pikv bench {args.kind} --device cuda: this torch sees no CUDA device")
         return 1

@@ -80,8 +80,8 @@ def _sources() -> tuple[Source, ...]:
     kernels += tuple(tensor_source(label) for label in TENSOR)
     if LATENT in built_dims():
         kernels += tuple(latent_source(label) for label in LATENT_TENSOR)
-    launchers = (Source(f"cuda/{name}.cu") for name in ("pages", "bounds", "pack", "slots", "attend"))
-    return (Source("cuda/page_kernels.cu"), *launchers, *kernels)
+    launchers = (Source(f"cuda/{name}.cu") for name in ("pages", "bounds", "pack", "route", "slots", "attend"))
+    return (Source("cuda/page_kernels.cu"), Source("cuda/route_kernels.cu"), *launchers, *kernels)
 
 
 def _torch_root() -> Path:

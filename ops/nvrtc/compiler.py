@@ -25,7 +25,8 @@ TENSOR_FILES = (*_FP32, "tensor", "operands", "tensor_tile", "tensor_queries", "
 LATENT_FILES = (*_FP32, "tensor", "operands", "tensor_tile", "tensor_tail", "bulk", "latent_tile", "latent_products", "attend_latent")
 _PAGES = ("finish_kernel", "append_rows_kernel", "append_groups_kernel", "append_tail_kernel", "page_bounds_kernel", "page_score_kernel",
           "merge_kernel",
-          "pack_kernel", "unpack_kernel", "migrate_kernel", "assign_slots_kernel", "checksum_kernel")  # fmt: skip
+          "pack_kernel", "unpack_kernel", "route_pack_kernel", "route_unpack_kernel", "route_merge_kernel",
+          "migrate_kernel", "assign_slots_kernel", "checksum_kernel")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def _files(*names: str) -> tuple[str, ...]:
 
 PARTS = {label: _attend(label) for label in KERNEL_FORMATS}
 PARTS |= _on_tensor_cores()
-PARTS["pages"] = Part(_files("append", "bounds", "work", "merge", "pack", "pages", "slots"), _PAGES)
+PARTS["pages"] = Part(_files("append", "bounds", "work", "merge", "pack", "route", "pages", "slots"), _PAGES)
 
 
 @dataclass(frozen=True)

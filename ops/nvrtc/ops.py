@@ -7,7 +7,6 @@ page ids, slots and lengths, which are on the device, with PIKV_DEBUG=1.
 from __future__ import annotations
 
 import os
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -17,9 +16,10 @@ from pikv_ds.ops.format.formats import PageFormat
 from pikv_ds.ops.format.kernels import KERNEL_FORMATS, LATENT_ROWS, decode_tier, kernel_width, latent_kernel, tensor_rows
 
 from . import params as kp
+from . import route
 from .compiler import tensor_part
 from .launch import BLOCK, WARPS, has_bulk_copies, launch, num_processors
-from .params import BOUND_TYPES, FLOAT_TYPES, address, index, page_record
+from .params import BOUND_TYPES, FLOAT_TYPES, address, index, padding, page_record
 from .work import count_blocks, share_work
 
 ROW_INTS = BLOCK + 1 + WARPS  # Row::shared of csrc/kernels/work.cuh
@@ -195,7 +195,7 @@ def unpack(buffer, fields, rows_of, offsets, strides):
 
 def _move_rows(kernel: str, buffer: Tensor, fields: list[Tensor], rows_of: Tensor | None, offsets, strides, rows) -> None:
     described = [
-        kp.PackedField(x.data_ptr(), x.shape[0], x.shape[1:].numel() * x.element_size(), offset, stride, count, _padding(x.dtype))
+        kp.PackedField(x.data_ptr(), x.shape[0], x.shape[1:].numel() * x.element_size(), offset, stride, count, padding(x.dtype))
         for x, offset, stride, count in zip(fields, offsets, strides, rows, strict=True)
     ]
     most = len(kp.Packed().fields)
@@ -206,12 +206,6 @@ def _move_rows(kernel: str, buffer: Tensor, fields: list[Tensor], rows_of: Tenso
             p = kp.Packed(buffer=buffer.data_ptr(), index=index(rows_of))
             p.fields[: len(part)] = part
             launch("pages", kernel, (blocks, len(part)), 0, p, buffer.device)
-
-
-@cache
-def _padding(dtype: torch.dtype) -> int:
-    """-1 in this dtype, repeated to 8 bytes."""
-    return int.from_bytes(torch.full((8 // dtype.itemsize,), -1, dtype=torch.int64).to(dtype).view(torch.uint8).numpy().tobytes(), "little")
 
 
 def migrate(target: Tensor, source: Tensor, target_ids: Tensor, source_ids: Tensor) -> None:
@@ -256,4 +250,7 @@ OPS = {
     "unpack": unpack,
     "assign_slots": assign_slots,
     "checksum": checksum,
+    "route_pack": route.route_pack,
+    "route_unpack": route.route_unpack,
+    "route_merge": route.route_merge,
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from ctypes import c_float, c_int, c_longlong, c_ulonglong, c_void_p
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -99,6 +100,33 @@ class AssignSlots(ctypes.Structure):
     ]
 
 
+class RouteField(ctypes.Structure):
+    _fields_ = [
+        ("data", c_void_p),
+        *((name, c_longlong) for name in ("rows", "row_bytes", "start")),
+        ("padding", c_ulonglong),
+        ("group", c_int),
+    ]
+
+
+class Route(ctypes.Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("buffer", "need", "tokens", "counts")),
+        ("most", c_longlong),
+        ("token_start", c_longlong * 4),
+        ("fields", RouteField * 8),
+        *((name, c_int) for name in ("G", "N", "K", "num_fields")),
+    ]
+
+
+class RouteMerge(ctypes.Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("partials", "need", "out", "lse")),
+        *((name, c_int) for name in ("G", "N", "H", "D")),
+        ("order", c_int * 256),
+    ]
+
+
 class Checksum(ctypes.Structure):
     _fields_ = [("words", c_void_p), ("count", c_longlong), ("result", c_void_p)]
 
@@ -119,3 +147,9 @@ def index(x: Tensor | None) -> Index:
 
 def address(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
+
+
+@cache
+def padding(dtype: torch.dtype) -> int:
+    """-1 in this dtype, repeated to 8 bytes."""
+    return int.from_bytes(torch.full((8 // dtype.itemsize,), -1, dtype=torch.int64).to(dtype).view(torch.uint8).numpy().tobytes(), "little")

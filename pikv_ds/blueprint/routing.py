@@ -110,12 +110,12 @@ BLOCK = (
         "every query reads these, inside the budget", "more pages, or fewer pinned tokens", _pinned,
     ),
     Rule(
-        "needed-exchange-reads-a-part", "block", ("routing",), "exchange 'needed' with a router that reads on every rank",
-        "then every rank has something to send back", "exchange 'all'", _needed_of_all,
+        "needed-exchange-reads-a-part", "block", ("routing",), "exchange 'needed' or 'routed' with a router that reads on every rank",
+        "then every rank gets every query and has something to send back", "exchange 'all'", _needed_of_all,
     ),
     Rule(
-        "needed-exchange-distinct", "block", ("routing", "storage"), "exchange 'needed' with replicated requests",
-        "every rank needs all partials", "exchange 'all'", _needed_replicated,
+        "needed-exchange-distinct", "block", ("routing", "storage"), "exchange 'needed' or 'routed' with replicated requests",
+        "every rank has all queries and needs all partials", "exchange 'all'", _needed_replicated,
     ),
     Rule(
         "router-follows-experts", "block", ("routing", "storage"),

@@ -39,6 +39,7 @@ from .face import HostFace
 from .reader import Reader
 from .recorded import Record, declare
 from .replicated import ReplicatedWay
+from .routed import RoutedWay
 from .writer import Writer
 
 
@@ -104,7 +105,8 @@ class PiKVCache(HostFace):
         self.counting = tuple(one for one in (*shares, self.selection) if one is not None and one.undoing is not None)
         self.agreement = Agreement(self.exchange, config.storage.requests, device)
         replicated = ReplicatedWay(self)
-        self.ways = {"local": replicated, "replicated": replicated, "distinct": DistinctWay(self)}
+        routed = config.routing.exchange == "routed" and self.exchange.size > 1
+        self.ways = {"local": replicated, "replicated": replicated, "distinct": (RoutedWay if routed else DistinctWay)(self)}
         # In this order: bases change before pages are demoted into them, and what a budget drops is not encoded first.
         refit = None if self.bases is None else partial(self.bases.refit, pages=pages)
         evict, encode, move_on = (None if part is None else part.after_forward for part in (self.retention, self.window, behind))

@@ -42,7 +42,7 @@ class DistinctWay:
         written = cache.writer.store(step, query, _of_all(due, fields))
         partial, page_lse = Partial(*nothing(query.q, query.v_dim)[:2], False, True), {}
         if wanted:
-            partial, page_lse = self._answer(step, query, fields["q"], before)
+            partial, page_lse = self.answer(step, query, fields["q"], before)
         if shares is not None:
             step.late_lse = LateLse(
                 query.layer, query.scale, fields["q"], fields["k"], written.slot_mapping, partial.lse.flatten(0, 1), page_lse
@@ -111,7 +111,7 @@ class DistinctWay:
         buffers = cache.exchange.all_gather(layout.pack(header, values if send else {}, cache.device), what, read=step is None)
         return headers_of(buffers) if step is None else [], layout.unpack(buffers)
 
-    def _answer(self, step: Step, query: Query, queries: Tensor, before: Before | None) -> tuple[Partial, dict[int, PageLse]]:
+    def answer(self, step: Step, query: Query, queries: Tensor, before: Before | None) -> tuple[Partial, dict[int, PageLse]]:
         """Attend for every rank's queries to the entries held here, send the partials back, merge those of this rank's own queries."""
         cache, partials, readers, page_lse = self.cache, [], [], {}
         needed = cache.selection is not None and cache.selection.returns_needed(step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pikv_ds import ops
 from pikv_ds.exchange.wire import ALIGN, HEADER
 from pikv_ds.ops.build import load
 from pikv_ds.ops.format.kernels import decode_tier
@@ -96,6 +97,20 @@ def needed_bytes(num_blocks: int, num_q_heads: int, num_kv_heads: int, v_dim: in
     """Bytes of the second collective with routing.exchange "needed": num_blocks = pairs of another rank's query and a kv head of which this
     rank has read something (with a router of shards, of whose shards it has one)."""
     return num_blocks * partial_bytes(1, num_q_heads // num_kv_heads, v_dim)
+
+
+def routed_bytes(
+    num_tokens: int, num_queries: int, num_entries: int, num_q_heads: int, spec: LayerSpec, q_dim: int, itemsize: int, num_shards: int, *,
+    ids: bool = True,
+) -> int:  # fmt: skip
+    """Bytes of one message of the first collective with routing.exchange "routed": what one rank sends to another. Their sizes differ.
+
+    num_tokens: of the largest rank, whose expert ids go to all; ids False: entries may spill, so these were gathered before. num_queries
+    read something on the other rank, num_entries are stored there.
+    """
+    queries = [num_q_heads * q_dim * itemsize, num_shards]
+    entries = [width for width in (spec.num_kv_heads * d * itemsize for d in (spec.k_dim, spec.stored_v_dim)) if width]
+    return ops.route_bytes([4] * ids, [(num_queries, queries), (num_entries, entries)], num_tokens)
 
 
 def choice_bytes(num_queries: int, num_kv_heads: int, width: int) -> int:

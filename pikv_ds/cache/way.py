@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pikv_ds.exchange.exchange import Exchange
+from pikv_ds.pages.layers import RankPages
 from pikv_ds.placement.shard_map import ShardMap
 from pikv_ds.selection.selection import Selection
 from pikv_ds.step.agreement import Agreed, Agreement, Announced
@@ -34,6 +35,7 @@ class Core(Protocol):
     exchange: Exchange
     map: ShardMap
     agreement: Agreement
+    pages: RankPages
     reader: Reader
     writer: Writer
     selection: Selection | None

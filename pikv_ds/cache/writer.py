@@ -54,20 +54,24 @@ class Writer:
         experts = self._experts(expert_ids, step)
         if spec.window is not None and not step.decode and not step.hold:
             experts = experts.primary() if isinstance(experts, Routed) else experts
-            # Entries that no query after this forward can see are not stored: they expire at birth.
-            born = valid & (positions >= (step.lens_after - (spec.window - 1))[step.rows])
-            unseen_here = valid & ~born & pages.map.is_local(self._wanted(layer, experts, positions))
+            born = valid & self.stays(step, spec.window)
+            unseen_here = valid & ~born & pages.map.is_local(self.wanted(layer, experts, positions))
             pages.counters.expire_at_birth(unseen_here, experts)
             valid = born
         shard, here, local = None, valid, None
         if pages.num_shards > 1:
             pages.directory.leave(layer, step.rows, positions, valid, step.lens_before, step.lens_after, step.decode)
-            shard = self._shards(layer, step, experts, positions, valid)
+            shard = self.shards(layer, step, experts, positions, valid)
             pages.directory.record(layer, step.rows, positions, valid, shard, step.lens_after)
             here, local = valid & pages.map.is_local(shard), pages.map.index[shard]
         slots = self._slots(step, layer, local, here, k, v, all_valid=here is step.valid and step.all_valid)
         pages.counters.count_appended(experts, here)
         return Written(slots, shard, valid, here)
+
+    @staticmethod
+    def stays(step: Step, window: int) -> Tensor:
+        """[N] bool. Entries that no query after this forward can see are not stored: they expire at birth."""
+        return step.positions >= (step.lens_after - (window - 1))[step.rows]
 
     def _slots(self, step: Step, layer: int, shard: Tensor | None, here: Tensor, k: Tensor, v: Tensor, *, all_valid: bool) -> Tensor:
         """Where the tokens went, [N * H]. shard [N] int64 of this rank. With a page per kv head a token goes into a table per head."""
@@ -88,11 +92,11 @@ class Writer:
             return expert_ids
         return torch.where(expert_ids < 0, step.hashed_experts(self.num_experts), expert_ids)
 
-    def _wanted(self, layer: int, experts: Tensor, positions: Tensor) -> Tensor:
+    def wanted(self, layer: int, experts: Tensor, positions: Tensor) -> Tensor:
         return self.placement.shard_of(layer, experts, positions.clamp_min(0))
 
-    def _shards(self, layer: int, step: Step, experts: Tensor, positions: Tensor, valid: Tensor) -> Tensor:
-        wanted = self._wanted(layer, experts, positions)
+    def shards(self, layer: int, step: Step, experts: Tensor, positions: Tensor, valid: Tensor) -> Tensor:
+        wanted = self.wanted(layer, experts, positions)
         if not step.may_spill[layer]:
             return wanted
         load = -(-self.pages.directory.load[layer] // self.pages.heads)  # in tokens

@@ -32,7 +32,9 @@ class RoutingConfig(MethodBlock):
     budget_pages: int | None = Field(None, ge=1, description="Pages a query reads per kv head and layer; in place of budget_ratio.")
     sink_tokens: int = Field(4, ge=0, description="First tokens of a request that every query reads, inside the budget.")
     recent_tokens: int = Field(64, ge=0, description="Latest tokens before a query that it always reads, inside the budget.")
-    exchange: Literal["all", "needed"] = Field(
-        "all", description="Distinct requests: the ranks that send back partial attention, all or those that read something (fewer bytes)."
+    exchange: Literal["all", "needed", "routed"] = Field(
+        "all",
+        description="Distinct requests: queries go to all ranks and partial attention comes back from all, or from those that read "
+        "something (needed); or queries go only to the ranks that they read, and keys and values home (routed).",
     )
     host_penalty: HostPenaltyConfig = Field(HostPenaltyConfig(), description=HostPenaltyConfig.__doc__)

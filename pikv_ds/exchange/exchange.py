@@ -73,6 +73,27 @@ class Exchange:
         self._run(what, start, block.device)
         return received
 
+    @property
+    def short_messages(self) -> bool:
+        """Whether a rank may send less than the others have room for: gloo says how long a message is, and here hosts read counts."""
+        return self._deadline.timed and self.device.type == "cpu"
+
+    def all_to_all_up_to(self, messages: Tensor, sizes: list[int], what: str) -> Tensor:
+        """Messages of at most `most` bytes, whose receivers do not know how long they are.
+
+        Args: messages uint8 [G, most] contiguous, one after another as `sizes` says; sizes[own] and, where messages can't be short, all
+        are `most`. Returns: uint8 [G, most], in rank order; what is behind a message is anything.
+        """
+        self._say_first(what)
+        most, received = messages.shape[1], torch.empty_like(messages)
+        self._count(sum(sizes) - sizes[self.rank])
+        block = messages.view(-1)[: sum(sizes)]
+        start = lambda: dist.all_to_all_single(  # noqa: E731
+            received.view(-1), block, [most] * self.size, sizes, group=self.group, async_op=True
+        )
+        self._run(what, start, messages.device)
+        return received
+
     def headers(self, what: str) -> list[list[int]]:
         """The headers of all ranks at the start of a forward that all of them begin with a frame. Sync: reads the frames back."""
         assert self.turn is not None, "only a cache has headers"

@@ -66,6 +66,12 @@ class Directory:
             shard = homes.view(-1)[rows * homes.shape[1] + leaving.clamp_min(0)].to(torch.int64)
             load.index_add_(0, shard, -gone.to(torch.int64))
 
+    def note(self, layer: int, rows: Tensor, positions: Tensor, valid: Tensor, shard: Tensor) -> None:
+        """The homes of new entries, before `record` counts them with those of the other ranks. Arguments as there. Sync: none."""
+        homes = self.shard_at[layer]
+        cell = rows * homes.shape[1] + torch.where(valid, positions.to(torch.int64), homes.shape[1] - 1)
+        homes.view(-1).index_put_((cell,), torch.where(valid, shard, 0).to(torch.int16))
+
     def record(self, layer: int, rows: Tensor, positions: Tensor, valid: Tensor, shard: Tensor, lens: Tensor) -> None:
         """Note the homes of new entries, after `leave`.
 

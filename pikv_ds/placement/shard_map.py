@@ -47,6 +47,11 @@ class ShardMap:
             )
         return cls(tuple((shard * num_ranks // num_shards,) for shard in range(num_shards)), rank, num_ranks, device)
 
+    @property
+    def rank_order(self) -> list[int]:
+        """The ranks by their first shards: the order in which their partials are added up."""
+        return self._ranks
+
     def home(self, shard: int) -> int:
         """The rank that a shard's entries are counted for."""
         return self.holders[shard][0]

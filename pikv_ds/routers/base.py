@@ -121,6 +121,8 @@ class Router(ABC):
     summarises: ClassVar[bool] = False
     """True: it keeps something per page, a summary that `open` adds to the pool."""
 
+    by_page: ClassVar[bool] = False
+    """True: what `wrote` keeps follows from the entries of each page alone, so that a rank need not be told of those of other ranks."""
     whole_forwards: ClassVar[bool] = False
     """True: it is told of all entries of a forward at once, also when only the last of them may be taken back."""
     memories: tuple[Memory, ...] = ()
@@ -130,6 +132,11 @@ class Router(ABC):
     def learns(self) -> bool:
         """Whether it keeps anything of entries or queries."""
         return bool(self.memories) or type(self).wrote is not Router.wrote
+
+    @property
+    def knows_pages_only(self) -> bool:
+        """Whether a rank's pages are all that it must be told of."""
+        return self.by_page or type(self).wrote is Router.wrote
 
     @property
     def rebuilds(self) -> bool:

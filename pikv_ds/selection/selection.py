@@ -182,7 +182,8 @@ class Selection:
 
     def returns_needed(self, step: Step) -> bool:
         """Partials go back only from ranks that read something. Replicated requests have one source, and every rank needs all partials."""
-        return self.config.exchange == "needed" and len(step.sources) > 1
+        sizes = self.config.exchange == "needed" or (self.config.exchange == "routed" and self.exchange.short_messages)
+        return sizes and len(step.sources) > 1
 
     def gather(self, x: Tensor) -> Tensor:
         """x of the same shape on all ranks -> [ranks, ...]. A collective when there are several."""

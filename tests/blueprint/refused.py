@@ -16,6 +16,7 @@ WINDOWS = [layer(0, dim=16, window=9)]
 CAPPED = [replace(layer(0, dim=16), softcap=30.0)]
 SVD, RAW = {"method": "svd", "rank": 8}, {"raw_recent_tokens": 8}
 BOUNDS = {"method": "bounds", "budget_ratio": 0.5}
+ROUTED = {"method": "topk", "exchange": "routed"}
 LRU = {"method": "lru", "budget_tokens": 200}
 AGED = [{"method": "aged"}]
 HEADS = {"method": "knorm", "budget_tokens": 200, "head_budget": "uniform"}
@@ -44,6 +45,11 @@ def refused(folder: Path) -> dict[str, list[dict]]:
         "budget-holds-pinned-pages": [{"routing": {"method": "bounds", "budget_pages": 1}}],
         "needed-exchange-reads-a-part": [{"routing": {"exchange": "needed"}}],
         "needed-exchange-distinct": [{"routing": BOUNDS | {"exchange": "needed"}, "storage": {"requests": "replicated"}}],
+        "routed-exchange-own-pages": [{"routing": {"method": "centroids", "budget_ratio": 0.5, "exchange": "routed"}}],
+        "routed-exchange-own-facts": [{"routing": ROUTED | {"method": "cache_aware"}}],
+        "routed-exchange-unwatched": [{"routing": ROUTED, "scheduling": {"method": "h2o", "budget_tokens": 200}}],
+        "routed-exchange-one-pool": [{"routing": ROUTED, "compression": RAW}, {"routing": ROUTED, "compression": {"method": "adaptive"}}],
+        "routed-exchange-shared-bases": [{"routing": ROUTED, "compression": SVD}],
         "router-follows-experts": [
             {"routing": {"method": "experts"}, "storage": {"placement": "position"}},
             {"routing": {"method": "experts"}, "storage": {"expert_ids": "true"}},

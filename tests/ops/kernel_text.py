@@ -13,6 +13,7 @@ from pikv_ds.ops import library
 from pikv_ds.ops.build.compile import CSRC
 from pikv_ds.ops.build.cuda_build import width_flag
 from pikv_ds.ops.nvrtc import ops as nvrtc_ops
+from pikv_ds.ops.nvrtc import route as nvrtc_route
 from tests.ops.cases import answer, compare, compare_lse
 
 FORMAT = 3  # int8: scales, zeros, tail
@@ -70,8 +71,9 @@ def through(monkeypatch):
 
     def use(kernels, reverse=False, tensor=False, bulk=True):
         monkeypatch.setenv("PIKV_TENSOR_CORES", str(int(tensor)))
-        monkeypatch.setattr(nvrtc_ops, "launch", launcher(kernels, reverse))
-        monkeypatch.setattr(nvrtc_ops, "num_processors", lambda device: 2)
+        for module in (nvrtc_ops, nvrtc_route):
+            monkeypatch.setattr(module, "launch", launcher(kernels, reverse))
+            monkeypatch.setattr(module, "num_processors", lambda device: 2)
         monkeypatch.setattr(nvrtc_ops, "has_bulk_copies", lambda device: bulk)
         monkeypatch.setenv("PIKV_DEBUG", "1")
 

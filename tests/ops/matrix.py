@@ -29,6 +29,7 @@ from tests.ops.byte_checks import (
     check_slots,
 )
 from tests.ops.cases import answer, compare, compare_lse, format_of, make_case, small_page
+from tests.ops.route_checks import check_route, check_route_merge
 
 ROPE = ("int8+rope", "int4+rope", "fp8_e4m3+rope", "fp4_e2m1+rope")
 NAMES = (*FORMATS, "int8/int4", "int4/int2", "fp8_e4m3/int4", "int4/fp8_e4m3", "bf16/fp4_e2m1", *ROPE)
@@ -81,6 +82,10 @@ def points(long: bool = False) -> Iterator[Point]:
         yield Point("page_score", label, partial(check_score, heads, tables, dtype, spread))
     for rows, indexed in itertools.product((0, 1, 7, 300), (False, True)):
         yield Point("pack", f"{rows}{'-indexed' if indexed else ''}", partial(check_pack, rows, indexed))
+    for ranks, tokens, share in ((1, 5, 1.0), (2, 1, 0.5), (4, 9, 0.3), (3, 70, 0.6)):
+        yield Point("route_pack", f"G{ranks}-N{tokens}-{share}", partial(check_route, ranks, tokens, share, False))
+    for ranks, tokens, dim in ((1, 3, 8), (4, 7, 64), (40, 3, 130)):
+        yield Point("route_merge", f"G{ranks}-N{tokens}-D{dim}", partial(check_route_merge, ranks, tokens, dim, False))
     for rows, shards, tokens in ((1, 1, 1), (4, 1, 4), (3, 2, 40), (2, 3, 300), (70, 2, 300)):
         yield Point("assign_slots", f"R{rows}-S{shards}-N{tokens}", partial(check_slots, rows, shards, tokens))
     for record in (64, 100, 4096, 70000):

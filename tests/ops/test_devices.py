@@ -35,6 +35,16 @@ def legal() -> dict[str, tuple]:
         "unpack": (buffer, fields, ints(2), [0, 4], [8, 8]),
         "assign_slots": (ints(1, 1), ints(1, 1, 3), ints(3), torch.tensor(2), ints(3), longs, longs.clone(), longs == 0, 64, True, True),
         "checksum": (torch.zeros(16, dtype=torch.uint8),),
+        "route_pack": (torch.zeros(2, 64, dtype=torch.uint8), torch.zeros(1, 2, 2, dtype=torch.bool), fields, [0, 0], 0, False),
+        "route_unpack": (
+            torch.zeros(2, 64, dtype=torch.uint8),
+            [torch.zeros(4, 1), torch.zeros(4, 1)],
+            ints(1, 4),
+            ints(1, 2),
+            [0, 0],
+            False,
+        ),
+        "route_merge": (torch.zeros(4, 1, 3), torch.zeros(2, 2, dtype=torch.bool), [0, 1], False),
     }
 
 

@@ -11,10 +11,12 @@ from pikv_ds.ops.format.kernels import decode_tier
 from pikv_ds.ops.nvrtc import compiler as nvrtc
 from pikv_ds.ops.nvrtc import ops as nvrtc_ops
 from pikv_ds.ops.nvrtc import params as kernel_params
+from pikv_ds.ops.nvrtc import route as nvrtc_route
 from tests.long_form import short_or_long
 from tests.ops.byte_checks import check_bounds, check_pack, check_score, check_slots
 from tests.ops.cases import answer, compare, compare_lse, make_case
 from tests.ops.kernel_text import Fault, check_decode, compile_kernels, through
+from tests.ops.route_checks import check_route, check_route_merge
 
 __all__ = ["through"]  # a fixture
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
@@ -26,7 +28,21 @@ def right_kernels(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "name", ["PageRecord", "Attend", "Merge", "Append", "PageBounds", "PageScore", "Packed", "Migrate", "AssignSlots", "Checksum"]
+    "name",
+    [
+        "PageRecord",
+        "Attend",
+        "Merge",
+        "Append",
+        "PageBounds",
+        "PageScore",
+        "Packed",
+        "Migrate",
+        "AssignSlots",
+        "Route",
+        "RouteMerge",
+        "Checksum",
+    ],
 )
 def test_python_knows_the_size_of_the_arguments(right_kernels, name):
     assert ctypes.sizeof(getattr(kernel_params, name)) == right_kernels.pikv_sizeof(name.encode())
@@ -136,6 +152,15 @@ def test_bounds_scores_and_packing(right_kernels, through, reverse):
     for rows, indexed in ((0, True), (7, True), (7, False)):
         check_pack(rows, indexed, _nvrtc_op, "cpu")
     check_slots(3, 2, 200, _nvrtc_op, "cpu")
+
+
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+def test_routes(right_kernels, through, reverse):
+    through(right_kernels, reverse)
+    op = lambda name: getattr(nvrtc_route, name)  # noqa: E731
+    for ranks, tokens, share in ((1, 3, 1.0), (3, 70, 0.5)):
+        check_route(ranks, tokens, share, False, op, "cpu")
+    check_route_merge(4, 7, 66, False, op, "cpu")
 
 
 MERGED = "    __syncthreads();\n    write_part<T>"

@@ -57,6 +57,17 @@ def test_opcheck_of_pack():
     _opcheck("unpack", (buffer, [x.clone() for x in fields], index, [0, 12], [16, 16]))
 
 
+def test_opcheck_of_routes():
+    load.ensure("cpu")
+    need, fields = torch.tensor([[[True, False], [True, True]]]), [torch.randn(2, 3)]
+    buffer = torch.zeros(2, 64, dtype=torch.uint8)
+    _opcheck("route_pack", (buffer, need, fields, [0], 0, False))
+    ops.route_pack(buffer, need, fields, groups=[0], own=0, dense=False)
+    tokens, counts = torch.zeros(1, 4, dtype=torch.int32), torch.zeros(1, 2, dtype=torch.int32)
+    _opcheck("route_unpack", (buffer, [torch.zeros(4, 3)], tokens, counts, [0], False))
+    _opcheck("route_merge", (torch.randn(4, 2, 9), need[0], [0, 1], False))
+
+
 def test_opcheck_of_checksum():
     load.ensure("cpu")
     _opcheck("checksum", (torch.arange(64, dtype=torch.uint8),))
@@ -75,6 +86,7 @@ def test_what_a_schema_says_it_changes_is_what_changes(name):
     schema = getattr(torch.ops.pikv, name).default._schema
     written = [x.name for x in schema.arguments if x.alias_info is not None and x.alias_info.is_write]
     changed = {"append": ["pages", "tail"], "migrate": ["target"], "page_bounds": ["bounds"], "pack": ["buffer"], "unpack": ["fields"],
+               "route_pack": ["buffer"], "route_unpack": ["fields", "tokens", "counts"],
                "assign_slots": ["counts", "block_table", "free_top", "refcount"]}  # fmt: skip
     assert written == changed.get(name, [])
     assert (schema.returns or written) and all(x.alias_info is None for x in schema.returns)

@@ -84,6 +84,9 @@ const char* launch_page_bounds(const PageBounds& b, Stream stream);
 const char* launch_page_score(const PageScore& s, int num_tables, Stream stream);
 // num_blocks: of each field.
 const char* launch_pack(const Packed& p, int num_fields, int num_blocks, bool unpack, Stream stream);
+// num_blocks: of each field and of the tokens of each group.
+const char* launch_route(const Route& r, int num_blocks, bool unpack, Stream stream);
+const char* launch_route_merge(const RouteMerge& m, Stream stream);
 const char* launch_assign_slots(const AssignSlots& a, Stream stream);
 const char* launch_checksum(const Checksum& c, int num_blocks, Stream stream);
 

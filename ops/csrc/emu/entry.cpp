@@ -29,6 +29,7 @@
 #include "bounds.cuh"
 #include "merge.cuh"
 #include "pack.cuh"
+#include "route.cuh"
 #include "pages.cuh"
 #include "slots.cuh"
 #include "../cuda/work.h"
@@ -120,6 +121,8 @@ extern "C" const char* pikv_emu_launch(const char* kernel, unsigned grid_x, unsi
                      l.is("append_groups_kernel", append_groups_kernel, &fault) || l.is("append_tail_kernel", append_tail_kernel, &fault) ||
                      l.is("page_bounds_kernel", page_bounds_kernel, &fault) || l.is("page_score_kernel", page_score_kernel, &fault) ||
                      l.is("pack_kernel", pack_kernel, &fault) || l.is("unpack_kernel", unpack_kernel, &fault) ||
+                     l.is("route_pack_kernel", route_pack_kernel, &fault) || l.is("route_unpack_kernel", route_unpack_kernel, &fault) ||
+                     l.is("route_merge_kernel", route_merge_kernel, &fault) ||
                      l.is("assign_slots_kernel", assign_slots_kernel, &fault) ||
                      l.is("merge_kernel", merge_kernel, &fault) || l.is("migrate_kernel", migrate_kernel, &fault) ||
                      l.is("checksum_kernel", checksum_kernel, &fault);
@@ -138,6 +141,8 @@ extern "C" size_t pikv_sizeof(const char* name) {
   if (!std::strcmp(name, "PageBounds")) return sizeof(PageBounds);
   if (!std::strcmp(name, "PageScore")) return sizeof(PageScore);
   if (!std::strcmp(name, "Packed")) return sizeof(Packed);
+  if (!std::strcmp(name, "Route")) return sizeof(Route);
+  if (!std::strcmp(name, "RouteMerge")) return sizeof(RouteMerge);
   if (!std::strcmp(name, "AssignSlots")) return sizeof(AssignSlots);
   return std::strcmp(name, "Checksum") ? 0 : sizeof(Checksum);
 }

@@ -110,6 +110,33 @@ struct AssignSlots {
   int N, R, S, max_pages, page_size, may_open;
 };
 
+// Rows of a field in a message: of token t at start + t * row_bytes.
+struct RouteField {
+  unsigned char* data;  // [rows, row_bytes]; of messages that arrived [G * N, row_bytes]
+  long long rows, row_bytes, start;
+  unsigned long long padding;  // as in PackedField
+  int group;                   // -1 = every rank gets all rows
+};
+
+// G messages of `most` bytes each; K groups of rows, N tokens of a rank.
+struct Route {
+  unsigned char* buffer;
+  const unsigned char* need;  // [K, G, N]
+  int* tokens;                // [K, G * N]
+  int* counts;                // [K, G]
+  long long most, token_start[4];
+  RouteField fields[8];
+  int G, N, K, num_fields;
+};
+
+struct RouteMerge {
+  const float* partials;      // [G * N, H, D + 1]: out, lse
+  const unsigned char* need;  // [G, N]
+  float* out;                 // [N, H, D]
+  float* lse;                 // [N, H]
+  int G, N, H, D, order[256];
+};
+
 struct Checksum {
   const unsigned long long* words;
   long long count;

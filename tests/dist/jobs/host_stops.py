@@ -11,13 +11,16 @@ from tests.long_form import short_or_long
 
 POLICY = {"scheduling": {"method": "h2o", "budget_tokens": 256}}
 ROUTED = {"routing": {"method": "bounds", "budget_pages": 4, "sink_tokens": 4, "recent_tokens": 4}}
+SENT = {"routing": {"method": "topk", "sink_tokens": 2, "recent_tokens": 2, "exchange": "routed"}}
 CASES = {  # requests, family, block, how
     "replicated": ("replicated", "qwen3_moe", {}, "generate"),
     "distinct": ("distinct", "gpt_oss", {}, "generate padded"),
     "replicated, a router": ("replicated", "qwen3_moe", ROUTED, "loop"),
+    "distinct, routed to shards": ("distinct", "qwen3_moe", SENT, "loop"),
+    "distinct, routed to pages": ("distinct", "qwen3_moe", {"routing": ROUTED["routing"] | {"exchange": "routed"}}, "loop"),
     "distinct, a policy that watches": ("distinct", "qwen3_moe", POLICY, "loop"),
 }
-SHORT = ["distinct"]
+SHORT = ["distinct", "distinct, routed to shards"]
 
 
 def check(report: Report, name: str, group: dist.ProcessGroup) -> None:

@@ -34,12 +34,16 @@ LAYERS = [
 class Side:
     """A cache fed with the requests `rows` of all: row r of forward f has tokens that only r, f and the layer decide."""
 
-    def __init__(self, name: str, requests: str, rows: list[int], group, compression: dict | None = None, **more) -> None:
-        method = routing(name, Path(FOLDER.name), layers=len(LAYERS), shards=SHARDS, query_width=HEADS * DIM, **more)
-        block = {"page_size": 4, "routing": method, "storage": {"num_shards": SHARDS, "requests": requests}}
-        block["compression"] = compression or {}
+    def __init__(
+        self, name: str, requests: str, rows: list[int], group, compression: dict | None = None, *, layers=LAYERS, storage=None,
+        timeout_s: float = 300, **more,
+    ) -> None:  # fmt: skip
+        self.layers = layers
+        method = routing(name, Path(FOLDER.name), layers=len(layers), shards=SHARDS, query_width=HEADS * DIM, **more)
+        block = {"page_size": 4, "routing": method, "storage": {"num_shards": SHARDS, "requests": requests} | (storage or {})}
+        block |= {"compression": compression or {}, "timeout_s": timeout_s}
         self.cache = PiKVCache(
-            LAYERS, PiKVConfig(**block), num_experts=EXPERTS, dtype=torch.float32, device=torch.device("cpu"), group=group
+            layers, PiKVConfig(**block), num_experts=EXPERTS, dtype=torch.float32, device=torch.device("cpu"), group=group
         )
         self.rows, self.lens, self.forwards, self.chosen = rows, [0] * len(rows), 0, {}
         self.probe = CacheProbe(self.cache)
@@ -53,7 +57,8 @@ class Side:
                 if asked.positions[query] >= 0:
                     self.chosen.setdefault(key, set()).add(place)
 
-        self.probe.on_choice(look)
+        if method.get("exchange") != "routed" or self.cache.selection.router.budgeted:  # else nobody sees a whole choice
+            self.probe.on_choice(look)
 
     def forward(self, columns: int, num_new: list[int]) -> list[torch.Tensor]:
         """Outputs over stored entries, per layer [B, T, HEADS, DIM]."""
@@ -67,7 +72,7 @@ class Side:
             )
         )  # fmt: skip
         outs = []
-        for layer in range(len(LAYERS)):
+        for layer in range(len(self.layers)):
             made = []
             for row in self.rows:
                 generator = torch.Generator().manual_seed(1000 * row + 10 * self.forwards + layer)
