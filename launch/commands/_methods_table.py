@@ -45,7 +45,7 @@ class Results:
             if (sweeps / f"{name}.json").is_file():
                 self.sweep |= read_sweep(sweeps / f"{name}.json")["families"]
             self.rows += _json(folder / f"{name}.json", {"rows": []})["rows"]
-        self.real_rows: list[dict[str, Any]] = _json(folder / "real.json", {"rows": []})["rows"]
+        self.real_rows = [row for file in sorted(folder.glob("real_*.json")) for row in _json(file, {"rows": []})["rows"]]
         """Of the real model, by the same labels."""
         self.real = {family: records_of(self.real_rows, family) for family in families_of(self.real_rows)}
         self.verdicts = _json(sweeps / "verdicts.json", {})

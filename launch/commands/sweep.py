@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
         "pikv sweep",
         *([os.path.relpath(args.file) if file == Path(args.file) else args.file] if args.file else []),
         *(["--only", args.only] if args.only else []),
-        *(["--model", os.path.relpath(args.model) if Path(args.model).is_absolute() else args.model] if args.model else []),
+        *(["--model", _named(args.model)] if args.model else []),
     ]
     _finish(args, output, " ".join(words + ["--quick"] * args.quick), rows)
     partial.remove()
@@ -80,6 +80,14 @@ def sweep_file(name: str) -> Path:
     """A file, or else a list that comes with the package."""
     named = SWEEPS / f"{name}.json"
     return named if named.is_file() and not Path(name).exists() else Path(name)
+
+
+def _named(model: str) -> str:
+    """A model folder as a recorded command names it: no path of this machine where another way says it."""
+    from pikv_ds.launch.real_model import KINDS, VARIABLE, find
+
+    made = {find(kind): kind for kind in KINDS}
+    return f"${VARIABLE}/{made[Path(model)]}" if Path(model) in made else model
 
 
 def _finish(args: argparse.Namespace, output: Path | None, command: str, rows: list[dict[str, Any]]) -> None:
