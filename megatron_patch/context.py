@@ -49,6 +49,7 @@ class PiKVInferenceContext(PiKVContext, StaticInferenceContext):
         check_feature("static batching")
         super().__init__(max_batch_size, max_sequence_length, *options, **named_options)
         self.key_value_memory_dict = _NoDenseCache()
+        self._next_prompt = 0  # columns of a prompt that the next forward begins
         self._begin_generation()
         if model is not None:
             self.bind(model, config, group)
@@ -71,6 +72,11 @@ class PiKVInferenceContext(PiKVContext, StaticInferenceContext):
         """The next forward starts new requests; the old ones' memory returns when it does. Local: ranks may reset at different times."""
         super().reset()
         self._begin_generation()
+
+    def expect_prompt(self, columns: int) -> None:
+        """The next `columns` columns are one prompt, however many forwards bring them: scheduling.prefill "auto" evicts nothing of it
+        before its end."""
+        self._next_prompt = columns
 
     def swap_key_value_dict(self, batch_idx) -> None:
         """Row i continues row batch_idx[i] from the next forward on (beam search)."""
@@ -107,6 +113,12 @@ class PiKVInferenceContext(PiKVContext, StaticInferenceContext):
             padding = self._padding(attention_mask, rows, columns, None if padding is None else padding[:, :start])
             tokens = Columns(*_positions(padding, rows, start, end, self.core.device))
         keep, after = _real_tokens(padding, rows, start), _real_tokens(padding, rows, end)
+        prompt: list[int] = []
+        if self._next_prompt and not idle:
+            self.prompt_columns, self._next_prompt = start + self._next_prompt, 0
+        if not idle and start < self.prompt_columns:
+            rest = max(0, self.prompt_columns - end)  # columns, so at least as many tokens as come
+            prompt = [total + rest for total in after]
         value = 0
         if fresh or self.core.replicated:
             value = positions_digest(self.core, self.shared is not None or self.later_stage or idle, key, tokens.positions)
@@ -121,6 +133,7 @@ class PiKVInferenceContext(PiKVContext, StaticInferenceContext):
                 digest=value,
                 identity=not fresh and not self._rows_moved and start == self.columns,
                 fresh=fresh,
+                prompt=prompt,
             )
         )
         self._after = (rows, end, padding)
@@ -132,6 +145,7 @@ class PiKVInferenceContext(PiKVContext, StaticInferenceContext):
 
     def _begin_generation(self) -> None:
         self.columns = 0  # per row, padding included
+        self.prompt_columns = 0  # where the prompt that is being fed ends; 0 = not known
         self.padding: Tensor | None = None  # [rows of the last forward, columns] bool; None = no column is padding
         self.rows: list[int] = []  # per row, the row of the last forward that it continues
         self._rows_moved = False

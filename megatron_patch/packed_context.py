@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -49,7 +49,7 @@ class PiKVPackedContext(PiKVContext, StaticInferenceContext):
             )
         self.lens: list[int] | None = None
         """Tokens of every row that is held; None: no forward yet."""
-        self._given: tuple[list[int], list[int], list[int]] | None = None
+        self._given: tuple[list[int], list[int], list[int], list[int]] | None = None
 
     def stats(self) -> dict:
         """Plain numbers of this rank, see pikv_ds.cache.stats.stats. Sync: reads the device. Needs no other rank."""
@@ -64,15 +64,16 @@ class PiKVPackedContext(PiKVContext, StaticInferenceContext):
             self.lens = []
 
     @contextmanager
-    def packed(self, parent: list[int], keep: list[int], new: list[int]) -> Iterator[Tensor]:
+    def packed(self, parent: list[int], keep: list[int], new: list[int], prompt: Sequence[int] = ()) -> Iterator[Tensor]:
         """What the forward inside brings, per row: the row of the last forward that it continues (-1: it is new), how many tokens of it
-        stay, how many come. Rows that are not named are dropped. Gives position_ids [1, N] int64; N = 1 where nothing comes."""
+        stay, how many come; tokens of its prompt where more of it comes, else 0 (scheduling.prefill "auto"; empty: of no row). Rows that
+        are not named are dropped. Gives position_ids [1, N] int64; N = 1 where nothing comes."""
         held = self.lens or []
         for row, (source, kept) in enumerate(zip(parent, keep, strict=True)):
             if source >= len(held) or kept > (held[source] if source >= 0 else 0):
                 raise UnsupportedError(f"row {row} keeps {kept} tokens of row {source}; the rows held have {held}")
         check_length(max((kept + more for kept, more in zip(keep, new, strict=True)), default=0), self.max_sequence_length)
-        self._given = (list(parent), list(keep), list(new))
+        self._given = (list(parent), list(keep), list(new), list(prompt))
         positions = [torch.arange(kept, kept + more) for kept, more in zip(keep, new, strict=True)]
         self._positions = torch.cat(positions) if sum(new) else torch.zeros(1, dtype=torch.int64)
         self._positions = self._positions.to(self.core.device)
@@ -92,7 +93,7 @@ class PiKVPackedContext(PiKVContext, StaticInferenceContext):
             raise UnsupportedError("a forward with a PiKVPackedContext outside of its packed(): which requests its tokens are is not known")
         if key.shape[:2] != (self._positions.numel(), 1):
             raise UnsupportedError(f"{self._positions.numel()} tokens were announced, the forward has {tuple(key.shape[:2])}")
-        parent, keep, new = self._given if self._given[0] else ([-1], [0], [0])
+        parent, keep, new, prompt = self._given if self._given[0] else ([-1], [0], [0], [])
         self._refuse_after_failure(bool(self.lens))
         pieces = [Piece(row, kept, more) for row, (kept, more) in enumerate(zip(keep, new, strict=True)) if more]
         tokens: Tokens = Nothing(len(parent), key.shape[:2], self.core.device)
@@ -110,6 +111,7 @@ class PiKVPackedContext(PiKVContext, StaticInferenceContext):
                 fresh=fresh,
                 identity=not fresh and parent == list(range(len(self.lens))) and keep == self.lens,
                 aligned=True,
+                prompt=prompt,
                 digest=positions_digest(self.core, True, key, tokens.positions) if fresh or self.core.replicated else 0,
             )
         )

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pikv_ds.launch.evaluation.sweep import read_sweep
-from pikv_ds.launch.evaluation.sweep_table import records_of, shown
+from pikv_ds.launch.evaluation.sweep_table import families_of, records_of, shown
 
 if TYPE_CHECKING:
     from pikv_ds.codecs.base import Codec
@@ -45,6 +45,9 @@ class Results:
             if (sweeps / f"{name}.json").is_file():
                 self.sweep |= read_sweep(sweeps / f"{name}.json")["families"]
             self.rows += _json(folder / f"{name}.json", {"rows": []})["rows"]
+        self.real_rows = [row for file in sorted(folder.glob("real_*.json")) for row in _json(file, {"rows": []})["rows"]]
+        """Of the real model, by the same labels."""
+        self.real = {family: records_of(self.real_rows, family) for family in families_of(self.real_rows)}
         self.verdicts = _json(sweeps / "verdicts.json", {})
         self.records = {family: records_of(self.rows, family) for family in self.sweep}
 
@@ -146,8 +149,8 @@ _MARKED = re.compile(r"(<!-- (\w+)(?: (\w+))? -->\n).*?(<!-- end -->)", re.DOTAL
 
 def written(text: str, results: Results) -> str:
     """The text of docs/results/methods.md with what stands between its markers made anew: `<!-- table FAMILY -->`,
-    `<!-- verdicts FAMILY -->` or `<!-- figure NAME -->`."""
-    makers = {"table": _configurations, "verdicts": _verdicts, "figure": _figure}
+    `<!-- verdicts FAMILY -->` or `<!-- figure NAME -->`; and `<!-- real FAMILY -->` of docs/results/real.md."""
+    makers = {"table": _configurations, "verdicts": _verdicts, "figure": _figure, "real": _on_real}
     return _MARKED.sub(lambda found: found[1] + "\n".join(makers[found[2]](results, found[3])) + "\n" + found[4], text)
 
 
@@ -159,6 +162,24 @@ def _configurations(results: Results, family: str) -> list[str]:
         line |= _claims(label) if family == "presets" else {"beside": results.control(family, label) or "-"}
         lines.append(line)
     return markdown(lines)
+
+
+def _on_real(results: Results, family: str) -> list[str]:
+    """Of the real model, beside the bundled one: columns that some configuration has."""
+    records = results.real.get(family, {})
+    tasks = list(dict.fromkeys(task for record in records.values() for task in record["ruler"]))
+    lines = []
+    for label, record in records.items():
+        cells, bundled = shown(record), results.records.get(family, {}).get(label)
+        line = {"configuration": label} | {name: cells[name] for name in ("bytes/token", "2-byte cache / it", "ppl change %")}
+        line["bundled model, ppl change %"] = bundled and shown(bundled)["ppl change %"]
+        line |= {name: cells[name] for name in ("KL", "entries read", "mass")}
+        for task in tasks:
+            found, after = record["ruler"].get(task, (None, None))
+            line[task] = None if found is None else f"{found:.2f}" if after is None else f"{found:.2f} / {after:.2f}"
+        lines.append(line)
+    empty = {name for name in (lines[0] if lines else ()) if all(line[name] is None for line in lines)}
+    return markdown([{name: cell or "-" for name, cell in line.items() if name not in empty} for line in lines])
 
 
 def _claims(name: str) -> dict[str, str]:

@@ -10,13 +10,15 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-SHORTEST_CONTEXT = 64
+SHORTEST_CONTEXT, SHORTEST_REAL = 64, 192
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser("demo", help="dense and sharded KV cache side by side on local ranks")
     parser.add_argument("--ranks", type=_positive, default=2, metavar="G", help="expert-parallel ranks (default 2)")
     parser.add_argument("--context", type=_positive, default=1100, metavar="N", help="prompt tokens (default 1100)")
+    real = "the real model on its experts' ranks, its question as a chat (python -m pikv_ds.launch.real_model makes it)"
+    parser.add_argument("--real", action="store_true", help=real)
     parser.add_argument("--new-tokens", type=_positive, default=24, metavar="N", help="generated tokens (default 24)")
 
 
@@ -29,7 +31,8 @@ def run(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="pikv_demo_") as folder:
         result = Path(folder) / "rows.json"
         try:
-            run_ranks("pikv_ds.launch.jobs.demo", [str(result), str(args.context), str(args.new_tokens)], args.ranks)
+            words = [str(result), str(args.context), str(args.new_tokens), *([str(_folder(args))] if args.real else [])]
+            run_ranks("pikv_ds.launch.jobs.demo", words, args.ranks)
         except RanksFailed as error:
             print(f"pikv demo: {error}", file=sys.stderr)
             return 1
@@ -37,7 +40,8 @@ def run(args: argparse.Namespace) -> int:
     rows = document["rows"]
     print(f"\nprompt: {args.context:,} tokens of prose that hide the pass key {document['pass_key']}")
     print(f"question: {document['question']}\nanswer:  {rows[1]['answer']!r}\n")
-    print_table(f"Bundled model, {args.ranks} ranks, {args.new_tokens} new tokens", [_shown(row) for row in rows])
+    title = f"{'Real' if args.real else 'Bundled'} model, {args.ranks} ranks, {args.new_tokens} new tokens"
+    print_table(title, [_shown(row) for row in rows])
     print_table("Entries stored, by expert", [line for row in rows for line in _by_expert(row)])
     print(*_conclusions(rows), sep="\n")
     write_json(args.json, "demo", rows)
@@ -47,22 +51,29 @@ def run(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> None:
     from transformers import AutoConfig
 
-    from pikv_ds.bundled import model_path
+    from pikv_ds.launch.evaluation.model_facts import experts_of
 
-    model = AutoConfig.from_pretrained(model_path(), local_files_only=True)
-    longest = model.max_position_embeddings - args.new_tokens
-    if not SHORTEST_CONTEXT <= args.context <= longest:
+    model = AutoConfig.from_pretrained(_folder(args), local_files_only=True)
+    longest, shortest = model.max_position_embeddings - args.new_tokens, SHORTEST_REAL if args.real else SHORTEST_CONTEXT
+    what, experts = f"the {'real' if args.real else 'bundled'} model", experts_of(model)
+    if not shortest <= args.context <= longest:
         raise argparse.ArgumentTypeError(
-            f"--context {args.context}: legal with --new-tokens {args.new_tokens} is "
-            f"{SHORTEST_CONTEXT} to {longest} (positions of the bundled model)"
+            f"--context {args.context}: legal with --new-tokens {args.new_tokens} is {shortest} to {longest} (positions of {what})"
         )
     if args.new_tokens < 2:
         raise argparse.ArgumentTypeError(f"--new-tokens {args.new_tokens}: legal is 2 or more (a rate needs two)")
-    if model.num_experts % args.ranks:
+    if experts % args.ranks:
         raise argparse.ArgumentTypeError(
-            f"--ranks {args.ranks}: the {model.num_experts} experts of the bundled model "
-            f"are divided over the ranks; legal are the divisors of {model.num_experts}"
+            f"--ranks {args.ranks}: the {experts} experts of {what} are divided over the ranks; legal are the divisors of {experts}"
         )
+
+
+def _folder(args: argparse.Namespace) -> Path:
+    """Raises: FileNotFoundError with the command that makes the real model."""
+    from pikv_ds.bundled import model_path
+    from pikv_ds.launch.real_model import needed
+
+    return needed("moe") if args.real else model_path()
 
 
 def _shown(row: dict[str, Any]) -> dict[str, Any]:

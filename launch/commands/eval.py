@@ -17,6 +17,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--backend", choices=BACKENDS, default="hf", help="hf: transformers, under DeepSpeed on several ranks (default)")
     add_arguments(parser)
     parser.add_argument("--ranks", type=int, default=1, metavar="R", help="ranks to start (default 1)")
+    others = "also caches of others, comma-separated: those of pikv baseline --caches (hqq:4, fp8), kvpress:NAME:SHARE kept"
+    parser.add_argument("--baseline", metavar="LIST", help=others)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,7 +39,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--context", type=int, default=1024, metavar="N", help="tokens per window and per prompt with its answer (default 1024)"
     )
-    parser.add_argument("--chunk", type=int, metavar="N", help="tokens per forward, at most 32 (default: the most that the rules allow)")
+    parser.add_argument(
+        "--chunk", type=int, metavar="N", help="tokens per forward where it is measured (default: the most that the rules allow, up to 32)"
+    )
+    before = "tokens per forward before what is measured: faster, and in-chunk attention there is on raw keys (default: as --chunk)"
+    parser.add_argument("--prefill-chunk", type=int, metavar="N", help=before)
+    parser.add_argument("--scored", type=int, metavar="N", help="tokens of a window that ppl scores, its last ones (default: half of it)")
+    parser.add_argument("--plain-prompts", action="store_true", help="prompts as plain text where the model has a chat template, too")
     parser.add_argument("--samples", type=int, default=32, metavar="N", help="windows, and prompts (default 32)")
     parser.add_argument("--batch", type=int, default=8, metavar="N", help="samples in the cache at a time (default 8)")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="chooses windows and prompts (default 0)")
@@ -84,8 +92,8 @@ def finish(args: argparse.Namespace, command: str, spec: Any, rows: list[dict[st
 def command_line(args: argparse.Namespace, program: str, given: tuple[str, ...] = ()) -> str:
     """The command that makes these rows again, every option written out but those that `program` gives."""
     skipped = ("command", "run", "json", "report", *given)
-    options = [(name, value) for name, value in vars(args).items() if name not in skipped and value is not None]
-    words = [word for name, value in options for word in (f"--{name.replace('_', '-')}", str(value))]
+    options = [(name, value) for name, value in vars(args).items() if name not in skipped and value is not None and value is not False]
+    words = [word for name, value in options for word in (f"--{name.replace('_', '-')}", *([] if value is True else [str(value)]))]
     return " ".join([program, *map(shlex.quote, words)])
 
 
@@ -135,6 +143,7 @@ def _shown(row: dict[str, Any], name: str) -> dict[str, Any]:
         "fullest rank KiB": round(max(row["kv_bytes_per_rank"]) / 1024),
         "of dense": f"{_of_dense(row):.3f}",
         "from store": f"{row['detail']['store_share']:.1%}",
+        "agreement": None if "agreement" not in row["detail"] else f"{row['detail']['agreement']:.3f}",
         "step ms": number["step_ms"],
         "attention": row["attention_impl"],
     }

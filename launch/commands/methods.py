@@ -20,15 +20,16 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from pikv_ds.launch.evaluation.sweep_figures import write_figures
+    from pikv_ds.launch.evaluation.sweep_figures import write_figures, write_real_figure
 
     from ._methods_table import Results, method_rows, written
 
     results = Results(RESULTS, SWEEPS)
     if args.doc:
         file = Path(args.doc)
-        for figure in write_figures(RESULTS, results.rows):
-            print(f"wrote {figure.name}")
+        for figure in (*write_figures(RESULTS, results.rows), write_real_figure(RESULTS, results.real_rows)):
+            if figure is not None:
+                print(f"wrote {figure.name}")
         file.write_text(written(file.read_text(encoding="utf-8"), results), encoding="utf-8")
         print(f"tables of {file} are those of {len(results.rows)} rows")
         return 0

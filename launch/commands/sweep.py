@@ -28,6 +28,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "file", nargs="?", metavar="FILE", help="families of configurations, or the name of a list in launch/sweeps (default: methods)"
     )
     parser.add_argument("--only", metavar="LIST", help="comma-separated names of families, such as compression,routing (default: all)")
+    parser.add_argument("--model", metavar="DIR", help="model folder of the runs that name none (default: the bundled model)")
     parser.add_argument("--quick", action="store_true", help="two entries of each family on short contexts: shows that it runs")
     parser.add_argument("--workers", type=int, metavar="N", help="processes of one thread each (default: one per core)")
     parser.add_argument("--report", metavar="DIR", help="also write report.html and its figures to DIR")
@@ -41,6 +42,7 @@ def run(args: argparse.Namespace) -> int:
 
     if args.report:
         check_matplotlib()
+    model = args.model and str(Path(args.model).resolve())
     file = sweep_file(args.file or "methods")
     document, only = read_sweep(file), args.only.split(",") if args.only else None
     output = Path(args.json).resolve() if args.json else None
@@ -51,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
         # Made files are named relative to their folder, so that rows hold no path of this machine.
         with contextlib.chdir(folder):
             made = make_files(files_needed(document, only, args.quick), folder)
-            items = items_of(document, only, args.quick, build_parser().parse_args, made)
+            items = items_of(document, only, args.quick, build_parser().parse_args, made, model)
             partial = Partial(output.with_name(output.name + ".partial") if output else folder / "rows.json")
             refused = _measure(items, partial, args.workers or len(os.sched_getaffinity(0)), folder)
             rows = [] if refused else [sweep_row(item, partial.rows[key_of(item.spec, item.unit)]) for item in items]
@@ -66,6 +68,7 @@ def run(args: argparse.Namespace) -> int:
         "pikv sweep",
         *([os.path.relpath(args.file) if file == Path(args.file) else args.file] if args.file else []),
         *(["--only", args.only] if args.only else []),
+        *(["--model", _named(args.model)] if args.model else []),
     ]
     _finish(args, output, " ".join(words + ["--quick"] * args.quick), rows)
     partial.remove()
@@ -77,6 +80,14 @@ def sweep_file(name: str) -> Path:
     """A file, or else a list that comes with the package."""
     named = SWEEPS / f"{name}.json"
     return named if named.is_file() and not Path(name).exists() else Path(name)
+
+
+def _named(model: str) -> str:
+    """A model folder as a recorded command names it: no path of this machine where another way says it."""
+    from pikv_ds.launch.real_model import KINDS, VARIABLE, find
+
+    made = {find(kind): kind for kind in KINDS}
+    return f"${VARIABLE}/{made[Path(model)]}" if Path(model) in made else model
 
 
 def _finish(args: argparse.Namespace, output: Path | None, command: str, rows: list[dict[str, Any]]) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from pikv_ds.config.pikv import PiKVConfig
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -41,8 +43,14 @@ COUNTS = ("read", "visible", "mass", "queries")
 class Session(Protocol):
     """One batch of requests in one cache, empty at first. All ranks make the same calls."""
 
-    def feed(self, ids: Tensor) -> Tensor:
-        """Append ids [B, T] int64 to the requests; logits [B, T, V] f32 of these tokens."""
+    def feed(self, ids: Tensor, *, last: bool = False) -> Tensor:
+        """Append ids [B, T] int64 to the requests; logits [B, T, V] f32 of these tokens, with `last` [B, 1, V] of the last ones."""
+
+    def expect(self, tokens: int) -> None:
+        """The first `tokens` of each request are its prompt: scheduling.prefill "auto" evicts nothing before they are there."""
+
+    whole: bool
+    """A prompt must come in one forward."""
 
     def memory(self) -> Memory: ...
 
@@ -54,12 +62,16 @@ class Backend(Protocol):
     """A loaded model. layers: geometry of the whole model. data_rank: which of spec.data_ranks this rank belongs to."""
 
     name: str
+    model: Any
     tokenizer: Any
     layers: list[LayerSpec]
     data_rank: int
 
     def session(self, block: dict[str, Any] | None, rows: int, length: int) -> AbstractContextManager[Session]:
         """Requests of at most `length` tokens in the cache that the "pikv" block configures; None = the host's dense cache."""
+
+    def evicts(self, block: dict[str, Any] | None) -> bool:
+        """Whether a session of it leaves entries out."""
 
     @property
     def causal_lm(self) -> Any:
@@ -72,6 +84,10 @@ class Backend(Protocol):
         """
 
     def close(self) -> None: ...
+
+
+def block_evicts(block: dict[str, Any] | None) -> bool:
+    return block is not None and PiKVConfig.parse(block).scheduling.method != "none"
 
 
 def first_of(memories: list[Memory]) -> Memory:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,12 +19,13 @@ from pikv_ds.adapters.hf.model_spec import read_model_spec
 from pikv_ds.cache.stats import dense_bytes
 from pikv_ds.launch.device import own_device
 
-from .backend import Memory, counts_of, watch
+from .backend import Memory, block_evicts, counts_of, watch
 from .spec import EvalSpec
 
 
 class HFBackend:
     name = "hf"
+    evicts = staticmethod(block_evicts)
 
     def __init__(self, spec: EvalSpec, timeout_s: float) -> None:
         dtype = getattr(torch, spec.dtype)
@@ -38,12 +40,12 @@ class HFBackend:
         self.group = own_group(members, timeout_s)
 
     @contextlib.contextmanager
-    def session(self, block: dict[str, Any] | None, rows: int, length: int) -> Iterator[_Dense | _Sharded]:
+    def session(self, block: dict[str, Any] | None, rows: int, length: int) -> Iterator[DenseSession | PiKVSession]:
         if block is None:
-            yield _Dense(self.model)
+            yield DenseSession(self.model)
             return
         with attach(self.model, block, self.group) as cache:
-            yield _Sharded(self.model, cache)
+            yield PiKVSession(self.model, cache)
 
     @property
     def causal_lm(self) -> Any:
@@ -58,13 +60,21 @@ class HFBackend:
         """Nothing outlives a session."""
 
 
-class _Sharded:
+class PiKVSession:
+    whole = False
+
     def __init__(self, model: Any, cache: Any) -> None:
         self.model, self.cache = model, cache
+        self.keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+        """A long forward need not make the logits of all its tokens."""
 
-    def feed(self, ids: Tensor) -> Tensor:
-        given = cache_argument(self.model, self.cache)
-        return self.model(ids.to(self.model.device), **given, use_cache=True).logits.float()
+    def feed(self, ids: Tensor, *, last: bool = False) -> Tensor:
+        given = cache_argument(self.model, self.cache) | ({"logits_to_keep": 1} if last and self.keeps else {})
+        logits = self.model(ids.to(self.model.device), **given, use_cache=True).logits
+        return (logits[:, -1:] if last else logits).float()
+
+    def expect(self, tokens: int) -> None:
+        self.cache.expect_prompt(tokens)
 
     def memory(self) -> Memory:
         stats = self.cache.stats()
@@ -74,12 +84,15 @@ class _Sharded:
         watch(self.cache.core, on)
 
 
-class _Dense(_Sharded):
+class DenseSession(PiKVSession):
     def __init__(self, model: Any) -> None:
         super().__init__(model, DynamicCache(config=model.config))
 
     def watch(self, on: bool) -> None:
         """Reads everything."""
+
+    def expect(self, tokens: int) -> None:
+        """Nothing is evicted."""
 
     def memory(self) -> Memory:
         held = sum(tensor.untyped_storage().nbytes() for layer in self.cache.layers for tensor in (layer.keys, layer.values))

@@ -15,7 +15,7 @@ from pikv_ds.cache.stats import dense_bytes
 from pikv_ds.errors import ConfigError
 
 from .backend import Memory, Session
-from .hf import HFBackend, _Dense
+from .hf import DenseSession, HFBackend
 
 PACKAGES = {"quanto": "optimum-quanto", "hqq": "hqq", "fp8": None}
 BITS = {"quanto": (4, 2), "hqq": (8, 4, 3, 2, 1), "fp8": (None,)}
@@ -35,8 +35,8 @@ class HFCacheKind:
     axis: int | None = None
 
     @classmethod
-    def parse(cls, text: str) -> HFCacheKind:
-        """From "quanto:4", "hqq:2", "hqq:2:1" (backend:bits:axis), "fp8"."""
+    def parse(cls, text: str, option: str = "--caches") -> HFCacheKind:
+        """From "quanto:4", "hqq:2", "hqq:2:1" (backend:bits:axis), "fp8". option: where the user gave it."""
         backend, *numbers = text.split(":")
         for nbits in BITS.get(backend, ()):
             for axis in (None, *AXES[backend]):
@@ -44,7 +44,7 @@ class HFCacheKind:
                     return cls(backend, nbits, axis)
         legal = [name if count is None else f"{name}:{count}" for name, counts in BITS.items() for count in counts]
         axes = "; ".join(f"{name} {' or '.join(map(str, axes))}" for name, axes in AXES.items() if axes)
-        raise ConfigError(f"--caches {text!r}: legal are {', '.join(legal)}, pikv:METHOD; a third field is the axis ({axes})")
+        raise ConfigError(f"{option} {text!r}: legal are {', '.join(legal)}, pikv:METHOD; a third field is the axis ({axes})")
 
     @property
     def package(self) -> str | None:
@@ -70,20 +70,20 @@ class BaselineBackend(HFBackend):
     @contextlib.contextmanager
     def session(self, block: dict[str, Any] | None, rows: int, length: int) -> Iterator[Session]:
         if block is not None and self.kind is not None:
-            yield _Quantized(self.model, self.kind.make(self.model.config), self.layers)
+            yield QuantizedSession(self.model, self.kind.make(self.model.config), self.layers)
             return
         with super().session(block, rows, length) as session:
             yield session
 
 
-class _Quantized(_Dense):
+class QuantizedSession(DenseSession):
     def __init__(self, model: Any, cache: QuantizedCache, layers: list) -> None:
         super().__init__(model)
         self.cache, self.layers, self.rows = cache, layers, 0
 
-    def feed(self, ids: Tensor) -> Tensor:
+    def feed(self, ids: Tensor, *, last: bool = False) -> Tensor:
         self.rows = len(ids)
-        return super().feed(ids)
+        return super().feed(ids, last=last)
 
     def memory(self) -> Memory:
         held = bytes_of(self.cache.layers)

@@ -22,7 +22,7 @@ def evaluate(spec: EvalSpec, units: list[Unit], partial: Partial | None, stdout:
     with open_backend(spec, units) as backend, torch.no_grad():
         prose = prose_of(backend, spec)
         for unit in units:
-            title = f"{unit.task}, {method_name(_config(unit))}"
+            title = f"{unit.task}, {unit.other or method_name(_config(unit))}"
             with progress_bar(title, _own_samples(spec), stdout) as advance:
                 row = measure_unit(backend, spec, prose, unit, advance)
             if partial is not None:
@@ -39,14 +39,30 @@ def prose_of(backend: Any, spec: EvalSpec) -> Any:
 
 def measure_unit(backend: Any, spec: EvalSpec, prose: Any, unit: Unit, advance: Callable[[int], None]) -> dict[str, Any]:
     """The row of one unit, the same on every rank. Collective over the job; call it under torch.no_grad()."""
-    from pikv_ds.launch.evaluation.ppl import measure_ppl
-    from pikv_ds.launch.evaluation.recall import measure_recall
     from pikv_ds.launch.evaluation.rows import Measured, build_row
+
+    measure = _measure(unit.task)
+    if unit.other is None:
+        return build_row(backend, spec, unit, Measured(backend.data_rank, *measure(backend, spec, prose, unit.block, advance)))
+    from pikv_ds.launch.evaluation.others import Beside, named, parse_other
+
+    beside = Beside(backend, parse_other(unit.other))
+    row = build_row(beside, spec, unit, Measured(backend.data_rank, *measure(beside, spec, prose, {}, advance)))
+    return named(row, beside.other)
+
+
+def _measure(task: str) -> Callable:
+    """(backend, spec, prose, block, advance) -> result, Memory, tokens."""
+    from pikv_ds.launch.evaluation.agreement import measure_agreement
+    from pikv_ds.launch.evaluation.ppl import measure_ppl
+    from pikv_ds.launch.evaluation.recall import measure_answers, measure_recall
+    from pikv_ds.launch.evaluation.ruler import ruler_prompts
     from pikv_ds.launch.evaluation.size import measure_bytes
 
-    measure = {"ppl": measure_ppl, "recall": measure_recall, "bytes": measure_bytes}[unit.task]
-    result, memory, tokens = measure(backend, spec, prose, unit.block, advance)
-    return build_row(backend, spec, unit, Measured(backend.data_rank, result, memory, tokens))
+    own = {"ppl": measure_ppl, "recall": measure_recall, "bytes": measure_bytes, "agreement": measure_agreement}
+    if task in own:
+        return own[task]
+    return lambda backend, spec, prose, block, advance: measure_answers(backend, spec, ruler_prompts(spec, prose, task), block, advance)
 
 
 def backend_class(name: str) -> type:

@@ -27,7 +27,7 @@ from pikv_ds.megatron_patch.hf_weights import load_hf_weights
 from pikv_ds.megatron_patch.layers import find_layers
 from pikv_ds.spec import LayerSpec
 
-from .backend import Memory, counts_of, watch
+from .backend import Memory, block_evicts, counts_of, watch
 from .megatron_lm import Group, GroupedCache, MegatronCausalLM
 from .spec import EvalSpec
 from .tokenizer import check_vocabulary, open_tokenizer
@@ -35,6 +35,7 @@ from .tokenizer import check_vocabulary, open_tokenizer
 
 class MegatronBackend:
     name = "megatron"
+    evicts = staticmethod(block_evicts)
 
     def __init__(self, spec: EvalSpec, timeout_s: float) -> None:
         """torch.distributed is initialised; the process groups of Megatron are made here and end with close()."""
@@ -101,12 +102,17 @@ class MegatronBackend:
 
 
 class _Dense:
+    whole = False
+
     def __init__(self, model: Any, context: Any) -> None:
         self.model, self.context = model, context
         all_logits(context)
         self.device = next(model.parameters()).device
 
-    def feed(self, ids: Tensor) -> Tensor:
+    def expect(self, tokens: int) -> None:
+        """Nothing is evicted."""
+
+    def feed(self, ids: Tensor, *, last: bool = False) -> Tensor:
         start, (rows, columns) = self.context.sequence_len_offset, ids.shape
         positions = torch.arange(start, start + columns, device=self.device).expand(rows, -1)
         # Megatron's convention: True hides. Without a mask a chunk after the first would be taken for one without a past.
@@ -114,7 +120,7 @@ class _Dense:
         mask = hidden if columns > 1 else None
         logits = self.model(ids.to(self.device), positions, mask, inference_context=self.context, runtime_gather_output=True)
         self.context.increment_sequence_len_offset(columns)
-        return logits.float()
+        return (logits[:, -1:] if last else logits).float()
 
     def memory(self) -> Memory:
         held = [tensor for pair in self.context.key_value_memory_dict.values() for tensor in pair]
@@ -127,6 +133,9 @@ class _Dense:
 
 
 class _Sharded(_Dense):
+    def expect(self, tokens: int) -> None:
+        self.context.expect_prompt(tokens)
+
     def memory(self) -> Memory:
         stats = self.context.stats()
         return Memory(stats["kv_bytes_allocated"], stats["kv_bytes_dense"], stats["attention_impl"], *counts_of(self.context.core))

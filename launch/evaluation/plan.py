@@ -28,10 +28,13 @@ def read_spec(args: argparse.Namespace) -> tuple[EvalSpec, list[Unit]]:
     if args.report:
         check_matplotlib()
     source = source_of(args)
-    for name in ("samples", "batch", "ranks", "tp"):
-        if getattr(args, name) < 1:
-            raise ConfigError(f"--{name} {getattr(args, name)}: legal is 1 or more")
+    for name in ("samples", "batch", "ranks", "tp", "prefill_chunk", "scored"):
+        if (given := getattr(args, name)) is not None and given < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} {given}: legal is 1 or more")
     _check_context(args.context, source.facts.longest)
+    if args.scored is not None and args.scored > args.context // 2:
+        raise ConfigError(f"--scored {args.scored}: legal with --context {args.context} is 1 to {args.context // 2}, half of the window")
+    others = _others(args)
     ep = expert_ranks(args, source.facts.experts)
     spec = EvalSpec(
         backend=args.backend,
@@ -40,7 +43,10 @@ def read_spec(args: argparse.Namespace) -> tuple[EvalSpec, list[Unit]]:
         tokenizer=source.tokenizer,
         text=_file(args.text),
         context=args.context,
-        chunk=fit_chunk(source.facts.layers, args.context, args.chunk),
+        chunk=fit_chunk(source.facts.layers, args.context, args.chunk, args.scored),
+        prefill_chunk=args.prefill_chunk,
+        scored=args.scored,
+        template=False if args.plain_prompts else None,
         samples=args.samples,
         batch=args.batch,
         seed=args.seed,
@@ -55,7 +61,22 @@ def read_spec(args: argparse.Namespace) -> tuple[EvalSpec, list[Unit]]:
             f"--samples {spec.samples} with --requests distinct: {spec.data_ranks} ranks take equal shares; "
             f"use a multiple of {spec.data_ranks}"
         )
-    return spec, [Unit(task=task, block=chosen) for chosen in (None, *blocks) for task in tasks]
+    units = [Unit(task=task, block=chosen) for chosen in (None, *blocks) for task in tasks]
+    return spec, units + [Unit(task=task, block=None, other=other) for other in others for task in tasks if task != "bytes"]
+
+
+def _others(args: argparse.Namespace) -> list[str]:
+    """Names of the caches of --baseline. Raises: ConfigError, also where a package of one is missing."""
+    if getattr(args, "baseline", None) is None:
+        return []
+    if args.backend != "hf" or args.ranks != 1:
+        raise ConfigError(f"--baseline {args.baseline}: they run on one rank of --backend hf, here are {args.ranks} of {args.backend}")
+    from .others import parse_other
+
+    names = args.baseline.split(",")
+    for name in names:
+        parse_other(name).check()
+    return names
 
 
 class Source(NamedTuple):

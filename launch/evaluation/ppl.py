@@ -14,10 +14,10 @@ from pikv_ds.bundled.recall import Prose
 from pikv_ds.errors import ConfigError
 
 from .backend import Backend, Memory, Session, first_of
-from .spec import EvalSpec, scored_queries
+from .spec import EvalSpec, pieces, scored_queries
 
-MOST_KEPT = 1 << 28  # bytes
-_KEPT: WeakKeyDictionary[Backend, tuple[EvalSpec, dict[int, tuple[Tensor, Memory]]]] = WeakKeyDictionary()
+MOST_KEPT = 1 << 30  # bytes
+_KEPT: WeakKeyDictionary[Any, tuple[EvalSpec, dict[int, tuple[Tensor, Memory]]]] = WeakKeyDictionary()
 
 
 class PplSums(NamedTuple):
@@ -37,7 +37,7 @@ def measure_ppl(
     sums, memories = [], []
     for start in range(0, len(windows), spec.batch):
         ids = windows[start : start + spec.batch]
-        targets = ids[:, [query + 1 for query in scored_queries(spec.context)]]
+        targets = ids[:, [query + 1 for query in scored_queries(spec.context, spec.scored)]]
         dense, memory = _dense(backend, spec, ids, start)
         own = dense
         if block is not None:
@@ -52,9 +52,9 @@ def measure_ppl(
 
 def _dense(backend: Backend, spec: EvalSpec, ids: Tensor, start: int) -> tuple[Tensor, Memory]:
     """Scored log-probabilities by the host's cache: the same for every configuration of a run, so they are kept while they are small."""
-    run, kept = _KEPT.get(backend, (None, {}))
+    run, kept = _KEPT.get(backend.model, (None, {}))
     if run != spec:
-        _KEPT[backend] = spec, (kept := {})
+        _KEPT[backend.model] = spec, (kept := {})
     if start not in kept:
         with backend.session(None, len(ids), spec.context) as session:
             found = _scored_log_probs(session, ids, spec)
@@ -79,15 +79,24 @@ def windows_of(spec: EvalSpec, prose: Prose, data_rank: int) -> Tensor:
 
 
 def _scored_log_probs(session: Session, ids: Tensor, spec: EvalSpec) -> tuple[Tensor, Memory]:
-    """[B, scored, V] f32 log-probabilities of the scored queries, the window fed in chunks; the cache then, counted over their chunks."""
-    first, past = scored_queries(spec.context).start, scored_queries(spec.context).stop
+    """[B, scored, V] f32 log-probabilities of the scored queries; the cache then, counted over their chunks. What comes before the first
+    of these chunks is the prompt."""
+    scored = scored_queries(spec.context, spec.scored)
     kept = []
-    for start in range(0, spec.context, spec.chunk):
-        if start <= first < start + spec.chunk:
+    parts = pieces(spec.context, spec, scored.start)
+    if session.whole:  # all before the first scored chunk at once
+        first = next(start for start, end in parts if end > scored.start)
+        parts = [(0, first), *((start, end) for start, end in parts if start >= first)]
+    session.expect(next(start for start, end in parts if end > scored.start))
+    for start, end in parts:
+        if end <= scored.start:
+            session.feed(ids[:, start:end], last=True)
+            continue
+        if not kept:
             before = session.memory()
             session.watch(True)
-        logits = session.feed(ids[:, start : start + spec.chunk])
-        kept.append(logits[:, max(first - start, 0) : max(past - start, 0)].log_softmax(-1).cpu())
+        logits = session.feed(ids[:, start:end])
+        kept.append(logits[:, max(scored.start - start, 0) : max(scored.stop - start, 0)].log_softmax(-1).cpu())
     return torch.cat(kept, 1), session.memory().counted_from(before)
 
 

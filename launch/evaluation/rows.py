@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -11,10 +11,11 @@ from pikv_ds.cache.stats import dense_bytes
 from pikv_ds.config.pikv import PiKVConfig
 from pikv_ds.launch.ranks import gather
 
+from .agreement import CHOSEN, Agreed
 from .backend import Backend, Memory
 from .ppl import PplSums
 from .recall import Answer
-from .spec import COLUMNS, EvalSpec, Unit, store_share
+from .spec import COLUMNS, RULER, EvalSpec, Unit, store_share
 
 DEPTH_BINS = 5
 
@@ -67,8 +68,10 @@ def build_row(backend: Backend, spec: EvalSpec, unit: Unit, own: Measured) -> di
         "kv_bytes_dense_per_rank": [measured.memory.dense for measured in ranks],
         "fullest_shard_over_mean": ranks[0].memory.fullest_shard,
         "misses_per_shard": ranks[0].memory.misses,
-        "store_share": store_share(backend.layers, spec.context, spec.chunk),
+        "store_share": store_share(backend.layers, spec.context, spec.chunk, spec.scored),
     }
+    if spec.prefill_chunk is not None:
+        row["detail"]["prefill_chunk"] = spec.prefill_chunk
     assert set(row) == {*COLUMNS, "detail"}, sorted(row)
     return row
 
@@ -107,7 +110,7 @@ def _reads_all(config: PiKVConfig | None) -> bool:
 
 def _two_byte_bytes(backend: Backend, spec: EvalSpec, unit: Unit) -> float:
     """Bytes per token of an ordinary cache of 2-byte elements with the same requests in it."""
-    tokens = spec.context - 1 if unit.task == "recall" else spec.context
+    tokens = spec.context if unit.task in ("ppl", "bytes") else spec.context - 1
     return sum(dense_bytes(layer, 1, tokens, 2) for layer in backend.layers) / tokens
 
 
@@ -119,16 +122,29 @@ def _ppl_quality(results: Sequence[PplSums]) -> tuple[dict, dict]:
 
 def _recall_quality(results: Sequence[tuple[list[Answer], list[float]]]) -> tuple[dict, dict]:
     answers = [answer for found, _ in results for answer in found]
-    share = lambda chosen: [sum(answer.found for answer in chosen), len(chosen)]  # noqa: E731
-    depth_bin = lambda answer: min(int(answer.depth * DEPTH_BINS), DEPTH_BINS - 1)  # noqa: E731
+    share = lambda chosen: [_total(answer.found for answer in chosen), len(chosen)]  # noqa: E731
+    depth_bin = lambda answer: None if answer.depth is None else min(int(answer.depth * DEPTH_BINS), DEPTH_BINS - 1)  # noqa: E731
     detail = {
         "found_by_kind": {kind: share([a for a in answers if a.kind == kind]) for kind in sorted({a.kind for a in answers})},
         "found_by_depth": [share([a for a in answers if depth_bin(a) == idx]) for idx in range(DEPTH_BINS)],
     }
     if answers[0].found_after is not None:
-        detail["found_question_after_eviction"] = [sum(bool(answer.found_after) for answer in answers), len(answers)]
+        detail["found_question_after_eviction"] = [_total(answer.found_after for answer in answers), len(answers)]
     found, asked = share(answers)
     return {"recall": found / asked, "step_ms": median(results[0][1])}, detail
 
 
-_QUALITY = {"ppl": _ppl_quality, "recall": _recall_quality, "bytes": lambda results: ({}, {})}
+def _total(found: Iterable[float]) -> float:
+    """A whole number where prompts were answered or not."""
+    total = sum(found)
+    return int(total) if total == int(total) else round(total, 3)
+
+
+def _agreement_quality(results: Sequence[list[Agreed]]) -> tuple[dict, dict]:
+    rows = [row for result in results for row in result]
+    detail = {"agreement": sum(row.alike for row in rows) / (CHOSEN * len(rows))}
+    return {}, detail | {"tokens_until_first_difference": sum(row.until_first for row in rows) / len(rows), "tokens_chosen": CHOSEN}
+
+
+_QUALITY = {"ppl": _ppl_quality, "bytes": lambda results: ({}, {}), "agreement": _agreement_quality}
+_QUALITY |= dict.fromkeys(("recall", *RULER), _recall_quality)

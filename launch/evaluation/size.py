@@ -9,7 +9,7 @@ from pikv_ds.bundled.recall import Prose
 
 from .backend import Backend, Memory
 from .ppl import windows_of
-from .spec import EvalSpec
+from .spec import EvalSpec, pieces
 
 DECODED = 8  # last tokens, fed one by one: a policy that keeps the prompt evicts in decode steps
 
@@ -22,8 +22,9 @@ def measure_bytes(
     ids = windows[: spec.batch]
     with backend.session(block, len(ids), spec.context) as session:
         before = session.memory() if block is not None else None
-        for part in ids[:, :-DECODED].split(spec.chunk, 1):
-            session.feed(part)
+        session.expect(ids.shape[1] - DECODED)
+        for start, end in pieces(ids.shape[1] - DECODED, spec, ids.shape[1]):
+            session.feed(ids[:, start:end], last=True)
         for column in ids[:, -DECODED:].split(1, 1):
             session.feed(column)
         memory = session.memory()

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from pikv_ds.bundled import model_path
 from pikv_ds.config.pikv import PiKVConfig
 from pikv_ds.errors import ConfigError
+from pikv_ds.launch.real_model import KINDS, find
 
 from .plan import read_spec
 from .spec import TASKS, EvalSpec, Unit
@@ -61,11 +62,13 @@ def read_sweep(file: Path) -> dict[str, Any]:
     return document
 
 
-def items_of(document: dict[str, Any], only: Sequence[str] | None, quick: bool, parse_eval: Any, made: dict[str, str]) -> list[Item]:
+def items_of(
+    document: dict[str, Any], only: Sequence[str] | None, quick: bool, parse_eval: Any, made: dict[str, str], model: str | None = None
+) -> list[Item]:
     """What to measure, in the order of the file, each unit once.
 
     Args: only: names of families, None = all. quick: little of everything. parse_eval: list of words of `pikv eval` -> its arguments.
-        made: paths of the files that the sweep makes.
+        made: paths of the files that the sweep makes. model: the folder of runs that name none; None = the bundled model.
     """
     families = document["families"]
     for name in only or ():
@@ -75,7 +78,7 @@ def items_of(document: dict[str, Any], only: Sequence[str] | None, quick: bool, 
     for name in only or families:
         family = families[name]
         for run in family["runs"]:
-            options = run["options"] | (family.get("quick", {}) if quick else {})
+            options = ({"model": model} if model else {}) | run["options"] | (family.get("quick", {}) if quick else {})
             spec = _spec(_fill(options, made), run["tasks"], parse_eval)
             entries = [entry for entry in family["entries"] if entry["label"] in run.get("of", [entry["label"]])]
             chosen = [(None, DENSE, None)]
@@ -124,5 +127,12 @@ def files_needed(document: dict[str, Any], only: Sequence[str] | None, quick: bo
 
 def sweep_row(item: Item, row: dict[str, Any]) -> dict[str, Any]:
     """A row of `pikv eval` that also says which entry of the sweep it is, and on which model."""
-    model = "bundled" if item.spec.model == str(model_path()) else Path(item.spec.model).name
-    return row | {"detail": {"family": item.family, "label": item.label, "model": model} | row["detail"]}
+    return row | {"detail": {"family": item.family, "label": item.label, "model": model_name(Path(item.spec.model))} | row["detail"]}
+
+
+def model_name(path: Path) -> str:
+    """What rows call a model: its folder's name, but for those that come with the package or are made by it."""
+    if path == model_path():
+        return "bundled"
+    made = {find(kind): kind for kind in KINDS}
+    return f"smollm2 {made[path]}" if path in made else path.name

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from .spec import RULER
+
 Row = dict[str, Any]
 
 QUALITY = ("ppl_change_pct", "kl", "mass_recall", "entries_read")
@@ -18,8 +20,9 @@ def records_of(rows: Sequence[Row], family: str) -> dict[str, Row]:
     """One record per label. Figures of text come from the shortest context it was measured at, bytes from the longest.
 
     Keys: config, attention, ppl_change_pct, kl, mass_recall, entries_read, ppl_change_long_pct (and long_context), recall, recall_after,
-    bytes_per_token, compression, bytes_context, compression_other (of another model than the bundled one), ranks, rank_ratio (2-byte
-    dense cache of a rank / the fullest rank's bytes); None where not measured.
+    bytes_per_token, compression, bytes_context, compression_other (of another model), ranks, rank_ratio (2-byte dense cache of a rank /
+    the fullest rank's bytes), agreement; None where not measured. The model is the bundled one, where rows are of it, else that of the
+    first row. RULER's tasks: {task: (found, found with the question after eviction or None)}.
     """
     own: dict[str, list[Row]] = {}
     for row in rows:
@@ -29,8 +32,10 @@ def records_of(rows: Sequence[Row], family: str) -> dict[str, Row]:
 
 
 def _record(rows: Sequence[Row]) -> Row:
-    bundled = [row for row in rows if row["detail"]["model"] == "bundled"]
-    other = [row for row in rows if row["detail"]["model"] != "bundled"]
+    models = [row["detail"]["model"] for row in rows]
+    of = "bundled" if "bundled" in models else models[0]
+    bundled = [row for row in rows if row["detail"]["model"] == of]
+    other = [row for row in rows if row["detail"]["model"] != of]
     texts = sorted((row for row in bundled if row["task"] == "ppl"), key=lambda row: row["context"])
     facts = [row for row in bundled if row["task"] == "recall"]
     # Same context: the row of the task that only measures bytes comes last.
@@ -39,11 +44,18 @@ def _record(rows: Sequence[Row]) -> Row:
     record |= {name: texts[0][name] if texts else None for name in QUALITY}
     longer = texts[-1] if len({row["context"] for row in texts}) > 1 else None
     record |= {"ppl_change_long_pct": longer and longer["ppl_change_pct"], "long_context": longer and longer["context"]}
-    after = facts[0]["detail"].get("found_question_after_eviction") if facts else None
-    record |= {"recall": facts[0]["recall"] if facts else None, "recall_after": after and after[0] / after[1]}
+    found, after = _found(facts[0]) if facts else (None, None)
+    record |= {"recall": found, "recall_after": after}
+    record["ruler"] = {row["task"]: _found(row) for row in bundled if row["task"] in RULER}
+    record["agreement"] = next((row["detail"]["agreement"] for row in bundled if row["task"] == "agreement"), None)
     record |= {"bytes_per_token": sized["bytes_per_token"], "compression": sized["compression"], "bytes_context": sized["context"]}
     record |= {"ranks": sized["ranks"], "rank_ratio": _rank_ratio(sized) if sized["ranks"] > 1 else None}
     return record | {"compression_other": other[0]["compression"] if other else None}
+
+
+def _found(row: Row) -> tuple[float, float | None]:
+    after = row["detail"].get("found_question_after_eviction")
+    return row["recall"], after and after[0] / after[1]
 
 
 def _rank_ratio(row: Row) -> float:

@@ -1,4 +1,4 @@
-"""One rank of `pikv demo`. Arguments: result file, prompt tokens, new tokens. Rank 0 writes the rows."""
+"""One rank of `pikv demo`. Arguments: result file, prompt tokens, new tokens, and with --real the model folder. Rank 0 writes the rows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from pikv_ds.launch.ranks import gather, own_stdout
 
-EXPERT_PARALLEL = {"enabled": True, "preset_model": "qwen3_moe"}
+EXPERT_PARALLEL = {"enabled": True}
 
 
 class Generated(NamedTuple):
@@ -38,15 +38,53 @@ class StepClock:
         return self.times[-1] - self.times[1]
 
 
-def build_engine(ranks: int, block: dict) -> Any:
+class Prompt(NamedTuple):
+    ids: list[int]
+    answer: str
+    question: str
+
+
+def bundled_prompt(tokenizer: Any, length: int, new_tokens: int, seed: int) -> Prompt:
+    from pikv_ds.bundled import passkey_prompt
+
+    ids, key = passkey_prompt(tokenizer, length, seed=seed)
+    return Prompt(ids, key, "What is" + tokenizer.decode(ids[-24:]).rpartition("What is")[2])
+
+
+def real_prompt(tokenizer: Any, length: int, new_tokens: int, seed: int) -> Prompt:
+    """As task passkey of `pikv eval` asks, in the model's chat template."""
+    from pikv_ds.bundled import evaluation_text
+    from pikv_ds.bundled.recall import Prose
+    from pikv_ds.launch.evaluation.asked import Frame
+    from pikv_ds.launch.evaluation.ruler import passkey_of_length
+
+    prose = Prose(tokenizer, evaluation_text())
+    made = passkey_of_length(Frame(prose, None), length, 0.5, seed)
+    asked = tokenizer.decode(made.ids[-made.question_tokens :]).strip().partition("?")[0] + "?"
+    return Prompt(made.ids, made.answers[0], asked)
+
+
+def load(folder: str | None) -> tuple[Any, Any]:
+    """The model in eval mode in float32, and its tokenizer; None: the bundled one."""
+    from pikv_ds import bundled
+
+    if folder is None:
+        return bundled.load()
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    return model.eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def build_engine(ranks: int, block: dict, folder: str | None) -> Any:
     import pikv_ds
     from pikv_ds.adapters.deepspeed.autoep_shim import registry_shim
-    from pikv_ds.bundled import load
 
     config = {"train_micro_batch_size_per_gpu": 1, "expert_parallel": {**EXPERT_PARALLEL, "autoep_size": ranks}, "pikv": block}
     # With PiKV off nothing is patched, and AutoEP alone does not load Qwen3-MoE on transformers 5.23.
     with registry_shim():
-        engine = pikv_ds.initialize(model=load()[0], config=config)[0]
+        engine = pikv_ds.initialize(model=load(folder)[0], config=config)[0]
     engine.eval()
     return engine
 
@@ -121,11 +159,13 @@ def main() -> None:
     stdout = own_stdout()
     import deepspeed
     import torch.distributed as dist
+    from transformers import AutoTokenizer
 
-    from pikv_ds.bundled import load, passkey_prompt
-    from pikv_ds.launch.commands.demo import SHORTEST_CONTEXT
+    from pikv_ds.bundled import model_path
+    from pikv_ds.launch.commands.demo import SHORTEST_CONTEXT, SHORTEST_REAL
 
     result, context, new_tokens = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    folder = sys.argv[4] if len(sys.argv) > 4 else None
     deepspeed.init_distributed()
     rank, ranks = dist.get_rank(), dist.get_world_size()
 
@@ -133,11 +173,13 @@ def main() -> None:
         if rank == 0:
             print(text, file=stdout, flush=True)
 
-    tokenizer = load()[1]
-    long_prompt, pass_key = passkey_prompt(tokenizer, context, seed=0)
-    short_prompt, _ = passkey_prompt(tokenizer, max(SHORTEST_CONTEXT, context // 8), seed=1)
+    tokenizer = AutoTokenizer.from_pretrained(folder or model_path(), local_files_only=True)
+    make = bundled_prompt if folder is None else real_prompt
+    asked = make(tokenizer, context, new_tokens, 0)
+    long_prompt = asked.ids
+    short_prompt = make(tokenizer, max(SHORTEST_CONTEXT if folder is None else SHORTEST_REAL, context // 8), new_tokens, 1).ids
     say("building the model twice, with the dense cache and with PiKV")
-    engines = {"dense": build_engine(ranks, {"enabled": False}), "pikv": build_engine(ranks, {})}
+    engines = {"dense": build_engine(ranks, {"enabled": False}, folder), "pikv": build_engine(ranks, {}, folder)}
     rows = []
     for suffix, ids in (("", long_prompt), ("-distinct", long_prompt if rank == 0 else short_prompt)):
         contexts = [len(long_prompt)] + [len(long_prompt) if not suffix else len(short_prompt)] * (ranks - 1)
@@ -150,8 +192,7 @@ def main() -> None:
             if hasattr(engine, "pikv"):
                 engine.pikv.reset()
     if rank == 0:
-        question = "What is" + tokenizer.decode(long_prompt[-24:]).rpartition("What is")[2]
-        Path(result).write_text(json.dumps({"rows": rows, "pass_key": pass_key, "question": question}))
+        Path(result).write_text(json.dumps({"rows": rows, "pass_key": asked.answer, "question": asked.question}))
     dist.barrier()
     dist.destroy_process_group()
 

@@ -7,8 +7,6 @@ from typing import Any
 
 import torch.distributed as dist
 
-from .messages import Answer, Plan
-
 
 class Control:
     """Over a gloo group of its own, so that no message of a cache meets one of these. One rank: no communication."""
@@ -20,16 +18,17 @@ class Control:
         if self.size > 1:
             self.group = dist.new_group(list(range(self.size)), timeout=timedelta(seconds=timeout_s), backend="gloo")
 
-    def tell(self, plan: Plan) -> None:
+    def tell(self, plan: Any) -> None:
+        """A Plan; what a chat tells its ranks (launch/chat)."""
         if self.group is not None:
             dist.broadcast_object_list([plan], 0, group=self.group)
 
-    def listen(self) -> Plan:
+    def listen(self) -> Any:
         heard: list[Any] = [None]
         dist.broadcast_object_list(heard, 0, group=self.group)
         return heard[0]
 
-    def collect(self, own: Answer) -> list[Answer]:
+    def collect(self, own: Any) -> list[Any]:
         """Of all ranks, in their order; on rank 0."""
         if self.group is None:
             return [own]
@@ -37,5 +36,5 @@ class Control:
         dist.gather_object(own, answers, 0, group=self.group)
         return answers
 
-    def answer(self, own: Answer) -> None:
+    def answer(self, own: Any) -> None:
         dist.gather_object(own, None, 0, group=self.group)

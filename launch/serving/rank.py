@@ -78,4 +78,4 @@ class Rank:
         start, source = sequence.stored, sequence.source
         sequence.stored, sequence.source = start + count, -1
         wants_all = sequence.sampling.echo and sequence.sampling.logprobs is not None and start < sequence.prompt
-        return Piece(number, sequence.tokens[start : start + count], start, source, wants_all)
+        return Piece(number, sequence.tokens[start : start + count], start, source, wants_all, sequence.prompt)

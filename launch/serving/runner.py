@@ -20,6 +20,8 @@ class Piece(NamedTuple):
     """The request whose first `start` tokens it takes over; -1: it continues itself, or begins."""
     all_logits: bool
     """Logits of every token, else of the last."""
+    prompt: int = 0
+    """Tokens of its prompt."""
 
 
 class Runner(Protocol):

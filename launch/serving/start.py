@@ -10,14 +10,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import IO
+from typing import IO, Protocol
 
 import torch
 import torch.distributed as dist
 
 from pikv_ds.launch.ranks import end_group, rank_environment
-
-from .spec import ServeSpec
 
 _HOST = "127.0.0.1"
 _LOG_LINES = 30
@@ -27,10 +25,21 @@ class RankEnded(RuntimeError):
     """A rank of the service has ended; the message holds the end of what it logged."""
 
 
+class Job(Protocol):
+    """What is needed of a spec here: of a service's, or of a chat's."""
+
+    backend: str
+    ranks: int
+    threads: int
+    timeout_s: float
+
+    def to_json(self) -> str: ...
+
+
 class Ranks:
     """Ranks 1 ... of a service, children of this process."""
 
-    def __init__(self, spec: ServeSpec, port: int) -> None:
+    def __init__(self, spec: Job, port: int, module: str) -> None:
         self._logs: list[IO[str]] = []
         self._processes: list[subprocess.Popen] = []
         for rank in range(1, spec.ranks):
@@ -39,7 +48,7 @@ class Ranks:
             # In a session of its own: Ctrl-C is for rank 0, which tells the others when it is done.
             self._processes.append(
                 subprocess.Popen(
-                    [sys.executable, "-m", "pikv_ds.launch.serving.follow", str(port), spec.to_json()],
+                    [sys.executable, "-m", module, str(port), spec.to_json()],
                     env=rank_environment(spec.ranks) | variables, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
                 )
             )  # fmt: skip
@@ -69,14 +78,14 @@ class Ranks:
 
 
 @contextmanager
-def ranks_of(spec: ServeSpec) -> Iterator[Ranks | None]:
-    """Start the others and join them; they load the model meanwhile. None: there are none. Raises: RankEnded."""
+def ranks_of(spec: Job, module: str = "pikv_ds.launch.serving.follow") -> Iterator[Ranks | None]:
+    """Start the others, which run `module`, and join them; they load the model meanwhile. None: there are none. Raises: RankEnded."""
     if spec.ranks == 1 and spec.backend == "hf":  # Megatron asks for a group, also of one
         yield None
         return
     # A store of our own: while we wait for the others in it, we can see whether they live.
     store = dist.TCPStore(_HOST, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=spec.timeout_s))
-    ranks = Ranks(spec, store.port)
+    ranks = Ranks(spec, store.port, module)
     try:
         while not store.check([_ready(rank) for rank in range(1, spec.ranks)]):
             ranks.check()
@@ -92,7 +101,7 @@ def ranks_of(spec: ServeSpec) -> Iterator[Ranks | None]:
         dist.destroy_process_group()
 
 
-def join(port: int, spec: ServeSpec) -> None:
+def join(port: int, spec: Job) -> None:
     """Of a rank that was started by Ranks, once it has imported what it needs."""
     rank = int(os.environ["RANK"])
     os.environ.update(MASTER_ADDR=_HOST, MASTER_PORT=str(port))
@@ -101,7 +110,7 @@ def join(port: int, spec: ServeSpec) -> None:
     _join(store, rank, spec)
 
 
-def _join(store: dist.Store, rank: int, spec: ServeSpec) -> None:
+def _join(store: dist.Store, rank: int, spec: Job) -> None:
     cuda = torch.cuda.device_count() >= spec.ranks
     if cuda:
         torch.cuda.set_device(rank)

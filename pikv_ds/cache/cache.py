@@ -193,7 +193,7 @@ class PiKVCache(HostFace):
         self.step = Step(
             agreed.shapes, self.agreement.own, before, after, self.device,
             hold=hold, margin=margin, late_experts=self.late_experts, rehearsal=any(one.rehearsal for one in announced),
-            unsettled=[one.unsettled for one in announced], aligned=agreed.aligned,
+            unsettled=[one.unsettled for one in announced], aligned=agreed.aligned, prompt=agreed.prompt,
         )  # fmt: skip
         if self.retention is not None:
             self.retention.before_forward(self.step)

@@ -32,8 +32,10 @@ class SchedulingConfig(MethodBlock):
     head_floor: float = Field(0.2, ge=0, le=1, description="Share of its uniform budget that an adaptive head has at least.")
     granularity: Literal["page"] = Field("page", description="What leaves together; with page_size 1 a page is one entry.")
     interval: int = Field(1, ge=1, description="Decode steps between two evictions; a prefill chunk is always followed by one.")
-    prefill: Literal["evict", "keep"] = Field(
-        "evict", description="Evict after every prefill chunk, or keep the whole prompt until the first decode step."
+    prefill: Literal["auto", "evict", "keep"] = Field(
+        "auto",
+        description="A prompt in chunks: keep it until its end where its length is known, else as evict; evict after every chunk; or keep "
+        "it until the first decode step.",
     )
     sink_tokens: int = Field(4, ge=0, description="First tokens of a request, never evicted; part of the budget.")
     recent_tokens: int = Field(64, ge=0, description="Latest tokens of a request, never evicted; part of the budget.")

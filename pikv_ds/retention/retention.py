@@ -56,12 +56,16 @@ class Retention:
         self.steps, self.due = 0, False
 
     def before_forward(self, step: Step) -> None:
-        """Evict what could not go after the last forward. A prompt that is kept whole waits for the first decode step, and a row some of
-        whose tokens may still be taken back until it is known which stay."""
-        if self.due and (step.decode or self.config.prefill == "evict"):
-            if self.evict(step.lens_before_host, step.unsettled):
+        """Evict what could not go after the last forward. A prompt that is kept whole waits for the first decode step, or for its end where
+        that is known; and a row some of whose tokens may still be taken back until it is known which stay."""
+        if self.due and (step.decode or self.config.prefill != "keep"):
+            waits = step.unsettled
+            if step.prompt and self.config.prefill == "auto":
+                within = step.within_prompt(step.lens_before_host)
+                waits = [a or b for a, b in zip(within, waits or within, strict=True)]
+            if self.evict(step.lens_before_host, waits):
                 self.pages.shrink()
-            self.due = any(step.unsettled)
+            self.due = any(waits)
 
     def after_forward(self, step: Step) -> bool:
         """Evict what this forward made too much, unless a crop may still take back its tokens. Returns whether pages left."""
@@ -69,7 +73,10 @@ class Retention:
         if step.decode and self.steps % self.config.interval:
             return False
         self.due = True
-        return not step.hold and (step.decode or self.config.prefill == "evict") and self.evict(step.lens_after_host)
+        if step.hold or not (step.decode or self.config.prefill != "keep"):
+            return False
+        waits = step.within_prompt(step.lens_after_host) if self.config.prefill == "auto" else ()
+        return self.evict(step.lens_after_host, waits)
 
     def evict(self, lens: list[int], waits: Sequence[bool] = ()) -> bool:
         """Free pages of all rows that are over their budget, but of those that wait. Collectives: one when there are several ranks and some

@@ -8,7 +8,7 @@ do, a frame goes before the record and carries the header (pikv_ds/exchange/turn
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Self
 
@@ -60,6 +60,7 @@ class Agreed:
     restart: bool  # every request is new
     identity: bool  # rows continue themselves
     aligned: bool = False  # the tokens of every row are its first columns
+    prompt: Sequence[int] = ()  # per row, tokens of its prompt, 0 = not known; empty: of no row
 
 
 class Agreement:
@@ -132,7 +133,7 @@ class Agreement:
         """A forward of one column that needs no message: replicated (the headers are compared), or one token per row and idle ranks."""
         shapes = [(b, 1) for b in self.num_rows]
         if self.mode != "distinct":
-            return Agreed(shapes, step.parent, step.keep, step.num_new, False, step.identity)
+            return Agreed(shapes, step.parent, step.keep, step.num_new, False, step.identity, prompt=step.prompt)
         assert headers is not None, "distinct ranks are told apart by their headers"
         num_new = [0 if headers[g][0] & IDLE else 1 for g, b in enumerate(self.num_rows) for _ in range(b)]
         return Agreed(shapes, list(range(len(self.lens))), list(self.lens), num_new, False, True)
@@ -148,7 +149,7 @@ class Agreement:
             self.check_replicated(headers)
         if self.mode in ("replicated", "local"):
             shapes = [(step.num_rows, step.num_columns)]
-            return Agreed(shapes, step.parent, step.keep, step.num_new, restart, step.identity, step.aligned)
+            return Agreed(shapes, step.parent, step.keep, step.num_new, restart, step.identity, step.aligned, step.prompt)
         return self._agree_distinct(step, headers, restart)
 
     def _refuse_to_continue(self, headers: list[list[int]]) -> None:
@@ -174,21 +175,24 @@ class Agreement:
 
     def _agree_distinct(self, step: LocalStep, headers: list[list[int]], restart: bool) -> Agreed:
         widest = max(h[1] for h in headers)
-        rows = [*zip(step.parent, step.keep, step.num_new, strict=True)]
+        prompt = step.prompt or [0] * step.num_rows
+        new_and_prompt = [new | tokens << 32 for new, tokens in zip(step.num_new, prompt, strict=True)]  # two int32 as one number
+        rows = [*zip(step.parent, step.keep, new_and_prompt, strict=True)]
         rows += [(-1, 0, 0)] * (widest - len(rows))
         gathered = self._of_all([x for row in rows for x in row], "exchanging the rows of all requests")
-        parent, keep, num_new, row0 = [], [], [], 0
+        parent, keep, num_new, prompts, row0 = [], [], [], [], 0
         for rank, (header, flat) in enumerate(zip(headers, gathered, strict=True)):
             for b in range(header[1]):
                 p, n, new = flat[3 * b : 3 * b + 3]
                 parent.append(-1 if p < 0 or restart else p + row0)
                 keep.append(n)
-                num_new.append(new)
+                num_new.append(new % 2**32)
+                prompts.append(new >> 32)
             row0 += self.num_rows[rank] if self.num_rows and len(self.num_rows) == len(headers) else 0
         shapes = [(h[1], h[2]) for h in headers]
         identity = not restart and parent == list(range(len(self.lens))) and keep == self.lens
         aligned = all(h[0] & ALIGNED or h[2] == 1 for h in headers)
-        return Agreed(shapes, parent, keep, num_new, restart, identity, aligned)
+        return Agreed(shapes, parent, keep, num_new, restart, identity, aligned, prompts if any(prompts) else ())
 
     def _of_all(self, values: list[int], what: str) -> list[list[int]]:
         """The integers of every rank, all of which know from the headers how many there are. Sync: reads them back."""

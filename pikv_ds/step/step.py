@@ -25,7 +25,7 @@ class LocalStep:
 
     num_new: real (not padding) tokens per row; parent and keep: which earlier row each row continues and up to which position
     (parent -1 = a new request). positions: [B, T] int32 on the device, -1 = padding. digest: what replicated ranks compare, a number or
-    0-d int64 on the device.
+    0-d int64 on the device. prompt: per row the tokens of its prompt, 0 = not known; empty: of no row, or all of them have come before.
     """
 
     num_rows: int
@@ -38,6 +38,7 @@ class LocalStep:
     identity: bool  # rows continue themselves, nothing cropped
     fresh: bool  # all rows are new requests
     aligned: bool = False  # the tokens of a row are its first columns
+    prompt: Sequence[int] = ()
 
     @property
     def idle(self) -> bool:
@@ -47,7 +48,7 @@ class LocalStep:
     @property
     def plain_decode(self) -> bool:
         """One stored token per row, or none at all, and the rows unchanged: nothing that other ranks need to be told."""
-        return self.num_columns == 1 and self.identity and (self.idle or all(self.num_new))
+        return self.num_columns == 1 and self.identity and not self.prompt and (self.idle or all(self.num_new))
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +85,7 @@ class Step:
         rehearsal: bool = False,
         unsettled: Sequence[bool] = (),
         aligned: bool = False,
+        prompt: Sequence[int] = (),
     ) -> None:
         """shapes: (B, T) per source; own: index of this rank's source; before, after: tokens of every row, in source order.
 
@@ -91,7 +93,7 @@ class Step:
         late_experts: entries wait for their layer's router, and are stored after the queries of their layer (storage.expert_ids "true").
         rehearsal: what this forward counts stays, though its tokens go. unsettled: per rank, whether it may take back tokens of an earlier
             forward, too; shorter than the sources: those of the others may not.
-        aligned: of all sources, the tokens of a row are its first columns.
+        aligned: of all sources, the tokens of a row are its first columns. prompt: per row, tokens of its prompt, as in LocalStep.
         """
         self.sources: list[Source] = []
         row0 = 0
@@ -102,7 +104,7 @@ class Step:
         """Per row; empty: none is."""
         if any(unsettled):
             self.unsettled = [yes for source, yes in zip(self.sources, unsettled, strict=False) for _ in range(source.num_rows)]
-        self.own, self.device, self.aligned = own, device, aligned
+        self.own, self.device, self.aligned, self.prompt = own, device, aligned, prompt
         self.hold, self.margin, self.late_experts = hold, margin, late_experts
         self.tentative = hold and not rehearsal
         """What is counted of this forward's last tokens waits until it is known which of them stay (pages/undoing.py)."""
@@ -139,6 +141,10 @@ class Step:
         if key not in self._shared:
             self._shared[key] = make()
         return self._shared[key]
+
+    def within_prompt(self, lens: list[int]) -> list[bool]:
+        """Per row of `lens` tokens, whether more of its prompt is known to come; empty: of no row."""
+        return [n < end for n, end in zip(lens, self.prompt, strict=True)] if self.prompt else []
 
     def sees_own(self, source: Source) -> bool:
         """Whether queries of a source find their own entries stored: one column, stored before it is read."""

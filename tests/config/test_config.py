@@ -51,7 +51,7 @@ DEFAULTS = {
         "head_floor": 0.2,
         "granularity": "page",
         "interval": 1,
-        "prefill": "evict",
+        "prefill": "auto",
         "sink_tokens": 4,
         "recent_tokens": 64,
     },

@@ -160,7 +160,7 @@ def test_the_dense_cache_runs_once_for_all_configurations_of_a_run(monkeypatch):
 
 
 def test_a_cache_that_forgets_is_seen():
-    class Forgetful(hf._Dense):
+    class Forgetful(hf.DenseSession):
         def feed(self, ids):
             self.cache = DynamicCache(config=self.model.config)
             return super().feed(ids)
@@ -168,7 +168,7 @@ def test_a_cache_that_forgets_is_seen():
     class Backend(hf.HFBackend):
         @contextlib.contextmanager
         def session(self, block, rows, length):
-            yield (hf._Dense if block is None else Forgetful)(self.model)
+            yield (hf.DenseSession if block is None else Forgetful)(self.model)
 
     backend, run = Backend(spec(), 60), spec()
     prose = Prose(backend.tokenizer, bundled.evaluation_text())
@@ -244,7 +244,7 @@ def test_two_ranks_under_autoep_share_the_samples_and_give_the_figures_of_one(do
     "arguments, message",
     [
         (["--tasks", "ppl,poem"], "--tasks 'ppl,poem': legal are ppl, recall"),
-        (["--chunk", "64"], "--chunk 64: legal is 1 to 32"),
+        (["--chunk", "0"], "--chunk 0: legal is 1 or more"),
         (["--context", "256", "--chunk", "32"], "91.4% of the entries that scored queries read come from the store, at least 95%"),
         (["--context", "9000"], "--context 9000: legal for this model is 2 to 4096"),
         (["--context", "40", "--tasks", "recall"], "--context 40 for task recall: length = 34: legal for kind 'passkey'"),

@@ -111,6 +111,11 @@ class HFCache(Cache):
         finally:
             conversation.packed = None
 
+    def expect_prompt(self, columns: int) -> None:
+        """The next `columns` token columns, padding included, are one prompt, however many forwards bring them: with
+        scheduling.prefill "auto" nothing of it is evicted before its end. generate() says so itself."""
+        self.conversation.prompt_columns = self.conversation.columns + columns
+
     # ---- rows, as transformers moves them ------------------------------------------------------------------------------------
 
     @property

@@ -121,6 +121,8 @@ class Conversation:
         """The next forward starts new requests on this rank."""
         self.check()
         self.columns = 0
+        self.prompt_columns = 0
+        """Where the prompt that is being fed ends, padding included; 0 = not known."""
         self.lens: list[int] = []  # stored tokens per row
         self.parent: list[int] = []  # pending fork: the row each row continues, in the rows of the last forward
         self.last_position: Tensor | None = None  # [B] position_ids of the last real token of each row

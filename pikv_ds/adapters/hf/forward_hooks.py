@@ -131,6 +131,10 @@ class ForwardHooks:
         core, value = conversation.core, 0
         if core.ranks.size > 1 and (conversation.fresh or core.replicated):
             value = digest_there([tokens], [positions, torch.tensor(before), torch.tensor(conversation.parent or [-1])])
+        prompt: list[int] = []
+        if conversation.columns < conversation.prompt_columns:
+            rest = max(0, conversation.prompt_columns - conversation.columns - columns)  # of columns, so at least as many tokens as come
+            prompt = [kept + new + rest for kept, new in zip(before, num_new, strict=True)]
         local = LocalStep(
             num_rows=rows,
             num_columns=columns,
@@ -141,6 +145,7 @@ class ForwardHooks:
             digest=value,
             identity=identity,
             fresh=conversation.fresh,
+            prompt=prompt,
         )
         return local, (columns, mask, num_new, last_position)
 

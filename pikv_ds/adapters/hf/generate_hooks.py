@@ -73,7 +73,7 @@ class GenerateHooks:
             self.host.running.generations.remove(generation)
             if generation.cache is not None:
                 conversation = generation.cache.conversation
-                conversation.idle, conversation.generating = False, None
+                conversation.idle, conversation.generating, conversation.prompt_columns = False, None, 0
                 if not generation.is_assistant:  # an assistant goes on with its cache, after a crop
                     conversation.end_past_recording()
 
@@ -100,6 +100,9 @@ class GenerateHooks:
             generation.cache, generation.is_assistant = cache, generation_config.is_assistant
             self.forwards.check_use(cache.conversation)
             cache.conversation.generating = threading.get_ident()
+        mask = model_kwargs.get("attention_mask")
+        if generation_config.prefill_chunk_size and isinstance(mask, Tensor) and mask.dim() == 2:
+            cache.conversation.prompt_columns = mask.shape[1]
         if generation_config.is_assistant:
             cache.activate_past_recording()
         return None if made else self._prepare_cache(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)

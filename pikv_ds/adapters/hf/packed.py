@@ -6,6 +6,7 @@ what is padding in it is neither stored nor asked for. H heads, D head_dim.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from typing import NamedTuple
 
@@ -35,6 +36,8 @@ class Rows(NamedTuple):
     """How many tokens it keeps of that row."""
     new: list[int]
     """Tokens in this forward; 0: the row only stays."""
+    prompt: Sequence[int] = ()
+    """Tokens of its prompt, 0 = not known: scheduling.prefill "auto" evicts nothing of it before they are there. Empty: of no row."""
 
 
 class Packed:
@@ -124,6 +127,7 @@ class Packed:
             identity=continued and not conversation.fresh and not conversation.touched,
             fresh=conversation.fresh,
             aligned=True,
+            prompt=rows.prompt,
         )
 
     def _check(self, conversation: Conversation, tokens: Tensor, given: dict) -> None:
