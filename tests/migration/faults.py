@@ -22,32 +22,28 @@ def phase(what: str) -> str:
     return "leaving" if what.startswith("moving shards") else "forward"
 
 
-_known: dict[str, list[str]] = {}
-
-
 def phases_of(trial: Trial) -> list[str]:
-    """Of every message of the move, from a run without a fault. The trial is used up, unless one like it was asked for before."""
-    if str(trial) not in _known:
-        _known[str(trial)] = _phases(trial)
-    return _known[str(trial)]
-
-
-def _phases(trial: Trial) -> list[str]:
+    """Of every message of the move, from a run without a fault."""
     network, _ = trial.prepared()
     assert all(ended is None for ended in trial.move(network, None))
     return [phase(what) for what in network.said]
 
 
-def at_message(trial: Trial, message: int, how: str, *, rank: int | None = None, deaf: tuple[int, ...] = ()) -> dict:
-    """how: of HOW; "lost": the message does not reach `deaf`, or one rank, and nobody dies.
+def at_message(
+    trial: Trial, message: int, how: str, *, among: str | None = None, rank: int | None = None, deaf: tuple[int, ...] = ()
+) -> dict | None:
+    """how: of HOW; "lost": the message does not reach `deaf`, or one rank, and nobody dies. among: a phase, whose messages are counted.
 
-    Raises: AssertionError for a mixed state or a lost entry, Hang.
+    Returns: None when there was no such message. Raises: AssertionError for a mixed state or a lost entry, Hang.
     """
     network, before = trial.prepared()
     rank = message % trial.world if rank is None else rank
-    fault = Fault(message, rank, how != HOW[0], deaf) if how != "lost" else Fault(message, None, True, deaf or (rank,))
+    victim, deaf = (rank, deaf) if how != "lost" else (None, deaf or (rank,))
+    fault = Fault(message, victim, how != HOW[0], deaf, None if among is None else lambda what: phase(what) == among)
     ended = trial.move(network, fault)
-    where = phase(network.said[message])
+    if not network.happened:
+        return None
+    where = among or phase(network.said[message])
     in_doubt = sum(one.migration.in_doubt is not None for at, one in trial.caches.items() if not isinstance(ended[at], Killed))
     return {
         "world": trial.world, "block": trial.block, "requests": trial.requests, "ahead": trial.ahead, "seed": trial.seed,
@@ -58,13 +54,12 @@ def at_message(trial: Trial, message: int, how: str, *, rank: int | None = None,
 
 def random_trial(seed: int) -> dict:
     """A drawn move with a fault at a drawn message, phases as likely as each other."""
-    draw = random.Random(seed)
-    phases = phases_of(Trial.drawn(seed))
-    wanted = draw.choice(sorted(set(phases)))
-    message = draw.choice([i for i, each in enumerate(phases) if each == wanted])
-    trial = Trial.drawn(seed)
+    draw, trial = random.Random(seed), Trial.drawn(seed)
+    wanted = draw.choice([each for each in PHASES if trial.ahead is not None or each not in ("ahead", "forward")])
+    message = draw.randrange({"agreeing": 1, "vote": 1, "leaving": 3, "ahead": 6, "forward": 9}[wanted])
     rank = draw.randrange(trial.world)
     others = [each for each in range(trial.world) if each != rank]
     how = draw.choice(HOW)
     deaf = tuple(draw.sample(others, draw.randrange(len(others) + 1))) if how == HOW[1] else ()
-    return at_message(trial, message, how, rank=rank, deaf=deaf)
+    said = at_message(trial, message, how, among=wanted, rank=rank, deaf=deaf)
+    return said or at_message(Trial.drawn(seed), 0, how, among=wanted, rank=rank, deaf=deaf)

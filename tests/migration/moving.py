@@ -157,7 +157,7 @@ def outcome(trial: Trial, ended: list, before: dict | None) -> str:
         assert cache.pages.map is cache.map and all(layer.map is cache.map for layer in cache.pages.layers)
         assert cache.migration.wanted is None and cache.migration.in_doubt is None
         for pool in CacheProbe(cache).all_pools:
-            check_pages(pool)
+            check_pages(pool, shrunk=before is not None)
         own = contents(cache)
         assert {key[2] for key in own} == set(cache.map.local)
         if before is not None:

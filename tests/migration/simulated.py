@@ -31,7 +31,7 @@ class Hang(AssertionError):
 
 
 class Fault(NamedTuple):
-    """What happens at message `message` (counted from when the network is armed).
+    """What happens at message `message`, counted from when the network is armed; with `among`, counted among those for which that is true.
 
     rank: who is killed, before it has sent, or when it has; None: nobody. deaf: survivors that the message does not reach.
     """
@@ -40,6 +40,13 @@ class Fault(NamedTuple):
     rank: int | None
     sent: bool = False
     deaf: tuple[int, ...] = ()
+    among: Callable[[str], bool] | None = None
+
+    def at(self, said: Sequence[str], number: int) -> bool:
+        """Whether it happens at the `number`-th of the messages `said` so far."""
+        if self.among is None:
+            return number == self.message
+        return self.among(said[number]) and sum(map(self.among, said[:number])) == self.message
 
 
 @dataclass
@@ -54,6 +61,7 @@ class Network:
         self._sent: dict[int, dict[int, Any]] = {}
         self._counts = [0] * self.size
         self._armed_at: int | None = None
+        self.happened = False
         self.gone: set[int] = set()
 
     def arm(self, fault: Fault | None) -> None:
@@ -71,7 +79,8 @@ class Network:
                 at = number - self._armed_at
                 if at == len(self.said):
                     self.said.append(what)
-                fault = self.fault if self.fault is not None and self.fault.message == at else None
+                fault = self.fault if self.fault is not None and self.fault.at(self.said, at) else None
+                self.happened |= fault is not None
             if fault is not None and fault.rank == rank and not fault.sent:
                 self._leave(rank)
                 raise Killed

@@ -6,7 +6,7 @@ from pikv_ds.errors import PeerError
 from tests.long_form import LONG
 
 from .faults import at_message, phases_of, random_trial
-from .moving import Trial, contents, outcome
+from .moving import BLOCKS, Trial, contents, outcome
 from .simulated import Killed
 
 SWAPPED = ((1,), (0,), (1,), (0,), (0,), (1,), (0,), (1,))
@@ -16,9 +16,10 @@ def trial(**options) -> Trial:
     return Trial(**{"world": 2, "block": 0, "requests": "distinct", "ahead": None, "holders": SWAPPED, "seed": 3} | options)
 
 
+@pytest.mark.parametrize("block", range(len(BLOCKS)))
 @pytest.mark.parametrize("requests", ["replicated", "distinct"])
-def test_a_move_without_a_fault_moves_everything(requests):
-    one = trial(requests=requests)
+def test_a_move_without_a_fault_moves_everything(requests, block):
+    one = trial(requests=requests, block=block)
     network, before = one.prepared()
     assert one.move(network, None) == [None, None]
     assert outcome(one, [None, None], before) == "committed"
