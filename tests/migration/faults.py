@@ -48,7 +48,7 @@ def at_message(
     return {
         "world": trial.world, "block": trial.block, "requests": trial.requests, "ahead": trial.ahead, "seed": trial.seed,
         "message": message, "how": how, "rank": rank, "phase": where, "in_doubt": in_doubt,
-        "outcome": outcome(trial, ended, None if where == "forward" else before),
+        "outcome": outcome(trial, ended, None if phase(network.said[-1]) == "forward" else before),
     }  # fmt: skip
 
 
