@@ -22,7 +22,8 @@ def test_outputs_are_the_same_whether_shards_move(world, check):
 
 @pytest.mark.dist
 @pytest.mark.parametrize(
-    ("world", "message", "how"), [(2, 3, "before"), (4, 4, "after")] if not LONG else [(w, m, h) for w in (2, 4) for m in range(6) for h in ("before", "after")]
+    ("world", "message", "how"),
+    [(2, 3, "before"), (4, 4, "after")] if not LONG else [(w, m, h) for w in (2, 4) for m in range(6) for h in ("before", "after")],
 )
 def test_the_others_of_a_rank_that_is_killed_in_a_move_agree(world, message, how):
     killed = run_gloo("moving_killed.py", [world - 1, message, how, 0], ranks=world, timeout_s=120)

@@ -115,7 +115,9 @@ def check_complete(cache: PiKVCache) -> None:
     for row, length in enumerate(probe.lens):
         for table, shard in enumerate(probe.local_shards):
             wanted = {at for at in range(length - 1) if int(homes[row, at]) == shard}
-            assert wanted <= set(pool.positions(row, table)), f"shard {shard}, row {row}: {wanted - set(pool.positions(row, table))} are lost"
+            assert wanted <= set(pool.positions(row, table)), (
+                f"shard {shard}, row {row}: {wanted - set(pool.positions(row, table))} are lost"
+            )
 
 
 def check_unchanged(cache: PiKVCache, before: dict) -> None:
