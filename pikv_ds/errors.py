@@ -28,4 +28,8 @@ class DivergedError(RuntimeError):
     """Ranks declared to hold replicated requests saw different tokens."""
 
 
-PIKV_ERRORS = (ConfigError, UnsupportedError, CapacityError, PeerError, DivergedError)
+class MigrationError(RuntimeError):
+    """Shards could not move to other ranks. Raised on all ranks; every shard is where it was."""
+
+
+PIKV_ERRORS = (ConfigError, UnsupportedError, CapacityError, PeerError, DivergedError, MigrationError)

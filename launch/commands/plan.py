@@ -1,4 +1,4 @@
-"""`pikv plan`: KV bytes per rank of a model, dense and with PiKV, before running it."""
+"""`pikv plan`: KV bytes per rank of a model before running it; or where experts and their KV should lie, from their loads."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pikv_ds.errors import ConfigError
 from pikv_ds.launch.output import human_bytes, print_table, write_json
 
+from . import _plan_placement as plan_placement
 from . import _plan_tiers as plan_tiers
 
 if TYPE_CHECKING:
@@ -36,9 +37,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--context",
         type=_contexts,
-        required=True,
         metavar="N[,N...]",
-        help="tokens per request; with --requests distinct also a list, one length per rank",
+        help="tokens per request; with --requests distinct also a list, one length per rank; needed but with --placement",
     )
     parser.add_argument("--ranks", type=_positive, required=True, metavar="G", help="ranks of the expert-parallel group")
     parser.add_argument("--batch", type=_positive, default=1, metavar="B", help="requests per rank (default 1)")
@@ -61,9 +61,15 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         metavar="NAME=GIB@GB_PER_S,...",
         help="memory for KV per rank, fastest first, with its bandwidth: also print FlexGen's placement of the balanced bytes",
     )
+    plan_placement.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.placement is not None:
+        write_json(args.json, "plan", plan_placement.run(args))
+        return 0
+    if args.context is None:
+        raise ConfigError("--context is not given: legal is a number of tokens, or --placement FILE for a plan of experts")
     rows = plan_rows(args)
     total = rows[-1]
     print_table(

@@ -21,6 +21,16 @@ def _table(facts: Facts) -> str | None:
     return None
 
 
+def _nothing_to_move(facts: Facts) -> str | None:
+    shards = facts.config.storage.num_shards or facts.ranks
+    if facts.config.storage.rebalance is None or facts.ranks == 1 or shards > facts.ranks:
+        return None
+    return (
+        f"pikv.storage.rebalance with pikv.storage.num_shards = {facts.config.storage.num_shards} on {facts.ranks} ranks: each rank holds "
+        f"one shard, and no exchange of whole shards evens them out; set num_shards to several times the ranks, or rebalance to null"
+    )
+
+
 MODEL = (
     Rule(
         "shards-divide-among-ranks", "model", ("storage",), "a number of shards that is no multiple of the ranks",
@@ -29,5 +39,10 @@ MODEL = (
     Rule(
         "table-fits-model", "model", ("storage",), "a placement table for another number of experts or shards",
         "every expert's entries need a home that exists", "a table of this model", _table,
+    ),
+    Rule(
+        "rebalance-has-shards-to-move", "model", ("storage",), "rebalance with one shard on each of several ranks",
+        "whole shards move, and ranks with one each stay as full as they are", "several shards per rank, or no rebalance",
+        _nothing_to_move,
     ),
 )  # fmt: skip

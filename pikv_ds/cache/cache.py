@@ -17,6 +17,8 @@ from pikv_ds.errors import UnsupportedError
 from pikv_ds.exchange.digest import digest
 from pikv_ds.exchange.exchange import Exchange
 from pikv_ds.exchange.turn import Told
+from pikv_ds.migration.migration import Migration
+from pikv_ds.migration.schedule import Rebalancing
 from pikv_ds.modes import eager, in_step
 from pikv_ds.ops.build import load
 from pikv_ds.pages.layers import RankPages
@@ -68,7 +70,7 @@ class PiKVCache(HostFace):
         self.layers, self.config, self.dtype, self.device = layers, config, dtype, device
         told = Told(
             len(layers),
-            facts=partial(alike, config, layers, num_experts, dtype, holders, device),
+            facts=lambda: alike(config, layers, num_experts, dtype, self.map.holders, device),
             header=lambda: self.agreement.header(self.local, self.announced),
             state=lambda: self.agreement.known(),
         )
@@ -92,6 +94,8 @@ class PiKVCache(HostFace):
         self.window: RawWindow | None = None  # None: nothing leaves the nearest pool for another
         if blueprint.raw_window:
             self.window = RawWindow(blueprint, pages, self.exchange, counted=self.retention is not None and policy.watches)
+        self.migration = Migration(pages, self.exchange, self._rehomed)
+        self.rebalancing = Rebalancing(config.storage.rebalance, pages, self.migration)
         self.graph_from = declare(pages.rows)
         behind = PoolsBehind(blueprint.behind, pages) if blueprint.behind else None
         self.writer = Writer(pages, blueprint.placement)
@@ -109,8 +113,11 @@ class PiKVCache(HostFace):
         self.ways = {"local": replicated, "replicated": replicated, "distinct": (RoutedWay if routed else DistinctWay)(self)}
         # In this order: bases change before pages are demoted into them, and what a budget drops is not encoded first.
         refit = None if self.bases is None else partial(self.bases.refit, pages=pages)
-        evict, encode, move_on = (None if part is None else part.after_forward for part in (self.retention, self.window, behind))
-        self.after_forward = tuple(each for each in (pages.expire, evict, refit, encode, move_on) if each is not None)
+        moving = self.rebalancing if config.storage.rebalance is not None and self.exchange.size > 1 else None
+        evict, encode, move_on, rebalance = (
+            None if part is None else part.after_forward for part in (self.retention, self.window, behind, moving)
+        )
+        self.after_forward = tuple(each for each in (pages.expire, evict, refit, encode, move_on, rebalance) if each is not None)
         self.hold_margin: int | None = None  # assisted decoding: tokens a crop may still take back; None = no crop is announced
         self.rehearsal = False  # what announced crops take back stays counted
         self.announced = NOTHING  # what this rank has said before the running forward
@@ -201,12 +208,16 @@ class PiKVCache(HostFace):
 
     def _start(self, num_rows: int) -> None:
         """A generation of `num_rows` requests begins: nothing of the last one stays."""
+        self.migration.start()
         self.pages.allocate(num_rows)
         for part in (self.selection, self.retention, *self.reader.watching):
             if part is not None:
                 part.start()
         if self.bases is not None:
             self.bases.rows.start(num_rows)
+
+    def _rehomed(self, shard_map: ShardMap) -> None:
+        self.map = shard_map
 
     # ---- the step ------------------------------------------------------------------------------------------------------------
 

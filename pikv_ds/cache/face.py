@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from pikv_ds.errors import UnsupportedError
+from pikv_ds.errors import ConfigError, UnsupportedError
+from pikv_ds.exchange.digest import digest
 from pikv_ds.exchange.exchange import Exchange
+from pikv_ds.migration.migration import Migration
+from pikv_ds.migration.schedule import Rebalancing
 from pikv_ds.modes import eager
 from pikv_ds.pages.layers import RankPages
 from pikv_ds.step.agreement import Agreement
+from pikv_ds.step.step import Step
+
+NOT_NOW = {
+    1: "a forward runs; call it between end_step and the next begin_step",
+    2: "tokens of the last forward may still be taken back (a crop is announced, or what it counted waits for the next forward); call it "
+    "outside of announce_crops, after a forward",
+}
 
 
 class HostFace:
@@ -20,8 +32,13 @@ class HostFace:
     exchange: Exchange
     agreement: Agreement
     pages: RankPages
+    migration: Migration
     hold_margin: int | None
     rehearsal: bool
+    local: Any
+    counting: tuple[Any, ...]
+    after_forward: tuple[Callable[[Step], bool], ...]
+    rebalancing: Rebalancing
 
     @property
     def ranks(self) -> Exchange:
@@ -65,6 +82,54 @@ class HostFace:
     def page_columns(self) -> list[str]:
         """Names of the numbers that policies keep per page: those that clear_column takes."""
         return sorted({name for layer in self.pages.layers for name in layer.plan.columns})
+
+    @eager
+    def rebalance(self, holders: Sequence[Sequence[int]] | None = None, *, bytes_per_step: int | None = None) -> bool:
+        """Move shards with all their entries to other ranks. Between two forwards, all ranks at the same point with the same arguments.
+
+        Args:
+            holders: per shard the rank that holds it from then on, [r]; every rank as many shards. None = a plan that evens out the bytes.
+            bytes_per_step: None = now. Else pages are copied ahead, about so many bytes of a rank at the end of each forward, and the
+                shards change ranks once all are there; until then the forwards read them where they are. `cancel_rebalance` ends it.
+
+        Returns: whether shards move. Raises, on all ranks: ConfigError for maps that can't be held or differ between the ranks,
+        UnsupportedError while a forward runs or tokens may still be taken back, MigrationError where some rank could not take part; every
+        shard stays where it was then. PeerError. Sync: reads sizes back. Collectives: one frame, and four records in a move at once.
+        """
+        if holders is None:
+            holders = self.rebalancing.plan() or self.migration.pages.map.holders
+        wanted = tuple(tuple(int(rank) for rank in ranks) for ranks in holders)
+        own = self._said_of_a_move(wanted, bytes_per_step)
+        said = self.exchange.gather_ints(own, self.exchange.device, "moving shards to other ranks")
+        if any(row[1:] != own[1:] for row in said):
+            raise ConfigError(
+                f"holders = {wanted} and bytes_per_step = {bytes_per_step} on rank {self.exchange.rank}, and something else on another "
+                f"rank: give all ranks the same"
+            )
+        if reason := max(first for first, *_ in said):
+            raise UnsupportedError(f"shards can't change ranks now: {NOT_NOW[reason]}")
+        with self.exchange.together():
+            try:
+                self.migration.begin(wanted, bytes_per_step)
+            except ValueError as error:
+                raise ConfigError(str(error)) from None
+            if self.migration.wanted is None:
+                return False  # every shard is there already
+            if bytes_per_step is None:
+                self.migration.advance()
+            elif self.rebalancing.after_forward not in self.after_forward:
+                self.after_forward += (self.rebalancing.after_forward,)
+        return True
+
+    def cancel_rebalance(self) -> None:
+        """A move under way does not take place, and nothing changes. Between forwards, all ranks at the same point; no collective."""
+        self.migration.cancel()
+
+    def _said_of_a_move(self, holders: tuple[tuple[int, ...], ...], bytes_per_step: int | None) -> list[int]:
+        """What all ranks compare: a reason of NOT_NOW, and what to do."""
+        reason = 1 if self.local is not None else 2 if self.hold_margin is not None or any(part.waiting for part in self.counting) else 0
+        flat = [x for ranks in holders for x in (len(ranks), *ranks)]
+        return [reason, digest([torch.tensor(flat, dtype=torch.int64)]), bytes_per_step or 0]
 
     @contextmanager
     def announce_crops(self, *, rehearsal: bool = False) -> Iterator[None]:

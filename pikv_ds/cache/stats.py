@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 from pikv_ds import ops
 from pikv_ds.exchange.wire import ALIGN, HEADER
 from pikv_ds.ops.build import load
@@ -16,8 +18,8 @@ def stats(cache: PiKVCache, dense_rows: int, dense_columns: int) -> dict:
 
     Args: dense_rows, dense_columns: the batch and the token columns (padding included) that the ordinary cache would hold on this rank.
     entries_read and entries_visible are None where every query reads everything. ops_passed_over: why a faster implementation of the ops
-    does not serve, empty when the preferred one does. attention_kernel: the implementation, on a CPU with its
-    kernel. Sync: reads the device.
+    does not serve, empty when the preferred one does. attention_kernel: the implementation, on a CPU with its kernel. rebalance_*: only
+    where shards move, see pikv_ds/migration/moves.py. Sync: reads the device.
     """
     pages, exchange = cache.pages, cache.exchange
     counters = pages.counters
@@ -49,7 +51,17 @@ def stats(cache: PiKVCache, dense_rows: int, dense_columns: int) -> dict:
         "attention_impl": attention_impl(cache),
         "attention_kernel": load.kernel(cache.device.type),
         "ops_passed_over": load.passed_over(cache.device.type),
+        **_of_moves(cache),
     }
+
+
+def _of_moves(cache: PiKVCache) -> dict[str, int | float]:
+    """Of shards that move between ranks; nothing where none has moved and none would."""
+    migration = cache.migration
+    if cache.config.storage.rebalance is None and not migration.progress.started:
+        return {}
+    numbers = {f"rebalance_{name}": value for name, value in asdict(migration.progress).items()}
+    return numbers | {"rebalance_under_way": int(migration.wanted is not None), "rebalance_bytes_held": migration.nbytes}
 
 
 def metadata_bytes(cache: PiKVCache) -> int:

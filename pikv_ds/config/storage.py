@@ -1,4 +1,4 @@
-"""The "storage" block, and the small ones: "offload" and "monitor"."""
+"""The "storage" block with its "rebalance", and the small ones: "offload" and "monitor"."""
 
 from __future__ import annotations
 
@@ -16,6 +16,23 @@ def _as_tuples(value: Any) -> Any:
 
 
 Table = Annotated[tuple[tuple[tuple[int, ...], ...], ...], BeforeValidator(_as_tuples)]
+
+
+class RebalanceConfig(Block):
+    """Shards move between ranks when these are unevenly full. A map is planned from the bytes of every shard, and whole shards move."""
+
+    every: int = Field(256, ge=1, description="Forwards between two looks at the loads of the ranks.")
+    threshold: float = Field(1.2, ge=1, description="Load of the fullest rank over the mean above which shards move.")
+    bytes_per_step: int | None = Field(
+        1 << 20, ge=1, description="Bytes of pages that a rank copies ahead after each forward; null = all at once, in one."
+    )
+    replicas: int = Field(0, ge=0, description="Copies of hot shards on further ranks; only 0 in this version.")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.replicas:
+            raise problem("storage.rebalance.replicas", self.replicas, "0: copies of shards are not available in this version")
+        return self
 
 
 class StorageConfig(Block):
@@ -44,6 +61,8 @@ class StorageConfig(Block):
     overflow: Literal["spill", "error"] = Field(
         "spill", description="What happens when a shard is full: use the least loaded one, or stop."
     )
+
+    rebalance: RebalanceConfig | None = Field(None, description="Shards move to even out the ranks; null = they stay.")
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -39,6 +40,7 @@ class Exchange:
         self.collectives = 0
         self.bytes_sent = 0
         self.state = state_of(group)
+        self._together = False
         self.turn = None if told is None else Turn(self.state, told)
         self._deadline = Deadline(group, timeout_s)
 
@@ -63,10 +65,15 @@ class Exchange:
         mine = send_rows[self.rank]
         return self.all_to_all_rows(block, send_rows, [mine] * self.size, what).view(self.size, mine, *block.shape[1:])
 
-    def all_to_all_rows(self, block: Tensor, send_rows: list[int], receive_rows: list[int], what: str) -> Tensor:
-        """Send `send_rows[r]` rows of `block` to rank r and get `receive_rows[r]` from it: [sum(receive_rows), ...], in rank order."""
+    def all_to_all_rows(
+        self, block: Tensor, send_rows: list[int], receive_rows: list[int], what: str, into: Tensor | None = None
+    ) -> Tensor:
+        """Send `send_rows[r]` rows of `block` to rank r and get `receive_rows[r]` from it: [sum(receive_rows), ...], in rank order.
+
+        into: where to, for who must know before the others wait that there is room.
+        """
         self._say_first(what)
-        received = block.new_empty(sum(receive_rows), *block.shape[1:])
+        received = block.new_empty(sum(receive_rows), *block.shape[1:]) if into is None else into
         row_bytes = block[0].nbytes if block.shape[0] else 0
         self._count((sum(send_rows) - send_rows[self.rank]) * row_bytes)
         start = lambda: dist.all_to_all_single(received, block, receive_rows, send_rows, group=self.group, async_op=True)  # noqa: E731
@@ -104,6 +111,15 @@ class Exchange:
 
     # ---- between forwards: hosts ---------------------------------------------------------------------------------------------
 
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """All ranks have just met in a frame, between two forwards, and do the same now: records inside need no other frame."""
+        self._together = True
+        try:
+            yield
+        finally:
+            self._together = False
+
     def lockstep(self, active: bool) -> bool:
         """True while any rank of the group is active; every rank calls it. One frame, whatever caches live on the group."""
         return any(went_on for went_on, _ in self.lockstep_with(active))
@@ -137,7 +153,7 @@ class Exchange:
 
         Raises: PeerError on all ranks when they are about to do different things; ConfigError when their caches are made differently.
         """
-        if self.size == 1 or self.turn is None:
+        if self.size == 1 or self.turn is None or self._together:
             return
         self.state.check(what)
         frame = self.turn.due(what, always=always)

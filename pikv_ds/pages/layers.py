@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from .plan import PagesPlan
 from .pool import PagePool, no_tail
 from .recycle import expire, fork
 from .rows import RowChange, Rows
+from .shard_copy import Arranged, install
 from .sizing import held_pages, pages_to_open, shard_capacity
 
 
@@ -55,6 +56,7 @@ class RankPages:
         self.counters = Counters(num_experts, device)
         self.rows = Rows(device)
         self.crops = CropLimits(self.specs, self.rows)
+        self.rehomed: tuple[Callable[[], None], ...] = ()  # told when this rank holds other shards: who knows sizes of its tables
         self.allocate(0)
 
     def allocate(self, num_rows: int) -> None:
@@ -62,7 +64,7 @@ class RankPages:
         self.addresses.moved()
         self.held: int | None = None
         """Tokens up to which every row may grow before a tensor is replaced (hold); None: nothing is held for them."""
-        self.counts = self._counts(num_rows)
+        self.counts = self.new_counts(num_rows)
         self.free_tops = [torch.zeros(len(self.layers), dtype=torch.int64, device=self.device) for _ in range(self.num_levels)]
         behind = {pool.fmt for plan in self.plan.layers for pool in plan.pools[1:] if pool.fmt.grouped}
         self.no_tails = {fmt: no_tail(fmt, self.dtype, self.device) for fmt in behind}
@@ -91,7 +93,7 @@ class RankPages:
             self._leaves, self._leaving = self._leaving.values[0].tolist(), None
         return self._leaves
 
-    def _counts(self, num_rows: int) -> list[Tensor]:
+    def new_counts(self, num_rows: int) -> list[Tensor]:
         """By level [L, R, S * H] int32: level 0 is read once per step, in one piece."""
         shape = (len(self.layers), num_rows, self.num_local * self.heads)
         return [torch.zeros(shape, dtype=torch.int32, device=self.device) for _ in range(self.num_levels)]
@@ -124,7 +126,7 @@ class RankPages:
         parent = change.index
         keep, lens = (sent(x, torch.int64, self.device) for x in (change.keep, change.lens))
         removed = self.directory.fork(parent, keep, lens)
-        self.counts, old = self._counts(parent.numel()), self.counts
+        self.counts, old = self.new_counts(parent.numel()), self.counts
         self.evicted = self.directory.evicted_by_head()
         childless = torch.ones(old[0].shape[1], dtype=torch.bool, device=self.device)
         childless[parent[parent >= 0]] = False
@@ -141,6 +143,21 @@ class RankPages:
         self.rows.change(change)
         self._forget_leaves(parent.numel())
         self.mirror()
+
+    def rehome(self, shard_map: ShardMap, arranged: Sequence[Sequence[Arranged]], counts: list[Tensor]) -> None:
+        """This rank holds the shards that the map says, in tables [layer][level]. counts: empty ones, of `new_counts`."""
+        self.addresses.moved()
+        self.map = shard_map
+        for i, (layer, of_layer) in enumerate(zip(self.layers, arranged, strict=True)):
+            layer.map = shard_map
+            for level, (pool, tables) in enumerate(zip(layer.pools, of_layer, strict=True)):
+                counts[level][i] = tables.counts
+                install(pool, tables, counts[level][i])
+        self.counts, self.quiet = counts, 0
+        self._forget_leaves(self.rows.num_rows)
+        for tell in self.rehomed:
+            tell()
+        self.shrink()
 
     def note_eviction(self, lens: list[int]) -> None:
         """Rows of these lengths have just lost entries to their budget."""

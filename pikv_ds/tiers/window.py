@@ -46,6 +46,11 @@ class RawWindow:
         self.due = rows.ints("window.due", forgets)  # tokens of a row at which a page can become old enough; of this rank's shards
         self.seen = rows.ints("window.seen", least)  # tokens of a row when pages were last compared; the same on every rank
         rows.limit(self.check)
+        pages.rehomed += (self._rehomed,)
+
+    def _rehomed(self) -> None:
+        """Pages of other shards lie here: any of them may be old."""
+        self.due.values = [0] * len(self.due.values)
 
     def check(self, change: RowChange) -> None:
         """Raises: RuntimeError for a crop that may reach a demoted entry, on all ranks alike."""

@@ -79,6 +79,10 @@ def refused(folder: Path) -> dict[str, list[dict]]:
         "policy-follows-bases": [{"compression": SVD, "scheduling": {"method": "keeps_queries", "budget_tokens": 200}}],
         "router-follows-bases": [{"compression": SVD, "routing": {"method": "keeps_summaries", "budget_ratio": 0.5}}],
         "shards-divide-among-ranks": [{"storage": {"num_shards": 3}, "ranks": 2}],
+        "rebalance-has-shards-to-move": [
+            {"storage": {"rebalance": {}}, "ranks": 2},
+            {"storage": {"rebalance": {"every": 9}, "num_shards": 4}, "ranks": 4},
+        ],
         "table-fits-model": [{"storage": {"placement": "table", "table": [[[0]] * 5]}}],
         "eviction-full-attention": [{"scheduling": LRU, "layers": WINDOWS}],
         "policy-one-shard": [{"scheduling": {"method": "expected_attention", "budget_ratio": 0.5}, "storage": {"num_shards": 2}}],

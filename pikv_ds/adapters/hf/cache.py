@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from threading import Lock
 from typing import NoReturn, Protocol
@@ -86,6 +86,18 @@ class HFCache(Cache):
         Other ranks may run generate() meanwhile; they end with such a loop as well, as they may generate again. One frame per call.
         """
         return self.conversation.lockstep.ask(active, self.conversation)
+
+    def rebalance(self, holders: Sequence[Sequence[int]] | None = None, *, bytes_per_step: int | None = None) -> bool:
+        """Move shards with their entries to other ranks, between two forwards; the model's experts stay where they are.
+
+        holders: per shard the rank [r]; None = what evens out the bytes of the ranks. bytes_per_step: None = now, else beside the forwards.
+        All ranks at the same point, alike. Returns whether shards move. Raises: see PiKVCache.rebalance.
+        """
+        return self.core.rebalance(holders, bytes_per_step=bytes_per_step)
+
+    def cancel_rebalance(self) -> None:
+        """A move of shards beside the forwards does not take place. All ranks at the same point."""
+        self.core.cancel_rebalance()
 
     def idle_inputs(self) -> dict:
         """Inputs of a forward that stores nothing, changes nothing and whose output means nothing: for a rank that only keeps step."""

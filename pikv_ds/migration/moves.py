@@ -1,0 +1,45 @@
+"""Which shards change ranks between two maps, and the numbers of a move. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from pikv_ds.placement.shard_map import ShardMap
+
+
+class Move(NamedTuple):
+    """A shard leaves rank `source` for rank `target`."""
+
+    shard: int
+    source: int
+    target: int
+
+
+def moves(present: ShardMap, wanted: ShardMap) -> list[Move]:
+    """By shard, ascending; the same on all ranks."""
+    pairs = ((shard, present.home(shard), wanted.home(shard)) for shard in range(present.num_shards))
+    return [Move(*each) for each in pairs if each[1] != each[2]]
+
+
+@dataclass(slots=True)
+class Progress:
+    """Of all moves of a cache on this rank, since it was made. Seconds of wall time, bytes of payload that left this rank."""
+
+    started: int = 0
+    committed: int = 0
+    rolled_back: int = 0
+    cancelled: int = 0
+    shards_moved: int = 0
+    """By all ranks."""
+    slices: int = 0
+    """Forwards in which pages were copied ahead."""
+    bytes_sent: int = 0
+    bytes_ahead: int = 0
+    """Of these, pages that were copied ahead, between forwards."""
+    bytes_again: int = 0
+    """Of pages that were copied ahead in vain: they changed, left or were not needed any more."""
+    stall_s: float = 0.0
+    """The longest that a commit kept a forward waiting."""
+    slice_s: float = 0.0
+    """The longest that copying ahead kept a forward waiting."""

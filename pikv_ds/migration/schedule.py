@@ -1,0 +1,74 @@
+"""When shards move by themselves ("storage.rebalance"): every so many forwards, if the fullest rank is too full. S shards, G ranks.
+
+Every rank sees the same loads and counts the same forwards, so all decide alike without a message.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from pikv_ds.config.storage import RebalanceConfig
+from pikv_ds.errors import MigrationError
+from pikv_ds.pages.layers import RankPages
+from pikv_ds.placement.balance import balance
+from pikv_ds.placement.slots import peak_over_mean
+from pikv_ds.step.step import Step
+
+from .migration import Migration
+
+
+class Rebalancing:
+    """Looks at the loads after a forward and drives the moves. Owns the count of forwards; borrows the rest."""
+
+    def __init__(self, config: RebalanceConfig | None, pages: RankPages, migration: Migration) -> None:
+        """config: None = a move begins only when the host says so."""
+        self.config, self.pages, self.migration = config, pages, migration
+        self.forwards = 0
+        self._warned = False
+
+    def after_forward(self, step: Step) -> bool:
+        """Begin a move, go on with it, or look whether one is due. Returns False: no entry has left the cache.
+
+        A move is not committed while a crop is announced. Sync: reads the loads, every `every` forwards. Collectives: those of Migration.
+        """
+        self.forwards += 1
+        migration = self.migration
+        config = self.config
+        if config is not None and migration.wanted is None and self.forwards % config.every == 0:
+            holders = self.plan(config.threshold)
+            if holders is not None:
+                migration.begin(holders, config.bytes_per_step)
+        if migration.wanted is not None and not (migration.whole and step.hold):
+            try:
+                migration.advance()
+            except MigrationError as error:
+                if not self._warned:
+                    warnings.warn(f"pikv.storage.rebalance: {error}", stacklevel=2)
+                self._warned = True
+        return False
+
+    def plan(self, threshold: float = 1.0) -> tuple[tuple[int, ...], ...] | None:
+        """Holders that even out the bytes of the ranks; None: they are even enough. The same on all ranks. Sync: reads the loads."""
+        return planned(self.loads(), self.pages.map.of_ranks, threshold)
+
+    def loads(self) -> Tensor:
+        """[S] f64 on the host: bytes of the entries that queries still see. Sync: reads the device."""
+        each = [layer.nearest.fmt.record_bytes / layer.nearest.page_size for layer in self.pages.layers]
+        return torch.tensor(each, dtype=torch.float64) @ self.pages.directory.load.to("cpu", torch.float64)
+
+
+def planned(loads: Tensor, of_ranks: list[tuple[int, ...]], threshold: float) -> tuple[tuple[int, ...], ...] | None:
+    """Holders of every shard that even out loads [S]; None: the ranks are even enough, or there is nothing better."""
+    present = torch.tensor(of_ranks).unsqueeze(0)
+    now = float(peak_over_mean(loads.unsqueeze(0), present))
+    if now <= threshold:
+        return None
+    slots = balance(loads.unsqueeze(0), len(of_ranks), present=present)
+    if float(peak_over_mean(loads.unsqueeze(0), slots)) >= now:
+        return None
+    home = torch.empty(len(loads), dtype=torch.int64)
+    home[slots[0]] = torch.arange(len(of_ranks)).unsqueeze(1).expand_as(slots[0])
+    return tuple((rank,) for rank in home.tolist())
