@@ -24,8 +24,8 @@ class LocalStep:
     """What this rank brings to a forward. B request rows, T token columns.
 
     num_new: real (not padding) tokens per row; parent and keep: which earlier row each row continues and up to which position
-    (parent -1 = a new request). positions: [B, T] int32 on the device, -1 = padding. digest: what replicated ranks compare, a number or
-    0-d int64 on the device.
+    (parent -1 = a new request; from the number of this rank's rows on: parked ones). positions: [B, T] int32 on the device, -1 = padding.
+    digest: what replicated ranks compare, a number or 0-d int64 on the device.
     """
 
     num_rows: int
@@ -38,6 +38,9 @@ class LocalStep:
     identity: bool  # rows continue themselves, nothing cropped
     fresh: bool  # all rows are new requests
     aligned: bool = False  # the tokens of a row are its first columns
+    park: list[tuple[int, int]] | None = None
+    """Which rows are parked from this forward on (pages/parked.py): (row, numbered as parent is; tokens that stay of it). None: those that
+    are."""
 
     @property
     def idle(self) -> bool:
@@ -47,7 +50,7 @@ class LocalStep:
     @property
     def plain_decode(self) -> bool:
         """One stored token per row, or none at all, and the rows unchanged: nothing that other ranks need to be told."""
-        return self.num_columns == 1 and self.identity and (self.idle or all(self.num_new))
+        return self.num_columns == 1 and self.identity and (self.idle or all(self.num_new)) and self.park is None
 
 
 @dataclass(frozen=True, slots=True)
