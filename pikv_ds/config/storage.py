@@ -18,6 +18,14 @@ def _as_tuples(value: Any) -> Any:
 Table = Annotated[tuple[tuple[tuple[int, ...], ...], ...], BeforeValidator(_as_tuples)]
 
 
+class PrefixConfig(Block):
+    """Requests that begin like an earlier one take over its entries."""
+
+    enabled: bool = Field(False, description="Keep the rows of finished requests, and let requests that begin alike continue them.")
+    budget_tokens: int = Field(65536, ge=16, description="Tokens that are kept for it in a cache; what rows share counts once.")
+    eviction: Literal["lru"] = Field("lru", description="Which rows go when there are more: the longest unused.")
+
+
 class StorageConfig(Block):
     """Where each entry is stored."""
 
@@ -44,6 +52,7 @@ class StorageConfig(Block):
     overflow: Literal["spill", "error"] = Field(
         "spill", description="What happens when a shard is full: use the least loaded one, or stop."
     )
+    prefix: PrefixConfig = Field(PrefixConfig(), description=PrefixConfig.__doc__)
 
     @model_validator(mode="after")
     def _check(self) -> Self:

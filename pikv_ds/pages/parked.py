@@ -1,4 +1,4 @@
-"""Rows that no forward runs: their entries stay for rows that come later and begin alike. R active rows, Q parked ones, L layers. Host phase.
+"""Rows that no forward runs: their entries stay for rows that come later. R active rows, Q parked ones, L layers. Host phase.
 
 A change of rows runs over all of them: parked rows stand behind the active ones while it lasts, and apart from them in a step, which costs
 nothing for them: no view, no plan and no reader sees a parked row.

@@ -21,7 +21,7 @@ class PageTable:
         """[R, S * H] int32 entries, those that have left not among them."""
         self.ids = torch.full((*counts.shape, 0), -1, dtype=torch.int32, device=counts.device)
         """[R, S * H, C] int32 page ids, -1 = none; the last column stays unused: append parks its idle writes there."""
-        self.parked = self.ids[:0]
+        self.parked = self.ids[:0].clone()
         """[Q, S * H, C'] int32 page ids of rows that no step sees (pages/parked.py)."""
         self.counted: dict[str, Tensor] = {}
         """name -> [R, S * H, C], contiguous, 0 where no page is: what is counted of pages, once tables share some (pages/pool.py)."""
@@ -104,7 +104,7 @@ class PageTable:
         width = max(self.width, self.parked.shape[-1] + 1) if self.parked.shape[-1] else self.width
         ids = [torch.nn.functional.pad(x, (0, width - x.shape[-1]), value=-1) for x in (self.ids, self.parked)]
         self.ids, self.counts = torch.cat(ids) if len(self.parked) else ids[0], counts
-        self.parked = self.ids[:0]
+        self.parked = self.ids[:0].clone()
 
     def split(self, counts: Tensor, most_pages: int) -> None:
         """The other way: the first rows, as many as counts [R, S * H] has, are active; parked ones have at most so many pages per table."""

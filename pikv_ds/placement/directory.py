@@ -28,13 +28,13 @@ class Directory:
 
     @property
     def nbytes(self) -> int:
-        return self.load.nbytes + self.evicted.nbytes + sum(t.nbytes for t in (*self.shard_at, *self._parked))
+        return sum(t.nbytes for t in (self.load, self.evicted, self._parked_evicted, *self.shard_at, *self._parked))
 
     def reset(self, num_rows: int) -> None:
         self.load.zero_()
         self.evicted = self.evicted.new_zeros(len(self.layers), num_rows, self.num_shards * self.heads)
         self.shard_at = [torch.zeros(num_rows, 0, dtype=torch.int16, device=self.device) for _ in self.layers]
-        self._parked, self._parked_evicted = [x[:0] for x in self.shard_at], self.evicted[:, :0]
+        self._parked, self._parked_evicted = [x[:0].clone() for x in self.shard_at], self.evicted[:, :0].clone()
 
     def reserve(self, length: int) -> None:
         """Make room for positions 0..length-1. Host side."""

@@ -40,14 +40,10 @@ class TokenLog:
         """rows: what each row holds already."""
         self._rows = list(rows)
         self._events: list[tuple[str, object]] = []
+        self._stored = 0
         self.known = True
         """False: something was stored whose tokens, or whose places, are not those that a log can hold."""
         self._wrong: Tensor | None = None
-
-    @property
-    def num_rows(self) -> int:
-        """At the beginning."""
-        return len(self._rows)
 
     def add(self, tokens: Tensor, mask: Tensor | None, wrong: Tensor | None) -> None:
         """A forward has stored tokens [B, T] ints, of which mask [B, T] bool on the host are no padding; None: all.
@@ -58,6 +54,10 @@ class TokenLog:
         if wrong is not None:
             self._wrong = wrong if self._wrong is None else self._wrong | wrong
 
+    def ran(self) -> None:
+        """A forward has run: what came before is as the cache holds it. What comes later waits for the next one."""
+        self._stored = len(self._events)
+
     def select(self, index: list[int]) -> None:
         """Row i continues row index[i]."""
         self._events.append(("select", list(index)))
@@ -67,12 +67,12 @@ class TokenLog:
         self._events.append(("keep", list(lens)))
 
     def rows(self) -> list[Tokens] | None:
-        """What rows hold now; None: not known. Sync: reads the device."""
+        """What rows held after the last forward; None: not known. Sync: reads the device."""
         if not self.known or (self._wrong is not None and bool(self._wrong)):
             return None
         rows = [Tokens(list(row.tokens), list(row.parts)) for row in self._rows]
         own = [False] * len(rows)  # whether the last part of a row is its own to grow
-        for kind, value in _merged(self._events):
+        for kind, value in _merged(self._events[: self._stored]):
             if kind == "tokens":
                 for b, new in enumerate(value):
                     _grow(rows[b], new, own[b])

@@ -42,6 +42,11 @@ class PrefixStore:
         self._index = PrefixIndex()
 
     @property
+    def knows_rows(self) -> bool:
+        """`ended` has been called, and `settled` not yet."""
+        return self._rows is not None
+
+    @property
     def parked_tokens(self) -> int:
         """Of all parked rows, those that rows share counted once."""
         return _Shared().add_all(self.parked)
@@ -107,9 +112,8 @@ class PrefixStore:
 
 def _begins_another(held: Held, chosen: list[tuple[int, Held]]) -> bool:
     tokens = held.row.tokens
-    return any(
-        other is not held and len(other.row.tokens) > len(tokens) and other.row.tokens[: len(tokens)] == tokens for _, other in chosen
-    )
+    longer = (other.row.tokens for _, other in chosen if len(other.row.tokens) > len(tokens))
+    return any(other[: len(tokens)] == tokens for other in longer)
 
 
 class _Shared:

@@ -11,6 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from tests.harness.driver import layer, ragged
 from tests.harness.invariants import check, poison
 from tests.harness.parking import ParkingDriver, check_parked
+from tests.held import check_bytes
 
 pytestmark = pytest.mark.usefixtures("nan_filled_empty")
 LONG = os.environ.get("PIKV_HYPOTHESIS") == "long"
@@ -24,6 +25,7 @@ def driver(**options) -> ParkingDriver:
 def all_of(driver: ParkingDriver) -> None:
     check(driver)
     check_parked(driver)
+    check_bytes(driver.cache)
 
 
 def test_a_row_begins_as_a_parked_one():

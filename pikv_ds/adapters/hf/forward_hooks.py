@@ -22,6 +22,7 @@ from .conversation import Conversation
 from .host import Host
 from .inputs import check_inputs, last_positions, new_mask
 from .masks import forget_masks
+from .prefixes import Stored, stored_tokens, wrong_places
 from .running import Chunk, Forward, Growth
 
 
@@ -58,7 +59,7 @@ class ForwardHooks:
         cache.conversation.lockstep.before_forward(cache.conversation)
         self.host.lock.acquire()
         try:
-            self._start(cache, local, growth)
+            self._start(cache, local, growth, self._stored(cache.conversation, given, local, growth))
         except BaseException:
             if self.host.running.forward is None:
                 self.host.lock.release()
@@ -122,8 +123,10 @@ class ForwardHooks:
         last_position = last_positions(conversation, given.get("position_ids"), mask, rows, columns)
         identity = not conversation.fresh and not conversation.touched
         core, value = conversation.core, 0
+        park = None if conversation.prefixes is None else conversation.prefixes.plan(broken=conversation.broken)
         if core.ranks.size > 1 and (conversation.fresh or core.replicated):
-            value = digest_there([tokens], [positions, torch.tensor(before), torch.tensor(conversation.parent or [-1])])
+            known = [positions, torch.tensor(before), torch.tensor(conversation.parent or [-1])]
+            value = digest_there([tokens], known if park is None else [*known, torch.tensor(park)])
         local = LocalStep(
             num_rows=rows,
             num_columns=columns,
@@ -134,10 +137,18 @@ class ForwardHooks:
             digest=value,
             identity=identity,
             fresh=conversation.fresh,
+            park=park,
         )
         return local, (columns, mask, num_new, last_position)
 
-    def _start(self, cache: HFCache, local: LocalStep, growth: Growth | None) -> None:
+    def _stored(self, conversation: Conversation, given: dict, local: LocalStep, growth: Growth | None) -> Stored | None:
+        """What requests that begin alike must know of the forward; None: nobody asks, or it stores nothing."""
+        if conversation.prefixes is None or local.idle:
+            return None
+        hidden = (conversation.column_mask, growth[1])
+        return Stored(stored_tokens(given, self._cache_name), growth[1], wrong_places(given, local.positions, hidden))
+
+    def _start(self, cache: HFCache, local: LocalStep, growth: Growth | None, stored: Stored | None) -> None:
         conversation, core = cache.conversation, cache.core
         conversation.broken = True  # until the forward has finished
         core.begin_step(local)
@@ -148,7 +159,7 @@ class ForwardHooks:
         whole = all(n == local.num_columns for n in local.num_new)
         chunk = Chunk(local.positions, None if whole else local.positions < 0)
         packed = conversation.packed
-        self.host.running.forward = Forward(cache, conversation, core, chunk, growth, self.config._attn_implementation, packed)
+        self.host.running.forward = Forward(cache, conversation, core, chunk, growth, self.config._attn_implementation, packed, stored)
         conversation.thread = threading.get_ident()
         conversation.expert_ids.begin(core, None if packed is None else packed.experts)
         self.config._attn_implementation = "pikv"
@@ -185,6 +196,8 @@ class ForwardHooks:
             if forward.packed is not None:
                 forward.packed.finish(conversation)
             else:
+                if conversation.prefixes is not None:
+                    conversation.prefixes.ran(len(forward.growth[2]), forward.stored)
                 conversation.finish_forward(*forward.growth, kept_step=self._keeps_step(conversation, forward.growth[2]))
             conversation.broken = False
             conversation.lockstep.opened(conversation)

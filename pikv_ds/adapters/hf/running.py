@@ -16,6 +16,7 @@ from pikv_ds.staging import Arriving
 from .cache import HFCache
 from .conversation import Conversation
 from .packed import Packed
+from .prefixes import Stored
 
 Growth = tuple[int, Tensor | None, list[int], Tensor]
 """What a forward adds, for Conversation.finish_forward."""
@@ -44,6 +45,8 @@ class Forward:
     growth: Growth | None
     host_attention: str
     packed: Packed | None = None
+    stored: Stored | None = None
+    """Its tokens, where requests may begin like others (prefixes.py)."""
 
 
 @dataclass(slots=True)
