@@ -170,6 +170,22 @@ def test_weights_that_have_changed_since_are_run_again():
         assert torch.equal(got[0], generate(model, ids)[0])
 
 
+def test_a_forward_in_train_mode_ends_what_was_stored_before():
+    """Optimizers may write weights in ways that leave no trace on them."""
+    model, ids = tiny_model("qwen3_moe"), prompt(40, seed=1)
+    with pikv_ds.attach(model, block()) as cache:
+        generate(model, ids)
+        model.train()
+        model(ids, use_cache=False).logits.sum().backward()
+        for parameter in model.parameters():
+            parameter.data -= 0.01 * torch.ones_like(parameter)
+        model.eval()
+        got = generate(model, ids)
+        assert cache.stats()["prefix_hits"] == 0
+    with pikv_ds.attach(model, {"page_size": 4}):
+        assert torch.equal(got[0], generate(model, ids)[0])
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("what", ["embeddings", "places", "mask"])
 def test_what_ids_alone_do_not_say_is_not_kept(what):

@@ -57,6 +57,16 @@ def test_bytes_come_back_when_nothing_is_parked_any_more():
     assert one.cache.pages.parked.nbytes == 0 and one.probe.bytes < 0.3 * parked
 
 
+def test_pages_of_parked_rows_move_into_holes():
+    """The other row's pages go, and the pool is as small as it can be."""
+    one = driver(num_shards=1, page_size=4)
+    one.prefill([40, 40])
+    one.begin([(-1, 0)], [(1, 40)])
+    one.forward(ragged([1]))
+    assert one.probe.near_pool(0).num_pages <= 12
+    all_of(one)
+
+
 def test_a_generation_without_parked_rows_counts_from_zero():
     one = driver()
     one.prefill([9])

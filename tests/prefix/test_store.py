@@ -79,7 +79,8 @@ def test_a_log_replays_what_happened(data):
         if what == "add":
             columns = data.draw(st.integers(1, 12))
             tokens = torch.tensor([[next(ids) for _ in range(columns)] for _ in lists])
-            mask = data.draw(st.none() | st.just(torch.rand(tokens.shape) > 0.4))
+            real = st.lists(st.lists(st.booleans(), min_size=columns, max_size=columns), min_size=len(lists), max_size=len(lists))
+            mask = data.draw(st.none() | real.map(torch.tensor))
             log.add(tokens, mask, torch.tensor(False))
             real = torch.ones(tokens.shape, dtype=torch.bool) if mask is None else mask
             lists = [own + tokens[b][real[b]].tolist() for b, own in enumerate(lists)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from weakref import WeakSet, finalize
+from weakref import WeakSet, finalize, ref
 
 import torch
 import torch.distributed as dist
@@ -96,7 +96,7 @@ class Attachment:
         spare = self._spare.setdefault(len(parts.at), [])
         core = spare.pop() if spare else self._core(len(parts.at))
         prefix = self.config.storage.prefix
-        prefixes = Prefixes(self.host.model, prefix.budget_tokens) if prefix.enabled else None
+        prefixes = Prefixes(ref(self.host), prefix.budget_tokens) if prefix.enabled else None
         conversation = Conversation(core, self.host.name, self._expert_ids, self.lockstep, self._number, parts, prefixes)
         conversation.probe_s = self.host.probe_s
         self.live.add(conversation)

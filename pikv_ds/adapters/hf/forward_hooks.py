@@ -48,6 +48,7 @@ class ForwardHooks:
     @eager
     def _before(self, decoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         given = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        self.host.trained += decoder.training
         cache = self._cache_of(given, decoder.training)
         if cache is None:
             return None

@@ -7,7 +7,8 @@ and weights that have changed since make a row one that nobody may begin as.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,13 @@ PLAIN = {"input_ids", "attention_mask", "position_ids", "past_key_values", "cach
 """Arguments of a decoder besides settings: others that are tensors may change what is stored."""
 
 
+class Host(Protocol):
+    """Whose forwards these are (host.py)."""
+
+    model: nn.Module
+    trained: int
+
+
 class Stored(NamedTuple):
     """What a forward stores, as TokenLog.add takes it. tokens: None, it is not known which."""
 
@@ -34,8 +42,9 @@ class Stored(NamedTuple):
 class Prefixes:
     """Of one conversation, whose cache holds the parked rows."""
 
-    def __init__(self, model: nn.Module, budget_tokens: int) -> None:
-        self.model, self.store, self.log = model, PrefixStore(budget_tokens), TokenLog()
+    def __init__(self, host: ref[Host], budget_tokens: int) -> None:
+        """host: of the model; a conversation does not keep it alive."""
+        self._host, self.store, self.log = host, PrefixStore(budget_tokens), TokenLog()
         self.num_rows = 0  # of the last forward
         self._sources: list[Tokens] | None = None  # of a generation that begins with rows that are held
         self._begins = True  # the next forward is the first of a generation
@@ -95,7 +104,7 @@ class Prefixes:
         if self.store.knows_rows:
             return
         unknown = [None] * self.num_rows
-        if self.num_rows and self._mark != weights_mark(self.model):
+        if self.num_rows and self._mark != weights_mark(self._host()):
             unknown += [None] * len(self.store.parked)
             self.store.clear()
             self.store.ended(unknown)
@@ -104,7 +113,7 @@ class Prefixes:
 
     def _reusable(self) -> bool:
         """Entries that were stored without a graph would be constants in one that is recorded now."""
-        return not (torch.is_grad_enabled() and any(p.requires_grad for p in self.model.parameters()))
+        return not (torch.is_grad_enabled() and any(p.requires_grad for p in self._host().model.parameters()))
 
     # ---- forwards --------------------------------------------------------------------------------------------------------------
 
@@ -114,7 +123,7 @@ class Prefixes:
             self.store.settled()
             self.log.begin(self._sources or [Tokens() for _ in range(num_rows)])
             self._begins, self._sources = False, None
-            self._mark = weights_mark(self.model)
+            self._mark = weights_mark(self._host())
         self.num_rows = num_rows
         if stored is not None:
             if stored.tokens is None or not self._reusable():
@@ -177,8 +186,9 @@ def wrong_places(given: Mapping[str, object], positions: Tensor, hidden: Sequenc
     return ((ids.to(positions.device) != positions) & (positions >= 0)).any()
 
 
-def weights_mark(model: nn.Module) -> int:
-    """A number that changes when weights are written to, replaced, or other adapters are switched on, and with autocast."""
+def weights_mark(host: Host) -> int:
+    """A number that changes when weights are written to or replaced, with a forward in train mode, other adapters, and autocast."""
+    model = host.model
     weights = [(id(p), p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters()]
     adapters = [
         (name, str(value))
@@ -188,4 +198,4 @@ def weights_mark(model: nn.Module) -> int:
     ]
     kind = next(model.parameters()).device.type
     cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    return hash((tuple(weights), tuple(adapters), cast))
+    return hash((tuple(weights), tuple(adapters), cast, host.trained))
