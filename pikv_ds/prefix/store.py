@@ -61,6 +61,12 @@ class PrefixStore:
                 self._index.hold(held.number, held.row.tokens)
         self._rows = [*ended, *self.parked]
 
+    def void(self, num_rows: int) -> None:
+        """Nothing that was stored so far can be used: neither the last generation's rows, so many, nor parked ones. In place of `ended`."""
+        unknown: list[Held | None] = [None] * (num_rows + len(self.parked))
+        self.clear()
+        self._rows = unknown
+
     def find(self, prompt: Sequence[int]) -> Source:
         """The row that begins like a prompt; its last token is left to run, as its logits are asked for. (-1, 0): none does."""
         match = self._index.match(prompt[:-1])

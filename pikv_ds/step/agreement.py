@@ -190,9 +190,9 @@ class Agreement:
         held, parked_before = (self.num_rows if known else [0] * len(headers)), self.num_parked or [0] * len(headers)
         parent, keep, num_new, parked = [], [], [], []
         row0, parked0 = 0, len(self.lens)
-        for header, flat, rows, were_parked in zip(headers, gathered, held, parked_before, strict=True):
+        for header, flat, num_rows, were_parked in zip(headers, gathered, held, parked_before, strict=True):
             triples = [flat[at : at + 3] for at in range(0, len(flat), 3)]
-            numbered = [-1, *range(row0, row0 + rows), *range(parked0, parked0 + were_parked)]  # by the rank's own number, from -1 on
+            numbered = [-1, *range(row0, row0 + num_rows), *range(parked0, parked0 + were_parked)]  # by the rank's own number, from -1 on
             for p, n, new in triples[: header[1]]:
                 parent.append(-1 if p < 0 or restart else numbered[p + 1] if known else p)
                 keep.append(n)
@@ -200,8 +200,8 @@ class Agreement:
             if header[PARK]:
                 parked.append([(numbered[p + 1], n) for p, n, _ in triples[header[1] : header[1] + header[PARK] - 1]])
             else:
-                parked.append([(p, self.parked_lens[p - len(self.lens)]) for p in numbered[1 + rows :]])
-            row0, parked0 = row0 + rows, parked0 + were_parked
+                parked.append([(p, self.parked_lens[p - len(self.lens)]) for p in numbered[1 + num_rows :]])
+            row0, parked0 = row0 + num_rows, parked0 + were_parked
         changed = any(h[PARK] for h in headers)
         shapes = [(h[1], h[2]) for h in headers]
         identity = not (restart or changed) and parent == list(range(len(self.lens))) and keep == self.lens
@@ -219,7 +219,7 @@ class Agreement:
         """Take over the rows; returns the tokens of every row before and after the forward."""
         self.num_rows = [b for b, _ in agreed.shapes]
         if agreed.parked is not None:
-            self.num_parked, self.parked_lens = agreed.num_parked, [n for _, n in agreed.parked]
+            self.num_parked, self.parked_lens = agreed.num_parked or [], [n for _, n in agreed.parked]
         before = list(agreed.keep)
         self.lens = [n + new for n, new in zip(before, agreed.num_new, strict=True)]
         return before, list(self.lens)

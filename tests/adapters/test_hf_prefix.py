@@ -30,7 +30,10 @@ class Tokens:
 
     def __init__(self, model):
         self.columns = []
-        model.register_forward_pre_hook(lambda module, args, kwargs: self.columns.append(kwargs["input_ids"].shape[1]), with_kwargs=True)
+        model.register_forward_pre_hook(self._count, with_kwargs=True)
+
+    def _count(self, module, args, kwargs):
+        self.columns.append((args[0] if args else kwargs["input_ids"]).shape[1])
 
 
 def tail(prefix, seed, length=5):
@@ -94,6 +97,44 @@ def test_a_whole_prompt_that_is_known_runs_one_token():
         second = generate(model, ids)
     assert tokens.columns[0] == 1 and torch.equal(first[0], second[0])
     torch.testing.assert_close(second[1], first[1], rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_prompts_in_chunks_and_rows_that_are_repeated():
+    model, prefix = tiny_model("qwen3_moe"), prompt(40, seed=1)
+    ids = tail(prefix, 2, length=20)
+    with pikv_ds.attach(model, {"page_size": 4}):
+        expected = generate(model, ids)
+    tokens = Tokens(model)
+    with pikv_ds.attach(model, block()) as cache:
+        generate(model, tail(prefix, 3), prefill_chunk_size=16)
+        tokens.columns.clear()
+        assert torch.equal(generate(model, ids, prefill_chunk_size=8)[0], expected[0])
+        assert tokens.columns[:3] == [8, 8, 4]
+        cache.begin_generation()
+        held = cache.reuse(ids)
+        cache.batch_repeat_interleave(2)
+        both = model(ids[:, held:].repeat(2, 1), past_key_values=cache).logits[:, -1]
+        torch.testing.assert_close(both, expected[1][:, 0].repeat(2, 1), rtol=0, atol=1e-5)
+        cache.begin_generation()
+        tokens.columns.clear()
+        generate(model, ids)
+        assert tokens.columns[0] == 1 and cache.stats()["prefix_hits"] == 3
+
+
+def test_weights_that_change_after_a_forward_was_refused():
+    """What was looked up for it is not used any more."""
+    model, ids = tiny_model("qwen3_moe"), prompt(40, seed=1)
+    with pikv_ds.attach(model, block()) as cache:
+        generate(model, ids)
+        with pytest.raises(UnsupportedError, match="output_attentions"):
+            generate(model, ids, output_attentions=True)
+        with torch.no_grad():
+            model.get_input_embeddings().weight.mul_(1.5)
+        got, hits = generate(model, ids), cache.stats()["prefix_hits"]
+        assert hits == 1  # of the one that was refused
+    with pikv_ds.attach(model, {"page_size": 4}):
+        assert torch.equal(got[0], generate(model, ids)[0])
 
 
 @torch.no_grad()

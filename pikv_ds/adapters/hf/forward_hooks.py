@@ -56,11 +56,13 @@ class ForwardHooks:
         check_inputs(decoder, given)
         self.abandon()
         self.host.running.check_expansions()
-        local, growth = self._plan(cache.conversation, given)  # what is refused here, other ranks need not hear of
-        cache.conversation.lockstep.before_forward(cache.conversation)
+        conversation = cache.conversation
+        local, growth = self._plan(conversation, given)  # what is refused here, other ranks need not hear of
+        conversation.lockstep.before_forward(conversation)
+        stored = None if conversation.prefixes is None else self._stored(conversation, given, local, growth)
         self.host.lock.acquire()
         try:
-            self._start(cache, local, growth, self._stored(cache.conversation, given, local, growth))
+            self._start(cache, local, growth, stored)
         except BaseException:
             if self.host.running.forward is None:
                 self.host.lock.release()
@@ -143,8 +145,8 @@ class ForwardHooks:
         return local, (columns, mask, num_new, last_position)
 
     def _stored(self, conversation: Conversation, given: dict, local: LocalStep, growth: Growth | None) -> Stored | None:
-        """What requests that begin alike must know of the forward; None: nobody asks, or it stores nothing."""
-        if conversation.prefixes is None or local.idle:
+        """What requests that begin alike must know of the forward; None: it stores nothing."""
+        if local.idle or growth is None:
             return None
         hidden = (conversation.column_mask, growth[1])
         return Stored(stored_tokens(given, self._cache_name), growth[1], wrong_places(given, local.positions, hidden))

@@ -70,15 +70,15 @@ class Prefixes:
         """
         if ids.dim() != 2 or not self._reusable():
             return None
-        rows, columns = ids.tolist(), ids.shape[1]
-        padding = [0] * len(rows)
+        given, columns = ids.tolist(), ids.shape[1]
+        padding = [0] * len(given)
         if mask is not None:
             real = mask.to(torch.bool)
             if mask.shape != ids.shape or not bool(torch.equal(real.long().cummax(1).values, real.long())):
                 return None  # padding on the right, or between tokens
             padding = (columns - real.sum(1)).tolist()
         self._end()
-        prompts = [row[pad:] for row, pad in zip(rows, padding, strict=True)]
+        prompts = [row[pad:] for row, pad in zip(given, padding, strict=True)]
         if not all(prompts):
             return None
         found = [self.store.find(prompt) for prompt in prompts]
@@ -101,15 +101,10 @@ class Prefixes:
         return self.store.plan()
 
     def _end(self) -> None:
-        if self.store.knows_rows:
-            return
-        unknown = [None] * self.num_rows
         if self.num_rows and self._mark != weights_mark(self._host()):
-            unknown += [None] * len(self.store.parked)
-            self.store.clear()
-            self.store.ended(unknown)
-        else:
-            self.store.ended(self.log.rows() or unknown)
+            self.store.void(self.num_rows)
+        elif not self.store.knows_rows:
+            self.store.ended(self.log.rows() or [None] * self.num_rows)
 
     def _reusable(self) -> bool:
         """Entries that were stored without a graph would be constants in one that is recorded now."""
@@ -135,10 +130,14 @@ class Prefixes:
     def select(self, index: list[int]) -> None:
         if not self._begins:
             self.log.select(index)
+        elif self._sources is not None:
+            self._sources = [self._sources[i] for i in index]
 
     def cropped(self, lens: list[int]) -> None:
         if not self._begins:
             self.log.keep(lens)
+        elif self._sources is not None:
+            self._sources = [row.cut(n) for row, n in zip(self._sources, lens, strict=True)]
 
     # ---- numbers ---------------------------------------------------------------------------------------------------------------
 
