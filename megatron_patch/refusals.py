@@ -59,6 +59,8 @@ def refuse_config(config: PiKVConfig) -> None:
     """Raises ConfigError for values of the "pikv" block that have no meaning here."""
     if not config.enabled:
         raise ConfigError("pikv.enabled is false: there is nothing to enable; drop the call or set it to true")
+    if config.storage.prefix.enabled:
+        raise ConfigError("pikv.storage.prefix.enabled = true: under Megatron-Core no request takes over another's entries; leave it out")
     if config.storage.expert_ids not in EXPERT_IDS:
         raise ConfigError(
             f"pikv.storage.expert_ids = {config.storage.expert_ids!r}: under Megatron-Core this version takes ids from "

@@ -183,6 +183,11 @@ class ReferenceCache:
             self.forked += sum(map(len, self.rows[i])) + cropped - before
         self.lens = [self.lens[p] if p >= 0 else 0 for p in parents]
 
+    @property
+    def held(self) -> list[list[list[Entry]]]:
+        """[layer][row] entries of all rows."""
+        return self.rows
+
     def crop(self, row: int, keep: int) -> None:
         """Remove the positions from `keep` on."""
         for rows in self.rows:

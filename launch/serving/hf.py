@@ -26,6 +26,8 @@ class HFRunner:
         backend = HFBackend(spec.for_backend(), spec.timeout_s)
         self.tokenizer, self.model = backend.tokenizer, backend.model
         self.attached = attach(self.model, spec.block, backend.group, requests="distinct")
+        if self.attached.core.config.storage.prefix.enabled:
+            raise UnsupportedError("pikv.storage.prefix is on: the service shares what requests have in common itself; use --prefix-rows")
         self.cache = self.attached.new_cache()
         self.device = self.cache.core.device
         self.eos, self.vocabulary = eos_of(self.model.generation_config), self.model.get_input_embeddings().num_embeddings

@@ -180,18 +180,21 @@ class PiKVCache(HostFace):
         announced: by each rank.
         """
         self.pages.check_last()
-        old_lens = self.agreement.lens
+        lens, parked_lens = self.agreement.lens, self.agreement.parked_lens
         before, after = self.agreement.commit(agreed)
-        change = None if agreed.restart or agreed.identity else RowChange.of(agreed, old_lens, self.device)
-        if agreed.restart:
+        parks = bool(parked_lens if agreed.parked is None else agreed.parked)
+        if agreed.restart and not parks:
             self._start(len(before))
-        else:
-            if change is not None:
-                self.pages.rows.check(change)
+        elif agreed.identity:
             for part in self.counting:
-                part.settle(change)
-        if change is not None:
-            self.pages.change(change)
+                part.settle(None)
+        else:
+            change = RowChange.of(agreed, lens, parked_lens, self.device)
+            with self.pages.parked.joined(change):
+                for part in self.counting:
+                    part.settle(change)
+                self.pages.change(change)
+            self.pages.settle_rows()
             if self.bases is not None:
                 self.bases.rows.change(change)
         # How far another rank may crop is not known here: while it may, window layers of distinct requests keep everything.

@@ -23,6 +23,7 @@ NOT_NOW = {
     1: "a forward runs; call it between end_step and the next begin_step",
     2: "tokens of the last forward may still be taken back (a crop is announced, or what it counted waits for the next forward); call it "
     "outside of announce_crops, after a forward",
+    3: "rows are parked for requests that begin alike (pikv.storage.prefix), whose pages would stay behind; leave prefix out",
 }
 
 
@@ -127,7 +128,8 @@ class HostFace:
 
     def _said_of_a_move(self, holders: tuple[tuple[int, ...], ...], bytes_per_step: int | None) -> list[int]:
         """What all ranks compare: a reason of NOT_NOW, and what to do."""
-        reason = 1 if self.local is not None else 2 if self.hold_margin is not None or any(part.waiting for part in self.counting) else 0
+        may_go = self.hold_margin is not None or any(part.waiting for part in self.counting)
+        reason = 1 if self.local is not None else 2 if may_go else 3 if self.pages.parked.num_rows else 0
         flat = [x for ranks in holders for x in (len(ranks), *ranks)]
         return [reason, digest([torch.tensor(flat, dtype=torch.int64)]), bytes_per_step or 0]
 

@@ -89,6 +89,11 @@ class PoolProbe:
         """[R, T, C] int32 page ids, -1 = none; the last column stays unused."""
         return self.pool.table.ids.clone()
 
+    @property
+    def parked_table(self) -> Tensor:
+        """[Q, T, C'] int32 page ids of parked rows, -1 = none."""
+        return self.pool.table.parked.clone()
+
     def page_ids(self, row: int, table: int) -> list[int]:
         count = int(self.pool.table.counts[row, table])
         return self.pool.table.ids[row, table, : -(-count // self.page_size)].tolist()

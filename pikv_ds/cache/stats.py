@@ -29,8 +29,10 @@ def stats(cache: PiKVCache, dense_rows: int, dense_columns: int) -> dict:
     for shard, entries in enumerate(by_shard):
         load_per_rank[pages.map.home(shard)] += entries
     return {
-        "kv_bytes_allocated": sum(s.nbytes for s in pages.all_pools) + (0 if cache.bases is None else cache.bases.nbytes),
-        "kv_bytes_live": sum(s.live_nbytes for s in pages.all_pools),
+        "kv_bytes_allocated": sum(s.nbytes for s in (*pages.all_pools, *([] if cache.bases is None else [cache.bases])))
+        + pages.parked.tail_nbytes,
+        "kv_bytes_live": sum(s.live_nbytes for s in pages.all_pools) + pages.parked.live_nbytes,
+        "kv_bytes_parked": pages.parked.nbytes,
         "kv_bytes_dense": sum(dense_bytes(spec, dense_rows, dense_columns, cache.dtype.itemsize) for spec in cache.layers),
         "metadata_bytes": metadata_bytes(cache),
         "entries_live": int(pages.entries_live),
@@ -47,6 +49,7 @@ def stats(cache: PiKVCache, dense_rows: int, dense_columns: int) -> dict:
         "load_per_expert": counters.by_expert.tolist(),
         "spilled": spilled_here,
         "spilled_group": spilled,
+        "rows_parked": pages.parked.num_rows,
         "requests": cache.agreement.mode,
         "attention_impl": attention_impl(cache),
         "attention_kernel": load.kernel(cache.device.type),

@@ -35,6 +35,14 @@ class RebalanceConfig(Block):
         return self
 
 
+class PrefixConfig(Block):
+    """Requests that begin like an earlier one take over its entries."""
+
+    enabled: bool = Field(False, description="Keep the rows of finished requests, and let requests that begin alike continue them.")
+    budget_tokens: int = Field(65536, ge=16, description="Tokens that are kept for it in a cache; what rows share counts once.")
+    eviction: Literal["lru"] = Field("lru", description="Which rows go when there are more: the longest unused.")
+
+
 class StorageConfig(Block):
     """Where each entry is stored."""
 
@@ -61,6 +69,7 @@ class StorageConfig(Block):
     overflow: Literal["spill", "error"] = Field(
         "spill", description="What happens when a shard is full: use the least loaded one, or stop."
     )
+    prefix: PrefixConfig = Field(PrefixConfig(), description=PrefixConfig.__doc__)
 
     rebalance: RebalanceConfig | None = Field(None, description="Shards move to even out the ranks; null = they stay.")
 

@@ -20,6 +20,7 @@ from .counters import Counters
 from .crops import CropLimits
 from .layer import LayerPages
 from .mirror import Mirror
+from .parked import ParkedRows
 from .plan import PagesPlan
 from .pool import PagePool, no_tail
 from .recycle import expire, fork
@@ -57,6 +58,7 @@ class RankPages:
         self.rows = Rows(device)
         self.crops = CropLimits(self.specs, self.rows)
         self.rehomed: tuple[Callable[[], None], ...] = ()  # told when this rank holds other shards: who knows sizes of its tables
+        self.parked = ParkedRows(self)
         self.allocate(0)
 
     def allocate(self, num_rows: int) -> None:
@@ -75,6 +77,7 @@ class RankPages:
         self.gives_back = False  # sizes are on their way, by which pools with much free space shrink
         self.unchecked: list[int] | None = None  # capacities of a forward of which it is not known yet whether all entries fitted
         self.rows.start(num_rows)
+        self.parked.clear()
         self.directory.reset(num_rows)
         self.evicted = [[[0] * self.heads for _ in range(num_rows)] for _ in self.layers]  # [L][R][H], as evicted_by_head says it
         self.counters.clear()
@@ -104,14 +107,14 @@ class RankPages:
 
     @property
     def entries_live(self) -> Tensor:
-        """0-d int64, entries in all tables of this rank. Sync: none."""
-        return sum(counts.sum() for counts in self.counts)
+        """0-d int64, entries in all tables of this rank, those of parked rows too. Sync: none."""
+        return sum(counts.sum() for counts in self.counts) + self.parked.entries
 
     @property
     def metadata_nbytes(self) -> int:
         """Bytes of what says where entries lie, and of their counters."""
         own = sum(x.nbytes for x in (*self.counts, *self.free_tops)) + sum(pool.metadata_nbytes for pool in self.all_pools)
-        own += sum(tail.nbytes for tail in self.no_tails.values())
+        own += sum(tail.nbytes for tail in self.no_tails.values()) + self.parked.metadata_nbytes
         return own + self.directory.nbytes + self.counters.nbytes + self.rows.nbytes
 
     def mirror(self) -> None:
@@ -119,15 +122,13 @@ class RankPages:
         self.sizes = Mirror(self.counts[0], self.free_tops, self.directory.load, self.counters.device_counts)
 
     def change(self, change: RowChange) -> None:
-        """Rows are forked, cropped, dropped or new, with all that is kept of them. Raises: RuntimeError, before anything has moved."""
-        self.rows.check(change)
+        """Rows are forked, cropped, dropped or new, with all that is kept of them, after Rows.check; `settle_rows` comes after it."""
         self.let_go()
         self.addresses.moved()
         parent = change.index
         keep, lens = (sent(x, torch.int64, self.device) for x in (change.keep, change.lens))
         removed = self.directory.fork(parent, keep, lens)
         self.counts, old = self.new_counts(parent.numel()), self.counts
-        self.evicted = self.directory.evicted_by_head()
         childless = torch.ones(old[0].shape[1], dtype=torch.bool, device=self.device)
         childless[parent[parent >= 0]] = False
         some_end = bool((parent < 0).any())  # rows of another generation leave; among forks, dropped rows count as forked away
@@ -141,7 +142,11 @@ class RankPages:
                 self.counters.cropped += gone
                 self.counters.forked += int(self.counts[level][i].sum()) + gone - int(old[level][i].sum())
         self.rows.change(change)
-        self._forget_leaves(parent.numel())
+
+    def settle_rows(self) -> None:
+        """Rows have changed, and parked ones are apart again (parked.joined)."""
+        self.evicted = self.directory.evicted_by_head()
+        self._forget_leaves(self.rows.num_rows)
         self.mirror()
 
     def rehome(self, shard_map: ShardMap, arranged: Sequence[Sequence[Arranged]], counts: list[Tensor]) -> None:

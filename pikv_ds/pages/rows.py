@@ -24,10 +24,17 @@ class RowChange(NamedTuple):
     """Tokens of every row before."""
     index: Tensor
     """`parent`, [R] int64 on the device."""
+    num_parked: int = 0
+    """The last rows are parked (pages/parked.py), and `parent` and `lens` number the parked rows of before behind the others."""
 
     @classmethod
-    def of(cls, agreed: Agreed, lens: list[int], device: torch.device) -> RowChange:
-        return cls(agreed.parent, agreed.keep, lens, torch.tensor(agreed.parent, dtype=torch.int64).to(device))
+    def of(cls, agreed: Agreed, lens: list[int], parked_lens: list[int], device: torch.device) -> RowChange:
+        """lens, parked_lens: tokens of the active rows of before, and of the parked ones."""
+        parked = agreed.parked
+        if parked is None:  # they stay
+            parked = [(len(lens) + i, n) for i, n in enumerate(parked_lens)]
+        parent, keep = (given + [row[at] for row in parked] for at, given in enumerate((agreed.parent, agreed.keep)))
+        return cls(parent, keep, lens + parked_lens, torch.tensor(parent, dtype=torch.int64).to(device), len(parked))
 
     def tensor(self, x: Tensor, dim: int = 0) -> Tensor:
         """Rows of x [..., R, ...] along `dim` as they go on; 0 for new ones."""
@@ -56,13 +63,20 @@ class IntColumn:
     def __init__(self, follow: Follow) -> None:
         self.follow = follow
         self.values: list[int] = []
+        self._parked: list[int] = []
 
     def start(self, num_rows: int) -> None:
-        self.values = [0] * num_rows
+        self.values, self._parked = [0] * num_rows, []
 
     def change(self, change: RowChange) -> None:
         rows = zip(change.parent, change.keep, strict=True)
         self.values = [0 if p < 0 else self.follow(self.values[p], n, change.parent.count(p) > 1) for p, n in rows]
+
+    def join(self) -> None:
+        self.values = self.values + self._parked
+
+    def split(self, active: int) -> None:
+        self.values, self._parked = self.values[:active], self.values[active:]
 
 
 class RowColumn:
@@ -71,8 +85,9 @@ class RowColumn:
     def __init__(self, device: torch.device, shape: tuple[int, ...], dtype: torch.dtype, empties: bool) -> None:
         """empties: a row that keeps no token of the one it continues starts at 0, too."""
         self.device, self.shape, self.dtype, self.empties = device, shape, dtype, empties
-        self.num_rows = 0
+        self.num_rows = self._num_parked = 0
         self._value: Tensor | None = None
+        self._parked: Tensor | None = None
 
     @property
     def value(self) -> Tensor:
@@ -97,6 +112,7 @@ class RowColumn:
 
     def start(self, num_rows: int) -> None:
         self.num_rows, self._value = num_rows, None
+        self._num_parked, self._parked = 0, None
 
     def change(self, change: RowChange) -> None:
         self.num_rows = change.index.numel()
@@ -107,9 +123,22 @@ class RowColumn:
             new = torch.tensor([n == 0 for n in change.keep]).to(self.device)
             self._value.masked_fill_(new.view(-1, *[1] * len(self.shape)), 0)
 
+    def join(self) -> None:
+        """Parked rows stand behind the others (pages/parked.py)."""
+        if self._value is not None or self._parked is not None:
+            parked = self.value.new_zeros(self._num_parked, *self.shape) if self._parked is None else self._parked
+            self._value = torch.cat([self.value, parked])
+        self.num_rows += self._num_parked
+
+    def split(self, active: int) -> None:
+        """The first `active` rows are active, the others parked."""
+        self._num_parked, self.num_rows = self.num_rows - active, active
+        if self._value is not None:
+            self._value, self._parked = self._value[:active].clone(), self._value[active:].clone()
+
     @property
     def nbytes(self) -> int:
-        return 0 if self._value is None else self._value.nbytes
+        return sum(x.nbytes for x in (self._value, self._parked) if x is not None)
 
 
 class Rows:
@@ -162,6 +191,17 @@ class Rows:
         self.num_rows, self.version = change.index.numel(), self.version + 1
         for column in (*self._ints.values(), *self._tensors.values()):
             column.change(change)
+
+    def join(self) -> None:
+        """Parked rows stand behind the others, as in tables (pages/parked.py)."""
+        for column in (*self._ints.values(), *self._tensors.values()):
+            column.join()
+
+    def split(self, active: int) -> None:
+        """The first `active` rows are active, the others parked."""
+        self.num_rows, self.version = active, self.version + 1
+        for column in (*self._ints.values(), *self._tensors.values()):
+            column.split(active)
 
     @property
     def nbytes(self) -> int:

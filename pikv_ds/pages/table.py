@@ -23,6 +23,8 @@ class PageTable:
         """[R, S * H] int32 entries, those that have left not among them."""
         self.ids = torch.full((*counts.shape, 0), -1, dtype=torch.int32, device=counts.device)
         """[R, S * H, C] int32 page ids, -1 = none; the last column stays unused: append parks its idle writes there."""
+        self.parked = self.ids[:0].clone()
+        """[Q, S * H, C'] int32 page ids of rows that no step sees (pages/parked.py)."""
         self.counted: dict[str, Tensor] = {}
         """name -> [R, S * H, C], contiguous, 0 where no page is: what is counted of pages, once tables share some (pages/pool.py)."""
 
@@ -43,7 +45,7 @@ class PageTable:
     @property
     def nbytes(self) -> int:
         """Of the ids; the counts are counted where they lie."""
-        return self.ids.nbytes
+        return self.ids.nbytes + self.parked.nbytes
 
     def of(self, shard: Tensor | None, num_tokens: int) -> Tensor:
         """[N * H] int64, within a row: the tables of all heads of local shard [N] of N tokens; None: there is one shard."""
@@ -100,7 +102,20 @@ class PageTable:
     def renumber(self, new_id: Tensor) -> None:
         """Pages have other ids: new_id [P] int32."""
         self._addresses.moved()
-        self.ids = torch.where(self.ids >= 0, new_id[self.ids.clamp_min(0)], -1)
+        self.ids, self.parked = (torch.where(ids >= 0, new_id[ids.clamp_min(0)], -1) for ids in (self.ids, self.parked))
+
+    def join(self, counts: Tensor) -> None:
+        """Parked rows stand behind the others; counts [R + Q, S * H] int32 view of all. What is counted of pages has no parked rows."""
+        assert not self.counted, "rows whose pages are counted can't be parked"
+        width = max(self.width, self.parked.shape[-1] + 1) if self.parked.shape[-1] else self.width
+        ids = [torch.nn.functional.pad(x, (0, width - x.shape[-1]), value=-1) for x in (self.ids, self.parked)]
+        self.ids, self.counts = torch.cat(ids) if len(self.parked) else ids[0], counts
+        self.parked = self.ids[:0].clone()
+
+    def split(self, counts: Tensor, most_pages: int) -> None:
+        """The other way: the first rows, as many as counts [R, S * H] has, are active; parked ones have at most so many pages per table."""
+        ids = self.ids
+        self.ids, self.parked, self.counts = ids[: len(counts)].clone(), ids[len(counts) :, :, :most_pages].clone(), counts
 
 
 def by_head(x: Tensor, heads: int) -> Tensor:

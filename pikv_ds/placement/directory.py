@@ -34,13 +34,14 @@ class Directory:
 
     @property
     def nbytes(self) -> int:
-        return self.load.nbytes + self.evicted.nbytes + sum(t.nbytes for t in self.shard_at)
+        return sum(t.nbytes for t in (self.load, self.evicted, self._parked_evicted, *self.shard_at, *self._parked))
 
     def reset(self, num_rows: int) -> None:
         self._moved()
         self.load.zero_()
         self.evicted = self.evicted.new_zeros(len(self.layers), num_rows, self.num_shards * self.heads)
         self.shard_at = [torch.zeros(num_rows, 0, dtype=torch.int16, device=self.device) for _ in self.layers]
+        self._parked, self._parked_evicted = [x[:0].clone() for x in self.shard_at], self.evicted[:, :0].clone()
 
     def reserve(self, length: int) -> None:
         """Make room for positions 0..length-1. Host side."""
@@ -134,3 +135,26 @@ class Directory:
             start = torch.zeros_like(keep) if spec.window is None else keep - (spec.window - 1)
             self.load[i] = self._count(homes, start, keep) * self.heads - self._by_shard(self.evicted[i].sum(0))
         return removed
+
+    def join(self) -> None:
+        """Parked rows stand behind the others (pages/parked.py); the load is that of the active rows alone."""
+        if self._parked_evicted.shape[1]:
+            self.evicted = torch.cat([self.evicted, self._parked_evicted], 1)
+            width = max(self._parked[0].shape[1], self.shard_at[0].shape[1])
+            pairs = zip(self.shard_at, self._parked, strict=True)
+            self.shard_at = [torch.cat([torch.nn.functional.pad(x, (0, width - x.shape[1])) for x in pair]) for pair in pairs]
+
+    def split(self, active: int, keep: list[int] | None) -> None:
+        """The first `active` rows are active. keep: tokens of every row after a fork, whose load is that of all; None: of these alone."""
+        self.evicted, self._parked_evicted = self.evicted[:, :active].clone(), self.evicted[:, active:].clone()
+        width = 0 if keep is None else max(keep[active:], default=0)
+        width = width or self.shard_at[0].shape[1]
+        self._parked = [x[active:, :width].clone() for x in self.shard_at]
+        self.shard_at = [x[:active].clone() for x in self.shard_at]
+        if keep is None or self.num_shards == 1 or active == len(keep):
+            return
+        stop = torch.tensor(keep[active:], dtype=torch.int64).to(self.device)
+        for i, spec in enumerate(self.layers):
+            start = torch.zeros_like(stop) if spec.window is None else stop - (spec.window - 1)
+            parked = self._count(self._parked[i], start, stop) * self.heads - self._by_shard(self._parked_evicted[i].sum(0))
+            self.load[i] -= parked

@@ -25,6 +25,7 @@ from .step import LocalStep
 PLAIN, IDLE, FRESH, ALIGNED = 1, 2, 4, 8
 ANNOUNCED = 16  # and the two bits above it
 DIGEST = slice(3, 5)  # of a header, the lower half first
+PARK = 5  # of a header: 0 = the rank's parked rows stay, else their new number and one
 
 
 class Announced(NamedTuple):
@@ -61,6 +62,10 @@ class Agreed:
     identity: bool  # rows continue themselves
     aligned: bool = False  # the tokens of every row are its first columns
     prompt: Sequence[int] = ()  # per row, tokens of its prompt, 0 = not known; empty: of no row
+    parked: list[tuple[int, int]] | None = None
+    """(parent, keep) of all parked rows, source after source; parents from the number of rows on are parked ones. None: they stay."""
+    num_parked: list[int] | None = None
+    """Of each source, with `parked`."""
 
 
 class Agreement:
@@ -73,6 +78,8 @@ class Agreement:
         self.mode: str | None = None
         self.num_rows: list[int] = []  # per source
         self.lens: list[int] = []  # per global row, after the last forward
+        self.num_parked: list[int] = []  # per source; empty: none
+        self.parked_lens: list[int] = []  # per parked row, source after source
 
     @property
     def steady(self) -> bool:
@@ -87,7 +94,7 @@ class Agreement:
         return self.mode, self.num_rows, self.lens
 
     def forget(self) -> None:
-        self.mode, self.num_rows, self.lens = None, [], []
+        self.mode, self.num_rows, self.lens, self.num_parked, self.parked_lens = None, [], [], [], []
 
     def header(self, step: LocalStep, announced: Announced) -> list[int]:
         """Sync: reads a digest that lies on the device."""
@@ -104,13 +111,13 @@ class Agreement:
     def _header(self, step: LocalStep, announced: Announced, digest: int) -> list[int]:
         flags = PLAIN * self.is_plain(step) | IDLE * step.idle | FRESH * step.fresh | ALIGNED * step.aligned | announced.flags
         low, high = (((digest >> bits) + 2**31) % 2**32 - 2**31 for bits in (0, 32))  # the halves of an int64, as int32
-        header = [flags, step.num_rows, step.num_columns, low, high]
+        header = [flags, step.num_rows, step.num_columns, low, high, 0 if step.park is None else 1 + len(step.park)]
         return header + [0] * (HEADER - len(header))
 
     def is_plain(self, step: LocalStep) -> bool:
         """This rank's part of the forward fits the record that all ranks expect in steady decoding."""
         plain = step.plain_decode if self.mode == "distinct" else step.num_columns == 1 and not step.fresh
-        return plain and self.steady and step.num_rows == self.num_rows[self.own]
+        return plain and self.steady and step.num_rows == self.num_rows[self.own] and step.park is None
 
     @staticmethod
     def all_plain(headers: list[list[int]]) -> bool:
@@ -149,7 +156,9 @@ class Agreement:
             self.check_replicated(headers)
         if self.mode in ("replicated", "local"):
             shapes = [(step.num_rows, step.num_columns)]
-            return Agreed(shapes, step.parent, step.keep, step.num_new, restart, step.identity, step.aligned, step.prompt)
+            identity, parked = step.identity and step.park is None, step.park
+            num_parked = None if parked is None else [len(parked)]
+            return Agreed(shapes, step.parent, step.keep, step.num_new, restart, identity, step.aligned, step.prompt, parked, num_parked)
         return self._agree_distinct(step, headers, restart)
 
     def _refuse_to_continue(self, headers: list[list[int]]) -> None:
@@ -174,25 +183,36 @@ class Agreement:
         return "replicated" if all(k == keys[0] for k in keys) else "distinct"
 
     def _agree_distinct(self, step: LocalStep, headers: list[list[int]], restart: bool) -> Agreed:
-        widest = max(h[1] for h in headers)
+        widest = max(h[1] + h[PARK] for h in headers)  # one too many where rows are parked anew
         prompt = step.prompt or [0] * step.num_rows
         new_and_prompt = [new | tokens << 32 for new, tokens in zip(step.num_new, prompt, strict=True)]  # two int32 as one number
-        rows = [*zip(step.parent, step.keep, new_and_prompt, strict=True)]
+        rows = [*zip(step.parent, step.keep, new_and_prompt, strict=True)] + [(*row, 0) for row in step.park or ()]
         rows += [(-1, 0, 0)] * (widest - len(rows))
         gathered = self._of_all([x for row in rows for x in row], "exchanging the rows of all requests")
-        parent, keep, num_new, prompts, row0 = [], [], [], [], 0
-        for rank, (header, flat) in enumerate(zip(headers, gathered, strict=True)):
-            for b in range(header[1]):
-                p, n, new = flat[3 * b : 3 * b + 3]
-                parent.append(-1 if p < 0 or restart else p + row0)
+        known = len(self.num_rows) == len(headers)
+        held, parked_before = (self.num_rows if known else [0] * len(headers)), self.num_parked or [0] * len(headers)
+        parent, keep, num_new, prompts, parked = [], [], [], [], []
+        row0, parked0 = 0, len(self.lens)
+        for header, flat, num_rows, were_parked in zip(headers, gathered, held, parked_before, strict=True):
+            triples = [flat[at : at + 3] for at in range(0, len(flat), 3)]
+            numbered = [-1, *range(row0, row0 + num_rows), *range(parked0, parked0 + were_parked)]  # by the rank's own number, from -1 on
+            for p, n, new in triples[: header[1]]:
+                parent.append(-1 if p < 0 or restart else numbered[p + 1] if known else p)
                 keep.append(n)
                 num_new.append(new % 2**32)
                 prompts.append(new >> 32)
-            row0 += self.num_rows[rank] if self.num_rows and len(self.num_rows) == len(headers) else 0
+            if header[PARK]:
+                parked.append([(numbered[p + 1], n) for p, n, _ in triples[header[1] : header[1] + header[PARK] - 1]])
+            else:
+                parked.append([(p, self.parked_lens[p - len(self.lens)]) for p in numbered[1 + num_rows :]])
+            row0, parked0 = row0 + num_rows, parked0 + were_parked
+        changed = any(h[PARK] for h in headers)
         shapes = [(h[1], h[2]) for h in headers]
-        identity = not restart and parent == list(range(len(self.lens))) and keep == self.lens
+        identity = not (restart or changed) and parent == list(range(len(self.lens))) and keep == self.lens
         aligned = all(h[0] & ALIGNED or h[2] == 1 for h in headers)
-        return Agreed(shapes, parent, keep, num_new, restart, identity, aligned, prompts if any(prompts) else ())
+        flat_parked = [row for rows in parked for row in rows] if changed else None
+        num_parked = [len(rows) for rows in parked] if changed else None
+        return Agreed(shapes, parent, keep, num_new, restart, identity, aligned, prompts if any(prompts) else (), flat_parked, num_parked)
 
     def _of_all(self, values: list[int], what: str) -> list[list[int]]:
         """The integers of every rank, all of which know from the headers how many there are. Sync: reads them back."""
@@ -201,6 +221,8 @@ class Agreement:
     def commit(self, agreed: Agreed) -> tuple[list[int], list[int]]:
         """Take over the rows; returns the tokens of every row before and after the forward."""
         self.num_rows = [b for b, _ in agreed.shapes]
+        if agreed.parked is not None:
+            self.num_parked, self.parked_lens = agreed.num_parked or [], [n for _, n in agreed.parked]
         before = list(agreed.keep)
         self.lens = [n + new for n, new in zip(before, agreed.num_new, strict=True)]
         return before, list(self.lens)

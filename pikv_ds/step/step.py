@@ -24,8 +24,9 @@ class LocalStep:
     """What this rank brings to a forward. B request rows, T token columns.
 
     num_new: real (not padding) tokens per row; parent and keep: which earlier row each row continues and up to which position
-    (parent -1 = a new request). positions: [B, T] int32 on the device, -1 = padding. digest: what replicated ranks compare, a number or
-    0-d int64 on the device. prompt: per row the tokens of its prompt, 0 = not known; empty: of no row, or all of them have come before.
+    (parent -1 = a new request; from the number of this rank's rows on: parked ones). positions: [B, T] int32 on the device, -1 = padding.
+    digest: what replicated ranks compare, a number or 0-d int64 on the device. prompt: per row the tokens of its prompt, 0 = not known;
+    empty: of no row, or all of them have come before.
     """
 
     num_rows: int
@@ -39,6 +40,9 @@ class LocalStep:
     fresh: bool  # all rows are new requests
     aligned: bool = False  # the tokens of a row are its first columns
     prompt: Sequence[int] = ()
+    park: list[tuple[int, int]] | None = None
+    """Which rows are parked from this forward on (pages/parked.py): (row, numbered as parent is; tokens that stay of it). None: those that
+    are."""
 
     @property
     def idle(self) -> bool:
@@ -48,7 +52,7 @@ class LocalStep:
     @property
     def plain_decode(self) -> bool:
         """One stored token per row, or none at all, and the rows unchanged: nothing that other ranks need to be told."""
-        return self.num_columns == 1 and self.identity and not self.prompt and (self.idle or all(self.num_new))
+        return self.num_columns == 1 and self.identity and not self.prompt and (self.idle or all(self.num_new)) and self.park is None
 
 
 @dataclass(frozen=True, slots=True)

@@ -89,6 +89,7 @@ class Driver:
         )
         self.generator = torch.Generator().manual_seed(seed)
         self.skewed = False  # True: all tokens name expert 0
+        self.park: list[tuple[int, int]] | None = None  # what the next forward parks (harness/parking.py)
         self.checks = [Dense()] if checks is None else checks
         for check in self.checks:
             check.opened(self)
@@ -174,13 +175,14 @@ class Driver:
             digest=0,
             identity=not self.fresh and not self.touched,
             fresh=self.fresh,
+            park=self.park,
         )
         self.cache.begin_step(self.local)
         self.reference.begin(num_new, decode=num_columns == 1, hold=self.cache.announced.hold)
         outputs = [self._layer(i, positions) for i in range(len(self.layers))]
         self.cache.end_step()
         self.reference.expire(self.cache.hold_margin or 0)
-        self.fresh = self.touched = False
+        self.fresh, self.touched, self.park = False, False, None
         self.lens = [n + new for n, new in zip(self.lens, num_new, strict=True)]
         self.parent = list(range(num_rows))
         for check in self.checks:

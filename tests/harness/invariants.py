@@ -1,6 +1,7 @@
 """What holds after every forward of a Driver: no page lost, no page in two tables by mistake, every live entry stored once and intact."""
 
 import torch
+from torch import Tensor
 
 from pikv_ds.cache.inspect import PoolProbe
 from pikv_ds.cache.stats import stats
@@ -14,9 +15,10 @@ def check_pages(pool: PoolProbe, *, shrunk: bool = True) -> None:
     num_used = (counts + page_size - 1) // page_size
     column = torch.arange(table.shape[-1])
     assert torch.equal(table >= 0, column < num_used.unsqueeze(-1)), "a table names pages beyond its entries, or misses one"
-    named = torch.bincount(table[table >= 0], minlength=pool.num_pages)
+    names = torch.cat([table.flatten(), pool.parked_table.flatten()])
+    named = torch.bincount(names[names >= 0], minlength=pool.num_pages)
     assert torch.equal(named, pool.uses), "reference counts differ from the tables"
-    used = set(table[table >= 0].tolist())
+    used = set(names[names >= 0].tolist())
     free = pool.free
     assert len(set(free)) == len(free) and not used & set(free), "a page is free twice, or free and in a table"
     assert used | set(free) == set(range(pool.num_pages)), "pages were lost"
@@ -63,7 +65,7 @@ def check_directory(driver: Driver) -> None:
 
 def check_numbers(driver: Driver) -> None:
     numbers, reference = stats(driver.cache, 1, 1), driver.reference
-    live = sum(len(row) for rows in reference.rows for row in rows)
+    live = sum(len(row) for rows in reference.held for row in rows)
     got = {name: numbers[f"entries_{name}"] for name in ("live", "appended", "expired", "cropped", "forked", "evicted")}
     assert got == {
         "live": live,
@@ -90,11 +92,20 @@ def check(driver: Driver) -> None:
     check_numbers(driver)
 
 
+def parked_slots(driver: Driver, i: int) -> list[Tensor]:
+    """[n] int64 of the entries of every table of every parked row of a layer, page * page_size + offset."""
+    pool, counts = driver.probe.near_pool(i), driver.cache.pages.parked.counts
+    index = [torch.arange(n) for n in (counts[0][i].flatten().tolist() if counts else ())]
+    ids = pool.parked_table.flatten(0, 1)
+    return [(own[at // pool.page_size] * pool.page_size + at % pool.page_size).long() for own, at in zip(ids, index, strict=True)]
+
+
 def poison(driver: Driver) -> None:
     """NaN into every slot that holds no live entry."""
     for i in range(driver.probe.num_layers):
         pool = driver.probe.near_pool(i)
         live = [pool.slots(row, table) for row in range(len(pool.counts)) for table in range(pool.num_tables)]
+        live += parked_slots(driver, i)
         dead = torch.ones(pool.num_pages * pool.page_size, dtype=torch.bool)
         dead[torch.cat([torch.zeros(0, dtype=torch.int64), *live])] = False
         dead = dead.nonzero().squeeze(-1)

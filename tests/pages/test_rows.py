@@ -13,7 +13,7 @@ CPU = torch.device("cpu")
 
 
 def change(parent: list[int], keep: list[int], lens: list[int]) -> RowChange:
-    return RowChange.of(Agreed([(len(parent), 1)], parent, keep, [1] * len(parent), False, False), lens, CPU)
+    return RowChange.of(Agreed([(len(parent), 1)], parent, keep, [1] * len(parent), False, False), lens, [], CPU)
 
 
 @st.composite

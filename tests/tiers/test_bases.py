@@ -100,7 +100,7 @@ class Run:
         if step.fresh:
             self.bases.rows.start(step.num_rows)
         else:
-            self.bases.rows.change(RowChange.of(agreed, [], CPU))
+            self.bases.rows.change(RowChange.of(agreed, [], [], CPU))
 
 
 def tail_share(x, basis):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from weakref import WeakSet, finalize
+from weakref import WeakSet, finalize, ref
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,7 @@ from .fingerprint import check_calibration
 from .host import Host
 from .host_penalty import HostPenalty
 from .lockstep import lockstep_of
+from .prefixes import Prefixes, check_prefix
 from .rotation import check_rotations
 from .router_output import check_gates, count_router_experts, find_routers
 from .weights_at import dtype_of
@@ -47,6 +48,7 @@ class Attachment:
         self._spare: dict[int, list[PiKVCache]] = {}
         self._over = False
         self._dtype, self._device = dtype_of(host.model), host.device
+        check_prefix(config.storage.prefix, host.parts.kinds, host.name)
         num_ranks = 1 if group is None else dist.get_world_size(group)
         text = host.model.config.get_text_config(decoder=True)
         routers = find_routers(host.layers)
@@ -93,7 +95,9 @@ class Attachment:
         parts = self.host.parts.first(num_layers or self.num_layers)
         spare = self._spare.setdefault(len(parts.at), [])
         core = spare.pop() if spare else self._core(len(parts.at))
-        conversation = Conversation(core, self.host.name, self._expert_ids, self.lockstep, self._number, parts)
+        prefix = self.config.storage.prefix
+        prefixes = Prefixes(ref(self.host), prefix.budget_tokens) if prefix.enabled else None
+        conversation = Conversation(core, self.host.name, self._expert_ids, self.lockstep, self._number, parts, prefixes)
         conversation.probe_s = self.host.probe_s
         self.live.add(conversation)
         finalize(conversation, self._give_back, core).atexit = False

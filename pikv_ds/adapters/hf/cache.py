@@ -64,7 +64,8 @@ class HFCache(Cache):
         attached, 0 without one. Sync: reads the device. Needs no other rank."""
         conversation = self.conversation
         numbers = stats(self.core, len(conversation.lens), conversation.columns)
-        return numbers | {"state_bytes": conversation.states.nbytes, "probe_s": conversation.probe_s}
+        numbers |= {"state_bytes": conversation.states.nbytes, "probe_s": conversation.probe_s}
+        return numbers if conversation.prefixes is None else numbers | conversation.prefixes.stats()
 
     def reset(self) -> None:
         """Drop all entries and return their memory. All ranks of the group must call it at the same point."""
@@ -77,6 +78,15 @@ class HFCache(Cache):
     def begin_generation(self) -> None:
         """The next forward starts new requests on this rank."""
         self.conversation.begin()
+
+    def reuse(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> int:
+        """Begin requests [B, T], padded on the left, with what earlier ones have stored of them (storage.prefix), as generate() does.
+
+        Returns how many columns are stored already, less than T: run the others, with the mask of all and position_ids, and without
+        gradients. 0 where no row begins alike, after the first forward of a generation, and where storage.prefix is off. The same requests
+        on all ranks where these are replicated. Sync: reads both where it is on.
+        """
+        return self.conversation.reuse(input_ids, attention_mask)
 
     def lockstep(self, active: bool) -> bool:
         """True while any rank of the group is active. For own loops: every rank calls it once per iteration.
@@ -117,6 +127,8 @@ class HFCache(Cache):
         Raises (in the forward): UnsupportedError for models with recurrent layers, a graph, or rows that are not held.
         """
         conversation = self.conversation
+        if conversation.prefixes is not None:
+            raise UnsupportedError("pikv.storage.prefix is on: a packed forward names what its rows continue itself; leave prefix out")
         conversation.packed = packed = Packed(rows, conversation.core.device)
         try:
             yield packed

@@ -17,6 +17,7 @@ from .anatomy import Anatomy
 from .cache_layers import States, cache_layers
 from .expert_ids import ExpertIds
 from .grown import GrownMask
+from .prefixes import Prefixes
 
 
 class InStep(Protocol):
@@ -57,9 +58,19 @@ class Conversation:
     """B rows. Several cache objects may stand for one conversation. When the last of them goes, or on end(), its entries are dropped; on
     several ranks perhaps later, as others may need those (lockstep.py)."""
 
-    def __init__(self, core: PiKVCache, model: str, expert_ids: ExpertIds, lockstep: InStep, attachment: int, parts: Anatomy) -> None:
+    def __init__(
+        self,
+        core: PiKVCache,
+        model: str,
+        expert_ids: ExpertIds,
+        lockstep: InStep,
+        attachment: int,
+        parts: Anatomy,
+        prefixes: Prefixes | None = None,
+    ) -> None:
         """model: what the user calls it, for errors. expert_ids: where the experts of its entries come from. attachment: who made it.
-        parts: of the model."""
+        parts: of the model. prefixes: of requests that begin alike; None: none takes over another's entries."""
+        self.prefixes = prefixes
         self.expert_ids, self.lockstep, self.attachment = expert_ids, lockstep, attachment
         self.held_core, self.model, self.cache_name = core, model, parts.cache_name
         self._hold: ref[Hold] | None = None
@@ -120,6 +131,8 @@ class Conversation:
     def begin(self) -> None:
         """The next forward starts new requests on this rank."""
         self.check()
+        if self.prefixes is not None:
+            self.prefixes.begins()
         self.columns = 0
         self.prompt_columns = 0
         """Where the prompt that is being fed ends, padding included; 0 = not known."""
@@ -138,7 +151,27 @@ class Conversation:
 
     def reset(self) -> None:
         self.core.reset()
+        if self.prefixes is not None:
+            self.prefixes.clear()
         self.begin()
+
+    def reuse(self, ids: Tensor, mask: Tensor | None) -> int:
+        """Begin requests ids [B, T], padded on the left by mask [B, T], with what is held of them. Sync: reads both.
+
+        Returns: the columns that need not be run.
+        """
+        if self.prefixes is None or not self.fresh or self.drafts or self.broken:
+            return 0
+        found = self.prefixes.find(ids, mask)
+        if found is None:
+            return 0
+        self.columns, sources = found
+        self.parent, self.lens = [row for row, _ in sources], [keep for _, keep in sources]
+        self.last_position = torch.tensor(self.lens) - 1
+        whole = all(keep == self.columns for keep in self.lens)
+        self.column_mask = None if whole else mask[:, : self.columns].to("cpu", torch.bool)
+        self.fresh, self.touched = False, True
+        return self.columns
 
     def idle_inputs(self) -> dict:
         """Inputs, but the cache, of a forward that stores nothing, changes nothing and whose output means nothing."""
@@ -160,6 +193,8 @@ class Conversation:
             return
         self.states.select(index)
         self.touched = self.touched or index != list(range(len(self.parent)))
+        if self.prefixes is not None:
+            self.prefixes.select(index)
         self.parent = [self.parent[i] for i in index]
         self.lens = [self.lens[i] for i in index]
         self.column_mask = None if self.column_mask is None else self.column_mask[index]
@@ -180,6 +215,8 @@ class Conversation:
             self.last_position = self.last_position - torch.tensor(real)
             self.columns -= remove
             self.touched = self.touched or any(real)
+            if self.prefixes is not None:
+                self.prefixes.cropped(self.lens)
         core.note_crop()
 
     def activate_past_recording(self) -> None:

@@ -24,6 +24,7 @@ from .conversation import Conversation
 from .host import Host
 from .inputs import check_inputs, last_positions, new_mask
 from .masks import forget_masks
+from .prefixes import Stored, stored_tokens, wrong_places
 from .running import Chunk, Forward, Growth
 
 Made = TypeVar("Made")
@@ -54,6 +55,7 @@ class ForwardHooks:
         if running is not None and running.played and kwargs.get(self._cache_name) is running.cache:
             return None
         given = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        self.host.trained += decoder.training
         cache = self._cache_of(given, decoder.training)
         if cache is None:
             return None
@@ -61,11 +63,13 @@ class ForwardHooks:
         check_inputs(decoder, given)
         self.abandon()
         self.host.running.check_expansions()
-        local, growth = self._plan(cache.conversation, given)  # what is refused here, other ranks need not hear of
-        cache.conversation.lockstep.before_forward(cache.conversation)
+        conversation = cache.conversation
+        local, growth = self._plan(conversation, given)  # what is refused here, other ranks need not hear of
+        conversation.lockstep.before_forward(conversation)
+        stored = None if conversation.prefixes is None else self._stored(conversation, given, local, growth)
         self.host.lock.acquire()
         try:
-            self._start(cache, local, growth)
+            self._start(cache, local, growth, stored)
         except BaseException:
             if self.host.running.forward is None:
                 self.host.lock.release()
@@ -129,8 +133,10 @@ class ForwardHooks:
         last_position = last_positions(conversation, given.get("position_ids"), mask, rows, columns)
         identity = not conversation.fresh and not conversation.touched
         core, value = conversation.core, 0
+        park = None if conversation.prefixes is None else conversation.prefixes.plan(broken=conversation.broken)
         if core.ranks.size > 1 and (conversation.fresh or core.replicated):
-            value = digest_there([tokens], [positions, torch.tensor(before), torch.tensor(conversation.parent or [-1])])
+            known = [positions, torch.tensor(before), torch.tensor(conversation.parent or [-1])]
+            value = digest_there([tokens], known if park is None else [*known, torch.tensor(park)])
         prompt: list[int] = []
         if conversation.columns < conversation.prompt_columns:
             rest = max(0, conversation.prompt_columns - conversation.columns - columns)  # of columns, so at least as many tokens as come
@@ -146,16 +152,24 @@ class ForwardHooks:
             identity=identity,
             fresh=conversation.fresh,
             prompt=prompt,
+            park=park,
         )
         return local, (columns, mask, num_new, last_position)
 
-    def _start(self, cache: HFCache, local: LocalStep, growth: Growth | None) -> None:
+    def _stored(self, conversation: Conversation, given: dict, local: LocalStep, growth: Growth | None) -> Stored | None:
+        """What requests that begin alike must know of the forward; None: it stores nothing."""
+        if local.idle or growth is None:
+            return None
+        hidden = (conversation.column_mask, growth[1])
+        return Stored(stored_tokens(given, self._cache_name), growth[1], wrong_places(given, local.positions, hidden))
+
+    def _start(self, cache: HFCache, local: LocalStep, growth: Growth | None, stored: Stored | None) -> None:
         conversation, core = cache.conversation, cache.core
         conversation.broken = True  # until the forward has finished
         core.begin_step(local)
-        self._enter(cache, local, growth)
+        self._enter(cache, local, growth, stored)
 
-    def _enter(self, cache: HFCache, local: LocalStep, growth: Growth | None) -> None:
+    def _enter(self, cache: HFCache, local: LocalStep, growth: Growth | None, stored: Stored | None) -> None:
         """The forward runs in this thread from now on."""
         conversation, core = cache.conversation, cache.core
         if local.idle:
@@ -165,7 +179,7 @@ class ForwardHooks:
         whole = all(n == local.num_columns for n in local.num_new)
         chunk = Chunk(local.positions, None if whole else local.positions < 0)
         packed = conversation.packed
-        self.host.running.forward = Forward(cache, conversation, core, chunk, growth, self.config._attn_implementation, packed)
+        self.host.running.forward = Forward(cache, conversation, core, chunk, growth, self.config._attn_implementation, packed, stored)
         traced.entered(self.host)
         conversation.thread = threading.get_ident()
         conversation.expert_ids.begin(core, None if packed is None else packed.experts)
@@ -210,6 +224,8 @@ class ForwardHooks:
         if forward.packed is not None:
             forward.packed.finish(conversation)
         else:
+            if conversation.prefixes is not None:
+                conversation.prefixes.ran(len(forward.growth[2]), forward.stored)
             conversation.finish_forward(*forward.growth, kept_step=self._keeps_step(conversation, forward.growth[2]))
         conversation.broken = False
         conversation.lockstep.opened(conversation)
@@ -223,11 +239,13 @@ class ForwardHooks:
         self.abandon()
         self.host.attachment_of(cache)
         self.host.running.check_expansions()
-        local, growth = self._plan(cache.conversation, given)
-        cache.conversation.lockstep.before_forward(cache.conversation)
+        conversation = cache.conversation
+        local, growth = self._plan(conversation, given)
+        conversation.lockstep.before_forward(conversation)
+        stored = None if conversation.prefixes is None else self._stored(conversation, given, local, growth)
         self.host.lock.acquire()
         try:
-            self._enter(cache, local, growth)
+            self._enter(cache, local, growth, stored)
             forward = self.host.running.forward
             assert forward is not None, "it has just been entered"
             forward.played, forward.chunk = True, Chunk(positions)

@@ -16,7 +16,7 @@ from .forward_hooks import ForwardHooks
 from .host import Host
 from .running import Generation
 
-PATCHED = ("generate", "_prepare_cache_for_generation", "_has_unfinished_sequences", "_update_model_kwargs_for_generation")
+PATCHED = ("generate", "_prepare_cache_for_generation", "_has_unfinished_sequences", "_update_model_kwargs_for_generation", "_prefill")
 
 
 class GenerateHooks:
@@ -34,6 +34,9 @@ class GenerateHooks:
         self._update = model._update_model_kwargs_for_generation
         if getattr(self._update, "__func__", None) is GenerationMixin._update_model_kwargs_for_generation:  # known to append ones
             model._update_model_kwargs_for_generation = self.update_arguments
+
+        self._prefill = model._prefill
+        model._prefill = self.prefill
 
     def remove(self) -> None:
         for name in PATCHED:
@@ -106,6 +109,14 @@ class GenerateHooks:
         if generation_config.is_assistant:
             cache.activate_past_recording()
         return None if made else self._prepare_cache(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
+
+    def prefill(self, input_ids: Tensor, generation_config, model_kwargs: dict, *args, **kwargs):
+        """The first forward of a generation: transformers leaves out the columns that its cache holds already."""
+        cache, mask = model_kwargs.get(IN_GENERATE), model_kwargs.get("attention_mask")
+        columns = mask.shape[-1] if isinstance(mask, Tensor) else getattr(generation_config, "_mask_length", -1)  # of a mask of ones
+        if isinstance(cache, HFCache) and columns == input_ids.shape[1] and model_kwargs.get("inputs_embeds") is None:
+            cache.conversation.reuse(input_ids, mask)
+        return self._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
 
     def update_arguments(self, outputs, model_kwargs: dict, *args, **kwargs) -> dict:
         """Note which mask the next forward gets, so that it need not be read (grown.py)."""

@@ -51,6 +51,8 @@ class Host:
         self.running = Running()
         self.lock = threading.RLock()
         self.hooks: list[Hooks] = []
+        self.trained = 0
+        """Forwards in train mode: weights may be others since."""
         self.probe_s = 0.0
         """Seconds that its probe took (probe.py)."""
 

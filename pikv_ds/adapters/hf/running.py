@@ -16,6 +16,7 @@ from pikv_ds.staging import Arriving
 from .cache import HFCache
 from .conversation import Conversation
 from .packed import Packed
+from .prefixes import Stored
 
 Growth = tuple[int, Tensor | None, list[int], Tensor]
 """What a forward adds, for Conversation.finish_forward."""
@@ -46,6 +47,8 @@ class Forward:
     packed: Packed | None = None
     played: bool = False
     """A graph runs it (decode_graph.py): it was planned before the model, and is finished after it, by who plays the graph."""
+    stored: Stored | None = None
+    """Its tokens, where requests may begin like others (prefixes.py)."""
 
 
 @dataclass(slots=True)
