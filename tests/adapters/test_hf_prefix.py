@@ -255,7 +255,7 @@ def test_what_ids_alone_do_not_say_is_not_kept(what):
 )
 def test_what_does_not_combine_is_refused(given, rule):
     with pytest.raises(ConfigError) as error:
-        pikv_ds.PiKVConfig(storage={"prefix": ON}, **given)
+        pikv_ds.PiKVConfig(**given | {"storage": {"prefix": ON} | given.get("storage", {})})
     assert rule in str(error.value.rule), error.value
 
 
