@@ -137,7 +137,7 @@ class SimulatedExchange(Exchange):
             self.state.broken = str(error)
             raise
 
-    def all_gather(self, block: Tensor, what: str) -> Tensor:
+    def all_gather(self, block: Tensor, what: str, *, read: bool = False) -> Tensor:
         self._say_first(what)
         self._count((self.size - 1) * block.nbytes)
         return torch.stack(self._meet_all(what, block.clone()))
