@@ -140,6 +140,8 @@ class PiKVCache(HostFace):
     @eager
     def begin_step(self, local: LocalStep) -> None:
         """Announce this rank's part of the next forward. No communication yet: it rides in the first layer's record."""
+        if self.migration.in_doubt is not None:
+            self.migration.check()
         self.local, self.step = local, None
         self.exchange.turn.begin()
         if self.bases is not None:

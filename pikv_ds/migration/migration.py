@@ -35,7 +35,7 @@ class Migration:
         self.wanted: ShardMap | None = None
         """Where shards move to; None: no move is under way."""
         self.in_doubt: Prepared | None = None
-        """The vote of a move broke off: only the other ranks can know whether it was committed (`resolve`)."""
+        """A move broke off in its vote or after it: only the other ranks can know whether it was committed (`resolve`)."""
         self.phase = "idle"
         """What this rank last began to do of a move, for errors: idle, ahead, leaving, arriving, vote, commit."""
 
@@ -55,7 +55,7 @@ class Migration:
         """
         if self.wanted is not None:
             raise MigrationError("shards are moving already; let that end, or cancel it, before another move begins")
-        self._check_known()
+        self.check()
         present = self.pages.map
         wanted = ShardMap(holders, present.rank, present.num_ranks, present.device)
         if wanted.num_shards != present.num_shards:
@@ -97,7 +97,7 @@ class Migration:
             self.progress.cancelled += 1
 
     def resolve(self, *, committed: bool) -> None:
-        """After a vote that broke off: do what the others did. committed: of some surviving rank that its move was committed.
+        """After a move that broke off in its vote: do what the others did. committed: of some other rank that it has moved.
 
         Every rank that votes has stored what was sent to it, so any rank can follow one that has committed.
         """
@@ -183,7 +183,7 @@ class Migration:
         try:
             received = swap(self.exchange, None if out is None else out.blocks, [], self.pages.device, "moving shards")
             if out is None or received.blocks is None:
-                self._refuse("a rank has no memory for the shards that leave or come", failed)
+                self._refuse("a rank could not copy the shards that leave it, or has no memory for those that come", failed)
             assert out is not None and received.blocks is not None, "nobody has refused"
             self.phase = "arriving"
             try:
@@ -193,15 +193,11 @@ class Migration:
                 failed = error
             self.phase = "vote"
             unlike = self._vote(out, prepared)
-        except PeerError:
+        except BaseException:
             if self.phase == "vote" and prepared is not None:
-                self.in_doubt = prepared  # some rank may have heard all votes
-                self._forget()
+                self._doubt(prepared)  # some rank may have heard all votes
             else:
                 self._undo()
-            raise
-        except BaseException:
-            self._undo()
             raise
         if unlike is not None:
             self._undo()
@@ -229,10 +225,18 @@ class Migration:
         return None
 
     def _take_over(self, prepared: Prepared) -> None:
-        self.progress.committed += 1
-        self.progress.shards_moved += len(moves(self.pages.map, prepared.map))
+        """From here on nothing that breaks off changes the outcome: it can be done again, until the new map is told."""
+        moved = len(self.moves)
+        self._doubt(prepared)
         commit(self.pages, prepared)
         self.told(prepared.map)
+        self.in_doubt = None
+        self.progress.committed += 1
+        self.progress.shards_moved += moved
+        self.pages.shrink()
+
+    def _doubt(self, prepared: Prepared) -> None:
+        self.in_doubt = prepared
         self._forget()
 
     def _refuse(self, why: str, cause: Exception | None = None) -> None:
@@ -252,9 +256,10 @@ class Migration:
             self.arrivals = Arrivals()
         self.wanted, self.phase = None, "idle"
 
-    def _check_known(self) -> None:
+    def check(self) -> None:
+        """Raises: MigrationError while this rank is in doubt."""
         if self.in_doubt is not None:
             raise MigrationError(
-                "the vote of the last move broke off, and this rank does not know whether others have committed it; ask them and call "
-                "resolve(committed=...), or reset the cache"
+                "the last move of shards broke off in its vote, and this rank does not know whether others have committed it; ask them and "
+                "call cache.migration.resolve(committed=...), or reset the cache on all ranks"
             )

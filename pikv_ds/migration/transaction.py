@@ -102,7 +102,7 @@ def prepare(pages: RankPages, wanted: ShardMap, copies: dict[tuple[int, int, int
 
 
 def commit(pages: RankPages, prepared: Prepared) -> None:
-    """The new tables take the place of the present ones; pages of shards that left are given back."""
+    """The new tables take the place of the present ones; pages of shards that left are free. Can be done again where it broke off."""
     pages.rehome(prepared.map, prepared.tables, prepared.counts)
 
 

@@ -150,7 +150,8 @@ class RankPages:
         self.mirror()
 
     def rehome(self, shard_map: ShardMap, arranged: Sequence[Sequence[Arranged]], counts: list[Tensor]) -> None:
-        """This rank holds the shards that the map says, in tables [layer][level]. counts: empty ones, of `new_counts`."""
+        """This rank holds the shards that the map says, in tables [layer][level]. counts: of `new_counts`. Can be done again; `shrink`
+        comes after it."""
         self.addresses.moved()
         self.map = shard_map
         for i, (layer, of_layer) in enumerate(zip(self.layers, arranged, strict=True)):
@@ -162,7 +163,7 @@ class RankPages:
         self._forget_leaves(self.rows.num_rows)
         for tell in self.rehomed:
             tell()
-        self.shrink()
+        self.mirror()
 
     def note_eviction(self, lens: list[int]) -> None:
         """Rows of these lengths have just lost entries to their budget."""

@@ -12,9 +12,10 @@ from pikv_ds.cache.stats import stats
 from pikv_ds.config import PiKVConfig
 from pikv_ds.errors import ConfigError, MigrationError, UnsupportedError
 from pikv_ds.migration import transaction
+from pikv_ds.pages import shard_copy
 from tests.recorded import host_core
 
-from .moving import SHARDS, Trial, contents, run_ranks_or_raise
+from .moving import SHARDS, Trial, contents, outcome, run_ranks_or_raise
 from .simulated import Network, Seat, SimulatedExchange, run_ranks
 
 SWAPPED = ((1,), (0,), (1,), (0,), (0,), (1,), (0,), (1,))
@@ -69,6 +70,43 @@ def test_what_comes_damaged_is_found_and_given_back():
     assert all(isinstance(how, MigrationError) and "checksums differ" in str(how) for how in ended), ended
     assert everything(one) == before
     run_ranks_or_raise(network, lambda rank: one.hosts[rank].decode(3))
+
+
+@pytest.mark.parametrize("where", ["commit", "_vote"])
+def test_a_rank_that_is_interrupted_after_the_vote_is_in_doubt_and_says_so(where):
+    one, network, before = trial()
+    migration = one.caches[0].migration
+    real = migration._vote
+
+    def interrupted(*args):
+        if where == "_vote":
+            real(*args)
+        raise KeyboardInterrupt
+
+    broken = patch.object(migration, "_vote", interrupted)
+    if where == "commit":
+        broken = patch("pikv_ds.pages.layers.install", _interrupt_on(one.caches[0], 2))
+    with broken:
+        ended = one.move(network, None)
+    assert isinstance(ended[0], KeyboardInterrupt) and ended[1] is None and migration.in_doubt is not None
+    with pytest.raises(MigrationError, match="broke off in its vote"):
+        one.hosts[0].decode(1)
+    migration.resolve(committed=one.caches[1].map.holders == SWAPPED)
+    assert everything(one) == before and outcome(one, [None, None], before) == "committed"
+
+
+def _interrupt_on(cache, nth: int):
+    """Ctrl-C when a rank takes over its nth table."""
+    real, seen = shard_copy.install, []
+
+    def install(pool, *args):
+        if pool in cache.pages.all_pools:
+            seen.append(pool)
+            if len(seen) == nth:
+                raise KeyboardInterrupt
+        real(pool, *args)
+
+    return install
 
 
 def test_a_move_that_is_cancelled_changes_nothing():

@@ -5,7 +5,9 @@
 
 The phases are those of a move: "agreeing" on it, copying pages "ahead" and the "forward"s between, "leaving" (what is missing is sent),
 "vote". A fault: a rank dies before or after it has sent a message, which may then reach only some of the others; a message is lost; with
-processes also at a moment that a timer chooses. Exit 1: a mixed state, a lost entry, or a rank that hangs.
+processes also at a moment that a timer chooses. Ctrl-C ends it with the rows so far.
+
+Exit 1: a mixed state, a lost entry, or a rank that hangs.
 """
 
 from __future__ import annotations
@@ -35,7 +37,12 @@ def main() -> int:
     began = time.monotonic()
     rows: list[dict[str, Any]] = []
     for kind, count, one in (("simulated", args.random, random_trial), ("processes", args.processes, killed)):
-        found = [outcome(one, args.seed + i) for i in track(range(count), description=kind, console=None, transient=True)]
+        found = []
+        try:
+            for i in track(range(count), description=kind, console=None, transient=True):
+                found.append(outcome(one, args.seed + i))
+        except KeyboardInterrupt:
+            print(f"{kind}: stopped after {len(found)} of {count}")
         rows += [summary(kind, phase, [row for row in found if row["phase"] == phase]) for phase in PHASES if found]
         rows += [{"ranks": kind, **row} for row in found if "wrong" in row]
     totals = [row for row in rows if "wrong" not in row]

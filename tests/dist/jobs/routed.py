@@ -67,10 +67,10 @@ def check_bytes(report: Report, group) -> None:
             read[layer][request * size // 4] += 1
         of_all: list = [None] * size
         dist.all_gather_object(of_all, read, group=group)
-        homes = sides["all"].cache.pages.directory.shard_at
+        probe = sides["all"].probe
         expected = (size - 1) * (32 + 16 * -(-4 * len(own) // 16))
         for layer, spec in enumerate(layers):
-            stored = [int(homes[layer][request, 61]) * size // SHARDS for request in own]
+            stored = [int(probe.homes(layer)[request, 61]) * size // SHARDS for request in own]
             for other in range(size):
                 if other != rank:
                     queries = of_all[other][layer][rank]
