@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not 
 
 _KERNEL, _PRODUCTS, _TILE = "attend_latent.cuh", "latent_products.cuh", "latent_tile.cuh"
 _LAST = "mma_16816<T::type>(o[n + j], p_low"
-# The emulation's warps go in step between exchanges: barriers whose loss it can't see, in front of the first read and behind the last, are not here.
+# The emulation's warps go in step between exchanges, so it can't see that the barrier behind the tile, or behind its last use, is lost.
 PLANTED_LATENT = {
     "missing barrier behind the scores": ((_KERNEL, "      __syncthreads();\n      run.add", "      run.add"), "wrong"),
     "values not transposed": ((_PRODUCTS, "ldmatrix4<true>(v, row + 8 * n)", "ldmatrix4<false>(v, row + 8 * n)"), "wrong"),
