@@ -14,10 +14,10 @@ from pikv_ds import ops
 from pikv_ds.ops import library
 from pikv_ds.ops.build import load, ptxas
 from pikv_ds.ops.build.compile import BuildError, Library, ToolMissing, build, compiler_name, cpu_library, text_digest
-from pikv_ds.ops.build.cuda_build import architectures, cuda_library, emu_library
+from pikv_ds.ops.build.cuda_build import architectures, cuda_library, emu_library, latent_source
 from pikv_ds.ops.build.ptxas import KernelUse
 from pikv_ds.ops.format.formats import FORMATS
-from pikv_ds.ops.format.kernels import KERNEL_FORMATS
+from pikv_ds.ops.format.kernels import KERNEL_FORMATS, LATENT_TENSOR
 from pikv_ds.ops.nvrtc import compiler as nvrtc
 from pikv_ds.ops.reference import attend as ref_attend
 from pikv_ds.ops.reference import formats as ref_formats
@@ -40,7 +40,9 @@ def kernel_table(uses: list[KernelUse]) -> list[dict[str, Any]]:
 
 def kernel_digest() -> str:
     """Of the CUDA sources and the headers that kernels see: what a table of registers is about. Launchers include some of csrc/cpu."""
-    return text_digest(replace(cuda_library(), headers=("include", "kernels", "cuda"))).hexdigest()[:16]
+    library = cuda_library()
+    sources = (*library.sources, latent_source(LATENT_TENSOR[0]))  # which PIKV_CUDA_WIDTHS may leave out
+    return text_digest(replace(library, headers=("include", "kernels", "cuda"), sources=sources)).hexdigest()[:16]
 
 
 def _failure(error: BuildError) -> str:
