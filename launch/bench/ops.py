@@ -55,6 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="one small shape, 3 repeats: does it run; judges no target")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], metavar="N", help="torch threads (default 1, then 2)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: launch/bench/ops_cuda.py (default cpu)")
+    parser.add_argument("--pages-only", action="store_true", help="leaves out torch's attention: formats and precisions beside bf16")
     parser.add_argument("--repeats", type=int, default=9, metavar="N", help="runs of each, interleaved (default 9)")
     parser.add_argument(
         "--sweep", action="store_true", help="every op over formats, groups, batches, contexts, pages; launch/bench/sweep.py"
@@ -67,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     shapes, repeats = (QUICK_SHAPES, 3) if args.quick else (SHAPES, args.repeats)
     rows: list[dict[str, Any]] = []
     for batch, context in shapes:
-        for found in _rows(batch, context, args.threads, repeats):
+        for found in _rows(batch, context, args.threads, repeats, args.pages_only):
             rows += found
             _print(found)
     targets = judge(rows)
@@ -83,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
     return 1 if invalid else 0
 
 
-def _rows(batch: int, context: int, thread_counts: list[int], repeats: int):
+def _rows(batch: int, context: int, thread_counts: list[int], repeats: int, pages_only: bool = False):
     """One list of rows per thread count, of the same data."""
     import torch
 
@@ -97,6 +98,8 @@ def _rows(batch: int, context: int, thread_counts: list[int], repeats: int):
     for name in FORMATS:
         paged, sizes[name] = bench_runs.paged_runs(name, q, context, generator)
         runs |= paged
+    if pages_only:
+        runs = {name: call for name, call in runs.items() if "sdpa" not in name}
     data = aligned_bytes(1 << (24 if context <= 2048 else 29)).fill_(1)
     runs["stream"] = lambda: torch.ops.pikv.checksum(data)
     before = torch.get_num_threads()
@@ -153,13 +156,13 @@ def _rows_of(name: str, nbytes: int, times: dict[str, Times], common: dict[str, 
 def _baselines(name: str, order: str, times: dict[str, Times]) -> dict[str, str]:
     """Baseline -> the run that stands for it."""
     faster = lambda kind: min((f"{kind} bf16", f"{kind} fp32"), key=lambda ran: times[ran].ms)  # noqa: E731
-    found = {kind: faster(kind) for kind in ("sdpa_grouped", "sdpa_gqa")}
+    found = {kind: faster(kind) for kind in ("sdpa_grouped", "sdpa_gqa") if f"{kind} bf16" in times}
     if order == "contiguous" and "bf16 first contiguous" in times:
         found["first_bf16"] = "bf16 first contiguous"
     if name.endswith(" fast"):
         return {"first_bf16": found["first_bf16"]} | {"high": f"{name.removesuffix(' fast')} contiguous", "stream": "stream"}
     if name != "bf16":
-        found |= {kind: f"{kind} {name}" for kind in ("dequant_sdpa", "sdpa_on_dequantised")}
+        found |= {kind: f"{kind} {name}" for kind in ("dequant_sdpa", "sdpa_on_dequantised") if f"{kind} {name}" in times}
         found["own_bf16"] = f"bf16 {order}"
     if order == "random":
         found["contiguous"] = f"{name} contiguous"

@@ -56,6 +56,11 @@ def test_quick(tmp_path, capsys):
     }
 
 
+def test_pages_only():
+    args = ["bench", "ops", "--quick", "--threads", "1", "--pages-only"]
+    assert main(args) == 0
+
+
 def _rows(threads, cpu_share=1.0, random_ms=13.0):
     """What a run would give in which decode takes 10 ms, and a baseline 40."""
     common = {"group": 4, "batch": 1, "context": 32768, "threads": threads}

@@ -72,7 +72,7 @@ void split_query(const Attend& a, const Unit& u, Rows& rows, const Work& w, bool
 
 void prepare(const Attend& a, const Unit& u, phases::Tier tier, Scratch& own) {
   Work& w = own.w;
-  const bool amx = tier == Tier::kAmx, float_keys = !format_grouped(a.f.format), only_fours = amx || float_keys || !format_grouped(a.f.v_format);
+  const bool amx = tier == Tier::kAmx, float_keys = !format_grouped(a.f.format), only_fours = float_keys || !format_grouped(a.f.v_format);
   const PageFormat& f = a.f;
   w.q_width = row_columns(f.format, f.k_dim), w.sums = row_columns(f.v_format, f.v_dim);
   w.k_blocks = row_blocks(f.format, f.k_dim), w.v_blocks = row_blocks(f.v_format, f.v_dim);
@@ -171,6 +171,9 @@ bool phases_serve(const Attend& a, Tier tier) {
   const int tokens = phase_tokens(f), fewest = tier == Tier::kAmx ? (format_grouped(f.format) || format_grouped(f.v_format) ? 64 : 32) : 16;
   // One lot of rows over bf16 pages waits for memory, and unpacking pairs of values only adds to that.
   if (tier == Tier::kAmx && f.format == kBf16 && f.v_format == kBf16 && a.rows() <= 4) return false;
+  // Floats come four rows at a time: for one or two that is more arithmetic than tiles of 16 tokens take. With AMX only fp4's is.
+  const bool floats = !format_grouped(f.format) || !format_grouped(f.v_format), fp4 = f.format == kFp4 || f.v_format == kFp4;
+  if (a.rows() <= 2 && (fp4 || (floats && tier == Tier::kBf16))) return false;
   return !f.latent && widths && tokens >= fewest && serves(tier, f.format) && serves(tier, f.v_format);
 }
 

@@ -19,7 +19,7 @@ constexpr bool floats(int format) { return format == kBf16 || format == kFp8 || 
 bool serves(Tier tier, int format) { return format_grouped(format) || (tier != Tier::kVnni && floats(format)); }
 
 KeyPhase key_phase(Tier tier, int format, int dim, bool fast, int size) {
-  const bool amx = tier == Tier::kAmx, fold = folds(format, dim);
+  const bool amx = tier == Tier::kAmx && size == kSizes - 1, fold = folds(format, dim);
   KeyPhase found = floats(format) ? *float_key_phase(format) : *int_key_phase(format, fold, fast && !amx, size, row_blocks(format, dim));
   if (amx && floats(format)) amx_float_keys(format, found);
   else if (amx) amx_int_keys(format, fold, found);
@@ -27,7 +27,7 @@ KeyPhase key_phase(Tier tier, int format, int dim, bool fast, int size) {
 }
 
 ValuePhase value_phase(Tier tier, int format, int dim, bool fast, int size) {
-  const bool amx = tier == Tier::kAmx, fold = folds(format, dim);
+  const bool amx = tier == Tier::kAmx && size == kSizes - 1, fold = folds(format, dim);
   ValuePhase found = floats(format) ? *float_value_phase(format) : *int_value_phase(format, fold, fast && !amx, size);
   if (amx && floats(format)) amx_float_values(format, found);
   else if (amx) amx_int_values(format, fold, found);

@@ -75,7 +75,7 @@ struct ValuePhase {
 enum class Tier { kVnni, kBf16, kAmx };
 
 bool serves(Tier tier, int format);
-// For R = 1 << size rows; floats and AMX have only R = 4.
+// For R = 1 << size rows; floats have only R = 4, and fewer rows of integers need no AMX.
 KeyPhase key_phase(Tier tier, int format, int dim, bool fast, int size);
 ValuePhase value_phase(Tier tier, int format, int dim, bool fast, int size);
 void amx_start();  // around the phases of a unit
