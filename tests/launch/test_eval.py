@@ -161,9 +161,9 @@ def test_the_dense_cache_runs_once_for_all_configurations_of_a_run(monkeypatch):
 
 def test_a_cache_that_forgets_is_seen():
     class Forgetful(hf.DenseSession):
-        def feed(self, ids):
+        def feed(self, ids, **how):
             self.cache = DynamicCache(config=self.model.config)
-            return super().feed(ids)
+            return super().feed(ids, **how)
 
     class Backend(hf.HFBackend):
         @contextlib.contextmanager
