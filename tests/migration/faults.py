@@ -62,7 +62,7 @@ def _in_a_forward(ended: list) -> set[int]:
 
 def random_trial(seed: int) -> dict:
     """A drawn move with a fault at a drawn message, phases as likely as each other."""
-    draw, trial = random.Random(seed), Trial.drawn(seed)
+    draw, trial = random.Random(f"fault {seed}"), Trial.drawn(seed)
     wanted = draw.choice([each for each in PHASES if trial.ahead is not None or each not in ("ahead", "forward")])
     message = draw.randrange({"agreeing": 1, "vote": 1, "leaving": 3, "ahead": 6, "forward": 9}[wanted])
     rank = draw.randrange(trial.world)
