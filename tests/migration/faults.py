@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 
+from pikv_ds.errors import PeerError
+
 from .moving import Trial, outcome
 from .simulated import Fault, Killed
 
@@ -48,13 +50,19 @@ def at_message(
     return {
         "world": trial.world, "block": trial.block, "requests": trial.requests, "ahead": trial.ahead, "seed": trial.seed,
         "message": message, "how": how, "rank": rank, "phase": where, "in_doubt": in_doubt,
-        "outcome": outcome(trial, ended, None if phase(network.said[-1]) == "forward" else before),
+        "outcome": outcome(trial, ended, before, _in_a_forward(ended)),
     }  # fmt: skip
+
+
+def _in_a_forward(ended: list) -> set[int]:
+    """Ranks whose forward broke off: they have stored some of its entries."""
+    said = {rank: str(how).partition(": ")[2] for rank, how in enumerate(ended) if isinstance(how, PeerError)}
+    return {rank for rank, what in said.items() if phase(what) == "forward"}
 
 
 def random_trial(seed: int) -> dict:
     """A drawn move with a fault at a drawn message, phases as likely as each other."""
-    draw, trial = random.Random(seed), Trial.drawn(seed)
+    draw, trial = random.Random(f"fault {seed}"), Trial.drawn(seed)
     wanted = draw.choice([each for each in PHASES if trial.ahead is not None or each not in ("ahead", "forward")])
     message = draw.randrange({"agreeing": 1, "vote": 1, "leaving": 3, "ahead": 6, "forward": 9}[wanted])
     rank = draw.randrange(trial.world)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from unittest.mock import patch
 
@@ -132,12 +133,13 @@ def _stored(pool: PoolProbe, row: int, table: int, numbers: bool) -> tuple[list[
     return stored.positions.tolist(), digest([stored.keys.contiguous(), stored.values.contiguous(), *kept])
 
 
-def outcome(trial: Trial, ended: list, before: dict | None) -> str:
-    """ "committed" or "rolled back", the same on all ranks that are left. before: of every shard; None: a forward has broken off since.
+def outcome(trial: Trial, ended: list, before: dict, in_a_forward: Collection[int] = ()) -> str:
+    """ "committed" or "rolled back", the same on all ranks that are left. before: of every shard. in_a_forward: ranks that a forward has
+    broken off on since.
 
     Ranks in doubt ask the others, as the survivors of a group do. Raises: AssertionError for a mixed state, a lost or changed entry.
     """
-    for of_rank in trial.seen.values() if before is not None else ():
+    for of_rank in trial.seen.values():
         before = before | of_rank
     left = [rank for rank, how in enumerate(ended) if not isinstance(how, Killed)]
     for rank in left:
@@ -157,9 +159,9 @@ def outcome(trial: Trial, ended: list, before: dict | None) -> str:
         assert cache.pages.map is cache.map and all(layer.map is cache.map for layer in cache.pages.layers)
         assert cache.migration.wanted is None and cache.migration.in_doubt is None
         for pool in CacheProbe(cache).all_pools:
-            check_pages(pool, shrunk=before is not None)
+            check_pages(pool, shrunk=rank not in in_a_forward)
         own = contents(cache)
         assert {key[2] for key in own} == set(cache.map.local)
-        if before is not None:
+        if rank not in in_a_forward:
             assert all(before[key] == value for key, value in own.items()), f"rank {rank}: entries have changed"
     return "committed" if maps == {trial.holders} else "rolled back"
