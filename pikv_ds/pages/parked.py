@@ -8,22 +8,34 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from .pool import PagePool
-from .rows import RowChange
+from pikv_ds.placement.directory import Directory
 
-if TYPE_CHECKING:
-    from .layers import RankPages
+from .layer import LayerPages
+from .pool import PagePool
+from .rows import RowChange, Rows
+
+
+class Pages(Protocol):
+    """All layers' pages on a rank (layers.py)."""
+
+    layers: list[LayerPages]
+    counts: list[Tensor]
+    directory: Directory
+    rows: Rows
+
+    @property
+    def all_pools(self) -> list[PagePool]: ...
 
 
 class ParkedRows:
     """Owns counts and tails of parked rows; their page ids lie with the tables (PageTable.parked), their homes with the directory."""
 
-    def __init__(self, pages: RankPages) -> None:
+    def __init__(self, pages: Pages) -> None:
         self.pages = pages
         self.clear()
 

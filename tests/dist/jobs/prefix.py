@@ -30,7 +30,8 @@ def asked(mine: int, seed: int):
     yield torch.cat([prefix, prompt(6, seed=seed)], 1), None, 5
     yield torch.cat([prefix, prompt(3 + mine, seed=seed + 1)], 1), None, 4 + 3 * mine
     ids = torch.zeros(2, 60, dtype=torch.int64)
-    ids[0, 5:], ids[1, 14:] = torch.cat([prefix, prompt(15 - mine, seed=seed + 2)], 1)[0], torch.cat([prefix, prompt(6 - mine, seed=seed + 3)], 1)[0]
+    for row, (pad, own) in enumerate(((5, 15 - mine), (14, 6 - mine))):
+        ids[row, pad:] = torch.cat([prefix, prompt(own, seed=seed + 2 + row)], 1)[0]
     mask = torch.ones_like(ids)
     mask[0, :5] = mask[1, :14] = 0
     yield ids, mask, 5
