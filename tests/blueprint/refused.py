@@ -18,6 +18,7 @@ SVD, RAW = {"method": "svd", "rank": 8}, {"raw_recent_tokens": 8}
 BOUNDS = {"method": "bounds", "budget_ratio": 0.5}
 ROUTED = {"method": "topk", "exchange": "routed"}
 LRU = {"method": "lru", "budget_tokens": 200}
+PREFIX = {"prefix": {"enabled": True}}
 AGED = [{"method": "aged"}]
 HEADS = {"method": "knorm", "budget_tokens": 200, "head_budget": "uniform"}
 
@@ -79,6 +80,13 @@ def refused(folder: Path) -> dict[str, list[dict]]:
         "policy-follows-bases": [{"compression": SVD, "scheduling": {"method": "keeps_queries", "budget_tokens": 200}}],
         "router-follows-bases": [{"compression": SVD, "routing": {"method": "keeps_summaries", "budget_ratio": 0.5}}],
         "shards-divide-among-ranks": [{"storage": {"num_shards": 3}, "ranks": 2}],
+        "prefix-no-request-bases": [{"storage": PREFIX, "compression": SVD}],
+        "prefix-keeps-all": [{"storage": PREFIX, "scheduling": LRU}],
+        "prefix-one-pool": [{"storage": PREFIX, "compression": RAW}, {"storage": PREFIX, "pools": AGED}],
+        "prefix-no-learning-router": [{"storage": PREFIX, "routing": BOUNDS}],
+        "prefix-stays-where-it-is": [{"storage": PREFIX | {"rebalance": {}}}],
+        "prefix-names-requests": [{"storage": PREFIX, "ranks": 2}],
+        "prefix-no-windows": [{"storage": PREFIX, "layers": WINDOWS}],
         "rebalance-has-shards-to-move": [
             {"storage": {"rebalance": {}}, "ranks": 2},
             {"storage": {"rebalance": {"every": 9}, "num_shards": 4}, "ranks": 4},

@@ -22,6 +22,7 @@ DEFAULTS = {
         "capacity_tokens": None,
         "overflow": "spill",
         "prefix": {"enabled": False, "budget_tokens": 65536, "eviction": "lru"},
+        "rebalance": None,
     },
     "routing": {
         "method": "all",
