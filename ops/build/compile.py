@@ -218,12 +218,15 @@ def _compile(library: Library, target: Path) -> None:
     _progress(f"built {library.name} in {time.monotonic() - started:.0f} s", last=True)
 
 
+_TELLING = ("error", "undefined", "multiple definition")
+
+
 def _run(command: list[str]) -> str:
     """What the command printed, both streams."""
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
         lines = result.stderr.strip().splitlines()
-        shown = [line for line in lines if "error" in line or "undefined" in line][:5] or lines[-5:]
+        shown = [line for line in lines if any(word in line for word in _TELLING)][:5] or lines[-5:]
         raise BuildError(f"{Path(command[0]).name} failed (exit status {result.returncode}):\n" + "\n".join(shown))
     return result.stdout + result.stderr
 

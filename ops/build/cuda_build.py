@@ -81,7 +81,7 @@ def _sources() -> tuple[Source, ...]:
     if LATENT in built_dims():
         kernels += tuple(latent_source(label) for label in LATENT_TENSOR)
     launchers = (Source(f"cuda/{name}.cu") for name in ("pages", "bounds", "pack", "route", "slots", "attend"))
-    return (Source("cuda/page_kernels.cu"), Source("cuda/route_kernels.cu"), *launchers, *kernels)
+    return (Source("cuda/page_kernels.cu"), *launchers, *kernels)
 
 
 def _torch_root() -> Path:

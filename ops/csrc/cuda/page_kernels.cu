@@ -9,6 +9,7 @@
 #include "../kernels/work.cuh"
 #include "../kernels/merge.cuh"
 #include "../kernels/pack.cuh"
+#include "../kernels/route.cuh"
 #include "../kernels/pages.cuh"
 #include "../kernels/slots.cuh"
 #include "kernels.h"
@@ -49,6 +50,15 @@ const char* launch_page_score(const PageScore& s, int num_tables, Stream stream)
 
 const char* launch_pack(const Packed& p, int num_fields, int num_blocks, bool unpack, Stream stream) {
   return launch(unpack ? unpack_kernel : pack_kernel, dim3((unsigned)num_blocks, (unsigned)num_fields), kBlock, 0, stream, p);
+}
+
+const char* launch_route(const Route& r, int num_blocks, bool unpack, Stream stream) {
+  const dim3 grid((unsigned)num_blocks, (unsigned)(r.num_fields + r.K));
+  return launch(unpack ? route_unpack_kernel : route_pack_kernel, grid, kBlock, 0, stream, r);
+}
+
+const char* launch_route_merge(const RouteMerge& m, Stream stream) {
+  return launch(route_merge_kernel, dim3((unsigned)(((long long)m.N * m.H + kWarps - 1) / kWarps)), kBlock, 0, stream, m);
 }
 
 const char* launch_assign_slots(const AssignSlots& a, Stream stream) {

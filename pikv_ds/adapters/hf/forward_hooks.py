@@ -179,7 +179,9 @@ class ForwardHooks:
         whole = all(n == local.num_columns for n in local.num_new)
         chunk = Chunk(local.positions, None if whole else local.positions < 0)
         packed = conversation.packed
-        self.host.running.forward = Forward(cache, conversation, core, chunk, growth, self.config._attn_implementation, packed, stored)
+        self.host.running.forward = Forward(
+            cache, conversation, core, chunk, growth, self.config._attn_implementation, packed, stored=stored
+        )
         traced.entered(self.host)
         conversation.thread = threading.get_ident()
         conversation.expert_ids.begin(core, None if packed is None else packed.experts)
