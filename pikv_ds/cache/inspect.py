@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from pikv_ds.ops import PageFormat
+from pikv_ds.pages.parked import ParkedRows
 from pikv_ds.pages.rows import Rows
+from pikv_ds.placement.shard_map import ShardMap
 from pikv_ds.policies.base import Pages, RetentionPolicy
 from pikv_ds.routers.base import PageQuery, Router
 
@@ -59,6 +61,24 @@ class CacheProbe:
     def local_shards(self) -> tuple[int, ...]:
         """This rank's shards among all, ascending."""
         return self.cache.map.local
+
+    @property
+    def shard_maps(self) -> list[ShardMap]:
+        """Which rank holds which shard, as every part that asks has it."""
+        pages = self.cache.pages
+        return [self.cache.map, pages.map, *(layer.map for layer in pages.layers)]
+
+    @property
+    def parked(self) -> ParkedRows:
+        return self.cache.pages.parked
+
+    @property
+    def row_numbers(self) -> set[int]:
+        """How many rows everything that a step reads has: one number."""
+        pages = self.cache.pages
+        found = {pages.rows.num_rows, *(counts.shape[1] for counts in pages.counts)}
+        found |= {pool.table.ids.shape[0] for pool in pages.all_pools}
+        return found | {homes.shape[0] for homes in pages.directory.shard_at}
 
     def pools(self, layer: int) -> list[PoolProbe]:
         """Nearest first: entries are appended to the first; the second holds what a raw window has let go."""

@@ -179,6 +179,11 @@ class PoolProbe:
         """Names of what is kept per page besides its entries."""
         return tuple(self.pool.summaries) + tuple(self.pool.table.counted)
 
+    def kept(self, name: str, row: int, table: int) -> Tensor:
+        """[n], of the pages of one table."""
+        ids = self.page_ids(row, table)
+        return self.pool.summaries[name][ids] if name in self.pool.summaries else self.pool.table.counted[name][row, table, : len(ids)]
+
     def column(self, name: str) -> Tensor:
         """[P, ...] of that name; a counter once rows share pages: [R, T, C]."""
         return self.pool.table.counted[name] if name in self.pool.table.counted else self.pool.summaries[name]

@@ -94,7 +94,7 @@ def check(driver: Driver) -> None:
 
 def parked_slots(driver: Driver, i: int) -> list[Tensor]:
     """[n] int64 of the entries of every table of every parked row of a layer, page * page_size + offset."""
-    pool, counts = driver.probe.near_pool(i), driver.cache.pages.parked.counts
+    pool, counts = driver.probe.near_pool(i), driver.probe.parked.counts
     index = [torch.arange(n) for n in (counts[0][i].flatten().tolist() if counts else ())]
     ids = pool.parked_table.flatten(0, 1)
     return [(own[at // pool.page_size] * pool.page_size + at % pool.page_size).long() for own, at in zip(ids, index, strict=True)]

@@ -103,11 +103,11 @@ def check_parked(driver: ParkingDriver) -> None:
         table = pool.parked_table
         last = [table[row, shard, (n - 1) // pool.page_size] for row, shard, n in _open(driver, i)]
         assert all(int(pool.uses[page]) == 1 for page in last), "an open page of a parked row is shared"
-    assert driver.cache.pages.parked.nbytes == alone
+    assert driver.probe.parked.nbytes == alone
 
 
 def _open(driver: ParkingDriver, i: int) -> list[tuple[int, int, int]]:
     """(row, table, entries) of parked tables whose last page is not full."""
-    counts = driver.cache.pages.parked.counts
+    counts = driver.probe.parked.counts
     found = counts[0][i].tolist() if counts else []
     return [(row, at, n) for row, each in enumerate(found) for at, n in enumerate(each) if n % driver.cache.page_size]

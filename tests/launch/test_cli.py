@@ -126,7 +126,7 @@ def test_plan_says_what_is_wrong(capsys, extra, said):
 
 def test_report_names_what_is_missing(tmp_path):
     rows = run_json(tmp_path, "report")
-    assert {row["section"] for row in rows} == {"environment", "optional", "op", "implementation"}
+    assert {row["section"] for row in rows} == {"environment", "optional", "op", "implementation", "cpu"}
     environment = {row["what"]: row["found"] for row in rows if row["section"] == "environment"}
     assert environment["torch"] != "not found"
     assert environment["accelerator"]

@@ -125,11 +125,8 @@ def contents(cache: PiKVCache, *, numbers: bool = True) -> dict:
 
 
 def _stored(pool: PoolProbe, row: int, table: int, numbers: bool) -> tuple[list[int], int]:
-    stored, ids = pool.stored(row, table), torch.tensor(pool.page_ids(row, table), dtype=torch.int64)
-    kept = []
-    for name in pool.columns if numbers else ():
-        column = pool.column(name)
-        kept.append(column[ids] if name in pool.pool.summaries else column[row, table, : len(ids)])
+    stored = pool.stored(row, table)
+    kept = [pool.kept(name, row, table) for name in pool.columns] if numbers else []
     return stored.positions.tolist(), digest([stored.keys.contiguous(), stored.values.contiguous(), *kept])
 
 
@@ -156,7 +153,7 @@ def outcome(trial: Trial, ended: list, before: dict, in_a_forward: Collection[in
     assert len(maps) == 1, f"a mixed state: {maps}"
     for rank in left:
         cache = trial.caches[rank]
-        assert cache.pages.map is cache.map and all(layer.map is cache.map for layer in cache.pages.layers)
+        assert all(one is cache.map for one in CacheProbe(cache).shard_maps)
         assert cache.migration.wanted is None and cache.migration.in_doubt is None
         for pool in CacheProbe(cache).all_pools:
             check_pages(pool, shrunk=rank not in in_a_forward)

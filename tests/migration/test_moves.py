@@ -8,6 +8,7 @@ import torch
 
 from pikv_ds.blueprint.blueprint import Blueprint
 from pikv_ds.cache import cache as cache_module
+from pikv_ds.cache.inspect import CacheProbe
 from pikv_ds.cache.stats import stats
 from pikv_ds.config import PiKVConfig
 from pikv_ds.errors import ConfigError, MigrationError, UnsupportedError
@@ -100,7 +101,7 @@ def _interrupt_on(cache, nth: int):
     real, seen = shard_copy.install, []
 
     def install(pool, *args):
-        if pool in cache.pages.all_pools:
+        if any(pool is one.pool for one in CacheProbe(cache).all_pools):
             seen.append(pool)
             if len(seen) == nth:
                 raise KeyboardInterrupt
