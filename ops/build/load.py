@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -107,20 +108,37 @@ BACKENDS: dict[str, Backend] = {
     "emu": Backend("cpu", load_emu),
 }
 _PREFERRED = {"cpu": ("cpu",), "cuda": ("cuda", "nvrtc")}
+_one_loads = threading.RLock()
+_loading: set[str] = set()
 _loaded: dict[str, str] = {}  # device type -> the implementation that serves it
 _passed_over: dict[str, str] = {}  # device type -> what would have been better, and why it does not serve
 
 
 def ensure(device: str) -> bool:
-    """Load the compiled ops for a device type unless that was tried before. True when they have just been loaded."""
+    """Load the compiled ops for a device type unless that was tried before. True when they have just been loaded.
+
+    Threads that come meanwhile wait: none runs the reference while another loads what will serve.
+    """
     if device in _loaded:
         return False
-    _loaded[device] = "torch"
+    with _one_loads:
+        if device in _loaded or device in _loading:  # by another thread, or by this one: loading may run an op
+            return False
+        _loading.add(device)
+        try:
+            return _load(device)
+        finally:
+            _loading.discard(device)
+
+
+def _load(device: str) -> bool:
     wanted = os.environ.get("PIKV_OPS")
     if wanted == "torch":
+        _loaded[device] = wanted
         return False
     if wanted is not None:
-        return _force(wanted, device)
+        _force(wanted, device)
+        return True
     reasons = []
     for name in _PREFERRED.get(device, ()):
         try:
@@ -131,30 +149,24 @@ def ensure(device: str) -> bool:
         _loaded[device] = name
         if reasons:
             _passed_over[device] = "; ".join(reasons)
-            warnings.warn(f"pikv: the ops on {device!r} tensors run by {name!r}, not as preferred: {_passed_over[device]}", stacklevel=2)
+            warnings.warn(f"pikv: the ops on {device!r} tensors run by {name!r}, not as preferred: {_passed_over[device]}", stacklevel=4)
         return True
+    _loaded[device] = "torch"
     _passed_over[device] = "; ".join(reasons) or f"there is no compiled version for {device!r} tensors"
-    warnings.warn(f"pikv: the ops run in plain torch, slower: {_passed_over[device]}", stacklevel=2)
+    warnings.warn(f"pikv: the ops run in plain torch, slower: {_passed_over[device]}", stacklevel=4)
     return False
 
 
-def _force(wanted: str, device: str) -> bool:
+def _force(wanted: str, device: str) -> None:
     if wanted not in CHOICES:
-        del _loaded[device]
         raise ValueError(f"PIKV_OPS={wanted!r} is not one of {', '.join(CHOICES)}")
     backend = BACKENDS[wanted]
     if backend.device != device:
-        del _loaded[device]
         raise RuntimeError(
             f"PIKV_OPS={wanted} serves {backend.device!r} tensors, the tensors are on {device!r}; unset it or choose another"
         )
-    try:
-        backend.load()
-    except BuildError:
-        del _loaded[device]
-        raise
+    backend.load()
     _loaded[device] = wanted
-    return True
 
 
 def ensured(device: str) -> str:

@@ -32,7 +32,7 @@ RECORD = Path(__file__).resolve().parents[2] / "docs" / "results" / "build.json"
 COMPILED = ARCHITECTURES if LONG else ("90",)  # for all kernels; of the others FULLEST
 FULLEST = [f"-DPK_FORMAT={KERNEL_FORMATS[name]}" for name in ("int8", "fp4_e2m1", "fp8_e4m3/int4")]  # most registers on sm_80, by kind
 FULLEST_TENSOR = "fp8_e4m3/int4"
-ATTENTION, TENSOR, LATENTS, OTHERS = 82, 85, 10, 12
+ATTENTION, TENSOR, LATENTS, OTHERS = 82, 85, 10, 15
 KERNELS = ATTENTION + TENSOR + LATENTS + OTHERS
 BUILT = sum(len(tensor_kernels(label, built_dims())) for label in TENSOR_FORMATS)  # by the short form: tests/conftest.py
 BUILT_LATENTS = LATENTS if LATENT in built_dims() else 0
