@@ -46,10 +46,13 @@ uint64_t visible_tokens(const Attend& a, const Unit& u, int t, const int32_t* po
   return visible;
 }
 
+// A type of this file alone: members of a vector of any other could be shared with files for older processors.
+struct OwnRows : Rows {};
+
 struct Scratch {
   Arena arena;
   Work w;
-  std::vector<Rows> rows;
+  std::vector<OwnRows> rows;
 };
 
 // The query of float keys as the sum of q_parts bf16, in the order of the keys.
@@ -111,7 +114,7 @@ void prepare(const Attend& a, const Unit& u, phases::Tier tier, Scratch& own) {
         for (int d = 0; d < w.q_width; ++d)
           rows.q[(size_t)r * w.q_width + d] = d < f.k_dim ? load_float(a.q, a.q_type, at + d) * (a.scale * kLog2e) : 0.0f;
       }
-      own.rows.push_back(rows);
+      own.rows.push_back(OwnRows{rows});
       g += R;
     }
 }
