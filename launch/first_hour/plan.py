@@ -17,7 +17,20 @@ from pikv_ds.ops.build.cuda_build import ARCHITECTURES
 from .runner import Step
 
 STAGES = (1, 2, 3)
-OPS = ("decode", "prefill_cached", "append", "merge", "migrate", "page_bounds", "page_score", "pack", "assign_slots", "checksum")
+OPS = (
+    "decode",
+    "prefill_cached",
+    "append",
+    "merge",
+    "migrate",
+    "page_bounds",
+    "page_score",
+    "pack",
+    "route_pack",
+    "route_merge",
+    "assign_slots",
+    "checksum",
+)
 SHARDS = 12  # of the long matrix, beside each other: its f64 reference takes minutes of a core
 CHECKOUT = Path(pikv_ds.__file__).resolve().parents[1]
 

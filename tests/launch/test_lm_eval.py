@@ -97,7 +97,7 @@ def test_a_forward_begins_at_every_first_scored_column():
         ({"mixed_precision_dtype": "bfloat16"}, "model_args has the key 'mixed_precision_dtype'"),
         ({"dtype": "float64"}, "dtype = 'float64': legal dtypes are auto, float32"),
         ({"device": "meta"}, "device = 'meta': the model is on"),
-        ({"chunk": 64}, "--chunk 64: legal is 1 to 32"),
+        ({"chunk": 64}, "in chunks of 64: 0.0% of the entries"),
     ],
 )
 def test_what_is_not_served_is_refused_by_name(args, words):

@@ -41,13 +41,13 @@ class Kill:
         self.told.write_text(what)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    def watched(self, what, *args) -> None:
+    def watched(self, what, *args, **how) -> None:
         due = self.left == 0
         self.left -= 1
         self.told.write_text(what)  # where a timer finds it
         if due and self.how == "before":
             self.now(what)
-        self.run(what, *args)
+        self.run(what, *args, **how)
         if due and self.how == "after":
             self.now(what)
 
