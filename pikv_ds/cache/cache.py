@@ -166,7 +166,7 @@ class PiKVCache(HostFace):
         for part in self.counting:
             part.note(step)
         left = [after_forward(step) for after_forward in self.after_forward]
-        self.pages.settle(step, left=any(left), refuses_spills=self.config.storage.overflow == "error")
+        self.pages.room.settle(step, left=any(left), refuses_spills=self.config.storage.overflow == "error")
         self.exchange.turn.end()
         self.step = self.local = None
 
@@ -181,7 +181,7 @@ class PiKVCache(HostFace):
 
         announced: by each rank.
         """
-        self.pages.check_last()
+        self.pages.room.check_last()
         lens, parked_lens = self.agreement.lens, self.agreement.parked_lens
         before, after = self.agreement.commit(agreed)
         parks = bool(parked_lens if agreed.parked is None else agreed.parked)
@@ -209,7 +209,7 @@ class PiKVCache(HostFace):
         )  # fmt: skip
         if self.retention is not None:
             self.retention.before_forward(self.step)
-        self.pages.reserve(self.step)
+        self.pages.room.reserve(self.step)
 
     def _start(self, num_rows: int) -> None:
         """A generation of `num_rows` requests begins: nothing of the last one stays."""

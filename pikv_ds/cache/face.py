@@ -170,7 +170,7 @@ class HostFace:
             )
         if self.pages.plan.rebased:
             raise UnsupportedError("reserve() with bases that are fitted to each request (svd): their memory is replaced while they grow")
-        self.pages.hold(tokens)
+        self.pages.room.hold(tokens)
 
     @eager
     def clear_column(self, name: str) -> None:

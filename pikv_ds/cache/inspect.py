@@ -154,7 +154,7 @@ class CacheProbe:
         """Entries of tables and free pages: as the host knows them, and as they are. Empty while they are on their way to it, or
         nobody asks for them."""
         pages = self.cache.pages
-        if pages.held is not None:  # nobody follows them
+        if pages.room.held is not None:  # nobody follows them
             return []
         return [(pages.sizes.counts, pages.counts[0]), (pages.sizes.free(0), pages.free_tops[0])] if pages.sizes.arrived else []
 
@@ -178,7 +178,7 @@ class CacheProbe:
     @property
     def reserved_tokens(self) -> int | None:
         """That rows may grow to before one of them is replaced; None: nothing is reserved."""
-        return self.cache.pages.held
+        return self.cache.pages.room.held
 
     # ---- bytes ---------------------------------------------------------------------------------------------------------------
 

@@ -83,7 +83,7 @@ class StepGraph(Generic[Made]):
     @property
     def stale(self) -> bool:
         """It can't be played any more: rows have changed, or the cache was reset or has outgrown what was reserved."""
-        return self.generation != self.core.pages.addresses.generation or self.core.pages.held is None
+        return self.generation != self.core.pages.addresses.generation or self.core.pages.room.held is None
 
     @eager
     def __call__(self, local: LocalStep) -> Made:
@@ -120,7 +120,7 @@ class StepGraph(Generic[Made]):
             )
         if core.hold_margin is not None:
             raise UnsupportedError("a crop is announced (assisted decoding): such steps run as ordinary forwards")
-        held, longest = core.pages.held, max(n + new for n, new in zip(local.keep, local.num_new, strict=True))
+        held, longest = core.pages.room.held, max(n + new for n, new in zip(local.keep, local.num_new, strict=True))
         if held is None or longest > held:
             raise UnsupportedError(f"a row would have {longest} tokens, and reserve() has made room for {held}; reserve more, make another")
 
@@ -165,7 +165,7 @@ def _buffers(num_rows: int, num_layers: int, device: torch.device) -> tuple[Tens
 
 def refusal(core: PiKVCache) -> str | None:
     """Why a decode step of a cache can't be recorded; None: it can."""
-    if core.pages.held is None:
+    if core.pages.room.held is None:
         return "its memory may move; call reserve(tokens) after the first forward of its rows"
     if core.agreement.mode == "distinct":
         return "requests of the ranks are distinct, and each step's records are as long as the ranks have tokens"

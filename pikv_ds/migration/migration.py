@@ -233,7 +233,7 @@ class Migration:
         self.in_doubt = None
         self.progress.committed += 1
         self.progress.shards_moved += moved
-        self.pages.shrink()
+        self.pages.room.shrink()
 
     def _doubt(self, prepared: Prepared) -> None:
         self.in_doubt = prepared

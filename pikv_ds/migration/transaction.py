@@ -110,8 +110,8 @@ def roll_back(pages: RankPages) -> None:
     """What was stored of shards that did not come is given back; the tables are as they were."""
     for pool in pages.all_pools:
         give_back(pool)
-    pages.quiet = 0
-    pages.shrink()
+    pages.room.quiet = 0
+    pages.room.shrink()
 
 
 def _sum(parts: list[int]) -> int:

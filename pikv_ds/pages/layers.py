@@ -1,10 +1,9 @@
-"""All layers' pages on one rank, and their host phase: allocate, fork, reserve, expire, shrink. R rows, S local shards, L layers."""
+"""All layers' pages on one rank, and their host phase: allocate, fork, move, expire. R rows, S local shards, L layers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,9 +23,9 @@ from .parked import ParkedRows
 from .plan import PagesPlan
 from .pool import PagePool, no_tail
 from .recycle import expire, fork
+from .room import Room
 from .rows import RowChange, Rows
 from .shard_copy import Arranged, install
-from .sizing import held_pages, pages_to_open, shard_capacity
 
 
 class RankPages:
@@ -59,13 +58,12 @@ class RankPages:
         self.crops = CropLimits(self.specs, self.rows)
         self.rehomed: tuple[Callable[[], None], ...] = ()  # told when this rank holds other shards: who knows sizes of its tables
         self.parked = ParkedRows(self)
+        self.room = Room(self)
         self.allocate(0)
 
     def allocate(self, num_rows: int) -> None:
         """Start with empty tables of `num_rows` requests and zeroed entry counters; earlier pages are given back."""
         self.addresses.moved()
-        self.held: int | None = None
-        """Tokens up to which every row may grow before a tensor is replaced (hold); None: nothing is held for them."""
         self.counts = self.new_counts(num_rows)
         self.free_tops = [torch.zeros(len(self.layers), dtype=torch.int64, device=self.device) for _ in range(self.num_levels)]
         behind = {pool.fmt for plan in self.plan.layers for pool in plan.pools[1:] if pool.fmt.grouped}
@@ -73,9 +71,7 @@ class RankPages:
         for i, layer in enumerate(self.layers):
             levels = range(len(layer.plan.pools))
             layer.start([self.counts[level][i] for level in levels], [self.free_tops[level][i] for level in levels], self.no_tails)
-        self.quiet = 0  # decode steps that surely open no page: nothing to reserve, mirror or give back
-        self.gives_back = False  # sizes are on their way, by which pools with much free space shrink
-        self.unchecked: list[int] | None = None  # capacities of a forward of which it is not known yet whether all entries fitted
+        self.room.start()
         self.rows.start(num_rows)
         self.parked.clear()
         self.directory.reset(num_rows)
@@ -123,7 +119,7 @@ class RankPages:
 
     def change(self, change: RowChange) -> None:
         """Rows are forked, cropped, dropped or new, with all that is kept of them, after Rows.check; `settle_rows` comes after it."""
-        self.let_go()
+        self.room.let_go()
         self.addresses.moved()
         parent = change.index
         keep, lens = (sent(x, torch.int64, self.device) for x in (change.keep, change.lens))
@@ -159,7 +155,7 @@ class RankPages:
             for level, (pool, tables) in enumerate(zip(layer.pools, of_layer, strict=True)):
                 counts[level][i] = tables.counts
                 install(pool, tables, counts[level][i])
-        self.counts, self.quiet = counts, 0
+        self.counts, self.room.quiet = counts, 0
         self._forget_leaves(self.rows.num_rows)
         for tell in self.rehomed:
             tell()
@@ -171,107 +167,6 @@ class RankPages:
         lost = [any(old[row] != new[row] for old, new in zip(self.evicted, evicted, strict=True)) for row in range(len(lens))]
         self.evicted = evicted
         self.crops.note_eviction(lens, lost)
-
-    def hold(self, tokens: int) -> None:
-        """Make room for rows of up to `tokens` tokens, whichever shards they go to. Until rows change, or one grows longer, decode steps
-        replace no tensor of the pages and ask for no sizes. Sync: waits for the sizes.
-
-        Raises: CapacityError where storage.capacity_tokens does not allow so many.
-        """
-        lens = [tokens] * self.counts[0].shape[1]
-        self.mirror()
-        free = self.sizes.free(0)
-        for i, (layer, capacity) in enumerate(zip(self.layers, self._capacities(lens), strict=True)):
-            needed, columns = held_pages(
-                layer.spec, tokens, rows=len(lens), shards=self.num_local, heads=self.heads, page_size=self.page_size, capacity=capacity
-            )
-            pool = layer.nearest
-            added = pool.reserve(int(free[i]), needed - (pool.num_pages - int(free[i])), columns)
-            if added and not self.sizes.on_host:
-                free[i] += added
-            pool.stays = True
-        if self.num_shards > 1:
-            self.directory.reserve(tokens)
-        self.counters.keep_nothing()
-        self.held = tokens
-
-    def let_go(self) -> None:
-        """Nothing is held for rows that grow; what is free is given back as after any step."""
-        self.held, self.quiet = None, 0
-        for layer in self.layers:
-            layer.nearest.stays = False
-
-    def _is_held(self, step: Step) -> bool:
-        """Whether all that a step may need is there. If so its sizes are filled in, else those of the pages are asked for."""
-        assert self.held is not None, "asked where something is held"
-        if max(step.lens_after_host, default=0) > self.held:
-            self.let_go()
-        elif step.decode and not step.hold:  # an announced crop keeps what a window drops
-            step.held, step.may_open, step.may_spill = True, [True] * len(self.layers), [self.num_shards > 1] * len(self.layers)
-            step.capacity = self._capacities(step.lens_after_host)
-            return True
-        self.mirror()
-        return False
-
-    def _capacities(self, lens: list[int]) -> list[int]:
-        """[L] entries that a shard of each layer may hold when its rows have `lens` tokens. Raises: CapacityError."""
-        kinds = [(spec.window, sum(map(sum, evicted)) // self.heads) for spec, evicted in zip(self.specs, self.evicted, strict=True)]
-        capacity = {
-            kind: shard_capacity(self.specs, kind[0], lens, self.num_shards, self.page_size, self.storage.capacity_tokens, kind[1])
-            for kind in set(kinds)
-        }
-        return [capacity[kind] for kind in kinds]
-
-    def reserve(self, step: Step) -> None:
-        """Fill in the per-layer sizes of a step and make sure that its entries will find pages, without knowing their shards yet."""
-        if self.held is not None and self._is_held(step):
-            return
-        if step.decode and self.quiet:
-            self.quiet -= 1
-            step.quiet, step.may_open, step.may_spill = True, [False] * len(self.layers), [False] * len(self.layers)
-            return
-        if self.gives_back:
-            self._give_back()
-        page = self.page_size
-        num_new, counts = np.array(step.num_new, dtype=np.int64), self.sizes.counts.numpy()  # numpy: small sizes, each step
-        most_new, total_new = max(step.num_new, default=0), sum(step.num_new)
-        fullest = counts.max((1, 2), initial=0).tolist()
-        opens = [0] * len(self.layers)
-        if step.decode:
-            # A row opens a page only when an open page is full; its token may go to any shard, and there to the tables of all heads.
-            full = (counts % page == 0).reshape(*counts.shape[:2], self.num_local, self.heads).sum(-1).max(-1, initial=0)
-            opens = (full * (num_new > 0)).sum(1).tolist()
-        if self.num_shards == 1 and self.storage.capacity_tokens is None:
-            # What every open page has left after this step; a row without a token in it opens none. With several shards spilling is
-            # decided anew in each step.
-            opens_later = (counts % page == 0) & (num_new == 0)[:, None]
-            self.quiet = int(np.where(opens_later, 0, page - 1 - counts % page).min(initial=page - 1)) if step.decode else 0
-        step.capacity = self._capacities(step.lens_after_host)
-        free = self.sizes.free(0).tolist()
-        fullest_shard = self._tokens(self.sizes.load).amax(1).tolist() if self.num_shards > 1 else [0] * len(self.layers)
-        for i, layer in enumerate(self.layers):
-            step.may_spill.append(self.num_shards > 1 and fullest_shard[i] + total_new > step.capacity[i])
-            needed = opens[i] if step.decode else self._pages_for_chunk(i, torch.from_numpy(num_new), step.capacity[i], step.hold)
-            step.may_open.append(needed > 0)
-            added = layer.nearest.reserve(free[i], needed, -(-(fullest[i] + most_new) // page))
-            if added and not self.sizes.on_host:
-                self.sizes.free(0)[i] += added
-        if self.num_shards > 1:
-            self.directory.reserve(max(step.lens_after_host, default=0))
-
-    def _pages_for_chunk(self, layer: int, num_new: Tensor, capacity: int, hold: bool) -> int:
-        window = self.specs[layer].window
-        stored = num_new if window is None or hold else num_new.clamp_max(window - 1)
-        room = capacity - self._tokens(self.map.own(self.sizes.load[layer], 0)) if self.num_shards > 1 and window is None else None
-        counts = self.sizes.counts[layer].view(-1, self.num_local, self.heads)
-        if self.heads == 1:
-            return pages_to_open(counts.squeeze(-1), stored, room, self.page_size)
-        room = None if room is None else room + 1  # loads of heads are rounded up to tokens: a shard may end one above its capacity
-        return sum(pages_to_open(counts[..., head], stored, room, self.page_size) for head in range(self.heads))
-
-    def _tokens(self, load: Tensor) -> Tensor:
-        """Entries of tables per head as tokens, rounded up."""
-        return -(-load // self.heads)
 
     def expire(self, step: Step) -> bool:
         """Free pages that have left their layer's window, but for what may still be cropped back. Returns whether entries may have left.
@@ -293,52 +188,3 @@ class RankPages:
             self._leaves, self._leaving = self._leaving.values[0].tolist(), None
             return bool(total)
         return True
-
-    def settle(self, step: Step, *, left: bool, refuses_spills: bool) -> None:
-        """After a forward: give back slabs of pools with much free space, and say what did not fit.
-
-        left: entries have left. refuses_spills: storage.overflow is "error". A decode step does not wait for the sizes that this takes, as
-        long as they are on their way from a device: then both happen at the start of the next forward that may open a page.
-
-        Raises: CapacityError, on all ranks alike.
-        """
-        if step.held:  # nobody asks how much is free
-            if refuses_spills:
-                self.mirror()
-                self._check_later(step)
-            return
-        known = self.sizes.on_host
-        if not known and step.decode and not left and self.num_shards == 1:
-            self.sizes.follow(torch.tensor(step.num_new), self.page_size)
-            known = True
-        if left or not step.quiet:
-            if not known:
-                self.mirror()
-            self.gives_back = True
-            if known or not step.decode:
-                self._give_back()
-        if refuses_spills:
-            self._check_later(step)
-
-    def _check_later(self, step: Step) -> None:
-        """At the start of the next forward; where there is nobody to wait for, now."""
-        self.unchecked = step.capacity
-        if self.sizes.on_host:
-            self.check_last()
-
-    def shrink(self) -> None:
-        """Give back slabs of pools with much free space, now. Sync: waits for the sizes."""
-        self.mirror()
-        self._give_back()
-
-    def _give_back(self) -> None:
-        self.gives_back, free = False, self.sizes.free
-        for i, layer in enumerate(self.layers):
-            for level, pool in enumerate(layer.pools):
-                free(level)[i] = pool.shrink(int(free(level)[i]))
-
-    def check_last(self) -> None:
-        """Whether all entries of the last forward fitted, if that is not known yet. Raises: CapacityError, on all ranks alike."""
-        if self.unchecked is not None:
-            capacity, self.unchecked = self.unchecked, None
-            self.counters.raise_if_overflowed(self.sizes.spilled, capacity)

@@ -64,7 +64,7 @@ class Retention:
                 within = step.within_prompt(step.lens_before_host)
                 waits = [a or b for a, b in zip(within, waits or within, strict=True)]
             if self.evict(step.lens_before_host, waits):
-                self.pages.shrink()
+                self.pages.room.shrink()
             self.due = any(waits)
 
     def after_forward(self, step: Step) -> bool:

@@ -130,7 +130,7 @@ class Step:
         self.may_spill: list[bool] = []  # per layer
         self.may_open: list[bool] = []  # per layer: a new page may be needed
         self.quiet = False  # no page is opened, so no sizes change but the counts
-        self.held = False  # every page that it may open is held for it (RankPages.hold)
+        self.held = False  # every page that it may open is held for it (Room.hold)
         self.capacity_there: Tensor | None = None
         """[L] int64, the same as `capacity` where a step that is played again reads it; None: it is not."""
         self._shared: dict[Hashable, Any] = {}
