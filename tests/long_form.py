@@ -2,7 +2,7 @@
 
 What it adds is said beside each use of LONG: products of things that the short form checks one by one. All of it:
 
-- tests/ops/test_cuda_build.py: every kernel for sm_80 too; short: all for sm_90, those with most registers for sm_80.
+- tests/ops/test_cuda_build.py, tests/ops/test_cuda_linking.py: the library with every kernel; short: with those that have most registers.
 - tests/ops/test_torch_headers.py: a launcher by nvcc against the oldest torch too; short: all files by the C++ compiler.
 - tests/ops/test_kernel_text.py: every bug planted on tensor cores, short: four; tests/ops/test_tensor_widths.py: every one planted in
   latents, short: three. Tensor-core kernels of all widths in the libraries, short: of 64 and 128 (tests/conftest.py).

@@ -5,20 +5,19 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from pikv_ds.launch.commands import _build_targets as build_targets
 from pikv_ds.launch.commands import build as cmd_build
-from pikv_ds.ops.build import cuda_build, ptxas
-from pikv_ds.ops.build.compile import BuildError, ToolMissing, build, compiler_name
+from pikv_ds.ops.build import ptxas
+from pikv_ds.ops.build.compile import BuildError, ToolMissing, compiler_name
 from pikv_ds.ops.build.cuda_build import ARCHITECTURES, cuda_library, nvcc
-from pikv_ds.ops.format.kernels import KERNEL_FORMATS, LATENT, built_dims, tensor_kernels
-from pikv_ds.ops.format.kernels import TENSOR as TENSOR_FORMATS
+from pikv_ds.ops.format.kernels import built_dims, tensor_kernels
 from pikv_ds.ops.nvrtc import compiler as nvrtc
 from tests.long_form import LONG
+from tests.ops.few_kernels import FULLEST_TENSOR, few_library
 
 needs_nvcc = pytest.mark.skipif(shutil.which(nvcc()) is None, reason="nvcc is not installed")
 
@@ -29,13 +28,9 @@ def _python(code, **environment):
 
 
 RECORD = Path(__file__).resolve().parents[2] / "docs" / "results" / "build.json"
-COMPILED = ARCHITECTURES if LONG else ("90",)  # for all kernels; of the others FULLEST
-FULLEST = [f"-DPK_FORMAT={KERNEL_FORMATS[name]}" for name in ("int8", "fp4_e2m1", "fp8_e4m3/int4")]  # most registers on sm_80, by kind
-FULLEST_TENSOR = "fp8_e4m3/int4"
 ATTENTION, TENSOR, LATENTS, OTHERS = 82, 85, 10, 15
 KERNELS = ATTENTION + TENSOR + LATENTS + OTHERS
-BUILT = sum(len(tensor_kernels(label, built_dims())) for label in TENSOR_FORMATS)  # by the short form: tests/conftest.py
-BUILT_LATENTS = LATENTS if LATENT in built_dims() else 0
+FEW = 6 + 7 + 5 + len(tensor_kernels(FULLEST_TENSOR, built_dims())) + OTHERS  # few_kernels.py
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +40,9 @@ def record() -> dict:
 
 @pytest.fixture
 def compiled(monkeypatch) -> None:
-    monkeypatch.setenv("PIKV_CUDA_ARCH", ",".join(COMPILED))
+    """The short form compiles few kernels (few_kernels.py)."""
+    if not LONG:
+        monkeypatch.setattr(build_targets, "cuda_library", few_library)
 
 
 def assert_as_recorded(uses: list[ptxas.KernelUse], record: dict) -> None:
@@ -67,44 +64,25 @@ def test_the_record_is_of_these_kernels(record):
 
 @needs_nvcc
 @pytest.mark.slow
-@pytest.mark.timeout(1500)  # nvcc, once for all kernels
-def test_every_kernel_keeps_the_limits(monkeypatch, compiled, record):
+@pytest.mark.timeout(1500)  # nvcc
+def test_kernels_keep_the_limits(monkeypatch, compiled, record):
     row, uses = build_targets.build_target("cuda")
     assert row["status"] == "ok", row["detail"]
-    attend = {use.kernel for use in uses if use.kernel.startswith("attend_kernel")}
-    assert len(attend) == ATTENTION and len(uses) == len(COMPILED) * (ATTENTION + BUILT + BUILT_LATENTS + OTHERS), sorted(attend)
-    assert sum(use.kernel.startswith("attend_tensor_kernel") for use in uses) == BUILT * len(COMPILED)
-    assert sum(use.kernel.startswith("attend_latent_kernel") for use in uses) == BUILT_LATENTS * len(COMPILED)
-    assert not LONG or BUILT == TENSOR
-    assert {use.arch for use in uses} == {f"sm_{arch}" for arch in COMPILED}
-    print({use.kernel: use.registers for use in uses if use.arch == "sm_90"})
+    assert len(uses) == len(ARCHITECTURES) * (KERNELS if LONG else FEW) and {use.arch for use in uses} == {f"sm_{a}" for a in ARCHITECTURES}
+    kinds = [use.kernel.partition("<")[0] for use in uses]
+    if LONG:
+        found = [kinds.count(name) for name in ("attend_kernel", "attend_tensor_kernel", "attend_latent_kernel")]
+        assert found == [len(ARCHITECTURES) * n for n in (ATTENTION, TENSOR, LATENTS)]
     assert_as_recorded(uses, record)
     # The same log against a lower limit: the command fails and names the kernel.
     monkeypatch.setattr(ptxas, "MAX_REGISTERS", 100)
     row, _ = build_targets.build_target("cuda")
-    assert row["status"] == "over the limits" and f"attend_kernel<1, 128, 4, true> on sm_{COMPILED[0]}: 1" in row["detail"]
+    assert row["status"] == "over the limits" and "attend_kernel<3, 128, 4, true> on sm_80: 1" in row["detail"]
 
 
 @needs_nvcc
 @pytest.mark.slow
-@pytest.mark.skipif(COMPILED == ARCHITECTURES, reason="all kernels are compiled for sm_80")
-@pytest.mark.timeout(600)
-def test_the_fullest_kernels_keep_the_limits_on_sm_80(monkeypatch, record):
-    monkeypatch.setenv("PIKV_CUDA_ARCH", "80")
-    whole = cuda_library()
-    tensor = cuda_build.tensor_source(FULLEST_TENSOR)
-    fullest = [s for s in whole.sources if s.path == "cuda/attend_kernels.cu" and any(flag in FULLEST for flag in s.flags)]
-    chosen = [s for s in whole.sources if s in fullest or s.path == "cuda/page_kernels.cu" or s == tensor]
-    assert len(chosen) == 2 + len(FULLEST)
-    uses = ptxas.parse(build(replace(whole, name="pikv_cuda_fullest", sources=tuple(chosen))).with_suffix(".log").read_text())
-    assert len(uses) == OTHERS + 6 + 7 + 5 + len(tensor_kernels(FULLEST_TENSOR, built_dims())) and {use.arch for use in uses} == {"sm_80"}
-    assert not [use for use in uses if use.breach()]
-    assert_as_recorded(uses, record)
-
-
-@needs_nvcc
-@pytest.mark.slow
-@pytest.mark.timeout(1500)  # nvcc, once for all kernels
+@pytest.mark.timeout(1500)  # nvcc, if this is the first
 def test_a_breach_is_the_exit_status(monkeypatch, tmp_path, compiled):
     monkeypatch.setattr(ptxas, "MAX_REGISTERS", 100)
     import argparse
@@ -117,10 +95,11 @@ def test_a_breach_is_the_exit_status(monkeypatch, tmp_path, compiled):
 
 @needs_nvcc
 @pytest.mark.slow
-@pytest.mark.timeout(1500)  # nvcc, once for all kernels
-def test_it_loads_beside_a_cpu_torch(compiled):
+@pytest.mark.timeout(1500)  # nvcc, if this is the first
+def test_it_loads_beside_a_cpu_torch():
     code = (
-        "import torch; from pikv_ds.ops import library; from pikv_ds.ops.build import load; load.load_cuda(); "
+        "import torch; from pikv_ds.ops import library; from pikv_ds.ops.build import load; from tests.ops import few_kernels;"
+        f"load.cuda_library = load.cuda_library if {LONG} else few_kernels.few_library; load.load_cuda(); "
         "print([n for n in library.SCHEMAS if not torch._C._dispatch_has_kernel_for_dispatch_key(f'pikv::{n}', 'CUDA')])"
     )
     result = _python(code)
