@@ -15,6 +15,7 @@ import pikv_ds
 from pikv_ds.errors import CapacityError, ConfigError, DivergedError, PeerError, UnsupportedError
 from pikv_ds.launch import commands
 from pikv_ds.launch.device import let_memory_grow
+from pikv_ds.launch.output import note_command_line
 
 # Errors that tell the user what to do; anything else is a bug and keeps its traceback.
 TOLD = (
@@ -47,6 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
+    note_command_line(sys.argv[1:] if argv is None else argv)
     let_memory_grow()
     try:
         return args.run(args)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import pikv_ds
 
+_words: list[str] = []  # of the command line, without where it writes to
 _SIDEWAYS_WIDTH = 14  # characters a column needs to be read on its side
 HOSTS = ("torch", "deepspeed", "megatron-core", "transformers")
 
@@ -44,8 +47,17 @@ def machine() -> dict[str, Any]:
     }
 
 
+def note_command_line(words: Sequence[str]) -> None:
+    """What `document_of` says behind the name of a command. words: after `pikv`; --json FILE is left out."""
+    at = next((i for i, word in enumerate(words) if word == "--json"), len(words))
+    _words[:] = [word for word in (*words[:at], *words[at + 2 :]) if not word.startswith("--json=")]
+
+
 def document_of(command: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Rows with the command that made them, versions and machine."""
+    """Rows with the command that made them, versions and machine. command: its name, which the command line completes; or all of it."""
+    name = command.split()
+    if _words[: len(name)] == name:
+        command = shlex.join(_words)
     return {"command": command, "versions": versions(), "machine": machine(), "rows": rows}
 
 

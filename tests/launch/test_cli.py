@@ -1,4 +1,5 @@
 import json
+import shlex
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ def run_json(tmp_path, *argv):
     assert main([*argv, "--json", str(path)]) == 0
     document = json.loads(path.read_text())
     assert list(document) == ["command", "versions", "machine", "rows"]
-    assert document["command"] == argv[0]
+    assert document["command"] == shlex.join(argv)
     assert set(document["machine"]) == {"cpu", "cores", "memory_gib", "gpu"}
     assert document["versions"]["pikv-ds"] and document["versions"]["torch"]
     assert document["rows"]

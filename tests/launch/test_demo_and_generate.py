@@ -21,7 +21,7 @@ def test_demo_shows_the_same_tokens_in_half_the_bytes(tmp_path):
     result = pikv("demo", "--context", 400, "--new-tokens", 12, "--json", file)
     assert result.returncode == 0, result.describe()
     document = json.loads(file.read_text())
-    assert document["command"] == "demo" and document["versions"]["deepspeed"]
+    assert document["command"].startswith("demo") and document["versions"]["deepspeed"]
     rows = {row["name"]: row for row in document["rows"]}
     assert list(rows) == ["dense", "pikv", "dense-distinct", "pikv-distinct"]
     assert all(row["tokens_equal"] and row["ranks"] == 2 and row["tokens_per_s"] > 0 for row in rows.values())
