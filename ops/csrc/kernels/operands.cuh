@@ -23,6 +23,8 @@ struct Side {
   // Column of the lane's column l.
   static __device__ __forceinline__ int column(int lane, int l) { return (l / run * LANES + lane) * run + l % run; }
 
+  static __device__ __forceinline__ int first_block(int lane) { return lane * run / kFp4Block; }
+
   // From the lane's first byte of a token.
   static __device__ __forceinline__ void load(const unsigned char* from, unsigned* w) {
 #pragma unroll
@@ -37,13 +39,13 @@ struct Side {
   }
 };
 
-// The scales of a lane's columns, from those of the token.
+// The scales of a lane's columns, from its first one of the token (Side::first_block).
 template <class S>
-__device__ __forceinline__ void load_block_scales(const unsigned char* of_token, int lane, unsigned* w) {
+__device__ __forceinline__ void load_block_scales(const unsigned char* first, unsigned* w) {
   constexpr int step = S::run >= 32 ? 2 : 1;  // neighbouring blocks
 #pragma unroll
   for (int k = 0; k < S::blocks; k += step) {
-    const unsigned char* from = of_token + S::column(lane, k * S::block_columns) / kFp4Block;
+    const unsigned char* from = first + S::column(0, k * S::block_columns) / kFp4Block;
     const unsigned part = step == 2 ? __ldg(reinterpret_cast<const unsigned short*>(from)) : __ldg(from);
     w[k / 4] = k % 4 ? w[k / 4] | part << k % 4 * 8 : part;
   }
@@ -86,8 +88,7 @@ __device__ __forceinline__ constexpr float code_factor() {
   return F == kFp8 ? kFp8Factor : F == kFp4 ? kFp4Factor : 1.0f;
 }
 
-// Two codes as fp16, times pair_factor. int8, fp8: bytes 0 and 1 of x; int4, fp4: the nibbles `which` of both halves, int2: so the pairs of bits.
-// fp4: the bits of a code in their places of fp16, which is the code times 2^-14: with its scale no smaller than 2^-24, so nothing is rounded.
+// Two codes as fp16, times pair_factor. int8, fp8: bytes 0 and 1 of x; int4: the nibbles `which` of both halves, int2: so the pairs of bits.
 template <int F>
 __device__ __forceinline__ unsigned pair(unsigned x, int which) {
   if constexpr (F == kInt8) return subtract2(__byte_perm(x, 0x64646464u, 0x4140), 0x64006400u);
@@ -100,10 +101,6 @@ __device__ __forceinline__ unsigned pair(unsigned x, int which) {
     const unsigned z = which % 4 == 0 ? masked<0x00030003u>(y) : which % 4 == 1 ? masked<0x000c000cu>(y) : which % 4 == 2 ? masked<0x00300030u>(y) : masked<0x00c000c0u>(y);
     return subtract2(z, 0x64006400u);
   }
-  if constexpr (F == kFp4) {
-    const unsigned sign = x << (12 - 4 * which), rest = which == 3 ? x >> 3 : x << (which == 3 ? 0 : 9 - 4 * which);
-    return (sign & 0x80008000u) | (rest & 0x0e000e00u);
-  }
   if constexpr (F == kFp8) return fp8_pair<false>(x);
   return x;
 }
@@ -114,19 +111,36 @@ __device__ __forceinline__ unsigned upper_pair(unsigned x) {
   return fp8_pair<true>(x);
 }
 
+// The four lower (ODD: upper) nibbles of the bytes of x, as the upper bytes of fp16: the bits of a code in their places, which is the code times
+// 2^-14. With its scale no smaller than 2^-24, so nothing is rounded.
+template <bool ODD>
+__device__ __forceinline__ unsigned fp4_bytes(unsigned x) {
+  return ((ODD ? x : x << 4) & 0x80808080u) | ((ODD ? x >> 3 : x << 1) & 0x0e0e0e0eu);
+}
+template <bool UPPER>
+__device__ __forceinline__ unsigned fp4_pair(unsigned bytes) {
+  return __byte_perm(bytes, 0, UPPER ? 0x3424 : 0x1404);
+}
+// Of the bytes 0 and 1 of x (UPPER: 2 and 3) their lower nibbles, then their upper ones.
+__device__ __forceinline__ void fp4_pairs(unsigned x, bool upper, unsigned* y) {
+  const unsigned even = fp4_bytes<false>(x), odd = fp4_bytes<true>(x);
+  y[0] = upper ? fp4_pair<true>(even) : fp4_pair<false>(even), y[1] = upper ? fp4_pair<true>(odd) : fp4_pair<false>(odd);
+}
+
 // b0, b1 of product i from the words of a lane for one token.
 template <int F>
 __device__ __forceinline__ void key_operand(const unsigned* w, int i, unsigned* b) {
   if constexpr (F <= kFp16) b[0] = w[2 * i], b[1] = w[2 * i + 1];
   if constexpr (F == kInt8 || F == kFp8) b[0] = pair<F>(w[i], 0), b[1] = upper_pair<F>(w[i]);
-  if constexpr (F == kInt4 || F == kFp4) b[0] = pair<F>(w[i / 2], 2 * (i % 2)), b[1] = pair<F>(w[i / 2], 2 * (i % 2) + 1);
+  if constexpr (F == kInt4) b[0] = pair<F>(w[i / 2], 2 * (i % 2)), b[1] = pair<F>(w[i / 2], 2 * (i % 2) + 1);
+  if constexpr (F == kFp4) fp4_pairs(w[i / 2], i % 2, b);
   if constexpr (F == kInt2) b[0] = pair<F>(w[i / 4], 2 * (i % 4)), b[1] = pair<F>(w[i / 4], 2 * (i % 4) + 1);
 }
 
 // The lane's column of element e (b0 low, b0 high, b1 low, b1 high) of product i, and the factor of its code.
 template <int F>
 __device__ __forceinline__ constexpr int key_column(int i, int e) {
-  return F == kInt4 || F == kFp4 ? 8 * (i / 2) + 2 * (i % 2) + e / 2 + 4 * (e % 2) : F == kInt2 ? 16 * (i / 4) + 2 * (i % 4) + e / 2 + 8 * (e % 2) : 4 * i + e;
+  return F == kFp4 ? 4 * i + e / 2 + 2 * (e % 2) : F == kInt4 ? 8 * (i / 2) + 2 * (i % 2) + e / 2 + 4 * (e % 2) : F == kInt2 ? 16 * (i / 4) + 2 * (i % 4) + e / 2 + 8 * (e % 2) : 4 * i + e;
 }
 template <int F>
 __device__ __forceinline__ constexpr float key_factor(int i, int e) {
@@ -141,7 +155,8 @@ __device__ __forceinline__ void value_operand(const unsigned* x, const unsigned*
     const unsigned both = __byte_perm(x[m / 2], y[m / 2], m % 2 ? 0x7362 : 0x5140);
     a[0] = pair<F>(both, 0), a[1] = upper_pair<F>(both);
   }
-  if constexpr (F == kInt4 || F == kFp4) {
+  if constexpr (F == kFp4) fp4_pairs(__byte_perm(x[m / 4], y[m / 4], m % 4 / 2 ? 0x7362 : 0x5140), m % 2, a);
+  if constexpr (F == kInt4) {
     const unsigned both = __byte_perm(x[m / 4], y[m / 4], m % 4 / 2 ? 0x7632 : 0x5410);
     a[0] = pair<F>(both, 2 * (m % 2)), a[1] = pair<F>(both, 2 * (m % 2) + 1);
   }

@@ -5,14 +5,18 @@ namespace pikv {
 // What a warp reads of one page: tokens [start, stop) of one group, the keys of the first tile already asked for.
 template <class T>
 struct TensorSpan {
+  using K = typename T::K;
+  using V = typename T::V;
   const unsigned char *head, *k, *v;  // k, v: the first bytes that this lane reads of a token
   const int* positions;
-  const unsigned char* k_scales;  // fp4
+  const unsigned char *k_scales, *v_scales;  // fp4: the first that this lane reads of a token
   unsigned keys[T::columns][T::K::words], scales[T::columns][T::K::blocks ? T::K::scale_words : 1];
 
   __device__ __forceinline__ void enter(const Attend& a, const unsigned char* record, int own_head) {
     head = record + own_head * a.f.head_bytes, positions = reinterpret_cast<const int*>(record + a.f.positions);
-    k_scales = head + a.f.k_scale, k = head + a.f.k + T::K::bytes * (threadIdx.x % 4), v = head + a.f.v + T::V::bytes * (threadIdx.x % 32 / 4);
+    k = head + a.f.k + K::bytes * (threadIdx.x % 4), v = head + a.f.v + V::bytes * (threadIdx.x % 32 / 4);
+    if constexpr (K::blocks) k_scales = head + a.f.k_scale + K::first_block(threadIdx.x % 4);
+    if constexpr (V::blocks) v_scales = head + a.f.v_scale + V::first_block(threadIdx.x % 32 / 4);
   }
 
   __device__ __forceinline__ void load_keys(int t0, int last) {
@@ -20,7 +24,7 @@ struct TensorSpan {
     for (int b = 0; b < T::columns; ++b) {
       const int t = min(t0 + 8 * b + (int)(threadIdx.x % 32 / 4), last);
       T::K::load(row_of(k, t, T::K::row_bytes), keys[b]);
-      if constexpr (T::K::blocks) load_block_scales<typename T::K>(row_of(k_scales, t, T::K::row_bytes / 8), threadIdx.x % 4, scales[b]);
+      if constexpr (T::K::blocks) load_block_scales<K>(row_of(k_scales, t, T::K::row_bytes / 8), scales[b]);
     }
   }
 };
@@ -57,7 +61,7 @@ __device__ __forceinline__ void add_tensor_span(const Attend& a, TensorSpan<T>& 
         for (int i = 0; i < 4; ++i) {
           const int t = min(t0 + 16 * s + 2 * c + (i & 1) + 8 * (i >> 1), last);
           V::load(row_of(span.v, t, V::row_bytes), values[s][i]);
-          if constexpr (V::blocks) load_block_scales<V>(row_of(span.head + a.f.v_scale, t, V::row_bytes / 8), r, v_blocks[s][i]);
+          if constexpr (V::blocks) load_block_scales<V>(row_of(span.v_scales, t, V::row_bytes / 8), v_blocks[s][i]);
         }
     };
     // At the end the last token again: a branch would cost more.

@@ -12,7 +12,7 @@ struct TensorTile {
   static constexpr bool wide = DIM > 128;  // Q waits in shared memory, where a warp's O will lie
   static constexpr bool late = wide && (K::row_bytes + V::row_bytes) > 768;  // a late tile's values are asked for when its scores are there, the next keys when it is done
   static constexpr bool served = K::served && V::served && (ROWS == 8 || (DIM <= 128 && (!split || DIM < 128)));  // else registers would be spilled
-  static constexpr int tokens = (K::row_bytes + V::row_bytes) * sets > 256 || DIM * sets > (K::blocks ? 64 : 128) ? 16 : 32, columns = tokens / 8;  // of a tile
+  static constexpr int tokens = (K::row_bytes + V::row_bytes) * sets > 256 || DIM * sets > 128 ? 16 : 32, columns = tokens / 8;  // of a tile
   static constexpr int tail_width = DIM <= 64 ? 64 : DIM <= 128 ? 128 : 256;  // of Tile
   // Floats of shared memory: out, maximum and sum of every warp and row; queries, in the order of a lane's columns; what rows see, the row of work.
   static constexpr int shared = kWarps * ROWS * (DIM + 2) + (split ? ROWS * DIM : 0) + 2 * ROWS + Parts::shared;
