@@ -9,5 +9,5 @@ pytestmark = pytest.mark.usefixtures("nan_filled_empty")
 
 TestModel = CacheModel.TestCase
 TestModel.settings = settings(
-    max_examples=14, stateful_step_count=10, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=8, stateful_step_count=10, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck)
 )
