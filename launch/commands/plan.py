@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import json
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from pikv_ds.errors import ConfigError
 from pikv_ds.launch.output import human_bytes, print_table, write_json
 
+from . import _plan_model as plan_model
 from . import _plan_placement as plan_placement
+from . import _plan_simulate as plan_simulate
 from . import _plan_tiers as plan_tiers
 
 if TYPE_CHECKING:
     from pikv_ds.codecs.table import CodecTable
-
-_DTYPES = ("float32", "bfloat16", "float16")
-_ASSUMED = "bfloat16"  # of a configuration that names none: what models of this size are published in
 
 _BYTES_COLUMNS = {
     "layer_kind": "layer kind",
@@ -40,7 +38,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         metavar="N[,N...]",
         help="tokens per request; with --requests distinct also a list, one length per rank; needed but with --placement",
     )
-    parser.add_argument("--ranks", type=_positive, required=True, metavar="G", help="ranks of the expert-parallel group")
+    parser.add_argument(
+        "--ranks", type=_contexts, required=True, metavar="G", help="ranks of the expert-parallel group; with --simulate also a list"
+    )
     parser.add_argument("--batch", type=_positive, default=1, metavar="B", help="requests per rank (default 1)")
     parser.add_argument("--requests", choices=("replicated", "distinct"), default="replicated")
     parser.add_argument(
@@ -48,7 +48,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--page-size", type=_positive, metavar="N", help="tokens per page (default: the codec's)")
     parser.add_argument("--num-shards", type=_positive, metavar="N", help="shards per layer (default: ranks)")
-    parser.add_argument("--dtype", choices=_DTYPES, help=f"of keys and values (default: the model's, or {_ASSUMED})")
+    parser.add_argument("--dtype", choices=plan_model.DTYPES, help=f"of keys and values (default: the model's, or {plan_model.ASSUMED})")
     parser.add_argument(
         "--kept-pages",
         type=_positive,
@@ -62,9 +62,16 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="memory for KV per rank, fastest first, with its bandwidth: also print FlexGen's placement of the balanced bytes",
     )
     plan_placement.add_arguments(parser)
+    plan_simulate.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.simulate is not None:
+        write_json(args.json, "plan", plan_simulate.run(args))
+        return 0
+    if len(args.ranks) > 1:
+        raise ConfigError(f"--ranks has {len(args.ranks)} numbers of ranks; legal is one, or a list with --simulate")
+    (args.ranks,) = args.ranks
     if args.placement is not None:
         write_json(args.json, "plan", plan_placement.run(args))
         return 0
@@ -104,41 +111,19 @@ def _shown(row: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
 
 def plan_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
     """A row per kind of layer and a total; bytes are of the fullest rank."""
-    from pikv_ds.adapters.hf.model_spec import load_model_config, read_model_spec
-    from pikv_ds.blueprint.methods import codec_of
-    from pikv_ds.bundled import model_path
-    from pikv_ds.config.pikv import PiKVConfig
-
-    config = PiKVConfig(page_size=args.page_size, compression=_compression(args.codec))
-    model = load_model_config(args.model or model_path())
-    of_model = getattr(model, "dtype", None) or getattr(model.get_text_config(decoder=True), "dtype", None)
-    assumed = of_model is None and args.dtype is None
-    dtype = args.dtype or (_ASSUMED if assumed else str(of_model).removeprefix("torch."))
-    if dtype not in _DTYPES:
-        raise ConfigError(f"--dtype is not given and the model's configuration says {dtype!r}; legal: {', '.join(_DTYPES)}")
+    given = plan_model.read(args)
     per_rank = _per_rank_contexts(args)
     context = {
-        "batch": args.batch, "codec": args.codec, "dtype": dtype, "dtype_assumed": assumed, "page_size": config.resolve_page_size(),
+        "batch": args.batch, "codec": args.codec, "dtype": given.dtype, "dtype_assumed": given.dtype_assumed, "page_size": given.page_size,
     }  # fmt: skip
-    by_kind = sorted(read_model_spec(model), key=_kind)
+    by_kind = sorted(given.layers, key=_kind)
     groups = [(kind, list(layers)) for kind, layers in groupby(by_kind, key=_kind)]
-    codec = codec_of(config.compression)
     try:
-        rows = [_row(kind, layers, per_rank, context, codec, args) for kind, layers in groups]
+        rows = [_row(kind, layers, per_rank, context, given.codec, args) for kind, layers in groups]
     except ValueError as error:
         raise ConfigError(f"--codec {args.codec}: {error}") from None
     total = {key: sum(row[key] for row in rows) for key in rows[0] if key == "layers" or key.endswith("_bytes")}
     return [*rows, {**dict.fromkeys(rows[0]), "layer_kind": "total", **total, **context}]
-
-
-def _compression(given: str) -> dict[str, Any]:
-    """The "compression" block of --codec: a name, or the block as JSON."""
-    if not given.lstrip().startswith("{"):
-        return {"method": given}
-    try:
-        return json.loads(given)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"--codec {given!r} is not JSON: {error}; quote it") from None
 
 
 def _row(kind: str, layers: list, per_rank: list[list[int]], context: dict, codec: CodecTable, args: argparse.Namespace) -> dict[str, Any]:

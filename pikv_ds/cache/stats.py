@@ -103,6 +103,12 @@ def share_bytes(num_tokens: int, num_q_heads: int, spec: LayerSpec, q_dim: int, 
     return _sections([*values, num_tokens * 4])
 
 
+def merge_bytes(num_tokens: int, num_q_heads: int, v_dim: int) -> int:
+    """Bytes of one rank's record of partials [out | lse] in f32: the one collective of a layer, replicated requests."""
+    lse = num_tokens * num_q_heads * 4
+    return _sections([lse * v_dim, lse])
+
+
 def partial_bytes(num_tokens: int, num_q_heads: int, v_dim: int) -> int:
     """Bytes of (out, lse) of `num_tokens` queries in f32: one block of the second collective."""
     return num_tokens * num_q_heads * (v_dim + 1) * 4
@@ -148,8 +154,7 @@ def decode_bytes_sent(
     """
     others = len(rows) - 1
     if mode == "replicated":
-        lse = rows[rank] * num_q_heads * 4
-        return sum(others * _sections([lse * spec.v_dim, lse]) for spec in layers)
+        return sum(others * merge_bytes(rows[rank], num_q_heads, spec.v_dim) for spec in layers)
     total, lse = 0, [max(rows) * num_q_heads * 4 * seen for seen in watched or [False] * len(layers)]
     for spec, of_last_layer in zip(layers, [0, *lse], strict=False):
         total += others * share_bytes(max(rows), num_q_heads, spec, spec.k_dim, itemsize, lse=of_last_layer)

@@ -40,28 +40,34 @@ def pack(kinds: Tensor, weights: Tensor, num_kinds: int, num_packs: int, given: 
     kind, weight, placed = (x.gather(1, order).T.contiguous() for x in (kinds, weights, placed))  # [M, L]
     load, left, held = _opened(kind, weight, placed, num_kinds, num_packs)
     first = int((placed >= 0).sum(0).min())
-    at_pack, at_held = (torch.arange(num_layers) * size for size in (num_packs, num_kinds * num_packs))
-    several = held.numel() > 0 and _have_copies(kind, num_kinds)
-    for item in range(first, num_items):
+    layer = torch.arange(num_layers)
+    at_pack, at_held = layer * num_packs, (kind + layer * num_kinds).unbind(0)
+    of_kind, load_at, left_at = held.view(-1, num_packs), load.view(-1), left.view(-1)  # by layer and kind, by layer and pack
+    several, far = _have_copies(kind, num_kinds), 2 * weight.sum() + 1
+    places = list(placed.unbind(0))
+    for item, heavy in enumerate(weight.unbind(0)[first:], first):
         seen = load
-        if several and several[item]:
-            apart = load.masked_fill(held[torch.arange(num_layers), kind[item]], torch.inf)
-            seen = torch.where(apart.isinf().all(1, keepdim=True), load, apart)
+        if several[item]:  # packs that hold a copy come behind all others that have a place
+            seen = torch.where(of_kind.index_select(0, at_held[item]), load + far, load)
         at = seen.argmin(1)
         if given is not None:
-            waits = placed[item] < 0
-            at = torch.where(waits, at, placed[item])
-        here = at_pack + at
-        room = left.take(here) - 1
-        now = torch.where(room == 0, torch.inf, load.take(here) + weight[item])
-        if given is not None:
-            room, now = torch.where(waits, room, room + 1), torch.where(waits, now, load.take(here))
-        left.put_(here, room)
-        load.put_(here, now)
-        if several:
-            held.put_(at_held + kind[item] * num_packs + at, torch.ones(1, dtype=torch.bool).expand(num_layers))
-        placed[item] = at
-    return torch.empty_like(kinds).scatter_(1, order, placed.T)
+            waits = places[item] < 0
+            at = torch.where(waits, at, places[item])
+        here = at + at_pack
+        room, now = left_at.index_select(0, here), load_at.index_select(0, here)
+        if given is None:
+            room -= 1
+            now += heavy
+            now.masked_fill_(room == 0, torch.inf)
+        else:
+            room = room - waits.to(room.dtype)
+            now = torch.where(waits, torch.where(room == 0, torch.inf, now + heavy), now)
+        left_at.index_copy_(0, here, room)
+        load_at.index_copy_(0, here, now)
+        if several[item]:
+            held.view(-1).index_fill_(0, at_held[item] * num_packs + at, True)
+        places[item] = at
+    return torch.empty_like(kinds).scatter_(1, order, torch.stack(places).T)
 
 
 def _opened(kind: Tensor, weight: Tensor, placed: Tensor, num_kinds: int, num_packs: int) -> tuple[Tensor, Tensor, Tensor]:

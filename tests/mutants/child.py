@@ -1,0 +1,103 @@
+"""One mutant in a process of its own, forked from one that has imported the product and the tests. Nothing on disk changes.
+
+The bug is planted by giving every function of the file the code that the changed text compiles to, wherever it is referred to. So a mutant
+costs what its tests cost, and no import.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from types import CodeType, FunctionType
+
+from .mutant import ROOT, Mutant
+
+CPU_S, WALL_S = 60, 600
+KILLED, SURVIVED = "killed", "survived"
+
+
+def run(mutant: Mutant | None, tests: Sequence[str], log: Path) -> tuple[str, float]:
+    """How it ended and the CPU seconds it took: "survived" (all tests pass), "killed" (a test fails, by its name in the log), "killed by a
+    limit" (it hangs). mutant None: the sources as they are. Raises: RuntimeError, when pytest could not run."""
+    began = time.monotonic()
+    process = os.fork()
+    if not process:
+        _child(mutant, tests, log)
+    status, usage = _wait(process, began + WALL_S)
+    cpu = usage.ru_utime + usage.ru_stime
+    if os.WIFSIGNALED(status):
+        return f"{KILLED} by a limit", cpu
+    code = os.WEXITSTATUS(status)
+    if code == 0:
+        return SURVIVED, cpu
+    if code != 1:
+        raise RuntimeError(f"{mutant and mutant.name}: exit {code}\n{log.read_text(errors='replace')[-3000:]}")
+    return KILLED, cpu
+
+
+def warm(files: Iterable[str]) -> None:
+    """Import tests, and with them the product; load the compiled ops."""
+    for file in files:
+        importlib.import_module(file.removesuffix(".py").replace("/", "."))
+    from pikv_ds.ops.build import load
+
+    load.ensured("cpu")
+
+
+def _wait(process: int, deadline: float) -> tuple[int, resource.struct_rusage]:
+    while True:
+        done, status, usage = os.wait4(process, os.WNOHANG)
+        if done:
+            return status, usage
+        if time.monotonic() > deadline:
+            os.killpg(process, signal.SIGKILL)
+            _, status, usage = os.wait4(process, 0)
+            return status, usage
+        time.sleep(0.05)
+
+
+def _child(mutant: Mutant | None, tests: Sequence[str], log: Path) -> None:
+    """Does not return."""
+    os.setsid()
+    resource.setrlimit(resource.RLIMIT_CPU, (CPU_S, CPU_S + 5))
+    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    code = 5
+    try:
+        import pytest
+
+        if mutant is not None:
+            _plant(ROOT / mutant.place.file, mutant.text)
+        sys.argv = ["pytest"]
+        code = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:randomly", "--no-header", "--tb=line", *tests]))
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
+
+
+def _plant(path: Path, text: str) -> None:
+    """Every function of `path` that this process has runs the code of `text` from now on. Raises: ValueError when none is another."""
+    made = {code.co_qualname: code for code in _codes(compile(text, str(path), "exec", dont_inherit=True))}
+    changed = 0
+    for one in gc.get_objects():
+        if isinstance(one, FunctionType) and Path(one.__code__.co_filename) == path and one.__code__.co_qualname in made:
+            new = made[one.__code__.co_qualname]
+            changed += (new.co_code, new.co_consts, new.co_names) != (one.__code__.co_code, one.__code__.co_consts, one.__code__.co_names)
+            one.__code__ = new
+    if not changed:
+        raise ValueError(f"no function of {path} runs other code: plant the bug within one")
+
+
+def _codes(code: CodeType) -> Iterator[CodeType]:
+    for each in code.co_consts:
+        if isinstance(each, CodeType):
+            yield each
+            yield from _codes(each)
