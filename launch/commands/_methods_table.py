@@ -1,18 +1,18 @@
-"""What is known of each method: registries, the committed sweep, the verdicts on it, and the tables of docs/results/methods.md.
+"""What is known of each method: registries, the committed sweeps, the verdicts on them.
 
-Verdicts (launch/sweeps/verdicts.json) are {FAMILY: {METHOD: [worth using, reason]}}, written by hand from the sweep's results.
+Verdicts (launch/sweeps/verdicts.json) are {FAMILY: {METHOD: [worth using, reason, models]}}, written by hand from the sweeps' results;
+models: one of HOLDS_ON, the model or models whose rows say so. Columns that begin with "real" are of the real model (real_model.py).
 """
 
 from __future__ import annotations
 
 import inspect
 import json
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pikv_ds.launch.evaluation.sweep import read_sweep
-from pikv_ds.launch.evaluation.sweep_table import families_of, records_of, shown
+from pikv_ds.launch.evaluation.sweep_table import records_of, shown
 
 if TYPE_CHECKING:
     from pikv_ds.codecs.base import Codec
@@ -20,8 +20,10 @@ if TYPE_CHECKING:
 _CODEC_COLUMNS = ("page_size", "bytes_per_token", "k_error_bound", "v_error_bound")
 RESULT_COLUMNS = (
     "measured as", "ppl_change_pct", "kl", "recall", "recall_after", "entries_read", "mass_recall", "compression", "attend path",
-    "beside", "worth using", "because",
+    "beside", "real_ppl_change_pct", "real_kl", "real_passkey", "real_passkey_after", "worth using", "holds on", "because",
 )  # fmt: skip
+
+HOLDS_ON = ("both", "bundled", "bundled; not on the real one", "real; not on the bundled one")
 
 
 def registries() -> dict[str, Any]:
@@ -45,11 +47,39 @@ class Results:
             if (sweeps / f"{name}.json").is_file():
                 self.sweep |= read_sweep(sweeps / f"{name}.json")["families"]
             self.rows += _json(folder / f"{name}.json", {"rows": []})["rows"]
-        self.real_rows = [row for file in sorted(folder.glob("real_*.json")) for row in _json(file, {"rows": []})["rows"]]
-        """Of the real model, by the same labels."""
-        self.real = {family: records_of(self.real_rows, family) for family in families_of(self.real_rows)}
+        self.real_sweep = {
+            family: entries
+            for name in ("real", "real_ranks") if (sweeps / f"{name}.json").is_file()
+            for family, entries in read_sweep(sweeps / f"{name}.json")["families"].items()
+        }  # fmt: skip
+        self.real_rows = [row for name in ("real", "real_ranks") for row in _json(folder / f"{name}.json", {"rows": []})["rows"]]
+        self.real = {family: self._in_order(family) for family in self.real_sweep}
         self.verdicts = _json(sweeps / "verdicts.json", {})
         self.records = {family: records_of(self.rows, family) for family in self.sweep}
+
+    def _in_order(self, family: str) -> dict[str, Any]:
+        """Records of the real model in the order of its list: rows are in the order in which they were measured."""
+        records = records_of(self.real_rows, family)
+        return {entry["label"]: records[entry["label"]] for entry in self.real_sweep[family]["entries"] if entry["label"] in records}
+
+    def bundled_of(self, family: str, label: str) -> dict[str, Any] | None:
+        """The bundled model's record of what the real model's list calls `label`; its ranks are of another width, and named otherwise."""
+        (entry,) = (entry for entry in self.real_sweep[family]["entries"] if entry["label"] == label)
+        return self.records.get(family, {}).get(entry.get("as", label))
+
+    def on_both(self) -> list[tuple[str, str, dict[str, Any], dict[str, Any] | None]]:
+        """Family, label, record of the real model, of the bundled one."""
+        return [(family, label, record, self.bundled_of(family, label)) for family, of in self.real.items() for label, record in of.items()]
+
+    def real_of_method(self, family: str, name: str) -> dict[str, Any]:
+        """The columns of the real model, of a method's first configuration that was measured there."""
+        for entry in self.real_sweep.get(family, {"entries": []})["entries"]:
+            record = self.real.get(family, {}).get(entry["label"])
+            if record is not None and entry["pikv"][family]["method"] == name:
+                found, after = record["ruler"].get("passkey", (None, None))
+                text = {"real_ppl_change_pct": record["ppl_change_pct"], "real_kl": record["kl"]}
+                return text | {"real_passkey": found, "real_passkey_after": after}
+        return {}
 
     def method_of(self, family: str, label: str) -> str:
         (entry,) = (entry for entry in self.sweep[family]["entries"] if entry["label"] == label)
@@ -74,8 +104,9 @@ class Results:
     def of_method(self, family: str, name: str) -> dict[str, Any]:
         """RESULT_COLUMNS of the first configuration of a method; None where nothing is known."""
         columns: dict[str, Any] = dict.fromkeys(RESULT_COLUMNS)
-        worth, reason = self.verdicts.get(family, {}).get(name, (None, None))
-        columns |= {"worth using": None if worth is None else "yes" if worth else "no", "because": reason}
+        worth, reason, models = self.verdicts.get(family, {}).get(name, (None, None, None))
+        columns |= {"worth using": None if worth is None else "yes" if worth else "no", "because": reason, "holds on": models}
+        columns |= self.real_of_method(family, name)
         labels = [label for label in self.records.get(family, {}) if self.method_of(family, label) == name]
         if not labels:
             return columns
@@ -130,82 +161,3 @@ def _codec_columns(method: type[Codec]) -> dict[str, Any]:
     fmt = codec.page_format(spec, page_size, torch.bfloat16)
     errors = [None if codec.calibrated else round(error, 4) for error in codec.declared_errors(spec, page_size, torch.bfloat16)]
     return dict(zip(_CODEC_COLUMNS, (page_size, fmt.bytes_per_token, *errors), strict=True))
-
-
-# ---- docs/results/methods.md ---------------------------------------------------------------------------------------------------------
-
-_TABLE_COLUMNS = {
-    "compression": ("bytes/token", "2-byte cache / it", "width 128", "ppl change %", "ppl change %, long", "KL", "recall", "attention"),
-    "routing": ("entries read", "mass", "ppl change %", "KL", "recall", "bytes/token"),
-    "scheduling": ("ppl change %", "KL", "recall", "asked after eviction", "bytes/token"),
-    "presets": ("ppl change %", "KL", "recall", "2-byte cache / it"),
-    "together": ("2-byte cache / it", "ppl change %", "KL", "recall", "asked after eviction", "entries read", "attention"),
-    "ranks": ("2-byte dense rank / fullest rank", "ppl change %", "KL", "recall", "asked after eviction", "bytes/token", "attention"),
-    "selected": ("2-byte dense rank / fullest rank", "entries read", "mass", "ppl change %", "KL", "recall", "attention"),
-    "megatron": ("ppl change %", "KL", "recall", "2-byte cache / it", "attention"),
-}
-_MARKED = re.compile(r"(<!-- (\w+)(?: (\w+))? -->\n).*?(<!-- end -->)", re.DOTALL)
-
-
-def written(text: str, results: Results) -> str:
-    """The text of docs/results/methods.md with what stands between its markers made anew: `<!-- table FAMILY -->`,
-    `<!-- verdicts FAMILY -->` or `<!-- figure NAME -->`; and `<!-- real FAMILY -->` of docs/results/real.md."""
-    makers = {"table": _configurations, "verdicts": _verdicts, "figure": _figure, "real": _on_real}
-    return _MARKED.sub(lambda found: found[1] + "\n".join(makers[found[2]](results, found[3])) + "\n" + found[4], text)
-
-
-def _configurations(results: Results, family: str) -> list[str]:
-    lines = []
-    for label, record in results.records[family].items():
-        cells = shown(record)
-        line = {"configuration": label} | {name: cells[name] or "-" for name in _TABLE_COLUMNS[family]}
-        line |= _claims(label) if family == "presets" else {"beside": results.control(family, label) or "-"}
-        lines.append(line)
-    return markdown(lines)
-
-
-def _on_real(results: Results, family: str) -> list[str]:
-    """Of the real model, beside the bundled one: columns that some configuration has."""
-    records = results.real.get(family, {})
-    tasks = list(dict.fromkeys(task for record in records.values() for task in record["ruler"]))
-    lines = []
-    for label, record in records.items():
-        cells, bundled = shown(record), results.records.get(family, {}).get(label)
-        line = {"configuration": label} | {name: cells[name] for name in ("bytes/token", "2-byte cache / it", "ppl change %")}
-        line["bundled model, ppl change %"] = bundled and shown(bundled)["ppl change %"]
-        line |= {name: cells[name] for name in ("KL", "entries read", "mass")}
-        for task in tasks:
-            found, after = record["ruler"].get(task, (None, None))
-            line[task] = None if found is None else f"{found:.2f}" if after is None else f"{found:.2f} / {after:.2f}"
-        lines.append(line)
-    empty = {name for name in (lines[0] if lines else ()) if all(line[name] is None for line in lines)}
-    return markdown([{name: cell or "-" for name, cell in line.items() if name not in empty} for line in lines])
-
-
-def _claims(name: str) -> dict[str, str]:
-    from pikv_ds.config.presets import PRESETS
-
-    preset = PRESETS[name]
-    spans = [span and ("-".join(f"{x:g}" for x in dict.fromkeys(span))) for span in (preset.claimed_drop_pct, preset.claimed_ratio)]
-    return {"claimed drop %": spans[0] or "-", "claimed ratio": spans[1] or "-", "what": preset.what}
-
-
-def _figure(results: Results, name: str) -> list[str]:
-    return [f"![{name}]({name}.png)" if (results.folder / f"{name}.png").is_file() else "Not drawn yet."]
-
-
-def _verdicts(results: Results, family: str) -> list[str]:
-    lines = []
-    for name in registries()[family].names():
-        known = results.of_method(family, name)
-        if not known["measured as"] and not known["worth using"]:
-            continue
-        lines.append({"method": f"`{name}`", "worth using": known["worth using"] or "not judged", "because": known["because"] or "-"})
-    return markdown(lines)
-
-
-def markdown(lines: list[dict[str, str]]) -> list[str]:
-    if not lines:
-        return ["Not measured yet."]
-    row = lambda cells: f"| {' | '.join(cells)} |"  # noqa: E731
-    return [row(lines[0]), row(["---"] * len(lines[0])), *(row(line.values()) for line in lines)]

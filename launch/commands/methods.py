@@ -10,6 +10,7 @@ from pikv_ds.launch.output import print_table, write_json
 from .sweep import RESULTS, SWEEPS
 
 _FORMS = {"ppl_change_pct": "+.2f", "kl": ".1e", "recall": ".2f", "recall_after": ".2f", "entries_read": ".3f", "mass_recall": ".2f"}
+_FORMS |= {"real_ppl_change_pct": "+.2f", "real_kl": ".1e", "real_passkey": ".2f", "real_passkey_after": ".2f"}
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -22,12 +23,13 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     from pikv_ds.launch.evaluation.sweep_figures import write_figures, write_real_figure
 
-    from ._methods_table import Results, method_rows, written
+    from ._methods_doc import written
+    from ._methods_table import Results, method_rows
 
     results = Results(RESULTS, SWEEPS)
     if args.doc:
         file = Path(args.doc)
-        for figure in (*write_figures(RESULTS, results.rows), write_real_figure(RESULTS, results.real_rows)):
+        for figure in (*write_figures(RESULTS, results.rows), write_real_figure(RESULTS, results.on_both())):
             if figure is not None:
                 print(f"wrote {figure.name}")
         file.write_text(written(file.read_text(encoding="utf-8"), results), encoding="utf-8")

@@ -31,20 +31,28 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--model", metavar="DIR", help="model folder of the runs that name none (default: the bundled model)")
     parser.add_argument("--quick", action="store_true", help="two entries of each family on short contexts: shows that it runs")
     parser.add_argument("--workers", type=int, metavar="N", help="processes of one thread each (default: one per core)")
+    parser.add_argument(
+        "--context", type=int, metavar="N", help="tokens per window and per prompt, in place of the list's (not of task bytes)"
+    )
+    add = "rows go into the file of --json as they come; those that it holds, from whatever machine, are not measured again"
+    parser.add_argument("--add", action="store_true", help=add)
     parser.add_argument("--report", metavar="DIR", help="also write report.html and its figures to DIR")
 
 
 def run(args: argparse.Namespace) -> int:
+    from pikv_ds.errors import ConfigError
     from pikv_ds.launch.cli import build_parser
-    from pikv_ds.launch.evaluation.partial import Partial, key_of
+    from pikv_ds.launch.evaluation.grown import Grown, UntilDone
+    from pikv_ds.launch.evaluation.partial import Partial
     from pikv_ds.launch.evaluation.report import check_matplotlib
-    from pikv_ds.launch.evaluation.sweep import files_needed, items_of, read_sweep, sweep_row
+    from pikv_ds.launch.evaluation.sweep import files_needed, items_of, read_sweep
 
     if args.report:
         check_matplotlib()
+    if args.add and not args.json:
+        raise ConfigError("--add without --json: rows are added to a file; name it with --json FILE")
     model = args.model and str(Path(args.model).resolve())
-    file = sweep_file(args.file or "methods")
-    document, only = read_sweep(file), args.only.split(",") if args.only else None
+    document, only = read_sweep(sweep_file(args.file or "methods")), args.only.split(",") if args.only else None
     output = Path(args.json).resolve() if args.json else None
     # What the sweep makes lies beside --json, so that a sweep that was stopped finds it again.
     folder = output.with_name(output.name + ".made") if output else Path(tempfile.mkdtemp(prefix="pikv_sweep_"))
@@ -52,28 +60,32 @@ def run(args: argparse.Namespace) -> int:
     try:
         # Made files are named relative to their folder, so that rows hold no path of this machine.
         with contextlib.chdir(folder):
-            made = make_files(files_needed(document, only, args.quick), folder)
-            items = items_of(document, only, args.quick, build_parser().parse_args, made, model)
             partial = Partial(output.with_name(output.name + ".partial") if output else folder / "rows.json")
-            refused = _measure(items, partial, args.workers or len(os.sched_getaffinity(0)), folder)
-            rows = [] if refused else [sweep_row(item, partial.rows[key_of(item.spec, item.unit)]) for item in items]
+            store = Grown(output, _command(args), partial) if args.add else UntilDone(partial)
+            made = make_files(files_needed(document, only, args.quick), folder, model)
+            items = items_of(document, only, args.quick, build_parser().parse_args, made, model, args.context)
+            refused = _measure(items, store, args.workers or len(os.sched_getaffinity(0)), folder)
+            rows = store.rows_of([item for item in items if store.has(item)])
     finally:
         if output is None:
             shutil.rmtree(folder)
     for item, text in refused:
         print(f"pikv sweep: {item.family}/{item.label}, {item.unit.task}: {text}", file=sys.stderr)
-    if refused:
+    if refused and not args.add:
         return 1
-    words = [
-        "pikv sweep",
-        *([os.path.relpath(args.file) if file == Path(args.file) else args.file] if args.file else []),
-        *(["--only", args.only] if args.only else []),
-        *(["--model", _named(args.model)] if args.model else []),
-    ]
-    _finish(args, output, " ".join(words + ["--quick"] * args.quick), rows)
-    partial.remove()
+    _finish(args, store, _command(args), rows)
+    store.finish()
     shutil.rmtree(folder, ignore_errors=True)
-    return 0
+    return 1 if refused else 0
+
+
+def _command(args: argparse.Namespace) -> str:
+    """As it is recorded: what decides the rows, without what does not (--workers, --json)."""
+    words = ["pikv sweep", *([os.path.relpath(args.file) if sweep_file(args.file) == Path(args.file) else args.file] if args.file else [])]
+    for name in ("only", "context"):
+        words += [f"--{name}", str(getattr(args, name))] if getattr(args, name) else []
+    words += ["--model", _named(args.model)] if args.model else []
+    return " ".join(words + ["--quick"] * args.quick + ["--add"] * args.add)
 
 
 def sweep_file(name: str) -> Path:
@@ -90,55 +102,63 @@ def _named(model: str) -> str:
     return f"${VARIABLE}/{made[Path(model)]}" if Path(model) in made else model
 
 
-def _finish(args: argparse.Namespace, output: Path | None, command: str, rows: list[dict[str, Any]]) -> None:
+def _finish(args: argparse.Namespace, store: Any, command: str, rows: list[dict[str, Any]]) -> None:
     from pikv_ds.launch.evaluation.report import write_report
     from pikv_ds.launch.evaluation.sweep_table import families_of, table_of
     from pikv_ds.launch.output import document_of, print_table, write_json
 
     for family in families_of(rows):
         print_table(family, table_of(rows, family))
-    write_json(output and str(output), command, rows)
+    if not args.add:
+        write_json(args.json, command, rows)
     if args.report:
         print(f"report: {write_report(args.report, [document_of(command, rows)])}")
 
 
-def make_files(commands: dict[str, list[str]], folder: Path) -> dict[str, str]:
-    """Run the commands that make files which are not there yet; {file} in a command is the file's path. Returns names in `folder`."""
+def make_files(commands: dict[str, list[str]], folder: Path, model: str | None = None) -> dict[str, str]:
+    """Run the commands that make files which are not there yet; {file} in a command is the file's path, {model} that of the sweep's model,
+    None = the bundled one. Returns names in `folder`."""
+    from pikv_ds.bundled import model_path
+
+    given = {"{model}": model or str(model_path())}
     programs = {"python": [sys.executable], "pikv": [sys.executable, "-m", "pikv_ds.launch.cli"]}
     for name, command in commands.items():
         if (folder / name).exists():
             continue
         print(f"making {name}: {' '.join(command)}", flush=True)
-        words = [str(folder / name) if word == "{file}" else word for word in command]
+        words = [(given | {"{file}": str(folder / name)}).get(word, word) for word in command]
         done = subprocess.run([*programs[words[0]], *words[1:]], cwd=ROOT, capture_output=True, text=True)
         if done.returncode:
             raise FileNotFoundError(f"{name} could not be made by {' '.join(command)}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
     return {name: name for name in commands}
 
 
-def _measure(items: list, partial: Any, workers: int, folder: Path) -> list[tuple[Any, str]]:
-    """Bring every item's row into `partial`; returns those that were refused, with the reason."""
+def _measure(items: list, store: Any, workers: int, folder: Path) -> list[tuple[Any, str]]:
+    """Bring every item's row into `store`; returns those that were refused, with the reason."""
     from pikv_ds.launch.evaluation.partial import key_of
+    from pikv_ds.launch.evaluation.spec import TASKS
     from pikv_ds.launch.evaluation.workers import measure_all
 
-    todo = {key: item for item in items if (key := key_of(item.spec, item.unit)) not in partial.rows}
+    todo = list({key_of(item.spec, item.unit) + store.apart(item): item for item in items if not store.has(item)}.values())
     print(f"{len(items)} units, {len(items) - len(todo)} of them measured already or twice in the list", flush=True)
-    single = sorted((item for item in todo.values() if _is_single(item.spec)), key=lambda item: (item.spec.model, item.spec.dtype))
+    # Text of all methods comes before the facts.
+    order = lambda item: (item.spec.model, item.spec.dtype, TASKS.index(item.unit.task))  # noqa: E731
+    single = sorted((item for item in todo if _is_single(item.spec)), key=order)
     refused = []
     with _progress(len(todo)) as advance:
 
         def done(idx: int, answer: dict[str, Any]) -> None:
             item = single[idx]
             if "row" in answer:
-                answer["row"]["detail"]["seconds"] = answer["seconds"]
-                partial.add(key_of(item.spec, item.unit), answer["row"])
+                answer["row"]["detail"] |= {name: answer[name] for name in ("seconds", "cpu_s")}
+                store.add(item, answer["row"])
             else:
                 refused.append((item, answer["refused"]))
             advance(item, answer.get("row"))
 
         if single:
             measure_all([(item.spec, item.unit) for item in single], workers, folder, done)
-        refused += _measure_on_ranks([item for item in todo.values() if not _is_single(item.spec)], partial, folder, advance)
+        refused += _measure_on_ranks([item for item in todo if not _is_single(item.spec)], store, folder, advance)
     return refused
 
 
@@ -146,7 +166,7 @@ def _is_single(spec: Any) -> bool:
     return spec.backend == "hf" and spec.ranks == 1
 
 
-def _measure_on_ranks(items: list, partial: Any, folder: Path, advance: Callable) -> list[tuple[Any, str]]:
+def _measure_on_ranks(items: list, store: Any, folder: Path, advance: Callable) -> list[tuple[Any, str]]:
     """Items that need several ranks or another host, those of the same options in one job."""
     from pikv_ds.errors import UnsupportedError
     from pikv_ds.launch.evaluation.partial import Partial, key_of
@@ -155,17 +175,25 @@ def _measure_on_ranks(items: list, partial: Any, folder: Path, advance: Callable
 
     refused = []
     for spec in dict.fromkeys(item.spec for item in items):
-        own = [item for item in items if item.spec == spec]
+        own, path = [item for item in items if item.spec == spec], store.partial.path
+        for item in own:  # of a job that was stopped
+            if (row := store.partial.rows.get(key_of(spec, item.unit))) is not None:
+                store.add(item, row)
+        own = [item for item in own if not store.has(item)]
+        if not own:
+            continue
         try:
-            status = run_units(spec, [item.unit for item in own], partial, folder)
+            status = run_units(spec, [item.unit for item in own], store.partial, folder)
         except UnsupportedError as error:
             refused += [(own[0], str(error))]
             status = 0
+        found = Partial(path).rows
+        for item in own:  # also those before the one that ended the job
+            if (row := found.get(key_of(spec, item.unit))) is not None:
+                store.add(item, row)
+            advance(item, row)
         if status:
             raise RuntimeError(f"{spec.ranks} rank(s) of {spec.backend} ended with status {status}")
-        partial.rows = Partial(partial.path).rows
-        for item in own:
-            advance(item, partial.rows.get(key_of(spec, item.unit)))
     return refused
 
 

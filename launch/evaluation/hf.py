@@ -95,11 +95,14 @@ class DenseSession(PiKVSession):
         """Nothing is evicted."""
 
     def memory(self) -> Memory:
+        name = f"DynamicCache + {self.model.config._attn_implementation}"
+        if not self.cache.get_seq_length():  # before a prompt that comes in one forward: layers have no tensors yet
+            return Memory(0, 0, name)
         held = sum(tensor.untyped_storage().nbytes() for layer in self.cache.layers for tensor in (layer.keys, layer.values))
         rows, columns = self.cache.layers[0].keys.shape[0], self.cache.get_seq_length()
         layers, itemsize = read_model_spec(self.model.config), self.cache.layers[0].keys.dtype.itemsize
         dense = sum(dense_bytes(spec, rows, columns, itemsize) for spec in layers)
-        return Memory(held, dense, f"DynamicCache + {self.model.config._attn_implementation}")
+        return Memory(held, dense, name)
 
 
 def _shard_experts(model: Any, spec: EvalSpec) -> tuple[Any, tuple[int, ...]]:

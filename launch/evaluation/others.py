@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -95,6 +96,10 @@ class Press:
     def check(self) -> None:
         if importlib.util.find_spec("kvpress") is None:
             raise ConfigError(f"--baseline: {self.name} needs the package kvpress, which is not installed")
+        try:
+            importlib.import_module("kvpress")
+        except ImportError as error:  # installed by itself, beside a transformers that it does not ask for
+            raise ConfigError(f"--baseline: {self.name}: kvpress is installed and can't be imported: {error}") from None
 
     @contextlib.contextmanager
     def session(self, backend: HFBackend) -> Iterator[Session]:
@@ -122,8 +127,9 @@ class _Pressed(DenseSession):
         return (logits[:, -1:] if last else logits).float()
 
     def memory(self) -> Memory:
-        dense = super().memory().dense * self.tokens // max(self.cache.get_seq_length(), 1)
-        return Memory(bytes_of(self.cache.layers), dense, f"DynamicCache + {self.model.config._attn_implementation}")
+        left = super().memory()  # of what the press has left
+        dense = left.dense * self.tokens // max(self.cache.get_seq_length(), 1)
+        return Memory(bytes_of(self.cache.layers) if self.tokens else 0, dense, left.attention_impl)
 
 
 class Beside:

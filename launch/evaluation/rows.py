@@ -72,6 +72,8 @@ def build_row(backend: Backend, spec: EvalSpec, unit: Unit, own: Measured) -> di
     }
     if spec.prefill_chunk is not None:
         row["detail"]["prefill_chunk"] = spec.prefill_chunk
+    if spec.template is False:
+        row["detail"]["plain_prompts"] = True
     assert set(row) == {*COLUMNS, "detail"}, sorted(row)
     return row
 

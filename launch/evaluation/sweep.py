@@ -63,12 +63,19 @@ def read_sweep(file: Path) -> dict[str, Any]:
 
 
 def items_of(
-    document: dict[str, Any], only: Sequence[str] | None, quick: bool, parse_eval: Any, made: dict[str, str], model: str | None = None
+    document: dict[str, Any],
+    only: Sequence[str] | None,
+    quick: bool,
+    parse_eval: Any,
+    made: dict[str, str],
+    model: str | None = None,
+    context: int | None = None,
 ) -> list[Item]:
     """What to measure, in the order of the file, each unit once.
 
     Args: only: names of families, None = all. quick: little of everything. parse_eval: list of words of `pikv eval` -> its arguments.
         made: paths of the files that the sweep makes. model: the folder of runs that name none; None = the bundled model.
+        context: in place of that of runs which measure more than bytes.
     """
     families = document["families"]
     for name in only or ():
@@ -79,6 +86,7 @@ def items_of(
         family = families[name]
         for run in family["runs"]:
             options = ({"model": model} if model else {}) | run["options"] | (family.get("quick", {}) if quick else {})
+            options |= {"context": context} if context and run["tasks"] != ["bytes"] else {}
             spec = _spec(_fill(options, made), run["tasks"], parse_eval)
             entries = [entry for entry in family["entries"] if entry["label"] in run.get("of", [entry["label"]])]
             chosen = [(None, DENSE, None)]

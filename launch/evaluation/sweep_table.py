@@ -39,7 +39,8 @@ def _record(rows: Sequence[Row]) -> Row:
     texts = sorted((row for row in bundled if row["task"] == "ppl"), key=lambda row: row["context"])
     facts = [row for row in bundled if row["task"] == "recall"]
     # Same context: the row of the task that only measures bytes comes last.
-    sized = sorted(bundled, key=lambda row: (row["context"], row["task"] == "bytes", row["task"] == "recall"))[-1]
+    order = lambda row: (row["context"], row["task"] == "bytes", row["task"] not in RULER, row["task"] == "recall")  # noqa: E731
+    sized = sorted(bundled, key=order)[-1]
     record = {"config": sized["config"], "attention": sized["attention_impl"]}
     record |= {name: texts[0][name] if texts else None for name in QUALITY}
     longer = texts[-1] if len({row["context"] for row in texts}) > 1 else None

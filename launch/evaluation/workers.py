@@ -18,7 +18,7 @@ from typing import Any
 from pikv_ds.launch.evaluation.spec import EvalSpec, Unit, from_json
 from pikv_ds.launch.ranks import end_group, own_stdout, rank_environment
 
-Answer = dict[str, Any]  # {"row": ..., "seconds": ...} or {"refused": text}
+Answer = dict[str, Any]  # {"row": ..., "seconds": on the clock, "cpu_s": of the worker's processor time} or {"refused": text}
 
 
 def measure_all(work: Sequence[tuple[EvalSpec, Unit]], workers: int, folder: Path, done: Callable[[int, Answer], None]) -> None:
@@ -87,14 +87,14 @@ def main() -> None:
     loaded = backend = prose = None
     for line in sys.stdin:
         spec, units = from_json(line)
-        started = time.perf_counter()
+        started, cpu = time.perf_counter(), time.process_time()
         try:
             if (spec.model, spec.text, spec.dtype) != loaded:
                 backend = backend_class("hf")(spec, timeout_s=300)
                 prose, loaded = prose_of(backend, spec), (spec.model, spec.text, spec.dtype)
             with torch.no_grad():
                 row = measure_unit(backend, spec, prose, units[0], lambda samples: None)
-            answer: Answer = {"row": row, "seconds": round(time.perf_counter() - started, 2)}
+            answer: Answer = {"row": row, "seconds": round(time.perf_counter() - started, 2), "cpu_s": round(time.process_time() - cpu, 2)}
         except TOLD as error:
             answer = {"refused": str(error)}
         print(json.dumps(answer), file=stdout, flush=True)

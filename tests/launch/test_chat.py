@@ -111,6 +111,7 @@ def test_a_terminal_keeps_a_line_for_the_status(monkeypatch):
 
 @pytest.mark.dist
 @pytest.mark.slow
+@pytest.mark.timeout(660)
 def test_two_ranks_share_experts_and_cache_and_say_what_one_says(tmp_path):
     one, _ = chat(spec(block={"page_size": 4}), *SAID[:2])
     saved, rows = tmp_path / "chat.json", tmp_path / "rows.json"
@@ -118,7 +119,7 @@ def test_two_ranks_share_experts_and_cache_and_say_what_one_says(tmp_path):
     (tmp_path / "in.txt").write_text(lines)
     words = [*SMALL, "--config", '{"page_size": 4}', "--ranks", "2", "--json", str(rows)]
     command = [sys.executable, "-c", _WITH_STDIN, str(tmp_path / "in.txt"), "chat", *words]
-    result = run_commands([command], ranks=1, timeout_s=150)
+    result = run_commands([command], ranks=1, timeout_s=600)
     assert result.returncode == 0, result.describe()
     assert json.loads(saved.read_text())["messages"] == one.messages and "on the fullest of 2 ranks" in result.output
     last = json.loads(Path(rows).read_text())["rows"][-1]

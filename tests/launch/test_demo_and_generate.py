@@ -9,8 +9,11 @@ from pikv_ds.launch.cli import main
 from pikv_ds.launch.ranks import RanksFailed, run_ranks
 from tests.dist.launcher import run_commands
 
+# A machine that others use too takes minutes to start ranks; nothing here may hang for longer.
+pytestmark = pytest.mark.timeout(660)
 
-def pikv(*arguments: object, timeout_s: float = 150):
+
+def pikv(*arguments: object, timeout_s: float = 600):
     return run_commands([[sys.executable, "-m", "pikv_ds.launch.cli", *map(str, arguments)]], ranks=1, timeout_s=timeout_s)
 
 

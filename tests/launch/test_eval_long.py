@@ -145,3 +145,19 @@ def test_a_missing_package_is_named(monkeypatch):
         with pytest.raises(ConfigError, match=f"needs the package {package}"):
             other.check()
     parse_other("fp8").check()
+
+
+def test_a_prompt_that_comes_in_one_forward_begins_with_an_empty_cache():
+    model, _ = bundled.load()
+    session = hf.DenseSession(model)
+    assert session.memory()[:2] == (0, 0)
+    session.feed(torch.tensor([[1, 2, 3]]))
+    assert session.memory()[:2] == (3 * 2048, 3 * 2048)
+
+
+def test_presses_of_kvpress_take_whole_prompts(tmp_path):
+    pytest.importorskip("kvpress", reason="kvpress is not installed")
+    found = rows(tmp_path, "--tasks", "recall", "--baseline", "kvpress:snapkv:0.5")
+    pressed = found["kvpress snapkv 0.5", "recall"]
+    assert pressed["config"]["package"].startswith("kvpress ") and pressed["entries_read"] is None
+    assert 0.45 < pressed["bytes_per_token"] / found["dense", "recall"]["bytes_per_token"] < 0.6

@@ -11,14 +11,15 @@ from pikv_ds.config.pikv import PiKVConfig
 from pikv_ds.config.presets import PRESETS
 from pikv_ds.launch.cli import main
 from pikv_ds.launch.commands import methods as cmd_methods
-from pikv_ds.launch.commands._methods_table import Results, attend_path, method_rows, registries, written
+from pikv_ds.launch.commands._methods_doc import written
+from pikv_ds.launch.commands._methods_table import HOLDS_ON, Results, attend_path, method_rows, registries
 from pikv_ds.launch.commands.sweep import SWEEPS
 from pikv_ds.launch.evaluation.spec import COLUMNS
 from pikv_ds.launch.evaluation.sweep_figures import write_figures
 from pikv_ds.launch.evaluation.sweep_table import records_of, shown
 
 ROOT = Path(__file__).resolve().parents[2]
-FOLDER, DOC = ROOT / "docs" / "results", ROOT / "docs" / "results" / "methods.md"
+FOLDER = ROOT / "docs" / "results"
 
 
 def row(family, label, task="ppl", context=1024, model="bundled", **values):
@@ -47,7 +48,7 @@ def folder(tmp_path):
     (tmp_path / "sweeps").mkdir()
     (tmp_path / "sweeps" / "methods.json").write_text(json.dumps(sweep))
     (tmp_path / "methods.json").write_text(json.dumps({"rows": rows}))
-    verdicts = {"compression": {"int4": [True, "small"], "none": [False, "large"]}}
+    verdicts = {"compression": {"int4": [True, "small", "both"], "none": [False, "large", "bundled"]}}
     (tmp_path / "sweeps" / "verdicts.json").write_text(json.dumps(verdicts))
     return tmp_path
 
@@ -79,16 +80,16 @@ def test_a_method_has_the_figures_of_its_first_configuration_its_control_and_its
 
 
 def test_tables_are_made_between_markers(folder):
-    text = "a\n<!-- table compression -->\nold\n<!-- end -->\nb\n<!-- verdicts compression -->\n<!-- end -->\n"
+    text = "a\n<!-- table compression -->\nstale\n<!-- end -->\nb\n<!-- verdicts compression -->\n<!-- end -->\n"
     made = written(text, Results(folder, folder / "sweeps"))
     assert (
-        "old" not in made
+        "stale" not in made
         and made.startswith("a\n<!-- table")
         and "\nb\n" in made
         and written(made, Results(folder, folder / "sweeps")) == made
     )
     assert "| 4 bits | 384 | 2.67 | 3.40 | +0.00 | +3.50 | 1.0e-01 | 0.75 | pikv cpu int4 | raw (ppl +0.00 %) |" in made
-    assert "| `int4` | yes | small |" in made and "`int8`" not in made
+    assert "| `int4` | yes | both | +0.00 | - | 0.75 / 0.25 | - | small |" in made and "`int8`" not in made
 
 
 def test_the_terminal_shows_results_or_says_that_there_are_none(folder, tmp_path, capsys, monkeypatch):
@@ -112,10 +113,11 @@ def test_figures_are_drawn_of_what_was_measured(folder):
     assert (folder / "methods_bytes.png").read_bytes().startswith(b"\x89PNG") and write_figures(folder, rows[:1]) == []
 
 
-def test_the_document_is_what_the_command_makes():
-    text = DOC.read_text()
-    assert text.count("<!-- end -->") == 14 and written(text, Results(FOLDER, SWEEPS)) == text, (
-        "run pikv methods --doc docs/results/methods.md"
+@pytest.mark.parametrize(("name", "markers"), [("methods", 14), ("real", 6)])
+def test_the_document_is_what_the_command_makes(name, markers):
+    text = (FOLDER / f"{name}.md").read_text()
+    assert text.count("<!-- end -->") == markers and written(text, Results(FOLDER, SWEEPS)) == text, (
+        f"run pikv methods --doc docs/results/{name}.md"
     )
 
 
@@ -128,7 +130,7 @@ def test_verdicts_are_about_registered_methods():
     verdicts = json.loads((SWEEPS / "verdicts.json").read_text())
     for family, registry in judged().items():
         assert set(verdicts[family]) <= set(registry.names())
-        assert all(isinstance(worth, bool) and reason for worth, reason in verdicts[family].values())
+        assert all(isinstance(worth, bool) and reason and models in HOLDS_ON for worth, reason, models in verdicts[family].values())
 
 
 def test_every_measured_method_is_judged():
@@ -136,6 +138,13 @@ def test_every_measured_method_is_judged():
     for family, registry in judged().items():
         measured = {results.method_of(family, label) for label in results.records[family]}
         assert measured <= set(results.verdicts[family]) and measured <= set(registry.names())
+
+
+def test_a_verdict_holds_on_the_real_model_only_where_that_was_measured():
+    results = Results(FOLDER, SWEEPS)
+    for family, verdicts in results.verdicts.items():
+        claimed = [name for name, (_, _, models) in verdicts.items() if models != "bundled" and name != "none"]  # it is exact everywhere
+        assert [name for name in claimed if not results.real_of_method(family, name)] == [], family
 
 
 # Table 1, table 2, table 3 and the README of the authors.
