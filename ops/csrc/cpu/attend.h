@@ -68,10 +68,9 @@ void attend_phases_vnni(const Attend& a, const Unit& u);
 void attend_phases_bf16(const Attend& a, const Unit& u);
 void attend_phases_amx(const Attend& a, const Unit& u);
 // As matrix products, for many rows: of f32, or of bf16 where that is exact.
-constexpr int kFewestChunkRows = 32;
 void attend_chunk_float(const Attend& a, const Unit& u);
 void attend_chunk_bf16(const Attend& a, const Unit& u);
-bool chunk_serves(const Attend& a);
+bool chunk_serves(const Attend& a, bool bf16);
 bool phases_vnni_serve(const Attend& a);
 bool phases_bf16_serve(const Attend& a);
 bool phases_amx_serve(const Attend& a);
