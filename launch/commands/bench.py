@@ -2,8 +2,8 @@
 
 `decode`: a step against the ordinary cache; `ops`: the ops; `errors`: their accuracy; `select`: reading some pages against reading all;
 `model`: the source paper's latency model, fitted; `layouts`: the page formats beside KIVI's; `latents`: decode over MLA latents;
-`merge`: partial attention into one; `serve`: load on an end point; `exchange`: ways of distinct requests on several ranks; `prefix`:
-requests with a long common beginning.
+`chunks`: long chunks over stored pages; `merge`: partial attention into one; `serve`: load on an end point; `exchange`: ways of distinct
+requests on several ranks; `prefix`: requests with a long common beginning.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import time
 from statistics import median, quantiles
 from typing import Any
 
+from pikv_ds.launch.bench import chunks as bench_chunks
 from pikv_ds.launch.bench import errors as bench_errors
 from pikv_ds.launch.bench import exchange as bench_exchange
 from pikv_ds.launch.bench import latents as bench_latents
@@ -59,6 +60,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     latents = kinds.add_parser("latents", help="decode over MLA latents in each record format, plain C++ and by hand")
     bench_latents.add_arguments(latents)
     latents.add_argument("--json", metavar="FILE", help="write the rows to FILE")
+    chunks = kinds.add_parser("chunks", help="a long chunk of new tokens over stored pages against torch's flash attention")
+    bench_chunks.add_arguments(chunks)
+    chunks.add_argument("--json", metavar="FILE", help="write the rows to FILE")
     merge = kinds.add_parser("merge", help="partial attention into one: the op against its torch reference, time and error")
     bench_merge.add_arguments(merge)
     merge.add_argument("--json", metavar="FILE", help="write the rows to FILE")
@@ -78,6 +82,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     kinds = {"ops": bench_ops, "select": bench_select, "model": bench_model, "layouts": bench_layouts, "latents": bench_latents}
     kinds |= {"errors": bench_errors, "merge": bench_merge, "serve": bench_serve, "exchange": bench_exchange, "prefix": bench_prefix}
+    kinds["chunks"] = bench_chunks
     if getattr(args, "device", "cpu") == "cuda" and not _has_cuda():
         print(f"pikv bench {args.kind} --device cuda: this torch sees no CUDA device")
         return 1

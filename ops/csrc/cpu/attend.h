@@ -29,6 +29,7 @@ struct Attend {
   bool fast;                  // ops.precision: integer queries and weights in one byte
 
   int rows() const { return T * G; }
+  bool hides() const { return window || causal; }  // some of what is stored from some rows
   int pick(int heads, int n, int h) const { return n * heads + (heads == 1 ? 0 : h); }
   int seqlen(int n, int h) const { return seqlens[pick(seqlen_heads, n, h)]; }
   const int32_t* table_of(int n, int h) const { return table + (int64_t)pick(table_heads, n, h) * max_pages; }
@@ -66,6 +67,10 @@ void attend_vnni(const Attend& a, const Unit& u);
 void attend_phases_vnni(const Attend& a, const Unit& u);
 void attend_phases_bf16(const Attend& a, const Unit& u);
 void attend_phases_amx(const Attend& a, const Unit& u);
+// As matrix products, for many rows: of f32, or of bf16 where that is exact.
+void attend_chunk_float(const Attend& a, const Unit& u);
+void attend_chunk_bf16(const Attend& a, const Unit& u);
+bool chunk_serves(const Attend& a, bool bf16);
 bool phases_vnni_serve(const Attend& a);
 bool phases_bf16_serve(const Attend& a);
 bool phases_amx_serve(const Attend& a);

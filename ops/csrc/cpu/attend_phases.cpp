@@ -154,6 +154,20 @@ void hide_values(const PageFormat& f, Phase& phase, Work& w) {
   phase.v = w.clean;
 }
 
+// How often `lines` lines are read ahead in `count` tokens of a page. Evenly over the arithmetic: scores count twice, as they take as long as
+// the values and read once where those read several times; the softmax reads none, as it is over so soon that its lines would come in a
+// burst, which waits for the memory. With AMX it is a good part of the whole.
+int reads_of(Tier tier, const PageFormat& f, bool fast, const Scratch& own, int count) {
+  if (tier == Tier::kAmx) return count / 4 * (int)own.rows.size() * 4;
+  int reads = 0;
+  for (const Rows& rows : own.rows) {
+    const int registers = own.w.sums / 16, at_once = rows.size == 2 && !fast ? 2 : 4;
+    const int value_reads = format_grouped(f.v_format) ? registers / at_once : registers / 4;
+    reads += count * (1 << rows.size) / 16 * (2 + value_reads);
+  }
+  return reads;
+}
+
 Phase phase_at(const PageFormat& f, const uint8_t* head, int t0, int tokens, bool page_lse) {
   Phase phase = {};
   const int64_t group = format_grouped(f.format) ? 2ll * (t0 / f.group) * f.k_dim : 0;
@@ -206,8 +220,7 @@ void attend_phases(const Attend& a, const Unit& u, Tier tier) {
     if (c + distance < u.c1 && count_of(column_of(c + distance)) > 0) {
       ahead.at = section_of(column_of(c + distance)), ahead.end = ahead.at + f.head_bytes;
     }
-    const int slots = std::max(1, count / 4 * (int)own->rows.size() * 4);
-    const int lines = (int)((f.head_bytes / 64 + slots - 1) / slots);
+    const int reads = std::max(1, reads_of(tier, f, a.fast, *own, count)), lines = (int)((f.head_bytes / 64 + reads - 1) / reads);
     for (int t0 = 0; t0 < count; t0 += tokens) {
       const uint8_t *record = a.pages + (int64_t)table[column] * f.record_bytes, *head = a.section(record, u.h);
       const int32_t* positions = reinterpret_cast<const int32_t*>(record + f.positions) + t0;
@@ -231,8 +244,8 @@ void attend_phases(const Attend& a, const Unit& u, Tier tier) {
           values_there = phase.v == w.clean ? nullptr : phase.v;
         }
         if (key.start_group) key.start_group(rows, phase, w);
-        key.scores(rows, phase, w, ahead, lines);
-        value.soften(rows, phase, w, ahead, lines);
+        key.scores(rows, phase, w, ahead, tier == Tier::kAmx ? lines : 2 * lines);
+        value.soften(rows, phase, w, ahead, tier == Tier::kAmx ? lines : 0);
         value.add(rows, phase, w, ahead, lines);
       }
     }

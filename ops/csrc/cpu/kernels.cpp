@@ -135,8 +135,10 @@ AttendUnit hand_written_attend(Attend& a) {
 #if PK_X86
   const int kernel = kernel_now();
   a.first_level = kernel == kVnni && !__builtin_cpu_is("amd");
+  const bool bf16 = kernel >= kPhasesBf16 && (Found::may_serve(kPhasesBf16) || kernel == kPhasesBf16);
+  if (kernel >= kPhases && chunk_serves(a, bf16) && !(kernel == kPhasesAmx && phases_amx_serve(a))) return bf16 ? attend_chunk_bf16 : attend_chunk_float;
   if (kernel == kPhasesAmx && phases_amx_serve(a)) return attend_phases_amx;
-  if (kernel >= kPhasesBf16 && (Found::may_serve(kPhasesBf16) || kernel == kPhasesBf16) && phases_bf16_serve(a)) return attend_phases_bf16;
+  if (bf16 && phases_bf16_serve(a)) return attend_phases_bf16;
   if (kernel >= kPhases && phases_vnni_serve(a)) return attend_phases_vnni;
   return kernel >= kVnni ? attend_vnni : nullptr;
 #else
