@@ -135,6 +135,7 @@ AttendUnit hand_written_attend(Attend& a) {
 #if PK_X86
   const int kernel = kernel_now();
   a.first_level = kernel == kVnni && !__builtin_cpu_is("amd");
+  if (a.blocks > 1) return kernel >= kVnni ? attend_vnni : nullptr;  // a phase takes more tokens of a page than a block has
   if (kernel == kPhasesAmx && phases_amx_serve(a)) return attend_phases_amx;
   if (kernel >= kPhasesBf16 && (Found::may_serve(kPhasesBf16) || kernel == kPhasesBf16) && phases_bf16_serve(a)) return attend_phases_bf16;
   if (kernel >= kPhases && phases_vnni_serve(a)) return attend_phases_vnni;
