@@ -46,7 +46,6 @@ SCHEMAS = {
     "migrate": "(Tensor(a!) target, Tensor source, Tensor target_ids, Tensor source_ids) -> ()",
     "page_bounds": f"(Tensor(a!) bounds, Tensor pages, Tensor slot_mapping, {_TAIL}, {_LAYOUT}, int block_size=0) -> ()",
     "page_score": "(Tensor q, Tensor bounds, Tensor block_table, Tensor seqlens, Tensor? width, int page_size, float scale) -> Tensor",
-    "choose_pages": "(Tensor score, Tensor hidden, Tensor pinned, Tensor? budget, int width) -> Tensor",
     "pack": "(Tensor(a!) buffer, Tensor[] fields, Tensor? index, int[] offsets, int[] strides, int[] rows) -> ()",
     "unpack": "(Tensor buffer, Tensor(a!)[] fields, Tensor? index, int[] offsets, int[] strides) -> ()",
     "assign_slots": "(Tensor(a!) counts, Tensor(b!) block_table, Tensor free_stack, Tensor(c!) free_top, Tensor(d!) refcount, Tensor rows, "
@@ -56,6 +55,9 @@ SCHEMAS = {
     "route_unpack": "(Tensor buffer, Tensor(a!)[] fields, Tensor(b!) tokens, Tensor(c!) counts, int[] groups, bool dense) -> ()",
     "route_merge": "(Tensor partials, Tensor need, int[] order, bool dense) -> (Tensor out, Tensor lse)",
 }
+
+CPU_SCHEMAS = {"choose_pages": "(Tensor score, Tensor hidden, Tensor pinned, Tensor? budget, int width) -> Tensor"}
+"""Compiled for the CPU only; elsewhere the reference runs, which does not wait for a device either."""
 
 
 def layout(fmt: PageFormat) -> tuple[int, int, int, int, int, int, bool]:
@@ -163,7 +165,7 @@ _REFERENCE = {
     "route_unpack": ref_route.route_unpack,
     "route_merge": ref_route.route_merge,
 }
-REFERENCE = {name: one_device(name, SCHEMAS[name], call) for name, call in _REFERENCE.items()}
+REFERENCE = {name: one_device(name, (SCHEMAS | CPU_SCHEMAS)[name], call) for name, call in _REFERENCE.items()}
 _FAKE = {
     "decode": _fake_decode,
     "prefill_cached": _fake_prefill_cached,
@@ -244,7 +246,7 @@ def _fallback(name: str):
 
 
 _library = torch.library.Library("pikv", "DEF")
-for _name, _schema in SCHEMAS.items():
+for _name, _schema in (SCHEMAS | CPU_SCHEMAS).items():
     _library.define(_name + _schema, tags=(torch.Tag.needs_fixed_stride_order,))
     _library.impl(_name, _fallback(_name), "CompositeExplicitAutograd")
     torch.library.register_fake(f"pikv::{_name}", one_device(_name, _schema, _FAKE[_name]), lib=_library)
@@ -253,4 +255,4 @@ for _name in ("decode", "prefill_cached"):
     _library.impl(f"{_name}_reference", _reference_on_device(_name), "CompositeExplicitAutograd")
 
 # The overloads themselves: called per layer and step, and torch.ops.pikv.<name> looks them up anew each time.
-OPS = SimpleNamespace(**{name: getattr(torch.ops.pikv, name).default for name in SCHEMAS})
+OPS = SimpleNamespace(**{name: getattr(torch.ops.pikv, name).default for name in SCHEMAS | CPU_SCHEMAS})

@@ -82,10 +82,6 @@ def points(long: bool = False) -> Iterator[Point]:
         yield Point("merge", f"S{sets}-D{dim}", partial(check_merge, sets, dim))
     for name, dtype in itertools.product(FORMATS, BOUND_DTYPES):  # values have no bounds
         yield Point("page_bounds", f"{name}-{str(dtype)[6:]}", partial(check_bounds, name, dtype))
-    for name, dtype in itertools.product(("bf16", "int4"), BOUND_DTYPES):
-        yield Point("page_bounds", f"{name}-{str(dtype)[6:]}-of8", partial(check_bounds, name, dtype, block_size=8))
-    for queries, heads, columns in ((1, 1, 1), (3, 2, 70), (2, 8, 4096)):
-        yield Point("choose_pages", f"Q{queries}-H{heads}-C{columns}", partial(check_choose, queries, heads, columns))
     for (heads, tables, spread), dtype in itertools.product(((3, 1, None), (1, 3, None), (3, 1, 0.5)), BOUND_DTYPES):
         label = f"H{heads}-tables{tables}-{str(dtype)[6:]}" + ("" if spread is None else f"-width{spread}")
         yield Point("page_score", label, partial(check_score, heads, tables, dtype, spread))
@@ -101,6 +97,16 @@ def points(long: bool = False) -> Iterator[Point]:
         yield Point("migrate", f"{record}B", partial(check_migrate, record))
     for words in (0, 1, 127, 4096, 100001):
         yield Point("checksum", f"{words}W", partial(check_checksum, words))
+
+
+def cpu_points(long: bool = False) -> Iterator[Point]:
+    """What the CPU serves alone: blocks inside of pages, and how they are chosen."""
+    for a in _blocks(long):
+        yield Point("decode", a.id, partial(check_attention, a))
+    for name, dtype in itertools.product(("bf16", "int4"), BOUND_DTYPES):
+        yield Point("page_bounds", f"{name}-{str(dtype)[6:]}-of8", partial(check_bounds, name, dtype, block_size=8))
+    for queries, heads, columns in ((1, 1, 1), (3, 2, 70), (2, 8, 4096)):
+        yield Point("choose_pages", f"Q{queries}-H{heads}-C{columns}", partial(check_choose, queries, heads, columns))
 
 
 def _blocks(long: bool) -> Iterator[Attention]:
@@ -119,7 +125,6 @@ def _blocks(long: bool) -> Iterator[Attention]:
 
 
 def _attention(long: bool) -> Iterator[Attention]:
-    yield from _blocks(long)
     for name in NAMES:
         small = small_page(name)
         if name.endswith("+rope"):

@@ -48,6 +48,18 @@ def test_all_blocks_are_the_whole_cache(codec):
         torch.testing.assert_close(chosen, every, rtol=1e-4, atol=1e-4)
 
 
+def test_a_policy_sees_pages():
+    """What a policy counts of a page is what the query found in its blocks: with all blocks read the same pages stay."""
+    outs, scheduling = [], {"method": "h2o", "budget_tokens": 64, "sink_tokens": 4, "recent_tokens": 8, "interval": 1}
+    for routing in ({"method": "all"}, {"method": "bounds", "budget_ratio": 1.0, "block_size": 4, "metadata": "int8"}):
+        driver = Driver([layer(0)], routing=routing, scheduling=scheduling, page_size=16, checks=[])
+        driver.prefill([150, 90])
+        outs.append([x for _ in range(20) for x in driver.forward(torch.ones(2, 1, dtype=torch.bool))[0]])
+        assert driver.probe.near_pool(0).num_pages <= 14, "nothing was evicted"
+    for every, chosen in zip(*outs, strict=True):
+        torch.testing.assert_close(chosen, every, rtol=1e-4, atol=1e-5)
+
+
 def refused(**routing):
     page_size, codec = routing.pop("page_size", 64), routing.pop("codec", "int4")
     with pytest.raises(ConfigError) as caught:

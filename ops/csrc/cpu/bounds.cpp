@@ -172,7 +172,7 @@ Tensor page_score(Tensor q, Tensor bounds, Tensor block_table, Tensor seqlens, M
   s.width = width ? width->const_data_ptr() : nullptr;
   s.q = q.const_data_ptr(), s.bounds = bounds.const_data_ptr(), s.table = table.data(), s.seqlens = lens.data();
   s.scores = static_cast<float*>(scores.mutable_data_ptr());
-  const ScoreTable one = generic_score();
+  const ScoreTable one = score_kernel(s.bounds_type);
   torch::stable::parallel_for(0, N * s.H, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) one(s, (int)(i / s.H), (int)(i % s.H));
   });

@@ -13,7 +13,7 @@ namespace {
 
 constexpr int32_t kPinned = 0x7F800000;            // the key of +inf
 constexpr int32_t kHidden = (int32_t)0x807FFFFFu;  // that of -inf: nothing up to it is chosen
-constexpr int kBits = 11;                          // of a key that are counted at first
+constexpr int kSamples = 256;  // of the keys of a row, by which it is known about where the last one that is chosen lies
 
 // Ascends with the float.
 inline int32_t key_of(float x) {
@@ -22,38 +22,46 @@ inline int32_t key_of(float x) {
   return bits ^ ((bits >> 31) & 0x7FFFFFFF);
 }
 
-inline uint32_t bin_of(int32_t key) { return ((uint32_t)key ^ 0x80000000u) >> (32 - kBits); }
-
 struct Room {
-  std::vector<int32_t> keys, bin;
-  std::vector<int> counts = std::vector<int>(1 << kBits);
+  std::vector<int32_t> keys, some;
 };
 
+// The wanted-th highest of the keys above kHidden, of which there are more. Those up to a key that is most likely below it are left out first.
+int32_t last_key(Room& room, int64_t wanted, int64_t& above) {
+  const int C = (int)room.keys.size(), step = std::max(1, C / kSamples), samples = (C + step - 1) / step;
+  const auto descending = std::greater<int32_t>();
+  room.some.resize(std::max(C, samples));
+  for (int i = 0; i < samples; ++i) room.some[i] = room.keys[(size_t)i * step];
+  const int64_t place = std::min<int64_t>(samples - 1, wanted * samples / C * 5 / 4 + 8);
+  std::nth_element(room.some.begin(), room.some.begin() + place, room.some.begin() + samples, descending);
+  int count = 0;
+  for (int32_t floor = std::max(room.some[place], kHidden + 1); count < wanted; floor = kHidden + 1) {
+    count = 0;
+    for (int c = 0; c < C; ++c) room.some[count] = room.keys[c], count += room.keys[c] >= floor;
+  }
+  std::nth_element(room.some.begin(), room.some.begin() + (wanted - 1), room.some.begin() + count, descending);
+  const int32_t last = room.some[wanted - 1];
+  above = std::count_if(room.some.begin(), room.some.begin() + wanted, [&](int32_t key) { return key > last; });
+  return last;
+}
+
 // Columns of the `budget` highest scores, all pinned ones among them, ascending; of equal scores the lower columns. The rest is -1.
-void choose_row(const float* score, const bool* hidden, const bool* pinned, int C, int64_t budget, int32_t* out, int width, Room& room) {
+void choose_row(const float* score, const uint8_t* hidden, const uint8_t* pinned, int C, int64_t budget, int32_t* out, int width, Room& room) {
   room.keys.resize(C);
-  std::fill(room.counts.begin(), room.counts.end(), 0);
   int seen = 0, num_pinned = 0;
   for (int c = 0; c < C; ++c) {
-    const int32_t key = hidden[c] ? kHidden : pinned[c] ? kPinned : key_of(score[c]);
-    room.keys[c] = key, num_pinned += key == kPinned;
-    if (key > kHidden) ++room.counts[bin_of(key)], ++seen;
+    const int32_t free = key_of(score[c]), shown = pinned[c] ? kPinned : free, key = hidden[c] ? kHidden : shown;
+    room.keys[c] = key, num_pinned += key == kPinned, seen += key > kHidden;
   }
-  int64_t wanted = std::min<int64_t>(std::max<int64_t>(std::max<int64_t>(budget, num_pinned), 1), width);
-  int32_t last = kHidden + 1;
-  int64_t ties = C;  // of the last key that are taken
+  const int64_t wanted = std::min<int64_t>(std::max<int64_t>(std::max<int64_t>(budget, num_pinned), 1), width);
+  int32_t last = kHidden;
+  int64_t ties = 0;  // of the last key that are taken
   if (seen > wanted) {
-    int bin = (1 << kBits) - 1;
-    for (; room.counts[bin] < wanted; --bin) wanted -= room.counts[bin];
-    room.bin.clear();
-    for (int32_t key : room.keys)
-      if (key > kHidden && bin_of(key) == (uint32_t)bin) room.bin.push_back(key);
-    std::nth_element(room.bin.begin(), room.bin.begin() + (wanted - 1), room.bin.end(), std::greater<int32_t>());
-    last = room.bin[wanted - 1];
-    ties = wanted - std::count_if(room.bin.begin(), room.bin.end(), [&](int32_t key) { return key > last; });
+    int64_t above;
+    last = last_key(room, wanted, above), ties = wanted - above;
   }
   int written = 0;
-  for (int c = 0; c < C; ++c)
+  for (int c = 0; c < C && written < width; ++c)
     if (room.keys[c] > last || (room.keys[c] == last && ties-- > 0)) out[written++] = c;
   std::fill(out + written, out + width, -1);
 }
@@ -72,7 +80,7 @@ Tensor choose_pages(Tensor score, Tensor hidden, Tensor pinned, MaybeTensor budg
   const int most = (int)std::min(width, C);
   Tensor list = torch::stable::new_empty(score, {Q, H, (int64_t)most}, ScalarType::Int);
   const float* scores = static_cast<const float*>(score.const_data_ptr());
-  const bool *hides = static_cast<const bool*>(hidden.const_data_ptr()), *pins = static_cast<const bool*>(pinned.const_data_ptr());
+  const uint8_t *hides = static_cast<const uint8_t*>(hidden.const_data_ptr()), *pins = static_cast<const uint8_t*>(pinned.const_data_ptr());
   const int64_t* budgets = budget ? static_cast<const int64_t*>(budget->const_data_ptr()) : nullptr;
   int32_t* out = static_cast<int32_t*>(list.mutable_data_ptr());
   if (!most) return list;

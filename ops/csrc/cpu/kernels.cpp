@@ -122,9 +122,10 @@ AttendUnit generic_attend() {
 #endif
 }
 
-ScoreTable generic_score() {
+ScoreTable score_kernel(int bounds_type) {
 #if PK_X86
   const int kernel = kernel_now();
+  if (kernel >= kVnni && bounds_type == kInt8) return score_vnni;
   return kernel >= kAvx512 ? score_avx512 : kernel == kAvx2 ? score_avx2 : score_baseline;
 #else
   return score_baseline;
