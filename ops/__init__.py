@@ -15,6 +15,7 @@ from pikv_ds.ops.reference.sdpa_lse import sdpa_lse
 from .append import append
 from .assign_slots import assign_slots
 from .checksum import checksum
+from .choose_pages import choose_pages
 from .decode import decode
 from .merge import merge
 from .migrate import migrate
@@ -31,6 +32,7 @@ __all__ = [
     "assign_slots",
     "bounds_shape",
     "checksum",
+    "choose_pages",
     "decode",
     "decode_pages",
     "merge",

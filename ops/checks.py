@@ -19,7 +19,18 @@ def require(condition: bool, message: str) -> None:
 
 
 def attend(
-    q, pages, block_table, seqlens, q_positions, page_list, tail, tail_rows, fmt: PageFormat, window: int, values: bool = True
+    q,
+    pages,
+    block_table,
+    seqlens,
+    q_positions,
+    page_list,
+    tail,
+    tail_rows,
+    fmt: PageFormat,
+    window: int,
+    values: bool = True,
+    block_size: int = 0,
 ) -> None:
     """q [R, Hq, Dk]. values: also what the integers say, which waits for the device that holds them."""
     floats("q", q)
@@ -53,9 +64,33 @@ def attend(
             row = int(tail_rows.max())
             require(row < tail.shape[0], f"tail row {row} is beyond the {tail.shape[0]} rows of the tail")
         if page_list is not None and page_list.numel():
-            top = int(page_list.max())
+            top = int(page_list.max()) // (fmt.page_size // (block_size or fmt.page_size))
             require(top < block_table.shape[2], f"page_list names column {top} of a block table with {block_table.shape[2]}")
         _table(block_table, seqlens, pages.shape[0], fmt.page_size)
+
+
+def block(fmt: PageFormat, block_size: int = 0) -> int:
+    """Tokens that are listed, or have bounds, as one; 0 = the page."""
+    if not block_size:
+        return fmt.page_size
+    fits = block_size > 0 and fmt.page_size % block_size == 0
+    fits = fits and (not fmt.grouped or block_size == fmt.page_size or fmt.group % block_size == 0)
+    group = f" and the group {fmt.group}" if fmt.grouped else ""
+    require(fits, f"block_size must divide the page_size {fmt.page_size}{group}, got {block_size}")
+    return block_size
+
+
+def choose_pages(score, hidden, pinned, budget, width: int) -> None:
+    require(score.dim() == 3 and score.dtype == torch.float32 and score.is_contiguous(),
+            f"score must be contiguous float32 [Q, heads, columns], got {score.dtype} {list(score.shape)}")  # fmt: skip
+    Q, _, C = score.shape
+    for name, x in (("hidden", hidden), ("pinned", pinned)):
+        require(x.dtype == torch.bool and tuple(x.shape) == (Q, C) and x.is_contiguous(),
+                f"{name} must be contiguous bool [{Q}, {C}], got {x.dtype} {list(x.shape)}")  # fmt: skip
+    if budget is not None:
+        require(budget.dtype == torch.int64 and budget.numel() == Q and budget.is_contiguous(),
+                f"budget must be contiguous int64 [{Q}], got {list(budget.shape)}")  # fmt: skip
+    require(width >= 1, f"width must be at least 1, got {width}")
 
 
 def prefill_cached(q, pages, block_table, seqlens, q_positions, tail, tail_rows, fmt: PageFormat, values: bool = True) -> None:
@@ -84,10 +119,11 @@ def append(pages, tail, k, v, positions, slot_mapping, tail_rows, fmt: PageForma
     _slots(pages, slot_mapping, tail, tail_rows, fmt, values)
 
 
-def page_bounds(bounds, pages, slot_mapping, tail, tail_rows, fmt: PageFormat, values: bool = True) -> None:
+def page_bounds(bounds, pages, slot_mapping, tail, tail_rows, fmt: PageFormat, values: bool = True, block_size: int = 0) -> None:
     _pages(pages, fmt)
     _bounds(bounds)
-    expected = (pages.shape[0], *bounds_shape(fmt, bounds.dtype))
+    blocks = fmt.page_size // (block_size or fmt.page_size)
+    expected = (blocks * pages.shape[0], *bounds_shape(fmt, bounds.dtype))
     require(tuple(bounds.shape) == expected, f"bounds must be {list(expected)}, got {list(bounds.shape)}")
     integers("slot_mapping", slot_mapping)
     _slots(pages, slot_mapping, tail, tail_rows, fmt, values)

@@ -24,6 +24,7 @@ def decode(
     tail_rows: Tensor | None = None,
     with_page_lse: bool = False,
     num_splits: int = 0,
+    block_size: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Attend to the entries that N = R * S block tables name; the tables r * S ... r * S + S - 1 are the shards of request r.
 
@@ -38,6 +39,8 @@ def decode(
         scale: softmax scale.
         q_positions: [R] int32, needed with a window. window: visible are entries whose stored position > q position - window.
         page_list: [N, 1 or H, num_listed] int32 columns of the table to read, -1 = none; None = all.
+        block_size: tokens that page_list and page_lse name as one; 0 = whole pages. Else it divides fmt.page_size, and fmt.group where that
+            says how keys are scaled, and a number is column * (fmt.page_size // block_size) + block. Ascending lists are read faster.
         tail: [rows, fmt.num_kv_heads, group, Dk] raw keys of the group that is not full (int8, int4).
         tail_rows: [N] or [N, 1 or H] int32, the tail row of each table.
         with_page_lse: also return the lse of each page, for the mass it holds: exp(page_lse - merged lse).
@@ -50,6 +53,7 @@ def decode(
     Sync: none in compiled versions; graph safe there. Cost: reads the pages once.
     """
     out, lse, page_lse = OPS.decode(
-        q, pages, block_table, seqlens, q_positions, page_list, tail, tail_rows, *fmt.layout, scale, window or 0, with_page_lse, num_splits
-    )
+        q, pages, block_table, seqlens, q_positions, page_list, tail, tail_rows, *fmt.layout, scale, window or 0, with_page_lse, num_splits,
+        block_size,
+    )  # fmt: skip
     return out, lse, page_lse if with_page_lse else None

@@ -26,6 +26,7 @@ from .devices import one_device
 from .reference import append as ref_append
 from .reference import attend as ref_attend
 from .reference import bounds as ref_bounds
+from .reference import choose as ref_choose
 from .reference import pack as ref_pack
 from .reference import pages as ref_pages
 from .reference import route as ref_route
@@ -36,14 +37,14 @@ _CACHE = "Tensor q, Tensor pages, Tensor block_table, Tensor seqlens"
 _TAIL = "Tensor? tail, Tensor? tail_rows"
 SCHEMAS = {
     "decode": f"({_CACHE}, Tensor? q_positions, Tensor? page_list, {_TAIL}, {_LAYOUT}, "
-    "float scale, int window, bool with_page_lse, int num_splits) -> (Tensor out, Tensor lse, Tensor page_lse)",
+    "float scale, int window, bool with_page_lse, int num_splits, int block_size=0) -> (Tensor out, Tensor lse, Tensor page_lse)",
     "prefill_cached": f"({_CACHE}, Tensor q_positions, {_TAIL}, {_LAYOUT}, "
     "float scale, int window, bool causal, int num_splits) -> (Tensor out, Tensor lse)",
     "append": "(Tensor(a!) pages, Tensor(b!)? tail, Tensor k, Tensor v, Tensor positions, Tensor slot_mapping, Tensor? tail_rows, "
     f"{_LAYOUT}) -> ()",
     "merge": "(Tensor out, Tensor lse) -> (Tensor out, Tensor lse)",
     "migrate": "(Tensor(a!) target, Tensor source, Tensor target_ids, Tensor source_ids) -> ()",
-    "page_bounds": f"(Tensor(a!) bounds, Tensor pages, Tensor slot_mapping, {_TAIL}, {_LAYOUT}) -> ()",
+    "page_bounds": f"(Tensor(a!) bounds, Tensor pages, Tensor slot_mapping, {_TAIL}, {_LAYOUT}, int block_size=0) -> ()",
     "page_score": "(Tensor q, Tensor bounds, Tensor block_table, Tensor seqlens, Tensor? width, int page_size, float scale) -> Tensor",
     "pack": "(Tensor(a!) buffer, Tensor[] fields, Tensor? index, int[] offsets, int[] strides, int[] rows) -> ()",
     "unpack": "(Tensor buffer, Tensor(a!)[] fields, Tensor? index, int[] offsets, int[] strides) -> ()",
@@ -55,6 +56,9 @@ SCHEMAS = {
     "route_merge": "(Tensor partials, Tensor need, int[] order, bool dense) -> (Tensor out, Tensor lse)",
 }
 
+CPU_SCHEMAS = {"choose_pages": "(Tensor score, Tensor hidden, Tensor pinned, Tensor? budget, int width) -> Tensor"}
+"""Compiled for the CPU only; elsewhere the reference runs, which does not wait for a device either."""
+
 
 def layout(fmt: PageFormat) -> tuple[int, int, int, int, int, int, bool]:
     return fmt.layout
@@ -65,11 +69,12 @@ def _format(args: tuple) -> PageFormat:
 
 
 def _decode(q, pages, block_table, seqlens, q_positions, page_list, tail, tail_rows, *rest):
-    fmt, (scale, window, with_page_lse, _) = _format(rest[:7]), rest[7:]
-    checks.attend(q, pages, block_table, seqlens, q_positions, page_list, tail, tail_rows, fmt, window)
+    fmt, (scale, window, with_page_lse, _, *block) = _format(rest[:7]), rest[7:]
+    block_size = checks.block(fmt, *block)
+    checks.attend(q, pages, block_table, seqlens, q_positions, page_list, tail, tail_rows, fmt, window, block_size=block_size)
     out, lse, page_lse = ref_attend.attend(
         q.unsqueeze(1), pages, fmt, block_table, seqlens, scale=scale, window=window, page_list=page_list, tail=tail, tail_rows=tail_rows,
-        q_positions=None if q_positions is None else q_positions.unsqueeze(1), with_page_lse=with_page_lse,
+        q_positions=None if q_positions is None else q_positions.unsqueeze(1), with_page_lse=with_page_lse, block_size=block_size,
     )  # fmt: skip
     return out.squeeze(1), lse.squeeze(1), q.new_empty(0, dtype=torch.float32) if page_lse is None else page_lse.squeeze(1)
 
@@ -92,13 +97,19 @@ def _append(pages, tail, k, v, positions, slot_mapping, tail_rows, *rest):
 
 def _page_bounds(bounds, pages, slot_mapping, tail, tail_rows, *rest):
     fmt = _format(rest)
-    checks.page_bounds(bounds, pages, slot_mapping, tail, tail_rows, fmt)
-    ref_bounds.page_bounds(bounds, pages, fmt, slot_mapping, tail=tail, tail_rows=tail_rows)
+    block_size = checks.block(fmt, *rest[7:])
+    checks.page_bounds(bounds, pages, slot_mapping, tail, tail_rows, fmt, block_size=block_size)
+    ref_bounds.page_bounds(bounds, pages, fmt, slot_mapping, tail=tail, tail_rows=tail_rows, block_size=block_size)
 
 
 def _page_score(q, bounds, block_table, seqlens, width, page_size, scale):
     checks.page_score(q, bounds, block_table, seqlens, width, page_size)
     return ref_bounds.page_score(q, bounds, block_table, seqlens, page_size=page_size, scale=scale, width=width)
+
+
+def _choose_pages(score, hidden, pinned, budget, width):
+    checks.choose_pages(score, hidden, pinned, budget, width)
+    return ref_choose.choose_pages(score, hidden, pinned, budget, width)
 
 
 def _merge(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,7 +118,8 @@ def _merge(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _fake_decode(q, pages, block_table, seqlens, q_positions, page_list, tail, tail_rows, *rest):
-    columns = block_table.shape[-1] if page_list is None else page_list.shape[-1]
+    blocks = rest[4] // (rest[11] or rest[4]) if len(rest) > 11 else 1
+    columns = block_table.shape[-1] * blocks if page_list is None else page_list.shape[-1]
     page_lse = (block_table.shape[0], q.shape[1], columns) if rest[9] else (0,)
     new = lambda *shape: q.new_empty(shape, dtype=torch.float32)  # noqa: E731
     return new(*q.shape[:2], rest[3]), new(*q.shape[:2]), new(*page_lse)
@@ -144,6 +156,7 @@ _REFERENCE = {
     "migrate": ref_pages.migrate,
     "page_bounds": _page_bounds,
     "page_score": _page_score,
+    "choose_pages": _choose_pages,
     "pack": ref_pack.pack,
     "unpack": ref_pack.unpack,
     "assign_slots": ref_slots.assign_slots,
@@ -152,7 +165,7 @@ _REFERENCE = {
     "route_unpack": ref_route.route_unpack,
     "route_merge": ref_route.route_merge,
 }
-REFERENCE = {name: one_device(name, SCHEMAS[name], call) for name, call in _REFERENCE.items()}
+REFERENCE = {name: one_device(name, (SCHEMAS | CPU_SCHEMAS)[name], call) for name, call in _REFERENCE.items()}
 _FAKE = {
     "decode": _fake_decode,
     "prefill_cached": _fake_prefill_cached,
@@ -161,6 +174,9 @@ _FAKE = {
     "migrate": lambda *args: None,
     "page_bounds": lambda *args: None,
     "page_score": _fake_page_score,
+    "choose_pages": lambda score, hidden, pinned, budget, width: score.new_empty(
+        (*score.shape[:2], min(width, score.shape[2])), dtype=torch.int32
+    ),
     "pack": lambda *args: None,
     "unpack": lambda *args: None,
     "assign_slots": _fake_assign_slots,
@@ -230,7 +246,7 @@ def _fallback(name: str):
 
 
 _library = torch.library.Library("pikv", "DEF")
-for _name, _schema in SCHEMAS.items():
+for _name, _schema in (SCHEMAS | CPU_SCHEMAS).items():
     _library.define(_name + _schema, tags=(torch.Tag.needs_fixed_stride_order,))
     _library.impl(_name, _fallback(_name), "CompositeExplicitAutograd")
     torch.library.register_fake(f"pikv::{_name}", one_device(_name, _schema, _FAKE[_name]), lib=_library)
@@ -239,4 +255,4 @@ for _name in ("decode", "prefill_cached"):
     _library.impl(f"{_name}_reference", _reference_on_device(_name), "CompositeExplicitAutograd")
 
 # The overloads themselves: called per layer and step, and torch.ops.pikv.<name> looks them up anew each time.
-OPS = SimpleNamespace(**{name: getattr(torch.ops.pikv, name).default for name in SCHEMAS})
+OPS = SimpleNamespace(**{name: getattr(torch.ops.pikv, name).default for name in SCHEMAS | CPU_SCHEMAS})

@@ -10,7 +10,15 @@ from .library import OPS
 
 
 def page_score(
-    q: Tensor, bounds: Tensor, fmt: PageFormat, block_table: Tensor, seqlens: Tensor, *, scale: float, width: Tensor | None = None
+    q: Tensor,
+    bounds: Tensor,
+    fmt: PageFormat,
+    block_table: Tensor,
+    seqlens: Tensor,
+    *,
+    scale: float,
+    width: Tensor | None = None,
+    block_size: int = 0,
 ) -> Tensor:
     """Score every page by the box around its keys, over the query heads of a kv head.
 
@@ -24,6 +32,7 @@ def page_score(
         bounds: [num_pages, fmt.num_kv_heads, 2, Dk], int8 with Dk + 2, see `page_bounds`.
         block_table: [N, 1 or H, max_pages] int32 and seqlens [N, 1 or H] int32: as in `decode`, N = R * S.
         scale: softmax scale.
+        block_size: 0, or that of `page_bounds`, and block_table then names blocks: page * blocks + block.
 
     Returns:
         [N, H, max_pages] f32; -inf for columns beyond seqlens. `torch.topk` of it, as int32 columns, is a page_list of `decode`;
@@ -32,4 +41,4 @@ def page_score(
     Sync: none in compiled versions. Cost: reads the bounds of the pages in use once.
     Source: Quest, arXiv 2406.10774.
     """
-    return OPS.page_score(q, bounds, block_table, seqlens, width, fmt.page_size, scale)
+    return OPS.page_score(q, bounds, block_table, seqlens, width, block_size or fmt.page_size, scale)

@@ -7,6 +7,7 @@ scored and chosen, attention. Both caches hold the same entries; keys, values an
 from __future__ import annotations
 
 import argparse
+import itertools
 import time
 from statistics import median, quantiles
 from typing import Any
@@ -22,6 +23,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--router", default="bounds", metavar="NAME", help="routing.method, one that takes a budget (default bounds)")
     parser.add_argument("--codecs", nargs="+", default=["none", "int8"], metavar="NAME", help="compression.method (default none int8)")
     parser.add_argument("--page-size", type=int, nargs="+", default=[32, 64], metavar="P", help="legal ones are measured (default 32 64)")
+    parser.add_argument(
+        "--block-size", type=int, nargs="+", default=[0], metavar="B", help="routing.block_size, 0 = whole pages (default 0)"
+    )
+    parser.add_argument("--metadata", default="bf16", metavar="DTYPE", help="of the router bounds (default bf16)")
     parser.add_argument("--layers", type=int, default=2, metavar="L", help="layers of a step (default 2)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the caches lie (default cpu)")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="torch threads (default 1)")
@@ -34,13 +39,14 @@ def run(args: argparse.Namespace) -> int:
     torch.set_num_threads(args.threads)
     rows = []
     for codec in args.codecs:
-        for page_size in args.page_size:
-            if codec == "none" or page_size % 64 == 0:
-                rows.append(_row(args, codec, page_size))
+        for page_size, block_size in itertools.product(args.page_size, args.block_size):
+            if (codec == "none" or page_size % 64 == 0) and page_size % (block_size or page_size) == 0:
+                rows.append(_row(args, codec, page_size, block_size))
     shown = (
         "router",
         "codec",
         "page_size",
+        "block_size",
         "context_tokens",
         "entries_read",
         "all_ms",
@@ -55,11 +61,15 @@ def run(args: argparse.Namespace) -> int:
         [{key: float(f"{row[key]:.4g}") if isinstance(row[key], float) else row[key] for key in shown} for row in rows],
     )
     write_json(args.json, "bench select", rows)
-    print("; ".join(f"{row['codec']}, pages of {row['page_size']}: {row['ratio']:.2f} times as fast as reading all" for row in rows))
+    print("; ".join(f"{row['codec']}, {_pieces(row)}: {row['ratio']:.2f} times as fast as reading all" for row in rows))
     return 0
 
 
-def _row(args: argparse.Namespace, codec: str, page_size: int) -> dict[str, Any]:
+def _pieces(row: dict[str, Any]) -> str:
+    return f"blocks of {row['block_size']}" if row["block_size"] else f"pages of {row['page_size']}"
+
+
+def _row(args: argparse.Namespace, codec: str, page_size: int, block_size: int) -> dict[str, Any]:
     import torch
 
     from pikv_ds.cache.stats import stats
@@ -69,7 +79,7 @@ def _row(args: argparse.Namespace, codec: str, page_size: int) -> dict[str, Any]
     generator = torch.Generator().manual_seed(0)
     shape = lambda tokens, heads: torch.randn(1, tokens, heads, DIM, generator=generator).bfloat16().to(args.device)  # noqa: E731
     clock = Clock(args.device)
-    full, chosen = (_cache(args, codec, page_size, selects) for selects in (False, True))
+    full, chosen = (_cache(args, codec, page_size, block_size, selects) for selects in (False, True))
     k, v = shape(args.context, HEADS), shape(args.context, HEADS)
     for cache in (full, chosen):
         _step(cache, shape(1, HEADS * GROUP).expand(-1, args.context, -1, -1), k, v, 0)
@@ -87,7 +97,8 @@ def _row(args: argparse.Namespace, codec: str, page_size: int) -> dict[str, Any]
     low, _, _, high = quantiles(ratios, n=5)
     full_stats, own_stats = stats(full, 1, args.context), stats(chosen, 1, args.context)
     return {
-        "router": args.router, "codec": codec, "page_size": page_size, "context_tokens": args.context, "threads": args.threads,
+        "router": args.router, "codec": codec, "page_size": page_size, "block_size": block_size, "context_tokens": args.context,
+        "threads": args.threads,
         "layers": args.layers, "steps": args.steps, "budget_ratio": args.ratio, "device": args.device,
         "entries_read": own_stats["entries_read"] / own_stats["entries_visible"],
         "all_ms": median(times["all"]), "ms": median(times["some"]), "ratio": median(ratios), "ratio_p20": low, "ratio_p80": high,
@@ -96,7 +107,7 @@ def _row(args: argparse.Namespace, codec: str, page_size: int) -> dict[str, Any]
     }  # fmt: skip
 
 
-def _cache(args: argparse.Namespace, codec: str, page_size: int, selects: bool):
+def _cache(args: argparse.Namespace, codec: str, page_size: int, block_size: int, selects: bool):
     import torch
 
     from pikv_ds.cache.cache import PiKVCache
@@ -105,7 +116,9 @@ def _cache(args: argparse.Namespace, codec: str, page_size: int, selects: bool):
 
     block: dict[str, Any] = {"page_size": page_size, "compression": {"method": codec}}
     if selects:
-        block["routing"] = {"method": args.router, "budget_ratio": args.ratio}
+        block["routing"] = {"method": args.router, "budget_ratio": args.ratio, "block_size": block_size or None}
+        if args.router == "bounds":
+            block["routing"]["metadata"] = args.metadata
     layers = [LayerSpec(layer_idx=i, num_kv_heads=HEADS, k_dim=DIM, v_dim=DIM) for i in range(args.layers)]
     return PiKVCache(layers, PiKVConfig(**block), num_experts=1, dtype=torch.bfloat16, device=torch.device(args.device))
 

@@ -73,7 +73,7 @@ def cpu_library(extra_flags: Sequence[str] = ()) -> Library:
 
     root = Path(torch.__file__).parent
     exact = ("-ffp-contract=off",)  # the bits of the torch reference: no fused multiply-add
-    plain = [Source(f"cpu/{name}.cpp") for name in ("attend", "slots", "pack", "route", "kernels", "checksum")]
+    plain = [Source(f"cpu/{name}.cpp") for name in ("attend", "slots", "pack", "route", "kernels", "checksum", "choose")]
     plain += [Source(f"cpu/{name}.cpp", exact) for name in ("append", "bounds")]
     sets = _per_instruction_set("baseline")
     if platform.machine() == "x86_64" and "-DPK_PORTABLE" not in extra_flags:
@@ -82,7 +82,8 @@ def cpu_library(extra_flags: Sequence[str] = ()) -> Library:
         vnni = (*wide, "-mavx512vnni")
         sets += [
             Source(f"cpu/{name}.cpp", vnni)
-            for name in ("attend_vnni", "attend_phases", "phase_table", "phase_int_keys", "phase_int_values", "attend_chunk", "chunk_float")
+            for name in ("attend_vnni", "score_vnni", "attend_phases", "phase_table", "phase_int_keys", "phase_int_values",
+                         "attend_chunk", "chunk_float")  # fmt: skip
         ]
         bf16, amx = (*vnni, "-mavx512vbmi", "-mavx512bf16"), ("-mamx-tile", "-mamx-int8", "-mamx-bf16")
         sets += [

@@ -59,8 +59,17 @@ def _values_are_checked() -> bool:
     return asked
 
 
+def _refuse_blocks(op: str, fmt: PageFormat, block_size: int = 0) -> None:
+    checks.require(
+        block_size in (0, fmt.page_size),
+        f"{op}: block_size {block_size} is not served on CUDA, where pages of {fmt.page_size} are listed whole; "
+        "leave routing.block_size null, or keep the cache on the CPU",
+    )
+
+
 def decode(q, pages, block_table, seqlens, q_positions, page_list, tail, tail_rows, *rest):
-    fmt, (scale, window, with_page_lse, num_splits) = PageFormat.from_layout(rest[:7]), rest[7:]
+    fmt, (scale, window, with_page_lse, num_splits, *block) = PageFormat.from_layout(rest[:7]), rest[7:]
+    _refuse_blocks("decode", fmt, *block)
     if _tier(fmt, q) == "torch":
         return torch.ops.pikv.decode_reference(q, pages, block_table, seqlens, q_positions, page_list, tail, tail_rows, *rest)
     checks.attend(q, pages, block_table, seqlens, q_positions, page_list, tail, tail_rows, fmt, window, values=_values_are_checked())
@@ -158,6 +167,7 @@ def append(pages, tail, k, v, positions, slot_mapping, tail_rows, *rest):
 
 def page_bounds(bounds, pages, slot_mapping, tail, tail_rows, *rest):
     fmt = PageFormat.from_layout(rest[:7])
+    _refuse_blocks("page_bounds", fmt, *rest[7:])
     checks.page_bounds(bounds, pages, slot_mapping, tail, tail_rows, fmt, values=_values_are_checked())
     T = slot_mapping.shape[0]
     if T:

@@ -26,6 +26,7 @@ def attend(
     tail: Tensor | None = None,
     tail_rows: Tensor | None = None,
     with_page_lse: bool = False,
+    block_size: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """q [R, T, Hq, Dk] against the entries of N = R * S tables; the other arguments as in ops/decode.py and ops/prefill_cached.py.
 
@@ -37,7 +38,9 @@ def attend(
     N, num_kv_heads = block_table.shape[0], max(block_table.shape[1], fmt.num_kv_heads)
     group = Hq // num_kv_heads
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    k, v, stored, valid = _gather(pages, fmt, block_table, seqlens, num_kv_heads, page_list, tail, tail_rows, dtype)
+    k, v, stored, valid = _gather(
+        pages, fmt, block_table, seqlens, num_kv_heads, page_list, tail, tail_rows, dtype, block_size or fmt.page_size
+    )
     C = valid.shape[2]
     q = q.to(dtype).view(R, T, num_kv_heads, group, -1).repeat_interleave(N // R, 0)
     scores = torch.einsum("nthgd,nhcpd->nthgcp", q * scale, k)
@@ -56,16 +59,21 @@ def attend(
     return *merge_partials(out, lse), page_lse
 
 
-def _gather(pages, fmt, block_table, seqlens, num_kv_heads, page_list, tail, tail_rows, dtype):
-    """k [N, H, C, P, Dk], v [N, H, C, P, Dv], stored positions and validity [N, H, C, P]; zeros where not valid, whatever is stored."""
+def _gather(pages, fmt, block_table, seqlens, num_kv_heads, page_list, tail, tail_rows, dtype, block_size):
+    """k [N, H, C, P, Dk], v [N, H, C, P, Dv], stored positions and validity [N, H, C, P]; zeros where not valid, whatever is stored.
+
+    C: what is listed, or all. Of a page only the listed block is valid.
+    """
     N, _, max_pages = block_table.shape
-    ordinals = torch.arange(max_pages, device=pages.device).expand(N, 1, -1) if page_list is None else page_list.long()
+    blocks, slot = fmt.page_size // block_size, torch.arange(fmt.page_size, device=pages.device)
+    named = torch.arange(max_pages * blocks, device=pages.device).expand(N, 1, -1) if page_list is None else page_list.long()
+    ordinals = torch.where(named >= 0, named // blocks, -1)
     wide = lambda x: x.expand(N, num_kv_heads, x.shape[-1])  # noqa: E731
-    ordinals = wide(ordinals)
+    ordinals, named = wide(ordinals), wide(named)
     ids = wide(block_table).long().gather(2, ordinals.clamp_min(0)) if ordinals.numel() else ordinals
     lens = wide(seqlens.long().unsqueeze(-1)).unsqueeze(-1)  # [N, H, 1, 1]
-    token = ordinals.unsqueeze(-1) * fmt.page_size + torch.arange(fmt.page_size, device=pages.device)
-    valid = (ordinals >= 0).unsqueeze(-1) & (token < lens)
+    token = ordinals.unsqueeze(-1) * fmt.page_size + slot
+    valid = (ordinals >= 0).unsqueeze(-1) & (token < lens) & (slot // block_size == (named % blocks).unsqueeze(-1))
     # Only what is valid is looked up: tables may hold anything beyond seqlens.
     used, index = torch.unique(torch.where(valid.any(-1), ids, 0), return_inverse=True)
     taken = pages.index_select(0, used) if pages.shape[0] else pages.new_zeros(1, fmt.record_bytes)

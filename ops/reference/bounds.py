@@ -14,14 +14,22 @@ _MAX = torch.finfo(torch.float32).max
 
 
 def page_bounds(
-    bounds: Tensor, pages: Tensor, fmt: PageFormat, slot_mapping: Tensor, *, tail: Tensor | None = None, tail_rows: Tensor | None = None
+    bounds: Tensor,
+    pages: Tensor,
+    fmt: PageFormat,
+    slot_mapping: Tensor,
+    *,
+    tail: Tensor | None = None,
+    tail_rows: Tensor | None = None,
+    block_size: int = 0,
 ) -> None:
     """The arguments are those of ops/page_bounds.py. Sync: yes."""
     here = slot_mapping >= 0
     slot = slot_mapping[here].long()
     page, offset = slot // fmt.page_size, slot % fmt.page_size
-    if bounds.dtype == torch.int8:
-        _box_anew(bounds, pages, fmt, slot, tail, None if tail_rows is None else tail_rows[here].long())
+    block_size = block_size or fmt.page_size
+    if bounds.dtype == torch.int8 or block_size < fmt.page_size:
+        _box_anew(bounds, pages, fmt, slot, tail, None if tail_rows is None else tail_rows[here].long(), block_size)
         return
     anew = page[offset == 0]
     bounds[anew, :, 0], bounds[anew, :, 1] = torch.inf, -torch.inf
@@ -78,8 +86,19 @@ def _newest(slot: Tensor, rows: Tensor, num_rows: int) -> Tensor:
     return newest
 
 
-def _box_anew(bounds: Tensor, pages: Tensor, fmt: PageFormat, slot: Tensor, tail: Tensor | None, rows: Tensor | None) -> None:
-    """int8: the box of all keys from the first slot of a page to its last in `slot`. Widening a coded box would add up its rounding."""
+def _box_anew(
+    bounds: Tensor,
+    pages: Tensor,
+    fmt: PageFormat,
+    slot: Tensor,
+    tail: Tensor | None,
+    rows: Tensor | None,
+    block_size: int,
+) -> None:
+    """int8 or blocks: boxes of all keys from the first slot of a page, a group of blocks or a block to the last one in `slot`.
+
+    Widening a coded box would add up its rounding. A group of keys that becomes full changes the boxes of all blocks in it.
+    """
     touched, index = torch.unique(slot // fmt.page_size, return_inverse=True)
     if not touched.numel():
         return
@@ -89,7 +108,19 @@ def _box_anew(bounds: Tensor, pages: Tensor, fmt: PageFormat, slot: Tensor, tail
         for i in ((slot == newest) & (newest % fmt.group != fmt.group - 1)).nonzero().flatten().tolist():
             begin = int(slot[i]) % fmt.page_size // fmt.group * fmt.group
             k[index[i], begin : begin + fmt.group] = tail[rows[i]].transpose(0, 1).float()
-    last = slot.new_zeros(touched.numel()).scatter_reduce(0, index, slot % fmt.page_size, "amax")
-    absent = (torch.arange(fmt.page_size, device=slot.device) > last.unsqueeze(-1)).unsqueeze(-1).unsqueeze(-1) | k.isnan()
-    low, high = k.masked_fill(absent, torch.inf).amin(1), k.masked_fill(absent, -torch.inf).amax(1)
-    bounds[touched] = encode_box(torch.stack((low, high), 2))
+    span = fmt.page_size if block_size == fmt.page_size else fmt.group if fmt.grouped else block_size
+    number, blocks = torch.arange(fmt.page_size, device=slot.device), fmt.page_size // block_size
+    # [pages, spans] the slots of each span that count, 0 = it is left alone
+    counts = slot.new_zeros(touched.numel(), fmt.page_size // span)
+    counts.view(-1).scatter_reduce_(0, index * counts.shape[1] + slot % fmt.page_size // span, slot % span + 1, "amax")
+    absent = (number % span >= counts[:, number // span]).unsqueeze(-1).unsqueeze(-1) | k.isnan()
+    low, high = (
+        k.masked_fill(absent, fill).unflatten(1, (blocks, -1)).movedim(2, 0) for fill in (torch.inf, -torch.inf)
+    )  # [block_size, pages, blocks, H, D]
+    low, high = low.amin(0), high.amax(0)
+    made = counts[:, number[::block_size] // span] > number[::block_size] % span  # [pages, blocks]
+    target = (touched.unsqueeze(1) * blocks + torch.arange(blocks, device=slot.device))[made]
+    if bounds.dtype == torch.int8:
+        bounds[target] = encode_box(torch.stack((low, high), 3)[made])
+    else:
+        bounds[target, :, 0], bounds[target, :, 1] = not_above(low[made], bounds.dtype), -not_above(-high[made], bounds.dtype)

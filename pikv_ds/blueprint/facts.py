@@ -64,10 +64,11 @@ class Facts:
         plans = []
         for spec, pool in zip(self.layers, stored, strict=True):
             own = page_format(methods.codec, pool, heads)
-            pools = (PoolPlan(fmt=own, always_read=methods.router.reads_all),)
+            routed = {"always_read": methods.router.reads_all, "block_size": self.config.routing.block_size}
+            pools = (PoolPlan(fmt=own, **routed),)
             if methods.near is not None and spec.window is None:
                 near = page_format(methods.near, pool_of(methods.near, spec, self.page_size, self.dtype), heads)
-                far = PoolPlan(fmt=own, mapped=methods.codec.light is None, always_read=methods.router.reads_all)
+                far = PoolPlan(fmt=own, mapped=methods.codec.light is None, **routed)
                 pools = (PoolPlan(fmt=near), far)
             if spec.window is None:
                 for i, kind in enumerate(methods.pools):

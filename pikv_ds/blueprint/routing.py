@@ -36,11 +36,13 @@ def _one_budget(facts: Facts) -> str | None:
 def _pinned(facts: Facts) -> str | None:
     routing = facts.config.routing
     pinned, budget = routing.sink_tokens + routing.recent_tokens, routing.budget_pages
-    if budget is None or budget * facts.page_size >= pinned:
+    block_size = routing.block_size or facts.page_size
+    if budget is None or budget * block_size >= pinned:
         return None
+    listed = "pages" if routing.block_size is None else "blocks"
     return illegal(
         "routing.budget_pages", budget,
-        f"at least {-(-pinned // facts.page_size)}: {budget} pages of {facts.page_size} tokens are fewer than sink_tokens "
+        f"at least {-(-pinned // block_size)}: {budget} {listed} of {block_size} tokens are fewer than sink_tokens "
         f"{routing.sink_tokens} + recent_tokens {routing.recent_tokens}, which every query reads; raise it or lower those",
     )  # fmt: skip
 

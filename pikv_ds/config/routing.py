@@ -30,6 +30,9 @@ class RoutingConfig(MethodBlock):
     method: str = Field("all", description="KV router, see `pikv methods`.")
     budget_ratio: float | None = Field(None, gt=0, le=1, description="Pages a query reads per kv head, as a share of its request's tokens.")
     budget_pages: int | None = Field(None, ge=1, description="Pages a query reads per kv head and layer; in place of budget_ratio.")
+    block_size: int | None = Field(
+        None, ge=1, description="Tokens that are chosen as one, inside of pages; budget_pages counts them. null: whole pages."
+    )
     sink_tokens: int = Field(4, ge=0, description="First tokens of a request that every query reads, inside the budget.")
     recent_tokens: int = Field(64, ge=0, description="Latest tokens before a query that it always reads, inside the budget.")
     exchange: Literal["all", "needed", "routed"] = Field(

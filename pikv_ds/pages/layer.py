@@ -74,6 +74,7 @@ class LayerPages:
         return PagePool(
             plan.fmt, self.dtype, counts, free_top, reader, heads=self.heads, level=level, maps=self.maps if plan.mapped else None,
             full_pages=level > 0, no_tail=no_tail, events=self.events, addresses=self._addresses,
+            block_size=plan.block_size,
         )  # fmt: skip
 
     # ---- host phase ----------------------------------------------------------------------------------------------------------

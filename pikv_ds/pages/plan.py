@@ -21,6 +21,8 @@ class PoolPlan:
     """Its entries are coefficients of what the layer is given; otherwise they are that, encoded."""
     always_read: bool = True
     """Every query reads it; otherwise a router chooses among its pages."""
+    block_size: int | None = None
+    """Tokens that a router chooses as one; None: those of a page."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -52,16 +52,19 @@ class PagePool:
         no_tail: Tensor | None = None,
         events: PageEvents | None = None,
         addresses: Addresses | None = None,
+        block_size: int | None = None,
     ) -> None:
         """dtype: of the model. counts [R, S] int32 and free_top, 0-d int64: views of tensors that a rank reads once per step.
 
         reader: how queries meet what pages hold (pages/raw.py, pages/unrotated.py). level: place among the layer's pools, 0 the nearest.
         maps: between the entries that the layer is given and those of this pool; None: they are the same numbers, encoded.
         full_pages: entries come in full pages only, so that there is no open group. no_tail [1, Hkv, group, Dk]: what ops are given all the
-        same, when the format has groups. addresses: told when memory of the pool is replaced; None: nobody asks.
+        same, when the format has groups. addresses: told when memory of the pool is replaced; None: nobody asks. block_size: tokens that
+        are chosen as one; None: those of a page.
         """
         self.fmt, self.dtype, self.device, self.level, self.maps = fmt, dtype, counts.device, level, maps
         self.page_size, self.full_pages = fmt.page_size, full_pages
+        self.block_size = block_size or fmt.page_size
         self.events = PageEvents() if events is None else events
         self._addresses = addresses or Addresses()
         self.table = PageTable(counts, heads, self._addresses)
@@ -101,6 +104,11 @@ class PagePool:
         """
         self.add_summary(name, (), dtype)
         self.counters.append(name)
+
+    @property
+    def blocks(self) -> int:
+        """Of a page. Block b of page p has the number p * blocks + b, in a table column * blocks + b."""
+        return self.page_size // self.block_size
 
     # ---- sizes: host side ----------------------------------------------------------------------------------------------------
 

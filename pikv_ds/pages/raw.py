@@ -57,11 +57,13 @@ class RawReader:
         window: int | None = None,
         q_positions: Tensor | None = None,
         page_lse: bool = False,
+        block_size: int = 0,
     ) -> Read:
         return Read(
             *ops.decode(
                 q, self.pool.pages, self.pool.fmt, view.block_table, view.seqlens, scale=scale, page_list=page_list, window=window,
                 q_positions=q_positions, tail=view.tail, tail_rows=view.tail_rows, with_page_lse=page_lse,
+                block_size=block_size,
             )
         )  # fmt: skip
 
@@ -77,4 +79,5 @@ class RawReader:
 
     def bounds(self, out: Tensor, slot_mapping: Tensor, table: Tensor) -> None:
         options = {} if self.pool.tail is None else {"tail": self.pool.tail, "tail_rows": table}
+        options["block_size"] = self.pool.block_size
         ops.page_bounds(out, self.pool.pages, self.pool.fmt, slot_mapping, **options)

@@ -125,12 +125,16 @@ class UnrotatedReader:
         window: int | None = None,
         q_positions: Tensor | None = None,
         page_lse: bool = False,
+        block_size: int = 0,
     ) -> Read:
         """In torch, and only of the listed pages.
 
         Cost: as many f32 numbers as are read, for so many queries at a time that they are NUMBERS_AT_ONCE or of one query.
         """
         pool = self.pool
+        assert block_size in (0, pool.page_size), (
+            f"blocks of {block_size} of pages whose keys are rebuilt: refuse them (blueprint/blocks.py)"
+        )
         num_tables, columns = view.block_table.shape[0], (view.block_table if page_list is None else page_list).shape[2]
         if not pool.num_pages:
             empty = q.new_zeros(*q.shape[:2], pool.fmt.v_dim, dtype=torch.float32)

@@ -81,8 +81,11 @@ class PageReader(Protocol):
         window: int | None = None,
         q_positions: Tensor | None = None,
         page_lse: bool = False,
+        block_size: int = 0,
     ) -> Read:
         """One query q [Q, Hq, Dk] for every S tables of the view, to the columns page_list [Q * S, X, K] int32 (-1 = none; None: all).
+
+        block_size: columns are blocks of so many tokens, 0 = pages; readers that rebuild keys have pages only.
 
         Returns: out [Q, Hq, Dv], lse [Q, Hq], page_lse [Q * S, Hq, K]. Sync: none.
         """

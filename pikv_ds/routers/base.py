@@ -38,7 +38,7 @@ class PageQuery:
     """[Q] int32; -1 = padding, whose choice does not matter."""
     pool: PagePool
     block_table: Tensor
-    """[N, 1, C] int32."""
+    """[N, 1, C] int32. Where blocks of pages are chosen, columns are blocks, here and below: page * blocks + block (pages/pool.py)."""
     seqlens: Tensor
     """[N, 1] int32, entries of each table that the query sees."""
     tail: Tensor | None
@@ -66,10 +66,13 @@ class PageQuery:
     near_lse: Tensor | None = None
     """[Q, Hq] f32 lse of the entries of this rank that every query reads besides these pages (tiers/window.py); None = there are none."""
 
+    page_table: Tensor | None = None
+    """[N, 1, pages] int32, the pages themselves; None = block_table has them."""
+
     @property
     def view(self) -> PageView:
         """The tables, as readers take them."""
-        return PageView(self.block_table, self.seqlens, self.tail, self.tail_rows)
+        return PageView(self.block_table if self.page_table is None else self.page_table, self.seqlens, self.tail, self.tail_rows)
 
     def over_shards(self, x: Tensor) -> Tensor:
         """[Q, S, ...] of the local shards -> [Q, shards, ...] of all, by `gather`."""
@@ -123,6 +126,8 @@ class Router(ABC):
 
     by_page: ClassVar[bool] = False
     """True: what `wrote` keeps follows from the entries of each page alone, so that a rank need not be told of those of other ranks."""
+    by_block: ClassVar[bool] = False
+    """True: it scores blocks of pages as well (`routing.block_size`)."""
     whole_forwards: ClassVar[bool] = False
     """True: it is told of all entries of a forward at once, also when only the last of them may be taken back."""
     memories: tuple[Memory, ...] = ()

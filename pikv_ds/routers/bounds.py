@@ -25,7 +25,7 @@ class PageBounds(Router):
     Source: Quest, arXiv 2406.10774, section 3.3; spread and mean are ours.
     """
 
-    summarises = by_page = True
+    summarises = by_page = by_block = True
 
     def __init__(
         self, *, spread: float = 0.4, heads: Literal["mean", "max"] = "mean", metadata: Literal["fp32", "bf16", "fp16", "int8"] = "bf16"
@@ -35,10 +35,11 @@ class PageBounds(Router):
         self.spread, self.heads, self.dtype = spread, heads, _DTYPES[metadata]
 
     def open(self, layer: int, pool: PagePool, num_shards: int, rows: Rows) -> None:
-        pool.add_summary(SUMMARY, pool.reader.bounds_shape(self.dtype), self.dtype)
+        shape = pool.reader.bounds_shape(self.dtype)
+        pool.add_summary(SUMMARY, shape if pool.blocks == 1 else (pool.blocks, *shape), self.dtype)
 
     def wrote(self, layer: int, pool: PagePool, new: NewEntries) -> None:
-        pool.reader.bounds(pool.summaries[SUMMARY], new.slot_mapping, new.table)
+        pool.reader.bounds(_of_blocks(pool), new.slot_mapping, new.table)
 
     def rebuilt(self, layer: int, pool: PagePool, change: PageChange) -> None:
         self.wrote(layer, pool, change.entries)
@@ -54,5 +55,11 @@ class PageBounds(Router):
         elif self.spread < 1:
             q = q.float()
             width = self.spread * q.abs()
-        bounds = pool.summaries[SUMMARY]
-        return ops.page_score(q, bounds, pool.fmt, asked.block_table, asked.seqlens, scale=asked.scale, width=width)
+        table, lens = asked.block_table, asked.seqlens
+        return ops.page_score(q, _of_blocks(pool), pool.fmt, table, lens, scale=asked.scale, width=width, block_size=pool.block_size)
+
+
+def _of_blocks(pool: PagePool) -> Tensor:
+    """Bounds of all blocks, [P * blocks, H, 2, D]."""
+    bounds = pool.summaries[SUMMARY]
+    return bounds if pool.blocks == 1 else bounds.flatten(0, 1)

@@ -13,10 +13,19 @@ class PageOracle(Router):
     which the entries read do not count.
     """
 
+    by_block = True
+
     def score(self, asked: PageQuery) -> Tensor:
         pool, num_heads = asked.pool, asked.pool.fmt.num_kv_heads
         _, lse, page_lse = pool.reader.attend_listed(
-            asked.q, asked.view, None, scale=asked.scale, window=asked.window, q_positions=asked.positions, page_lse=True
+            asked.q,
+            asked.view,
+            None,
+            scale=asked.scale,
+            window=asked.window,
+            q_positions=asked.positions,
+            page_lse=True,
+            block_size=pool.block_size,
         )
         lse = lse if asked.near_lse is None else torch.logaddexp(lse, asked.near_lse)
         total = asked.gather(lse).logsumexp(0).repeat_interleave(page_lse.shape[0] // lse.shape[0], 0).unsqueeze(-1)

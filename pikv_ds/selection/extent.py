@@ -31,16 +31,18 @@ def extent_of(pool: PagePool, table: Tensor, lens: Tensor, at: Tensor, config: R
 
     Args: table [Q * S, 1, C] int32, lens [Q, S, 1] int32 entries; in_order: without a window entry i of a table is at position i.
     """
-    page_size, columns = pool.page_size, table.shape[-1]
-    begin = torch.arange(columns, device=table.device, dtype=torch.int32) * page_size
-    entries = (lens - begin).clamp_(0, page_size)
+    block_size, columns = pool.block_size, table.shape[-1]
+    begin = torch.arange(columns, device=table.device, dtype=torch.int32) * block_size
+    entries = (lens - begin).clamp_(0, block_size)
     visible = entries > 0
     if window is None and in_order:
         first, last = begin.expand(entries.shape), begin + (entries - 1)
     else:
-        held = pool.positions if pool.num_pages else torch.zeros(1, page_size, dtype=torch.int32, device=table.device)
-        page = torch.where(visible, table.view(entries.shape), 0)
-        first, last = held[page, 0], held[page, (entries - 1).clamp_min(0)]
+        held = pool.positions if pool.num_pages else torch.zeros(1, pool.page_size, dtype=torch.int32, device=table.device)
+        page, offset = torch.where(visible, table.view(entries.shape), 0), 0
+        if pool.blocks > 1:
+            page, offset = page // pool.blocks, page % pool.blocks * block_size
+        first, last = held[page, offset], held[page, (entries - 1).clamp_min(0) + offset]
     if window is not None:
         visible = visible & (last > at - window)
         entries = torch.where(visible, entries, 0)
@@ -48,8 +50,8 @@ def extent_of(pool: PagePool, table: Tensor, lens: Tensor, at: Tensor, config: R
     return Extent(entries, visible, ~visible, first, last, pinned)
 
 
-def entries_beside(view: PageView, num_rows: int, num_queries: int, page_size: int) -> Tensor:
-    """[R * T, S, C] int32: entries of each page of R rows that their T queries read besides."""
-    first = torch.arange(view.block_table.shape[-1], device=view.seqlens.device, dtype=torch.int32) * page_size
+def entries_beside(view: PageView, num_rows: int, num_queries: int, page_size: int, blocks: int = 1) -> Tensor:
+    """[R * T, S, C * blocks] int32: entries of each block of page_size tokens of R rows that their T queries read besides."""
+    first = torch.arange(view.block_table.shape[-1] * blocks, device=view.seqlens.device, dtype=torch.int32) * page_size
     entries = (view.seqlens.view(num_rows, 1, -1, 1) - first).clamp(0, page_size)
     return entries.expand(-1, num_queries, -1, -1).flatten(0, 1)

@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from pikv_ds import ops
 from pikv_ds.config.routing import RoutingConfig
 from pikv_ds.exchange.exchange import Exchange
 from pikv_ds.pages.layers import RankPages
@@ -45,6 +46,8 @@ class Selection:
         self.config, self.router, self.pages, self.exchange, self.window = config, router, pages, exchange, window
         self.in_order = pages.num_shards == 1 and keeps_all and window is None  # without a window, entry i of a table is at position i
         self.page_size, self.num_shards, self.device = pages.page_size, pages.num_shards, pages.device
+        self.block_size = config.block_size or pages.page_size
+        self.blocks = self.page_size // self.block_size
         self.entries = torch.zeros(2, dtype=torch.float64, device=self.device)  # read (mean over kv heads), visible: sums over queries
         self.mass = torch.zeros(2, dtype=torch.float64, device=self.device)  # share of attention read, queries
         self.measures_mass = False
@@ -131,7 +134,7 @@ class Selection:
             near = None
             if beside is not None:
                 num_queries = asked.positions.numel() // num_rows
-                near = [entries_beside(other, num_rows, num_queries, self.page_size) for other in beside.views]
+                near = [entries_beside(other, num_rows, num_queries, self.block_size, self.blocks) for other in beside.views]
                 near = torch.cat(near, -1) if near else asked.entries[..., :0]
                 asked = replace(asked, near_lse=beside.lse[:, begin:end].flatten(0, 1))
                 self.entries += near.flatten(1).sum(1, dtype=torch.float64) @ real_queries(asked)
@@ -148,7 +151,9 @@ class Selection:
                 readers.append(choice.readers.unflatten(1, (num_rows, -1)))
             part = [read.out.view(num_rows, -1, *read.out.shape[1:]), read.lse.view(num_rows, -1, read.lse.shape[1])]
             if with_page_lse:
-                of_pages = by_column(read.page_lse, choice.columns, view.block_table.shape[-1])
+                of_pages = by_column(read.page_lse, choice.columns, view.block_table.shape[-1] * self.blocks)
+                if self.blocks > 1:
+                    of_pages = of_pages.unflatten(-1, (-1, self.blocks)).logsumexp(-1)
                 part.append(of_pages.unflatten(0, (num_rows, -1, self.pages.num_local)))
             parts.append(part)
         out, lse, *page_lse = parts[0] if len(parts) == 1 else (torch.cat(pieces, 1) for pieces in zip(*parts, strict=True))
@@ -163,17 +168,16 @@ class Selection:
         if near is not None:  # near pages take part as pinned ones, so that the budget is one over all pools and all ranks
             score = torch.nn.functional.pad(score, (0, near.shape[-1]))
             hidden, pinned = torch.cat([hidden, near == 0], -1), torch.cat([pinned, near > 0], -1)
+        if self.blocks > 1 and near is None and num_local == 1 and self.exchange.size == 1:
+            pages, width = self._budget_of(step, asked, num_queries)
+            return Choice(ops.choose_pages(score.squeeze(1), hidden.squeeze(1), pinned.squeeze(1), pages, width))
         keys, needed = page_keys(score, hidden, pinned, self.pages.map), self.returns_needed(step)
         if named is not None:
             choice = Choice(listed_pages(keys, num_local), readers_of_shards(named, asked, self.config) if needed else None)
         else:
-            budget = self._budget(step, asked.layer)
-            pages = None
-            if budget.pages is not None:
-                each = num_queries // (asked.rows.stop - asked.rows.start)
-                pages = budget.pages[asked.rows].repeat_interleave(each, output_size=num_queries)
+            pages, width = self._budget_of(step, asked, num_queries)
             what = f"choosing the pages of layer {asked.layer} over all ranks"
-            choice = best_pages(keys, pages, budget.width, num_local, self.exchange, what)
+            choice = best_pages(keys, pages, width, num_local, self.exchange, what)
             if choice.readers is not None and not needed:
                 choice = Choice(choice.columns)
         if near is None:
@@ -193,7 +197,14 @@ class Selection:
 
     def _attend(self, asked: PageQuery, columns: Tensor | None, page_lse: bool = False) -> Read:
         return asked.pool.reader.attend_listed(
-            asked.q, asked.view, columns, scale=asked.scale, window=asked.window, q_positions=asked.positions, page_lse=page_lse
+            asked.q,
+            asked.view,
+            columns,
+            scale=asked.scale,
+            window=asked.window,
+            q_positions=asked.positions,
+            page_lse=page_lse,
+            block_size=self.block_size,
         )
 
     def _asked(
@@ -210,7 +221,10 @@ class Selection:
         if num_queries > 1:
             table, lens = (per_query(x, num_rows, num_queries) for x in (table, lens))
             tail_rows = None if tail_rows is None else per_query(tail_rows, num_rows, num_queries)
-        table = table.contiguous()
+        table, page_table = table.contiguous(), None
+        if self.blocks > 1:
+            page_table = table
+            table = (table.unsqueeze(-1) * self.blocks + torch.arange(self.blocks, dtype=torch.int32, device=table.device)).flatten(2)
         at = positions if positions.shape[1] == num_queries else positions[:, begin : begin + num_queries]
         at = at.flatten().contiguous()
 
@@ -224,9 +238,17 @@ class Selection:
             seqlens=lens, tail=view.tail, tail_rows=tail_rows,
             **where._asdict(), map=self.pages.map,
             homes=None if self.num_shards == 1 else self.pages.directory.shard_at[query.layer][rows],
-            window=window, scale=query.scale, gather=self.gather,
+            window=window, scale=query.scale, gather=self.gather, page_table=page_table,
         )  # fmt: skip
         return asked, key
+
+    def _budget_of(self, step: Step, asked: PageQuery, num_queries: int) -> tuple[Tensor | None, int]:
+        """Of each query, [Q] int64 or None, and the width: selection/budget.py."""
+        pages, width = self._budget(step, asked.layer)
+        if pages is not None:
+            each = num_queries // (asked.rows.stop - asked.rows.start)
+            pages = pages[asked.rows].repeat_interleave(each, output_size=num_queries)
+        return pages, width
 
     def _budget(self, step: Step, layer: int) -> Budget:
         """Once per forward and window."""
@@ -234,7 +256,7 @@ class Selection:
 
         def budget() -> Budget:
             seen = [spec.tokens_kept(n) for n in step.lens_seen]
-            return page_budget(self.config, seen, self.page_size, self.num_shards, self.device, near)
+            return page_budget(self.config, seen, self.block_size, self.num_shards, self.device, near)
 
         return step.once(("budget", spec.window), budget)
 

@@ -28,7 +28,7 @@ class Selected(Check):
 
     def opened(self, driver: Driver) -> None:
         super().opened(driver)
-        self.page_size, self.num_shards = driver.cache.page_size, driver.cache.num_shards
+        self.page_size, self.num_shards = self.routing["block_size"] or driver.cache.page_size, driver.cache.num_shards
         self.chosen, self.left_out = recorded_choices(driver.probe), 0
 
     def generation(self) -> None:
@@ -117,10 +117,11 @@ class Selected(Check):
 
 def selecting(
     layers=LAYERS, *, pages=None, ratio=None, method="bounds", recent=RECENT, metadata="fp32", spread=0.25, heads="mean", scored=None,
-    page_size=PAGE, **options,
+    page_size=PAGE, block_size=None, **options,
 ) -> tuple[Driver, Selected]:  # fmt: skip
     """A driver with this routing block, and the one check of it."""
     block = {"method": method, "budget_pages": pages, "budget_ratio": ratio, "sink_tokens": SINKS, "recent_tokens": recent}
+    block["block_size"] = block_size
     selected = Selected(block, metadata=metadata, spread=spread, heads=heads, scored=scored)
     own = {"metadata": metadata, "spread": spread, "heads": heads} if method == "bounds" else {}
     return Driver(layers, routing=block | own, page_size=page_size, placement="position", checks=[selected], **options), selected

@@ -76,14 +76,30 @@ def check_checksum(words: int, op: Callable, device: str) -> float:
     return 0.0
 
 
-def check_bounds(name: str, dtype: torch.dtype, op: Callable, device: str) -> float:
+def check_bounds(name: str, dtype: torch.dtype, op: Callable, device: str, block_size: int = 0) -> float:
     """Two tables that grow in steps, pages in no order: the bits of the reference after each."""
-    expected, found = Grown(name, dtype), Grown(name, dtype, device=device)
+    expected, found = Grown(name, dtype, block_size=block_size), Grown(name, dtype, device=device, block_size=block_size)
     for step, count in enumerate((1, 3, 70, 1, 300, 5)):
         expected.step(count, library.REFERENCE["page_bounds"], scale=10.0 ** (step - 2))
         found.step(count, op("page_bounds"), scale=10.0 ** (step - 2))
         bits = [grown.bounds.view(torch.uint8) for grown in (expected, found)]
         assert torch.equal(*bits), f"bounds differ after a step of {count}"
+    return 0.0
+
+
+def check_choose(queries: int, heads: int, columns: int, op: Callable, device: str) -> float:
+    """Scores that tie, are -inf, of both signs; budgets below what is pinned, above what is visible: the columns of the reference."""
+    generator = torch.Generator().manual_seed(columns)
+    score = torch.randn(queries, heads, columns, generator=generator)
+    score[:, :, ::3] = score[:, :, ::3].round()
+    score[:, :, ::7] = -torch.inf
+    hidden, pinned = (torch.rand(queries, columns, generator=generator) < share for share in (0.2, 0.05))
+    for width in {1, max(1, columns // 3), columns + 2}:
+        width = max(width, int((pinned & ~hidden).sum(1).max()))
+        for budget in (None, torch.randint(1, width + 1, (queries,), generator=generator)):
+            expected = library.REFERENCE["choose_pages"](score, hidden, pinned, budget, width)
+            given = (x if x is None else x.to(device) for x in (score, hidden, pinned, budget))
+            assert torch.equal(op("choose_pages")(*given, width).cpu(), expected), f"width {width}, budget {budget}"
     return 0.0
 
 

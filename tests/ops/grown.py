@@ -14,12 +14,14 @@ P = 64  # page size
 class Grown:
     """A store of two tables that grows in steps, with its bounds; pages come in no order."""
 
-    def __init__(self, name, dtype, heads=2, dim=32, latent=False, seed=0, device="cpu", v_dim=None):
-        self.device = device
+    def __init__(self, name, dtype, heads=2, dim=32, latent=False, seed=0, device="cpu", v_dim=None, block_size=0):
+        self.device, self.block = device, [block_size] if block_size else []
         self.fmt = format_of(name, 1 if latent else heads, dim, v_dim or dim, P, latent)
         self.generator = torch.Generator().manual_seed(seed)
         self.pages = torch.full((12, self.fmt.record_bytes), 0xFF, dtype=torch.uint8)
-        self.bounds = torch.full((12, *bounds_shape(self.fmt, dtype)), -1 if dtype == torch.int8 else torch.nan, dtype=dtype)
+        self.bounds = torch.full(
+            (12 * P // (block_size or P), *bounds_shape(self.fmt, dtype)), -1 if dtype == torch.int8 else torch.nan, dtype=dtype
+        )
         self.table = torch.randperm(12, generator=self.generator).view(2, 6)
         self.lens = [0, 0]
         self.extra = {"tail": torch.zeros(2, self.fmt.num_kv_heads, P, dim, dtype=torch.bfloat16)} if self.fmt.grouped else {}
@@ -39,7 +41,7 @@ class Grown:
         ref_append.append(self.pages, self.fmt, k, v, torch.arange(count, dtype=torch.int32), slots, **self.extra, **rows)
         bounds = self.bounds.to(self.device)
         cache = [self.pages, slots, self.extra.get("tail"), rows.get("tail_rows")]
-        page_bounds(bounds, *(None if x is None else x.to(self.device) for x in cache), *library.layout(self.fmt))
+        page_bounds(bounds, *(None if x is None else x.to(self.device) for x in cache), *library.layout(self.fmt), *self.block)
         self.bounds = bounds.cpu()
 
     def keys(self, n):

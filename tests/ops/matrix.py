@@ -18,10 +18,12 @@ import torch
 from pikv_ds.ops import library
 from pikv_ds.ops.format.formats import FORMATS
 from pikv_ds.ops.format.kernels import LATENT_TENSOR, TENSOR, TENSOR_DIMS, tensor_kernel
+from tests.ops.blocks import list_half_of_the_blocks
 from tests.ops.byte_checks import (
     check_append,
     check_bounds,
     check_checksum,
+    check_choose,
     check_merge,
     check_migrate,
     check_pack,
@@ -59,12 +61,15 @@ class Attention:
     queries: int = 0  # of each request, through prefill_cached; 0 = decode
     dtype: torch.dtype = torch.bfloat16
     num_splits: int = 0
+    block_size: int = 8  # of the mode "blocks"
 
     @property
     def id(self) -> str:
         width = f"latent{self.k_dim}" if self.latent else f"D{self.k_dim}" + (f"-{self.v_dim}" if self.v_dim != self.k_dim else "")
         queries = f"-T{self.queries}" if self.queries else ""
-        return f"{self.name}-{width}-G{self.group}-P{self.page_size}-S{self.shards}-{self.mode}{queries}-{str(self.dtype)[6:]}"
+        return f"{self.name}-{width}-G{self.group}-P{self.page_size}-S{self.shards}-{self.mode}{queries}-{str(self.dtype)[6:]}" + (
+            f"-of{self.block_size}" if self.mode == "blocks" else ""
+        )
 
 
 def points(long: bool = False) -> Iterator[Point]:
@@ -92,6 +97,31 @@ def points(long: bool = False) -> Iterator[Point]:
         yield Point("migrate", f"{record}B", partial(check_migrate, record))
     for words in (0, 1, 127, 4096, 100001):
         yield Point("checksum", f"{words}W", partial(check_checksum, words))
+
+
+def cpu_points(long: bool = False) -> Iterator[Point]:
+    """What the CPU serves alone: blocks inside of pages, and how they are chosen."""
+    for a in _blocks(long):
+        yield Point("decode", a.id, partial(check_attention, a))
+    for name, dtype in itertools.product(("bf16", "int4"), BOUND_DTYPES):
+        yield Point("page_bounds", f"{name}-{str(dtype)[6:]}-of8", partial(check_bounds, name, dtype, block_size=8))
+    for queries, heads, columns in ((1, 1, 1), (3, 2, 70), (2, 8, 4096)):
+        yield Point("choose_pages", f"Q{queries}-H{heads}-C{columns}", partial(check_choose, queries, heads, columns))
+
+
+def _blocks(long: bool) -> Iterator[Attention]:
+    """Blocks inside of pages, with windows and shards, tails and pieces."""
+    sizes = itertools.cycle((8, 4, 16, 2))
+    for name in NAMES:
+        small = 2 * small_page(name)
+        if name.endswith("+rope"):
+            yield Attention(name, 5, "blocks", 576, 512, True, small)
+            continue
+        for group, width in itertools.product((1, 4, 8) if long else (4,), (64, 128, 40) if long else (64,)):
+            yield Attention(name, group, "blocks", width, width, page_size=small, shards=1 + group % 3, block_size=next(sizes))
+        yield Attention(name, 8, "blocks", 128, 128, page_size=small, num_splits=3, block_size=next(sizes))
+        if "/" not in name:
+            yield Attention(name, 5, "blocks", 576, 512, True, small)
 
 
 def _attention(long: bool) -> Iterator[Attention]:
@@ -147,6 +177,8 @@ def make_attention(a: Attention):
     options = {"window": P + 1} if a.mode == "window" else {}
     if a.mode == "list":
         options["page_list"] = _list_half(case)
+    if a.mode == "blocks":
+        options |= {"page_list": list_half_of_the_blocks(case, a.block_size), "block_size": a.block_size}
     return case, options
 
 
@@ -208,8 +240,9 @@ def check_attention(a: Attention, op: Callable, device: str, tolerance: tuple[fl
     if a.queries:
         return _check_queries(a, case, op("prefill_cached"), there, cache, tail, (*layout, scale, window, True, a.num_splits), tolerance)
     out, lse, page_lse = op("decode")(
-        there(case.q), *cache, there(case.q_positions), there(options.get("page_list")), *tail, *layout, scale, window, True, a.num_splits
-    )
+        there(case.q), *cache, there(case.q_positions), there(options.get("page_list")), *tail, *layout, scale, window, True, a.num_splits,
+        *([options["block_size"]] if a.mode == "blocks" else []),
+    )  # fmt: skip
     expected = answer(case, with_page_lse=True, **options)
     compare_lse(lse.cpu(), expected[1], tolerance[1], "lse")
     compare_lse(page_lse.cpu(), expected[2], tolerance[1], "page lse")

@@ -23,7 +23,7 @@ from pikv_ds.launch.output import print_table, write_json
 from pikv_ds.ops import library
 from pikv_ds.ops.build import load
 from pikv_ds.ops.build.compile import build, cpu_library
-from tests.ops.matrix import Point, points, tensor_points
+from tests.ops.matrix import Point, cpu_points, points, tensor_points
 
 IMPLEMENTATIONS = ("torch", "cpu", "emu", "cuda", "nvrtc")
 CPU_LIBRARY = "PIKV_TEST_LIBRARY"  # path of the library to run instead of the usual one
@@ -54,9 +54,11 @@ def settings(implementation: str) -> Iterator[tuple[str, Callable]]:
 SHOWN = 5  # of the points that failed
 
 
-def chosen(long: bool, op: str | None = None, count: int | None = None, shard: tuple[int, int] = (1, 1)) -> list[Point]:
+def chosen(
+    long: bool, op: str | None = None, count: int | None = None, shard: tuple[int, int] = (1, 1), own: tuple[Point, ...] = ()
+) -> list[Point]:
     """The points of one op or of all; `count` of them spread evenly; of these every n-th from the i-th on, for shard (i, n)."""
-    found = [point for point in (*points(long), *tensor_points(long)) if op in (None, point.op)]
+    found = [point for point in (*points(long), *tensor_points(long), *own) if op in (None, point.op)]
     if count is not None and count < len(found):
         found = [found[i * len(found) // count] for i in range(count)]
     return found[shard[0] - 1 :: shard[1]]
@@ -93,13 +95,14 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.ops.run_matrix")
     parser.add_argument("implementation", choices=IMPLEMENTATIONS)
     parser.add_argument("--long", action="store_true", help="also widths, page sizes, query dtypes, shards and splits")
-    parser.add_argument("--op", choices=tuple(library.SCHEMAS), help="one op only")
+    parser.add_argument("--op", choices=(*library.SCHEMAS, *library.CPU_SCHEMAS), help="one op only")
     parser.add_argument("--points", type=int, metavar="N", help="N of the points, spread over the matrix")
     parser.add_argument("--shard", type=_shard, default=(1, 1), metavar="I/N", help="every N-th point, from the I-th on (1/N to N/N)")
     parser.add_argument("--keep-going", action="store_true", help="count the points that fail instead of stopping at the first")
     parser.add_argument("--json", metavar="FILE", help="write the rows to FILE")
     args = parser.parse_args(argv)
-    rows = run(args.implementation, chosen(args.long, args.op, args.points, args.shard), args.keep_going)
+    own = tuple(cpu_points(args.long)) if args.implementation in ("torch", "cpu") else ()
+    rows = run(args.implementation, chosen(args.long, args.op, args.points, args.shard, own), args.keep_going)
     failures = [failure for row in rows for failure in row["failures"]]
     print_table("Matrix of the ops", [{name: value for name, value in row.items() if name != "failures"} for row in rows])
     write_json(args.json, f"run_matrix {args.implementation}{' --long' if args.long else ''}", rows)

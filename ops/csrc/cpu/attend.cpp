@@ -53,14 +53,14 @@ bool tail_is_read(const Attend& a, int n, int h) {
   const int len = a.seqlen(n, h);
   if (!a.tail || len % a.f.group == 0) return false;
   const int32_t* list = a.list_of(n, h);
-  return !list || std::find(list, list + a.num_columns, len / a.f.page_size) != list + a.num_columns;
+  return !list || a.blocks > 1 || std::find(list, list + a.num_columns, len / a.f.page_size) != list + a.num_columns;
 }
 
 // Columns of a piece of a table that is read by one thread: by the page and the rows of the query alone, so that a result depends neither on
 // the number of threads nor on the other tables of the call, bit for bit. A piece has costs of its own, about those of 100 tokens.
 int piece_columns(const Attend& a) {
   const int64_t tokens = 4096ll * std::max(1, a.rows() / 16);
-  return (int)std::max<int64_t>(1, tokens / a.f.page_size);
+  return (int)std::max<int64_t>(1, tokens / a.block);
 }
 
 int pieces_of(const Attend& a, int columns) { return std::max(1, (columns + piece_columns(a) - 1) / piece_columns(a)); }
@@ -79,7 +79,7 @@ void run(Attend& a, int64_t num_splits, float* out, float* lse) {
         std::fill(u.lse, u.lse + M, -kInf);
         continue;
       }
-      const int used = a.list ? a.num_columns : (a.paged(n, h) + a.f.page_size - 1) / a.f.page_size;
+      const int used = a.list ? a.num_columns : (a.paged(n, h) + a.block - 1) / a.block;
       const int per = num_splits > 0 ? (used + splits - 1) / splits : piece_columns(a);
       u.c0 = std::min(used, part * per), u.c1 = std::min(used, u.c0 + per);
       if (!u.tail && u.c0 == u.c1) {
@@ -89,7 +89,7 @@ void run(Attend& a, int64_t num_splits, float* out, float* lse) {
       (u.tail ? generic : paged)(a, u);
     }
   });
-  if (a.page_lse && a.tail)
+  if (a.page_lse && a.tail && a.blocks == 1)
     for (int64_t i = 0; i < (int64_t)N * a.H; ++i)
       if (tail_is_read(a, (int)(i / a.H), (int)(i % a.H)))
         add_tail_to_page_lse(a, (int)(i / a.H), (int)(i % a.H), &partial_lse[((size_t)i * parts + splits) * M]);
@@ -116,9 +116,10 @@ struct Held {
 
 Attend read_arguments(const Tensor& q, const Tensor& pages, const Tensor& block_table, const Tensor& seqlens,
                       const MaybeTensor& q_positions, const MaybeTensor& page_list, const MaybeTensor& tail, const MaybeTensor& tail_rows,
-                      const PageFormat& f, Held& held) {
+                      const PageFormat& f, int64_t block_size, Held& held) {
   Attend a = {};
   a.f = f;
+  a.block = (int)check_block(block_size, f), a.blocks = f.page_size / a.block;
   a.q_type = float_type("q", q);
   a.pages = static_cast<const uint8_t*>(pages.const_data_ptr());
   a.num_pages = pages.size(0);
@@ -137,7 +138,7 @@ Attend read_arguments(const Tensor& q, const Tensor& pages, const Tensor& block_
   PK_CHECK(seqlens.dim() == 2 && seqlens.size(0) == N && (seqlens.size(1) == 1 || seqlens.size(1) == a.H), "seqlens must be [", N,
            ", 1 or ", a.H, "], got ", shape(seqlens));
   a.seqlen_heads = (int)seqlens.size(1);
-  a.num_columns = a.max_pages;
+  a.num_columns = a.max_pages * a.blocks;
   held.table = Indices("block_table", block_table), held.seqlens = Indices("seqlens", seqlens);
   held.asked = Indices("q_positions", q_positions), held.list = Indices("page_list", page_list);
   held.tail_rows = Indices("tail_rows", tail_rows);
@@ -145,7 +146,8 @@ Attend read_arguments(const Tensor& q, const Tensor& pages, const Tensor& block_
     PK_CHECK(page_list->dim() == 3 && page_list->size(0) == N && (page_list->size(1) == 1 || page_list->size(1) == a.H),
              "page_list must be [", N, ", 1 or ", a.H, ", num_listed], got ", shape(*page_list));
     a.list_heads = (int)page_list->size(1), a.num_columns = (int)page_list->size(2);
-    PK_CHECK(held.list.top() < a.max_pages, "page_list names column ", held.list.top(), " of a block table with ", a.max_pages);
+    PK_CHECK(held.list.top() < a.max_pages * a.blocks, "page_list names column ", held.list.top() / a.blocks, " of a block table with ",
+             a.max_pages);
   }
   a.table = held.table.data(), a.seqlens = held.seqlens.data(), a.asked = held.asked.data(), a.list = held.list.data();
   a.tail_type = check_tail(f, tail, tail_rows);
@@ -167,12 +169,12 @@ std::tuple<Tensor, Tensor, Tensor> decode(Tensor q, Tensor pages, Tensor block_t
                                           MaybeTensor page_list, MaybeTensor tail, MaybeTensor tail_rows, int64_t format,
                                           int64_t num_kv_heads, int64_t k_dim, int64_t v_dim,
                                           int64_t page_size, int64_t group, bool latent, double scale, int64_t window, bool with_page_lse,
-                                          int64_t num_splits) {
+                                          int64_t num_splits, int64_t block_size) {
   PK_ONE_DEVICE("decode", q, pages, block_table, seqlens, q_positions, page_list, tail, tail_rows);
   const PageFormat f = check_pages(pages, format, num_kv_heads, k_dim, v_dim, page_size, group, latent);
   PK_CHECK(q.dim() == 3, "q must be [R, num_q_heads, head_dim], got ", shape(q));
   Held held;
-  Attend a = read_arguments(q, pages, block_table, seqlens, q_positions, page_list, tail, tail_rows, f, held);
+  Attend a = read_arguments(q, pages, block_table, seqlens, q_positions, page_list, tail, tail_rows, f, block_size, held);
   PK_CHECK(!window || a.asked, "a window needs q_positions");
   a.scale = (float)scale, a.window = (int)window, a.fast = format & kFast;
   Tensor out = new_floats({q.size(0), q.size(1), v_dim}), lse = new_floats({q.size(0), q.size(1)});
@@ -193,7 +195,7 @@ std::tuple<Tensor, Tensor> prefill_cached(Tensor q, Tensor pages, Tensor block_t
   const PageFormat f = check_pages(pages, format, num_kv_heads, k_dim, v_dim, page_size, group, latent);
   PK_CHECK(q.dim() == 4, "q must be [R, T, num_q_heads, head_dim], got ", shape(q));
   Held held;
-  Attend a = read_arguments(q, pages, block_table, seqlens, q_positions, std::nullopt, tail, tail_rows, f, held);
+  Attend a = read_arguments(q, pages, block_table, seqlens, q_positions, std::nullopt, tail, tail_rows, f, 0, held);
   PK_CHECK(held.asked.count() == q.size(0) * q.size(1), "q_positions must be [", q.size(0), ", ", q.size(1), "], got ", shape(q_positions));
   a.scale = (float)scale, a.window = (int)window, a.causal = causal, a.fast = format & kFast;
   Tensor out = new_floats({q.size(0), q.size(1), q.size(2), v_dim}), lse = new_floats({q.size(0), q.size(1), q.size(2)});

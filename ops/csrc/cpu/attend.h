@@ -1,10 +1,16 @@
 // Attention of one work unit, and the arguments that all units share. No torch here: the files with -m flags see only plain data.
 #pragma once
+#include <algorithm>
 #include <cstdint>
 
 #include "../include/page_format.h"
 
 namespace pikv {
+
+// Tokens [first, first + count) of the page in a column of the table; count <= 0: nothing is read.
+struct Piece {
+  int column, first, count;
+};
 
 // N block tables = R requests x S shards; H kv heads; a request has T queries, a kv head G query heads: M = T * G rows, row t * G + g.
 struct Attend {
@@ -14,13 +20,14 @@ struct Attend {
   const int32_t* table;       // [N, table_heads, max_pages]
   const int32_t* seqlens;     // [N, seqlen_heads]
   const int32_t* asked;       // [R, T] positions of the queries, or null
-  const int32_t* list;        // [N, list_heads, num_columns] columns of the table, -1 = none; or null: every column
+  const int32_t* list;        // [N, list_heads, num_columns] of column * blocks + block, -1 = none; or null: everything
   const void* tail;           // [rows, f.num_kv_heads, group, k_dim] of tail_type, or null
   const int32_t* tail_rows;   // [N, tail_heads]
   const void* q;              // [R, T, H * G, k_dim] of q_type
   float* page_lse;            // [N, T, H * G, num_columns] or null
   int tail_type, q_type;      // kFp32, kBf16 or kFp16
   int R, T, S, H, G, max_pages, num_columns;
+  int block, blocks;          // tokens that are listed as one, and how many times a page has them: its size and 1
   int table_heads, seqlen_heads, list_heads, tail_heads;
   float scale;
   int window;
@@ -39,6 +46,13 @@ struct Attend {
   int64_t q_row(int n, int h, int m) const { return ((int64_t)(n / S) * T + m / G) * H * G + (int64_t)h * G + m % G; }
   float* page_lse_row(int n, int h, int m) const {
     return page_lse + (((int64_t)n * T + m / G) * H * G + (int64_t)h * G + m % G) * num_columns;
+  }
+  // What the c-th number of a list names, or c itself, of a table of which `limit` entries are read.
+  Piece piece(const int32_t* named, int c, int limit) const {
+    const int at = named ? named[c] : c;
+    if (at < 0) return {-1, 0, 0};
+    const int column = at / blocks, first = at % blocks * block;
+    return {column, first, std::min(block, limit - column * f.page_size - first)};
   }
   // Entries that are read from the pages; the rest of a grouped format is in the tail.
   int paged(int n, int h) const {

@@ -59,7 +59,7 @@ void values_of(const PageFormat& f, const uint8_t* head, int t0, int count, Tile
 // Adds `count` tokens, whose keys and values are in w.k and w.v, to every row that sees them.
 void add_tile(const Attend& a, const Unit& u, const int32_t* positions, int count, Tiles& w) {
   const int M = a.rows(), Dk = a.f.k_dim, Dv = a.f.v_dim;
-  const bool pages = a.page_lse && !u.tail;
+  const bool pages = a.page_lse && (!u.tail || a.blocks > 1);  // the tail of whole pages is added to theirs later
   float s[kTile], e[kTile];
   for (int row = 0; row < M; ++row) {
     float top = -kInf;
@@ -92,21 +92,42 @@ void add_tile(const Attend& a, const Unit& u, const int32_t* positions, int coun
   }
 }
 
+void start_page(const Attend& a, Tiles& w) {
+  w.page_m.assign(a.rows(), -kInf);
+  w.page_l.assign(a.rows(), 0.0f);
+}
+
+void write_page_lse(const Attend& a, const Unit& u, int c, const Tiles& w) {
+  for (int row = 0; row < a.rows(); ++row) a.page_lse_row(u.n, u.h, row)[c] = w.page_m[row] + std::log(w.page_l[row]);
+}
+
 void add_tail(const Attend& a, const Unit& u, Tiles& w) {
   const PageFormat& f = a.f;
   const int len = a.seqlen(u.n, u.h), first = len - len % f.group, head = f.num_kv_heads == 1 ? 0 : u.h;
   if (first == len) return;
+  const int32_t* list = a.list_of(u.n, u.h);
   const int column = first / f.page_size;
   const uint8_t* record = a.pages + (int64_t)a.table_of(u.n, u.h)[column] * f.record_bytes;
   const int32_t* positions = reinterpret_cast<const int32_t*>(record + f.positions);
   const int64_t row = a.tail_rows[a.pick(a.tail_heads, u.n, u.h)];
   const int64_t base = (row * f.num_kv_heads + head) * f.group * f.k_dim;
-  for (int t = first; t < len; t += kTile) {
-    const int count = std::min(kTile, len - t), slot = t % f.page_size;
-    const int64_t from = base + (int64_t)(t - first) * f.k_dim;
-    for (int64_t i = 0; i < (int64_t)count * f.k_dim; ++i) w.k[i] = load_float(a.tail, a.tail_type, from + i);
-    values_of(f, a.section(record, u.h), slot, count, w);
-    add_tile(a, u, positions + slot, count, w);
+  const auto add = [&](int begin, int end) {
+    for (int t = begin; t < end; t += kTile) {
+      const int count = std::min(kTile, end - t), slot = t % f.page_size;
+      const int64_t from = base + (int64_t)(t - first) * f.k_dim;
+      for (int64_t i = 0; i < (int64_t)count * f.k_dim; ++i) w.k[i] = load_float(a.tail, a.tail_type, from + i);
+      values_of(f, a.section(record, u.h), slot, count, w);
+      add_tile(a, u, positions + slot, count, w);
+    }
+  };
+  if (a.blocks == 1) return add(first, len);
+  for (int c = 0; c < a.num_columns; ++c) {  // a block lies in the tail, or in the codes, with all of its tokens
+    const Piece piece = a.piece(list, c, len);
+    const int begin = piece.column * f.page_size + piece.first;
+    if (piece.count <= 0 || begin < first) continue;
+    start_page(a, w);
+    add(begin, begin + piece.count);
+    if (a.page_lse) write_page_lse(a, u, c, w);
   }
 }
 
@@ -130,23 +151,19 @@ void PK_ATTEND(const Attend& a, const Unit& u) {
   const int32_t* list = a.list_of(u.n, u.h);
   const int limit = a.paged(u.n, u.h);
   for (int c = u.c0; !u.tail && c < u.c1; ++c) {
-    w.page_m.assign(M, -kInf);
-    w.page_l.assign(M, 0.0f);
-    const int column = list ? list[c] : c;
-    const int count = column < 0 ? 0 : std::min(f.page_size, limit - column * f.page_size);
-    if (count > 0) {
-      const uint8_t* record = a.pages + (int64_t)table[column] * f.record_bytes;
-      const int32_t* positions = reinterpret_cast<const int32_t*>(record + f.positions);
-      const uint8_t* head = a.section(record, u.h);
-      for (int t = 0; t < count; t += kTile) {
-        const int n = std::min(kTile, count - t);
-        keys_to_float(f, head, t, n, w.k.data(), w.scale.data(), w.zero.data());
-        values_of(f, head, t, n, w);
-        add_tile(a, u, positions + t, n, w);
-      }
+    const Piece piece = a.piece(list, c, limit);
+    if (piece.count <= 0) continue;  // its lse is -inf already
+    start_page(a, w);
+    const uint8_t* record = a.pages + (int64_t)table[piece.column] * f.record_bytes;
+    const int32_t* positions = reinterpret_cast<const int32_t*>(record + f.positions);
+    const uint8_t* head = a.section(record, u.h);
+    for (int t = piece.first; t < piece.first + piece.count; t += kTile) {
+      const int n = std::min(kTile, piece.first + piece.count - t);
+      keys_to_float(f, head, t, n, w.k.data(), w.scale.data(), w.zero.data());
+      values_of(f, head, t, n, w);
+      add_tile(a, u, positions + t, n, w);
     }
-    if (a.page_lse)
-      for (int row = 0; row < M; ++row) a.page_lse_row(u.n, u.h, row)[c] = w.page_m[row] + std::log(w.page_l[row]);
+    if (a.page_lse) write_page_lse(a, u, c, w);
   }
   if (u.tail) add_tail(a, u, w);
   for (int row = 0; row < M; ++row) {

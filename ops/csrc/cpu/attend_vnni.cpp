@@ -149,53 +149,55 @@ void attend_vnni(const Attend& a, const Unit& u) {
   alignas(64) float p[8 * kTile];
   const int32_t* table = a.table_of(u.n, u.h);
   const int32_t* list = a.list_of(u.n, u.h);
-  const int limit = a.paged(u.n, u.h), tiles = (f.page_size + kTile - 1) / kTile, M = a.rows();
-  const auto section_of = [&](int c) -> const uint8_t* {
-    const int column = list ? list[c] : c;
-    if (column < 0 || column * f.page_size >= limit) return nullptr;
-    return a.section(a.pages + (int64_t)table[column] * f.record_bytes, u.h);
+  const int limit = a.paged(u.n, u.h), tiles = (a.block + kTile - 1) / kTile, M = a.rows();
+  const auto section_of = [&](const Piece& piece) -> const uint8_t* {
+    return piece.count > 0 ? a.section(a.pages + (int64_t)table[piece.column] * f.record_bytes, u.h) : nullptr;
   };
+  const uint8_t* started = nullptr;  // the section of the group that the query has met last, and its number behind that
   for (int c = u.c0; c < u.c1; ++c) {
-    const int column = list ? list[c] : c;
-    const int count = column < 0 ? 0 : std::min(f.page_size, limit - column * f.page_size);
-    if (count > 0) {
-      const uint8_t* record = a.pages + (int64_t)table[column] * f.record_bytes;
+    const Piece piece = a.piece(list, c, limit);
+    if (piece.count > 0) {
+      const uint8_t* record = a.pages + (int64_t)table[piece.column] * f.record_bytes;
       const uint8_t* head = a.section(record, u.h);
       const int32_t* positions = reinterpret_cast<const int32_t*>(record + f.positions);
-      const uint8_t* next_page = c + 1 < u.c1 ? section_of(c + 1) : nullptr;
+      const uint8_t* next_page = c + 1 < u.c1 ? section_of(a.piece(list, c + 1, limit)) : nullptr;
       const int64_t first_scale = f.k_scale >= 0 ? f.k_scale : f.v_scale;
       if (first_scale >= 0 && next_page)
         for (int64_t i = first_scale & ~63; i < (f.rope < 0 ? f.head_bytes : f.rope); i += 64) prefetch(next_page + i);
-      for (int i = 0; i * kTile < count; ++i) {
-        const int t0 = i * kTile;
+      for (int i = 0; i * kTile < piece.count; ++i) {
+        const int t0 = piece.first + i * kTile;
         Tile tile;
-        tile.count = std::min(kTile, count - t0);
-        if (keys.start_group && t0 % f.group == 0) keys.start_group(a, head, t0 / f.group, M, w);
+        tile.count = std::min(kTile, piece.count - i * kTile);
+        if (const uint8_t* group = head + t0 / f.group; keys.start_group && group != started) {
+          keys.start_group(a, head, t0 / f.group, M, w);
+          started = group;
+        }
         point_at_scales(f, head, t0, tile);
         const uint8_t* rows = head + f.k + (int64_t)t0 * f.k_row_bytes;
         keys.point_at(f, rows, tile, w);
         tile.v = f.latent ? rows : head + f.v + (int64_t)t0 * f.v_row_bytes, tile.v_stride = f.latent ? f.k_row_bytes : f.v_row_bytes;
         const int ahead = i + kAhead[f.format], later = c + ahead / tiles;
-        const uint8_t* next = ahead < tiles ? head : later < u.c1 ? section_of(later) : nullptr;
-        if (!next) next = head;
+        const Piece then = ahead < tiles ? piece : later < u.c1 ? a.piece(list, later, limit) : Piece{};
+        const uint8_t* next = then.count > 0 ? section_of(then) : head;
+        const int64_t row = ahead % tiles * kTile + (then.count > 0 ? then.first : 0);
         tile.rope_stride = rope_stride;
         if (w.Dr) {
           tile.rope = head + f.rope + t0 * rope_stride;
-          tile.next_rope = next + f.rope + (ahead % tiles) * kTile * rope_stride;
+          tile.next_rope = next + f.rope + row * rope_stride;
         }
-        tile.next_k = next + f.k + (int64_t)(ahead % tiles) * kTile * f.k_row_bytes;
-        tile.next_v = f.latent ? tile.next_k : next + f.v + (int64_t)(ahead % tiles) * kTile * f.v_row_bytes;
+        tile.next_k = next + f.k + row * f.k_row_bytes;
+        tile.next_v = f.latent ? tile.next_k : next + f.v + row * f.v_row_bytes;
         for (size_t j = 0; j < chunks.size(); ++j) {
           const __mmask16 visible = visible_tokens(a, u, chunks[j].t, positions + t0, tile.count);
           if (!visible) continue;
           keys.scores(a, w, tile, chunks[j], visible, j + 1 == chunks.size(), p);
           values(a, w, tile, chunks[j], visible, j + 1 == chunks.size(), p);
         }
-        if (w.codes && ((t0 + kTile) % f.group == 0 || t0 + kTile >= count)) take_in_codes(f, head, t0 / f.group, w, M);
+        if (w.codes && ((t0 + kTile) % f.group == 0 || i * kTile + kTile >= piece.count)) take_in_codes(f, head, t0 / f.group, w, M);
       }
       if (zeros) take_in_zeros(w, M);
     }
-    if (!a.page_lse) continue;
+    if (!a.page_lse || piece.count <= 0) continue;  // its lse is -inf already
     for (int row = 0; row < M; ++row) {
       const float l = lanes(w.page_l, row);
       a.page_lse_row(u.n, u.h, row)[c] = l > 0 ? (w.m[row] + std::log2(l)) * kLn2 : -kInf;

@@ -13,11 +13,12 @@ inline int bound_type(const Tensor& bounds) {
   return t == ScalarType::Char ? kInt8 : float_type("bounds", bounds);
 }
 
-inline int check_bounds(const Tensor& bounds, const Tensor& pages, const PageFormat& f) {
+// blocks: of a page, each with bounds of its own.
+inline int check_bounds(const Tensor& bounds, const Tensor& pages, const PageFormat& f, int64_t blocks = 1) {
   const int type = bound_type(bounds), columns = bound_columns(type, f.k_dim);
-  PK_CHECK(bounds.dim() == 4 && bounds.size(0) == pages.size(0) && bounds.size(1) == f.num_kv_heads && bounds.size(2) == 2 &&
+  PK_CHECK(bounds.dim() == 4 && bounds.size(0) == blocks * pages.size(0) && bounds.size(1) == f.num_kv_heads && bounds.size(2) == 2 &&
                bounds.size(3) == columns,
-           "bounds must be [", pages.size(0), ", ", f.num_kv_heads, ", 2, ", columns, "], got ", shape(bounds));
+           "bounds must be [", blocks * pages.size(0), ", ", f.num_kv_heads, ", 2, ", columns, "], got ", shape(bounds));
   return type;
 }
 

@@ -57,20 +57,25 @@ void store_coded(int8_t* row, const float* x, int D, bool upper) {
   std::memcpy(row + D, &scale, sizeof scale);
 }
 
-// The box of keys x [count, D] into int8 bounds [2, D + 2]; `box` is room for 2 D numbers.
-void store_box(int8_t* bounds, const float* x, int count, int D, float* box) {
+// The box of keys x [count, D] into the at-th bounds [2, D], int8 [2, D + 2]; `box` is room for 2 D numbers.
+void store_box(void* bounds, int type, int64_t at, const float* x, int count, int D, float* box) {
   std::fill(box, box + D, kInf), std::fill(box + D, box + 2 * D, -kInf);
   for (int t = 0; t < count; ++t, x += D)
     for (int d = 0; d < D; ++d) box[d] = x[d] < box[d] ? x[d] : box[d], box[D + d] = x[d] > box[D + d] ? x[d] : box[D + d];
-  store_coded(bounds, box, D, false), store_coded(bounds + D + kBoundScale, box + D, D, true);
+  if (type == kInt8) {
+    int8_t* codes = static_cast<int8_t*>(bounds) + at * 2 * (D + kBoundScale);
+    store_coded(codes, box, D, false), store_coded(codes + D + kBoundScale, box + D, D, true);
+    return;
+  }
+  for (int i = 0; i < 2 * D; ++i) store_edge(bounds, type, at * 2 * D + i, box[i], i >= D);
 }
 
-// Page -> the token in the highest of its slots.
-std::unordered_map<int64_t, int64_t> last_tokens(const Indices& slots, int64_t page_size) {
+// Span of so many slots -> the token in the highest of them.
+std::unordered_map<int64_t, int64_t> last_tokens(const Indices& slots, int64_t span) {
   std::unordered_map<int64_t, int64_t> last;
   for (int64_t i = 0; i < slots.count(); ++i) {
     if (slots[i] < 0) continue;
-    const auto entry = last.try_emplace(slots[i] / page_size, i).first;
+    const auto entry = last.try_emplace(slots[i] / span, i).first;
     if (slots[i] > slots[entry->second]) entry->second = i;
   }
   return last;
@@ -85,10 +90,11 @@ std::vector<int32_t> newest_slots(const Indices& slots, const Indices& rows, int
 }
 
 void page_bounds(Tensor bounds, Tensor pages, Tensor slot_mapping, MaybeTensor tail, MaybeTensor tail_rows, int64_t format,
-                 int64_t num_kv_heads, int64_t k_dim, int64_t v_dim, int64_t page_size, int64_t group, bool latent) {
+                 int64_t num_kv_heads, int64_t k_dim, int64_t v_dim, int64_t page_size, int64_t group, bool latent, int64_t block_size) {
   PK_ONE_DEVICE("page_bounds", bounds, pages, slot_mapping, tail, tail_rows);
   const PageFormat f = check_pages(pages, format, num_kv_heads, k_dim, v_dim, page_size, group, latent);
-  const int type = check_bounds(bounds, pages, f), H = f.num_kv_heads, D = f.k_dim;
+  const int64_t block = check_block(block_size, f);
+  const int type = check_bounds(bounds, pages, f, page_size / block), H = f.num_kv_heads, D = f.k_dim;
   const Indices slots("slot_mapping", slot_mapping), rows("tail_rows", tail_rows);
   const int64_t T = slots.count(), num_slots = pages.size(0) * page_size;
   const int tail_type = check_tail(f, tail, tail_rows);
@@ -100,22 +106,27 @@ void page_bounds(Tensor bounds, Tensor pages, Tensor slot_mapping, MaybeTensor t
   const uint8_t* store = static_cast<const uint8_t*>(pages.const_data_ptr());
   const void* kept = tail ? tail->const_data_ptr() : nullptr;
   void* edges = bounds.mutable_data_ptr();
-  if (type == kInt8) {  // made from all keys of a page: widening a coded box would round it again and again
-    const auto last = last_tokens(slots, page_size);
+  if (type == kInt8 || block < page_size) {  // made from all keys: widening a coded box would round it again and again
+    // A group of keys that is full changes the boxes of all blocks in it.
+    const int64_t span = block == page_size ? page_size : grouped ? f.group : block;
+    const auto last = last_tokens(slots, span);
     torch::stable::parallel_for(0, H, T * D > 16384 ? 1 : H, [&](int64_t begin, int64_t end) {
       std::vector<float> x((size_t)page_size * D), box(2 * D), scale(D), zero(D);
       for (int64_t h = begin; h < end; ++h)
-        for (const auto& [page, i] : last) {
-          const int count = (int)(slots[i] % page_size) + 1;
+        for (const auto& [at, i] : last) {
+          const int64_t first = at * span, page = first / page_size;
+          const int count = (int)(slots[i] - first) + 1;
           const int newest_slot = grouped ? newest[rows[i]] : 0;
           const bool open = grouped && newest_slot / f.group == slots[i] / f.group && newest_slot % f.group != f.group - 1;
           const int coded = open ? count - 1 - (count - 1) % f.group : count;  // the others are raw in the tail
-          keys_to_float(f, store + page * f.record_bytes + h * f.head_bytes, 0, coded, x.data(), scale.data(), zero.data());
+          keys_to_float(f, store + page * f.record_bytes + h * f.head_bytes, (int)(first % page_size), coded, x.data(), scale.data(),
+                        zero.data());
           if (open) {
             const int64_t from = ((int64_t)rows[i] * H + h) * f.group * D;
             for (int64_t at = 0; at < (int64_t)(count - coded) * D; ++at) x[coded * D + at] = load_float(kept, tail_type, from + at);
           }
-          store_box(static_cast<int8_t*>(edges) + (page * H + h) * 2 * (D + kBoundScale), x.data(), count, D, box.data());
+          for (int64_t b = 0; b < count; b += block)
+            store_box(edges, type, (first + b) / block * H + h, x.data() + b * D, (int)std::min<int64_t>(block, count - b), D, box.data());
         }
     });
     return;
@@ -161,7 +172,7 @@ Tensor page_score(Tensor q, Tensor bounds, Tensor block_table, Tensor seqlens, M
   s.width = width ? width->const_data_ptr() : nullptr;
   s.q = q.const_data_ptr(), s.bounds = bounds.const_data_ptr(), s.table = table.data(), s.seqlens = lens.data();
   s.scores = static_cast<float*>(scores.mutable_data_ptr());
-  const ScoreTable one = generic_score();
+  const ScoreTable one = score_kernel(s.bounds_type);
   torch::stable::parallel_for(0, N * s.H, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) one(s, (int)(i / s.H), (int)(i % s.H));
   });

@@ -110,6 +110,16 @@ inline PageFormat check_pages(const Tensor& pages, int64_t format, int64_t num_k
   return f;
 }
 
+// Tokens that are listed, or have bounds, as one: a block of a page; 0 = the page.
+inline int64_t check_block(int64_t block_size, const PageFormat& f) {
+  if (!block_size) return f.page_size;
+  const bool grouped = format_grouped(f.format);
+  PK_CHECK(block_size > 0 && f.page_size % block_size == 0 && (!grouped || block_size == f.page_size || f.group % block_size == 0),
+           "block_size must divide the page_size ", f.page_size, grouped ? " and the group " + std::to_string(f.group) : std::string(), ", got ",
+           block_size);
+  return block_size;
+}
+
 // Every page that will be read is in the store, every length fits its table. Both are [N, heads, ...] with heads of 1 or H.
 inline void check_table(const Indices& table, const Indices& seqlens, int N, int table_heads, int seqlen_heads, int max_pages,
                         int64_t num_pages, int page_size) {

@@ -8,7 +8,7 @@
 namespace pikv {
 
 AttendUnit generic_attend();
-ScoreTable generic_score();
+ScoreTable score_kernel(int bounds_type);
 AttendUnit hand_written_attend(Attend& a);  // null where this CPU or format has none; says how to read ahead
 
 }  // namespace pikv

@@ -122,9 +122,10 @@ AttendUnit generic_attend() {
 #endif
 }
 
-ScoreTable generic_score() {
+ScoreTable score_kernel(int bounds_type) {
 #if PK_X86
   const int kernel = kernel_now();
+  if (kernel >= kVnni && bounds_type == kInt8) return score_vnni;
   return kernel >= kAvx512 ? score_avx512 : kernel == kAvx2 ? score_avx2 : score_baseline;
 #else
   return score_baseline;
@@ -135,6 +136,7 @@ AttendUnit hand_written_attend(Attend& a) {
 #if PK_X86
   const int kernel = kernel_now();
   a.first_level = kernel == kVnni && !__builtin_cpu_is("amd");
+  if (a.blocks > 1) return kernel >= kVnni ? attend_vnni : nullptr;  // the others take more tokens of a page than a block has
   const bool bf16 = kernel >= kPhasesBf16 && (Found::may_serve(kPhasesBf16) || kernel == kPhasesBf16);
   if (kernel >= kPhases && chunk_serves(a, bf16) && !(kernel == kPhasesAmx && phases_amx_serve(a))) return bf16 ? attend_chunk_bf16 : attend_chunk_float;
   if (kernel == kPhasesAmx && phases_amx_serve(a)) return attend_phases_amx;

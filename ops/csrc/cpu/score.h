@@ -23,5 +23,7 @@ using ScoreTable = void (*)(const Score&, int n, int h);
 void score_baseline(const Score& s, int n, int h);
 void score_avx2(const Score& s, int n, int h);
 void score_avx512(const Score& s, int n, int h);
+// Hand-written for AVX512 with VNNI, of int8 bounds.
+void score_vnni(const Score& s, int n, int h);
 
 }  // namespace pikv

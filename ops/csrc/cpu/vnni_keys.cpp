@@ -132,7 +132,7 @@ inline void float_products(const float* q, int q_stride, const uint8_t* rows, in
 
 template <int F, int G, int DC>
 void score_rows(const Attend& a, Work& w, const Tile& tile, int row, __mmask16 visible, bool last_chunk, float* p) {
-  const int k_bytes = kTile * a.f.k_row_bytes, k_lines = k_bytes / 64 / G + 1;
+  const int k_bytes = std::min(kTile, a.block) * a.f.k_row_bytes, k_lines = k_bytes / 64 / G + 1;
   Prefetch next = {tile.next_k, tile.next_k + (last_chunk ? k_bytes : 0), a.first_level};
   __m512 k_scale = _mm512_set1_ps(1.0f);
   if constexpr (F == kFp8) k_scale = _mm512_mul_ps(token_halves(visible, tile.k_scale), _mm512_set1_ps(kFp8Factor));

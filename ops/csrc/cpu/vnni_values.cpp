@@ -110,7 +110,7 @@ inline void add_codes(float* acc, int64_t acc_stride, const Tile& tile, int d, i
 template <int F, int G, int DC>
 void add_rows_of_codes(const Attend& a, Work& w, const Tile& tile, int row, __mmask16 visible, bool last_chunk, float* p) {
   const int Dv = DC ? DC : a.f.v_dim, passes = (Dv + 63) / 64;
-  const int v_bytes = kTile * a.f.v_row_bytes, v_lines = (v_bytes / 64 + 4 * passes - 1) / (4 * passes);
+  const int v_bytes = std::min(kTile, a.block) * a.f.v_row_bytes, v_lines = (v_bytes / 64 + 4 * passes - 1) / (4 * passes);
   Prefetch next = {tile.next_v, tile.next_v + (last_chunk ? v_bytes : 0), a.first_level};
   scale_weights<F, G>(w, tile, row, visible, p);
   ByteWeights weights[G];
@@ -126,7 +126,7 @@ void add_rows(const Attend& a, Work& w, const Tile& tile, int row, __mmask16 vis
   }
   constexpr int W = G == 8 || DC == 32 ? 2 : 4;  // G * W sums in registers
   const int Dv = DC ? DC : a.f.v_dim, passes = (Dv + 16 * W - 1) / (16 * W);
-  const int v_bytes = kTile * a.f.v_row_bytes, v_lines = (v_bytes / 64 + passes * kTile - 1) / (passes * kTile);
+  const int v_bytes = std::min(kTile, a.block) * a.f.v_row_bytes, v_lines = (v_bytes / 64 + passes * kTile - 1) / (passes * kTile);
   Prefetch next = {tile.next_v, tile.next_v + (last_chunk ? v_bytes : 0), a.first_level};
   float* sums = w.acc;
   if (integers(F) && w.codes) {  // scales and zeros are those of the keys, by column: taken in after the group

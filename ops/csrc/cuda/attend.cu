@@ -149,15 +149,16 @@ using torch::stable::detail::from;
 std::tuple<Tensor, Tensor, Tensor> decode(Tensor q, Tensor pages, Tensor block_table, Tensor seqlens, MaybeTensor q_positions, MaybeTensor page_list,
                                           MaybeTensor tail, MaybeTensor tail_rows, int64_t format, int64_t num_kv_heads, int64_t k_dim, int64_t v_dim,
                                           int64_t page_size, int64_t group, bool latent, double scale, int64_t window, bool with_page_lse,
-                                          int64_t num_splits) {
+                                          int64_t num_splits, int64_t block_size) {
   PK_ONE_DEVICE("decode", q, pages, block_table, seqlens, q_positions, page_list, tail, tail_rows);
   const PageFormat f = check_pages(pages, format, num_kv_heads, k_dim, v_dim, page_size, group, latent);
+  refuse_blocks("decode", block_size, page_size);
   const bool tensor = on_tensor_cores(f, q);
   const int width = tensor ? 0 : kernel_width(f);
   if (!tensor && !width) {
-    std::array<StableIValue, 19> stack = {from(q), from(pages), from(block_table), from(seqlens), from(q_positions), from(page_list), from(tail),
+    std::array<StableIValue, 20> stack = {from(q), from(pages), from(block_table), from(seqlens), from(q_positions), from(page_list), from(tail),
                                           from(tail_rows), from(format), from(num_kv_heads), from(k_dim), from(v_dim), from(page_size), from(group),
-                                          from(latent), from(scale), from(window), from(with_page_lse), from(num_splits)};
+                                          from(latent), from(scale), from(window), from(with_page_lse), from(num_splits), from(block_size)};
     call_reference("pikv::decode_reference", stack);
     return {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1]), torch::stable::detail::to<Tensor>(stack[2])};
   }

@@ -9,8 +9,9 @@ namespace pikv {
 namespace {
 
 void page_bounds(Tensor bounds, Tensor pages, Tensor slot_mapping, MaybeTensor tail, MaybeTensor tail_rows, int64_t format,
-                 int64_t num_kv_heads, int64_t k_dim, int64_t v_dim, int64_t page_size, int64_t group, bool latent) {
+                 int64_t num_kv_heads, int64_t k_dim, int64_t v_dim, int64_t page_size, int64_t group, bool latent, int64_t block_size) {
   PK_ONE_DEVICE("page_bounds", bounds, pages, slot_mapping, tail, tail_rows);
+  refuse_blocks("page_bounds", block_size, page_size);
   const PageFormat f = check_pages(pages, format, num_kv_heads, k_dim, v_dim, page_size, group, latent);
   const int type = check_bounds(bounds, pages, f);
   check_aligned("pages", pages);
