@@ -140,6 +140,12 @@ class PagePool:
         self.reserve(int(self.allocator.free_top), count, 0)
         return self.allocator.take(count, uses)
 
+    def bring_open_pages_near(self) -> None:
+        """Rows were cut, and pages that are no longer full will be written to. Of one tier: they lie where they are written to."""
+
+    def retire(self) -> None:
+        """Another pool takes its place."""
+
     def shrink(self, free_pages: int) -> int:
         """Give slabs back when more than 1 / GROWTH of the pages is free: pages move down into the holes. Returns the free pages left."""
         used = self.num_pages - free_pages

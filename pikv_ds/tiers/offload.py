@@ -1,0 +1,46 @@
+"""The "offload" block: the tiers of every layer of a rank, their stores, and what has passed between them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from pikv_ds.blueprint.blueprint import Blueprint
+from pikv_ds.config.blocks import Blocks
+from pikv_ds.errors import UnsupportedError
+from pikv_ds.pages.far import FarStore, LayerTier
+
+from .host_store import HostStore
+
+
+class Offload:
+    """Owns the stores and the thread that reads them."""
+
+    def __init__(self, blueprint: Blueprint, config: Blocks, device: torch.device, rank: int) -> None:
+        """Raises: UnsupportedError for a device whose tiers are not available."""
+        block, scheduling, policy = config.offload, config.scheduling, blueprint.policy
+        if device.type != "cpu":
+            raise UnsupportedError(
+                f"pikv.offload.device_gib = {block.device_gib} with a cache on {device}: which pages are staged is decided on the host, which "
+                f"would stop a device in every layer; this version has tiers on the CPU only; set device_gib to null"
+            )
+        self.sizes, self.block = blueprint.tier, block
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="pikv-offload")
+        self.tiers = {
+            i: LayerTier(
+                num_near=self.sizes.num_near, num_staged=self.sizes.num_staged, store=self._store(i, plan.pools[0].fmt.record_bytes),
+                thread=self._thread, score=None if policy.keeps_all else policy.score, sink_tokens=scheduling.sink_tokens,
+                recent_tokens=scheduling.recent_tokens, by_scores=block.prefetch == "scores",
+            )
+            for i, plan in enumerate(blueprint.pages.layers)
+            if plan.spec.window is None
+        }  # fmt: skip
+
+    def _store(self, layer: int, record_bytes: int) -> FarStore:
+        return HostStore(record_bytes, self.sizes.num_host)
+
+    @property
+    def stores(self) -> Iterator[FarStore]:
+        return (tier.store for tier in self.tiers.values())
