@@ -28,8 +28,8 @@ def _fitted(facts: Facts) -> str | None:
     if not _on(facts) or not codec.per_request:
         return None
     return (
-        f"{_given(facts)} with pikv.compression.method = {codec.name!r}, whose bases change while a request grows: what lies below would be "
-        f"encoded again each time; use a codec that is the same for all ('none', 'int8', 'lora'), or leave offload out"
+        f"{_given(facts)} with pikv.compression.method = {codec.name!r}, whose bases change while a request grows: what lies below would "
+        f"be encoded again each time; use a codec that is the same for all ('none', 'int8', 'lora'), or leave offload out"
     )
 
 
@@ -103,7 +103,8 @@ BLOCK = (
         "what lies below would be encoded again", "a codec that is the same for all", _fitted,
     ),
     Rule(
-        "offload-no-prefix", "block", ("offload", "storage"), "tiers with prefix", "parked rows have no pages below", "one of the two", _prefix,
+        "offload-no-prefix", "block", ("offload", "storage"), "tiers with prefix", "parked rows have no pages below", "one of the two",
+        _prefix,
     ),
     Rule(
         "offload-stays-where-it-is", "block", ("offload", "storage"), "tiers with rebalance",

@@ -261,6 +261,11 @@ class PiKVCache(HostFace):
             expert_ids = expert_ids.primary()
         maps = self.pages.layers[layer].entry_maps if self.bases is None else self.bases.maps(layer, k, v)
         saw = None
+        if record is not None and self.offload is not None:
+            raise UnsupportedError(
+                f"a graph for a backward with pikv.offload.device_gib = {self.config.offload.device_gib}: what was read is copied from pages "
+                f"that all lie near; set device_gib to null to train"
+            )
         if record is not None:
             record.open(maps, self.local.positions, fitted_now=self.bases is not None and bool(self.bases.new))
             saw = partial(record.add, self.layers[layer].window) if self.exchange.size == 1 else None

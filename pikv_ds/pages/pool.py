@@ -37,6 +37,9 @@ def no_tail(fmt: PageFormat, dtype: torch.dtype, device: torch.device) -> Tensor
 class PagePool:
     """Owns records, raw tails and what is kept per page; ids are its allocator's, which row has which page its table's."""
 
+    foresees = False
+    """Its reader wants to know what a router scored (tier_reader.py)."""
+
     def __init__(
         self,
         fmt: PageFormat,

@@ -17,7 +17,7 @@ Fetch = Callable[[np.ndarray, np.ndarray], None]
 
 
 class Staged:
-    """Owns who lies in which slot; the memory is the pool's. Not for two threads: reads run in one, tables change in the other."""
+    """Owns who lies in which slot; the memory is the pool's. What is on its way is waited for before tables change."""
 
     def __init__(self, tier: LayerTier, fetch: Fetch) -> None:
         self.num_slots, self._thread, self._fetch = tier.num_staged, tier.thread, fetch
@@ -27,10 +27,10 @@ class Staged:
         """[G] which far page a slot has, -1 = none."""
         self._asked = np.zeros(self.num_slots, dtype=np.int64)
         self._clock = 0
-        self._coming: tuple[Future, np.ndarray] | None = None
+        self._coming: Future | None = None
         self.wanted = self.fetched = self.ahead = self.used_ahead = 0
         """Far pages that were asked for; those of them that had to be fetched; those fetched before anybody asked; and of these, used."""
-        self._unasked = np.zeros(self.num_slots, dtype=bool)
+        self._ahead = np.zeros(self.num_slots, dtype=bool)
 
     def widen(self, num_far: int) -> None:
         """There are ids for so many far pages."""
@@ -43,56 +43,64 @@ class Staged:
         self.slot[far] = -1
         self._empty(slots[slots >= 0])
 
-    def bring(self, far: np.ndarray, *, wait: bool = True, ahead: bool = False) -> None:
-        """Far pages [n], each once and at most G, are staged, once `wait` has been called.
+    def bring(self, far: np.ndarray, *, wait: bool = True) -> None:
+        """Far pages [n], each once and at most G, are staged; with wait False once `wait` has been called.
 
-        ahead: nobody has asked for them yet, so they count as the least wanted. Raises: what the store raises.
+        Raises: what the store raises.
         """
         assert len(far) <= self.num_slots, f"{len(far)} pages at once, staging has {self.num_slots} slots"
         self.wait()
         self._clock += 1
-        slots = self.slot[far]
-        missing = far[slots < 0]
-        there = slots[slots >= 0]
+        there = self.slot[far]
+        there = there[there >= 0]
         self._asked[there] = self._clock
-        if not ahead:
-            self.wanted += len(far)
-            self.used_ahead += int(self._unasked[there].sum())
-            self._unasked[there] = False
-        if not len(missing):
-            return
-        places = np.argpartition(self._asked, len(missing) - 1)[: len(missing)]
+        self.wanted += len(far)
+        self.used_ahead += int(self._ahead[there].sum())
+        self._ahead[there] = False
+        missing, places = self._places(far, self._clock)
+        self.fetched += len(missing)
+        if self._thread is None or wait:
+            self._read(missing, places)
+        else:
+            self._coming = self._thread.submit(self._read, missing, places)
+
+    def foresee(self, pick: Callable[[], np.ndarray]) -> None:
+        """Far pages that may be asked for next, pick() [n], are staged while the caller goes on; they make room before those of the last
+        `bring`. An error waits for the next call."""
+        assert self._thread is not None, "nothing is fetched ahead without a thread"
+        self.wait()
+        self._coming = self._thread.submit(self._read_ahead, pick)
+
+    def _read_ahead(self, pick: Callable[[], np.ndarray]) -> None:
+        missing, places = self._places(pick(), self._clock - 1)
+        self._ahead[places] = True
+        self.ahead += len(missing)
+        self._read(missing, places)
+
+    def _places(self, far: np.ndarray, asked: int) -> tuple[np.ndarray, np.ndarray]:
+        """Those of `far` that are not staged, and slots for them, which they have from now on."""
+        missing = far[self.slot[far] < 0]
+        places = np.argsort(self._asked, kind="stable")[: len(missing)]
         gone = self.held[places]
         self.slot[gone[gone >= 0]] = -1
-        self.held[places], self.slot[missing], self._asked[places] = missing, places, self._clock
-        self._unasked[places] = ahead
-        if ahead:
-            self.ahead += len(missing)
-        else:
-            self.fetched += len(missing)
-        if self._thread is None or wait:
-            try:
-                self._fetch(missing, places)
-            except BaseException:
-                self._forget(missing, places)
-                raise
-        else:
-            self._coming = self._thread.submit(self._fetch, missing, places), missing
+        self.held[places], self.slot[missing], self._asked[places], self._ahead[places] = missing, places, asked, False
+        return missing, places
+
+    def _read(self, far: np.ndarray, places: np.ndarray) -> None:
+        if not len(far):
+            return
+        try:
+            self._fetch(far, places)
+        except BaseException:  # nobody may read what has come of it
+            self.slot[far] = -1
+            self._empty(places)
+            raise
 
     def wait(self) -> None:
         """What is on its way is there. Raises: what the store has raised; what was on its way is not staged then."""
-        if self._coming is None:
-            return
-        (future, far), self._coming = self._coming, None
-        try:
-            future.result()
-        except BaseException:
-            self._forget(far, self.slot[far])
-            raise
-
-    def _forget(self, far: np.ndarray, places: np.ndarray) -> None:
-        self.slot[far] = -1
-        self._empty(places)
+        if self._coming is not None:
+            coming, self._coming = self._coming, None
+            coming.result()
 
     def _empty(self, places: np.ndarray) -> None:
-        self.held[places], self._asked[places], self._unasked[places] = -1, 0, False
+        self.held[places], self._asked[places], self._ahead[places] = -1, 0, False

@@ -32,9 +32,11 @@ class TierReader:
 
     def __init__(self, pool: TwoTiers, near: PageReader) -> None:
         self.pool, self.near = pool, near
-        self.k_dim, self.rebuilds, self.met, self.bounds_shape, self.bounds = (
-            near.k_dim, near.rebuilds, near.met, near.bounds_shape, near.bounds,
-        )  # fmt: skip
+        self._next: Callable[[], np.ndarray] | None = None
+        self.k_dim, self.rebuilds, self.met, self.bounds_shape = near.k_dim, near.rebuilds, near.met, near.bounds_shape
+
+    def bounds(self, out: Tensor, slot_mapping: Tensor, table: Tensor) -> None:
+        self.near.bounds(out[: self.pool.allocator.first_far], slot_mapping, table)  # entries are written near
 
     def attend(self, q: Tensor, view: PageView, *, scale: float, window: int | None = None, q_positions: Tensor | None = None) -> Read:
         def read(one: Pass) -> Read:
@@ -75,6 +77,22 @@ class TierReader:
         assert not bool(far), "entries of far pages are read by attention alone (blueprint/offload.py refuses who asks for them)"
         return self.near.entries(table, counts, tail_rows)
 
+    def expect(self, score: Tensor, hidden: Tensor, block_table: Tensor, columns: Tensor) -> None:
+        """What a router says of the pages, before the chosen ones are read: the next best of them that are far are fetched while the step
+        goes on, as many as were chosen at most. score [Q, S, X, C] f32, hidden [Q, S, C], columns [Q * S, X, K] chosen. Sync: none."""
+        staged, first_far = self.pool.staged, self.pool.allocator.first_far
+
+        def pick() -> np.ndarray:
+            ids, best = block_table.view(hidden.shape), score.amax(2)
+            far = torch.where(hidden, -1, ids - first_far)
+            there = torch.from_numpy(staged.slot)[far.clamp_min(0).long()] >= 0
+            best = torch.where((far >= 0) & ~there, best, -torch.inf).flatten()
+            free = staged.num_slots - min(staged.num_slots, int((columns >= 0).any(1).sum()))
+            at = best.topk(min(free, best.numel())).indices
+            return np.unique(far.flatten()[at[best[at] > -torch.inf]].numpy())
+
+        self._next = pick if self.pool.num_far else None
+
     # ---- chosen pages --------------------------------------------------------------------------------------------------------
 
     def _listed(self, block_table: Tensor, page_list: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -86,7 +104,11 @@ class TierReader:
         far = np.unique(each[is_far] - first_far)
         if len(far) <= staged.num_slots:
             staged.bring(far)
-            yield self._named(ids), page_list
+            table = self._named(ids)
+            if self._next is not None:
+                staged.foresee(self._next)
+                self._next = None
+            yield table, page_list
             return
         part = np.full(self.pool.allocator.num_far, -1, dtype=np.int32)
         for i, chunk in enumerate(np.split(far, range(staged.num_slots, len(far), staged.num_slots))):

@@ -37,7 +37,7 @@ class TieredPool(PagePool):
     ) -> None:  # fmt: skip
         """As PagePool; tier: the store is this pool's own."""
         super().__init__(fmt, dtype, counts, free_top, lambda pool: TierReader(pool, reader(pool)), **options)
-        self.tier = tier
+        self.tier, self.foresees = tier, tier.by_scores
         self.allocator = NearAllocator(self.device, free_top, self._freed, self._addresses, tier.num_near, tier.num_staged)
         self.pages = aligned_bytes((tier.num_near + tier.num_staged) * fmt.record_bytes, self.device).view(-1, fmt.record_bytes)
         self.far_slot = torch.zeros(0, dtype=torch.int64)  # [Q] where the store has a far page
@@ -96,6 +96,7 @@ class TieredPool(PagePool):
                 f"(pikv.offload.device_gib) holds {self.tier.num_near * self.page_size} tokens of all rows in a layer; raise it, or run "
                 f"shorter chunks or fewer requests at once"
             )
+        self.staged.wait()
         slots = self.tier.store.write(self.pages, gone)  # may refuse: nothing has changed yet
         far, added = self.allocator.take_far(len(gone))
         if added:

@@ -12,7 +12,10 @@ from pikv_ds.config.blocks import Blocks
 from pikv_ds.errors import UnsupportedError
 from pikv_ds.pages.far import FarStore, LayerTier
 
+from .file_store import FileStore
+from .folder import Folder
 from .host_store import HostStore
+from .two_stores import TwoStores
 
 
 class Offload:
@@ -23,10 +26,11 @@ class Offload:
         block, scheduling, policy = config.offload, config.scheduling, blueprint.policy
         if device.type != "cpu":
             raise UnsupportedError(
-                f"pikv.offload.device_gib = {block.device_gib} with a cache on {device}: which pages are staged is decided on the host, which "
-                f"would stop a device in every layer; this version has tiers on the CPU only; set device_gib to null"
+                f"pikv.offload.device_gib = {block.device_gib} with a cache on {device}: which pages are staged is decided on the host, "
+                f"which would stop a device in every layer; this version has tiers on the CPU only; set device_gib to null"
             )
         self.sizes, self.block = blueprint.tier, block
+        self._folder = None if block.nvme_path is None else Folder(block.nvme_path, rank)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="pikv-offload")
         self.tiers = {
             i: LayerTier(
@@ -39,7 +43,11 @@ class Offload:
         }  # fmt: skip
 
     def _store(self, layer: int, record_bytes: int) -> FarStore:
-        return HostStore(record_bytes, self.sizes.num_host)
+        host = HostStore(record_bytes, self.sizes.num_host)
+        if self._folder is None:
+            return host
+        file = FileStore(self._folder.path / f"layer{layer}.pages", record_bytes, self.sizes.num_file, self.block.nvme_io)
+        return TwoStores(host, file) if self.sizes.num_host else file
 
     @property
     def stores(self) -> Iterator[FarStore]:

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from pikv_ds.errors import CapacityError
+from pikv_ds.pages.tiered import TieredPool
+from tests.harness.dense import rel_error
 from tests.harness.driver import Driver, layer, ragged
 from tests.harness.offloading import check_tiers, poison, tiered_pools, tiers
 from tests.harness.windowed import run_mix
@@ -111,3 +113,73 @@ def test_a_policy_says_who_goes():
 
 def test_without_the_block_nothing_is_tiered():
     assert not tiered_pools(Driver(LAYERS[:1]))
+
+
+# ---- page selection ----------------------------------------------------------------------------------------------------------
+
+
+def chosen_far(driver: Driver) -> list[list[set[int]]]:
+    """Filled while the cache runs: per read and layer, far pages that were chosen and not staged when they were asked for."""
+    found: dict[int, list[set[int]]] = {}
+
+    def look(asked, columns):
+        pool = asked.pool
+        if not isinstance(pool, TieredPool):
+            return
+        pool.staged.wait()
+        ids = asked.block_table.expand(-1, columns.shape[1], -1).gather(2, columns.clamp_min(0).long())
+        far = torch.unique(ids[(columns >= 0) & (ids >= pool.allocator.first_far)]) - pool.allocator.first_far
+        found.setdefault(asked.layer, []).append({int(page) for page in far if pool.staged.slot[page] < 0})
+
+    driver.probe.on_choice(look)
+    return found
+
+
+@pytest.mark.parametrize("method", ["bounds", "random", "page_oracle", "centroids", "hash"])
+@pytest.mark.parametrize("prefetch", ["none", "scores"])
+def test_a_choice_reads_what_it_reads_in_one_pool(method, prefetch):
+    """The same choices and answers as without tiers, and what is staged is what was chosen and was not there."""
+    layers = [layer(0, dim=16), layer(1, dim=16)]
+    routing = {"method": method, "sink_tokens": 4, "recent_tokens": 8} | ({} if method == "hash" else {"budget_pages": 8})
+
+    def run(offload: dict):
+        driver, found = Driver(layers, routing=routing, placement="position", num_shards=2, offload=offload, checks=[]), []
+        missing = chosen_far(driver)
+        driver.new_generation()
+        for mask in [ragged([12, 9])] * 8 + [ragged([1, 1])] * 12:
+            found.append(driver.forward(mask))
+            if offload and prefetch == "none" and method != "page_oracle":  # which reads all to choose
+                fetched = [pool.staged.fetched for pool in tiered_pools(driver)]
+                assert fetched == [sum(map(len, missing.get(i, []))) for i in range(2)], "staged is not what was chosen and not there"
+        return driver, found
+
+    (_, plain), (driver, tiered) = run({}), run(tiers(layers, 20, 24, prefetch=prefetch))
+    for one, other in zip(plain, tiered, strict=True):
+        for (out, lse), (also_out, also_lse) in zip(one, other, strict=True):
+            assert rel_error(torch.nan_to_num(also_out), torch.nan_to_num(out)) < 1e-6
+            assert rel_error(also_lse.exp(), lse.exp()) < 1e-6
+    check_tiers(driver)
+    assert all(pool.num_far > 8 and pool.staged.fetched for pool in tiered_pools(driver))
+
+
+def test_more_chosen_than_staging_holds():
+    """The read happens in pieces, and staging stays what it is."""
+    layers = [layer(0, dim=16)]
+    routing = {"method": "page_oracle", "budget_pages": 64, "sink_tokens": 4, "recent_tokens": 8}
+    driver = Driver(layers, routing=routing, offload=tiers(layers, 14, 3))  # the budget covers everything: dense attention is the oracle
+    grown(driver, [90, 41])
+    for _ in range(5):
+        driver.decode()
+        poison(driver)
+    assert len(tiered_pools(driver)[0].pages) == 17
+
+
+def test_what_scored_next_best_is_fetched_ahead():
+    layers = [layer(0, dim=16)]
+    routing = {"method": "bounds", "budget_pages": 10, "sink_tokens": 4, "recent_tokens": 8}
+    driver = grown(Driver(layers, routing=routing, offload=tiers(layers, 14, 40, prefetch="scores"), checks=[]), [150, 120])
+    for _ in range(12):
+        driver.decode()
+    staged = tiered_pools(driver)[0].staged
+    assert staged.ahead and staged.used_ahead, (staged.ahead, staged.used_ahead)
+    assert len(set(staged.held[staged.held >= 0])) == int((staged.held >= 0).sum())
