@@ -263,8 +263,8 @@ class PiKVCache(HostFace):
         saw = None
         if record is not None and self.offload is not None:
             raise UnsupportedError(
-                f"a graph for a backward with pikv.offload.device_gib = {self.config.offload.device_gib}: what was read is copied from pages "
-                f"that all lie near; set device_gib to null to train"
+                f"a graph for a backward with pikv.offload.device_gib = {self.config.offload.device_gib}: what was read is copied from "
+                f"pages that all lie near; set device_gib to null to train"
             )
         if record is not None:
             record.open(maps, self.local.positions, fitted_now=self.bases is not None and bool(self.bases.new))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -11,6 +11,8 @@ from pikv_ds.blueprint.blueprint import Blueprint
 from pikv_ds.config.blocks import Blocks
 from pikv_ds.errors import UnsupportedError
 from pikv_ds.pages.far import FarStore, LayerTier
+from pikv_ds.pages.pool import PagePool
+from pikv_ds.pages.tiered import TieredPool
 
 from .file_store import FileStore
 from .folder import Folder
@@ -49,6 +51,19 @@ class Offload:
         file = FileStore(self._folder.path / f"layer{layer}.pages", record_bytes, self.sizes.num_file, self.block.nvme_io)
         return TwoStores(host, file) if self.sizes.num_host else file
 
-    @property
-    def stores(self) -> Iterator[FarStore]:
-        return (tier.store for tier in self.tiers.values())
+    def numbers(self, pools: Iterable[PagePool]) -> dict[str, int]:
+        """What stats() says of tiers: bytes now, and pages since the last generation began. staging: its bound, which it never leaves;
+        far: bytes of records below; pages_wanted: far pages that were asked for, pages_missed: those of them that were not staged;
+        pages_ahead: fetched before they were asked for, pages_used_ahead: those of them that were asked for."""
+        tiered = [pool for pool in pools if isinstance(pool, TieredPool)]
+        found = {
+            "near_bytes": sum(pool.tier.num_near * pool.fmt.record_bytes for pool in tiered),
+            "staging_bytes": sum(pool.staging_nbytes for pool in tiered),
+            "far_bytes": sum(pool.num_far * pool.fmt.record_bytes for pool in tiered),
+            "host_bytes": sum(tier.store.nbytes for tier in self.tiers.values()),
+            "pages_wanted": sum(pool.staged.wanted for pool in tiered),
+            "pages_missed": sum(pool.staged.fetched for pool in tiered),
+            "pages_ahead": sum(pool.staged.ahead for pool in tiered),
+            "pages_used_ahead": sum(pool.staged.used_ahead for pool in tiered),
+        }
+        return {f"offload_{name}": value for name, value in found.items()}
