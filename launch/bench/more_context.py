@@ -23,13 +23,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-CHUNK, WARM = 256, 64
+WARM = 64
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=8000, help="of the prompt (default 8000)")
     parser.add_argument("--new", type=int, default=64, help="tokens generated (default 64)")
+    parser.add_argument("--chunk", type=int, default=256, help="tokens of a forward of the prompt (default 256)")
     parser.add_argument("--files", default=None, metavar="DIR", help="folder for page files (default: a temporary one)")
     parser.add_argument("--json", default=None, metavar="FILE")
     parser.add_argument("--child", default=None, help=argparse.SUPPRESS)
@@ -39,12 +40,10 @@ def main() -> int:
         print(json.dumps(child(args)))
         return 0
     rows = measure(args)
-    for row in rows:
-        print(json.dumps({key: value for key, value in row.items() if key != "tokens"}))
     if args.json is not None:
         from pikv_ds.launch.output import write_json
 
-        write_json(args.json, f"-m pikv_ds.launch.bench.more_context --tokens {args.tokens} --new {args.new}", rows)
+        write_json(args.json, f"-m pikv_ds.launch.bench.more_context --tokens {args.tokens} --new {args.new} --chunk {args.chunk}", rows)
     dynamic, tiers = rows[2], rows[1]
     return 0 if tiers.get("equal") and dynamic["ended"] != "finished" else 1
 
@@ -63,13 +62,18 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def _run(args: argparse.Namespace, kind: str, extra: int | None, files: str) -> dict[str, Any]:
     command = [sys.executable, "-m", "pikv_ds.launch.bench.more_context", "--child", kind, "--files", files]
-    command += ["--tokens", str(args.tokens), "--new", str(args.new)] + ([] if extra is None else ["--extra", str(extra)])
+    command += ["--tokens", str(args.tokens), "--new", str(args.new), "--chunk", str(args.chunk)] + (
+        [] if extra is None else ["--extra", str(extra)]
+    )
     done = subprocess.run(command, capture_output=True, text=True)
     row = {"run": kind, "limit_extra_bytes": extra}
     if done.returncode == 0:
-        return row | json.loads(done.stdout.splitlines()[-1]) | {"ended": "finished"}
-    last = (done.stderr.strip().splitlines() or [""])[-1]
-    return row | {"ended": f"signal {-done.returncode}" if done.returncode < 0 else f"exit {done.returncode}", "error": last[:300]}
+        row |= json.loads(done.stdout.splitlines()[-1]) | {"ended": "finished"}
+    else:
+        last = (done.stderr.strip().splitlines() or [""])[-1]
+        row |= {"ended": f"signal {-done.returncode}" if done.returncode < 0 else f"exit {done.returncode}", "error": last[:300]}
+    print(json.dumps({key: value for key, value in row.items() if key != "tokens"}), flush=True)
+    return row
 
 
 def child(args: argparse.Namespace) -> dict[str, Any]:
@@ -103,10 +107,10 @@ def child(args: argparse.Namespace) -> dict[str, Any]:
         if args.extra is not None:
             resource.setrlimit(resource.RLIMIT_DATA, (before + args.extra, before + args.extra))
         cpu, peak, found = time.process_time(), _Peak(watch=args.extra is None), []
-        for i, part in enumerate(ids.split(CHUNK, 1)):
+        for i, part in enumerate(ids.split(args.chunk, 1)):
             logits = model(input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
             if i == 0:
-                workspace = peak.stop() - before - dense * CHUNK // args.tokens
+                workspace = peak.stop() - before - dense * args.chunk // args.tokens
         prefill = time.process_time() - cpu
         for _ in range(args.new):
             found.append(int(logits[0, -1].argmax()))
