@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future
+from concurrent.futures import wait as wait_for
 
 import numpy as np
 
@@ -64,15 +65,15 @@ class Staged:
         else:
             self._coming = self._thread.submit(self._read, missing, places)
 
-    def foresee(self, pick: Callable[[], np.ndarray]) -> None:
-        """Far pages that may be asked for next, pick() [n], are staged while the caller goes on; they make room before those of the last
-        `bring`. An error waits for the next call."""
+    def foresee(self, pick: Callable[[int], np.ndarray]) -> None:
+        """Far pages that may be asked for next, pick(m) [n <= m], are staged while the caller reads those of the last `bring`, whose slots
+        stay. An error waits for the next call."""
         assert self._thread is not None, "nothing is fetched ahead without a thread"
         self.wait()
         self._coming = self._thread.submit(self._read_ahead, pick)
 
-    def _read_ahead(self, pick: Callable[[], np.ndarray]) -> None:
-        missing, places = self._places(pick(), self._clock - 1)
+    def _read_ahead(self, pick: Callable[[int], np.ndarray]) -> None:
+        missing, places = self._places(pick(int((self._asked < self._clock).sum())), self._clock - 1)
         self._ahead[places] = True
         self.ahead += len(missing)
         self._read(missing, places)
@@ -101,6 +102,12 @@ class Staged:
         if self._coming is not None:
             coming, self._coming = self._coming, None
             coming.result()
+
+    def close(self) -> None:
+        """Nobody asks any more: what is on its way has come to its end, whichever that is."""
+        if self._coming is not None:
+            wait_for([self._coming])
+            self._coming = None
 
     def _empty(self, places: np.ndarray) -> None:
         self.held[places], self._asked[places], self._ahead[places] = -1, 0, False

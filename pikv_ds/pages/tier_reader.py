@@ -32,7 +32,7 @@ class TierReader:
 
     def __init__(self, pool: TwoTiers, near: PageReader) -> None:
         self.pool, self.near = pool, near
-        self._next: Callable[[], np.ndarray] | None = None
+        self._next: Callable[[int], np.ndarray] | None = None
         self.k_dim, self.rebuilds, self.met, self.bounds_shape = near.k_dim, near.rebuilds, near.met, near.bounds_shape
 
     def bounds(self, out: Tensor, slot_mapping: Tensor, table: Tensor) -> None:
@@ -77,18 +77,17 @@ class TierReader:
         assert not bool(far), "entries of far pages are read by attention alone (blueprint/offload.py refuses who asks for them)"
         return self.near.entries(table, counts, tail_rows)
 
-    def expect(self, score: Tensor, hidden: Tensor, block_table: Tensor, columns: Tensor) -> None:
+    def expect(self, score: Tensor, hidden: Tensor, block_table: Tensor) -> None:
         """What a router says of the pages, before the chosen ones are read: the next best of them that are far are fetched while the step
-        goes on, as many as were chosen at most. score [Q, S, X, C] f32, hidden [Q, S, C], columns [Q * S, X, K] chosen. Sync: none."""
+        goes on, into slots that this read does not use. score [Q, S, X, C] f32, hidden [Q, S, C]. Sync: none."""
         staged, first_far = self.pool.staged, self.pool.allocator.first_far
 
-        def pick() -> np.ndarray:
+        def pick(most: int) -> np.ndarray:
             ids, best = block_table.view(hidden.shape), score.amax(2)
             far = torch.where(hidden, -1, ids - first_far)
             there = torch.from_numpy(staged.slot)[far.clamp_min(0).long()] >= 0
             best = torch.where((far >= 0) & ~there, best, -torch.inf).flatten()
-            free = staged.num_slots - min(staged.num_slots, int((columns >= 0).any(1).sum()))
-            at = best.topk(min(free, best.numel())).indices
+            at = best.topk(min(most, best.numel())).indices
             return np.unique(far.flatten()[at[best[at] > -torch.inf]].numpy())
 
         self._next = pick if self.pool.num_far else None

@@ -70,7 +70,7 @@ class TieredPool(PagePool):
         return near if not len(self.far_positions) else torch.cat([near, self.far_positions])
 
     def retire(self) -> None:
-        self.staged.wait()
+        self.staged.close()
 
     # ---- host phase ----------------------------------------------------------------------------------------------------------
 

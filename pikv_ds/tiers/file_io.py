@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -32,10 +33,11 @@ class ThreadIO:
     """pread and pwrite of whole runs of neighbouring blocks, in the thread that asks: the store's own, while a step goes on."""
 
     def __init__(self) -> None:
-        self._file = -1
+        self._file, self.close = -1, lambda: None
 
     def open(self, path: Path) -> None:
         self._file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        self.close = weakref.finalize(self, os.close, self._file)  # once, also when nobody says so
 
     def write(self, at: Sequence[int], blocks: np.ndarray) -> None:
         for begin, end in runs(at, blocks.shape[1]):
@@ -60,11 +62,6 @@ class ThreadIO:
 
     def sync(self) -> None:
         os.fdatasync(self._file)
-
-    def close(self) -> None:
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
 
 
 def runs(at: Sequence[int], stride: int) -> list[tuple[int, int]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -10,7 +12,7 @@ from pikv_ds.errors import CapacityError
 from pikv_ds.ops.memory import aligned_bytes
 
 SLAB = 64
-"""Pages of the first slab; each later one has at least a quarter of what there is, so that slabs are few."""
+"""Pages of the first slab; each later one has as many as there are, so that slabs are few."""
 
 
 class HostStore:
@@ -23,7 +25,7 @@ class HostStore:
 
     def clear(self) -> None:
         self._slabs: list[Tensor] = []
-        self._begins = torch.zeros(1, dtype=torch.int64)  # of every slab, and the end
+        self._begins = [0]  # of every slab, and the end
         self._free = torch.zeros(0, dtype=torch.int64)
 
     @property
@@ -33,7 +35,7 @@ class HostStore:
 
     @property
     def num_pages(self) -> int:
-        return int(self._begins[-1]) - len(self._free)
+        return self._begins[-1] - len(self._free)
 
     @property
     def nbytes(self) -> int:
@@ -47,13 +49,15 @@ class HostStore:
             )
         self._grow(len(ids) - len(self._free))
         slots, self._free = self._free[: len(ids)], self._free[len(ids) :]
-        for slab, own, at in self._by_slab(slots):
-            ops.migrate(slab, records, at, ids[own].to(torch.int32))
+        ids = ids.to(torch.int32)
+        for slab, at in self._by_slab(slots):
+            ops.migrate(slab, records, at, ids)
         return slots
 
     def read(self, slots: Tensor, out: Tensor, ids: Tensor) -> None:
-        for slab, own, at in self._by_slab(slots):
-            ops.migrate(out, slab, ids[own].to(torch.int32), at)
+        ids = ids.to(torch.int32)
+        for slab, at in self._by_slab(slots):
+            ops.migrate(out, slab, ids, at)
 
     def release(self, slots: Tensor) -> None:
         self._free = torch.cat([self._free, slots])
@@ -61,18 +65,15 @@ class HostStore:
     def _grow(self, missing: int) -> None:
         if missing <= 0:
             return
-        begin = int(self._begins[-1])
-        count = min(max(missing, SLAB, begin // 4), self.capacity - begin)
+        begin = self._begins[-1]
+        count = min(max(missing, SLAB, begin), self.capacity - begin)
         self._slabs.append(aligned_bytes(count * self.record_bytes).view(count, -1))
-        self._begins = torch.cat([self._begins, torch.tensor([begin + count])])
+        self._begins.append(begin + count)
         self._free = torch.cat([self._free, torch.arange(begin, begin + count)])
 
-    def _by_slab(self, slots: Tensor):
-        """(slab, which of `slots` lie in it, int32 rows of the slab), for slabs with some."""
-        if len(self._slabs) == 1:
-            yield self._slabs[0], slice(None), slots.to(torch.int32)
-            return
-        of = torch.bucketize(slots, self._begins, right=True) - 1
-        for i in torch.unique(of).tolist():
-            own = torch.nonzero(of == i).flatten()
-            yield self._slabs[i], own, (slots[own] - self._begins[i]).to(torch.int32)
+    def _by_slab(self, slots: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """(slab, [m] int32 its row for each of `slots`, -1 = in another), slab after slab."""
+        slots = slots.to(torch.int32)
+        for slab, begin in zip(self._slabs, self._begins, strict=False):
+            at = slots - begin
+            yield slab, at if len(self._slabs) == 1 else at.masked_fill_((at < 0) | (at >= len(slab)), -1)
