@@ -1,8 +1,8 @@
 """Processes that are killed while they write page files, and what the next one finds: `python -m tests.tiers.kills --kills 500`.
 
-Every child is forked, and killed with SIGKILL after a random time. It opens the page file that the last one left, checks every page that
-the manifest lists against what its slot and write must hold, and goes on writing and committing. In turns with that a child decodes with
-its pages in files of the same folder; each token that it says is compared with those of a run in memory.
+Every child is forked, and killed with SIGKILL a random time after a random number of words. It opens the page file that the last one left,
+checks every page that the manifest lists against what its slot and write must hold, and goes on writing and committing. In turns with that
+a child decodes with its pages in files of the same folder; each token that it says is compared with those of a run in memory.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ def decode(offload: dict, say) -> None:
         say(f"t {int(answers.last[1][0, -1].flatten().argmax())}")
 
 
-def run_child(work, delay: float) -> tuple[list[str], int]:
-    """What it said, and its exit status; killed after `delay` seconds."""
+def run_child(work, words: int, delay: float) -> tuple[list[str], int]:
+    """What it said, and its exit status; killed `delay` seconds after so many words."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
@@ -83,11 +83,12 @@ def run_child(work, delay: float) -> tuple[list[str], int]:
         finally:
             os._exit(status)
     os.close(writer)
-    time.sleep(delay)
-    os.kill(child, signal.SIGKILL)
-    status = os.waitpid(child, 0)[1]
     with os.fdopen(reader, "r") as said:
-        return said.read().split("\n")[:-1], status
+        found = [line for _, line in zip(range(words), said, strict=False)]
+        time.sleep(delay)
+        os.kill(child, signal.SIGKILL)
+        status = os.waitpid(child, 0)[1]
+        return "".join([*found, said.read()]).split("\n")[:-1], status
 
 
 def kill(kills: int, folder: Path, longest_s: float) -> dict[str, int]:
@@ -99,7 +100,7 @@ def kill(kills: int, folder: Path, longest_s: float) -> dict[str, int]:
     while counts["kills"] < kills:
         writes = bool(counts["kills"] % 2)
         work = (lambda say: write_pages(folder / "saved", say)) if writes else (lambda say: decode(offload, say))
-        said, status = run_child(work, pick.uniform(0, longest_s))
+        said, status = run_child(work, pick.randint(0, 9), pick.uniform(0, longest_s))
         counts["kills"] += os.WIFSIGNALED(status)
         counts["commits"] += said.count("c")
         counts["pages_checked"] += sum(int(words[2:]) for words in said if words.startswith("p "))
@@ -118,7 +119,7 @@ def kill(kills: int, folder: Path, longest_s: float) -> dict[str, int]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=500)
-    parser.add_argument("--longest", type=float, default=0.15, help="seconds that a child lives at most (default 0.15)")
+    parser.add_argument("--longest", type=float, default=0.02, help="seconds between the last word and the kill, at most (default 0.02)")
     parser.add_argument("--json", default=None, metavar="FILE")
     args = parser.parse_args()
     torch.set_num_threads(1)
