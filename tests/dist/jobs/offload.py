@@ -19,9 +19,8 @@ STEPS = [10] * 9 + [1] * 6 + [7] + [1] * 3
 class Side:
     def __init__(self, requests: str, rows: list[int], routing: dict, offload: dict) -> None:
         block = {"page_size": 4, "routing": routing, "offload": offload, "storage": {"num_shards": 4, "requests": requests}}
-        self.cache = PiKVCache(
-            LAYERS, PiKVConfig(**block), num_experts=EXPERTS, dtype=torch.float32, device=torch.device("cpu"), group=GROUP
-        )
+        config, device = PiKVConfig(**block), torch.device("cpu")
+        self.cache = PiKVCache(LAYERS, config, num_experts=EXPERTS, dtype=torch.float32, device=device, group=GROUP)
         self.rows, self.len, self.forwards = rows, 0, 0
 
     def forward(self, columns: int) -> list[torch.Tensor]:
