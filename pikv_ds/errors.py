@@ -32,4 +32,8 @@ class MigrationError(RuntimeError):
     """Shards could not move to other ranks. Raised on all ranks; every shard is where it was."""
 
 
-PIKV_ERRORS = (ConfigError, UnsupportedError, CapacityError, PeerError, DivergedError, MigrationError)
+class PageFileError(RuntimeError):
+    """A file of pages does not hold what was written to it: truncated, flipped, swapped, stale, another's. Nothing of it is served."""
+
+
+PIKV_ERRORS = (ConfigError, UnsupportedError, CapacityError, PeerError, DivergedError, MigrationError, PageFileError)

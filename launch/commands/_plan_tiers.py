@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import json
+import math
 from typing import Any
 
 from pikv_ds.errors import ConfigError
@@ -53,6 +55,19 @@ def show(rows: list[dict[str, Any]]) -> None:
     share = max(int(1e4 * rows[0]["share"]) / 1e4, 1e-4)
     print(
         "ms per step: reading the whole cache on the first tier; for the others, the link that brings up what lies there or below. They\n"
-        "overlap: the largest is the step. This version has no slower tiers; to keep the first tier's share and evict the rest:\n"
+        f"overlap: the largest is the step. To run it, on each rank:\n{offload_block(rows)}\n"
+        "To keep the first tier's share and evict the rest:\n"
         f'"scheduling": {{"method": "flexgen", "budget_ratio": {share}, "drop_lower_tiers": true}}'
     )
+
+
+def offload_block(rows: list[dict[str, Any]]) -> str:
+    """The plan as the "offload" block: the first tier is the device; then host memory, and files where a tier is named disk or nvme."""
+    gib = {"device_gib": rows[0]["tier_bytes"] / GIB}
+    for row in rows[1:]:
+        key = "nvme_gib" if row["tier"] in ("disk", "nvme") else "host_gib"
+        gib[key] = gib.get(key, 0) + row["tier_bytes"] / GIB
+    block = {key: math.ceil(1e3 * value) / 1e3 for key, value in gib.items() if value}
+    if "nvme_gib" in block:
+        block["nvme_path"] = "DIR"
+    return f'"offload": {json.dumps(block)}'

@@ -10,6 +10,7 @@ import torch
 
 from pikv_ds.codecs.table import CodecTable
 from pikv_ds.config.blocks import Blocks
+from pikv_ds.pages.far import TierSizes
 from pikv_ds.pages.plan import PagesPlan
 from pikv_ds.placement.placement import Placement
 from pikv_ds.policies.base import RetentionPolicy
@@ -40,6 +41,8 @@ class Blueprint:
     """None = everything is kept."""
     placement: Placement
     pages: PagesPlan
+    tier: TierSizes | None
+    """None = all pages lie in the device's memory."""
 
     @classmethod
     def of(cls, config: Blocks, layers: Sequence[LayerSpec], dtype: torch.dtype, *, ranks: int = 1, num_experts: int = 1) -> Self:
@@ -50,7 +53,7 @@ class Blueprint:
         return cls(
             config=config, codec=methods.codec, router=methods.router, policy=methods.policy, attended=methods.attended,
             behind=methods.pools, raw_window=methods.near is not None and bool(facts.full_attention),
-            budgets=facts.budgets, placement=facts.placement, pages=facts.pages,
+            budgets=facts.budgets, placement=facts.placement, pages=facts.pages, tier=facts.tier,
         )  # fmt: skip
 
     def to(self, device: torch.device) -> Self:

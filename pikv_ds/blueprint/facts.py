@@ -8,6 +8,7 @@ from functools import cached_property
 import torch
 
 from pikv_ds.config.blocks import Blocks
+from pikv_ds.pages.far import TierSizes
 from pikv_ds.pages.plan import LayerPlan, PagesPlan, PoolPlan
 from pikv_ds.placement.placement import Placement
 from pikv_ds.retention.budgets import Budgets
@@ -85,12 +86,22 @@ class Facts:
     def budgets(self) -> Budgets | None:
         """What requests may keep; None = everything. Raises: ConfigError for a budget below what is always kept."""
         policy = self.methods.policy
-        if policy.keeps_all:
+        if policy.keeps_all or self.config.offload.enabled:
             return None
         values = sum(dtype.itemsize for dtype in policy.page_values.values()) / self.page_size
         plans = [plan for plan in self.pages.layers if plan.spec.window is None]
         entry_bytes = self.pages.heads * sum(plan.pools[0].fmt.record_bytes / self.page_size + values for plan in plans)
         return Budgets(self.config.scheduling, len(plans), self.page_size, self.num_shards, entry_bytes)
+
+    @cached_property
+    def tier(self) -> TierSizes | None:
+        """None = all pages lie in the device's memory."""
+        block = self.config.offload
+        if not block.enabled or not self.full_attention:
+            return None
+        page = sum(plan.pools[0].fmt.record_bytes for plan in self.pages.layers if plan.spec.window is None)
+        sizes = (block.device_gib * 2**30, block.staging_mib * 2**20, block.host_gib * 2**30, block.nvme_gib * 2**30)
+        return TierSizes(*(int(size / page) for size in sizes))
 
     @cached_property
     def placement(self) -> Placement:

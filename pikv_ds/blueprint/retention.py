@@ -23,7 +23,7 @@ def _keeps_all(facts: Facts) -> str | None:
 
 def _one_budget(facts: Facts) -> str | None:
     given, method = _given(facts), facts.config.scheduling.method
-    if method == "none" or len(given) == 1:
+    if method == "none" or len(given) == 1 or facts.config.offload.enabled:
         return None
     return illegal("scheduling", given, f"one of budget_tokens, budget_ratio, budget_bytes with method {method!r}")
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from pikv_ds.errors import ConfigError
 
-from . import behind, blocks, compression, ops, placing, prefix, retention, routed, routing, softcap, window
+from . import behind, blocks, compression, offload, ops, placing, prefix, retention, routed, routing, softcap, window
 from .facts import Facts
 from .rule import LooksAt, Rule
 
 RULES: tuple[Rule, ...] = (
-    *compression.BLOCK, *retention.BLOCK, *routing.BLOCK, *blocks.BLOCK, *routed.BLOCK, *retention.COMBINED, *window.BLOCK, *behind.BLOCK,
-    *compression.COMBINED, *prefix.BLOCK, *placing.MODEL, *retention.MODEL, *window.MODEL, *behind.MODEL, *compression.MODEL, *ops.MODEL,
-    *softcap.MODEL, *retention.SIZES, *routing.MODEL, *blocks.MODEL, *prefix.MODEL,
+    *offload.BLOCK, *compression.BLOCK, *retention.BLOCK, *routing.BLOCK, *blocks.BLOCK, *routed.BLOCK, *retention.COMBINED, *window.BLOCK,
+    *behind.BLOCK, *compression.COMBINED, *prefix.BLOCK, *placing.MODEL, *retention.MODEL, *window.MODEL, *behind.MODEL, *compression.MODEL,
+    *ops.MODEL, *softcap.MODEL, *retention.SIZES, *routing.MODEL, *blocks.MODEL, *prefix.MODEL, *offload.MODEL,
 )  # fmt: skip
 BY_NAME = {rule.name: rule for rule in RULES}
 

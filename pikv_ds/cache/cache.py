@@ -33,6 +33,7 @@ from pikv_ds.step.query import Partial, Query
 from pikv_ds.step.step import LocalStep, Step
 from pikv_ds.tiers.bases import RequestBases
 from pikv_ds.tiers.behind import PoolsBehind
+from pikv_ds.tiers.offload import Offload
 from pikv_ds.tiers.window import RawWindow
 
 from .alike import alike
@@ -86,7 +87,11 @@ class PiKVCache(HostFace):
         if self.codec.per_request:
             self.bases = RequestBases(plan, self.codec, device, self.exchange)
         request_maps = {} if self.bases is None else self.bases.far_maps
-        self.pages = pages = RankPages(plan, config.storage, self.map, num_experts, device, request_maps)
+        self.offload: Offload | None = None  # None: all pages lie in the device's memory
+        if blueprint.tier is not None:
+            self.offload = Offload(blueprint, config, device, self.exchange.rank)
+        tiers = None if self.offload is None else self.offload.tiers
+        self.pages = pages = RankPages(plan, config.storage, self.map, num_experts, device, request_maps, tiers)
         self.retention: Retention | None = None  # None: everything is kept
         if blueprint.budgets is not None:
             attended = blueprint.attended if policy.watches else None
@@ -103,7 +108,7 @@ class PiKVCache(HostFace):
         router = blueprint.router
         self.selection: Selection | None = None  # None: every query reads every page
         if not router.reads_all:
-            self.selection = Selection(config.routing, router, pages, self.exchange, policy.keeps_all, self.window)
+            self.selection = Selection(config.routing, router, pages, self.exchange, blueprint.budgets is None, self.window)
         shares = tuple(part.shares for part in (self.retention, self.window) if part is not None and part.shares is not None)
         self.reader = Reader(pages, self.selection, shares)
         self.counting = tuple(one for one in (*shares, self.selection) if one is not None and one.undoing is not None)
@@ -256,6 +261,11 @@ class PiKVCache(HostFace):
             expert_ids = expert_ids.primary()
         maps = self.pages.layers[layer].entry_maps if self.bases is None else self.bases.maps(layer, k, v)
         saw = None
+        if record is not None and self.offload is not None:
+            raise UnsupportedError(
+                f"a graph for a backward with pikv.offload.device_gib = {self.config.offload.device_gib}: what was read is copied from "
+                f"pages that all lie near; set device_gib to null to train"
+            )
         if record is not None:
             record.open(maps, self.local.positions, fitted_now=self.bases is not None and bool(self.bases.new))
             saw = partial(record.add, self.layers[layer].window) if self.exchange.size == 1 else None

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pikv_ds.config.pikv import PiKVConfig
 from pikv_ds.errors import ConfigError, UnsupportedError
 from pikv_ds.exchange.digest import digest
 from pikv_ds.exchange.exchange import Exchange
@@ -30,6 +31,7 @@ NOT_NOW = {
 class HostFace:
     """Of a PiKVCache, whose parts it reads: agreement, exchange, pages, writer."""
 
+    config: PiKVConfig
     exchange: Exchange
     agreement: Agreement
     pages: RankPages
@@ -167,6 +169,11 @@ class HostFace:
             raise UnsupportedError(
                 "reserve() with several pools (a raw window, or 'pools' of the block): pages move on to a pool whose size follows from "
                 "what is stored; leave the raw window at 0 and the list empty"
+            )
+        if self.config.offload.enabled:
+            raise UnsupportedError(
+                f"reserve() with pikv.offload.device_gib = {self.config.offload.device_gib}: near memory has a fixed size, and pages that "
+                f"go below change the tables; set device_gib to null"
             )
         if self.pages.plan.rebased:
             raise UnsupportedError("reserve() with bases that are fitted to each request (svd): their memory is replaced while they grow")

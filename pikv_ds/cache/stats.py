@@ -19,7 +19,7 @@ def stats(cache: PiKVCache, dense_rows: int, dense_columns: int) -> dict:
     Args: dense_rows, dense_columns: the batch and the token columns (padding included) that the ordinary cache would hold on this rank.
     entries_read and entries_visible are None where every query reads everything. ops_passed_over: why a faster implementation of the ops
     does not serve, empty when the preferred one does. attention_kernel: the implementation, on a CPU with its kernel. rebalance_*: only
-    where shards move, see pikv_ds/migration/moves.py. Sync: reads the device.
+    where shards move, see pikv_ds/migration/moves.py; offload_*: only with tiers, see pikv_ds/tiers/offload.py. Sync: reads the device.
     """
     pages, exchange = cache.pages, cache.exchange
     counters = pages.counters
@@ -55,6 +55,7 @@ def stats(cache: PiKVCache, dense_rows: int, dense_columns: int) -> dict:
         "attention_kernel": load.kernel(cache.device.type),
         "ops_passed_over": load.passed_over(cache.device.type),
         **_of_moves(cache),
+        **({} if cache.offload is None else cache.offload.numbers(cache.pages.all_pools)),
     }
 
 

@@ -2,8 +2,9 @@
 
 from pikv_ds.moved import moved
 
+from .offload import OffloadConfig
 from .pikv import PiKVConfig
-from .storage import MonitorConfig, OffloadConfig, StorageConfig
+from .storage import MonitorConfig, StorageConfig
 
 __all__ = ["MonitorConfig", "OffloadConfig", "PiKVConfig", "StorageConfig"]
 

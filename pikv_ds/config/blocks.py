@@ -8,12 +8,13 @@ from pydantic import Field
 
 from .block import Block
 from .compression import CompressionConfig
+from .offload import OffloadConfig
 from .ops import OpsConfig
 from .pools import PoolConfig
 from .presets import PRESETS
 from .routing import RoutingConfig
 from .scheduling import SchedulingConfig
-from .storage import MonitorConfig, OffloadConfig, StorageConfig
+from .storage import MonitorConfig, StorageConfig
 
 
 class Blocks(Block):

@@ -1,4 +1,4 @@
-"""The "storage" block with its "rebalance", and the small ones: "offload" and "monitor"."""
+"""The "storage" block with its "rebalance", and the small one "monitor"."""
 
 from __future__ import annotations
 
@@ -87,21 +87,6 @@ class StorageConfig(Block):
         check_companion("gate_path", self.gate_path, "expert_ids", self.expert_ids, "gate")
         if self.table is not None:
             check_table(self.table, self.num_shards)
-        return self
-
-
-class OffloadConfig(Block):
-    """Slower tiers. Not available in this version: only the values that mean "no tier" are legal."""
-
-    host_gib: float = Field(0, ge=0, description="Host memory for cold pages in GiB; only 0 in this version.")
-    nvme_path: str | None = Field(None, description="Folder for cold pages; only null in this version.")
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.host_gib > 0:
-            raise problem("offload.host_gib", self.host_gib, "0: offload tiers are not available in this version")
-        if self.nvme_path is not None:
-            raise problem("offload.nvme_path", self.nvme_path, "null: offload tiers are not available in this version")
         return self
 
 

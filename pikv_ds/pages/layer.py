@@ -15,12 +15,14 @@ from pikv_ds.placement.shard_map import ShardMap
 from .addresses import Addresses
 from .capped import CappedReader
 from .events import NewEntries, PageChange, PageEvents, Rebased
+from .far import LayerTier
 from .move import Moved, demote, entries_of, page_slots
 from .plan import LayerPlan, PoolPlan
 from .pool import PagePool
 from .raw import RawReader
 from .rebase import rebase
 from .rows import RowChange
+from .tiered import TieredPool
 from .unrotated import UnrotatedReader
 
 
@@ -39,9 +41,11 @@ class LayerPages:
         shard_map: ShardMap,
         maps: PageMaps | None,
         addresses: Addresses | None = None,
+        tier: LayerTier | None = None,
     ) -> None:
-        """maps: of the pools whose entries are mapped; None: the same numbers. addresses: as for PagePool."""
-        self._addresses = addresses
+        """maps: of the pools whose entries are mapped; None: the same numbers. addresses: as for PagePool. tier: of the nearest pool; None:
+        all its pages lie in its own memory."""
+        self._addresses, self._tier = addresses, tier
         self.index, self.plan, self.spec, self.heads, self.dtype, self.map = index, plan, plan.spec, heads, dtype, shard_map
         self.maps, self.entry_maps = maps, plan.entry_maps
         self.events = PageEvents()
@@ -59,6 +63,8 @@ class LayerPages:
 
         Args: per pool counts [R, S] int32 and a 0-d int64, views to keep. no_tails: of pools that are given full pages in a grouped format.
         """
+        for pool in self.pools:
+            pool.retire()
         sizes = zip(self.plan.pools, counts, free_tops, strict=True)
         self.pools = tuple(self._pool(level, plan, *own, no_tails.get(plan.fmt)) for level, (plan, *own) in enumerate(sizes))
         self.routed = None if self.plan.routed is None else self.pools[self.plan.routed]
@@ -71,7 +77,8 @@ class LayerPages:
         reader = RawReader if unrotated is None or not (level or alone) else partial(UnrotatedReader, maps=unrotated)
         if self.spec.softcap is not None:
             reader = partial(CappedReader, softcap=self.spec.softcap)
-        return PagePool(
+        kind = PagePool if level or self._tier is None else partial(TieredPool, tier=self._tier)
+        return kind(
             plan.fmt, self.dtype, counts, free_top, reader, heads=self.heads, level=level, maps=self.maps if plan.mapped else None,
             full_pages=level > 0, no_tail=no_tail, events=self.events, addresses=self._addresses,
             block_size=plan.block_size,

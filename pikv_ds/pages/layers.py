@@ -17,6 +17,7 @@ from pikv_ds.step.step import Step
 from .addresses import Addresses
 from .counters import Counters
 from .crops import CropLimits
+from .far import LayerTier
 from .layer import LayerPages
 from .mirror import Mirror
 from .parked import ParkedRows
@@ -39,14 +40,18 @@ class RankPages:
         num_experts: int,
         device: torch.device,
         request_maps: Mapping[int, PageMaps],
+        tiers: Mapping[int, LayerTier] | None = None,
     ) -> None:
-        """plan: its maps lie on the device. request_maps: by layer, of pools whose maps belong to requests (tiers/bases.py)."""
+        """plan: its maps lie on the device. request_maps: by layer, of pools whose maps belong to requests (tiers/bases.py).
+        tiers: by layer, of pools whose pages do not all lie in their own memory (tiers/offload.py)."""
         self.plan, self.storage, self.page_size, self.heads = plan, storage, plan.page_size, plan.heads
         self.dtype, self.device, self.map = plan.dtype, device, shard_map
         self.num_shards, self.num_local = shard_map.num_shards, shard_map.num_local
         self.addresses = Addresses()
         self.layers = [
-            LayerPages(i, layer, plan.heads, plan.dtype, shard_map, layer.transform or request_maps.get(i), self.addresses)
+            LayerPages(
+                i, layer, plan.heads, plan.dtype, shard_map, layer.transform or request_maps.get(i), self.addresses, (tiers or {}).get(i)
+            )
             for i, layer in enumerate(plan.layers)
         ]
         self.specs = [layer.spec for layer in plan.layers]

@@ -37,6 +37,9 @@ def no_tail(fmt: PageFormat, dtype: torch.dtype, device: torch.device) -> Tensor
 class PagePool:
     """Owns records, raw tails and what is kept per page; ids are its allocator's, which row has which page its table's."""
 
+    foresees = False
+    """Its reader wants to know what a router scored (tier_reader.py)."""
+
     def __init__(
         self,
         fmt: PageFormat,
@@ -147,6 +150,12 @@ class PagePool:
         """[count] int32 ids of pages that nobody named, each named by `uses` tables from now on; grows if it must. Host phase."""
         self.reserve(int(self.allocator.free_top), count, 0)
         return self.allocator.take(count, uses)
+
+    def bring_open_pages_near(self) -> None:
+        """Rows were cut, and pages that are no longer full will be written to. Of one tier: they lie where they are written to."""
+
+    def retire(self) -> None:
+        """Another pool takes its place."""
 
     def shrink(self, free_pages: int) -> int:
         """Give slabs back when more than 1 / GROWTH of the pages is free: pages move down into the holes. Returns the free pages left."""

@@ -64,9 +64,10 @@ def fork(pool: PagePool, parent: Tensor, counts: Tensor) -> None:
     if pool.counters and len({p for p in parent.tolist() if p >= 0}) < int((parent >= 0).sum()):
         pool.part_counters()
     table.fork(parent, counts, pool.page_size)
+    pool.allocator.recount(table.ids[table.ids >= 0])
+    pool.bring_open_pages_near()
     if pool.tail is not None and not pool.full_pages:
         _fork_tail(pool, parent, old_counts)
-    pool.allocator.recount(table.ids[table.ids >= 0])
     _unshare_open_pages(pool)
 
 

@@ -10,8 +10,8 @@ class TierPlan(RetentionPolicy):
 
     The plan is `pikv plan --tiers` (pikv_ds/tiers/plan.py); its device share is the budget_ratio to give here.
     score(page) = position of its last entry: within a layer the plan says how much lies in each tier, not what; the latest stays.
-    This version has no slower tiers (pikv.offload is refused), so entries that the plan puts there are evicted, not moved: say so with
-    `drop_lower_tiers` true. Costs no memory, and keeps what `streaming_llm` keeps.
+    With a budget it evicts what the plan puts into slower tiers: say so with `drop_lower_tiers` true. pikv.offload keeps that, the oldest
+    pages below, and takes no budget (docs/guide/offload.md). Costs no memory, and keeps what `streaming_llm` keeps.
 
     Source: Sheng et al., FlexGen, arXiv 2303.06865, section 4.3 (shares of each tensor per tier). PiKV, arXiv 2508.06526, table 3, S_Flex.
     """
@@ -21,8 +21,8 @@ class TierPlan(RetentionPolicy):
     def __init__(self, *, drop_lower_tiers: bool) -> None:
         if not drop_lower_tiers:
             raise ValueError(
-                "drop_lower_tiers = true: there are no slower tiers in this version, so what the plan puts there can only be evicted; "
-                "method 'none' keeps everything on the device"
+                "drop_lower_tiers = true: this policy evicts what the plan puts into slower tiers; pikv.offload with method "
+                "'none' keeps it there"
             )
 
     def score(self, pages: Pages) -> Tensor:

@@ -180,6 +180,8 @@ class Selection:
             choice = best_pages(keys, pages, width, num_local, self.exchange, what)
             if choice.readers is not None and not needed:
                 choice = Choice(choice.columns)
+        if asked.pool.foresees and num_queries == asked.rows.stop - asked.rows.start:
+            asked.pool.reader.expect(score, hidden, asked.block_table)
         if near is None:
             return choice
         return choice._replace(columns=torch.where(choice.columns < columns, choice.columns, -1))

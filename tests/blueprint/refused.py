@@ -20,6 +20,7 @@ ROUTED = {"method": "topk", "exchange": "routed"}
 LRU = {"method": "lru", "budget_tokens": 200}
 PREFIX = {"prefix": {"enabled": True}}
 AGED = [{"method": "aged"}]
+TIERS = {"device_gib": 1e-3, "host_gib": 1.0}
 HEADS = {"method": "knorm", "budget_tokens": 200, "head_budget": "uniform"}
 
 
@@ -80,6 +81,18 @@ def refused(folder: Path) -> dict[str, list[dict]]:
         "policy-follows-bases": [{"compression": SVD, "scheduling": {"method": "keeps_queries", "budget_tokens": 200}}],
         "router-follows-bases": [{"compression": SVD, "routing": {"method": "keeps_summaries", "budget_ratio": 0.5}}],
         "shards-divide-among-ranks": [{"storage": {"num_shards": 3}, "ranks": 2}],
+        "offload-one-pool": [{"offload": TIERS, "compression": RAW}, {"offload": TIERS, "pools": AGED}],
+        "offload-no-request-bases": [{"offload": TIERS, "compression": SVD}],
+        "offload-no-prefix": [{"offload": TIERS, "storage": PREFIX}],
+        "offload-stays-where-it-is": [{"offload": TIERS, "storage": {"rebalance": {}}}],
+        "offload-no-budget": [{"offload": TIERS, "scheduling": {"method": "knorm", "budget_tokens": 200}}],
+        "offload-policy-of-what-is-stored": [{"offload": TIERS, "scheduling": {"method": "lru"}}],
+        "offload-shared-heads": [{"offload": TIERS, "scheduling": {"method": "knorm", "head_budget": "uniform"}}],
+        "offload-full-attention": [{"offload": TIERS, "layers": WINDOWS}],
+        "offload-holds-pages": [
+            {"offload": {"device_gib": 1e-9, "host_gib": 1.0}, "layers": PLAIN},
+            {"offload": TIERS | {"staging_mib": 1e-6}, "layers": PLAIN},
+        ],
         "prefix-no-request-bases": [{"storage": PREFIX, "compression": SVD}],
         "prefix-keeps-all": [{"storage": PREFIX, "scheduling": LRU}],
         "prefix-one-pool": [{"storage": PREFIX, "compression": RAW}, {"storage": PREFIX, "pools": AGED}],

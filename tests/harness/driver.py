@@ -58,6 +58,7 @@ class Driver:
         scheduling: dict | None = None,
         compression: dict | None = None,
         pools: list[dict] | None = None,
+        offload: dict | None = None,
         group=None,
         **storage,
     ) -> None:
@@ -70,6 +71,7 @@ class Driver:
             routing=routing or {},
             scheduling=scheduling or {},
             pools=pools or [],
+            offload=offload or {},
         )
         self.cache = PiKVCache(layers, config, num_experts=num_experts, dtype=dtype, device=torch.device("cpu"), group=group)
         self.probe = CacheProbe(self.cache)
