@@ -12,7 +12,7 @@ import pkgutil
 import sys
 
 import pikv_ds
-from pikv_ds.errors import CapacityError, ConfigError, DivergedError, PeerError, UnsupportedError
+from pikv_ds.errors import CapacityError, ConfigError, DivergedError, PeerError, SessionError, UnsupportedError
 from pikv_ds.launch import commands
 from pikv_ds.launch.device import let_memory_grow
 
@@ -23,6 +23,7 @@ TOLD = (
     CapacityError,
     PeerError,
     DivergedError,
+    SessionError,
     FileNotFoundError,
     argparse.ArgumentTypeError,
 )

@@ -32,4 +32,8 @@ class MigrationError(RuntimeError):
     """Shards could not move to other ranks. Raised on all ranks; every shard is where it was."""
 
 
-PIKV_ERRORS = (ConfigError, UnsupportedError, CapacityError, PeerError, DivergedError, MigrationError)
+class SessionError(ValueError):
+    """A saved session that can't be read, or that does not fit the cache or the model. The cache is as before."""
+
+
+PIKV_ERRORS = (ConfigError, UnsupportedError, CapacityError, PeerError, DivergedError, MigrationError, SessionError)
