@@ -3,7 +3,7 @@
 `decode`: a step against the ordinary cache; `ops`: the ops; `errors`: their accuracy; `select`: reading some pages against reading all;
 `model`: the source paper's latency model, fitted; `layouts`: the page formats beside KIVI's; `latents`: decode over MLA latents;
 `merge`: partial attention into one; `serve`: load on an end point; `exchange`: ways of distinct requests on several ranks; `prefix`:
-requests with a long common beginning.
+requests with a long common beginning; `soak`: random requests and sessions for a while.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from pikv_ds.launch.bench import ops as bench_ops
 from pikv_ds.launch.bench import page_choice as bench_select
 from pikv_ds.launch.bench import prefix as bench_prefix
 from pikv_ds.launch.bench import serve as bench_serve
+from pikv_ds.launch.bench import soak as bench_soak
 from pikv_ds.launch.output import print_table, write_json
 
 
@@ -71,6 +72,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     prefix = kinds.add_parser("prefix", help="requests with a long common beginning, with storage.prefix and without")
     bench_prefix.add_arguments(prefix)
     prefix.add_argument("--json", metavar="FILE", help="write the rows to FILE")
+    soak = kinds.add_parser("soak", help="random requests and sessions on several ranks for a while: what is lost, memory, time of a step")
+    bench_soak.add_arguments(soak)
+    soak.add_argument("--json", metavar="FILE", help="write the row to FILE")
     errors = kinds.add_parser("errors", help="errors of the page formats and of the op that reads them, against fp64")
     errors.add_argument("--json", metavar="FILE", help="write the rows to FILE")
 
@@ -78,6 +82,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     kinds = {"ops": bench_ops, "select": bench_select, "model": bench_model, "layouts": bench_layouts, "latents": bench_latents}
     kinds |= {"errors": bench_errors, "merge": bench_merge, "serve": bench_serve, "exchange": bench_exchange, "prefix": bench_prefix}
+    kinds |= {"soak": bench_soak}
     if getattr(args, "device", "cpu") == "cuda" and not _has_cuda():
         print(f"pikv bench {args.kind} --device cuda: this torch sees no CUDA device")
         return 1
