@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -58,6 +58,7 @@ class Core(Protocol):
     def num_experts(self) -> int: ...
     def reset(self) -> None: ...
     def begin_rows(self, num_rows: int) -> None: ...
+    def rebalance(self, holders: Sequence[Sequence[int]] | None = None) -> bool: ...
 
 
 class HostPart(NamedTuple):
@@ -68,24 +69,21 @@ class HostPart(NamedTuple):
 
 
 @eager
-def take(cache: Core) -> RowsCopy:
-    """All rows of this rank's shards, parked ones behind the others. All ranks at the same point, between forwards.
+def fork(cache: Core, target: Core) -> None:
+    """All rows, parked ones behind the others, take the place of what `target` holds, a cache that is made alike; its shards lie where
+    those of `cache` do from now on. All ranks at the same point, between forwards.
 
-    Sync: reads sizes back. Collectives: one frame. Raises, on all ranks: UnsupportedError with the reason.
+    Sync: reads sizes back. Collectives: two frames, and those of a rebalance where shards lie elsewhere. Raises, on all ranks:
+    UnsupportedError with the reason.
     """
     _refuse(cache, "be copied", _reason(cache, begun=True))
-    return _copied(cache)
-
-
-@eager
-def give(cache: Core, copy: RowsCopy) -> None:
-    """The rows of a copy take the place of what the cache holds. All ranks at the same point, with the copy that each has taken.
-
-    Raises, on all ranks: UnsupportedError with the reason; and SessionError where the caches are not made alike.
-    """
-    _refuse(cache, "be replaced", _reason(cache, begun=False))
-    check(cache.pages, copy)
-    _put(cache, copy)
+    _refuse(target, "be replaced", _reason(target, begun=False))
+    target.reset()
+    if target.pages.map.holders != cache.pages.map.holders:
+        target.rebalance(cache.pages.map.holders)
+    copy = _copied(cache)
+    check(target.pages, copy)
+    _put(target, copy)
 
 
 @eager

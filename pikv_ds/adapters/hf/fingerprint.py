@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from pikv_ds.cache.cache import PiKVCache
-from pikv_ds.codecs.calibration import FINGERPRINT_TOLERANCE
 from pikv_ds.errors import SessionError, UnsupportedError
 from pikv_ds.exchange.digest import digest
+from pikv_ds.sessions.marks import check_norms
 from pikv_ds.spec import LayerSpec
 
 
@@ -78,16 +78,3 @@ def check_marks(host: Host, saved: dict[str, Tensor], weights: str | None, path:
     check_norms(norms, saved, host.name, path)
     if weights is not None and weights != own:
         raise SessionError(f"{path!r} was saved with other weights than this {host.name} has; load the model that it was saved with")
-
-
-def check_norms(own: dict[str, Tensor], saved: dict[str, Tensor], model: str, path: str) -> None:
-    """own: "norms LAYER" of the model. Raises: SessionError."""
-    known = {name: x for name, x in saved.items() if name.startswith("norms ")}
-    if known.keys() != own.keys():
-        raise SessionError(f"{path!r} knows its model by {len(known)} key projections, {model} has {len(own)}; load the model it is of")
-    for name, x in own.items():
-        if known[name].shape != x.shape or not torch.allclose(known[name], x.cpu(), rtol=FINGERPRINT_TOLERANCE, atol=1e-6):
-            raise SessionError(
-                f"{path!r} is of another model: the key projection of layer {name.split()[1]} of {model} differs; load the model that it "
-                f"was saved with"
-            )

@@ -45,7 +45,7 @@ def fork(conversation: Conversation, target: Conversation) -> None:
     """target, of the same attachment and empty, holds the same rows from now on. All ranks at the same point."""
     _check(conversation, "forked")
     part = _part(conversation, marks=False)
-    copies.give(target.core, copies.take(conversation.core))
+    copies.fork(conversation.core, target.core)
     _put(target, part)
 
 
