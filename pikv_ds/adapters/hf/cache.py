@@ -25,7 +25,7 @@ class HFCache(Cache):
     """One conversation. Pass it as `cache` or `past_key_values` to the model that it belongs to, in generate() or in a forward.
 
     Its entries are dropped and their memory returned when the object goes, on close(), and when its model is detached. From then on every
-    use raises UnsupportedError. It can't be copied or saved: repeat rows to fork it.
+    use raises UnsupportedError. It can't be copied or pickled: repeat rows to fork it, save() and load() to move it.
     """
 
     def __init__(self, conversation: Conversation) -> None:
