@@ -228,9 +228,9 @@ class Rows:
     # ---- copies (pikv_ds/sessions) -------------------------------------------------------------------------------------------
 
     def copied(self) -> CopiedRows:
-        """Copies of what is kept."""
+        """Copies of what is kept; what a row forgets when it changes is 0, for it may be this rank's alone."""
         return CopiedRows(
-            {name: list(column.values) for name, column in self._ints.items()},
+            {name: [0 if column.follow is forgets else n for n in column.values] for name, column in self._ints.items()},
             {name: column.value.clone() for name, column in self._tensors.items() if column.used},
             {name: kept.clone() for name, (kept, _) in self._beside.items()},
         )

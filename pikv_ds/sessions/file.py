@@ -1,6 +1,7 @@
 """The file of a saved session: safetensors with a checksum over everything in it. Written whole or not at all, for its owner only.
 
-Metadata: "format", "about" (JSON, what the tensors are of) and "checksum" (of all tensors and of "about").
+Metadata "pikv": JSON of "format", "about" (JSON, what the tensors are of) and "checksum" (of all tensors and of "about"). One entry, as
+safetensors writes several in any order, and equal sessions are equal files.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ def write(path: str | Path, tensors: Mapping[str, Tensor], about: Mapping[str, A
     path, text = Path(path), json.dumps(about, sort_keys=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")  # 0600
     try:
-        save_file(dict(tensors), name, {"format": FORMAT, "about": text, "checksum": _checksum(tensors, text)})
+        said = {"format": FORMAT, "about": text, "checksum": _checksum(tensors, text)}
+        save_file(dict(tensors), name, {"pikv": json.dumps(said)})
         os.fchmod(handle, 0o600)
         os.fsync(handle)
         size = os.stat(name).st_size
@@ -55,7 +57,7 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     try:
         with safe_open(Path(path), "pt") as file:
-            said = file.metadata() or {}
+            said = _said(file.metadata())
             if said.get("format") != FORMAT:
                 raise SessionError(
                     f"{str(path)!r} has format {said.get('format')!r}, and this version reads {FORMAT!r}; save the session anew with this "
@@ -70,6 +72,15 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if _checksum(tensors, text) != said.get("checksum"):
         raise SessionError(f"{str(path)!r} was changed after it was written: its checksum differs; save the session again")
     return tensors, json.loads(text)
+
+
+def _said(metadata: Mapping[str, str] | None) -> dict[str, Any]:
+    """Empty for a file that says nothing, or nothing that can be read."""
+    try:
+        said = json.loads((metadata or {}).get("pikv", "{}"))
+    except json.JSONDecodeError:
+        return {}
+    return said if isinstance(said, dict) else {}
 
 
 def _checksum(tensors: Mapping[str, Tensor], about: str) -> str:

@@ -114,6 +114,7 @@ def test_equal_rows_give_equal_bytes_and_nothing_of_others(name, tmp_path):
     (clean, about), (used, other) = (file.read(tmp_path / which) for which in ("clean", "used"))
     assert about["rows"]["lens"] == other["rows"]["lens"] == [43] and clean.keys() == used.keys()
     assert [key for key in clean if not torch.equal(clean[key], used[key])] == []
+    assert (tmp_path / "clean").read_bytes() == (tmp_path / "used").read_bytes()
 
 
 def test_bytes_that_no_entry_has_are_cleared():
@@ -307,7 +308,7 @@ def test_prefixes_are_saved_and_found_again(tmp_path):
 
 def test_the_file_is_one_that_others_read(saved):
     with safe_open(saved, "pt") as read:
-        about = json.loads(read.metadata()["about"])
+        about = json.loads(json.loads(read.metadata()["pikv"])["about"])
         names = set(read.keys())
     assert about["num_shards"] == 2 and about["rows"]["lens"] == [45]
     assert {f"shard {layer} 0 {shard} records" for layer in range(2) for shard in range(2)} <= names
