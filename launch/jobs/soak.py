@@ -118,7 +118,9 @@ class Soak:
 
     def _fork(self, name: str, which: str) -> None:
         self.opened += 1
-        self.caches[name].session(which).fork(f"{self.opened}")
+        session = self.caches[name].session(which)
+        session.core.cancel_rebalance()  # a fork while shards change ranks is refused
+        session.fork(f"{self.opened}")
         self.said[name][f"{self.opened}"] = self.said[name][which]
 
     def _rewind(self, name: str, which: str) -> None:
