@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from megatron.core.inference.contexts import StaticInferenceContext
@@ -11,6 +14,7 @@ from pikv_ds.errors import UnsupportedError
 from pikv_ds.modes import eager
 from pikv_ds.step.step import LocalStep
 
+from . import sessions
 from .base_context import PiKVContext, check_length, positions_digest
 from .masks import padding_of
 from .tokens import Columns, Nothing, Tokens
@@ -66,6 +70,23 @@ class PiKVInferenceContext(PiKVContext, StaticInferenceContext):
     def stats(self) -> dict:
         """Plain numbers of this rank, see pikv_ds.cache.stats.stats. Sync: reads the device. Needs no other rank."""
         return self._stats(len(self.rows), self.columns)
+
+    def save(self, path: str | Path, note: dict[str, Any] | None = None) -> int:
+        """Write the requests to a file, for load() here or by transformers' side of the same model. All ranks of the expert-parallel group
+        at the same point, which run the same requests. Returns: bytes. Raises, on all ranks: UnsupportedError, SessionError."""
+        return sessions.save(self, path, note)
+
+    @eager
+    def load(self, path: str | Path) -> dict[str, Any] | None:
+        """The requests of a file take the place of what is held, and sequence_len_offset is behind their last token: the next forward
+        continues them. All ranks at the same point. Returns: the note. Raises, with all as before: SessionError, UnsupportedError."""
+        return sessions.load(self, path)
+
+    def take_over(self, rows: int, columns: int) -> None:
+        """The cache holds so many requests of as many tokens, as after a forward of them."""
+        super().reset()
+        self._begin_generation()
+        self.columns, self.rows, self.sequence_len_offset = columns, list(range(rows)), columns
 
     @eager
     def reset(self) -> None:

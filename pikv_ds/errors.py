@@ -36,4 +36,8 @@ class PageFileError(RuntimeError):
     """A file of pages does not hold what was written to it: truncated, flipped, swapped, stale, another's. Nothing of it is served."""
 
 
-PIKV_ERRORS = (ConfigError, UnsupportedError, CapacityError, PeerError, DivergedError, MigrationError, PageFileError)
+class SessionError(ValueError):
+    """A saved session that can't be read, or that does not fit the cache or the model. The cache is as before."""
+
+
+PIKV_ERRORS = (ConfigError, UnsupportedError, CapacityError, PeerError, DivergedError, MigrationError, PageFileError, SessionError)

@@ -27,6 +27,8 @@ def main() -> None:
             talk.forget()
         elif said == "stats":
             control.answer(talk.stats())
+        elif isinstance(said, dict):
+            control.answer(talk.keep(**said))
         elif isinstance(said, list):
             control.answer(talk.answer(said))
     talk.close()

@@ -8,6 +8,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TextIO
 
 from transformers import TextStreamer
@@ -20,7 +21,11 @@ from .spec import ChatSpec
 from .talk import Talk
 from .turns import Message, tokens_of_turn
 
-HELP = "/stats: numbers of the cache; /save FILE: the conversation as JSON; /reset: begin anew; /quit"
+HELP = (
+    "/stats: numbers of the cache; /save FILE: the conversation with its cache, FILE.json: its words alone; /load FILE; "
+    "/reset: begin anew; /quit"
+)
+DONE = {"save": "saved to", "load": "loaded"}
 TICK_S = 1.0  # between two signs of life for the other ranks while nobody speaks
 _LOOK_S = 0.25  # between two looks at the bytes while an answer streams
 
@@ -37,6 +42,8 @@ class Chat:
     def run(self) -> list[dict[str, Any]]:
         """Until /quit, the end of the input, or Ctrl-C. Returns a row per answer."""
         self.screen.write(f"{HELP}\n")
+        if self.spec.session is not None and Path(self.spec.session).exists():
+            self._load(self.spec.session)
         try:
             while (line := self._ask()) is not None:
                 command, _, rest = line.strip().partition(" ")
@@ -46,6 +53,8 @@ class Chat:
                     self._do(command, rest.strip())
                 elif line.strip():
                     self._say(line.strip())
+            if self.spec.session is not None and self.tokens:
+                self._save(self.spec.session)
         except KeyboardInterrupt:
             self.screen.write("\n")
         finally:
@@ -69,6 +78,8 @@ class Chat:
             self.screen.write("".join(f"rank {rank}: {stats}\n" for rank, stats in enumerate(self.control.collect(self.talk.stats()))))
         elif command == "/save":
             self._save(rest or "chat.json")
+        elif command == "/load":
+            self._load(rest)
         elif command == "/reset":
             self._forget()
         else:
@@ -80,8 +91,24 @@ class Chat:
         self.messages, self.tokens = [], []
         self.screen.status("the cache is empty", stays=True)
 
+    def _keep(self, what: str, name: str, note: dict[str, Any] | None = None) -> dict[str, Any] | None:
+        """Of the cache on all ranks; None: it did not work, and says why."""
+        ordered = {"what": what, "path": str(Path(name).expanduser().resolve()), "note": note}
+        self.control.tell(ordered)
+        kept, why = self.control.collect(self.talk.keep(**ordered))[0]
+        self.screen.write(f"not {DONE[what]}: {why}\n" if why else f"{DONE[what]} {name}\n")
+        return kept
+
+    def _load(self, name: str) -> None:
+        note = self._keep("load", name)
+        if note is not None:
+            self.messages, self.tokens = note["messages"], note["tokens"]
+
     def _save(self, name: str) -> None:
         """Only for the user's eyes: mode 0600."""
+        if not name.endswith(".json"):
+            self._keep("save", name, {"messages": self.messages, "tokens": self.tokens})
+            return
         document = {"messages": self.messages, "config": self.spec.block, "ranks": self.spec.ranks, "answers": self.rows}
         try:
             with open(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:

@@ -26,6 +26,8 @@ class ChatSpec:
     temperature: float
     seed: int
     timeout_s: float
+    session: str | None = None
+    """A file: the conversation goes on from there, if it is there, and is saved to it at the end."""
     backend: str = "hf"
 
     def to_json(self) -> str:

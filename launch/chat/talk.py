@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from pikv_ds.adapters.hf.attach import attach
+from pikv_ds.errors import SessionError, UnsupportedError
 from pikv_ds.launch.evaluation.hf import HFBackend, PiKVSession
 
 from .spec import ChatSpec
@@ -67,6 +68,13 @@ class Talk:
     def forget(self) -> None:
         """The next answer begins a new conversation."""
         self.cache = self.attached.new_cache()
+
+    def keep(self, what: str, path: str, note: dict[str, Any] | None) -> tuple[dict[str, Any] | None, str | None]:
+        """what: "save" or "load" the cache of the conversation. Returns: the note of a file, and why it did not work."""
+        try:
+            return (self.cache.load(path), None) if what == "load" else (self.cache.save(path, note) and note, None)
+        except (SessionError, UnsupportedError) as error:
+            return None, str(error)
 
     def close(self) -> None:
         self.attached.detach()

@@ -3,7 +3,8 @@
 `decode`: a step against the ordinary cache; `ops`: the ops; `errors`: their accuracy; `select`: reading some pages against reading all;
 `model`: the source paper's latency model, fitted; `layouts`: the page formats beside KIVI's; `latents`: decode over MLA latents;
 `chunks`: long chunks over stored pages; `merge`: partial attention into one; `serve`: load on an end point; `exchange`: ways of distinct
-requests on several ranks; `prefix`: requests with a long common beginning.
+requests on several ranks; `prefix`: requests with a long common beginning; `fewshot`: an lm-eval task whose shots are shared; `soak`:
+random requests and sessions for a while.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 from pikv_ds.launch.bench import chunks as bench_chunks
 from pikv_ds.launch.bench import errors as bench_errors
 from pikv_ds.launch.bench import exchange as bench_exchange
+from pikv_ds.launch.bench import few_shot as bench_few_shot
 from pikv_ds.launch.bench import latents as bench_latents
 from pikv_ds.launch.bench import layouts as bench_layouts
 from pikv_ds.launch.bench import merge as bench_merge
@@ -24,6 +26,7 @@ from pikv_ds.launch.bench import ops as bench_ops
 from pikv_ds.launch.bench import page_choice as bench_select
 from pikv_ds.launch.bench import prefix as bench_prefix
 from pikv_ds.launch.bench import serve as bench_serve
+from pikv_ds.launch.bench import soak as bench_soak
 from pikv_ds.launch.output import print_table, write_json
 
 
@@ -75,6 +78,12 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     prefix = kinds.add_parser("prefix", help="requests with a long common beginning, with storage.prefix and without")
     bench_prefix.add_arguments(prefix)
     prefix.add_argument("--json", metavar="FILE", help="write the rows to FILE")
+    few_shot = kinds.add_parser("fewshot", help="a 5-shot lm-eval task, with storage.prefix and without")
+    bench_few_shot.add_arguments(few_shot)
+    few_shot.add_argument("--json", metavar="FILE", help="write the rows to FILE")
+    soak = kinds.add_parser("soak", help="random requests and sessions on several ranks for a while: what is lost, memory, time of a step")
+    bench_soak.add_arguments(soak)
+    soak.add_argument("--json", metavar="FILE", help="write the row to FILE")
     errors = kinds.add_parser("errors", help="errors of the page formats and of the op that reads them, against fp64")
     errors.add_argument("--json", metavar="FILE", help="write the rows to FILE")
 
@@ -82,7 +91,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     kinds = {"ops": bench_ops, "select": bench_select, "model": bench_model, "layouts": bench_layouts, "latents": bench_latents}
     kinds |= {"errors": bench_errors, "merge": bench_merge, "serve": bench_serve, "exchange": bench_exchange, "prefix": bench_prefix}
-    kinds["chunks"] = bench_chunks
+    kinds |= {"chunks": bench_chunks, "soak": bench_soak, "fewshot": bench_few_shot}
     if getattr(args, "device", "cpu") == "cuda" and not _has_cuda():
         print(f"pikv bench {args.kind} --device cuda: this torch sees no CUDA device")
         return 1

@@ -19,6 +19,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--chunk", type=int, default=512, metavar="N", help="tokens per forward over what was said (default 512)")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="of drawing tokens; 0: the likeliest (default 0)")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of drawing tokens (default 0)")
+    parser.add_argument("--session", metavar="FILE", help="continue the conversation saved in FILE, if it exists, and save it at the end")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of weights and cache (float32)")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="torch threads per rank (default 1)")
 
@@ -56,6 +57,16 @@ def _own_stdout(spec: Any) -> Any:
     return own_stdout() if spec.ep > 1 else sys.stdout
 
 
+def _session(path: str) -> str:
+    """A folder or .json would not be a session. Raises: ConfigError."""
+    from pikv_ds.errors import ConfigError
+
+    file = Path(path).expanduser().resolve()
+    if not file.parent.is_dir() or file.is_dir() or file.suffix == ".json":
+        raise ConfigError(f"--session {path!r}: legal is a file, not .json, in a folder that exists; its words alone are saved by /save")
+    return str(file)
+
+
 def read_spec(args: argparse.Namespace) -> Any:
     """Checked here, so that a mistake does not first start ranks. Raises: ConfigError, UnsupportedError, FileNotFoundError."""
     from pikv_ds.adapters.hf.model_spec import load_model_config
@@ -78,4 +89,5 @@ def read_spec(args: argparse.Namespace) -> Any:
         model=str(model), block=block, dtype=args.dtype, ranks=args.ranks, ep=args.ranks if facts.experts % args.ranks == 0 else 1,
         threads=args.threads, max_length=facts.longest or 1 << 20, new_tokens=args.max_new_tokens, chunk=args.chunk,
         temperature=args.temperature, seed=args.seed, timeout_s=block["timeout_s"],
+        session=None if args.session is None else _session(args.session),
     )  # fmt: skip

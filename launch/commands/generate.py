@@ -23,6 +23,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N", help="per prompt (default 64)")
     parser.add_argument("--ranks", type=_positive, default=1, metavar="G", help="ranks to start (default 1)")
     parser.add_argument("--chunk", type=_positive, metavar="N", help="prefill in chunks of N tokens")
+    parser.add_argument("--session", metavar="FILE", help="continue the session saved in FILE, if it exists, and save it there at the end")
     parser.add_argument("--dtype", choices=DTYPES, help="of weights and cache (default: the checkpoint's)")
 
 
@@ -65,7 +66,18 @@ def read_spec(args: argparse.Namespace) -> dict[str, Any]:
         "max_new_tokens": args.max_new_tokens,
         "chunk": args.chunk,
         "dtype": args.dtype,
+        "session": _session(args.session),
     }
+
+
+def _session(path: str | None) -> str | None:
+    """Absolute, as ranks may start elsewhere. Raises: FileNotFoundError for a folder that is not there."""
+    if path is None:
+        return None
+    file = Path(path).expanduser().resolve()
+    if not file.parent.is_dir():
+        raise FileNotFoundError(f"--session {path!r}: there is no folder {str(file.parent)!r}")
+    return str(file)
 
 
 def _ds_config(path: str | None, config_class: type) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from pikv_ds.errors import ConfigError, UnsupportedError
 
 from .job import backend_class, start_distributed
 from .model_args import run_of
+from .prefixes import PrefixRun, shares_prefixes
 from .scoring import Continuations
 
 OF_HFLM = (
@@ -68,6 +69,9 @@ def cache_lm(base: type, host: str) -> type:
                 )
             self.pretrained = spec.model
             self.block, self.chunk = None if dense else block, spec.chunk
+            self.prefixes = None
+            if shares_prefixes(self.block) and host == "hf":
+                self.prefixes = PrefixRun(self.cache_backend, self.block)
             self._continuations = Continuations()
 
         def _loglikelihood_tokens(self, requests: list, *args: Any, **kwargs: Any) -> list[tuple[float, bool]]:
@@ -80,6 +84,8 @@ def cache_lm(base: type, host: str) -> type:
         @torch.no_grad()
         def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
             """inps [B, T] int64 -> logits [B, T, V] in the model's dtype, in which lm-eval's own model takes the softmax too."""
+            if self.prefixes is not None:
+                return self.prefixes.score(inps, self._continuations, self.chunk).to(self.model.dtype)
             widths = self._continuations.forwards(inps, self.chunk)
             with self.cache_backend.session(self.block, *inps.shape) as session:
                 logits = torch.cat([session.feed(part) for part in inps.split(widths, 1)], 1)
@@ -89,7 +95,8 @@ def cache_lm(base: type, host: str) -> type:
         def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **options: Any) -> Tensor:
             """context [B, T] int64, padded on the left; prompts are fed in chunks, so that what follows a chunk reads it from the store."""
             options.setdefault("prefill_chunk_size", self.chunk)
-            with self.cache_backend.generation(self.block, options["attention_mask"], max_length) as cache:
+            opened = self.cache_backend.generation(self.block, options["attention_mask"], max_length)
+            with opened if self.prefixes is None else self.prefixes.generation() as cache:
                 return super()._model_generate(context, max_length, stop, **options, **cache)
 
     return CacheLM

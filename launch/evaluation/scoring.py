@@ -41,6 +41,11 @@ class Continuations:
         cuts = [cut for start, end in zip(edges, edges[1:], strict=False) for cut in range(start, end, chunk)] + [columns]
         return [end - start for start, end in zip(cuts, cuts[1:], strict=False)]
 
+    def first_scored(self, rows: Tensor) -> int:
+        """The first column of rows [B, T] whose logits are asked for; 0 where that is not known. Sync: reads the rows."""
+        found = [self._starts_in(row) for row in rows.tolist()] if self._starts else []
+        return min((min(starts, default=0) for starts in found), default=0)
+
     def _starts_in(self, row: Ids) -> set[int]:
         """Token 0 may be a real one, so a row can be what several requests look like when padded: the starts of all of them."""
         end = max((at + 1 for at, token in enumerate(row) if token), default=0)

@@ -27,7 +27,22 @@ def generate_all(spec: dict[str, Any], stdout: TextIO | None) -> list[dict[str, 
     model = AutoModelForCausalLM.from_pretrained(spec["model"], dtype=dtype, local_files_only=True).eval().to(device)
     tokenizer = AutoTokenizer.from_pretrained(spec["model"], local_files_only=True)
     with open_cache(model, spec["ds_config"]) as (model, cache):
+        if spec["session"] is not None:
+            return _turns(model, cache, tokenizer, spec, stdout)
         return [_generate(model, cache, tokenizer, prompt, spec, stdout) for prompt in spec["prompts"]]
+
+
+def _turns(model: Any, cache: Any, tokenizer: Any, spec: dict[str, Any], stdout: TextIO | None) -> list[dict[str, Any]]:
+    """Prompts are turns of one session, that of a file if it is there, which is saved at the end."""
+    from pikv_ds.launch.ranks import gather
+
+    path = Path(spec["session"])
+    with cache.session(path.name) as session:
+        if any(gather(path.exists())):
+            session.load(path)
+        rows = [_generate(model, session, tokenizer, prompt, spec, stdout) for prompt in spec["prompts"]]
+        rows[-1]["session_bytes"] = session.save(path)
+    return rows
 
 
 @contextlib.contextmanager
@@ -49,23 +64,25 @@ def open_cache(model: Any, ds_config: dict[str, Any]) -> Iterator[tuple[Any, Any
 def _generate(model: Any, cache: Any, tokenizer: Any, prompt: str, spec: dict[str, Any], stdout: TextIO | None) -> dict:
     import torch
 
-    batch = tokenizer(prompt, return_tensors="pt").to(model.device)
+    session = cache if spec["session"] is not None else None
+    begins = session is None or not session.columns
+    batch = tokenizer(prompt, return_tensors="pt", add_special_tokens=begins).to(model.device)
     prompt_tokens = batch["input_ids"].shape[1]
     streamer = _streamer(tokenizer, stdout)
     started = time.perf_counter()
     if stdout is not None:
         stdout.write(prompt)
     with torch.no_grad(), _prefill_bar(cache, prompt_tokens, spec["chunk"], stdout):
-        output = model.generate(
-            **batch,
-            do_sample=False,
-            max_new_tokens=spec["max_new_tokens"],
-            streamer=streamer,
-            prefill_chunk_size=spec["chunk"],
-            use_cache=True,
-        )
+        options = {
+            "do_sample": False, "max_new_tokens": spec["max_new_tokens"], "streamer": streamer, "prefill_chunk_size": spec["chunk"],
+            "use_cache": True,
+        }  # fmt: skip
+        if session is None:
+            held, output = 0, model.generate(**batch, **options)
+        else:
+            held, output = session.said_columns, session.generate(batch["input_ids"], **options)
     elapsed_s = time.perf_counter() - started
-    new = output[0, prompt_tokens:]
+    new = output[0, held + prompt_tokens :]
     stats = cache.stats()
     row = {
         "prompt": prompt,
@@ -77,7 +94,8 @@ def _generate(model: Any, cache: Any, tokenizer: Any, prompt: str, spec: dict[st
         "kv_bytes_per_rank": gather(stats["kv_bytes_allocated"]),
         "kv_bytes_dense": stats["kv_bytes_dense"],
     }
-    cache.reset()
+    if session is None:
+        cache.reset()
     return row
 
 

@@ -216,6 +216,10 @@ class PiKVCache(HostFace):
             self.retention.before_forward(self.step)
         self.pages.room.reserve(self.step)
 
+    def begin_rows(self, num_rows: int) -> None:
+        """Empty rows, which a copy fills (copies.py)."""
+        self._start(num_rows)
+
     def _start(self, num_rows: int) -> None:
         """A generation of `num_rows` requests begins: nothing of the last one stays."""
         self.migration.start()

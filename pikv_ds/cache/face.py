@@ -54,6 +54,11 @@ class HostFace:
         return 0 if self.exchange.turn is None else self.exchange.turn.cache
 
     @property
+    def parked_lens(self) -> list[int]:
+        """Tokens of every parked row (pages/parked.py)."""
+        return list(self.agreement.parked_lens)
+
+    @property
     def holds_others(self) -> bool:
         """Whether other ranks have tokens of requests of their own in it."""
         agreement = self.agreement
@@ -66,6 +71,11 @@ class HostFace:
         """Drop every entry; the next forward is that of another cache, with a number of its own."""
         self.reset()
         self.exchange.turn.cache = 0
+
+    @property
+    def moving(self) -> bool:
+        """Whether shards are changing ranks beside the forwards."""
+        return self.migration.wanted is not None
 
     @property
     def replicated(self) -> bool | None:

@@ -41,6 +41,7 @@ def stats(cache: PiKVCache, dense_rows: int, dense_columns: int) -> dict:
         "entries_evicted": int(counters.evicted),
         "entries_cropped": counters.cropped,
         "entries_forked": counters.forked,
+        "entries_loaded": counters.loaded,
         "entries_read": None if cache.selection is None else float(cache.selection.entries[0]),
         "entries_visible": None if cache.selection is None else float(cache.selection.entries[1]),
         "exchange_bytes_sent": exchange.bytes_sent,

@@ -66,6 +66,16 @@ class ParkedRows:
         yield
         self._split(change.index.numel() - change.num_parked, change.keep)
 
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """Inside, which changes nothing, parked rows stand behind the active ones."""
+        active = self.pages.rows.num_rows
+        self._join()
+        try:
+            yield
+        finally:
+            self._split(active, None)
+
     def _join(self) -> None:
         pages = self.pages
         if self.num_rows:

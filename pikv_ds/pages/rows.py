@@ -57,6 +57,14 @@ def forgets(value: int, keep: int, shared: bool) -> int:
     return 0
 
 
+class CopiedRows(NamedTuple):
+    """Everything that is kept of rows, by name. ints: [R] each. tensors: [R, ...] each, those that were used. beside: of no row."""
+
+    ints: dict[str, list[int]]
+    tensors: dict[str, Tensor]
+    beside: dict[str, Tensor]
+
+
 class IntColumn:
     """A number per row, on the host, 0 for a new row. values: [R]."""
 
@@ -152,6 +160,8 @@ class Rows:
         self._tensors: dict[str, RowColumn] = {}
         self._beside: dict[str, tuple[Tensor, float]] = {}
         self._limits: list[Callable[[RowChange], None]] = []
+        self._undeclared: set[str] = set()
+        """Tensors that were put, and that nobody has declared yet: some methods do it in a forward."""
 
     def ints(self, name: str, follow: Follow = keeps) -> IntColumn:
         """A number per row. follow: what becomes of it in a row that goes on."""
@@ -161,8 +171,12 @@ class Rows:
 
     def tensor(self, name: str, shape: tuple[int, ...] = (), dtype: torch.dtype = torch.float32, *, empties: bool = False) -> RowColumn:
         """[R, *shape] of `dtype`."""
+        put = self._tensors[name] if name in self._undeclared else None
         column = self._tensors[name] = RowColumn(self.device, tuple(shape), dtype, empties)
         column.start(self.num_rows)
+        self._undeclared.discard(name)
+        if put is not None and (put.shape, put.dtype) == (column.shape, dtype):
+            column.value = put.value
         return column
 
     def beside(self, name: str, shape: tuple[int, ...], fill: float = 0.0) -> Tensor:
@@ -177,6 +191,9 @@ class Rows:
     def start(self, num_rows: int) -> None:
         """A generation of `num_rows` new rows begins: nothing of the last one stays."""
         self.num_rows, self.version = num_rows, self.version + 1
+        for name in self._undeclared:
+            del self._tensors[name]
+        self._undeclared = set()
         for column in (*self._ints.values(), *self._tensors.values()):
             column.start(num_rows)
         for kept, fill in self._beside.values():
@@ -207,3 +224,29 @@ class Rows:
     def nbytes(self) -> int:
         """Bytes of the tensors that are kept."""
         return sum(kept.nbytes for kept in (*self._tensors.values(), *(kept for kept, _ in self._beside.values())))
+
+    # ---- copies (pikv_ds/sessions) -------------------------------------------------------------------------------------------
+
+    def copied(self) -> CopiedRows:
+        """Copies of what is kept; what a row forgets when it changes is 0, for it may be this rank's alone."""
+        return CopiedRows(
+            {name: [0 if column.follow is forgets else n for n in column.values] for name, column in self._ints.items()},
+            {name: column.value.clone() for name, column in self._tensors.items() if column.used},
+            {name: kept.clone() for name, (kept, _) in self._beside.items()},
+        )
+
+    def put(self, copied: CopiedRows) -> None:
+        """Rows of a copy take the place of new ones, after `start` of as many. Raises: KeyError for numbers that nobody has declared."""
+        for name, values in copied.ints.items():
+            self._ints[name].values = list(values)
+        for name, x in copied.tensors.items():
+            if name not in self._tensors:
+                self.tensor(name, tuple(x.shape[1:]), x.dtype)
+                self._undeclared.add(name)
+            self._tensors[name].value = x.clone()
+        for name, x in copied.beside.items():
+            self._beside[name][0].copy_(x)
+
+    @property
+    def int_names(self) -> set[str]:
+        return set(self._ints)

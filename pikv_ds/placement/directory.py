@@ -136,6 +136,27 @@ class Directory:
             self.load[i] = self._count(homes, start, keep) * self.heads - self._by_shard(self.evicted[i].sum(0))
         return removed
 
+    def copied(self, lens: list[int]) -> tuple[Tensor | None, Tensor]:
+        """homes [L, R, longest] int16 of rows of `lens` tokens, None with one shard; and evicted [L, R, S * H]. Copies."""
+        if self.num_shards == 1:
+            return None, self.evicted.clone()
+        longest = torch.arange(max(lens, default=0), device=self.device) < torch.tensor(lens, device=self.device).unsqueeze(1)
+        homes = [x[:, : longest.shape[1]].masked_fill(~longest, 0) for x in self.shard_at]
+        return torch.stack(homes), self.evicted.clone()
+
+    def put(self, lens: list[int], homes: Tensor | None, evicted: Tensor) -> None:
+        """Rows of a copy take the place of as many new ones. Host phase."""
+        self._moved()
+        self.evicted = evicted.clone()
+        if homes is None:
+            return
+        self.reserve(homes.shape[2])
+        stop = torch.tensor(lens, dtype=torch.int64).to(self.device)
+        for i, spec in enumerate(self.layers):
+            self.shard_at[i][:, : homes.shape[2]] = homes[i]
+            start = torch.zeros_like(stop) if spec.window is None else stop - (spec.window - 1)
+            self.load[i] = self._count(self.shard_at[i], start, stop) * self.heads - self._by_shard(self.evicted[i].sum(0))
+
     def join(self) -> None:
         """Parked rows stand behind the others (pages/parked.py); the load is that of the active rows alone."""
         if self._parked_evicted.shape[1]:

@@ -49,7 +49,7 @@ class PrefixIndex:
                 break
             levels.append(self._blocks[key])
         for depth in range(len(levels), 0, -1):  # what shares more than these blocks is among those that share them
-            found = [Match(number, _common(self._held[number], tokens)) for number in levels[depth - 1]]
+            found = [Match(number, common(self._held[number], tokens)) for number in levels[depth - 1]]
             best = max(found, key=lambda one: (one.length, one.number))
             if best.length >= depth * BLOCK:
                 return best
@@ -67,7 +67,7 @@ def _keys(tokens: Sequence[int]) -> Iterator[int]:
         yield key
 
 
-def _common(a: list[int], b: list[int]) -> int:
+def common(a: list[int], b: list[int]) -> int:
     """How many tokens both begin with."""
     low, high = 0, min(len(a), len(b))
     if a[:high] == b[:high]:

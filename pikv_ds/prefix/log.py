@@ -20,6 +20,11 @@ class Tokens:
     tokens: list[int] = field(default_factory=list)
     parts: list[tuple[int, int]] = field(default_factory=list)
 
+    @classmethod
+    def alone(cls, tokens: Sequence[int]) -> Tokens:
+        """Of a row that shares no part with another."""
+        return cls(list(tokens), [(next(_owners), len(tokens))] if tokens else [])
+
     def cut(self, length: int) -> Tokens:
         """Its first `length` tokens."""
         parts, start = [], 0
@@ -83,6 +88,10 @@ class TokenLog:
                 ]  # fmt: skip
                 own = [False] * len(rows)
         return rows
+
+    def settle(self, rows: Sequence[Tokens]) -> None:
+        """rows: what `rows` has just said, which need not be replayed again. What waits for the next forward goes on waiting."""
+        self._rows, self._events, self._stored = list(rows), self._events[self._stored :], 0
 
 
 def _grow(row: Tokens, new: list[int], own: bool) -> None:

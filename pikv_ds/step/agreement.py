@@ -96,6 +96,12 @@ class Agreement:
     def forget(self) -> None:
         self.mode, self.num_rows, self.lens, self.num_parked, self.parked_lens = None, [], [], [], []
 
+    def take_over(self, lens: list[int]) -> None:
+        """The cache holds rows of so many tokens, the same requests on all ranks, as if they had agreed on a forward of them."""
+        self.forget()
+        self.mode = "local" if self.exchange.size == 1 else "replicated"
+        self.num_rows, self.lens = [len(lens)], list(lens)
+
     def header(self, step: LocalStep, announced: Announced) -> list[int]:
         """Sync: reads a digest that lies on the device."""
         return self._header(step, announced, int(step.digest))

@@ -11,8 +11,9 @@ from pikv_ds.config.pikv import PiKVConfig
 from pikv_ds.errors import ConfigError, UnsupportedError
 from pikv_ds.modes import eager
 
+from .attached import AttachedCache
 from .attachment import Attachment
-from .cache import AttachedCache, HFCache
+from .cache import HFCache
 from .checks import check_model
 from .forward_hooks import ForwardHooks
 from .generate_hooks import GenerateHooks

@@ -16,7 +16,8 @@ from pikv_ds.config.pikv import PiKVConfig
 from pikv_ds.errors import UnsupportedError
 from pikv_ds.spec import LayerSpec
 
-from .cache import AttachedCache, HFCache
+from .attached import AttachedCache
+from .cache import HFCache
 from .conversation import Conversation
 from .expert_ids import ExpertIds, count_experts, load_gate
 from .fingerprint import check_calibration
@@ -26,6 +27,8 @@ from .lockstep import lockstep_of
 from .prefixes import Prefixes, check_prefix
 from .rotation import check_rotations
 from .router_output import check_gates, count_router_experts, find_routers
+from .session import Session
+from .session_tokens import SessionTokens
 from .weights_at import dtype_of
 
 SPARE_CORES = 4  # empty stores that wait for the next cache, per number of layers
@@ -45,6 +48,7 @@ class Attachment:
         self.attached: AttachedCache | None = None
         """What stands for forwards that are given no cache; None: these are left to the host."""
         self.live: WeakSet[Conversation] = WeakSet()
+        self.sessions: dict[str, Session] = {}
         self._spare: dict[int, list[PiKVCache]] = {}
         self._over = False
         self._dtype, self._device = dtype_of(host.model), host.device
@@ -88,17 +92,23 @@ class Attachment:
         """Of the caches that are made now: fewer while generate() drafts with the first layers alone."""
         return self.host.num_layers
 
-    def take(self, num_layers: int | None = None) -> Conversation:
-        """A conversation of its own, empty. It gives its store back when the last that holds it goes."""
+    def take_session(self, name: str) -> Conversation:
+        """One that knows its tokens, and looks for no others that begin alike."""
+        return self.take(tokens=SessionTokens(name))
+
+    def take(self, num_layers: int | None = None, tokens: SessionTokens | None = None) -> Conversation:
+        """A conversation of its own, empty. It gives its store back when the last that holds it goes. tokens: of a session."""
         if self._over:
             raise UnsupportedError(f"{self.host.name} was detached; attach it again to make caches")
         parts = self.host.parts.first(num_layers or self.num_layers)
         spare = self._spare.setdefault(len(parts.at), [])
         core = spare.pop() if spare else self._core(len(parts.at))
         prefix = self.config.storage.prefix
-        prefixes = Prefixes(ref(self.host), prefix.budget_tokens) if prefix.enabled else None
+        prefixes = tokens
+        if tokens is None and prefix.enabled:
+            prefixes = Prefixes(ref(self.host), prefix.budget_tokens)
         conversation = Conversation(core, self.host.name, self._expert_ids, self.lockstep, self._number, parts, prefixes)
-        conversation.probe_s = self.host.probe_s
+        conversation.probe_s, conversation.host = self.host.probe_s, ref(self.host)
         self.live.add(conversation)
         finalize(conversation, self._give_back, core).atexit = False
         return conversation
@@ -159,4 +169,5 @@ class Attachment:
             if self.penalty is not None:
                 self.penalty.remove()
             self._spare.clear()
+            self.sessions.clear()
             self.host.leave(self)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from threading import Lock
-from typing import NoReturn, Protocol
+from pathlib import Path
+from typing import Any, NoReturn
 from weakref import ref
 
 import torch
@@ -14,10 +14,10 @@ from transformers.cache_utils import Cache
 
 from pikv_ds.cache.cache import PiKVCache
 from pikv_ds.cache.stats import stats
-from pikv_ds.errors import ConfigError, UnsupportedError
+from pikv_ds.errors import UnsupportedError
 
+from . import saving
 from .conversation import Conversation
-from .host_penalty import HostPenalty
 from .packed import Packed, Rows
 
 
@@ -25,7 +25,7 @@ class HFCache(Cache):
     """One conversation. Pass it as `cache` or `past_key_values` to the model that it belongs to, in generate() or in a forward.
 
     Its entries are dropped and their memory returned when the object goes, on close(), and when its model is detached. From then on every
-    use raises UnsupportedError. It can't be copied or saved: repeat rows to fork it.
+    use raises UnsupportedError. It can't be copied or pickled: repeat rows to fork it, save() and load() to move it.
     """
 
     def __init__(self, conversation: Conversation) -> None:
@@ -128,12 +128,31 @@ class HFCache(Cache):
         """
         conversation = self.conversation
         if conversation.prefixes is not None:
-            raise UnsupportedError("pikv.storage.prefix is on: a packed forward names what its rows continue itself; leave prefix out")
+            raise UnsupportedError(
+                f"{conversation.prefixes.alone}: a packed forward names what its rows continue itself; use a cache without it"
+            )
         conversation.packed = packed = Packed(rows, conversation.core.device)
         try:
             yield packed
         finally:
             conversation.packed = None
+
+    def save(self, path: str | Path, note: dict[str, Any] | None = None) -> int:
+        """Write all rows to a file, those that are parked (storage.prefix) too, for load() on any number of ranks. All ranks at the same
+        point; the first one writes. note: what JSON can say, for who loads it.
+
+        Returns: bytes of the file. Raises, on all ranks: UnsupportedError with the reason, SessionError where it can't be written.
+        """
+        return saving.save(self.conversation, path, note)
+
+    def load(self, path: str | Path) -> dict[str, Any] | None:
+        """The rows of a file take the place of what the cache holds: the next forward continues them, and with storage.prefix requests that
+        begin like them do. All ranks at the same point; each reads the file. Returns: the note.
+
+        Raises, on all ranks, with the cache as before: SessionError for a file that was cut short or changed, or that is of another model,
+        codec, policy, page size or number of shards; UnsupportedError with the reason.
+        """
+        return saving.load(self.conversation, path)
 
     def expect_prompt(self, columns: int) -> None:
         """The next `columns` token columns, padding included, are one prompt, however many forwards bring them: with
@@ -187,116 +206,10 @@ class HFCache(Cache):
     def __reduce_ex__(self, protocol) -> NoReturn:
         raise UnsupportedError(
             f"a PiKV cache of {self.conversation.model} can't be copied, pickled or saved: its pages lie in a store that the ranks share. "
-            "To fork a conversation use batch_repeat_interleave(); to move one, run its tokens again"
+            "To fork a conversation use batch_repeat_interleave() or a session's fork(); to move one, save() and load()"
         )
 
     def __deepcopy__(self, memo) -> NoReturn:
         self.__reduce_ex__(4)
 
     __copy__ = __getstate__ = lambda self: self.__reduce_ex__(4)
-
-
-class Owner(Protocol):
-    """What an AttachedCache asks of its attachment."""
-
-    end_of_step_callbacks: list[Callable[[int], None]]
-    steps: int
-    penalty: HostPenalty | None
-
-    @property
-    def num_layers(self) -> int: ...
-
-    def take(self) -> Conversation: ...
-
-    def detach(self) -> None: ...
-
-
-class AttachedCache(HFCache):
-    """What `attach` returns: the controls of an attached model, and the cache of the newest conversation that was begun without one.
-
-    Every generate() and every forward with a cache runs through PiKV while the model is attached, and one that is given no cache gets a new
-    conversation, as with DynamicCache; this object then stands for that one. Passed as a cache it stays with the conversation
-    that it stands for, until begin_generation(). Leaving the `with` block, or detach(), gives the model back unchanged and ends all caches.
-    """
-
-    def __init__(self, owner: Owner) -> None:
-        super().__init__(owner.take())
-        self.owner = owner
-        self.pinned = False  # it has been passed as a cache
-        self._choice = Lock()
-
-    def __enter__(self) -> AttachedCache:
-        return self
-
-    def __exit__(self, *exc) -> None:
-        self.detach()
-
-    def new_cache(self) -> HFCache:
-        """A cache of its own for another conversation. Any number may live at once; each returns its memory when it goes."""
-        return HFCache(self.owner.take())
-
-    def detach(self) -> None:
-        """Remove every hook and end all caches; the model is as before attach. Idempotent."""
-        self.owner.detach()
-
-    def begin_generation(self) -> None:
-        """The next forward starts new requests on this rank. Others that hold the conversation so far keep it."""
-        with self._choice:
-            if not self.pinned and not self._unused():  # passed as a cache it is the conversation, and what forwards returned is it too
-                self._follow()
-            self.conversation.begin()
-            self.pinned = False
-
-    def unnamed(self, *, nested: bool) -> HFCache:
-        """The cache of a forward or a generation that was given none. nested: inside a generate() of the same model."""
-        with self._choice:  # two threads must not get the same one
-            if nested or (self.pinned and not self._unused()):
-                return HFCache.of(self.owner.take())
-            if not self._unused():
-                self._follow()
-            return HFCache.of(self.conversation)
-
-    def named(self) -> HFCache:
-        """What stays with the conversation that this object stands for, now that it has been passed as a cache."""
-        self.pinned = True
-        return HFCache.of(self.conversation)
-
-    def _unused(self) -> bool:
-        """Whether the conversation is empty and nobody else has it."""
-        return self.conversation.fresh and not self._shared()
-
-    @property
-    def waits(self) -> bool:
-        """Whether its conversation has not begun on any rank and nobody else has it."""
-        return self._unused() and not self.conversation.core.number
-
-    def _shared(self) -> bool:
-        return self.conversation.face is not None and self.conversation.face() is not None
-
-    def _follow(self) -> None:
-        """Stand for a new conversation; the one so far ends if nobody else has it."""
-        idled = not self.conversation.fresh and not any(self.conversation.lens)  # it has only kept step: nobody loses a token
-        if (self._shared() and not idled) or len(self.layers) != self.owner.num_layers:
-            self.conversation = self.owner.take()
-            self.layers = self.conversation.layers
-        else:
-            self.conversation.begin()
-
-    @property
-    def end_of_step_callbacks(self) -> list[Callable[[int], None]]:
-        """Called after each forward through any cache of the model, with the number of forwards so far."""
-        return self.owner.end_of_step_callbacks
-
-    @property
-    def steps(self) -> int:
-        return self.owner.steps
-
-    @property
-    def penalty(self) -> HostPenalty | None:
-        return self.owner.penalty
-
-    def add_misses(self, layer: int, misses: Tensor) -> None:
-        """Count entries of a layer that had to be fetched, per expert [E]; for routing.host_penalty. The same numbers on all ranks."""
-        if self.penalty is None:
-            raise ConfigError("add_misses without pikv.routing.host_penalty: nothing would read them")
-        self.penalty.misses[layer] += misses.to(self.penalty.misses)

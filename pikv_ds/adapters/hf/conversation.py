@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Protocol
 from weakref import finalize, ref
@@ -11,13 +12,16 @@ from torch import Tensor
 
 from pikv_ds.cache.cache import PiKVCache
 from pikv_ds.errors import UnsupportedError
+from pikv_ds.prefix.log import Tokens
+from pikv_ds.prefix.store import Source
 from pikv_ds.step.step import LocalStep
 
 from .anatomy import Anatomy
 from .cache_layers import States, cache_layers
 from .expert_ids import ExpertIds
+from .fingerprint import Host
 from .grown import GrownMask
-from .prefixes import Prefixes
+from .prefixes import Stored
 
 
 class InStep(Protocol):
@@ -35,6 +39,35 @@ class InStep(Protocol):
     def ask(self, active: bool, conversation: Conversation) -> bool: ...
 
     def awaited(self, otherwise: Conversation) -> Conversation: ...
+
+
+class KnowsTokens(Protocol):
+    """Which tokens the rows hold (prefixes.py, session_tokens.py)."""
+
+    alone: str
+    parks: bool
+
+    def clear(self) -> None: ...
+
+    def begins(self) -> None: ...
+
+    def find(self, ids: Tensor, mask: Tensor | None) -> tuple[int, list[Source]] | None: ...
+
+    def continues(self, ids: Tensor, mask: Tensor | None) -> None: ...
+
+    def plan(self, *, broken: bool) -> list[Source] | None: ...
+
+    def ran(self, num_rows: int, stored: Stored | None) -> None: ...
+
+    def select(self, index: list[int]) -> None: ...
+
+    def cropped(self, lens: list[int]) -> None: ...
+
+    def held(self) -> list[Tokens] | None: ...
+
+    def put(self, rows: list[Tokens] | None, num_rows: int) -> None: ...
+
+    def stats(self) -> dict[str, float | int | None]: ...
 
 
 class InOneRow(Protocol):
@@ -66,10 +99,10 @@ class Conversation:
         lockstep: InStep,
         attachment: int,
         parts: Anatomy,
-        prefixes: Prefixes | None = None,
+        prefixes: KnowsTokens | None = None,
     ) -> None:
         """model: what the user calls it, for errors. expert_ids: where the experts of its entries come from. attachment: who made it.
-        parts: of the model. prefixes: of requests that begin alike; None: none takes over another's entries."""
+        parts: of the model. prefixes: who knows the tokens of its rows, for requests that begin alike or for a session; None: nobody."""
         self.prefixes = prefixes
         self.expert_ids, self.lockstep, self.attachment = expert_ids, lockstep, attachment
         self.held_core, self.model, self.cache_name = core, model, parts.cache_name
@@ -86,6 +119,8 @@ class Conversation:
         self.broken = False  # a forward failed midway
         self.probe_s = 0.0
         """Seconds that the probe of its model took when it was attached."""
+        self.host: Callable[[], Host | None] = lambda: None
+        """Its model, as long as that has caches."""
         self.face: ref | None = None
         """The cache object that stands for it where none was given."""
         self.columns = 0  # token columns fed so far, padding included: what transformers calls the sequence length
@@ -160,7 +195,10 @@ class Conversation:
 
         Returns: the columns that need not be run.
         """
-        if self.prefixes is None or not self.fresh or self.drafts or self.broken:
+        if self.prefixes is None or self.drafts or self.broken:
+            return 0
+        if not self.fresh:
+            self.prefixes.continues(ids[:, : self.columns], self.column_mask)
             return 0
         found = self.prefixes.find(ids, mask)
         if found is None:
@@ -172,6 +210,12 @@ class Conversation:
         self.column_mask = None if whole else mask[:, : self.columns].to("cpu", torch.bool)
         self.fresh, self.touched = False, True
         return self.columns
+
+    def take_over(self, lens: list[int], column_mask: Tensor | None, columns: int, last_position: Tensor) -> None:
+        """The store holds rows of so many tokens, as after a forward of them. Arguments as the attributes of these names."""
+        self.begin()
+        self.lens, self.column_mask, self.columns, self.last_position = lens, column_mask, columns, last_position
+        self.parent, self.fresh, self.broken = list(range(len(lens))), False, False
 
     def idle_inputs(self) -> dict:
         """Inputs, but the cache, of a forward that stores nothing, changes nothing and whose output means nothing."""

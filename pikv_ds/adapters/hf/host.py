@@ -16,9 +16,10 @@ from pikv_ds.errors import UnsupportedError
 from pikv_ds.spec import LayerSpec
 
 from .anatomy import anatomy
+from .attached import AttachedCache
 from .attention import pikv_attention
 from .binding import Binding, bind, unbind
-from .cache import AttachedCache, HFCache
+from .cache import HFCache
 from .conversation import Conversation
 from .latent import Expansion
 from .masks import pikv_mask

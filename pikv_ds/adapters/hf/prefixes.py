@@ -42,6 +42,10 @@ class Stored(NamedTuple):
 class Prefixes:
     """Of one conversation, whose cache holds the parked rows."""
 
+    parks = True
+    alone = "pikv.storage.prefix is on"
+    """Why a packed forward can't be."""
+
     def __init__(self, host: ref[Host], budget_tokens: int) -> None:
         """host: of the model; a conversation does not keep it alive."""
         self._host, self.store, self.log = host, PrefixStore(budget_tokens), TokenLog()
@@ -89,6 +93,21 @@ class Prefixes:
             return None
         self._sources = rows
         return reused, sources
+
+    def continues(self, ids: Tensor, mask: Tensor | None) -> None:
+        """A generate() goes on with rows that are stored: the caller knows which, as with any cache of transformers."""
+
+    def held(self) -> list[Tokens] | None:
+        """Tokens of every row of the cache, parked ones behind the others; None: not known of all of them. Sync: reads the device."""
+        rows = self.log.rows() if self._mark == weights_mark(self._host()) else None
+        return None if rows is None else rows + [held.row for held in self.store.parked]
+
+    def put(self, rows: list[Tokens] | None, num_rows: int) -> None:
+        """The cache holds so many rows now, as after a forward of them; rows: their tokens, None: not known."""
+        self.clear()
+        self.log.begin(rows or [Tokens() for _ in range(num_rows)])
+        self.log.known, self.num_rows, self._begins = rows is not None, num_rows, False
+        self._mark = weights_mark(self._host())
 
     def plan(self, *, broken: bool) -> list[Source] | None:
         """What LocalStep.park says of the next forward. broken: an earlier one failed midway, so that nobody knows what rows hold."""
