@@ -1,9 +1,11 @@
-"""Requests whose experts are few fill some ranks more than others; whole shards of the cache change ranks while the text goes on.
+"""Requests whose experts are few fill some ranks more than others; whole shards of the cache change ranks while the text goes on, and the
+model's experts with them.
 
     deepspeed --num_accelerators 2 examples/rebalance.py --json rows.json --plot rebalance.png
 
-Rows: `before` and `after` the move, with the load of the fullest rank over the mean, and what a step took. The same prompts run once more
-with shards that stay, and must give the same tokens. The model's experts stay where they are.
+Rows: `before` and `after` the move, with the load of the fullest rank over the mean, and what a step took. The same prompts have run before
+with shards and experts that stay, and must give the same tokens. With --config examples/ds_config_replicated.json every rank has all
+experts, and entries move alone.
 """
 
 import argparse
@@ -19,7 +21,7 @@ from pikv_ds.bundled import load
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--local_rank", type=int, default=0)
-parser.add_argument("--config", default=str(Path(__file__).parent / "ds_config_replicated.json"))
+parser.add_argument("--config", default=str(Path(__file__).parent / "ds_config_autoep.json"))
 parser.add_argument("--steps", type=int, default=128, help="before the move, and after it")
 parser.add_argument("--shards-per-rank", type=int, default=4)
 parser.add_argument("--bytes-per-step", type=int, default=65536)
@@ -27,10 +29,13 @@ parser.add_argument("--json", metavar="FILE")
 parser.add_argument("--plot", metavar="PNG")
 args = parser.parse_args()
 
+MOVING = 128  # steps that a move may take, at most
 ranks = int(os.environ["WORLD_SIZE"])
 config = json.loads(Path(args.config).read_text())
 # Without room above the balanced share, entries of a full shard spill to others, and there is nothing to even out.
 config["pikv"]["storage"] = {"requests": "distinct", "num_shards": args.shards_per_rank * ranks, "capacity_tokens": 65536}
+if "expert_parallel" in config:
+    config["expert_parallel"]["autoep_size"] = ranks
 model, tokenizer = load()
 engine, *_ = pikv_ds.initialize(model=model, config=config)
 engine.eval()
@@ -56,8 +61,14 @@ def peak_over_mean(cache):
     return max(load_per_rank) / (sum(load_per_rank) / len(load_per_rank)), load_per_rank
 
 
-cache = engine.pikv.new_cache()
 first = ids[:, -1:]
+stays = engine.pikv.new_cache()
+with torch.no_grad():
+    engine.module(input_ids=ids[:, :-1], past_key_values=stays, use_cache=True)
+expected, _ = steps(stays, first, 2 * args.steps + MOVING)
+stays.close()
+
+cache = engine.pikv.new_cache()
 with torch.no_grad():
     engine.module(input_ids=ids[:, :-1], past_key_values=cache, use_cache=True)
 tokens, before_ms = steps(cache, first, args.steps)
@@ -71,21 +82,19 @@ more, after_ms = steps(cache, torch.tensor([[tokens[-1]]], device=ids.device), a
 tokens += more
 numbers = cache.stats()
 
-stays = engine.pikv.new_cache()
-with torch.no_grad():
-    engine.module(input_ids=ids[:, :-1], past_key_values=stays, use_cache=True)
-same, _ = steps(stays, first, len(tokens))
-
-equal = torch.tensor(int(same == tokens), device=ids.device)
-sent = torch.tensor(numbers["rebalance_bytes_sent"] if moves else 0, device=ids.device)
+assert len(tokens) <= len(expected), "the move took more steps than the run beside it; raise --bytes-per-step"
+equal = torch.tensor(int(tokens == expected[: len(tokens)]), device=ids.device)
+sent = torch.tensor([numbers[f"rebalance_{name}"] if moves else 0 for name in ("bytes_sent", "expert_bytes")], device=ids.device)
 torch.distributed.all_reduce(equal, torch.distributed.ReduceOp.MIN)
 torch.distributed.all_reduce(sent)
 if rank == 0:
-    runs = [("before", before, 0, before_ms, load_before), ("after", after, int(sent), after_ms, load_after)]
+    experts = numbers["rebalance_experts_moved"] if moves else 0
+    runs = [("before", before, 0, [0, 0], before_ms, load_before), ("after", after, experts, sent.tolist(), after_ms, load_after)]
     rows = []
-    for when, peak, moved, took, entries in runs:
+    for when, peak, experts, moved, took, entries in runs:
         took = sorted(took)
-        row = {"placement": when, "peak_over_mean": peak, "tokens_equal": bool(equal), "bytes_moved": moved, "load_per_rank": entries}
+        row = {"placement": when, "peak_over_mean": peak, "tokens_equal": bool(equal), "bytes_moved": moved[0], "load_per_rank": entries}
+        row |= {"experts_moved": experts, "expert_bytes_moved": moved[1]}
         row |= {"step_ms_p50": took[len(took) // 2], "step_ms_p99": took[int(0.99 * (len(took) - 1))]}
         rows.append(row | {"steps_while_moving": len(moving_ms), "moving_ms_max": max(moving_ms)})
     for row in rows:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,7 @@ from pikv_ds.exchange.digest import digest_there
 from pikv_ds.modes import eager
 
 from .expert_ids import ExpertIds
+from .experts import experts_of
 from .groups import expert_group, fit_requests
 from .heads import stored_heads
 from .layers import check_calibration, check_routers, connect, find_layers, is_later_stage, layer_spec_of, softmax_offset
@@ -77,7 +78,12 @@ class PiKVContext(ABC):
         check_installed(config, attention.config, [layer.router for layer in self.layers])
         num_experts = attention.config.num_moe_experts or num_shards
         specs = [layer_spec_of(layer, i, self.shared is not None) for i, layer in enumerate(self.layers)]
-        self.core = PiKVCache(specs, config, num_experts=num_experts, dtype=weight.dtype, device=weight.device, group=group)
+        experts = experts_of(self.layers, config, group)
+        holders = None if isinstance(experts, str) else experts.holders(num_shards)
+        self.core = PiKVCache(
+            specs, config, num_experts=num_experts, dtype=weight.dtype, device=weight.device, group=group, holders=holders
+        )
+        self.core.migration.follow(experts)
         check_has_experts(self.core.blueprint.router, attention.config.num_moe_experts, type(model).__name__)
         check_calibration(self.core, self.layers)
         self.heads = [stored_heads(layer.attention, self.core, i, self.shared) for i, layer in enumerate(self.layers)]
@@ -102,6 +108,30 @@ class PiKVContext(ABC):
         self.core.reset()
         self.tokens = self._after = None
         self.expert_ids.begin(None)
+
+    def rebalance(
+        self,
+        holders: Sequence[Sequence[int]] | None = None,
+        *,
+        bytes_per_step: int | None = None,
+        experts: bool | None = None,
+        optimizer=None,
+    ) -> bool:
+        """Move shards with their entries to other ranks, and the model's experts with them, in all its MoE layers. Between two forwards.
+
+        holders, bytes_per_step: as in PiKVCache.rebalance. experts: None = where they can move; True = a UnsupportedError says why not;
+        False = entries alone. optimizer: what trains the model, Megatron-Core's or torch's, several in a list, () = nothing: its state
+        moves with the experts, and it is remembered. A model with gradients moves none without.
+        All ranks of the expert-parallel group at the same point, alike. Returns whether something moves.
+        """
+        if optimizer is not None:
+            for along in self.core.migration.along:
+                along.store.train_with(optimizer)
+        return self.core.rebalance(holders, bytes_per_step=bytes_per_step, experts=experts)
+
+    def cancel_rebalance(self) -> None:
+        """A move beside the forwards does not take place. All ranks at the same point."""
+        self.core.cancel_rebalance()
 
     @contextlib.contextmanager
     def idle(self) -> Iterator[None]:

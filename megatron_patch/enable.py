@@ -12,6 +12,7 @@ from .attention import core_attention_class
 from .latent_attention import attention_class
 from .layers import check_routers, find_layers, layer_spec_of
 from .penalty import RouterPenalty, check_penalty, check_router, chosen_penalty
+from .placed import take_back
 from .refusals import refuse_config, refuse_model
 from .router import router_class
 from .subclass import is_pikv, put_on, take_off
@@ -59,10 +60,15 @@ def enable_pikv(model: nn.Module, config=None, *, router_penalty: RouterPenalty 
 
 
 def disable_pikv(model: nn.Module) -> nn.Module:
-    """The host's classes again, also for a model built from a pikv_layer_spec. Idempotent; contexts made for the model end here."""
+    """The host's classes again, also for a model built from a pikv_layer_spec. Idempotent; contexts made for the model end here.
+
+    Experts that have moved stay where they are, with their routers' rows: the model is the same function, and its checkpoints have them in
+    that order from then on.
+    """
     for layer in find_layers(model):
         take_off(layer.attention.core_attention)
         take_off(layer.attention)
         if layer.router is not None:
             take_off(layer.router)
+            take_back(layer.moe)
     return model

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from pikv_ds.migration.experts import Experts
 from pikv_ds.placement.placement import primary_expert
 
 from .link import Link
 from .penalty import RouterPenalty, check_penalty, model_weights
+from .placed import by_number
 from .subclass import pikv_class
 
 
@@ -19,6 +23,9 @@ def router_class(host: type) -> type:
 
         pikv_link: Link | None = None
         pikv_penalty: RouterPenalty | None = None
+        pikv_experts: Tensor | None = None  # [E] int64, the expert of every slot; None = that of its number (experts.py)
+        pikv_slots: Tensor | None = None  # [E] int64, the slot of every expert
+        pikv_along: Experts | None = None  # of the model, at its first router: experts that move with the shards
 
         def __init__(self, *args, pikv_penalty: RouterPenalty | None = None, **kwargs) -> None:
             super().__init__(*args, **kwargs)
@@ -29,7 +36,8 @@ def router_class(host: type) -> type:
             link = self.pikv_link
             if self.pikv_penalty is None or link is None or link.context is None:
                 return super().routing(logits, *args, **kwargs)
-            lowered = logits - link.context.router_penalty(link.layer, self.pikv_penalty).to(logits.dtype)
+            penalty = link.context.router_penalty(link.layer, self.pikv_penalty)
+            lowered = logits - (penalty if self.pikv_experts is None else penalty[self.pikv_experts]).to(logits.dtype)
             probs, routing_map = super().routing(lowered, *args, **kwargs)
             if self.pikv_penalty.applies_to == "selection":
                 probs = model_weights(logits.view(-1, logits.shape[-1]), routing_map, self.config)
@@ -38,13 +46,23 @@ def router_class(host: type) -> type:
         def forward(self, *args, **kwargs) -> tuple[Tensor, Tensor]:
             probs, routing_map = super().forward(*args, **kwargs)
             if self.pikv_link is not None and self.pikv_link.context is not None:
-                self.pikv_link.context.note_routing(self.pikv_link.layer, routed_experts(probs, routing_map))
+                self.pikv_link.context.note_routing(self.pikv_link.layer, self._experts(probs, routing_map))
             return probs, routing_map
 
         def look_ahead(self, hidden: Tensor) -> Tensor:
             """Primary experts [tokens] int64 that this router would choose for other hidden states [s, b, h]; reports nothing."""
             with torch.no_grad():
-                return routed_experts(*super().forward(hidden))
+                return self._experts(*super().forward(hidden))
+
+        def _experts(self, probs: Tensor, routing_map: Tensor) -> Tensor:
+            """By their numbers, where they lie in other slots too."""
+            if self.pikv_slots is not None:
+                probs, routing_map = probs.index_select(1, self.pikv_slots), routing_map.index_select(1, self.pikv_slots)
+            return routed_experts(probs, routing_map)
+
+        def sharded_state_dict(self, *args, **kwargs) -> dict[str, Any]:
+            state = super().sharded_state_dict(*args, **kwargs)
+            return state if self.pikv_slots is None else by_number(state, self.pikv_experts, self.pikv_slots)
 
     return PiKVRouter
 

@@ -97,13 +97,20 @@ class HostFace:
         return sorted({name for layer in self.pages.layers for name in layer.plan.columns})
 
     @eager
-    def rebalance(self, holders: Sequence[Sequence[int]] | None = None, *, bytes_per_step: int | None = None) -> bool:
+    def rebalance(
+        self,
+        holders: Sequence[Sequence[int]] | None = None,
+        *,
+        bytes_per_step: int | None = None,
+        experts: bool | None = None,
+    ) -> bool:
         """Move shards with all their entries to other ranks. Between two forwards, all ranks at the same point with the same arguments.
 
         Args:
             holders: per shard the rank that holds it from then on, [r]; every rank as many shards. None = a plan that evens out the bytes.
             bytes_per_step: None = now. Else pages are copied ahead, about so many bytes of a rank at the end of each forward, and the
                 shards change ranks once all are there; until then the forwards read them where they are. `cancel_rebalance` ends it.
+            experts: whether the model's experts change ranks with the shards of their entries; None = where an adapter has said how.
 
         Returns: whether shards move. Raises, on all ranks: ConfigError for maps that can't be held or differ between the ranks,
         UnsupportedError while a forward runs or tokens may still be taken back, MigrationError where some rank could not take part; every
@@ -112,18 +119,21 @@ class HostFace:
         if holders is None:
             holders = self.rebalancing.plan() or self.migration.pages.map.holders
         wanted = tuple(tuple(int(rank) for rank in ranks) for ranks in holders)
-        own = self._said_of_a_move(wanted, bytes_per_step)
+        if experts and not self.migration.along:
+            raise UnsupportedError(f"experts = True: the model's experts can't move with the shards: {self.migration.alone}")
+        along = () if experts is False else tuple(self.migration.along)
+        own = self._said_of_a_move(wanted, bytes_per_step) + [len(along)]
         said = self.exchange.gather_ints(own, self.exchange.device, "moving shards to other ranks")
         if any(row[1:] != own[1:] for row in said):
             raise ConfigError(
-                f"holders = {wanted} and bytes_per_step = {bytes_per_step} on rank {self.exchange.rank}, and something else on another "
-                f"rank: give all ranks the same"
+                f"holders = {wanted}, bytes_per_step = {bytes_per_step} and experts = {experts} on rank {self.exchange.rank}, and "
+                f"something else on another rank: give all ranks the same"
             )
         if reason := max(first for first, *_ in said):
             raise UnsupportedError(f"shards can't change ranks now: {NOT_NOW[reason]}")
         with self.exchange.together():
             try:
-                self.migration.begin(wanted, bytes_per_step)
+                self.migration.begin(wanted, bytes_per_step, along)
             except ValueError as error:
                 raise ConfigError(str(error)) from None
             if self.migration.wanted is None:

@@ -8,7 +8,7 @@ agree, all take over the new map, else all keep the old one and give back what t
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -18,6 +18,7 @@ from pikv_ds.pages.layers import RankPages
 from pikv_ds.placement.shard_map import ShardMap
 
 from .ahead import Arrivals, Ledger, Place
+from .along import Along, Claim, carry
 from .moves import Move, Progress, moves
 from .transaction import Leaving, Prepared, arrived, commit, leaving, prepare, roll_back
 from .wire import Unpacked, packed, swap
@@ -31,6 +32,12 @@ class Migration:
     def __init__(self, pages: RankPages, exchange: Exchange, moved: Callable[[ShardMap], None]) -> None:
         """moved: told of the new map once all ranks have agreed on it."""
         self.pages, self.exchange, self.told = pages, exchange, moved
+        self.along: list[Along] = []
+        """What moves with the shards unless a move is begun without."""
+        self.alone = "this cache was not made by an adapter of a host with expert parallelism"
+        """Why `along` is empty, for those who ask for it."""
+        self.taken: tuple[Along, ...] = ()
+        """Of these, what moves in the commit that runs, or in the one that is in doubt."""
         self.progress = Progress()
         self.wanted: ShardMap | None = None
         """Where shards move to; None: no move is under way."""
@@ -44,12 +51,20 @@ class Migration:
         """Bytes of pages that were copied here ahead and are in no pool yet."""
         return 0 if self.wanted is None else self.arrivals.nbytes
 
+    def follow(self, along: Along | str) -> None:
+        """What moves with the shards from now on; or why nothing does."""
+        if isinstance(along, str):
+            self.alone = along
+        else:
+            self.along.append(along)
+
     # ---- calls -----------------------------------------------------------------------------------------------------------------
 
-    def begin(self, holders: tuple[tuple[int, ...], ...], bytes_per_step: int | None = None) -> None:
+    def begin(self, holders: tuple[tuple[int, ...], ...], bytes_per_step: int | None = None, along: Sequence[Along] | None = None) -> None:
         """From now on shards move to `holders`, per shard the rank, if some lie elsewhere.
 
-        bytes_per_step: that a rank copies ahead in one `advance`; None = all at once, in the next one.
+        bytes_per_step: that a rank copies ahead in one `advance`; None = all at once, in the next one. along: what moves with them, at the
+        commit; None = all of `self.along`.
 
         Raises: ValueError for a map that this group can't hold; MigrationError while another move is under way.
         """
@@ -61,7 +76,8 @@ class Migration:
         if wanted.num_shards != present.num_shards:
             raise ValueError(f"holders of {wanted.num_shards} shards, but the cache has {present.num_shards}")
         self.moves: list[Move] = moves(present, wanted)
-        if not self.moves:
+        self.following = tuple(self.along if along is None else along)
+        if not self.moves and not any(each.due(wanted) for each in self.following):
             return
         self.wanted, self.bytes_per_step = wanted, bytes_per_step
         self.ledger, self.arrivals = Ledger(self.pages), Arrivals()
@@ -106,11 +122,16 @@ class Migration:
         if committed:
             self._take_over(prepared)
         else:
-            roll_back(self.pages)
+            self._give_back()
             self.progress.rolled_back += 1
 
     def start(self) -> None:
-        """A generation begins: pages that were copied are gone, and so is a move that is under way."""
+        """A generation begins: pages that were copied are gone, and so is a move that is under way.
+
+        Raises: MigrationError where what moved with the shards is in doubt, as it outlives the entries.
+        """
+        if self.taken:
+            self.check()
         self.in_doubt = None
         self.cancel()
 
@@ -175,7 +196,7 @@ class Migration:
         failed: Exception | None = None
         out: Leaving | None = None
         prepared: Prepared | None = None
-        self.phase = "leaving"
+        self.phase, self.taken = "leaving", tuple(each for each in self.following if each.due(self.wanted))
         try:
             out = leaving(self.pages, self.moves, self.ledger)
         except (RuntimeError, MemoryError) as error:
@@ -185,9 +206,12 @@ class Migration:
             if out is None or received.blocks is None:
                 self._refuse("a rank could not copy the shards that leave it, or has no memory for those that come", failed)
             assert out is not None and received.blocks is not None, "nobody has refused"
+            carried = [carry(self.exchange, each, self.wanted, self.pages.device) for each in self.taken]
             self.phase = "arriving"
             try:
                 copies = arrived(self.pages, self.moves, received.blocks, self.arrivals)
+                for each, (blocks, _) in zip(self.taken, carried, strict=True):
+                    each.arrived(blocks)
                 prepared = prepare(self.pages, self.wanted, copies)
             except (RuntimeError, MemoryError, ValueError) as error:
                 failed = error
@@ -206,22 +230,28 @@ class Migration:
         self.phase = "commit"
         self.progress.bytes_sent += sum(len(block) for block in out.blocks)
         self.progress.bytes_again += self.ledger.nbytes - out.ahead
+        self.progress.experts_moved += sum(len(each.claims()) for each in self.taken)
+        self.progress.expert_bytes += sum(sent for _, sent in carried)
         self._take_over(prepared)
 
     def _vote(self, out: Leaving, prepared: Prepared | None) -> str | None:
         """What is against it; None: nothing. One collective, in which every rank says what it has sent and what it has stored."""
+        claims = [Claim(f"shard {move.shard}", move.source, move.target) for move in self.moves]
+        sums = {} if prepared is None else prepared.sums
         own = [int(prepared is not None)]
         for move in self.moves:
-            sums = {} if prepared is None else prepared.sums
             own.append(out.sums[move.shard] if move.source == self.exchange.rank else sums.get(move.shard, 0))
+        for each in self.taken:
+            claims += each.claims()
+            own += each.said()
         row = torch.tensor(own, dtype=torch.int64, device=self.pages.device)
         said = self.exchange.all_gather(row, VOTE).tolist()
         for rank, (ready, *_) in enumerate(said):
             if not ready:
                 return f"rank {rank} could not store the shards that were sent to it"
-        for i, move in enumerate(self.moves, 1):
-            if said[move.source][i] != said[move.target][i]:
-                return f"shard {move.shard} is not on rank {move.target} what it is on rank {move.source}: the checksums differ"
+        for i, (what, source, target) in enumerate(claims, 1):
+            if said[source][i] != said[target][i]:
+                return f"{what} is not on rank {target} what it is on rank {source}: the checksums differ"
         return None
 
     def _take_over(self, prepared: Prepared) -> None:
@@ -229,6 +259,8 @@ class Migration:
         moved = len(self.moves)
         self._doubt(prepared)
         commit(self.pages, prepared)
+        for each in self.taken:
+            each.commit()
         self.told(prepared.map)
         self.in_doubt = None
         self.progress.committed += 1
@@ -247,8 +279,13 @@ class Migration:
 
     def _undo(self) -> None:
         self._forget()
-        roll_back(self.pages)
+        self._give_back()
         self.progress.rolled_back += 1
+
+    def _give_back(self) -> None:
+        roll_back(self.pages)
+        for each in self.taken:
+            each.forget()
 
     def _forget(self) -> None:
         if self.wanted is not None:

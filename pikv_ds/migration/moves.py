@@ -32,6 +32,10 @@ class Progress:
     cancelled: int = 0
     shards_moved: int = 0
     """By all ranks."""
+    experts_moved: int = 0
+    """Of the model, with their shards, by all ranks; the same slots in all layers are one."""
+    expert_bytes: int = 0
+    """Of these that left this rank; not among bytes_sent."""
     slices: int = 0
     """Forwards in which pages were copied ahead."""
     bytes_sent: int = 0

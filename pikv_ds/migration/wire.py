@@ -67,7 +67,7 @@ class Unpacked:
         if self.at + count > len(self.block):
             raise ValueError(f"{len(self.block)} bytes were received, and {self.at + count} are asked for")
         part, self.at = self.block[self.at : self.at + count], self.at + count
-        return part.clone().view(dtype).view(*shape)
+        return part.clone().view(dtype).view(tuple(shape))
 
     def end(self) -> None:
         """Raises: ValueError when something is left."""

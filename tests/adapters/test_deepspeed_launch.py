@@ -1,5 +1,6 @@
 """Ways to start: the no-edit module, the examples, two emulated nodes."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -43,6 +44,16 @@ def test_unmodified_script_honours_the_block(dense_text, config):
 def test_train_then_generate_example():
     result = run_deepspeed(EXAMPLES / "train_then_generate.py", timeout_s=120)
     assert result.returncode == 0 and "step 1: loss" in result.output and STATS in result.output, result.describe()
+
+
+def test_rebalance_example(tmp_path):
+    file = tmp_path / "rows.json"
+    result = run_deepspeed(EXAMPLES / "rebalance.py", ["--steps", "8", "--json", file], timeout_s=120)
+    assert result.returncode == 0, result.describe()
+    before, after = json.loads(file.read_text())["rows"]
+    assert before["placement"] == "before" and after["placement"] == "after" and after["tokens_equal"]
+    assert after["peak_over_mean"] < before["peak_over_mean"] and after["bytes_moved"] > 0 and after["experts_moved"] > 0
+    assert all(row[f"step_ms_{p}"] > 0 for row in (before, after) for p in ("p50", "p99"))
 
 
 def test_two_nodes_without_ssh(tmp_path):

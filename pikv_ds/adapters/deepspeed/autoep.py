@@ -59,8 +59,7 @@ def legal_keys() -> list[str]:
 
 def expert_group_members(model: nn.Module) -> tuple[int, ...]:
     """Global ranks of the expert-parallel group that all AutoEP layers of the model share."""
-    kind = _autoep("auto_ep_layer").AutoEPMoELayer
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, kind)}
+    layers = _layers(model)
     if not layers:
         raise UnsupportedError(_no_preset(model))
     members_of = {name: _layer_members(layer) for name, layer in layers.items()}
@@ -71,6 +70,16 @@ def expert_group_members(model: nn.Module) -> tuple[int, ...]:
     for name, layer in layers.items():
         _check_contiguous(name, layer)
     return next(iter(members_of.values()))
+
+
+def autoep_layers(model: nn.Module) -> list[nn.Module]:
+    """In the order of the model."""
+    return list(_layers(model).values())
+
+
+def _layers(model: nn.Module) -> dict[str, nn.Module]:
+    kind = _autoep("auto_ep_layer").AutoEPMoELayer
+    return {name: module for name, module in model.named_modules() if isinstance(module, kind)}
 
 
 def _layer_members(layer: nn.Module) -> tuple[int, ...]:

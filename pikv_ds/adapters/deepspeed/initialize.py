@@ -25,6 +25,7 @@ from .autoep import check_expert_parallel, expert_group_members
 from .autoep_shim import registry_shim
 from .autotp import check_inference_tp, check_initialize_tp, equal_parts, fit_requests, hide_cache_from_check, tensor_parallel_peers
 from .config import inference_block, inference_config, initialize_config, pikv_config, without_block
+from .experts import experts_of
 from .groups import own_group
 from .install import host_function, replace, restore
 from .moe import check_moe_layers, moe_group_members, open_groups
@@ -64,6 +65,7 @@ def initialize(*args: Any, **kwargs: Any) -> tuple:
     engine = returned[0]
     if autoep_size:
         _add_cache(engine, config, expert_group_members(engine.module), "ep_size")
+        engine.pikv.owner.follow(experts_of(engine, config, engine.pikv.owner.group))
     elif moe_size:
         _add_cache(engine, config, moe_group_members(engine.module), "ep_size")
     else:

@@ -14,6 +14,7 @@ from pikv_ds.blueprint.routing import check_has_experts
 from pikv_ds.cache.cache import PiKVCache
 from pikv_ds.config.pikv import PiKVConfig
 from pikv_ds.errors import UnsupportedError
+from pikv_ds.migration.along import Along, Holders
 from pikv_ds.spec import LayerSpec
 
 from .attached import AttachedCache
@@ -50,6 +51,7 @@ class Attachment:
         self.live: WeakSet[Conversation] = WeakSet()
         self.sessions: dict[str, Session] = {}
         self._spare: dict[int, list[PiKVCache]] = {}
+        self._along: Along | str = "every rank has all experts, or they are those of DeepSpeed's own MoE layer, which stay where they are"
         self._over = False
         self._dtype, self._device = dtype_of(host.model), host.device
         check_prefix(config.storage.prefix, host.parts.kinds, host.name)
@@ -59,6 +61,7 @@ class Attachment:
         check_gates(routers, num_ranks, config.storage.requests)
         num_experts = count_router_experts(routers) or count_experts(text)
         self._num_experts = num_experts or config.storage.num_shards or num_ranks
+        self._num_shards = config.storage.num_shards or num_ranks
         gate = None
         if config.storage.expert_ids == "gate":
             width = specs[0].num_kv_heads * specs[0].k_dim
@@ -77,15 +80,28 @@ class Attachment:
         self.lockstep = lockstep_of(group)
         self._number = self.lockstep.add(self)
 
+    def follow(self, along: Along | str) -> None:
+        """What moves with the shards of this attachment's caches from now on, or why nothing does."""
+        self._along = along
+        for core in (*(one.held_core for one in self.live), *(core for spare in self._spare.values() for core in spare)):
+            core.migration.follow(along)
+
+    def _holders(self) -> Holders | None:
+        """Of shards, where a cache that begins now has them: with what moves along. None = anywhere."""
+        return None if isinstance(self._along, str) else self._along.holders(self._num_shards)
+
     def _core(self, num_layers: int) -> PiKVCache:
-        return PiKVCache(
+        core = PiKVCache(
             self.host.specs[:num_layers],
             self.config,
             num_experts=self._num_experts,
             dtype=self._dtype,
             device=self._device,
             group=self.group,
+            holders=self._holders(),
         )
+        core.migration.follow(self._along)
+        return core
 
     @property
     def num_layers(self) -> int:
@@ -101,7 +117,9 @@ class Attachment:
         if self._over:
             raise UnsupportedError(f"{self.host.name} was detached; attach it again to make caches")
         parts = self.host.parts.first(num_layers or self.num_layers)
-        spare = self._spare.setdefault(len(parts.at), [])
+        spare, holders = self._spare.setdefault(len(parts.at), []), self._holders()
+        while spare and holders is not None and spare[-1].map.holders != holders:
+            spare.pop()  # what it followed has moved since
         core = spare.pop() if spare else self._core(len(parts.at))
         prefix = self.config.storage.prefix
         prefixes = tokens

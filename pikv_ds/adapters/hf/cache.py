@@ -97,13 +97,16 @@ class HFCache(Cache):
         """
         return self.conversation.lockstep.ask(active, self.conversation)
 
-    def rebalance(self, holders: Sequence[Sequence[int]] | None = None, *, bytes_per_step: int | None = None) -> bool:
-        """Move shards with their entries to other ranks, between two forwards; the model's experts stay where they are.
+    def rebalance(
+        self, holders: Sequence[Sequence[int]] | None = None, *, bytes_per_step: int | None = None, experts: bool | None = None
+    ) -> bool:
+        """Move shards with their entries to other ranks, between two forwards; under AutoEP the model's experts with them, in all layers.
 
         holders: per shard the rank [r]; None = what evens out the bytes of the ranks. bytes_per_step: None = now, else beside the forwards.
-        All ranks at the same point, alike. Returns whether shards move. Raises: see PiKVCache.rebalance.
+        experts: None = where they can move (AutoEP over all ranks, placement "experts"); True = an UnsupportedError says why not; False =
+        entries alone. All ranks at the same point, alike. Returns whether something moves. Raises: see PiKVCache.rebalance.
         """
-        return self.core.rebalance(holders, bytes_per_step=bytes_per_step)
+        return self.core.rebalance(holders, bytes_per_step=bytes_per_step, experts=experts)
 
     def cancel_rebalance(self) -> None:
         """A move of shards beside the forwards does not take place. All ranks at the same point."""

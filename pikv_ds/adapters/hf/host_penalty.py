@@ -16,7 +16,7 @@ from pikv_ds.adapters.penalty import RouterPenalty, penalty_of
 from pikv_ds.cache.cache import PiKVCache
 from pikv_ds.errors import ConfigError, UnsupportedError
 
-from .router_output import RouterOutput, is_gate, output_of
+from .router_output import RouterOutput, is_gate, output_of, placed_at
 
 Weighing = Callable[[Tensor, Tensor], Tensor]  # logits [T, E], ids [T, K] (-1 = dropped) -> weights [T, K] f32
 PROBE_TOKENS = 16
@@ -74,7 +74,8 @@ class HostPenalty:
     def _before(self, layer: int):
         def hook(router: nn.Module, args: tuple) -> None:
             if self.core is not None:
-                self._running[layer] = LoweredLogits(self.of(layer, self.core))
+                penalty, experts = self.of(layer, self.core), placed_at(router)
+                self._running[layer] = LoweredLogits(penalty if experts is None else penalty[experts])
                 self._running[layer].__enter__()
 
         return hook

@@ -17,6 +17,8 @@ from pikv_ds.placement.placement import Routed, primary_expert
 # Qwen3MoeTopKRouter, DeepseekV3TopkRouter, AutoEP's TokenChoiceTopKRouter; TopKGate of deepspeed.moe.layer.MoE
 _ROUTER = re.compile(r"top_?k_?router$|^TopKGate$", re.IGNORECASE)
 
+PLACED = "pikv_experts"  # an attribute of routers whose experts have moved (adapters/deepspeed/experts.py)
+
 
 def find_router(layer: nn.Module) -> nn.Module | None:
     """The expert router of one decoder layer, or None for a dense layer."""
@@ -29,6 +31,11 @@ def find_router(layer: nn.Module) -> nn.Module | None:
 def find_routers(layers: list[nn.Module]) -> list[nn.Module | None]:
     """Of decoder layers [L]; a layer that stands there twice, with two attention modules, names its experts at the first."""
     return [None if any(layer is earlier for earlier in layers[:i]) else find_router(layer) for i, layer in enumerate(layers)]
+
+
+def placed_at(router: nn.Module) -> Tensor | None:
+    """[E] int64, the expert in every slot that a router chooses from; None = each in that of its number."""
+    return getattr(router, PLACED, None)
 
 
 def is_gate(router: nn.Module | None) -> bool:
@@ -56,11 +63,16 @@ class RouterOutput:
 
     def entry_experts(self, hidden: Tensor, output: tuple, penalty: Tensor | None) -> Routed:
         """Which experts name the homes of the entries of `hidden` [T, width], for which the router returned `output`."""
-        return self.routed(output)
+        return self._named(self.routed(output))
 
     def look_ahead(self, hidden: Tensor, penalty: Tensor | None) -> Routed:
         """The same for other hidden states; the router runs (with its hooks)."""
-        return self.routed(self.router(hidden))
+        return self._named(self.routed(self.router(hidden)))
+
+    def _named(self, routed: Routed) -> Routed:
+        """A router chooses slots; where experts have moved (placed_at), the one in each."""
+        experts = placed_at(self.router)
+        return routed if experts is None else Routed(experts[routed.ids.long()], routed.weights)
 
     def _find(self, output: tuple) -> tuple[int, int]:
         tensors = [(i, t) for i, t in enumerate(output) if isinstance(t, Tensor) and t.dim() == 2] if isinstance(output, tuple) else []
