@@ -10,8 +10,8 @@ from .rule import LooksAt, Rule
 
 RULES: tuple[Rule, ...] = (
     *compression.BLOCK, *retention.BLOCK, *routing.BLOCK, *routed.BLOCK, *retention.COMBINED, *window.BLOCK, *behind.BLOCK,
-    *compression.COMBINED, *prefix.BLOCK, *placing.MODEL, *retention.MODEL, *window.MODEL, *behind.MODEL, *compression.MODEL, *ops.MODEL,
-    *softcap.MODEL, *retention.SIZES, *routing.MODEL, *prefix.MODEL,
+    *compression.COMBINED, *prefix.BLOCK, *placing.BLOCK, *placing.MODEL, *retention.MODEL, *window.MODEL, *behind.MODEL,
+    *compression.MODEL, *ops.MODEL, *softcap.MODEL, *retention.SIZES, *routing.MODEL, *prefix.MODEL,
 )  # fmt: skip
 BY_NAME = {rule.name: rule for rule in RULES}
 

@@ -82,6 +82,7 @@ class PiKVCache(HostFace):
         self.map = ShardMap.blocks(self.num_shards, self.exchange.rank, self.exchange.size, device)
         if holders is not None:
             self.map = ShardMap(holders, self.exchange.rank, self.exchange.size, device)
+            self.check_copies(holders)
         self.bases: RequestBases | None = None  # None: the same maps for all requests, if there are any
         if self.codec.per_request:
             self.bases = RequestBases(plan, self.codec, device, self.exchange)
@@ -95,7 +96,7 @@ class PiKVCache(HostFace):
         if blueprint.raw_window:
             self.window = RawWindow(blueprint, pages, self.exchange, counted=self.retention is not None and policy.watches)
         self.migration = Migration(pages, self.exchange, self._rehomed)
-        self.rebalancing = Rebalancing(config.storage.rebalance, pages, self.migration)
+        self.rebalancing = Rebalancing(config.storage.rebalance, pages, self.migration, self.exchange)
         self.graph_from = declare(pages.rows)
         behind = PoolsBehind(blueprint.behind, pages) if blueprint.behind else None
         self.writer = Writer(pages, blueprint.placement)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pikv_ds.blueprint.blueprint import Blueprint
+from pikv_ds.blueprint.placing import no_copies
 from pikv_ds.errors import ConfigError, UnsupportedError
 from pikv_ds.exchange.digest import digest
 from pikv_ds.exchange.exchange import Exchange
@@ -30,6 +32,7 @@ NOT_NOW = {
 class HostFace:
     """Of a PiKVCache, whose parts it reads: agreement, exchange, pages, writer."""
 
+    blueprint: Blueprint
     exchange: Exchange
     agreement: Agreement
     pages: RankPages
@@ -89,7 +92,8 @@ class HostFace:
         """Move shards with all their entries to other ranks. Between two forwards, all ranks at the same point with the same arguments.
 
         Args:
-            holders: per shard the rank that holds it from then on, [r]; every rank as many shards. None = a plan that evens out the bytes.
+            holders: per shard the ranks that hold it from then on: its home, and those with a copy; every rank as many shards.
+                None = a plan that evens out the bytes.
             bytes_per_step: None = now. Else pages are copied ahead, about so many bytes of a rank at the end of each forward, and the
                 shards change ranks once all are there; until then the forwards read them where they are. `cancel_rebalance` ends it.
 
@@ -107,6 +111,7 @@ class HostFace:
                 f"holders = {wanted} and bytes_per_step = {bytes_per_step} on rank {self.exchange.rank}, and something else on another "
                 f"rank: give all ranks the same"
             )
+        self.check_copies(wanted)
         if reason := max(first for first, *_ in said):
             raise UnsupportedError(f"shards can't change ranks now: {NOT_NOW[reason]}")
         with self.exchange.together():
@@ -121,6 +126,12 @@ class HostFace:
             elif self.rebalancing.after_forward not in self.after_forward:
                 self.after_forward += (self.rebalancing.after_forward,)
         return True
+
+    def check_copies(self, holders: Sequence[Sequence[int]]) -> None:
+        """Raises: ConfigError where shards have copies and this configuration can't keep or read them."""
+        why = no_copies(self.blueprint.config, self.blueprint) if any(len(ranks) > 1 for ranks in holders) else None
+        if why is not None:
+            raise ConfigError(f"holders = {tuple(holders)} has copies of shards: {why}", rule="copies-have-one-reader")
 
     def cancel_rebalance(self) -> None:
         """A move under way does not take place, and nothing changes. Between forwards, all ranks at the same point; no collective."""

@@ -61,7 +61,7 @@ class Migration:
         if wanted.num_shards != present.num_shards:
             raise ValueError(f"holders of {wanted.num_shards} shards, but the cache has {present.num_shards}")
         self.moves: list[Move] = moves(present, wanted)
-        if not self.moves:
+        if wanted.holders == present.holders:
             return
         self.wanted, self.bytes_per_step = wanted, bytes_per_step
         self.ledger, self.arrivals = Ledger(self.pages), Arrivals()

@@ -12,7 +12,9 @@ PENDING_TOKENS = 4096  # counted in one go on the CPU: a decode step of a model 
 
 
 class Counters:
-    """appended + forked = live + expired + evicted + cropped, summed over the ranks of the group; forked is 0 without beam search."""
+    """appended + forked + copied = live + expired + evicted + cropped, summed over the ranks of the group; forked is 0 without beam search,
+    copied without copies of shards. What a copy holds counts wherever it lies.
+    """
 
     def __init__(self, num_experts: int, device: torch.device) -> None:
         self._by_expert = torch.zeros(num_experts, dtype=torch.int64, device=device)
@@ -29,6 +31,7 @@ class Counters:
         self.device_counts.zero_()
         self.evicted: int | Tensor = 0
         self.cropped = 0
+        self.copied = 0  # entries that copies of shards brought to this rank's tables, less those that left with shards
         self.forked = 0  # entries that beam forks added to this rank's tables, less those they dropped; sums to 0 over the ranks
 
     def keep_nothing(self) -> None:
