@@ -32,4 +32,8 @@ class MigrationError(RuntimeError):
     """Shards could not move to other ranks. Raised on all ranks; every shard is where it was."""
 
 
-PIKV_ERRORS = (ConfigError, UnsupportedError, CapacityError, PeerError, DivergedError, MigrationError)
+class CorruptedError(RuntimeError):
+    """Page tables and their allocator contradict each other (looked for with `storage.audit` only). Raised where it was found."""
+
+
+PIKV_ERRORS = (ConfigError, UnsupportedError, CapacityError, PeerError, DivergedError, MigrationError, CorruptedError)

@@ -21,6 +21,7 @@ from pikv_ds.migration.migration import Migration
 from pikv_ds.migration.schedule import Rebalancing
 from pikv_ds.modes import eager, in_step
 from pikv_ds.ops.build import load
+from pikv_ds.pages.audit import audit
 from pikv_ds.pages.layers import RankPages
 from pikv_ds.pages.rows import RowChange
 from pikv_ds.placement.placement import Routed
@@ -168,6 +169,8 @@ class PiKVCache(HostFace):
             part.note(step)
         left = [after_forward(step) for after_forward in self.after_forward]
         self.pages.room.settle(step, left=any(left), refuses_spills=self.config.storage.overflow == "error")
+        if self.config.storage.audit:
+            audit(self.pages)
         self.exchange.turn.end()
         self.step = self.local = None
 

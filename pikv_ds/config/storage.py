@@ -65,6 +65,7 @@ class StorageConfig(Block):
     )
     prefix: PrefixConfig = Field(PrefixConfig(), description=PrefixConfig.__doc__)
 
+    audit: bool = Field(False, description="Compare page tables with their allocator after every forward; slow, for debugging.")
     rebalance: RebalanceConfig | None = Field(None, description="Shards move to even out the ranks; null = they stay.")
 
     @model_validator(mode="after")
