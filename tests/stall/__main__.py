@@ -53,11 +53,11 @@ def summary(blocks: list[dict[str, Any]], kind: str, clock: str) -> dict[str, An
     pairs = [(a[clock], b[clock]) for a, b in zip(blocks, blocks[1:], strict=False) if a["kind"] == "idle" and b["kind"] == kind]
     p50 = sorted(median(b) / median(a) for a, b in pairs)
     p99 = sorted(percentile(b) / percentile(a) for a, b in pairs)
-    return {
-        "beside idle": kind, "clock": clock, "pairs": len(pairs), "p50_ms": median(median(b) for _, b in pairs),
-        "p50_ratio": median(p50), "p50_range": [p50[0], p50[-1]], "p99_ms": median(percentile(b) for _, b in pairs),
-        "p99_ratio": median(p99), "p99_range": [p99[0], p99[-1]],
+    found = {
+        "p50_ms": median(median(b) for _, b in pairs), "p50_ratio": median(p50), "p50_least": p50[0], "p50_most": p50[-1],
+        "p99_ms": median(percentile(b) for _, b in pairs), "p99_ratio": median(p99), "p99_least": p99[0], "p99_most": p99[-1],
     }  # fmt: skip
+    return {"beside idle": kind, "clock": clock, "pairs": len(pairs)} | {name: round(value, 3) for name, value in found.items()}
 
 
 def percentile(values: list[float]) -> float:
