@@ -40,4 +40,10 @@ class SessionError(ValueError):
     """A saved session that can't be read, or that does not fit the cache or the model. The cache is as before."""
 
 
-PIKV_ERRORS = (ConfigError, UnsupportedError, CapacityError, PeerError, DivergedError, MigrationError, PageFileError, SessionError)
+class CorruptedError(RuntimeError):
+    """Page tables and their allocator contradict each other (looked for with `storage.audit` only). Raised where it was found."""
+
+
+PIKV_ERRORS = (
+    ConfigError, UnsupportedError, CapacityError, PeerError, DivergedError, MigrationError, PageFileError, SessionError, CorruptedError,
+)  # fmt: skip

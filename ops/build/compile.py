@@ -82,8 +82,16 @@ def cpu_library(extra_flags: Sequence[str] = ()) -> Library:
         vnni = (*wide, "-mavx512vnni")
         sets += [
             Source(f"cpu/{name}.cpp", vnni)
-            for name in ("attend_vnni", "score_vnni", "attend_phases", "phase_table", "phase_int_keys", "phase_int_values",
-                         "attend_chunk", "chunk_float")  # fmt: skip
+            for name in (
+                "attend_vnni",
+                "score_vnni",
+                "attend_phases",
+                "phase_table",
+                "phase_int_keys",
+                "phase_int_values",
+                "attend_chunk",
+                "chunk_float",
+            )  # fmt: skip
         ]
         bf16, amx = (*vnni, "-mavx512vbmi", "-mavx512bf16"), ("-mamx-tile", "-mamx-int8", "-mamx-bf16")
         sets += [

@@ -10,8 +10,8 @@ from .rule import LooksAt, Rule
 
 RULES: tuple[Rule, ...] = (
     *offload.BLOCK, *compression.BLOCK, *retention.BLOCK, *routing.BLOCK, *blocks.BLOCK, *routed.BLOCK, *retention.COMBINED, *window.BLOCK,
-    *behind.BLOCK, *compression.COMBINED, *prefix.BLOCK, *placing.MODEL, *retention.MODEL, *window.MODEL, *behind.MODEL, *compression.MODEL,
-    *ops.MODEL, *softcap.MODEL, *retention.SIZES, *routing.MODEL, *blocks.MODEL, *prefix.MODEL, *offload.MODEL,
+    *behind.BLOCK, *compression.COMBINED, *prefix.BLOCK, *placing.BLOCK, *placing.MODEL, *retention.MODEL, *window.MODEL, *behind.MODEL,
+    *compression.MODEL, *ops.MODEL, *softcap.MODEL, *retention.SIZES, *routing.MODEL, *blocks.MODEL, *prefix.MODEL, *offload.MODEL,
 )  # fmt: skip
 BY_NAME = {rule.name: rule for rule in RULES}
 

@@ -21,6 +21,7 @@ from pikv_ds.migration.migration import Migration
 from pikv_ds.migration.schedule import Rebalancing
 from pikv_ds.modes import eager, in_step
 from pikv_ds.ops.build import load
+from pikv_ds.pages.audit import audit
 from pikv_ds.pages.layers import RankPages
 from pikv_ds.pages.rows import RowChange
 from pikv_ds.placement.placement import Routed
@@ -83,6 +84,7 @@ class PiKVCache(HostFace):
         self.map = ShardMap.blocks(self.num_shards, self.exchange.rank, self.exchange.size, device)
         if holders is not None:
             self.map = ShardMap(holders, self.exchange.rank, self.exchange.size, device)
+            self.check_copies(holders)
         self.bases: RequestBases | None = None  # None: the same maps for all requests, if there are any
         if self.codec.per_request:
             self.bases = RequestBases(plan, self.codec, device, self.exchange)
@@ -100,7 +102,7 @@ class PiKVCache(HostFace):
         if blueprint.raw_window:
             self.window = RawWindow(blueprint, pages, self.exchange, counted=self.retention is not None and policy.watches)
         self.migration = Migration(pages, self.exchange, self._rehomed)
-        self.rebalancing = Rebalancing(config.storage.rebalance, pages, self.migration)
+        self.rebalancing = Rebalancing(config.storage.rebalance, pages, self.migration, self.exchange)
         self.graph_from = declare(pages.rows)
         behind = PoolsBehind(blueprint.behind, pages) if blueprint.behind else None
         self.writer = Writer(pages, blueprint.placement)
@@ -172,6 +174,8 @@ class PiKVCache(HostFace):
             part.note(step)
         left = [after_forward(step) for after_forward in self.after_forward]
         self.pages.room.settle(step, left=any(left), refuses_spills=self.config.storage.overflow == "error")
+        if self.config.storage.audit:
+            audit(self.pages)
         self.exchange.turn.end()
         self.step = self.local = None
 

@@ -127,11 +127,28 @@ class DistinctWay:
         what = f"returning partial attention of layer {query.layer}"
         if needed:
             mine = return_needed(torch.cat(partials), torch.cat(readers, 1), sizes, cache.exchange, what)
+        elif cache.map.copied:
+            mine = self._from_readers(torch.cat(partials), sizes, step.own, what)
         else:
             mine = cache.exchange.all_to_all(torch.cat(partials), sizes, what)
         outs, lses = cache.map.in_rank_order(mine).unflatten(1, query.q.shape[:2]).split([query.v_dim, 1], -1)
         out, lse = ops.merge(outs.contiguous(), lses.squeeze(-1).contiguous())
         return Partial(out, lse, step.sees_own(step.sources[step.own])), page_lse
+
+    def _from_readers(self, partials: Tensor, sizes: list[int], own: int, what: str) -> Tensor:
+        """Partials [M, Hq, Dv + 1] of all sources' queries to those that this rank has read for; [G, own M, Hq, Dv + 1], 0 and lse -inf of
+        ranks that read nothing for this one, as it holds copies of their shards."""
+        cache, ranks = self.cache, range(len(sizes))
+        sent = [size if cache.map.serves(cache.map.rank, source) else 0 for source, size in enumerate(sizes)]
+        come = [sizes[own] if cache.map.serves(rank, own) else 0 for rank in ranks]
+        parts = [part for part, rows in zip(partials.split(sizes), sent, strict=True) if rows]
+        got = cache.exchange.all_to_all_rows(torch.cat([partials[:0], *parts]), sent, come, what)
+        whole = partials.new_zeros(len(sizes), sizes[own], *partials.shape[1:])
+        whole[..., -1] = -torch.inf
+        for rank, part in zip(ranks, got.split(come), strict=True):
+            if len(part):
+                whole[rank] = part
+        return whole
 
 
 def _of_all(due: Query | LateEntries | None, fields: dict[str, Tensor]) -> LateEntries | None:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pikv_ds.blueprint.blueprint import Blueprint
+from pikv_ds.blueprint.placing import no_copies
 from pikv_ds.config.pikv import PiKVConfig
 from pikv_ds.errors import ConfigError, UnsupportedError
 from pikv_ds.exchange.digest import digest
@@ -31,6 +33,7 @@ NOT_NOW = {
 class HostFace:
     """Of a PiKVCache, whose parts it reads: agreement, exchange, pages, writer."""
 
+    blueprint: Blueprint
     config: PiKVConfig
     exchange: Exchange
     agreement: Agreement
@@ -107,10 +110,12 @@ class HostFace:
         """Move shards with all their entries to other ranks. Between two forwards, all ranks at the same point with the same arguments.
 
         Args:
-            holders: per shard the rank that holds it from then on, [r]; every rank as many shards. None = a plan that evens out the bytes.
+            holders: per shard the ranks that hold it from then on: its home, and those with a copy; every rank as many shards.
+                None = a plan that evens out the bytes.
             bytes_per_step: None = now. Else pages are copied ahead, about so many bytes of a rank at the end of each forward, and the
                 shards change ranks once all are there; until then the forwards read them where they are. `cancel_rebalance` ends it.
-            experts: whether the model's experts change ranks with the shards of their entries; None = where an adapter has said how.
+            experts: whether the model's experts change ranks with the shards of their entries; None = where an adapter has said how, and
+                no shard has a copy.
 
         Returns: whether shards move. Raises, on all ranks: ConfigError for maps that can't be held or differ between the ranks,
         UnsupportedError while a forward runs or tokens may still be taken back, MigrationError where some rank could not take part; every
@@ -121,7 +126,10 @@ class HostFace:
         wanted = tuple(tuple(int(rank) for rank in ranks) for ranks in holders)
         if experts and not self.migration.along:
             raise UnsupportedError(f"experts = True: the model's experts can't move with the shards: {self.migration.alone}")
-        along = () if experts is False else tuple(self.migration.along)
+        copied = any(len(ranks) > 1 for ranks in wanted)
+        if experts and copied:
+            raise UnsupportedError("experts = True: an expert lies on one rank, and holders gives a shard to several; say experts = False")
+        along = () if experts is False or copied else tuple(self.migration.along)
         own = self._said_of_a_move(wanted, bytes_per_step) + [len(along)]
         said = self.exchange.gather_ints(own, self.exchange.device, "moving shards to other ranks")
         if any(row[1:] != own[1:] for row in said):
@@ -129,6 +137,7 @@ class HostFace:
                 f"holders = {wanted}, bytes_per_step = {bytes_per_step} and experts = {experts} on rank {self.exchange.rank}, and "
                 f"something else on another rank: give all ranks the same"
             )
+        self.check_copies(wanted)
         if reason := max(first for first, *_ in said):
             raise UnsupportedError(f"shards can't change ranks now: {NOT_NOW[reason]}")
         with self.exchange.together():
@@ -143,6 +152,12 @@ class HostFace:
             elif self.rebalancing.after_forward not in self.after_forward:
                 self.after_forward += (self.rebalancing.after_forward,)
         return True
+
+    def check_copies(self, holders: Sequence[Sequence[int]]) -> None:
+        """Raises: ConfigError where shards have copies and this configuration can't keep or read them."""
+        why = no_copies(self.blueprint.config, self.blueprint) if any(len(ranks) > 1 for ranks in holders) else None
+        if why is not None:
+            raise ConfigError(f"holders = {tuple(holders)} has copies of shards: {why}", rule="copies-have-one-reader")
 
     def cancel_rebalance(self) -> None:
         """A move under way does not take place, and nothing changes. Between forwards, all ranks at the same point; no collective."""

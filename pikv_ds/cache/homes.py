@@ -1,5 +1,5 @@
-"""Entries go home, with pikv.routing.exchange "routed": keys and values to one rank, their expert ids to all. N tokens of all ranks,
-n of this one."""
+"""Entries go home, with pikv.routing.exchange "routed": keys and values to the ranks that hold their shard, their expert ids to all.
+N tokens of all ranks, n of this one."""
 
 from __future__ import annotations
 
@@ -30,9 +30,6 @@ class Homes:
 
     def __init__(self, writer: Writer) -> None:
         self.writer, self.pages = writer, writer.pages
-        shard_map = self.pages.map
-        self.rank_of = torch.tensor([shard_map.home(shard) for shard in range(shard_map.num_shards)], device=self.pages.device)
-        """[S] int64."""
 
     def place_own(self, step: Step, layer: int, expert_ids: Tensor) -> tuple[Tensor, Tensor]:
         """valid [n] bool and shard [n] int64 of this rank's entries, where none can spill; the directory is told. Sync: none."""

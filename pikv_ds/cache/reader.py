@@ -17,6 +17,7 @@ from pikv_ds.pages.view import Before, PageView, Read
 from pikv_ds.retention.attention import Shares
 from pikv_ds.selection.found import Beside, Found
 from pikv_ds.selection.selection import Selection
+from pikv_ds.staging import sent
 from pikv_ds.step.query import Partial, Query
 from pikv_ds.step.step import Step
 
@@ -51,6 +52,7 @@ class Reader:
         for pool in pages.pools:
             if pool is not routed and pool.num_pages and pool.table.num_rows:
                 view = pool.view(rows) if before is None else self._view(step, pool, rows, before)
+                view = view if not self.pages.map.copied else view.only(self.read_here(step)[rows])
                 parts.append((pool, self._read(step, query, pool, view, q, rows)))
                 if query.saw is not None:
                     query.saw(step, pool, view, rows, None)
@@ -68,6 +70,17 @@ class Reader:
         if len(parts) == 1 and self._shares[query.layer] is None:
             return Found(parts[0][1].out, parts[0][1].lse, (), readers)
         return self._merged(pages, query, q, parts, readers)
+
+    def read_here(self, step: Step) -> Tensor:
+        """[R, L] bool: the local shards that this rank reads for the queries of every row, where shards have copies. Sync: none."""
+
+        def made() -> Tensor:
+            reads, sources = self.pages.map.reads_here, step.sources
+            if len(sources) == 1:
+                return reads[-1:].expand(sources[0].num_rows, -1)
+            return reads[:-1].repeat_interleave(sent([one.num_rows for one in sources], torch.int64, reads.device), 0)
+
+        return step.once("shards read here", made)
 
     def _beside(self, step: Step, parts: list[tuple[PagePool, Read]], q: Tensor, rows: slice, before: Before | None) -> Beside:
         """What has been read of the pools that a router does not choose from."""

@@ -59,6 +59,8 @@ class RoutedWay:
         """Read what queries have come here for, and bring it back to them."""
         cache, source = self.cache, step.sources[step.own]
         view = cache.pages.layers[query.layer].routed.view(slice(0, len(step.num_new)), before, step.rows_see_own if before else None)
+        if cache.map.copied:
+            view = view.only(cache.reader.read_here(step))
         count_visible(cache.selection, step, query, view)
         q, named = arrived.queries
         out, lse = read_arrived(cache.selection, step, query, q, arrived.tokens, named.bool(), view)
@@ -116,12 +118,13 @@ class RoutedWay:
             valid, shard, placed = self._place(step, due.layer, ids)
             if by_shard:
                 tell_own(cache.selection, step, due.layer, due.k, valid, shard)
-            home = torch.where(valid, self.homes.rank_of[shard], -1)
-            need[ENTRIES, :, : source.num_tokens] = home == torch.arange(len(step.sources), device=cache.device).unsqueeze(1)
+            need[ENTRIES, :, : source.num_tokens] = cache.map.held.index_select(1, shard.clamp_min(0)) & valid
             common = [ids.to(torch.int32)] if placed is None else []
             entries = [x for x in (due.k, due.v) if x.shape[-1]]
         if query is not None:
             named, ranks = self._choose(step, query) if by_shard else (None, own_positions(step) >= 0)
+            if by_shard:
+                cache.rebalancing.note_reads(named)
             need[QUERIES, :, : source.num_tokens] = ranks
             queries = [query.q.flatten(0, 1), *([named.to(torch.uint8)] if by_shard else [])]
         what = f"routing layer {(query or due).layer}"

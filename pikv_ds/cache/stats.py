@@ -27,7 +27,8 @@ def stats(cache: PiKVCache, dense_rows: int, dense_columns: int) -> dict:
     by_shard = pages.directory.load.sum(0).tolist() if cache.num_shards > 1 else [int(pages.entries_live)]
     load_per_rank = [0] * exchange.size
     for shard, entries in enumerate(by_shard):
-        load_per_rank[pages.map.home(shard)] += entries
+        for rank in pages.map.holders[shard]:
+            load_per_rank[rank] += entries
     return {
         "kv_bytes_allocated": sum(s.nbytes for s in (*pages.all_pools, *([] if cache.bases is None else [cache.bases])))
         + pages.parked.tail_nbytes,
@@ -66,6 +67,8 @@ def _of_moves(cache: PiKVCache) -> dict[str, int | float]:
     if cache.config.storage.rebalance is None and not migration.progress.started:
         return {}
     numbers = {f"rebalance_{name}": value for name, value in asdict(migration.progress).items()}
+    if migration.pages.map.copied:
+        numbers["entries_copied"] = migration.pages.counters.copied
     return numbers | {"rebalance_under_way": int(migration.wanted is not None), "rebalance_bytes_held": migration.nbytes}
 
 

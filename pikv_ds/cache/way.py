@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pikv_ds.exchange.exchange import Exchange
+from pikv_ds.migration.schedule import Rebalancing
 from pikv_ds.pages.layers import RankPages
 from pikv_ds.placement.shard_map import ShardMap
 from pikv_ds.selection.selection import Selection
@@ -37,6 +38,7 @@ class Core(Protocol):
     agreement: Agreement
     pages: RankPages
     reader: Reader
+    rebalancing: Rebalancing
     writer: Writer
     selection: Selection | None
     late_experts: bool

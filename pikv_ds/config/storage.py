@@ -26,13 +26,7 @@ class RebalanceConfig(Block):
     bytes_per_step: int | None = Field(
         1 << 20, ge=1, description="Bytes of pages that a rank copies ahead after each forward; null = all at once, in one."
     )
-    replicas: int = Field(0, ge=0, description="Copies of hot shards on further ranks; only 0 in this version.")
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.replicas:
-            raise problem("storage.rebalance.replicas", self.replicas, "0: copies of shards are not available in this version")
-        return self
+    replicas: int = Field(0, ge=0, description="Copies of other ranks' shards that every rank holds: of those that it reads most.")
 
 
 class PrefixConfig(Block):
@@ -71,6 +65,7 @@ class StorageConfig(Block):
     )
     prefix: PrefixConfig = Field(PrefixConfig(), description=PrefixConfig.__doc__)
 
+    audit: bool = Field(False, description="Compare page tables with their allocator after every forward; slow, for debugging.")
     rebalance: RebalanceConfig | None = Field(None, description="Shards move to even out the ranks; null = they stay.")
 
     @model_validator(mode="after")

@@ -64,7 +64,7 @@ class Migration:
         """From now on shards move to `holders`, per shard the rank, if some lie elsewhere.
 
         bytes_per_step: that a rank copies ahead in one `advance`; None = all at once, in the next one. along: what moves with them, at the
-        commit; None = all of `self.along`.
+        commit; None = all of `self.along`, nothing where shards have copies.
 
         Raises: ValueError for a map that this group can't hold; MigrationError while another move is under way.
         """
@@ -76,8 +76,8 @@ class Migration:
         if wanted.num_shards != present.num_shards:
             raise ValueError(f"holders of {wanted.num_shards} shards, but the cache has {present.num_shards}")
         self.moves: list[Move] = moves(present, wanted)
-        self.following = tuple(self.along if along is None else along)
-        if not self.moves and not any(each.due(wanted) for each in self.following):
+        self.following = (() if wanted.copied else tuple(self.along)) if along is None else tuple(along)
+        if wanted.holders == present.holders and not any(each.due(wanted) for each in self.following):
             return
         self.wanted, self.bytes_per_step = wanted, bytes_per_step
         self.ledger, self.arrivals = Ledger(self.pages), Arrivals()

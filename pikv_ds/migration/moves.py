@@ -9,7 +9,7 @@ from pikv_ds.placement.shard_map import ShardMap
 
 
 class Move(NamedTuple):
-    """A shard leaves rank `source` for rank `target`."""
+    """A shard comes from its home, rank `source`, to rank `target`, which does not hold it yet; the home may keep it."""
 
     shard: int
     source: int
@@ -18,8 +18,11 @@ class Move(NamedTuple):
 
 def moves(present: ShardMap, wanted: ShardMap) -> list[Move]:
     """By shard, ascending; the same on all ranks."""
-    pairs = ((shard, present.home(shard), wanted.home(shard)) for shard in range(present.num_shards))
-    return [Move(*each) for each in pairs if each[1] != each[2]]
+    return [
+        Move(shard, present.home(shard), target)
+        for shard in range(present.num_shards)
+        for target in sorted(set(wanted.holders[shard]) - set(present.holders[shard]))
+    ]
 
 
 @dataclass(slots=True)

@@ -97,8 +97,10 @@ def prepare(pages: RankPages, wanted: ShardMap, copies: dict[tuple[int, int, int
                 ids = copy_in(pool, copy)
                 sums[shard].append(checksum(read_back(pool, copy, ids)))
                 arrive[at] = copy, ids
-            tables[-1].append(arrange(pool, stay, arrive))
-    return Prepared(wanted, tables, pages.new_counts(pages.rows.num_rows), {shard: _sum(own) for shard, own in sums.items()})
+            tables[-1].append(arrange(pool, stay, arrive, wanted.num_local))
+    return Prepared(
+        wanted, tables, pages.new_counts(pages.rows.num_rows, wanted.num_local), {shard: _sum(own) for shard, own in sums.items()}
+    )
 
 
 def commit(pages: RankPages, prepared: Prepared) -> None:

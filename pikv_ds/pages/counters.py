@@ -12,8 +12,9 @@ PENDING_TOKENS = 4096  # counted in one go on the CPU: a decode step of a model 
 
 
 class Counters:
-    """appended + forked + loaded = live + expired + evicted + cropped, summed over the ranks of the group; forked is 0 without beam search,
-    loaded without copies of rows (pikv_ds/sessions)."""
+    """appended + forked + loaded + copied = live + expired + evicted + cropped, summed over the ranks of the group; forked is 0 without
+    beam search, loaded without copies of rows (pikv_ds/sessions), copied without copies of shards. What a copy holds counts wherever it lies.
+    """
 
     def __init__(self, num_experts: int, device: torch.device) -> None:
         self._by_expert = torch.zeros(num_experts, dtype=torch.int64, device=device)
@@ -31,6 +32,7 @@ class Counters:
         self.evicted: int | Tensor = 0
         self.cropped = 0
         self.loaded = 0  # entries that a copy of rows brought
+        self.copied = 0  # entries that copies of shards brought to this rank's tables, less those that left with shards
         self.forked = 0  # entries that beam forks added to this rank's tables, less those they dropped; sums to 0 over the ranks
 
     def keep_nothing(self) -> None:

@@ -46,7 +46,7 @@ class RankPages:
         tiers: by layer, of pools whose pages do not all lie in their own memory (tiers/offload.py)."""
         self.plan, self.storage, self.page_size, self.heads = plan, storage, plan.page_size, plan.heads
         self.dtype, self.device, self.map = plan.dtype, device, shard_map
-        self.num_shards, self.num_local = shard_map.num_shards, shard_map.num_local
+        self.num_shards = shard_map.num_shards
         self.addresses = Addresses()
         self.layers = [
             LayerPages(
@@ -97,9 +97,14 @@ class RankPages:
             self._leaves, self._leaving = self._leaving.values[0].tolist(), None
         return self._leaves
 
-    def new_counts(self, num_rows: int) -> list[Tensor]:
-        """By level [L, R, S * H] int32: level 0 is read once per step, in one piece."""
-        shape = (len(self.layers), num_rows, self.num_local * self.heads)
+    @property
+    def num_local(self) -> int:
+        """Shards of this rank, copies among them."""
+        return self.map.num_local
+
+    def new_counts(self, num_rows: int, num_local: int | None = None) -> list[Tensor]:
+        """By level [L, R, S * H] int32: level 0 is read once per step, in one piece. num_local: S, default as now."""
+        shape = (len(self.layers), num_rows, (num_local or self.num_local) * self.heads)
         return [torch.zeros(shape, dtype=torch.int32, device=self.device) for _ in range(self.num_levels)]
 
     @property
@@ -154,6 +159,9 @@ class RankPages:
         """This rank holds the shards that the map says, in tables [layer][level]. counts: of `new_counts`. Can be done again; `shrink`
         comes after it."""
         self.addresses.moved()
+        if self.map.copied or shard_map.copied:
+            new = sum(int(tables.counts.sum()) for of_layer in arranged for tables in of_layer)
+            self.counters.copied += new - sum(int(pool.table.counts.sum()) for pool in self.all_pools)
         self.map = shard_map
         for i, (layer, of_layer) in enumerate(zip(self.layers, arranged, strict=True)):
             layer.map = shard_map

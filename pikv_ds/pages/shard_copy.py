@@ -94,27 +94,29 @@ def read_back(pool: PagePool, copy: ShardCopy, ids: Tensor) -> ShardCopy:
     return copy | stored | {"records": pool.pages.index_select(0, ids.long())}
 
 
-def arrange(pool: PagePool, stay: Mapping[int, int], arrive: Mapping[int, tuple[ShardCopy, Tensor]]) -> Arranged:
-    """Tables in which local shard i is the one that is stay[i] now, or that of arrive[i]: a copy and the ids of its pages.
+def arrange(pool: PagePool, stay: Mapping[int, int], arrive: Mapping[int, tuple[ShardCopy, Tensor]], shards: int) -> Arranged:
+    """Tables of so many local shards: i is the one that is stay[i] now, or that of arrive[i], a copy and the ids of its pages.
 
     Nothing of the pool changes.
     """
     table, heads = pool.table, pool.table.heads
+    tables = shards * heads
     widths = [copy["index"].shape[-1] + 1 for copy, _ in arrive.values()]
     width = max([table.width, *widths])
-    ids = table.ids.new_full((table.num_rows, table.tables_per_row, width), -1)
-    counts = torch.zeros_like(table.counts)
+    ids = table.ids.new_full((table.num_rows, tables, width), -1)
+    counts = table.counts.new_zeros(table.num_rows, tables)
     counted = {name: x.new_zeros(ids.shape) for name, x in table.counted.items()}
     own_tail = pool.tail is not None and not pool.full_pages
-    tail = torch.empty_like(pool.tail) if own_tail else pool.tail
-    by_table = tail.view(table.num_rows, table.tables_per_row, *tail.shape[1:]) if own_tail else None
+    tail = pool.tail.new_empty(table.num_rows * tables, *pool.tail.shape[1:]) if own_tail else pool.tail
+    by_table = tail.view(table.num_rows, tables, *tail.shape[1:]) if own_tail else None
+    old_tail = pool.tail.view(table.num_rows, table.tables_per_row, *tail.shape[1:]) if own_tail else None
     for at, before in stay.items():
         new, old = slice(at * heads, (at + 1) * heads), slice(before * heads, (before + 1) * heads)
         counts[:, new], ids[:, new, : table.width] = table.counts[:, old], table.ids[:, old]
         for name, x in counted.items():
             x[:, new, : table.width] = table.counted[name][:, old]
         if by_table is not None:
-            by_table[:, new] = pool.tail.view_as(by_table)[:, old]
+            by_table[:, new] = old_tail[:, old]
     for at, (copy, pages) in arrive.items():
         new, index = slice(at * heads, (at + 1) * heads), copy["index"]
         columns = index.shape[-1]

@@ -30,6 +30,10 @@ class PageView(NamedTuple):
     tail: Tensor | None
     tail_rows: Tensor | None
 
+    def only(self, read: Tensor) -> PageView:
+        """Without the tables that somebody else reads: read [R, S] bool of R rows."""
+        return self._replace(seqlens=torch.where(read.flatten().unsqueeze(1), self.seqlens, 0))
+
     def of_rows(self, rows: Tensor, num_rows: int) -> PageView:
         """The tables of some of the R = num_rows rows; rows [n] int64."""
 

@@ -12,26 +12,28 @@ from pikv_ds.modes import eager
 
 
 class ShardMap:
-    """Which ranks hold which shard: equal on all ranks but for `rank`. Every rank holds as many shards.
+    """Which ranks hold which shard: equal on all ranks but for `rank`. Every rank holds as many shards, copies among them.
 
     A rank keeps its shards in ascending order, so that sums over them do not depend on the map; what ranks send is brought into the order
     of shards before it is added up or compared (`in_shard_order`, `in_rank_order`).
 
-    Args: holders: per shard the ranks that hold it. Copies on further ranks need writers and readers that know of them, which this version
-        has not: one rank each.
+    Args: holders: per shard the ranks that hold it, first its home. Further ranks hold a copy: entries are appended on all of them, and a
+        query reads the shard on one (`reader`).
     """
 
     def __init__(self, holders: tuple[tuple[int, ...], ...], rank: int, num_ranks: int, device: torch.device) -> None:
         self.holders, self.rank, self.num_ranks, self.device = holders, rank, num_ranks, device
         self.of_ranks = [tuple(shard for shard, ranks in enumerate(holders) if each in ranks) for each in range(num_ranks)]
-        if any(len(ranks) != 1 for ranks in holders):
-            raise ValueError(f"holders = {holders}: one rank per shard; replicas are not available in this version")
+        if any(not ranks or len(set(ranks)) != len(ranks) or not set(ranks) <= set(range(num_ranks)) for ranks in holders):
+            raise ValueError(f"holders = {holders}: per shard the different ranks that hold it, of 0 to {num_ranks - 1}, first its home")
         if len({len(shards) for shards in self.of_ranks}) != 1:
             raise ValueError(f"holders = {holders}: every rank of {num_ranks} holds as many shards, here {[len(x) for x in self.of_ranks]}")
         self.local = self.of_ranks[rank]
         self.num_shards, self.num_local = len(holders), len(self.local)
-        first = [shards[0] for shards in self.of_ranks]
-        self._ranks = sorted(range(num_ranks), key=first.__getitem__)  # by their first shard
+        self.copied = any(len(ranks) > 1 for ranks in holders)
+        homes = [ranks[0] for ranks in holders]
+        first = [homes.index(each) if each in homes else self.num_shards + each for each in range(num_ranks)]
+        self._ranks = sorted(range(num_ranks), key=first.__getitem__)  # by the first shard that they are the home of
         self.contiguous = [shard for shards in self.of_ranks for shard in shards] == list(range(self.num_shards))
 
     @classmethod
@@ -49,7 +51,7 @@ class ShardMap:
 
     @property
     def rank_order(self) -> list[int]:
-        """The ranks by their first shards: the order in which their partials are added up."""
+        """The ranks by the first shards that they are the home of: the order in which their partials are added up."""
         return self._ranks
 
     def home(self, shard: int) -> int:
@@ -79,12 +81,44 @@ class ShardMap:
     @cached_property
     @eager
     def _order(self) -> Tensor:
-        return self.by_rank.argsort()
+        """[S] int64, where in `by_rank` a shard's home has it."""
+        at = {(rank, shard): i for i, (rank, shard) in enumerate((rank, s) for rank, own in enumerate(self.of_ranks) for s in own)}
+        return torch.tensor([at[self.home(shard), shard] for shard in range(self.num_shards)], device=self.device)
 
     @cached_property
     @eager
     def _rank_order(self) -> Tensor:
         return torch.tensor(self._ranks, device=self.device)
+
+    # ---- copies ----------------------------------------------------------------------------------------------------------------
+
+    def reader(self, shard: int, source: int | None) -> int:
+        """The one rank that reads a shard for queries of rank `source`: that rank itself if it holds the shard, else the shard's home.
+        None: queries that all ranks have alike, read by the home."""
+        return source if source in self.holders[shard] else self.home(shard)
+
+    @cached_property
+    @eager
+    def readers(self) -> Tensor:
+        """[G, S] int64, `reader` of every shard for queries of every rank."""
+        return torch.tensor([[self.reader(s, g) for s in range(self.num_shards)] for g in range(self.num_ranks)], device=self.device)
+
+    @cached_property
+    @eager
+    def reads_here(self) -> Tensor:
+        """[G + 1, L] bool: local shards that this rank reads for queries of every rank; last, for queries that all ranks have alike."""
+        sources = (*range(self.num_ranks), None)
+        return torch.tensor([[self.reader(s, g) == self.rank for s in self.local] for g in sources], device=self.device)
+
+    @cached_property
+    @eager
+    def held(self) -> Tensor:
+        """[G, S] bool: which ranks hold which shards."""
+        return torch.tensor([[g in ranks for ranks in self.holders] for g in range(self.num_ranks)], device=self.device)
+
+    def serves(self, rank: int, source: int) -> bool:
+        """Whether `rank` reads anything for queries of rank `source`."""
+        return any(self.reader(shard, source) == rank for shard in self.of_ranks[rank])
 
     # ---- the step: no sync -----------------------------------------------------------------------------------------------------
 

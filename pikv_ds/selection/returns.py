@@ -35,10 +35,12 @@ def return_needed(partials: Tensor, readers: Tensor, sizes: list[int], exchange:
     return whole
 
 
-def readers_of_shards(named: Tensor, asked: PageQuery, config: RoutingConfig) -> Tensor:
+def readers_of_shards(named: Tensor, asked: PageQuery, config: RoutingConfig, source: int | None = None) -> Tensor:
     """Ranks with a shard that a router names, or that holds a sink or recent token, whether there are pages of it or not.
 
-    Args: named [M, S] bool, shards of all ranks. Returns: [G, M, 1] bool, the same on every rank. Sync: none.
+    Args: named [M, S] bool, shards of all ranks. source: whose queries they are, who reads the copies that it holds.
+
+    Returns: [G, M, 1] bool, the same on every rank. Sync: none.
     """
     num_shards, device = named.shape[1], named.device
     if asked.homes is not None:
@@ -48,6 +50,9 @@ def readers_of_shards(named: Tensor, asked: PageQuery, config: RoutingConfig) ->
         row = (asked.row_of_query() - asked.rows.start).unsqueeze(1)
         home = torch.where(pinned >= 0, asked.homes[row, pinned.clamp_min(0).long()].long(), -1)
         named = named | (home.unsqueeze(-1) == torch.arange(num_shards, device=device)).any(1)
+    if asked.map.copied:
+        reads = asked.map.readers[source] == torch.arange(asked.map.num_ranks, device=device).unsqueeze(1)  # [G, S]
+        return (named.unsqueeze(0) & reads.unsqueeze(1)).any(-1, keepdim=True)
     by_rank = named if asked.map.contiguous else named.index_select(1, asked.map.by_rank)
     return by_rank.unflatten(1, (asked.map.num_ranks, -1)).any(-1).T.unsqueeze(-1)
 

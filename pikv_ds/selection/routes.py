@@ -64,7 +64,7 @@ def choose_ranks(selection: Selection, step: Step, query: Query) -> tuple[Tensor
             scale=query.scale, gather=_no_gather,
         )  # fmt: skip
         own = router.chosen_shards(asked)
-        readers = readers_of_shards(own, asked, selection.config).squeeze(-1) & (asked.positions >= 0)
+        readers = readers_of_shards(own, asked, selection.config, step.own).squeeze(-1) & (asked.positions >= 0)
         named.append(own.unflatten(0, (source.num_rows, -1)))
         ranks.append(readers.unflatten(1, (source.num_rows, -1)))
     return torch.cat(named, 1).flatten(0, 1), torch.cat(ranks, 2).flatten(1, 2)

@@ -19,6 +19,7 @@ BOUNDS = {"method": "bounds", "budget_ratio": 0.5}
 ROUTED = {"method": "topk", "exchange": "routed"}
 LRU = {"method": "lru", "budget_tokens": 200}
 PREFIX = {"prefix": {"enabled": True}}
+COPIES = {"num_shards": 4, "rebalance": {"replicas": 1}}
 AGED = [{"method": "aged"}]
 TIERS = {"device_gib": 1e-3, "host_gib": 1.0}
 HEADS = {"method": "knorm", "budget_tokens": 200, "head_budget": "uniform"}
@@ -100,6 +101,13 @@ def refused(folder: Path) -> dict[str, list[dict]]:
         "prefix-stays-where-it-is": [{"storage": PREFIX | {"rebalance": {}}}],
         "prefix-names-requests": [{"storage": PREFIX, "ranks": 2}],
         "prefix-no-windows": [{"storage": PREFIX, "layers": WINDOWS}],
+        "copies-have-one-reader": [
+            {"storage": COPIES, "scheduling": {"method": "h2o", "budget_tokens": 200}},
+            {"storage": COPIES, "routing": BOUNDS},
+            {"storage": COPIES, "routing": {"method": "topk"}},
+            {"storage": COPIES, "compression": SVD},
+        ],
+        "copies-are-of-other-ranks": [{"storage": {"rebalance": {"replicas": 3}, "num_shards": 4}, "ranks": 2}],
         "rebalance-has-shards-to-move": [
             {"storage": {"rebalance": {}}, "ranks": 2},
             {"storage": {"rebalance": {"every": 9}, "num_shards": 4}, "ranks": 4},

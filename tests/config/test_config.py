@@ -21,6 +21,7 @@ DEFAULTS = {
         "gate_path": None,
         "capacity_tokens": None,
         "overflow": "spill",
+        "audit": False,
         "prefix": {"enabled": False, "budget_tokens": 65536, "eviction": "lru"},
         "rebalance": None,
     },

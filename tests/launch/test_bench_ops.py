@@ -35,7 +35,9 @@ def test_quick(tmp_path, capsys):
     assert main(["bench", "ops", "--quick", "--threads", "1", "--json", str(path)]) == 0
     document = json.loads(path.read_text())
     assert torch.get_num_threads() == threads
-    assert document["command"] == "bench ops --quick --threads 1" and document["targets"] == [] and "sdpa_grouped" in capsys.readouterr().out
+    assert (
+        document["command"] == "bench ops --quick --threads 1" and document["targets"] == [] and "sdpa_grouped" in capsys.readouterr().out
+    )
     seen = {}
     for row in document["rows"]:
         assert list(row)[: len(COLUMNS)] == COLUMNS

@@ -46,5 +46,19 @@ def test_shards_that_cannot_be_dealt_out_evenly_are_refused():
         ShardMap.blocks(3, 0, 2, CPU)
     with pytest.raises(ValueError, match=r"every rank of 2 holds as many shards, here \[3, 1\]"):
         ShardMap(((0,), (0,), (0,), (1,)), 0, 2, CPU)
-    with pytest.raises(ValueError, match="replicas are not available"):
-        ShardMap(((0, 1), (1, 0)), 0, 2, CPU)
+    with pytest.raises(ValueError, match="per shard the different ranks that hold it"):
+        ShardMap(((0, 0), (1, 1)), 0, 2, CPU)
+
+
+def test_a_shard_with_copies_has_one_reader_per_query():
+    holders = ((1, 0), (0,), (1,), (0, 1))
+    maps = [ShardMap(holders, rank, 2, CPU) for rank in range(2)]
+    assert [one.local for one in maps] == [(0, 1, 3), (0, 2, 3)]
+    for source, column in ((0, 0), (1, 1), (None, 2)):
+        reads = [[s for s, yes in zip(one.local, one.reads_here[column].tolist(), strict=True) if yes] for one in maps]
+        assert sorted(sum(reads, [])) == [0, 1, 2, 3]
+        assert reads == ([[0, 1, 3], [2]] if source == 0 else [[1], [0, 2, 3]] if source == 1 else [[1, 3], [0, 2]])
+    whole = torch.arange(8).view(2, 4)
+    parts = [one.own(whole, 1) for one in maps]
+    parts[0][:, 0] = parts[1][:, 2] = -1  # a gather takes what the home has
+    assert torch.equal(maps[0].in_shard_order(torch.cat(parts, 1), 1), whole)
