@@ -13,7 +13,7 @@ PENDING_TOKENS = 4096  # counted in one go on the CPU: a decode step of a model 
 
 class Counters:
     """appended + forked + loaded + copied = live + expired + evicted + cropped, summed over the ranks of the group; forked is 0 without
-    beam search, loaded without copies of rows (pikv_ds/sessions), copied without copies of shards. What a copy holds counts wherever it lies.
+    beam search, loaded without copies of rows (pikv_ds/sessions), copied without copies of shards: what a copy holds counts where it lies.
     """
 
     def __init__(self, num_experts: int, device: torch.device) -> None:
