@@ -78,7 +78,7 @@ setup(
         "deepspeed>=0.19.2,<0.20",
         "transformers>=5.19,<5.25",
         "megatron-core>=0.16,<0.17; python_version < '3.12'",
-        "megatron-core>=0.16.1,<0.20; python_version >= '3.12'",
+        "megatron-core>=0.16,<0.20; python_version >= '3.12'",
         "triton; python_version >= '3.12' and sys_platform == 'linux'",  # 0.18 and later import it without asking for it
         "numpy",
         "packaging",

@@ -34,6 +34,8 @@ NOT_NOW = {
     4: "the ranks have requests of their own (pikv.storage.requests = 'distinct'), whose rows are numbered by rank; use 'replicated'",
     5: "the codec fits a basis to each request, which lies at its own rank; use a codec that is the same for all ('none', 'int8', 'lora')",
     6: "it has not seen a forward, so there is nothing to copy; run the prompt first",
+    7: "some of its pages lie in slower tiers (pikv.offload.device_gib), where a copy does not reach; leave offload out",
+    8: "shards have copies on further ranks; call rebalance() with one rank for each shard first",
 }
 
 
@@ -169,6 +171,10 @@ def _reason(cache: Core, *, begun: bool) -> int:
         return 4
     if cache.bases is not None:
         return 5
+    if cache.config.offload.enabled:
+        return 7
+    if cache.pages.map.copied:
+        return 8
     return 6 if begun and cache.agreement.mode is None else 0
 
 

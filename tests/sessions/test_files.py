@@ -250,6 +250,11 @@ def test_what_has_no_copy(tmp_path):
         generate(model, prompt(9, seed=1), session)
         with pytest.raises(UnsupportedError, match="fits a basis to each request"):
             session.save(tmp_path / "svd")
+    with pikv_ds.attach(model, {"offload": {"device_gib": 1, "host_gib": 1}}) as cache:
+        session = cache.session("anna")
+        generate(model, prompt(9, seed=1), session)
+        with pytest.raises(UnsupportedError, match="lie in slower tiers"):
+            session.save(tmp_path / "tiers")
     assert not list(tmp_path.iterdir())
     model = tiny_model("qwen3_next")
     with pikv_ds.attach(model, {}) as cache:
