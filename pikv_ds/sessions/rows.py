@@ -159,7 +159,7 @@ def put(pages: RankPages, copy: RowsCopy) -> None:
                 if any(name.startswith("seat ") for name in of_shard):
                     pool.part_counters()
                 arrive[at] = of_shard, copy_in(pool, of_shard)
-            tables[-1].append(arrange(pool, {}, arrive))
+            tables[-1].append(arrange(pool, {}, arrive, pages.map.num_local))
     of_rows, beside = ({name.removeprefix(start): x for name, x in on.items() if name.startswith(start)} for start in (ROW, BESIDE))
     pages.rows.put(CopiedRows(copy.about["ints"], of_rows, beside))
     pages.directory.put(copy.lens, on.get(HOMES), on[EVICTED])

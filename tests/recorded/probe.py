@@ -53,7 +53,9 @@ def numbers(host) -> dict:
     """What stats() reports of the core: integers, lists of integers, words; and the floats it counts entries with."""
     said = stats(host, 1, 1) if isinstance(host, PiKVCache) else host.stats()
     said = {name: value for name, value in said.items() if name not in ("ops_passed_over", "attention_kernel")}  # of this machine
-    said = {name: value for name, value in said.items() if name not in ("kv_bytes_parked", "rows_parked")}  # no configuration here parks
+    said = {
+        name: value for name, value in said.items() if name not in ("kv_bytes_parked", "rows_parked", "entries_loaded")
+    }  # nothing here parks or loads
     return {name: value for name, value in said.items() if name not in ("probe_s", "state_bytes")}  # the adapter's own
 
 
