@@ -83,7 +83,7 @@ class PiKVContext(ABC):
         self.core = PiKVCache(
             specs, config, num_experts=num_experts, dtype=weight.dtype, device=weight.device, group=group, holders=holders
         )
-        self.core.migration.follow(experts)
+        self.core.follow(experts)
         check_has_experts(self.core.blueprint.router, attention.config.num_moe_experts, type(model).__name__)
         check_calibration(self.core, self.layers)
         self.heads = [stored_heads(layer.attention, self.core, i, self.shared) for i, layer in enumerate(self.layers)]
@@ -125,7 +125,7 @@ class PiKVContext(ABC):
         All ranks of the expert-parallel group at the same point, alike. Returns whether something moves.
         """
         if optimizer is not None:
-            for along in self.core.migration.along:
+            for along in self.core.moves_along:
                 along.store.train_with(optimizer)
         return self.core.rebalance(holders, bytes_per_step=bytes_per_step, experts=experts)
 

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 
 from pikv_ds.cache.cache import PiKVCache
+from pikv_ds.cache.inspect import CacheProbe
 from pikv_ds.config.pikv import PiKVConfig
 from pikv_ds.launch.output import print_table, write_json
-from pikv_ds.pages.tiered import TieredPool
 from pikv_ds.spec import LayerSpec
 from pikv_ds.step.step import LocalStep
 
@@ -41,7 +41,7 @@ class Run:
         self.generator, self.cpu, self.wall = torch.Generator().manual_seed(0), [], []
         while self.lens < args.tokens:
             self.forward(min(CHUNK, args.tokens - self.lens))
-        self.pools = [pool for pool in self.cache.pages.all_pools if isinstance(pool, TieredPool)]
+        self.pools = CacheProbe(self.cache).tiered
         self.marks = self.counted()
 
     def forward(self, num: int) -> None:
@@ -93,8 +93,8 @@ class Run:
         pool = self.pools[0]
         if not hasattr(pool.tier.store, "file"):
             return None
-        used = torch.nonzero(pool.allocator.far_used).flatten()
-        slots, out = pool.far_slot[used[torch.randperm(len(used))]], torch.empty(len(used), record, dtype=torch.uint8)
+        used = pool.far_slots_used
+        slots, out = used[torch.randperm(len(used))], torch.empty(len(used), record, dtype=torch.uint8)
         begin = time.thread_time()
         for _ in range(4):
             pool.tier.store.read(slots, out, torch.arange(len(used)))

@@ -82,6 +82,13 @@ def _windows(facts: Facts) -> str | None:
     return f"{_given(facts)} on a model whose layers all have a sliding window: these are bounded already; leave offload out"
 
 
+def _blocks(facts: Facts) -> str | None:
+    size = facts.config.routing.block_size
+    if not _on(facts) or size in (None, facts.page_size):
+        return None
+    return f"pikv.routing.block_size = {size} with {_given(facts)}: pages come from below as a whole; legal is null"
+
+
 def _sizes(facts: Facts) -> str | None:
     tier = facts.tier
     if tier is None:
@@ -97,6 +104,10 @@ BLOCK = (
     Rule(
         "offload-one-pool", "block", ("offload", "compression", "pools"), "tiers with several pools of pages",
         "which pages go below is said for one pool", "one pool", _pools,
+    ),
+    Rule(
+        "offload-whole-pages", "block", ("offload", "routing", "page_size"), "tiers with blocks inside of pages",
+        "pages come from below as a whole", "whole pages", _blocks,
     ),
     Rule(
         "offload-no-request-bases", "block", ("offload", "compression"), "tiers with a codec that is fitted to each request",

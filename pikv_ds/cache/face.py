@@ -15,6 +15,7 @@ from pikv_ds.config.pikv import PiKVConfig
 from pikv_ds.errors import ConfigError, UnsupportedError
 from pikv_ds.exchange.digest import digest
 from pikv_ds.exchange.exchange import Exchange
+from pikv_ds.migration.along import Along
 from pikv_ds.migration.migration import Migration
 from pikv_ds.migration.schedule import Rebalancing
 from pikv_ds.modes import eager
@@ -98,6 +99,15 @@ class HostFace:
     def page_columns(self) -> list[str]:
         """Names of the numbers that policies keep per page: those that clear_column takes."""
         return sorted({name for layer in self.pages.layers for name in layer.plan.columns})
+
+    def follow(self, along: Along | str) -> None:
+        """What moves with the shards from now on; or why nothing does."""
+        self.migration.follow(along)
+
+    @property
+    def moves_along(self) -> tuple[Along, ...]:
+        """What moves with the shards."""
+        return tuple(self.migration.along)
 
     @eager
     def rebalance(

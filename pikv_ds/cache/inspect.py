@@ -15,6 +15,8 @@ from torch import Tensor
 from pikv_ds.ops import PageFormat
 from pikv_ds.pages.parked import ParkedRows
 from pikv_ds.pages.rows import Rows
+from pikv_ds.pages.shard_copy import pages_of
+from pikv_ds.pages.tiered import TieredPool
 from pikv_ds.placement.shard_map import ShardMap
 from pikv_ds.policies.base import Pages, RetentionPolicy
 from pikv_ds.routers.base import PageQuery, Router
@@ -95,6 +97,15 @@ class CacheProbe:
     def all_pools(self) -> list[PoolProbe]:
         """Of all layers in order, nearest first."""
         return [pool for layer in range(self.num_layers) for pool in self.pools(layer)]
+
+    @property
+    def tiered(self) -> list[TieredPool]:
+        """Those with slower tiers, themselves."""
+        return [pool for pool in self.cache.pages.all_pools if isinstance(pool, TieredPool)]
+
+    def shard_bytes(self, at: int) -> int:
+        """Of the pages of local shard `at`, in all layers and pools."""
+        return sum(len(pages_of(pool, at)[0]) * pool.fmt.record_bytes for pool in self.cache.pages.all_pools)
 
     @property
     def formats(self) -> list[PageFormat]:

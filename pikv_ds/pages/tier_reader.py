@@ -61,8 +61,10 @@ class TierReader:
         window: int | None = None,
         q_positions: Tensor | None = None,
         page_lse: bool = False,
+        block_size: int = 0,
     ) -> Read:
-        options = {"scale": scale, "window": window, "q_positions": q_positions, "page_lse": page_lse}
+        """block_size: a whole page's (blueprint/offload.py refuses others)."""
+        options = {"scale": scale, "window": window, "q_positions": q_positions, "page_lse": page_lse, "block_size": block_size}
         if page_list is None:
             return self._over_passes(view, lambda one: self.near.attend_listed(q, one.view, None, **options), page_lse=page_lse)
         if not self.pool.num_far:

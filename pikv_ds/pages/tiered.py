@@ -56,6 +56,11 @@ class TieredPool(PagePool):
         return self.tier.store.num_pages
 
     @property
+    def far_slots_used(self) -> Tensor:
+        """[n] int64: where the store has them."""
+        return self.far_slot[torch.nonzero(self.allocator.far_used).flatten()]
+
+    @property
     def staging_nbytes(self) -> int:
         return self.tier.num_staged * self.fmt.record_bytes
 

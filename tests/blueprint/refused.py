@@ -83,6 +83,13 @@ def refused(folder: Path) -> dict[str, list[dict]]:
         "router-follows-bases": [{"compression": SVD, "routing": {"method": "keeps_summaries", "budget_ratio": 0.5}}],
         "shards-divide-among-ranks": [{"storage": {"num_shards": 3}, "ranks": 2}],
         "offload-one-pool": [{"offload": TIERS, "compression": RAW}, {"offload": TIERS, "pools": AGED}],
+        "offload-whole-pages": [{"offload": TIERS, "page_size": 32, "routing": BOUNDS | {"block_size": 8}}],
+        "blocks-need-a-router": [{"page_size": 32, "routing": {"method": "centroids", "budget_ratio": 0.5, "block_size": 8}}],
+        "blocks-divide-pages": [{"page_size": 32, "routing": BOUNDS | {"block_size": 5}}],
+        "blocks-fit-formats": [
+            {"page_size": 32, "routing": BOUNDS | {"block_size": 8}, "layers": CAPPED},
+            {"page_size": 96, "routing": BOUNDS | {"block_size": 32}, "compression": {"method": "int4", "group": 48}, "layers": PLAIN},
+        ],
         "offload-no-request-bases": [{"offload": TIERS, "compression": SVD}],
         "offload-no-prefix": [{"offload": TIERS, "storage": PREFIX}],
         "offload-stays-where-it-is": [{"offload": TIERS, "storage": {"rebalance": {}}}],

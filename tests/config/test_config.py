@@ -29,6 +29,7 @@ DEFAULTS = {
         "method": "all",
         "budget_ratio": None,
         "budget_pages": None,
+        "block_size": None,
         "sink_tokens": 4,
         "recent_tokens": 64,
         "exchange": "all",

@@ -7,9 +7,10 @@ ROOT = Path(__file__).resolve().parents[2]
 LOOKING = ["tests", "launch", "examples"]
 ANYWHERE = {"allocator", "directory", "counters", "refcount", "free_stack", "free_top", "summaries"}
 OF_A_CACHE = {"pages", "selection", "retention", "window", "bases", "writer", "reader", "agreement", "step", "ways"}
-OWN_CLASS = {  # tests of one class by itself, and what makes its objects
+OWN_CLASS = {  # tests of one class by itself, and what makes its objects or damages them
     "tests/harness/pools.py", "tests/pages/test_pool.py", "tests/pages/test_recycle.py", "tests/placement/test_directory.py",
-    "tests/tiers/test_bases.py", "tests/pages/test_events.py",
+    "tests/tiers/test_bases.py", "tests/pages/test_events.py", "tests/harness/offloading.py", "tests/tiers/test_offload.py",
+    "tests/faults/simulated.py",
 }  # fmt: skip
 LEFT = {  # file -> how often
     "tests/kvpress/test_parity.py": 1,

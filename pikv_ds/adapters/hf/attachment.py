@@ -84,7 +84,7 @@ class Attachment:
         """What moves with the shards of this attachment's caches from now on, or why nothing does."""
         self._along = along
         for core in (*(one.held_core for one in self.live), *(core for spare in self._spare.values() for core in spare)):
-            core.migration.follow(along)
+            core.follow(along)
 
     def _holders(self) -> Holders | None:
         """Of shards, where a cache that begins now has them: with what moves along. None = anywhere."""
@@ -100,7 +100,7 @@ class Attachment:
             group=self.group,
             holders=self._holders(),
         )
-        core.migration.follow(self._along)
+        core.follow(self._along)
         return core
 
     @property

@@ -10,6 +10,7 @@ import torch.distributed as dist
 import pikv_ds
 from pikv_ds.adapters.deepspeed.autoep import autoep_layers
 from pikv_ds.adapters.deepspeed.autoep_shim import registry_shim
+from pikv_ds.cache.inspect import CacheProbe
 from pikv_ds.errors import MigrationError
 from tests.dist.jobs.ds_compare import MICRO, assert_same_text, generate, rank_prompt, ready
 from tests.dist.jobs.report import Report
@@ -70,7 +71,7 @@ for requests, source in DECODES:
             slots = [2 * s + i for rank in range(WORLD) for s, (at,) in enumerate(holders) if at == rank for i in (0, 1)]
             now = weights(engine)
             assert all(torch.equal(a, b) for slot, e in enumerate(slots) for a, b in zip(now[slot], home[e], strict=True))
-            shards = stayed.core.pages.directory.load.sum(0).tolist()
+            shards = CacheProbe(stayed.core).loads.sum(0).tolist()
             loads = [sum(load for load, (at,) in zip(shards, holders, strict=True) if at == rank) for rank in range(WORLD)]
             assert cache.stats()["load_per_rank"] == loads, "entries lie with their experts"
             assert cache.stats()["rebalance_experts_moved"] > 0 and cache.stats()["rebalance_expert_bytes"] > 0

@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 
 from pikv_ds.cache import PiKVCache
+from pikv_ds.cache.inspect import CacheProbe
 from pikv_ds.config import PiKVConfig
-from pikv_ds.pages.shard_copy import pages_of
 from pikv_ds.spec import LayerSpec
 from tests.dist.jobs.report import Report
 from tests.recorded import host_core
@@ -35,7 +35,7 @@ class Timed(host_core.Run):
 def leaving_bytes(cache: PiKVCache, moves) -> int:
     """Of the pages of shards that this rank sends."""
     own = [cache.map.local.index(move.shard) for move in moves if move.source == cache.map.rank]
-    return sum(len(pages_of(pool, at)[0]) * pool.fmt.record_bytes for pool in cache.pages.all_pools for at in own)
+    return sum(map(CacheProbe(cache).shard_bytes, own))
 
 
 def move(run: Timed, wanted, steps: int, bytes_per_step: int) -> dict:
@@ -58,7 +58,7 @@ def move(run: Timed, wanted, steps: int, bytes_per_step: int) -> dict:
     del cache.migration.advance
     assert cache.map.holders == wanted
     come = [cache.map.local.index(each.shard) for each in moves if each.target == cache.map.rank]
-    arrived = sum(len(pages_of(pool, at)[0]) * pool.fmt.record_bytes for pool in cache.pages.all_pools for at in come)
+    arrived = sum(map(CacheProbe(cache).shard_bytes, come))
     total = torch.tensor([planned[0], arrived, done.bytes_sent - sent, done.bytes_again - again])
     dist.all_reduce(total)
     rest = run.steps(max(steps - len(wall), 0))

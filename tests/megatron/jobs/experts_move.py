@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from pikv_ds.cache.inspect import CacheProbe
 from pikv_ds.errors import MigrationError, UnsupportedError
 from pikv_ds.megatron_patch import PiKVInferenceContext, disable_pikv, enable_pikv
 from pikv_ds.migration.experts import Experts
@@ -96,7 +97,7 @@ def check_generation(report: Report, layout: str, requests: str, source: str, ch
 
 
 def loads(stayed: PiKVInferenceContext, holders) -> list[int]:
-    by_shard = stayed.core.pages.directory.load.sum(0).tolist()
+    by_shard = CacheProbe(stayed.core).loads.sum(0).tolist()
     return [sum(load for load, (at,) in zip(by_shard, holders, strict=True) if at == rank) for rank in range(len(stayed.core.map.of_ranks))]
 
 
