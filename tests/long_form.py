@@ -6,8 +6,10 @@ What it adds is said beside each use of LONG: products of things that the short 
 - tests/ops/test_torch_headers.py: a launcher by nvcc against the oldest torch too; short: all files by the C++ compiler.
 - tests/ops/test_kernel_text.py: every bug planted on tensor cores, short: four; tests/ops/test_tensor_widths.py: every one planted in
   latents, short: three. Tensor-core kernels of all widths in the libraries, short: of 64 and 128 (tests/conftest.py).
-- tests/dist/test_exact.py: every family on 4 ranks, short: a window, a latent, sinks; every family x source of expert ids x placement,
-  short: every placement with one family, and on 4 ranks that family; the error of bf16 over 16 windows of text, short: 5.
+- tests/ops/test_sanitize.py: the whole matrix, short: a third; tests/ops/test_blocks.py: all points in plain C++ too, short: a third.
+- tests/dist/test_exact.py: rows that move and the bundled model on 4 ranks, and every family there, short: a window, a latent, sinks; every
+  family x source of expert ids x placement, short: every placement with one family, and on 4 ranks that family; the error of bf16 over 16
+  windows of text, short: 5.
 - tests/dist/test_evict.py, tests/dist/test_selection.py: every policy and router on 4 ranks, short: one of each kind; all of them on 2.
 - tests/device, tests/dist/test_host_stops.py: every configuration whose host stops are counted; short: four on one rank, one on two.
 - tests/dist/test_mismatch.py: every way for ranks to be out of step, short: one of each sort; 300 random programs on 2 ranks and 150 on 3,

@@ -9,6 +9,7 @@ from tests.tiny_models import FAMILIES
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(420)]
 WORLDS = pytest.mark.parametrize("world", [1, 2, 4], ids="world{}".format, scope="module")
+FEW_RANKS = pytest.mark.parametrize("world", short_or_long([1, 2], [1, 2, 4]), ids="world{}".format, scope="module")
 _jobs: dict[tuple, JobResult] = {}
 
 
@@ -59,7 +60,7 @@ def test_homes_depend_on_shards_not_on_ranks(world: int, tmp_path_factory: pytes
         assert sum(rows[0]["load_per_rank"]) == alone["load_per_rank"][0]
 
 
-@WORLDS
+@FEW_RANKS
 @pytest.mark.parametrize(
     "check",
     [
@@ -79,7 +80,7 @@ def test_rows_that_move(check: str, world: int):
     job("rows.py", world).check(check)
 
 
-@WORLDS
+@FEW_RANKS
 @pytest.mark.parametrize(
     "check",
     [
