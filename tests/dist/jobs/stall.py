@@ -1,4 +1,4 @@
-"""Decode steps while shards move, beside steps while none moves, in alternating blocks. args: runs, steps of a block, bytes per step, tokens
+"""Decode steps while shards move, beside steps while none moves, in blocks in turns. args: runs, steps of a block, bytes per step, tokens
 of a prompt. Rank 0 reports a row per block: milliseconds of every step, and what was moved in it."""
 
 import sys
