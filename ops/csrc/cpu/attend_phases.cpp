@@ -156,9 +156,12 @@ void hide_values(const PageFormat& f, Phase& phase, Work& w) {
 
 // How often `lines` lines are read ahead in `count` tokens of a page. Evenly over the arithmetic: scores count twice, as they take as long as
 // the values and read once where those read several times; the softmax reads none, as it is over so soon that its lines would come in a
-// burst, which waits for the memory. With AMX it is a good part of the whole.
+// burst, which waits for the memory. With AMX it is a good part of the whole, and keys of few bits have so few lines that no burst is too large:
+// there all three steps read alike.
+bool reads_alike(Tier tier, const PageFormat& f) { return tier == Tier::kAmx || (format_grouped(f.format) && format_bits(f.format) < 8); }
+
 int reads_of(Tier tier, const PageFormat& f, bool fast, const Scratch& own, int count) {
-  if (tier == Tier::kAmx) return count / 4 * (int)own.rows.size() * 4;
+  if (reads_alike(tier, f)) return count / 4 * (int)own.rows.size() * 4;
   int reads = 0;
   for (const Rows& rows : own.rows) {
     const int registers = own.w.sums / 16, at_once = rows.size == 2 && !fast ? 2 : 4;
@@ -220,6 +223,7 @@ void attend_phases(const Attend& a, const Unit& u, Tier tier) {
     if (c + distance < u.c1 && count_of(column_of(c + distance)) > 0) {
       ahead.at = section_of(column_of(c + distance)), ahead.end = ahead.at + f.head_bytes;
     }
+    const bool alike = reads_alike(tier, f);
     const int reads = std::max(1, reads_of(tier, f, a.fast, *own, count)), lines = (int)((f.head_bytes / 64 + reads - 1) / reads);
     for (int t0 = 0; t0 < count; t0 += tokens) {
       const uint8_t *record = a.pages + (int64_t)table[column] * f.record_bytes, *head = a.section(record, u.h);
@@ -244,8 +248,8 @@ void attend_phases(const Attend& a, const Unit& u, Tier tier) {
           values_there = phase.v == w.clean ? nullptr : phase.v;
         }
         if (key.start_group) key.start_group(rows, phase, w);
-        key.scores(rows, phase, w, ahead, tier == Tier::kAmx ? lines : 2 * lines);
-        value.soften(rows, phase, w, ahead, tier == Tier::kAmx ? lines : 0);
+        key.scores(rows, phase, w, ahead, alike ? lines : 2 * lines);
+        value.soften(rows, phase, w, ahead, alike ? lines : 0);
         value.add(rows, phase, w, ahead, lines);
       }
     }
