@@ -1,5 +1,5 @@
-"""Decode steps while shards move, beside steps while none moves, in blocks in turns. args: runs, steps of a block, bytes per step, tokens
-of a prompt. Rank 0 reports a row per block: milliseconds of every step, and what was moved in it."""
+"""Decode steps while shards move, beside steps while none moves, in blocks in turns. args: runs, rounds of four blocks, steps of a block,
+bytes per step, tokens of a prompt. Rank 0 reports a row per block: milliseconds of every step, and what was moved in it."""
 
 import sys
 import time
@@ -38,8 +38,19 @@ def leaving_bytes(cache: PiKVCache, moves) -> int:
     return sum(map(CacheProbe(cache).shard_bytes, own))
 
 
-def move(run: Timed, wanted, steps: int, bytes_per_step: int) -> dict:
-    """A block of steps in which shards move; its last steps are idle once all have."""
+def moving(run: Timed, steps: int, bytes_per_step: int) -> dict:
+    """A block of steps in all of which shards move, to the other map and back; a last move is not broken off."""
+    row: dict = {"wall_ms": [], "cpu_ms": [], "moves": 0, "stall_ms": []}
+    while len(row["wall_ms"]) < steps:
+        one = move(run, MAPS[run.cache.map.holders == MAPS[0]], bytes_per_step)
+        row["moves"] += 1
+        for name, value in one.items():
+            row[name] = row.get(name, 0 if isinstance(value, int) else []) + value
+    return row
+
+
+def move(run: Timed, wanted, bytes_per_step: int) -> dict:
+    """The steps of one move."""
     cache, done = run.cache, run.cache.migration.progress
     sent, again, stall, planned, cycle = done.bytes_sent, done.bytes_again, done.stall_s, [0], cache.migration.advance
     done.stall_s = 0.0
@@ -61,15 +72,14 @@ def move(run: Timed, wanted, steps: int, bytes_per_step: int) -> dict:
     arrived = sum(map(CacheProbe(cache).shard_bytes, come))
     total = torch.tensor([planned[0], arrived, done.bytes_sent - sent, done.bytes_again - again])
     dist.all_reduce(total)
-    rest = run.steps(max(steps - len(wall), 0))
-    row = {"wall_ms": wall, "cpu_ms": cpu, "rest_ms": rest[0], "stall_ms": 1e3 * done.stall_s, "steps": len(wall)}
+    row = {"wall_ms": wall, "cpu_ms": cpu, "stall_ms": [1e3 * done.stall_s]}
     row |= dict(zip(("bytes_planned", "bytes_arrived", "bytes_sent", "bytes_again"), total.tolist(), strict=True))
     done.stall_s = max(stall, done.stall_s)
     return row
 
 
 def main() -> None:
-    runs, steps, bytes_per_step, tokens = map(int, sys.argv[1:5])
+    runs, rounds, steps, bytes_per_step, tokens = map(int, sys.argv[1:6])
     dist.init_process_group("gloo")
     report = Report()
     config = PiKVConfig(page_size=16, storage={"requests": "distinct", "num_shards": SHARDS})
@@ -81,14 +91,13 @@ def main() -> None:
         run = Timed(cache, config, dist.group.WORLD)
         run.prefill([tokens] * ROWS)
         run.steps(WARM_STEPS)
-        for pair in range(4):
+        for pair in range(2 * rounds):
             with report.check("block") as row:
                 wall, cpu = run.steps(steps)
                 row |= {"run": number, "pair": pair, "kind": "idle", "wall_ms": wall, "cpu_ms": cpu}
             with report.check("block") as row:
                 if pair % 2 == 0:
-                    row |= {"run": number, "pair": pair, "kind": "moving"}
-                    row |= move(run, MAPS[1 - pair // 2], steps, bytes_per_step)
+                    row |= {"run": number, "pair": pair, "kind": "moving"} | moving(run, steps, bytes_per_step)
                 else:  # the control: idle beside idle
                     wall, cpu = run.steps(steps)
                     row |= {"run": number, "pair": pair, "kind": "control", "wall_ms": wall, "cpu_ms": cpu}
