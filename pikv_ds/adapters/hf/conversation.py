@@ -21,6 +21,7 @@ from .cache_layers import States, cache_layers
 from .expert_ids import ExpertIds
 from .fingerprint import Host
 from .grown import GrownMask
+from .plain import PlainLayers
 from .prefixes import Stored
 
 
@@ -128,6 +129,7 @@ class Conversation:
         self.recording = False
         self.packed: InOneRow | None = None
         """How the tokens of the next forward lie, if its rows are packed."""
+        self._plain: PlainLayers | None = None
         windows = {index: spec.window for index, spec in zip(parts.at, core.layers, strict=False)}
         self.layers = cache_layers(ref(self), parts.kinds, windows)
         self.states = States(self.layers)
@@ -150,6 +152,16 @@ class Conversation:
     @property
     def is_held(self) -> bool:
         return self._hold is not None and self._hold() is not None
+
+    def plain(self, local: LocalStep) -> PlainLayers | None:
+        """What attends in the layers of a forward that has begun, as long as nothing about them is unusual; None: something is."""
+        core = self.held_core
+        steps = core.plain(local) if self.packed is None else None
+        if steps is None:
+            return None
+        if self._plain is None or self._plain.rows != local.num_rows:
+            self._plain = PlainLayers(steps, core.layers, self.layers, self.expert_ids, local.num_rows, core.dtype)
+        return self._plain
 
     def check(self) -> None:
         """Raises: UnsupportedError once it has ended."""

@@ -168,19 +168,20 @@ class ForwardHooks:
         conversation.broken = True  # until the forward has finished
         core.begin_step(local)
         self._enter(cache, local, growth, stored)
+        self.host.running.forward.plain = conversation.plain(local)
 
     def _enter(self, cache: HFCache, local: LocalStep, growth: Growth | None, stored: Stored | None) -> None:
         """The forward runs in this thread from now on."""
         conversation, core = cache.conversation, cache.core
         if local.idle:
             conversation.states.hold()
-        forget_masks()
+        windows = forget_masks()
         self.host.running.expansions = []
         whole = all(n == local.num_columns for n in local.num_new)
         chunk = Chunk(local.positions, None if whole else local.positions < 0)
         packed = conversation.packed
         self.host.running.forward = Forward(
-            cache, conversation, core, chunk, growth, self.config._attn_implementation, packed, stored=stored
+            cache, conversation, core, chunk, growth, self.config._attn_implementation, packed, windows=windows, stored=stored
         )
         traced.entered(self.host)
         conversation.thread = threading.get_ident()

@@ -1,0 +1,84 @@
+"""A decode step in which a layer is three ops: one rank, one token of every row, every query reads all, and nobody watches.
+
+What such a step needs besides its tokens is the same as in the last one, until memory of the pages is replaced. The answers are those of
+replicated.py, bit for bit; a step that is anything else goes there.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pikv_ds.modes import eager
+from pikv_ds.pages.plain import PlainTables
+from pikv_ds.placement.placement import Routed
+from pikv_ds.step.step import LocalStep, Step
+
+from .way import Core
+
+
+class PlainSteps:
+    """Of one cache. Keeps what is the same in its plain steps."""
+
+    def __init__(self, cache: Core) -> None:
+        """After all parts of the cache are there."""
+        self.cache, pages = cache, cache.pages
+        alone = cache.exchange.size == 1 and pages.num_shards == 1 and pages.heads == 1
+        read = cache.selection is None and cache.bases is None and not cache.late_experts
+        unwatched = all(cache.reader.shares(i) is None for i in range(len(pages.layers)))
+        mapped = any(len(layer.plan.pools) > 1 or layer.entry_maps is not None for layer in pages.layers)
+        self._possible = alone and read and unwatched and not mapped
+        self._num_experts = cache.writer.num_experts
+        self._generation = -1
+        self._step: Step | None = None
+        self._layers: list[PlainTables] | None = None
+        self._num_rows = -1
+        self._rows = self._stored = torch.empty(0)
+
+    def serves(self, local: LocalStep) -> bool:
+        """Whether a forward that is about to begin is one, as far as is known before its first layer."""
+        agreement = self.cache.agreement
+        if not self._possible or not local.plain_decode or agreement.num_rows != [local.num_rows]:
+            return False
+        return agreement.mode == "local" and all(local.num_new)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, expert_ids: Routed | Tensor | None) -> Tensor | None:
+        """As PiKVCache.attend, of a forward that is served: q [R, Hq, D], k and v [R, H, D], contiguous -> [R, Hq, Dv] f32.
+
+        None, with nothing changed: this cache has pages of another kind; ask PiKVCache.attend. No mode of torch may be on but inference
+        mode (modes.py). Sync: none.
+        """
+        step = self._step
+        if step is None or step is not self.cache.step:
+            step = self._begin()
+        if self._layers is None:
+            return None
+        out = self._layers[layer].decode(q, k, v, self._rows, step.positions, scale, step.may_open[layer])
+        experts = step.hashed_experts(self._num_experts) if expert_ids is None else expert_ids
+        self.cache.pages.counters.count_appended(experts, self._stored)
+        return out
+
+    def _begin(self) -> Step:
+        """The first layer of a forward that is served: open it, as a way does."""
+        cache = self.cache
+        if cache.step is None:
+            cache.open(cache.agreement.continue_plain(cache.local), [cache.announced])
+        step, addresses = cache.step, cache.pages.addresses
+        if addresses.generation != self._generation or len(step.num_new) != self._num_rows:
+            self._prepare(len(step.num_new))
+            self._generation = addresses.generation
+        if step.positions is None:
+            step.set_plain(cache.local.positions.flatten(), self._rows, self._stored)
+        self._step = step
+        return step
+
+    @eager
+    def _prepare(self, num_rows: int) -> None:
+        """What steps need from now on. Lasts longer than the forward, whatever mode its caller is in."""
+        pages = self.cache.pages
+        if num_rows != self._num_rows:
+            self._num_rows, self._rows = num_rows, torch.arange(num_rows, device=pages.device)
+            self._stored = torch.ones(num_rows, dtype=torch.bool, device=pages.device)
+        made = [None if layer.events.wrote else PlainTables.of(layer.nearest, layer.spec.window) for layer in pages.layers]
+        plain = [each for each in made if each is not None]
+        self._layers = plain if len(plain) == len(made) else None
