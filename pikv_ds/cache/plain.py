@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pikv_ds.modes import eager
 from pikv_ds.pages.plain import PlainTables
-from pikv_ds.placement.placement import Routed
+from pikv_ds.placement.placement import Hashed, Routed
 from pikv_ds.step.step import LocalStep, Step
 
 from .way import Core
@@ -54,7 +54,7 @@ class PlainSteps:
         if self._layers is None:
             return None
         out = self._layers[layer].decode(q, k, v, self._rows, step.positions, scale, step.may_open[layer])
-        experts = step.hashed_experts(self._num_experts) if expert_ids is None else expert_ids
+        experts = Hashed(step.positions, self._num_experts) if expert_ids is None else expert_ids
         self.cache.pages.counters.count_appended(experts, self._stored)
         return out
 

@@ -19,7 +19,7 @@ from .packed import Packed
 from .plain import PlainLayers
 from .prefixes import Stored
 
-Growth = tuple[int, Tensor | None, list[int], Tensor]
+Growth = tuple[int, Tensor | None, list[int]]
 """What a forward adds, for Conversation.finish_forward."""
 
 
