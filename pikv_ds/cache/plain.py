@@ -17,8 +17,24 @@ from pikv_ds.step.step import LocalStep, Step
 from .way import Core
 
 
+class Prepared:
+    """What plain steps need, until memory of the pages is replaced (addresses.py). R request rows."""
+
+    __slots__ = ("layers", "rows", "step", "stored")
+
+    def __init__(self, layers: list[PlainTables], rows: Tensor, stored: Tensor) -> None:
+        self.layers = layers
+        """Empty: some layer has pages of another kind."""
+        self.rows = rows
+        """[R] int64, 0, 1, ..."""
+        self.stored = stored
+        """[R] bool, all of them."""
+        self.step: Step | None = None
+        """The one that runs."""
+
+
 class PlainSteps:
-    """Of one cache. Keeps what is the same in its plain steps."""
+    """Of one cache. What is the same in its plain steps is kept in `pages.addresses`, so that it goes with what it names."""
 
     def __init__(self, cache: Core) -> None:
         """After all parts of the cache are there."""
@@ -28,12 +44,7 @@ class PlainSteps:
         unwatched = all(cache.reader.shares(i) is None for i in range(len(pages.layers)))
         mapped = any(len(layer.plan.pools) > 1 or layer.entry_maps is not None for layer in pages.layers)
         self._possible = alone and read and unwatched and not mapped
-        self._num_experts = cache.writer.num_experts
-        self._generation = -1
-        self._step: Step | None = None
-        self._layers: list[PlainTables] | None = None
-        self._num_rows = -1
-        self._rows = self._stored = torch.empty(0)
+        self._num_experts, self._addresses = cache.writer.num_experts, pages.addresses
 
     def serves(self, local: LocalStep) -> bool:
         """Whether a forward that is about to begin is one, as far as is known before its first layer."""
@@ -48,37 +59,35 @@ class PlainSteps:
         None, with nothing changed: this cache has pages of another kind; ask PiKVCache.attend. No mode of torch may be on but inference
         mode (modes.py). Sync: none.
         """
-        step = self._step
-        if step is None or step is not self.cache.step:
-            step = self._begin()
-        if self._layers is None:
+        kept: Prepared | None = self._addresses.kept
+        if kept is None or kept.step is None or kept.step is not self.cache.step:
+            kept = self._begin()
+        if not kept.layers:
             return None
-        out = self._layers[layer].decode(q, k, v, self._rows, step.positions, scale, step.may_open[layer])
+        step = kept.step
+        out = kept.layers[layer].decode(q, k, v, kept.rows, step.positions, scale, step.may_open[layer])
         experts = Hashed(step.positions, self._num_experts) if expert_ids is None else expert_ids
-        self.cache.pages.counters.count_appended(experts, self._stored)
+        self.cache.pages.counters.count_appended(experts, kept.stored)
         return out
 
-    def _begin(self) -> Step:
+    def _begin(self) -> Prepared:
         """The first layer of a forward that is served: open it, as a way does."""
         cache = self.cache
         if cache.step is None:
             cache.open(cache.agreement.continue_plain(cache.local), [cache.announced])
-        step, addresses = cache.step, cache.pages.addresses
-        if addresses.generation != self._generation or len(step.num_new) != self._num_rows:
-            self._prepare(len(step.num_new))
-            self._generation = addresses.generation
+        step, kept = cache.step, self._addresses.kept
+        if kept is None:  # rows have changed, or the pages have grown
+            kept = self._addresses.kept = self._prepared(len(step.num_new))
         if step.positions is None:
-            step.set_plain(cache.local.positions.flatten(), self._rows, self._stored)
-        self._step = step
-        return step
+            step.set_plain(cache.local.positions.flatten(), kept.rows, kept.stored)
+        kept.step = step
+        return kept
 
     @eager
-    def _prepare(self, num_rows: int) -> None:
-        """What steps need from now on. Lasts longer than the forward, whatever mode its caller is in."""
+    def _prepared(self, num_rows: int) -> Prepared:
+        """It lasts longer than the forward, whatever mode its caller is in."""
         pages = self.cache.pages
-        if num_rows != self._num_rows:
-            self._num_rows, self._rows = num_rows, torch.arange(num_rows, device=pages.device)
-            self._stored = torch.ones(num_rows, dtype=torch.bool, device=pages.device)
         made = [None if layer.events.wrote else PlainTables.of(layer.nearest, layer.spec.window) for layer in pages.layers]
         plain = [each for each in made if each is not None]
-        self._layers = plain if len(plain) == len(made) else None
+        rows, stored = torch.arange(num_rows, device=pages.device), torch.ones(num_rows, dtype=torch.bool, device=pages.device)
+        return Prepared(plain if len(plain) == len(made) else [], rows, stored)
