@@ -150,12 +150,13 @@ def _seen(ops: SimpleNamespace) -> Iterator[list[tuple[Callable[..., Any], tuple
 
 
 def _alone(op: Callable[..., Any], args: tuple, rounds: int = 60, each: int = 8) -> float:
-    """us of one call, the least of `rounds`. What the first argument counts is put back (assign_slots)."""
+    """us of one call, the least of `rounds`. Entries that it counts are taken back each time (assign_slots), so that no page is missing."""
     import torch
 
     times = []
     with torch.inference_mode():
         counted = args[0].clone() if args[0].dtype == torch.int32 else None
+        each = each if counted is None else 1
         for _ in range(rounds):
             started = time.thread_time_ns()
             for _ in range(each):

@@ -63,7 +63,8 @@ class RouterOutput:
 
     def entry_experts(self, hidden: Tensor, output: tuple, penalty: Tensor | None) -> Routed:
         """Which experts name the homes of the entries of `hidden` [T, width], for which the router returned `output`."""
-        return self._named(self.routed(output))
+        routed = self.routed(output)
+        return routed if vars(self.router).get(PLACED) is None else self._named(routed)
 
     def look_ahead(self, hidden: Tensor, penalty: Tensor | None) -> Routed:
         """The same for other hidden states; the router runs (with its hooks)."""
