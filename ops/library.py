@@ -256,3 +256,6 @@ for _name in ("decode", "prefill_cached"):
 
 # The overloads themselves: called per layer and step, and torch.ops.pikv.<name> looks them up anew each time.
 OPS = SimpleNamespace(**{name: getattr(torch.ops.pikv, name).default for name in SCHEMAS | CPU_SCHEMAS})
+
+# The same without the overloads' Python: for calls that no compiler traces. They are what an overload hands its arguments on to.
+CALLS = SimpleNamespace(**{name: getattr(overload, "_op", overload) for name, overload in vars(OPS).items()})

@@ -38,7 +38,7 @@ def eager(function: Callable[P, R]) -> Callable[P, R]:
         if torch.is_inference_mode_enabled():
             with torch._C._InferenceMode(False):  # what torch.inference_mode wraps, at a fifth of its time
                 torch._C._set_grad_enabled(False)  # it comes with a graph; the end of the block restores both
-                return inner(*args, **kwargs)
+                return inner(*args, **kwargs) if _has_autocast() or _has_device() else function(*args, **kwargs)
         if _has_graph() or _has_autocast() or _has_device():
             return inner(*args, **kwargs)
         return function(*args, **kwargs)
@@ -64,6 +64,11 @@ def in_step(function: Callable[P, R]) -> Callable[P, R]:
         return function(*args, **kwargs)
 
     return run
+
+
+def only_inference() -> bool:
+    """No mode is on that `in_step` would leave, for who has nothing to run in that case."""
+    return not (_has_graph() or _has_autocast() or _has_device())
 
 
 def untraced(function: Callable[P, R]) -> Callable[P, R]:

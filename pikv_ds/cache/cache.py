@@ -40,6 +40,7 @@ from pikv_ds.tiers.window import RawWindow
 from .alike import alike
 from .distinct import DistinctWay
 from .face import HostFace
+from .plain import PlainSteps
 from .reader import Reader
 from .recorded import Record, declare
 from .replicated import ReplicatedWay
@@ -118,6 +119,7 @@ class PiKVCache(HostFace):
         replicated = ReplicatedWay(self)
         routed = config.routing.exchange == "routed" and self.exchange.size > 1
         self.ways = {"local": replicated, "replicated": replicated, "distinct": (RoutedWay if routed else DistinctWay)(self)}
+        self.plain_steps = PlainSteps(self)
         # In this order: bases change before pages are demoted into them, and what a budget drops is not encoded first.
         refit = None if self.bases is None else partial(self.bases.refit, pages=pages)
         moving = self.rebalancing if config.storage.rebalance is not None and self.exchange.size > 1 else None

@@ -21,7 +21,9 @@ from pikv_ds.migration.schedule import Rebalancing
 from pikv_ds.modes import eager
 from pikv_ds.pages.layers import RankPages
 from pikv_ds.step.agreement import Agreement
-from pikv_ds.step.step import Step
+from pikv_ds.step.step import LocalStep, Step
+
+from .plain import PlainSteps
 
 NOT_NOW = {
     1: "a forward runs; call it between end_step and the next begin_step",
@@ -46,6 +48,7 @@ class HostFace:
     counting: tuple[Any, ...]
     after_forward: tuple[Callable[[Step], bool], ...]
     rebalancing: Rebalancing
+    plain_steps: PlainSteps
 
     @property
     def ranks(self) -> Exchange:
@@ -223,6 +226,10 @@ class HostFace:
         if self.pages.plan.rebased:
             raise UnsupportedError("reserve() with bases that are fitted to each request (svd): their memory is replaced while they grow")
         self.pages.room.hold(tokens)
+
+    def plain(self, local: LocalStep) -> PlainSteps | None:
+        """What attends in the layers of a forward that is a plain decode step (plain.py), after begin_step; None: this one is not."""
+        return self.plain_steps if self.plain_steps.serves(local) else None
 
     @eager
     def clear_column(self, name: str) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pikv_ds.errors import CapacityError
-from pikv_ds.placement.placement import Routed
+from pikv_ds.placement.placement import Hashed, Routed
 
 PENDING_TOKENS = 4096  # counted in one go on the CPU: a decode step of a model adds a few per layer
 
@@ -18,7 +18,7 @@ class Counters:
 
     def __init__(self, num_experts: int, device: torch.device) -> None:
         self._by_expert = torch.zeros(num_experts, dtype=torch.int64, device=device)
-        self._pending: list[tuple[Routed | Tensor, Tensor]] = []
+        self._pending: list[tuple[Routed | Hashed | Tensor, Tensor]] = []
         self._pending_tokens = 0
         self._kept_tokens = PENDING_TOKENS if device.type == "cpu" else 1
         self.device_counts = torch.zeros(3, dtype=torch.int64, device=device)  # expired, spilled to here, spilled anywhere
@@ -51,7 +51,7 @@ class Counters:
         """Bytes of the counters, once what is pending has been added up."""
         return self.by_expert.nbytes + self.device_counts.nbytes
 
-    def count_appended(self, experts: Routed | Tensor, stored: Tensor) -> None:
+    def count_appended(self, experts: Routed | Hashed | Tensor, stored: Tensor) -> None:
         """experts: of N tokens; stored: [N] bool, which of them count. Sync: none.
 
         On the CPU both are kept for a while and must not change any more. On a device they are added up now: a graph that is replayed, or
@@ -70,9 +70,14 @@ class Counters:
             same = [(choice, stored) for choice, stored in routed if choice.ids.shape[-1] == width]
             choice = Routed(torch.cat([c.ids for c, _ in same]), torch.cat([c.weights for c, _ in same]))
             self._by_expert.index_add_(0, choice.primary(), torch.cat([stored for _, stored in same]).to(torch.int64))
-        for experts, stored in pending:
-            if not isinstance(experts, Routed):
-                self._by_expert.index_add_(0, experts, stored.to(torch.int64))
+        hashed = [(experts, stored) for experts, stored in pending if isinstance(experts, Hashed)]
+        if hashed:
+            experts = Hashed(torch.cat([each.positions for each, _ in hashed]), hashed[0][0].num_experts)
+            self._by_expert.index_add_(0, experts.primary(), torch.cat([stored for _, stored in hashed]).to(torch.int64))
+        known = [(experts, stored) for experts, stored in pending if isinstance(experts, Tensor)]
+        if known:
+            ids, stored = (torch.cat(each) for each in zip(*known, strict=True))
+            self._by_expert.index_add_(0, ids, stored.to(torch.int64))
 
     def expire_at_birth(self, unseen: Tensor, experts: Tensor) -> None:
         """Tokens of a chunk longer than the window: appended and expired in one, at the home they would have had."""

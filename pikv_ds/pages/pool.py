@@ -15,6 +15,7 @@ from torch import Tensor
 from pikv_ds import ops
 from pikv_ds.codecs.request_maps import PageMaps
 from pikv_ds.ops import PageFormat
+from pikv_ds.ops.library import CALLS
 from pikv_ds.ops.memory import aligned_bytes
 
 from .addresses import Addresses
@@ -293,12 +294,11 @@ class PagePool:
         Returns: slot_mapping [N] int32, page * page_size + offset, -1 = not stored here. Sync: none; shapes depend on N only.
         """
         free = self.allocator
-        slot_mapping, tables = ops.assign_slots(
+        # ops.assign_slots and ops.append, without the words between: these calls are made in every layer of every step.
+        slot_mapping, tables = CALLS.assign_slots(
             self.table.counts, self.table.ids, free.free_stack, free.free_top, free.refcount, rows, table, None if all_valid else here,
-            page_size=self.page_size, one_per_row=one_per_row, may_open=may_open,
+            self.page_size, one_per_row, may_open,
         )  # fmt: skip
-        ops.append(
-            self.pages, self.fmt, k.contiguous(), v.contiguous(), positions, slot_mapping,
-            tail=self.tail, tail_rows=None if self.tail is None else tables,
-        )  # fmt: skip
+        k, v, tail = k.contiguous(), v.contiguous(), self.tail
+        CALLS.append(self.pages, tail, k, v, positions, slot_mapping, None if tail is None else tables, *self.fmt.layout)
         return slot_mapping

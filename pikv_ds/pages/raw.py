@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from pikv_ds import ops
+from pikv_ds.ops.library import CALLS
 
 from .pool import PagePool
 from .view import PageView, Read
@@ -18,7 +19,7 @@ DENSE_FROM_RAW, DENSE_FROM_COMPRESSED = 5, 33
 class RawReader:
     """The pages.view.PageReader of a pool whose numbers are read as they are: of keys, or of coefficients that queries are folded to."""
 
-    rebuilds = False
+    rebuilds, as_stored = False, True
 
     def __init__(self, pool: PagePool) -> None:
         self.pool, self.k_dim = pool, pool.fmt.k_dim
@@ -59,13 +60,12 @@ class RawReader:
         page_lse: bool = False,
         block_size: int = 0,
     ) -> Read:
-        return Read(
-            *ops.decode(
-                q, self.pool.pages, self.pool.fmt, view.block_table, view.seqlens, scale=scale, page_list=page_list, window=window,
-                q_positions=q_positions, tail=view.tail, tail_rows=view.tail_rows, with_page_lse=page_lse,
-                block_size=block_size,
-            )
+        # ops.decode, without the words between: this call is made in every layer of every step.
+        out, lse, of_pages = CALLS.decode(
+            q, self.pool.pages, view.block_table, view.seqlens, q_positions, page_list, view.tail, view.tail_rows, *self.pool.fmt.layout,
+            scale, window or 0, page_lse, 0, block_size,
         )  # fmt: skip
+        return Read(out, lse, of_pages if page_lse else None)
 
     def met(self, k: Tensor, positions: Tensor) -> Tensor:
         return k

@@ -30,6 +30,8 @@ class Pass(NamedTuple):
 class TierReader:
     """The pages.view.PageReader of a pool in two tiers: gives another reader views without far ids."""
 
+    as_stored = False
+
     def __init__(self, pool: TwoTiers, near: PageReader) -> None:
         self.pool, self.near = pool, near
         self._next: Callable[[int], np.ndarray] | None = None

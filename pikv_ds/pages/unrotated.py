@@ -41,7 +41,7 @@ class Rebuilt(NamedTuple):
 class UnrotatedReader:
     """The pages.view.PageReader of a pool of coefficients of un-rotated keys."""
 
-    rebuilds = True
+    rebuilds, as_stored = True, False
     softcap: float | None = None
     """Scores are bounded by it (pages/capped.py)."""
 

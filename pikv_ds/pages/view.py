@@ -68,6 +68,8 @@ class PageReader(Protocol):
     """Width of a key as queries meet it."""
     rebuilds: bool
     """Keys and values are put together again where they are read; otherwise maps are folded into queries and outputs."""
+    as_stored: bool
+    """One query per row is ops.decode of the pool's records as they are, and nothing else."""
 
     def attend(self, q: Tensor, view: PageView, *, scale: float, window: int | None = None, q_positions: Tensor | None = None) -> Read:
         """q [R, T, Hq, Dk] to all entries; q_positions [R, T] int32, needed with a window or several queries. Sync: none."""

@@ -35,6 +35,17 @@ class Routed(NamedTuple):
         return primary_expert(self.ids.detach(), self.weights.detach())
 
 
+class Hashed(NamedTuple):
+    """Entries whose expert is their position modulo E, not computed yet: positions [T] int32."""
+
+    positions: Tensor
+    num_experts: int
+
+    def primary(self) -> Tensor:
+        """[T] int64."""
+        return hash_expert(self.positions, self.num_experts)
+
+
 def hash_expert(positions: Tensor, num_experts: int) -> Tensor:
     """position mod E: the expert id of an entry whose layer has no earlier router. [T] -> [T] int64."""
     return positions.to(torch.int64) % num_experts

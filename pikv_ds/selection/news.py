@@ -50,8 +50,9 @@ class RouterNews:
             table = torch.where(written.here, table * self.pages.num_local + self.pages.map.index[shard], 0)
         new = NewEntries(
             k=pool.reader.met(k, step.positions), rows=step.rows, positions=step.positions,
-            shard=torch.zeros_like(step.rows) if shard is None else shard, valid=written.valid, slot_mapping=written.slot_mapping,
-            table=table.to(torch.int32),
+            shard=step.once("the only shard", partial(torch.zeros_like, step.rows)) if shard is None else shard,
+            valid=written.valid, slot_mapping=written.slot_mapping,
+            table=table.to(torch.int32) if shard is not None else step.once("the only tables", partial(table.to, torch.int32)),
         )  # fmt: skip
         if pool.level:  # in no page that the router chooses from yet
             new = replace(new, slot_mapping=torch.full_like(new.slot_mapping, -1), table=torch.zeros_like(new.table))

@@ -30,6 +30,9 @@ from .found import Beside, Choice, Found
 from .news import RouterNews
 from .returns import readers_of_shards
 
+Counted = tuple[Tensor, Tensor, Tensor]
+"""Of some queries: entries of every column and 0, [Q * S, 1, C + 1], which are real [Q], entries that they see, 0-d. f64."""
+
 QUERIES_AT_ONCE = 32  # per row: scores take Q * S * C * H numbers
 
 
@@ -51,6 +54,7 @@ class Selection:
         self.entries = torch.zeros(2, dtype=torch.float64, device=self.device)  # read (mean over kv heads), visible: sums over queries
         self.mass = torch.zeros(2, dtype=torch.float64, device=self.device)  # share of attention read, queries
         self.measures_mass = False
+        self._uncounted: list[tuple[Counted, Tensor]] = []  # page lists of the running forward
         self.onlookers: tuple[Callable[[PageQuery, Tensor], None], ...] = ()  # shown every choice before it is read: tests, evaluation
         self.news = RouterNews(router, pages)
         self.undoing: Undoing | None = None  # None: the router keeps nothing that a crop could take back
@@ -63,6 +67,7 @@ class Selection:
         """The pools are new and empty. Host phase."""
         self.entries.zero_()
         self.mass.zero_()
+        self._uncounted = []
         self.news.start()
         for memory in self.router.memories:
             memory.clear()
@@ -77,8 +82,16 @@ class Selection:
             self.onlookers = before
 
     def end_step(self) -> None:
-        """A forward ends: the router is told of its late entries."""
+        """A forward ends: the router is told of its late entries, and what was read is counted, of all layers in one."""
         self.news.flush()
+        uncounted, self._uncounted = self._uncounted, []
+        while uncounted:
+            (padded, real, visible), first = uncounted[0]
+            same = [listed for counted, listed in uncounted if counted[0] is padded and listed.shape == first.shape]
+            uncounted = [each for each in uncounted if each[0][0] is not padded or each[1].shape != first.shape]
+            index = torch.stack(same).remainder(padded.shape[-1]).to(torch.int64)  # [n, Q, 1, K]
+            read = padded.expand(len(same), *padded.shape).gather(-1, index).flatten(2).sum(2) @ real
+            self.entries += torch.stack([read.sum(), visible * len(same)])
 
     def note(self, step: Step) -> None:
         """A forward ends, and the router has been told of it."""
@@ -263,14 +276,17 @@ class Selection:
         return step.once(("budget", spec.window), budget)
 
     def _count(self, step: Step, asked: PageQuery, page_list: Tensor, key: Hashable | None) -> None:
-        num_queries, _, columns = asked.entries.shape
+        num_queries, num_local, columns = asked.entries.shape
 
-        def facts() -> tuple[Tensor, Tensor, Tensor]:
+        def facts() -> Counted:
             padded = torch.nn.functional.pad(asked.entries.to(torch.float64), (0, 1)).view(-1, 1, columns + 1)  # -1 in a list finds the 0
             real = real_queries(asked)
             return padded, real, padded.view(num_queries, -1).sum(1) @ real
 
-        padded, real, visible = facts() if key is None else step.once(("counted", key), facts)
+        padded, real, visible = counted = facts() if key is None else step.once(("counted", key), facts)
+        if key is not None and step.decode and num_local == 1 and page_list.shape[1] == 1:
+            self._uncounted.append((counted, page_list))  # whole numbers, so that the order of adding does not matter
+            return
         read = padded.expand(-1, page_list.shape[1], -1).gather(-1, page_list.remainder(columns + 1).to(torch.int64))
         self.entries += torch.stack([read.view(num_queries, -1).sum(1) @ real / page_list.shape[1], visible])
 

@@ -200,6 +200,11 @@ class Step:
         self.valid = positions >= 0
         self._hashed = None
 
+    def set_plain(self, positions: Tensor, rows: Tensor, valid: Tensor) -> None:
+        """As set_positions, of a step with one token of every row: `rows` and `valid` are kept from one step to the next."""
+        self.positions, self.valid, self._hashed = positions, valid, None
+        self.__dict__["rows"] = rows
+
     def hashed_experts(self, num_experts: int) -> Tensor:
         """[sources * N] int64: position mod num_experts, for entries that no router has seen."""
         if self._hashed is None:

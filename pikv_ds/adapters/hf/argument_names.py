@@ -56,11 +56,10 @@ def cache_of(output: Mapping[str, Any]) -> Any:
 
 def given_cache(given: Mapping[str, Any]) -> Any:
     """The cache among arguments by name, whichever name the caller chose. Raises: UnsupportedError for two different ones."""
-    caches = {name: given[name] for name in NAMES if given.get(name) is not None}
-    found = next(iter(caches.values()), None)
-    if any(other is not found for other in caches.values()):
-        raise UnsupportedError(f"{' and '.join(caches)} are two names of one argument and were given different caches; pass one")
-    return found
+    newer, older = map(given.get, NAMES)
+    if newer is not None and older is not None and newer is not older:
+        raise UnsupportedError(f"{' and '.join(NAMES)} are two names of one argument and were given different caches; pass one")
+    return older if newer is None else newer
 
 
 def given_name(given: Mapping[str, Any]) -> str:

@@ -33,11 +33,19 @@ _ELSEWHERE = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", 
 
 def check_arguments(module: nn.Module, arguments: dict) -> None:
     """arguments: what attention of `module` was given by name besides what it takes. Raises: UnsupportedError, naming it."""
+    if refusable(type(module).__module__).isdisjoint(arguments):
+        return
     for name, argument in arguments.items():
-        if argument is not None and argument is not False and (name in _ELSEWHERE or name in honoured(type(module).__module__)):
+        if argument is not None and argument is not False and name in refusable(type(module).__module__):
             raise UnsupportedError(
                 f"attention argument {name!r} is set ({_brief(argument)}) and PiKV does not handle it; unset it or detach"
             )
+
+
+@cache
+def refusable(modeling: str) -> frozenset[str]:
+    """Names of arguments of a modeling file's attention that are refused when they are set."""
+    return honoured(modeling) | _ELSEWHERE
 
 
 @cache

@@ -33,8 +33,17 @@ def pikv_attention(
 
     query [B, Hq, T, D]; key, value [B, Hkv, T, D]: this forward's tokens only (MLA: expanded from the latent). Returns [B, T, Hq, Dv].
     """
-    attend = _when_traced if is_dynamo_compiling() else _attention
-    return attend(module, query, key, value, attention_mask, scaling, dropout, sliding_window, s_aux, softcap, kwargs)
+    if is_dynamo_compiling():
+        return _when_traced(module, query, key, value, attention_mask, scaling, dropout, sliding_window, s_aux, softcap, kwargs)
+    binding = binding_of(module)
+    forward, spec = binding.running.forward, binding.spec
+    if forward is not None and forward.plain is not None and attention_mask is None and s_aux is None and softcap is None and not dropout:
+        if sliding_window is None or sliding_window == spec.window:
+            at, windows = binding.at, forward.windows
+            out = forward.plain.attend(module, binding.layer, at, spec.window, windows, query, key, value, scaling, kwargs)
+            if out is not None:
+                return out, None
+    return _attention(module, query, key, value, attention_mask, scaling, dropout, sliding_window, s_aux, softcap, kwargs)
 
 
 def _when_traced(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from weakref import WeakKeyDictionary
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -91,21 +91,29 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return a.data_ptr() == b.data_ptr() and a.shape == b.shape
 
 
-_BINDINGS: WeakKeyDictionary[nn.Module, Binding] = WeakKeyDictionary()
+_BINDINGS: dict[int, tuple[ref[nn.Module], Binding]] = {}
+"""By the id of the module, as it is looked up in every layer: a WeakKeyDictionary takes as long as an op. The reference tells whether the
+id is still the module's, and takes the entry away with it."""
 
 
 def bind(module: nn.Module, binding: Binding) -> None:
-    _BINDINGS[module] = binding
+    at = id(module)
+    _BINDINGS[at] = ref(module, lambda gone: _forget(at, gone)), binding
 
 
 def unbind(module: nn.Module) -> None:
-    _BINDINGS.pop(module, None)
+    _BINDINGS.pop(id(module), None)
+
+
+def _forget(at: int, gone: ref[nn.Module]) -> None:
+    if _BINDINGS.get(at, (None,))[0] is gone:
+        del _BINDINGS[at]
 
 
 def binding_of(module: nn.Module) -> Binding:
-    binding = _BINDINGS.get(module)
-    if binding is None:
+    bound = _BINDINGS.get(id(module))
+    if bound is None or bound[0]() is not module:
         raise UnsupportedError(
             f"{type(module).__name__} runs with attention 'pikv' but is not attached; call pikv_ds.attach(model, config)"
         )
-    return binding
+    return bound[1]

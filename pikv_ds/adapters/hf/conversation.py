@@ -21,6 +21,7 @@ from .cache_layers import States, cache_layers
 from .expert_ids import ExpertIds
 from .fingerprint import Host
 from .grown import GrownMask
+from .plain import PlainLayers
 from .prefixes import Stored
 
 
@@ -128,6 +129,7 @@ class Conversation:
         self.recording = False
         self.packed: InOneRow | None = None
         """How the tokens of the next forward lie, if its rows are packed."""
+        self._plain: PlainLayers | None = None
         windows = {index: spec.window for index, spec in zip(parts.at, core.layers, strict=False)}
         self.layers = cache_layers(ref(self), parts.kinds, windows)
         self.states = States(self.layers)
@@ -151,6 +153,16 @@ class Conversation:
     def is_held(self) -> bool:
         return self._hold is not None and self._hold() is not None
 
+    def plain(self, local: LocalStep) -> PlainLayers | None:
+        """What attends in the layers of a forward that has begun, as long as nothing about them is unusual; None: something is."""
+        core = self.held_core
+        steps = core.plain(local) if self.packed is None else None
+        if steps is None:
+            return None
+        if self._plain is None or self._plain.rows != local.num_rows:
+            self._plain = PlainLayers(steps, core.layers, self.layers, self.expert_ids, local.num_rows, core.dtype)
+        return self._plain
+
     def check(self) -> None:
         """Raises: UnsupportedError once it has ended."""
         if self.ended is not None:
@@ -173,7 +185,6 @@ class Conversation:
         """Where the prompt that is being fed ends, padding included; 0 = not known."""
         self.lens: list[int] = []  # stored tokens per row
         self.parent: list[int] = []  # pending fork: the row each row continues, in the rows of the last forward
-        self.last_position: Tensor | None = None  # [B] position_ids of the last real token of each row
         self.column_mask: Tensor | None = None  # [B, columns] which columns are real tokens, on the host; None = all of them
         self.grown = GrownMask()
         self.fresh = True
@@ -205,16 +216,15 @@ class Conversation:
             return 0
         self.columns, sources = found
         self.parent, self.lens = [row for row, _ in sources], [keep for _, keep in sources]
-        self.last_position = torch.tensor(self.lens) - 1
         whole = all(keep == self.columns for keep in self.lens)
         self.column_mask = None if whole else mask[:, : self.columns].to("cpu", torch.bool)
         self.fresh, self.touched = False, True
         return self.columns
 
-    def take_over(self, lens: list[int], column_mask: Tensor | None, columns: int, last_position: Tensor) -> None:
+    def take_over(self, lens: list[int], column_mask: Tensor | None, columns: int) -> None:
         """The store holds rows of so many tokens, as after a forward of them. Arguments as the attributes of these names."""
         self.begin()
-        self.lens, self.column_mask, self.columns, self.last_position = lens, column_mask, columns, last_position
+        self.lens, self.column_mask, self.columns = lens, column_mask, columns
         self.parent, self.fresh, self.broken = list(range(len(lens))), False, False
 
     def idle_inputs(self) -> dict:
@@ -242,7 +252,6 @@ class Conversation:
         self.parent = [self.parent[i] for i in index]
         self.lens = [self.lens[i] for i in index]
         self.column_mask = None if self.column_mask is None else self.column_mask[index]
-        self.last_position = self.last_position[index]
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last columns; a negative number, as DynamicCache takes it. crop(0) ends a speculative forward."""
@@ -256,7 +265,6 @@ class Conversation:
                 real = self.column_mask[:, self.columns - remove :].sum(1).tolist()
                 self.column_mask = self.column_mask[:, : self.columns - remove]
             self.lens = [n - r for n, r in zip(self.lens, real, strict=True)]
-            self.last_position = self.last_position - torch.tensor(real)
             self.columns -= remove
             self.touched = self.touched or any(real)
             if self.prefixes is not None:
@@ -276,9 +284,7 @@ class Conversation:
         self.states.stop_recording()
         self.recording = False
 
-    def finish_forward(
-        self, num_columns: int, new_mask: Tensor | None, num_new: list[int], last_position: Tensor, *, kept_step: bool
-    ) -> None:
+    def finish_forward(self, num_columns: int, new_mask: Tensor | None, num_new: list[int], *, kept_step: bool) -> None:
         """Account for a forward that has run: B rows grew by num_columns columns, num_new of them real per row (mask None: all).
 
         kept_step: it was run for other ranks and leaves the rows as they were.
@@ -286,7 +292,6 @@ class Conversation:
         if self.fresh:
             self.lens, self.column_mask = [0] * len(num_new), None
         self.parent = list(range(len(num_new)))
-        self.last_position = last_position
         self.fresh = self.touched = False
         if not kept_step:
             if new_mask is not None or self.column_mask is not None:

@@ -78,13 +78,13 @@ class ExpertIds:
         self._handles.clear()
 
     def of(self, layer: int, k: Tensor) -> Routed | Tensor | None:
-        """A router's choice, or ids [T] int64, for the entries of one layer; or None. k: [B, columns, Hkv, Dk]. Sync: none."""
+        """A router's choice, or ids [T] int64, for the entries of one layer; or None. k: [..., Hkv, Dk]. Sync: none."""
         if self.source == "previous_layer":
             return self._latest
         if self.source == "lookahead":
             return self._looked_ahead.get(layer)
         if self.source == "gate":
-            keys = k.flatten(2).flatten(0, 1)
+            keys = k.flatten(-2).flatten(0, -2)
             return (keys.to(self.gate.dtype) @ self.gate[layer].T).argmax(-1)
         return None
 

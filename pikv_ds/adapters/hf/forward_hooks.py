@@ -19,10 +19,11 @@ from pikv_ds.step.step import LocalStep
 
 from . import traced
 from .argument_names import given_cache, given_name, renamed
+from .attention_switch import AttentionSwitch
 from .cache import HFCache
 from .conversation import Conversation
 from .host import Host
-from .inputs import check_inputs, last_positions, new_mask
+from .inputs import check_inputs, new_mask
 from .masks import forget_masks
 from .prefixes import Stored, stored_tokens, wrong_places
 from .running import Chunk, Forward, Growth
@@ -39,6 +40,7 @@ class ForwardHooks:
             p.name for p in inspect.signature(host.decoder.forward).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD
         ]
         self._cache_name = host.parts.cache_name
+        self._switch = AttentionSwitch(self.config)
         self._handles = [
             host.decoder.register_forward_pre_hook(self._before, with_kwargs=True),
             host.decoder.register_forward_hook(self._after, with_kwargs=True, always_call=True),
@@ -54,7 +56,7 @@ class ForwardHooks:
         running = self.host.running.forward
         if running is not None and running.played and kwargs.get(self._cache_name) is running.cache:
             return None
-        given = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        given = {**dict(zip(self._names, args, strict=False)), **kwargs} if args else kwargs
         self.host.trained += decoder.training
         cache = self._cache_of(given, decoder.training)
         if cache is None:
@@ -75,6 +77,8 @@ class ForwardHooks:
                 self.host.lock.release()
             self.abandon()
             raise
+        if not args:
+            return args, renamed(kwargs, self._cache_name, cache)
         at = self._names.index(self._cache_name)
         by_name = {**dict(zip(self._names[at:], args[at:], strict=False)), **kwargs}
         return args[:at], renamed(by_name, self._cache_name, cache)
@@ -122,6 +126,7 @@ class ForwardHooks:
                 f"the forward has {rows} rows, the cache {len(conversation.lens)}; select or repeat rows first, or start a new generation"
             )
         mask = new_mask(conversation, given.get("attention_mask"), rows, columns)
+        # position_ids may be anything that the model takes: keys arrive rotated, and the cache goes by the order of tokens, as masks do.
         before = conversation.lens if not conversation.fresh else [0] * rows
         positions = torch.tensor(before, dtype=torch.int32).unsqueeze(1)
         if mask is None:
@@ -130,7 +135,6 @@ class ForwardHooks:
         else:
             num_new = mask.sum(1).tolist()
             positions = torch.where(mask, positions + mask.cumsum(1, dtype=torch.int32) - 1, -1)
-        last_position = last_positions(conversation, given.get("position_ids"), mask, rows, columns)
         identity = not conversation.fresh and not conversation.touched
         core, value = conversation.core, 0
         park = None if conversation.prefixes is None else conversation.prefixes.plan(broken=conversation.broken)
@@ -154,7 +158,7 @@ class ForwardHooks:
             prompt=prompt,
             park=park,
         )
-        return local, (columns, mask, num_new, last_position)
+        return local, (columns, mask, num_new)
 
     def _stored(self, conversation: Conversation, given: dict, local: LocalStep, growth: Growth | None) -> Stored | None:
         """What requests that begin alike must know of the forward; None: it stores nothing."""
@@ -168,24 +172,25 @@ class ForwardHooks:
         conversation.broken = True  # until the forward has finished
         core.begin_step(local)
         self._enter(cache, local, growth, stored)
+        self.host.running.forward.plain = conversation.plain(local)
 
     def _enter(self, cache: HFCache, local: LocalStep, growth: Growth | None, stored: Stored | None) -> None:
         """The forward runs in this thread from now on."""
         conversation, core = cache.conversation, cache.core
         if local.idle:
             conversation.states.hold()
-        forget_masks()
+        windows = forget_masks()
         self.host.running.expansions = []
-        whole = all(n == local.num_columns for n in local.num_new)
+        whole = (growth is not None and growth[1] is None) or all(n == local.num_columns for n in local.num_new)
         chunk = Chunk(local.positions, None if whole else local.positions < 0)
         packed = conversation.packed
         self.host.running.forward = Forward(
-            cache, conversation, core, chunk, growth, self.config._attn_implementation, packed, stored=stored
+            cache, conversation, core, chunk, growth, self._switch.name, packed, windows=windows, stored=stored
         )
         traced.entered(self.host)
         conversation.thread = threading.get_ident()
         conversation.expert_ids.begin(core, None if packed is None else packed.experts)
-        self.config._attn_implementation = "pikv"
+        self._switch.name = "pikv"
 
     def check_use(self, conversation: Conversation) -> None:
         if len(conversation.layers) != self.host.num_layers:
@@ -272,7 +277,7 @@ class ForwardHooks:
             return
         self.host.running.forward = None
         traced.left(self.host)
-        self.config._attn_implementation = forward.host_attention
+        self._switch.name = forward.host_attention
         forward.conversation.thread = None
         forward.conversation.expert_ids.end()
         if unlock:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 from weakref import WeakKeyDictionary, WeakSet, ref
 
 import torch
@@ -49,6 +49,7 @@ class Host:
         self.attachments: list[Attached] = []
         self._of_config: PreTrainedConfig | None = None
         self._found: PreTrainedConfig | None = None
+        self._values: dict[str, Any] = {}
         self.running = Running()
         self.lock = threading.RLock()
         self.hooks: list[Hooks] = []
@@ -70,7 +71,9 @@ class Host:
     @property
     def num_layers(self) -> int:
         """Of the decoder that a forward runs; generate() lowers the number for a while when it drafts with the first ones."""
-        return min(self._text.num_hidden_layers, len(self.parts.kinds))
+        text = self._text
+        number = self._values.get("num_hidden_layers")  # where it is no other name's: the attribute's own way there takes a microsecond
+        return min(text.num_hidden_layers if number is None else number, len(self.parts.kinds))
 
     @property
     def _text(self) -> PreTrainedConfig:
@@ -78,6 +81,7 @@ class Host:
         config = self.decoder.config
         if self._of_config is not config:
             self._of_config, self._found = config, config.get_text_config(decoder=True)
+            self._values = object.__getattribute__(self._found, "__dict__")
         return self._found
 
     @contextmanager

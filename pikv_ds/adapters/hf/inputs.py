@@ -83,15 +83,6 @@ def _check_holes(cache: Conversation, new: Tensor) -> None:
         )
 
 
-def last_positions(cache: Conversation, position_ids, new_mask: Tensor | None, rows: int, columns: int) -> Tensor:
-    """[B] int64 on the host: the number of real tokens of each row before its last one, counted over the generation.
-
-    position_ids may be anything that the model takes: keys arrive rotated, and the cache goes by the order of tokens, as masks do.
-    """
-    last = torch.full((rows,), -1) if cache.fresh or cache.last_position is None else cache.last_position
-    return last + (columns if new_mask is None else new_mask.sum(1))
-
-
 def check_inputs(decoder: nn.Module, given: dict) -> None:
     """given: all arguments of a forward through the cache, by name. Raises: UnsupportedError."""
     if given.get("output_attentions"):

@@ -33,9 +33,10 @@ class _Made(threading.local):
 _made = _Made()
 
 
-def forget_masks() -> None:
-    """A forward begins."""
-    _made.windows = set()
+def forget_masks() -> set[int | None]:
+    """A forward begins. Returns the windows of the plain masks that it asks for, as they become known."""
+    _made.windows = windows = set()
+    return windows
 
 
 def pikv_mask(

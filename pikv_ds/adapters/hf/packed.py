@@ -154,7 +154,7 @@ class Packed:
         conversation.lens = [keep + new for keep, new in zip(rows.keep, rows.new, strict=True)]
         conversation.parent, conversation.fresh, conversation.touched = list(range(self.num_rows)), False, False
         lens = torch.tensor(conversation.lens)
-        conversation.columns, conversation.last_position = int(lens.max()), lens - 1
+        conversation.columns = int(lens.max())
         whole = bool((lens == conversation.columns).all())
         conversation.column_mask = None if whole else torch.arange(conversation.columns) < lens.unsqueeze(1)
 

@@ -35,7 +35,7 @@ def find_routers(layers: list[nn.Module]) -> list[nn.Module | None]:
 
 def placed_at(router: nn.Module) -> Tensor | None:
     """[E] int64, the expert in every slot that a router chooses from; None = each in that of its number."""
-    return getattr(router, PLACED, None)
+    return vars(router).get(PLACED)  # a module that has no such attribute looks for it long
 
 
 def is_gate(router: nn.Module | None) -> bool:
@@ -63,7 +63,8 @@ class RouterOutput:
 
     def entry_experts(self, hidden: Tensor, output: tuple, penalty: Tensor | None) -> Routed:
         """Which experts name the homes of the entries of `hidden` [T, width], for which the router returned `output`."""
-        return self._named(self.routed(output))
+        routed = self.routed(output)
+        return routed if vars(self.router).get(PLACED) is None else self._named(routed)
 
     def look_ahead(self, hidden: Tensor, penalty: Tensor | None) -> Routed:
         """The same for other hidden states; the router runs (with its hooks)."""

@@ -16,9 +16,10 @@ from pikv_ds.staging import Arriving
 from .cache import HFCache
 from .conversation import Conversation
 from .packed import Packed
+from .plain import PlainLayers
 from .prefixes import Stored
 
-Growth = tuple[int, Tensor | None, list[int], Tensor]
+Growth = tuple[int, Tensor | None, list[int]]
 """What a forward adds, for Conversation.finish_forward."""
 
 
@@ -47,6 +48,10 @@ class Forward:
     packed: Packed | None = None
     played: bool = False
     """A graph runs it (decode_graph.py): it was planned before the model, and is finished after it, by who plays the graph."""
+    windows: set[int | None] = field(default_factory=set)
+    """Of the plain masks that it has asked for so far (masks.py)."""
+    plain: PlainLayers | None = None
+    """What attends in its layers while nothing about them is unusual; None: it is no plain decode step (plain.py)."""
     stored: Stored | None = None
     """Its tokens, where requests may begin like others (prefixes.py)."""
 

@@ -74,8 +74,6 @@ def _part(conversation: Conversation, *, marks: bool = True) -> HostPart:
     held = None if conversation.prefixes is None else conversation.prefixes.held()
     if held is not None:
         tensors["tokens"] = torch.tensor([token for row in held for token in row.tokens], dtype=torch.int64)
-    if conversation.last_position is not None:
-        tensors["last_position"] = conversation.last_position.clone()
     if conversation.column_mask is not None:
         tensors["column_mask"] = conversation.column_mask.to(torch.uint8)
     parked = len(conversation.core.parked_lens)
@@ -91,8 +89,7 @@ def _put(conversation: Conversation, part: HostPart) -> None:
     """The store holds the rows; the conversation counts them."""
     tensors, about = part
     mask = tensors["column_mask"].to(torch.bool) if "column_mask" in tensors else None
-    last = tensors.get("last_position", torch.tensor(about["lens"]) - 1)
-    conversation.take_over(list(about["lens"]), mask, about["columns"], last.clone())
+    conversation.take_over(list(about["lens"]), mask, about["columns"])
     if conversation.prefixes is not None:
         rows = None
         if about["held"] is not None:
