@@ -119,7 +119,7 @@ inline void products(const uint8_t* k, int64_t stride, const int8_t* q, const Wo
         for (int r = 0; r < R; ++r) {
           const __m512i y = _mm512_load_si512(q + (size_t)r * w.q_width + 64 * (b * parts + p));
 #pragma GCC unroll 4
-          for (int t = 0; t < 4; ++t) x[r * T + t0 + t] = _mm512_dpbusd_epi32(x[r * T + t0 + t], c[t], y);
+          for (int t = 0; t < 4; ++t) add_dots(x[r * T + t0 + t], c[t], y);
         }
       }
     }

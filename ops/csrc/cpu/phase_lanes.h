@@ -6,6 +6,12 @@
 namespace pikv::phases {
 namespace {
 
+// sum += dot products, of unsigned with signed bytes. As an instruction: GCC 12 copies every sum before and after its intrinsic, 32 copies
+// in a loop of 16 products.
+inline void add_dots(__m512i& sum, __m512i unsigned_bytes, __m512i signed_bytes) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(unsigned_bytes), "v"(signed_bytes));
+}
+
 template <int R>
 inline __m512 group_max(__m512 x) {
   x = _mm512_max_ps(x, _mm512_permute_ps(x, 0xb1));
