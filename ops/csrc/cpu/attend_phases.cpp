@@ -61,7 +61,7 @@ void split_query(const Attend& a, const Unit& u, Rows& rows, const Work& w, bool
   for (int r = 0; r < rows.count; ++r) {
     const int64_t at = a.q_row(u.n, u.h, rows.first + r) * a.f.k_dim;
     for (int e = 0; e < w.q_width; ++e) {
-      float x = load_float(a.q, a.q_type, at + query_of(a.f.format, e));
+      float x = load_float(a.q, a.q_type, at + query_of(a.f.format, a.f.k_dim, e));
       for (int part = 0; part < w.q_parts; ++part) {
         const uint16_t h = float_to_bf16(x);
         x -= bf16_to_float(h);
@@ -87,14 +87,15 @@ void prepare(const Attend& a, const Unit& u, phases::Tier tier, Scratch& own) {
   const size_t k_codes = amx ? (float_keys ? 2ull : 1ull) * w.q_width * kTokens : 0;
   const size_t v_codes = amx ? (format_grouped(f.v_format) ? 1ull : 2ull) * w.sums * kTokens : 0;
   const size_t tiles = amx ? 4 * 1024 : 0, q_tiles = amx ? 16ull * w.q_width : 0;
-  own.arena.start(chunks * (16ull * (w.q_width + w.sums) + q_bf16 + 3 * 64) + 32ull * kTokens + 12ull * w.q_width +
+  own.arena.start(chunks * (16ull * (w.q_width + w.sums) + q_bf16 + 3 * 64) + 32ull * kTokens + 28ull * w.q_width +
                   kTokens * (size_t)f.v_row_bytes + k_codes + v_codes + 2 * tiles + q_tiles + 20 * 64);
   w.s = own.arena.take<float>(4 * kTokens), w.w_hi = own.arena.take<uint8_t>(8 * kTokens), w.w_lo = own.arena.take<uint8_t>(8 * kTokens);
   w.k_codes = own.arena.take<uint8_t>(k_codes), w.v_codes = own.arena.take<uint8_t>(v_codes), w.tile = own.arena.take<int32_t>(tiles / 4);
   w.w_tile = own.arena.take<uint8_t>(tiles), w.q_tile = own.arena.take<uint8_t>(q_tiles);
   w.q_hi = own.arena.take<int8_t>(4 * (size_t)w.q_width), w.q_lo = own.arena.take<int8_t>(4 * (size_t)w.q_width);
   for (float** x : {&w.q_step, &w.q_bias, &w.w_step, &w.w_zero}) *x = own.arena.take<float>(16);
-  w.product = own.arena.take<float>(w.q_width), w.clean = own.arena.take<uint8_t>(kTokens * (size_t)f.v_row_bytes);
+  w.product = own.arena.take<float>(4 * (size_t)w.q_width), w.ordered = own.arena.take<uint16_t>(2 * (size_t)w.q_width);
+  w.clean = own.arena.take<uint8_t>(kTokens * (size_t)f.v_row_bytes);
   own.rows.clear();
   for (int t = 0; t < a.T; ++t)
     for (int g = 0; g < a.G;) {
@@ -111,8 +112,10 @@ void prepare(const Attend& a, const Unit& u, phases::Tier tier, Scratch& own) {
       } else if (rows.count < R) std::memset(rows.q, 0, 4ull * R * w.q_width);
       for (int r = 0; r < rows.count && !float_keys; ++r) {
         const int64_t at = a.q_row(u.n, u.h, rows.first + r) * f.k_dim;
-        for (int d = 0; d < w.q_width; ++d)
-          rows.q[(size_t)r * w.q_width + d] = d < f.k_dim ? load_float(a.q, a.q_type, at + d) * (a.scale * kLog2e) : 0.0f;
+        for (int e = 0; e < w.q_width; ++e) {
+          const int d = query_of(f.format, f.k_dim, e);
+          rows.q[(size_t)r * w.q_width + e] = d < f.k_dim ? load_float(a.q, a.q_type, at + d) * (a.scale * kLog2e) : 0.0f;
+        }
       }
       own.rows.push_back(OwnRows{rows});
       g += R;

@@ -44,6 +44,35 @@ inline __m512 by_row(const float* x) {
   return _mm512_permutexvar_ps(r, _mm512_maskz_loadu_ps((1u << R) - 1, x));
 }
 
+// The sum of the lanes of x[r], for all tokens of row r; the largest of them.
+template <int R, class Join>
+inline __m512 across_lanes(const __m512* x, Join join) {
+  if constexpr (R == 4) {
+    const auto halve = [&](__m512 a, __m512 b) { return join(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee)); };
+    const __m512 a = halve(x[0], x[1]), b = halve(x[2], x[3]);
+    __m512 y = join(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+    y = join(y, _mm512_permute_ps(y, 0x4e));
+    return join(y, _mm512_permute_ps(y, 0xb1));
+  } else {
+    __m512 y[R];
+    for (int r = 0; r < R; ++r) {
+      y[r] = join(x[r], _mm512_shuffle_f32x4(x[r], x[r], 0x4e));
+      y[r] = join(y[r], _mm512_shuffle_f32x4(y[r], y[r], 0xb1));
+      y[r] = join(y[r], _mm512_permute_ps(y[r], 0x4e));
+      y[r] = join(y[r], _mm512_permute_ps(y[r], 0xb1));
+    }
+    return R == 1 ? y[0] : _mm512_mask_mov_ps(y[0], 0xff00, y[R - 1]);
+  }
+}
+template <int R>
+inline __m512 lane_sums(const __m512* x) {
+  return across_lanes<R>(x, [](__m512 a, __m512 b) { return _mm512_add_ps(a, b); });
+}
+template <int R>
+inline __m512 lane_tops(const __m512* x) {
+  return across_lanes<R>(x, [](__m512 a, __m512 b) { return _mm512_max_ps(a, b); });
+}
+
 // The tokens of register i of scores that are seen, by lane.
 template <int R>
 inline __mmask16 seen(uint64_t visible, int i) {

@@ -48,7 +48,11 @@ int sum_of(int format, int dim, int column) {
   return block * 64 * codes + (byte % 16 / 4 * parts + code % parts) * 16 + lane * 4 + byte % 4;
 }
 
-int query_of(int format, int e) {
+int query_of(int format, int dim, int e) {
+  if (format == kInt4 || format == kInt2) {  // codes of a byte by their places in it, 64 bytes at a time; fold: the upper half of a byte is 32 on
+    const int codes = 8 / format_bits(format), width = 64 * codes;
+    return folds(format, dim) ? e % 32 * codes + e % 64 / 32 * (codes / 2) + e / 64 : e / width * width + e % 64 * codes + e % width / 64;
+  }
   if (format == kFp4) return e / 64 * 64 + e % 32 * 2 + e % 64 / 32;
   return format == kFp8 ? e / 64 * 64 + e % 32 / 8 * 16 + e % 64 / 32 * 8 + e % 8 : e;
 }

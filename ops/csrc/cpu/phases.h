@@ -15,7 +15,7 @@ constexpr int tokens_of(int R) { return 16 / R; }
 
 // R rows of the query that share one token of it, and what has been summed for them.
 struct Rows {
-  float *q, *acc;                  // [R, q_width] scaled to base 2; [R, sums] in the order of the values' format
+  float *q, *acc;                  // [R, q_width] scaled to base 2, in the order of the keys; [R, sums] in that of the values' format
   uint16_t* q_bf16;                // float keys: the query as bf16, [parts, q_width / 32, 4, 32]; AMX: tiles [q_width / 32, 16, 16, 2]
   float *m, *l, *page_l;           // 16 lanes: the largest score of each row in all of its lanes; sums by lane
   int first, t, size, count;       // count: of the R rows that are rows of the query
@@ -41,7 +41,8 @@ struct Work {
   int8_t *q_hi, *q_lo;                 // [R, q_width] (q * scale) of a group as hi + lo / 256
   float *q_step, *q_bias;              // 16 lanes
   float *w_step, *w_zero;              // 16 lanes: the step of integer weights, and what the zeros of the values add to every column
-  float* product;                      // [q_width]
+  float* product;                      // [R, q_width]
+  uint16_t* ordered;                   // [2, q_width] scales and zeros of a group of integer keys in the order of the codes
   uint8_t* clean;                      // [kTokens] rows of values without what is hidden
   int q_width, sums, k_blocks, v_blocks;  // sums: of a row of values; blocks: registers of a row, the last one perhaps not full
   uint64_t k_last, v_last;             // bytes of the last register that are there
@@ -89,8 +90,8 @@ inline constexpr int row_columns(int format, int dim) {
   return folds(format, dim) ? 256 / format_bits(format) : row_blocks(format, dim) * 512 / format_bits(format);
 }
 
-// Where the sum of a column of values lies, and the column of the query that meets element e of a key of floats.
+// Where the sum of a column of values lies, and the column of the query that meets element e of a key as it is unpacked.
 int sum_of(int format, int dim, int column);
-int query_of(int format, int e);
+int query_of(int format, int dim, int e);
 
 }  // namespace pikv::phases
