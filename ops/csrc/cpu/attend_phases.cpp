@@ -95,7 +95,7 @@ void prepare(const Attend& a, const Unit& u, phases::Tier tier, Scratch& own) {
   w.q_hi = own.arena.take<int8_t>(4 * (size_t)w.q_width), w.q_lo = own.arena.take<int8_t>(4 * (size_t)w.q_width);
   for (float** x : {&w.q_step, &w.q_bias, &w.w_step, &w.w_zero}) *x = own.arena.take<float>(16);
   w.product = own.arena.take<float>(4 * (size_t)w.q_width), w.ordered = own.arena.take<uint16_t>(2 * (size_t)w.q_width);
-  w.clean = own.arena.take<uint8_t>(kTokens * (size_t)f.v_row_bytes);
+  w.ordered_of = nullptr, w.clean = own.arena.take<uint8_t>(kTokens * (size_t)f.v_row_bytes);
   own.rows.clear();
   for (int t = 0; t < a.T; ++t)
     for (int g = 0; g < a.G;) {

@@ -49,7 +49,10 @@ void start_group(const Rows& rows, const Phase& phase, Work& w) {
   const int width = w.q_width;
   const uint16_t *scale = reinterpret_cast<const uint16_t*>(phase.k_scale), *zero = reinterpret_cast<const uint16_t*>(phase.k_zero);
   if constexpr (F != kInt8) {
-    in_code_order<F, FOLD>(scale, w.k_dim, width, w.ordered), in_code_order<F, FOLD>(zero, w.k_dim, width, w.ordered + width);
+    if (w.ordered_of != phase.k_scale) {
+      in_code_order<F, FOLD>(scale, w.k_dim, width, w.ordered), in_code_order<F, FOLD>(zero, w.k_dim, width, w.ordered + width);
+      w.ordered_of = phase.k_scale;
+    }
     scale = w.ordered, zero = w.ordered + width;
   }
   __m512 bias[R], top[R], lost[R];

@@ -43,6 +43,7 @@ struct Work {
   float *w_step, *w_zero;              // 16 lanes: the step of integer weights, and what the zeros of the values add to every column
   float* product;                      // [R, q_width]
   uint16_t* ordered;                   // [2, q_width] scales and zeros of a group of integer keys in the order of the codes
+  const uint8_t* ordered_of;           // which group
   uint8_t* clean;                      // [kTokens] rows of values without what is hidden
   int q_width, sums, k_blocks, v_blocks;  // sums: of a row of values; blocks: registers of a row, the last one perhaps not full
   uint64_t k_last, v_last;             // bytes of the last register that are there
