@@ -49,19 +49,55 @@ uint64_t visible_tokens(const Attend& a, const Unit& u, int t, const int32_t* po
 // A type of this file alone: members of a vector of any other could be shared with files for older processors.
 struct OwnRows : Rows {};
 
+// Where columns lie: of the query for a format of keys, of the sums for one of values. Kept, as it takes as long as some pages.
+struct Order {
+  int format = -1, dim = 0;
+  std::vector<int> at;
+  void query(const PageFormat& f, int width) {
+    if (stays(f.format, f.k_dim)) return;
+    at.resize(width);
+    for (int e = 0; e < width; ++e) at[e] = query_of(f.format, f.k_dim, e);
+  }
+  void sums(const PageFormat& f) {
+    if (stays(f.v_format, f.v_dim)) return;
+    at.resize(f.v_dim);
+    for (int d = 0; d < f.v_dim; ++d) at[d] = sum_of(f.v_format, f.v_dim, d);
+  }
+
+ private:
+  bool stays(int own_format, int own_dim) {
+    const bool same = format == own_format && dim == own_dim;
+    format = own_format, dim = own_dim;
+    return same;
+  }
+};
+
 struct Scratch {
   Arena arena;
   Work w;
   std::vector<OwnRows> rows;
+  Order query, sums;
+  float* row;  // [k_dim or more] a row of the query in its own order, the rest zeros
 };
 
+void load_row(const Attend& a, const Unit& u, int row, float scale, float* to) {
+  const int64_t at = a.q_row(u.n, u.h, row) * a.f.k_dim;
+  if (a.q_type == kBf16) {
+    const uint16_t* q = static_cast<const uint16_t*>(a.q) + at;
+    for (int d = 0; d < a.f.k_dim; ++d) to[d] = bf16_to_float(q[d]) * scale;
+  } else {
+    for (int d = 0; d < a.f.k_dim; ++d) to[d] = load_float(a.q, a.q_type, at + d) * scale;
+  }
+}
+
 // The query of float keys as the sum of q_parts bf16, in the order of the keys.
-void split_query(const Attend& a, const Unit& u, Rows& rows, const Work& w, bool tiles) {
+void split_query(const Attend& a, const Unit& u, Rows& rows, const Scratch& own, bool tiles) {
+  const Work& w = own.w;
   std::memset(rows.q_bf16, 0, (size_t)w.q_width * (tiles ? 32 : 8 * w.q_parts));
   for (int r = 0; r < rows.count; ++r) {
-    const int64_t at = a.q_row(u.n, u.h, rows.first + r) * a.f.k_dim;
+    load_row(a, u, rows.first + r, 1.0f, own.row);
     for (int e = 0; e < w.q_width; ++e) {
-      float x = load_float(a.q, a.q_type, at + query_of(a.f.format, a.f.k_dim, e));
+      float x = own.row[own.query.at[e]];
       for (int part = 0; part < w.q_parts; ++part) {
         const uint16_t h = float_to_bf16(x);
         x -= bf16_to_float(h);
@@ -87,7 +123,7 @@ void prepare(const Attend& a, const Unit& u, phases::Tier tier, Scratch& own) {
   const size_t k_codes = amx ? (float_keys ? 2ull : 1ull) * w.q_width * kTokens : 0;
   const size_t v_codes = amx ? (format_grouped(f.v_format) ? 1ull : 2ull) * w.sums * kTokens : 0;
   const size_t tiles = amx ? 4 * 1024 : 0, q_tiles = amx ? 16ull * w.q_width : 0;
-  own.arena.start(chunks * (16ull * (w.q_width + w.sums) + q_bf16 + 3 * 64) + 32ull * kTokens + 28ull * w.q_width +
+  own.arena.start(chunks * (16ull * (w.q_width + w.sums) + q_bf16 + 3 * 64) + 32ull * kTokens + 32ull * w.q_width +
                   kTokens * (size_t)f.v_row_bytes + k_codes + v_codes + 2 * tiles + q_tiles + 20 * 64);
   w.s = own.arena.take<float>(4 * kTokens), w.w_hi = own.arena.take<uint8_t>(8 * kTokens), w.w_lo = own.arena.take<uint8_t>(8 * kTokens);
   w.k_codes = own.arena.take<uint8_t>(k_codes), w.v_codes = own.arena.take<uint8_t>(v_codes), w.tile = own.arena.take<int32_t>(tiles / 4);
@@ -96,6 +132,9 @@ void prepare(const Attend& a, const Unit& u, phases::Tier tier, Scratch& own) {
   for (float** x : {&w.q_step, &w.q_bias, &w.w_step, &w.w_zero}) *x = own.arena.take<float>(16);
   w.product = own.arena.take<float>(4 * (size_t)w.q_width), w.ordered = own.arena.take<uint16_t>(2 * (size_t)w.q_width);
   w.ordered_of = nullptr, w.clean = own.arena.take<uint8_t>(kTokens * (size_t)f.v_row_bytes);
+  own.row = own.arena.take<float>(w.q_width);
+  std::memset(own.row, 0, 4ull * w.q_width);
+  own.query.query(f, w.q_width), own.sums.sums(f);
   own.rows.clear();
   for (int t = 0; t < a.T; ++t)
     for (int g = 0; g < a.G;) {
@@ -108,14 +147,11 @@ void prepare(const Attend& a, const Unit& u, phases::Tier tier, Scratch& own) {
       for (int i = 0; i < 16; ++i) rows.m[i] = -kInf, rows.l[i] = rows.page_l[i] = 0;
       if (float_keys) {
         rows.q_bf16 = own.arena.take<uint16_t>(q_bf16 / 2);
-        split_query(a, u, rows, w, amx);
+        split_query(a, u, rows, own, amx);
       } else if (rows.count < R) std::memset(rows.q, 0, 4ull * R * w.q_width);
       for (int r = 0; r < rows.count && !float_keys; ++r) {
-        const int64_t at = a.q_row(u.n, u.h, rows.first + r) * f.k_dim;
-        for (int e = 0; e < w.q_width; ++e) {
-          const int d = query_of(f.format, f.k_dim, e);
-          rows.q[(size_t)r * w.q_width + e] = d < f.k_dim ? load_float(a.q, a.q_type, at + d) * (a.scale * kLog2e) : 0.0f;
-        }
+        load_row(a, u, rows.first + r, a.scale * kLog2e, own.row);
+        for (int e = 0; e < w.q_width; ++e) rows.q[(size_t)r * w.q_width + e] = own.row[own.query.at[e]];
       }
       own.rows.push_back(OwnRows{rows});
       g += R;
@@ -135,9 +171,7 @@ float log_sum(const Rows& rows, const float* l, int r) {
 
 void finish(const Attend& a, const Unit& u, const Scratch& own) {
   const PageFormat& f = a.f;
-  static thread_local std::vector<int> order;  // of the columns of values
-  order.resize(f.v_dim);
-  for (int d = 0; d < f.v_dim; ++d) order[d] = sum_of(f.v_format, f.v_dim, d);
+  const std::vector<int>& order = own.sums.at;
   for (const Rows& rows : own.rows)
     for (int r = 0; r < rows.count; ++r) {
       const float l = sum_of_lanes(rows.l, rows.size, r), inverse = l > 0 ? 1 / l : 0.0f;
@@ -217,13 +251,14 @@ void attend_phases(const Attend& a, const Unit& u, Tier tier) {
   for (int size = 0; size < kSizes; ++size)
     keys[size] = key_phase(tier, f.format, f.k_dim, a.fast, size), values[size] = value_phase(tier, f.v_format, f.v_dim, a.fast, size);
   if (tier == Tier::kAmx) amx_start();
+  const int last = list ? a.num_columns : (limit + f.page_size - 1) / f.page_size;  // the next piece is read by this thread as a rule
   const int distance = (int)std::clamp<int64_t>(kAheadBytes / f.head_bytes, 1, 8);
   const bool floats = !format_grouped(f.v_format), float_keys = !format_grouped(f.format);
   w.one_by_one = own->rows.size() == 1;
   for (int c = u.c0; c < u.c1; ++c) {
     const int column = column_of(c), count = count_of(column);
     Ahead ahead = {};
-    if (c + distance < u.c1 && count_of(column_of(c + distance)) > 0) {
+    if (c + distance < last && count_of(column_of(c + distance)) > 0) {
       ahead.at = section_of(column_of(c + distance)), ahead.end = ahead.at + f.head_bytes;
     }
     const bool alike = reads_alike(tier, f);
