@@ -51,23 +51,24 @@ struct OwnRows : Rows {};
 
 // Where columns lie: of the query for a format of keys, of the sums for one of values. Kept, as it takes as long as some pages.
 struct Order {
+  Tier tier = Tier::kVnni;
   int format = -1, dim = 0;
   std::vector<int> at;
-  void query(const PageFormat& f, int width) {
-    if (stays(f.format, f.k_dim)) return;
+  void query(Tier tier, const PageFormat& f, int width) {
+    if (stays(tier, f.format, f.k_dim)) return;
     at.resize(width);
-    for (int e = 0; e < width; ++e) at[e] = query_of(f.format, f.k_dim, e);
+    for (int e = 0; e < width; ++e) at[e] = query_of(tier, f.format, f.k_dim, e);
   }
-  void sums(const PageFormat& f) {
-    if (stays(f.v_format, f.v_dim)) return;
+  void sums(Tier tier, const PageFormat& f) {
+    if (stays(tier, f.v_format, f.v_dim)) return;
     at.resize(f.v_dim);
-    for (int d = 0; d < f.v_dim; ++d) at[d] = sum_of(f.v_format, f.v_dim, d);
+    for (int d = 0; d < f.v_dim; ++d) at[d] = sum_of(tier, f.v_format, f.v_dim, d);
   }
 
  private:
-  bool stays(int own_format, int own_dim) {
-    const bool same = format == own_format && dim == own_dim;
-    format = own_format, dim = own_dim;
+  bool stays(Tier own_tier, int own_format, int own_dim) {
+    const bool same = tier == own_tier && format == own_format && dim == own_dim;
+    tier = own_tier, format = own_format, dim = own_dim;
     return same;
   }
 };
@@ -111,9 +112,10 @@ void split_query(const Attend& a, const Unit& u, Rows& rows, const Scratch& own,
 
 void prepare(const Attend& a, const Unit& u, phases::Tier tier, Scratch& own) {
   Work& w = own.w;
-  const bool amx = tier == Tier::kAmx, float_keys = !format_grouped(a.f.format), only_fours = float_keys || !format_grouped(a.f.v_format);
+  const bool amx = tier == Tier::kAmx, float_keys = !by_codes(tier, a.f.format);
+  const bool only_fours = !format_grouped(a.f.format) || !format_grouped(a.f.v_format);
   const PageFormat& f = a.f;
-  w.q_width = row_columns(f.format, f.k_dim), w.sums = row_columns(f.v_format, f.v_dim);
+  w.q_width = row_columns(tier, f.format, f.k_dim), w.sums = row_columns(tier, f.v_format, f.v_dim);
   w.k_blocks = row_blocks(f.format, f.k_dim), w.v_blocks = row_blocks(f.v_format, f.v_dim);
   w.k_last = first_bits(f.k_row_bytes - 64 * (w.k_blocks - 1)), w.v_last = first_bits(f.v_row_bytes - 64 * (w.v_blocks - 1));
   w.k_dim = f.k_dim, w.v_dim = f.v_dim;
@@ -122,10 +124,14 @@ void prepare(const Attend& a, const Unit& u, phases::Tier tier, Scratch& own) {
   // As operands of tiles a column of keys or values takes 1 byte of an integer format, 2 of floats.
   const size_t k_codes = amx ? (float_keys ? 2ull : 1ull) * w.q_width * kTokens : 0;
   const size_t v_codes = amx ? (format_grouped(f.v_format) ? 1ull : 2ull) * w.sums * kTokens : 0;
+  const bool fp4_keys = f.format == kFp4 && !float_keys, fp4_values = f.v_format == kFp4 && !amx;
+  const size_t q_codes = fp4_keys ? fp4_query_bytes(w.k_blocks) : 0, weights = fp4_values ? fp4_weight_bytes(w.v_blocks) : 8 * kTokens;
+  const size_t v_scales = fp4_values ? (size_t)kTokens * kFp4Block / 2 * w.v_blocks : 0;
   const size_t tiles = amx ? 4 * 1024 : 0, q_tiles = amx ? 16ull * w.q_width : 0;
-  own.arena.start(chunks * (16ull * (w.q_width + w.sums) + q_bf16 + 3 * 64) + 32ull * kTokens + 32ull * w.q_width +
+  own.arena.start(chunks * (16ull * (w.q_width + w.sums) + q_bf16 + q_codes + 3 * 64) + 16ull * kTokens + 2 * weights + 4 * (v_scales + kTokens) + 32ull * w.q_width +
                   kTokens * (size_t)f.v_row_bytes + k_codes + v_codes + 2 * tiles + q_tiles + 20 * 64);
-  w.s = own.arena.take<float>(4 * kTokens), w.w_hi = own.arena.take<uint8_t>(8 * kTokens), w.w_lo = own.arena.take<uint8_t>(8 * kTokens);
+  w.s = own.arena.take<float>(4 * kTokens), w.w_hi = own.arena.take<uint8_t>(weights), w.w_lo = own.arena.take<uint8_t>(weights);
+  w.v_scales = own.arena.take<float>(v_scales), w.v_tops = own.arena.take<float>(kTokens);
   w.k_codes = own.arena.take<uint8_t>(k_codes), w.v_codes = own.arena.take<uint8_t>(v_codes), w.tile = own.arena.take<int32_t>(tiles / 4);
   w.w_tile = own.arena.take<uint8_t>(tiles), w.q_tile = own.arena.take<uint8_t>(q_tiles);
   w.q_hi = own.arena.take<int8_t>(4 * (size_t)w.q_width), w.q_lo = own.arena.take<int8_t>(4 * (size_t)w.q_width);
@@ -134,7 +140,7 @@ void prepare(const Attend& a, const Unit& u, phases::Tier tier, Scratch& own) {
   w.ordered_of = nullptr, w.clean = own.arena.take<uint8_t>(kTokens * (size_t)f.v_row_bytes);
   own.row = own.arena.take<float>(w.q_width);
   std::memset(own.row, 0, 4ull * w.q_width);
-  own.query.query(f, w.q_width), own.sums.sums(f);
+  own.query.query(tier, f, w.q_width), own.sums.sums(tier, f);
   own.rows.clear();
   for (int t = 0; t < a.T; ++t)
     for (int g = 0; g < a.G;) {
@@ -152,6 +158,10 @@ void prepare(const Attend& a, const Unit& u, phases::Tier tier, Scratch& own) {
       for (int r = 0; r < rows.count && !float_keys; ++r) {
         load_row(a, u, rows.first + r, a.scale * kLog2e, own.row);
         for (int e = 0; e < w.q_width; ++e) rows.q[(size_t)r * w.q_width + e] = own.row[own.query.at[e]];
+      }
+      if (fp4_keys) {
+        rows.q_codes = own.arena.take<uint8_t>(q_codes);
+        key_phase(tier, f.format, f.k_dim, a.fast, size).start_query(rows, w);
       }
       own.rows.push_back(OwnRows{rows});
       g += R;
@@ -201,8 +211,8 @@ int reads_of(Tier tier, const PageFormat& f, bool fast, const Scratch& own, int 
   if (reads_alike(tier, f)) return count / 4 * (int)own.rows.size() * 4;
   int reads = 0;
   for (const Rows& rows : own.rows) {
-    const int registers = own.w.sums / 16, at_once = rows.size == 2 && !fast ? 2 : 4;
-    const int value_reads = format_grouped(f.v_format) ? registers / at_once : registers / 4;
+    const int registers = own.w.sums / 16, at_once = rows.size == 2 && (!fast || f.v_format == kFp4) ? 2 : 4;
+    const int value_reads = by_codes(tier, f.v_format) ? registers / at_once : registers / 4;
     reads += count * (1 << rows.size) / 16 * (2 + value_reads);
   }
   return reads;
@@ -253,7 +263,7 @@ void attend_phases(const Attend& a, const Unit& u, Tier tier) {
   if (tier == Tier::kAmx) amx_start();
   const int last = list ? a.num_columns : (limit + f.page_size - 1) / f.page_size;  // the next piece is read by this thread as a rule
   const int distance = (int)std::clamp<int64_t>(kAheadBytes / f.head_bytes, 1, 8);
-  const bool floats = !format_grouped(f.v_format), float_keys = !format_grouped(f.format);
+  const bool floats = !by_codes(tier, f.v_format), float_keys = !by_codes(tier, f.format);
   w.one_by_one = own->rows.size() == 1;
   for (int c = u.c0; c < u.c1; ++c) {
     const int column = column_of(c), count = count_of(column);

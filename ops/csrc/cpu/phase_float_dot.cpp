@@ -102,7 +102,7 @@ void soften(Rows& rows, const Phase& phase, Work& w, Ahead& ahead, int lines) {
 }
 
 template <int F>
-constexpr KeyPhase kKeys = {nullptr, nullptr, scores<F>};
+constexpr KeyPhase kKeys = {nullptr, nullptr, nullptr, scores<F>};
 template <int F>
 constexpr ValuePhase kValues = {nullptr, soften<F>, add<F>};
 

@@ -162,9 +162,9 @@ void scores(const Rows&, const Phase& phase, Work& w, Ahead& ahead, int lines) {
 
 template <int F, bool FOLD, bool FAST, int BLOCKS>
 const KeyPhase* of_size(int size) {
-  static constexpr KeyPhase all[kSizes] = {{nullptr, start_group<F, FOLD, 1, FAST>, scores<F, FOLD, 1, FAST, BLOCKS>},
-                                           {nullptr, start_group<F, FOLD, 2, FAST>, scores<F, FOLD, 2, FAST, BLOCKS>},
-                                           {nullptr, start_group<F, FOLD, 4, FAST>, scores<F, FOLD, 4, FAST, BLOCKS>}};
+  static constexpr KeyPhase all[kSizes] = {{nullptr, nullptr, start_group<F, FOLD, 1, FAST>, scores<F, FOLD, 1, FAST, BLOCKS>},
+                                           {nullptr, nullptr, start_group<F, FOLD, 2, FAST>, scores<F, FOLD, 2, FAST, BLOCKS>},
+                                           {nullptr, nullptr, start_group<F, FOLD, 4, FAST>, scores<F, FOLD, 4, FAST, BLOCKS>}};
   return &all[size];
 }
 

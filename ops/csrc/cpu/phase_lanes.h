@@ -44,13 +44,19 @@ inline __m512 by_row(const float* x) {
   return _mm512_permutexvar_ps(r, _mm512_maskz_loadu_ps((1u << R) - 1, x));
 }
 
+// The 128-bit lanes of x[r] joined into lane r.
+template <class Join>
+inline __m512 rows_of_lanes(const __m512* x, Join join) {
+  const auto halve = [&](__m512 a, __m512 b) { return join(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee)); };
+  const __m512 a = halve(x[0], x[1]), b = halve(x[2], x[3]);
+  return join(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+}
+
 // The sum of the lanes of x[r], for all tokens of row r; the largest of them.
 template <int R, class Join>
 inline __m512 across_lanes(const __m512* x, Join join) {
   if constexpr (R == 4) {
-    const auto halve = [&](__m512 a, __m512 b) { return join(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee)); };
-    const __m512 a = halve(x[0], x[1]), b = halve(x[2], x[3]);
-    __m512 y = join(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+    __m512 y = rows_of_lanes(x, join);
     y = join(y, _mm512_permute_ps(y, 0x4e));
     return join(y, _mm512_permute_ps(y, 0xb1));
   } else {
