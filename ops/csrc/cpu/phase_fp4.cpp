@@ -87,7 +87,7 @@ inline void key_scales(const uint8_t* at, int blocks, __m512* x) {
 // Block-wise parts of the scores of 8 tokens: y[4 g + r] has four tokens of group g, by lane for the blocks of a half.
 template <int HALF>
 inline void add_half(const uint8_t* k, int64_t stride, __mmask64 there, const uint8_t* q, __m512i table, const __m512 (*scale)[2], __m512* y) {
-  __m512i x[2][4], hi[8], lo[8];
+  __m512i x[2][4], sums[8];
 #pragma GCC unroll 2
   for (int g = 0; g < 2; ++g) {
     __m512i row[4];
@@ -98,21 +98,24 @@ inline void add_half(const uint8_t* k, int64_t stride, __mmask64 there, const ui
     look_up(table, _mm512_unpacklo_epi64(a, b), x[g]), look_up(table, _mm512_unpackhi_epi64(a, b), x[g] + 2);
   }
 #pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i) hi[i] = _mm512_setzero_si512(), lo[i] = _mm512_load_si512(q + 4096 + (HALF * 4 + i % 4) * 64);
-  q += HALF * 2048;
-#pragma GCC unroll 4
-  for (int j = 0; j < 4; ++j)
-#pragma GCC unroll 4
-    for (int r = 0; r < 4; ++r, q += 128) {
-      const __m512i q_hi = _mm512_load_si512(q), q_lo = _mm512_load_si512(q + 64);
+  for (int i = 0; i < 8; ++i) sums[i] = _mm512_setzero_si512();
+  const uint8_t* taken = q + 4096 + HALF * 256;
 #pragma GCC unroll 2
-      for (int g = 0; g < 2; ++g) add_dots(hi[4 * g + r], x[g][j], q_hi), add_dots(lo[4 * g + r], x[g][j], q_lo);
-    }
+  for (int part = 0; part < 2; ++part) {
+    const uint8_t* at = q + HALF * 2048 + part * 64;
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j)
+#pragma GCC unroll 4
+      for (int r = 0; r < 4; ++r, at += 128) {
+        const __m512i bytes = _mm512_load_si512(at);
+        add_dots(sums[r], x[0][j], bytes), add_dots(sums[4 + r], x[1][j], bytes);
+      }
+    if (part) break;
 #pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i) {
-    const __m512 sum = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(hi[i], 8), lo[i]));
-    y[i] = _mm512_fmadd_ps(sum, scale[i / 4][HALF], y[i]);
+    for (int i = 0; i < 8; ++i) sums[i] = _mm512_add_epi32(_mm512_slli_epi32(sums[i], 8), _mm512_load_si512(taken + i % 4 * 64));
   }
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) y[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[i]), scale[i / 4][HALF], y[i]);
 }
 
 void scores(const Rows& rows, const Phase& phase, Work& w, Ahead& ahead, int lines) {
