@@ -267,7 +267,7 @@ void attend_phases(const Attend& a, const Unit& u, Tier tier) {
   w.one_by_one = own->rows.size() == 1;
   for (int c = u.c0; c < u.c1; ++c) {
     const int column = column_of(c), count = count_of(column);
-    Ahead ahead = {};
+    Ahead ahead = {nullptr, nullptr, a.first_level};
     if (c + distance < last && count_of(column_of(c + distance)) > 0) {
       ahead.at = section_of(column_of(c + distance)), ahead.end = ahead.at + f.head_bytes;
     }

@@ -108,8 +108,11 @@ inline __m512 token_halves(const uint8_t* p, uint64_t visible, int i) {
 inline __m512 lane_of_row(const float* lanes, int R, int r) { return _mm512_set1_ps(lanes[r * tokens_of(R)]); }
 
 inline void read_ahead(Ahead& ahead, int lines) {
-  for (int i = 0; i < lines; ++i, ahead.at += 64)
-    if (ahead.at < ahead.end) prefetch(ahead.at);
+  const uint8_t* const stop = ahead.at + 64 * (int64_t)lines < ahead.end ? ahead.at + 64 * (int64_t)lines : ahead.end;
+  if (ahead.first_level)
+    for (; ahead.at < stop; ahead.at += 64) _mm_prefetch(reinterpret_cast<const char*>(ahead.at), _MM_HINT_T0);
+  else
+    for (; ahead.at < stop; ahead.at += 64) prefetch(ahead.at);
 }
 
 // A new largest score: what has been summed shrinks. Rare.

@@ -34,6 +34,7 @@ struct Phase {
 // Lines of a later page, read ahead in the arithmetic: `lines` of them about every four tokens in each of its steps.
 struct Ahead {
   const uint8_t *at, *end;
+  bool first_level;  // into it, else into the second
 };
 
 struct Work {
