@@ -4,7 +4,7 @@
 `model`: the source paper's latency model, fitted; `layouts`: the page formats beside KIVI's; `latents`: decode over MLA latents;
 `chunks`: long chunks over stored pages; `merge`: partial attention into one; `serve`: load on an end point; `exchange`: ways of distinct
 requests on several ranks; `prefix`: requests with a long common beginning; `fewshot`: an lm-eval task whose shots are shared; `soak`:
-random requests and sessions for a while.
+random requests and sessions for a while; `peers`: decode attention of other projects.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from pikv_ds.launch.bench import merge as bench_merge
 from pikv_ds.launch.bench import model as bench_model
 from pikv_ds.launch.bench import ops as bench_ops
 from pikv_ds.launch.bench import page_choice as bench_select
+from pikv_ds.launch.bench import peers as bench_peers
 from pikv_ds.launch.bench import prefix as bench_prefix
 from pikv_ds.launch.bench import serve as bench_serve
 from pikv_ds.launch.bench import soak as bench_soak
@@ -84,6 +85,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     soak = kinds.add_parser("soak", help="random requests and sessions on several ranks for a while: what is lost, memory, time of a step")
     bench_soak.add_arguments(soak)
     soak.add_argument("--json", metavar="FILE", help="write the row to FILE")
+    peers = kinds.add_parser("peers", help="decode attention of vLLM, SGLang, OpenVINO, PACE and torch beside ours, each in its own process")
+    bench_peers.add_arguments(peers)
+    peers.add_argument("--json", metavar="FILE", help="write the rows to FILE")
     errors = kinds.add_parser("errors", help="errors of the page formats and of the op that reads them, against fp64")
     errors.add_argument("--json", metavar="FILE", help="write the rows to FILE")
 
@@ -91,7 +95,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     kinds = {"ops": bench_ops, "select": bench_select, "model": bench_model, "layouts": bench_layouts, "latents": bench_latents}
     kinds |= {"errors": bench_errors, "merge": bench_merge, "serve": bench_serve, "exchange": bench_exchange, "prefix": bench_prefix}
-    kinds |= {"chunks": bench_chunks, "soak": bench_soak, "fewshot": bench_few_shot}
+    kinds |= {"chunks": bench_chunks, "soak": bench_soak, "fewshot": bench_few_shot, "peers": bench_peers}
     if getattr(args, "device", "cpu") == "cuda" and not _has_cuda():
         print(f"pikv bench {args.kind} --device cuda: this torch sees no CUDA device")
         return 1
