@@ -1,7 +1,7 @@
 """`pikv bench peers`: decode attention of other projects beside ours, on the same queries, keys and values.
 
-Each peer is a process of its own (launch/peers/with_NAME.py) over packages of its own, in a folder that `--make` fills from PyPI. All wait
-while one computes; they take turns A B C ... A B C ..., each after one call that is not timed. A peer that is not installed is named as such.
+Each peer is a process of its own (launch/peers/with_NAME.py) over packages of its own, in a folder that `--make` fills from PyPI. All
+wait while one computes; they take turns A B C ... A B C ..., each after one call that is not timed. One that is not installed is named.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ TURN_MS = 60.0  # of one measurement
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--peers", nargs="+", choices=list(PEERS), default=list(PEERS), metavar="NAME", help=f"of {', '.join(PEERS)} (default all)")
-    parser.add_argument("--make", nargs="+", choices=list(PEERS), metavar="NAME", help="install these from PyPI into their folders, and stop")
+    names = {"nargs": "+", "choices": list(PEERS), "metavar": "NAME"}
+    parser.add_argument("--peers", **names, default=list(PEERS), help=f"of {', '.join(PEERS)} (default all)")
+    parser.add_argument("--make", **names, help="install these from PyPI into their folders, and stop")
     parser.add_argument("--environments", default=".peers", metavar="DIR", help="where the folders of packages lie (default .peers)")
     parser.add_argument("--batch", type=int, default=1, metavar="B", help="requests (default 1)")
     parser.add_argument("--context", type=int, default=32768, metavar="N", help="tokens of each, a multiple of 2048 (default 32768)")

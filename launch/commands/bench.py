@@ -85,7 +85,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     soak = kinds.add_parser("soak", help="random requests and sessions on several ranks for a while: what is lost, memory, time of a step")
     bench_soak.add_arguments(soak)
     soak.add_argument("--json", metavar="FILE", help="write the row to FILE")
-    peers = kinds.add_parser("peers", help="decode attention of vLLM, SGLang, OpenVINO, PACE and torch beside ours, each in its own process")
+    peers = kinds.add_parser("peers", help="decode attention of vLLM, SGLang, OpenVINO, PACE and torch beside ours")
     bench_peers.add_arguments(peers)
     peers.add_argument("--json", metavar="FILE", help="write the rows to FILE")
     errors = kinds.add_parser("errors", help="errors of the page formats and of the op that reads them, against fp64")

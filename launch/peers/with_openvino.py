@@ -48,8 +48,16 @@ def _model() -> Model:
     inputs = [*tokens, *caches, *places]
     inputs += [fixed(DIM**-0.5, Type.f32), fixed(0, Type.i32), none(np.float32), longest]  # scale, window, alibi slopes
     # Nothing is aggregated, rotated, sparse or adaptive. A scalar in place of a tensor of rank 1 gives stale output for several requests.
-    inputs += [none(np.int32), none(np.int32), none(np.int32, 2), none(np.float32, 2), none(np.float32), fixed(64, Type.i32), fixed(8, Type.i32)]
-    inputs += [none(np.float32, 4), fixed(0, Type.i32), *(none(np.int32) for _ in range(4)), none(np.uint8), none(np.int32)]
+    inputs += [none(np.int32), none(np.int32), none(np.int32, 2), none(np.float32, 2), none(np.float32)]
+    inputs += [
+        fixed(64, Type.i32),
+        fixed(8, Type.i32),
+        none(np.float32, 4),
+        fixed(0, Type.i32),
+        *(none(np.int32) for _ in range(4)),
+        none(np.uint8),
+        none(np.int32),
+    ]
     attention = PagedAttention([node.output(0) for node in inputs])
     for name, value in {"num_k_heads": HEADS, "k_head_size": DIM, "num_v_heads": HEADS, "v_head_size": DIM}.items():
         attention.get_rt_info()[name] = value
@@ -76,7 +84,8 @@ def _case(name: str, compiled: openvino.CompiledModel, given: Data) -> Case:
         return np.arange(0, count * step + 1, step, dtype=np.int32)
 
     k, v = (x.reshape(batch * context, HEADS * DIM) for x in (given.k, given.v))
-    ask(q=np.zeros((AT_ONCE * BLOCK, HEADS * GROUP * DIM), np.float32), past_lens=np.zeros(AT_ONCE, np.int32), max_context_len=np.int32(BLOCK))
+    ask(q=np.zeros((AT_ONCE * BLOCK, HEADS * GROUP * DIM), np.float32), past_lens=np.zeros(AT_ONCE, np.int32))
+    ask(max_context_len=np.int32(BLOCK))
     ask(subsequence_begins=ends(AT_ONCE, BLOCK), block_indices_begins=ends(AT_ONCE, 1))
     for first in range(0, blocks, AT_ONCE):
         rows = slice(first * BLOCK, (first + AT_ONCE) * BLOCK)

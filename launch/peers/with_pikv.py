@@ -45,7 +45,8 @@ def _case(name: str, kernel: str, q: torch.Tensor, pages: torch.Tensor, fmt: ops
     seqlens = torch.full((batch, 1), context, dtype=torch.int32)
     tail = {}
     if fmt.grouped:
-        tail = {"tail": torch.zeros(batch, HEADS, fmt.group, DIM, dtype=torch.bfloat16), "tail_rows": torch.arange(batch, dtype=torch.int32)}
+        rows = torch.zeros(batch, HEADS, fmt.group, DIM, dtype=torch.bfloat16)
+        tail = {"tail": rows, "tail_rows": torch.arange(batch, dtype=torch.int32)}
     last = []
 
     def call() -> None:

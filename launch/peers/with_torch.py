@@ -25,7 +25,8 @@ def _case(name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Case:
     def call() -> None:
         last[:] = [sdpa(q, k, v)]
 
-    return Case(f"torch SDPA {name}", call, lambda: last[0].float(), k.nbytes + v.nbytes, f"torch {torch.__version__}, [head][token][{DIM}]")
+    note = f"torch {torch.__version__}, [head][token][{DIM}]"
+    return Case(f"torch SDPA {name}", call, lambda: last[0].float(), k.nbytes + v.nbytes, note)
 
 
 if __name__ == "__main__":

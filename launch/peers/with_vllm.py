@@ -40,8 +40,8 @@ def _vllm(name: str, dtype: torch.dtype, kept: str, given: Data) -> Case:
     table = torch.arange(blocks, dtype=torch.int32).view(batch, -1)
     cache = torch.zeros(blocks, HEADS, 2 * BLOCK, DIM, dtype=torch.uint8 if kept == "fp8_e4m3" else dtype)
     k_cache, v_cache = cache.chunk(2, dim=2)
-    slots = torch.arange(batch * context)
-    torch.ops._C.cpu_attn_reshape_and_cache(_tokens(given.k, dtype), _tokens(given.v, dtype), k_cache, v_cache, slots, "vec", 1.0, 1.0, kept)
+    k, v, slots = _tokens(given.k, dtype), _tokens(given.v, dtype), torch.arange(batch * context)
+    torch.ops._C.cpu_attn_reshape_and_cache(k, v, k_cache, v_cache, slots, "vec", 1.0, 1.0, kept)
     q = torch.from_numpy(given.q).to(dtype)
     out = torch.empty_like(q)
     plan = torch.ops._C.get_scheduler_metadata(

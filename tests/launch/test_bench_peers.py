@@ -13,8 +13,8 @@ LIMITS = {"pikv bf16": 1e-4, "pikv int8 fast": 0.02, "pikv int4": 0.2, "pikv fp4
 def test_runs_what_is_installed(tmp_path, capsys):
     path = tmp_path / "peers.json"
     peers = ["pikv", "torch", "openvino", "llama_cpp"]
-    command = ["bench", "peers", "--peers", *peers, "--context", "2048", "--repeats", "2", "--environments", str(tmp_path), "--json", str(path)]
-    assert main(command) == 0
+    options = ["--context", "2048", "--repeats", "2", "--environments", str(tmp_path), "--json", str(path)]
+    assert main(["bench", "peers", "--peers", *peers, *options]) == 0
     rows = json.loads(path.read_text())["rows"]
     measured = {row["case"]: row for row in rows if "ms" in row}
     for case, limit in LIMITS.items():
