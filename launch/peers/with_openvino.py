@@ -19,13 +19,13 @@ CACHES = ("key_cache.0", "value_cache.0")
 
 
 def cases(given: Data, threads: int) -> Iterator[Case]:
-    core, model = openvino.Core(), _model()
+    plugins, model = openvino.Core(), _model()
     for name, (kept, arithmetic) in KINDS.items():
         options = {
             "KV_CACHE_PRECISION": kept, "INFERENCE_PRECISION_HINT": arithmetic, "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1,
             "PERFORMANCE_HINT": "LATENCY", "ENABLE_CPU_PINNING": False,
         }  # fmt: skip
-        yield _case(name, core.compile_model(model, "CPU", options), given)
+        yield _case(name, plugins.compile_model(model, "CPU", options), given)
 
 
 def _model() -> Model:
