@@ -9,6 +9,8 @@ Baselines:
     first_bf16           decode over bf16 pages in order by the kernel "vnni", that of commit d67f97f; what the targets of kernels are over
     contiguous           the same decode with its pages in order; for rows with pages in random order
     stream               the time in which the same bytes are read, by a checksum of 512 MiB
+
+`cpu_ratio` is that of the least CPU times: what a machine that others use still tells of one thread.
 """
 
 from __future__ import annotations
@@ -148,6 +150,7 @@ def _rows_of(name: str, nbytes: int, times: dict[str, Times], common: dict[str, 
                 "baseline": baseline, "baseline_ms": share * other.ms, "ratio": share * other.ms / own.ms,
                 "gbps": nbytes / own.ms / 1e6, "stream_gbps": stream_gbps, "pages": order, "baseline_ran": ran, "bytes": nbytes,
                 **_spread("ms", own.wall), **_spread("ratio", ratios), "repeats": len(ratios), "kernel": kernel,
+                "cpu_ms_min": min(own.cpu), "cpu_ratio": share * min(other.cpu) / min(own.cpu),
                 "valid": max(x.used(common["threads"]) for x in (own, other)) <= MAX_CPU,
             })  # fmt: skip
     return rows

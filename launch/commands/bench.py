@@ -4,7 +4,8 @@
 `model`: the source paper's latency model, fitted; `layouts`: the page formats beside KIVI's; `latents`: decode over MLA latents;
 `chunks`: long chunks over stored pages; `merge`: partial attention into one; `serve`: load on an end point; `exchange`: ways of distinct
 requests on several ranks; `prefix`: requests with a long common beginning; `fewshot`: an lm-eval task whose shots are shared; `soak`:
-random requests and sessions for a while; `step`: what of a decode step is neither the model nor the ops.
+random requests and sessions for a while; `step`: what of a decode step is neither the model nor the ops; `peers`: decode attention of other
+projects.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from pikv_ds.launch.bench import merge as bench_merge
 from pikv_ds.launch.bench import model as bench_model
 from pikv_ds.launch.bench import ops as bench_ops
 from pikv_ds.launch.bench import page_choice as bench_select
+from pikv_ds.launch.bench import peers as bench_peers
 from pikv_ds.launch.bench import prefix as bench_prefix
 from pikv_ds.launch.bench import serve as bench_serve
 from pikv_ds.launch.bench import soak as bench_soak
@@ -88,6 +90,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     step = kinds.add_parser("step", help="what of a decode step is neither the model's nor the ops': per forward and per layer")
     bench_step.add_arguments(step)
     step.add_argument("--json", metavar="FILE", help="write the rows to FILE")
+    peers = kinds.add_parser("peers", help="decode attention of vLLM, SGLang, OpenVINO, PACE and torch beside ours")
+    bench_peers.add_arguments(peers)
+    peers.add_argument("--json", metavar="FILE", help="write the rows to FILE")
     errors = kinds.add_parser("errors", help="errors of the page formats and of the op that reads them, against fp64")
     errors.add_argument("--json", metavar="FILE", help="write the rows to FILE")
 
@@ -96,6 +101,7 @@ def run(args: argparse.Namespace) -> int:
     kinds = {"ops": bench_ops, "select": bench_select, "model": bench_model, "layouts": bench_layouts, "latents": bench_latents}
     kinds |= {"errors": bench_errors, "merge": bench_merge, "serve": bench_serve, "exchange": bench_exchange, "prefix": bench_prefix}
     kinds |= {"chunks": bench_chunks, "soak": bench_soak, "fewshot": bench_few_shot, "step": bench_step}
+    kinds |= {"peers": bench_peers}
     if getattr(args, "device", "cpu") == "cuda" and not _has_cuda():
         print(f"pikv bench {args.kind} --device cuda: this torch sees no CUDA device")
         return 1

@@ -95,7 +95,7 @@ def cpu_library(extra_flags: Sequence[str] = ()) -> Library:
         ]
         bf16, amx = (*vnni, "-mavx512vbmi", "-mavx512bf16"), ("-mamx-tile", "-mamx-int8", "-mamx-bf16")
         sets += [
-            *(Source(f"cpu/{name}.cpp", bf16) for name in ("phase_float_dot", "chunk_bf16")),
+            *(Source(f"cpu/{name}.cpp", bf16) for name in ("phase_float_dot", "phase_fp4_keys", "phase_fp4_values", "chunk_bf16")),
             *(Source(f"cpu/phase_amx_{kind}.cpp", (*bf16, *amx)) for kind in ("int", "float")),
         ]
         for names in (("kFp32", "kFp16"), ("kBf16", "kFp8", "kFp4"), ("kInt8", "kInt4", "kInt2")):  # so that they compile side by side

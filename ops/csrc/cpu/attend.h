@@ -32,7 +32,7 @@ struct Attend {
   float scale;
   int window;
   bool causal;
-  bool first_level;           // the kernel "vnni" on Intel's processors: it reads ahead into the first level, as in its first version
+  bool first_level;           // read ahead into the first level: "vnni" on Intel's processors, as in its first version; phases on Zen 5
   bool fast;                  // ops.precision: integer queries and weights in one byte
 
   int rows() const { return T * G; }

@@ -7,20 +7,17 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <limits>
 #include <vector>
 
-#include "arena.h"
-#include "numbers.h"
 #include "phase_lanes.h"
+#include "phase_scratch.h"
 
 namespace pikv {
 namespace {
 
 using namespace phases;
 
-constexpr float kInf = std::numeric_limits<float>::infinity();
-constexpr float kLog2e = 1.44269504f, kLn2 = 0.69314718f;
+constexpr float kLn2 = 0.69314718f;
 constexpr int kAheadBytes = 16 << 10;  // of the section of a head, between reading ahead and use
 
 // Tokens of a phase: they divide a page and share the scales of a group.
@@ -29,8 +26,6 @@ int phase_tokens(const PageFormat& f) {
     if (f.page_size % tokens == 0 && (!format_grouped(f.format) || f.group % tokens == 0)) return tokens;
   return 0;
 }
-
-uint64_t first_bits(int count) { return count >= 64 ? ~0ull : (1ull << count) - 1; }
 
 uint64_t visible_tokens(const Attend& a, const Unit& u, int t, const int32_t* positions, int count) {
   if (!a.window && !a.causal) return first_bits(count);
@@ -46,79 +41,6 @@ uint64_t visible_tokens(const Attend& a, const Unit& u, int t, const int32_t* po
   return visible;
 }
 
-// A type of this file alone: members of a vector of any other could be shared with files for older processors.
-struct OwnRows : Rows {};
-
-struct Scratch {
-  Arena arena;
-  Work w;
-  std::vector<OwnRows> rows;
-};
-
-// The query of float keys as the sum of q_parts bf16, in the order of the keys.
-void split_query(const Attend& a, const Unit& u, Rows& rows, const Work& w, bool tiles) {
-  std::memset(rows.q_bf16, 0, (size_t)w.q_width * (tiles ? 32 : 8 * w.q_parts));
-  for (int r = 0; r < rows.count; ++r) {
-    const int64_t at = a.q_row(u.n, u.h, rows.first + r) * a.f.k_dim;
-    for (int e = 0; e < w.q_width; ++e) {
-      float x = load_float(a.q, a.q_type, at + query_of(a.f.format, e));
-      for (int part = 0; part < w.q_parts; ++part) {
-        const uint16_t h = float_to_bf16(x);
-        x -= bf16_to_float(h);
-        const int step = e / 32, in = e % 32;
-        if (tiles) rows.q_bf16[(step * 16 + in / 2) * 32 + (4 * part + r) * 2 + in % 2] = h;
-        else rows.q_bf16[((part * (w.q_width / 32) + step) * 4 + r) * 32 + in] = h;
-      }
-    }
-  }
-}
-
-void prepare(const Attend& a, const Unit& u, phases::Tier tier, Scratch& own) {
-  Work& w = own.w;
-  const bool amx = tier == Tier::kAmx, float_keys = !format_grouped(a.f.format), only_fours = float_keys || !format_grouped(a.f.v_format);
-  const PageFormat& f = a.f;
-  w.q_width = row_columns(f.format, f.k_dim), w.sums = row_columns(f.v_format, f.v_dim);
-  w.k_blocks = row_blocks(f.format, f.k_dim), w.v_blocks = row_blocks(f.v_format, f.v_dim);
-  w.k_last = first_bits(f.k_row_bytes - 64 * (w.k_blocks - 1)), w.v_last = first_bits(f.v_row_bytes - 64 * (w.v_blocks - 1));
-  w.k_dim = f.k_dim, w.v_dim = f.v_dim;
-  w.q_parts = a.q_type == kBf16 ? 1 : 3, w.scale = a.scale * kLog2e;
-  const size_t chunks = (size_t)a.T * (a.G / 4 + 3), q_bf16 = float_keys ? (amx ? 32ull : 8ull * w.q_parts) * w.q_width : 0;
-  // As operands of tiles a column of keys or values takes 1 byte of an integer format, 2 of floats.
-  const size_t k_codes = amx ? (float_keys ? 2ull : 1ull) * w.q_width * kTokens : 0;
-  const size_t v_codes = amx ? (format_grouped(f.v_format) ? 1ull : 2ull) * w.sums * kTokens : 0;
-  const size_t tiles = amx ? 4 * 1024 : 0, q_tiles = amx ? 16ull * w.q_width : 0;
-  own.arena.start(chunks * (16ull * (w.q_width + w.sums) + q_bf16 + 3 * 64) + 32ull * kTokens + 12ull * w.q_width +
-                  kTokens * (size_t)f.v_row_bytes + k_codes + v_codes + 2 * tiles + q_tiles + 20 * 64);
-  w.s = own.arena.take<float>(4 * kTokens), w.w_hi = own.arena.take<uint8_t>(8 * kTokens), w.w_lo = own.arena.take<uint8_t>(8 * kTokens);
-  w.k_codes = own.arena.take<uint8_t>(k_codes), w.v_codes = own.arena.take<uint8_t>(v_codes), w.tile = own.arena.take<int32_t>(tiles / 4);
-  w.w_tile = own.arena.take<uint8_t>(tiles), w.q_tile = own.arena.take<uint8_t>(q_tiles);
-  w.q_hi = own.arena.take<int8_t>(4 * (size_t)w.q_width), w.q_lo = own.arena.take<int8_t>(4 * (size_t)w.q_width);
-  for (float** x : {&w.q_step, &w.q_bias, &w.w_step, &w.w_zero}) *x = own.arena.take<float>(16);
-  w.product = own.arena.take<float>(w.q_width), w.clean = own.arena.take<uint8_t>(kTokens * (size_t)f.v_row_bytes);
-  own.rows.clear();
-  for (int t = 0; t < a.T; ++t)
-    for (int g = 0; g < a.G;) {
-      const int left = a.G - g, size = only_fours || left >= 4 ? 2 : left >= 2 ? 1 : 0, R = 1 << size;
-      Rows rows = {};
-      rows.q = own.arena.take<float>((size_t)R * w.q_width), rows.acc = own.arena.take<float>((size_t)R * w.sums);
-      rows.m = own.arena.take<float>(16), rows.l = own.arena.take<float>(16), rows.page_l = own.arena.take<float>(16);
-      rows.first = t * a.G + g, rows.t = t, rows.size = size, rows.count = std::min(R, left);
-      std::memset(rows.acc, 0, 4ull * R * w.sums);
-      for (int i = 0; i < 16; ++i) rows.m[i] = -kInf, rows.l[i] = rows.page_l[i] = 0;
-      if (float_keys) {
-        rows.q_bf16 = own.arena.take<uint16_t>(q_bf16 / 2);
-        split_query(a, u, rows, w, amx);
-      } else if (rows.count < R) std::memset(rows.q, 0, 4ull * R * w.q_width);
-      for (int r = 0; r < rows.count && !float_keys; ++r) {
-        const int64_t at = a.q_row(u.n, u.h, rows.first + r) * f.k_dim;
-        for (int d = 0; d < w.q_width; ++d)
-          rows.q[(size_t)r * w.q_width + d] = d < f.k_dim ? load_float(a.q, a.q_type, at + d) * (a.scale * kLog2e) : 0.0f;
-      }
-      own.rows.push_back(OwnRows{rows});
-      g += R;
-    }
-}
-
 float sum_of_lanes(const float* lanes, int size, int r) {
   float sum = 0;
   for (int i = 0; i < 16 >> size; ++i) sum += lanes[r * (16 >> size) + i];
@@ -132,9 +54,7 @@ float log_sum(const Rows& rows, const float* l, int r) {
 
 void finish(const Attend& a, const Unit& u, const Scratch& own) {
   const PageFormat& f = a.f;
-  static thread_local std::vector<int> order;  // of the columns of values
-  order.resize(f.v_dim);
-  for (int d = 0; d < f.v_dim; ++d) order[d] = sum_of(f.v_format, f.v_dim, d);
+  const std::vector<int>& order = own.sums.at;
   for (const Rows& rows : own.rows)
     for (int r = 0; r < rows.count; ++r) {
       const float l = sum_of_lanes(rows.l, rows.size, r), inverse = l > 0 ? 1 / l : 0.0f;
@@ -164,8 +84,8 @@ int reads_of(Tier tier, const PageFormat& f, bool fast, const Scratch& own, int 
   if (reads_alike(tier, f)) return count / 4 * (int)own.rows.size() * 4;
   int reads = 0;
   for (const Rows& rows : own.rows) {
-    const int registers = own.w.sums / 16, at_once = rows.size == 2 && !fast ? 2 : 4;
-    const int value_reads = format_grouped(f.v_format) ? registers / at_once : registers / 4;
+    const int registers = own.w.sums / 16, at_once = rows.size == 2 && (!fast || f.v_format == kFp4) ? 2 : 4;
+    const int value_reads = by_codes(tier, f.v_format) ? registers / at_once : registers / 4;
     reads += count * (1 << rows.size) / 16 * (2 + value_reads);
   }
   return reads;
@@ -214,13 +134,14 @@ void attend_phases(const Attend& a, const Unit& u, Tier tier) {
   for (int size = 0; size < kSizes; ++size)
     keys[size] = key_phase(tier, f.format, f.k_dim, a.fast, size), values[size] = value_phase(tier, f.v_format, f.v_dim, a.fast, size);
   if (tier == Tier::kAmx) amx_start();
+  const int last = list ? a.num_columns : (limit + f.page_size - 1) / f.page_size;  // the next piece is read by this thread as a rule
   const int distance = (int)std::clamp<int64_t>(kAheadBytes / f.head_bytes, 1, 8);
-  const bool floats = !format_grouped(f.v_format), float_keys = !format_grouped(f.format);
+  const bool floats = !by_codes(tier, f.v_format), float_keys = !by_codes(tier, f.format);
   w.one_by_one = own->rows.size() == 1;
   for (int c = u.c0; c < u.c1; ++c) {
     const int column = column_of(c), count = count_of(column);
-    Ahead ahead = {};
-    if (c + distance < u.c1 && count_of(column_of(c + distance)) > 0) {
+    Ahead ahead = {nullptr, nullptr, a.first_level};
+    if (c + distance < last && count_of(column_of(c + distance)) > 0) {
       ahead.at = section_of(column_of(c + distance)), ahead.end = ahead.at + f.head_bytes;
     }
     const bool alike = reads_alike(tier, f);

@@ -30,9 +30,9 @@ void scores(const Rows& rows, const Phase& phase, Work& w, Ahead& ahead, int lin
         for (int j = 0; j < 2; ++j, q += 4 * 32)
 #pragma GCC unroll 4
           for (int r = 0; r < 4; ++r) {
-            const __m512bh y = (__m512bh)_mm512_load_si512(q + 32 * r);
+            const __m512i y = _mm512_load_si512(q + 32 * r);
 #pragma GCC unroll 4
-            for (int t = 0; t < 4; ++t) x[r * 4 + t] = _mm512_dpbf16_ps(x[r * 4 + t], (__m512bh)key[t][j], y);
+            for (int t = 0; t < 4; ++t) add_pairs(x[r * 4 + t], key[t][j], y);
           }
       }
     __m512 s = _mm512_mul_ps(sums16(x), scale);
@@ -61,11 +61,11 @@ void add(Rows& rows, const Phase& phase, Work& w, Ahead& ahead, int lines) {
       const uint8_t *hi = w.w_hi + 32 * (p / 2) + 4 * (p % 2), *lo = w.w_lo + 32 * (p / 2) + 4 * (p % 2);
 #pragma GCC unroll 4
       for (int r = 0; r < 4; ++r) {
-        const __m512bh y = (__m512bh)four_bytes((const int8_t*)hi + 8 * r), z = (__m512bh)four_bytes((const int8_t*)lo + 8 * r);
+        const __m512i y = four_bytes((const int8_t*)hi + 8 * r), z = four_bytes((const int8_t*)lo + 8 * r);
 #pragma GCC unroll 4
-        for (int j = 0; j < 4; ++j) c[4 * r + j] = _mm512_dpbf16_ps(c[4 * r + j], (__m512bh)x[j], y);
+        for (int j = 0; j < 4; ++j) add_pairs(c[4 * r + j], x[j], y);
 #pragma GCC unroll 4
-        for (int j = 0; j < 4; ++j) c[4 * r + j] = _mm512_dpbf16_ps(c[4 * r + j], (__m512bh)x[j], z);
+        for (int j = 0; j < 4; ++j) add_pairs(c[4 * r + j], x[j], z);
       }
     }
 #pragma GCC unroll 16
@@ -102,7 +102,7 @@ void soften(Rows& rows, const Phase& phase, Work& w, Ahead& ahead, int lines) {
 }
 
 template <int F>
-constexpr KeyPhase kKeys = {nullptr, nullptr, scores<F>};
+constexpr KeyPhase kKeys = {nullptr, nullptr, nullptr, scores<F>};
 template <int F>
 constexpr ValuePhase kValues = {nullptr, soften<F>, add<F>};
 

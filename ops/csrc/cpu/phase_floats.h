@@ -53,6 +53,9 @@ inline void fp4_columns(const uint8_t* row, const uint8_t* scales, __m512i* x) {
   x[1] = _mm512_permutex2var_epi16(first, _mm512_or_si512(_mm512_srli_epi16(w, 4), block), second);
 }
 
+// As add_dots, of pairs of bf16.
+inline void add_pairs(__m512& sum, __m512i x, __m512i y) { asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(x), "v"(y)); }
+
 constexpr int unit_bytes(int F) { return 8 * format_bits(F); }  // of 64 columns
 
 // 64 columns of one row -> two registers of 32 bf16. `scales`: of fp4, those of its blocks.

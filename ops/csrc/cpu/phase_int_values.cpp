@@ -85,11 +85,11 @@ inline void add_pass(Rows& rows, const Phase& phase, const Work& w, int block, _
         const __m512i p = four_bytes(reinterpret_cast<const int8_t*>(w_hi) + 4 * (r * quads_of + j));
 #pragma GCC unroll 4
         for (int i = 0; i < C; ++i)
-          hi[r * C + i] = FAST ? _mm512_dpbusd_epi32(hi[r * C + i], p, x[i]) : _mm512_dpbusd_epi32(hi[r * C + i], x[i], p);
+          add_dots(hi[r * C + i], FAST ? p : x[i], FAST ? x[i] : p);
         if constexpr (!FAST) {
           const __m512i p2 = four_bytes(reinterpret_cast<const int8_t*>(w_lo) + 4 * (r * quads_of + j));
 #pragma GCC unroll 4
-          for (int i = 0; i < C; ++i) lo[r * C + i] = _mm512_dpbusd_epi32(lo[r * C + i], x[i], p2);
+          for (int i = 0; i < C; ++i) add_dots(lo[r * C + i], x[i], p2);
         }
       }
     }

@@ -15,8 +15,9 @@ constexpr int tokens_of(int R) { return 16 / R; }
 
 // R rows of the query that share one token of it, and what has been summed for them.
 struct Rows {
-  float *q, *acc;                  // [R, q_width] scaled to base 2; [R, sums] in the order of the values' format
+  float *q, *acc;                  // [R, q_width] scaled to base 2, in the order of the keys; [R, sums] in that of the values' format
   uint16_t* q_bf16;                // float keys: the query as bf16, [parts, q_width / 32, 4, 32]; AMX: tiles [q_width / 32, 16, 16, 2]
+  uint8_t* q_codes;                // fp4 keys as integers: the query in the order of phase_fp4.cpp
   float *m, *l, *page_l;           // 16 lanes: the largest score of each row in all of its lanes; sums by lane
   int first, t, size, count;       // count: of the R rows that are rows of the query
 };
@@ -33,6 +34,7 @@ struct Phase {
 // Lines of a later page, read ahead in the arithmetic: `lines` of them about every four tokens in each of its steps.
 struct Ahead {
   const uint8_t *at, *end;
+  bool first_level;  // into it, else into the second
 };
 
 struct Work {
@@ -40,8 +42,11 @@ struct Work {
   uint8_t *w_hi, *w_lo;                // the weights as the values want them, in the same order
   int8_t *q_hi, *q_lo;                 // [R, q_width] (q * scale) of a group as hi + lo / 256
   float *q_step, *q_bias;              // 16 lanes
+  float *v_scales, *v_tops;            // fp4 values as integers: scales of the phase, the largest of each of its tokens
   float *w_step, *w_zero;              // 16 lanes: the step of integer weights, and what the zeros of the values add to every column
-  float* product;                      // [q_width]
+  float* product;                      // [R, q_width]
+  uint16_t* ordered;                   // [2, q_width] scales and zeros of a group of integer keys in the order of the codes
+  const uint8_t* ordered_of;           // which group
   uint8_t* clean;                      // [kTokens] rows of values without what is hidden
   int q_width, sums, k_blocks, v_blocks;  // sums: of a row of values; blocks: registers of a row, the last one perhaps not full
   uint64_t k_last, v_last;             // bytes of the last register that are there
@@ -59,6 +64,8 @@ using Unpack = void (*)(const Phase& phase, Work& w, Ahead& ahead, int lines);
 
 struct KeyPhase {
   Unpack unpack;
+  // Of fp4 as integers: the query, before all phases. Else null.
+  void (*start_query)(Rows& rows, Work& w);
   // Of integers: (q * scale) and the share of the zeros of a group, before its first phase. Else null.
   void (*start_group)(const Rows& rows, const Phase& phase, Work& w);
   void (*scores)(const Rows& rows, const Phase& phase, Work& w, Ahead& ahead, int lines);
@@ -81,16 +88,23 @@ ValuePhase value_phase(Tier tier, int format, int dim, bool fast, int size);
 void amx_start();  // around the phases of a unit
 void amx_end();
 
+// Formats whose codes meet bytes: integers, and without AMX fp4, whose values are whole numbers of halves.
+inline constexpr bool by_codes(Tier tier, int format) { return format_grouped(format) || (format == kFp4 && tier != Tier::kAmx); }
+
 // Integer rows of at most 32 bytes are folded to fill a register (phase_codes.h). Registers of a row, and columns that they have room for.
 inline constexpr bool folds(int format, int dim) { return format_grouped(format) && format != kInt8 && dim * format_bits(format) <= 256; }
 inline constexpr int row_blocks(int format, int dim) { return (dim * format_bits(format) / 8 + 63) / 64; }
-inline constexpr int row_columns(int format, int dim) {
-  if (!format_grouped(format)) return dim;
+inline constexpr int row_columns(Tier tier, int format, int dim) {
+  if (!by_codes(tier, format)) return dim;
   return folds(format, dim) ? 256 / format_bits(format) : row_blocks(format, dim) * 512 / format_bits(format);
 }
 
-// Where the sum of a column of values lies, and the column of the query that meets element e of a key of floats.
-int sum_of(int format, int dim, int column);
-int query_of(int format, int e);
+// Where the sum of a column of values lies, and the column of the query that meets element e of a key as it is unpacked.
+int sum_of(Tier tier, int format, int dim, int column);
+int query_of(Tier tier, int format, int dim, int e);
+
+// Bytes of the query of four rows, and of each half of the weights of a phase, for fp4 as integers.
+int64_t fp4_query_bytes(int k_blocks);
+int64_t fp4_weight_bytes(int v_blocks);
 
 }  // namespace pikv::phases
