@@ -98,7 +98,8 @@ def _attend(
     a = kp.Attend(f=page_record(fmt), pages=pages.data_ptr(), table=index(block_table), seqlens=index(seqlens), asked=index(q_positions),
                list=index(page_list), tail_rows=index(tail_rows), tail=address(tail), q=q.data_ptr(), page_lse=address(page_lse),
                q_type=FLOAT_TYPES[q.dtype], R=R, T=T, S=block_table.shape[0] // R, H=H, G=Hq // H, max_pages=block_table.shape[2],
-               num_columns=block_table.shape[2] * (fmt.page_size // block), block=block, blocks=fmt.page_size // block, table_heads=block_table.shape[1], seqlen_heads=seqlens.shape[1], list_heads=1,
+               num_columns=block_table.shape[2] * (fmt.page_size // block), block=block, blocks=fmt.page_size // block,
+               table_heads=block_table.shape[1], seqlen_heads=seqlens.shape[1], list_heads=1,
                window=window, causal=causal, scale=scale)  # fmt: skip
     if page_list is not None:
         a.num_columns, a.list_heads = page_list.shape[2], page_list.shape[1]

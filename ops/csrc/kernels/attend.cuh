@@ -27,8 +27,7 @@ __global__ void __launch_bounds__(kBlock, 3) attend_kernel(const Attend a) {
   while (parts.get(a, (int)(blockIdx.x / passes), &part)) {
     const int n = part.t / a.H, h = part.t % a.H, own_head = T::latent || a.f.num_kv_heads == 1 ? 0 : h;  // of a latent there is one
     const int len = length_of(a, part.t), limit = T::grouped ? len - len % segment : len;  // entries from here on are in the tail
-    const int table = n * a.table_heads + (a.table_heads == 1 ? 0 : h);
-    const long long list = ((long long)n * a.list_heads + (a.list_heads == 1 ? 0 : h)) * a.num_columns;
+    const int table = n * a.table_heads + (a.table_heads == 1 ? 0 : h), list = n * a.list_heads + (a.list_heads == 1 ? 0 : h);
     float q[T::rows][T::key_chunks][8];
     Running<T> run;
     if constexpr (!PLAIN) {
@@ -64,9 +63,8 @@ __global__ void __launch_bounds__(kBlock, 3) attend_kernel(const Attend a) {
     };
 #pragma unroll 1
     for (int u = part.begin + warp; u < part.end; u += kWarps) {
-      const int c = u / of_column, offset = u % of_column * a.unit;
-      const Column column(a, list, c);
-      const int start = column.first + offset, end = column.first + min(a.block, offset + a.unit);
+      const Column column(a, (long long)list * a.num_columns, u / of_column);
+      const int start = column.first + u % of_column * a.unit, end = min(column.first + a.block, start + a.unit);
       const int stop = column.page < 0 ? 0 : min(end, limit - column.page * P);
       if (T::grouped && tail_unit == part.end && column.page >= 0 && min(end, len - column.page * P) > max(start, limit - column.page * P)) tail_unit = u;
       if (stop > start) {
@@ -79,14 +77,14 @@ __global__ void __launch_bounds__(kBlock, 3) attend_kernel(const Attend a) {
             add_span<FORMAT, WIDTH, ROWS, PLAIN, false>(a, place, first, min(stop, first + segment - first % segment), num_rows, sight, q, run, page);
         }
       }
-      if (!PLAIN && a.page_lse) write_page_lse<T>(a, n, h, first_row, num_rows, c, stop > start ? page : nullptr);
+      if (!PLAIN && a.page_lse) write_page_lse<T>(a, n, h, first_row, num_rows, u / of_column, stop > start ? page : nullptr);
     }
     if constexpr (T::grouped) {
 #pragma unroll 1
       for (int u = tail_unit; u < part.end; u += kWarps) {
-        const Column column(a, list, u / of_column);
-        const int offset = u % of_column * a.unit, start = max(column.first + offset, limit - column.page * P);
-        const int stop = column.page < 0 ? 0 : min(column.first + min(a.block, offset + a.unit), len - column.page * P);
+        const Column column(a, (long long)list * a.num_columns, u / of_column);
+        const int unit_start = column.first + u % of_column * a.unit, start = max(unit_start, limit - column.page * P);
+        const int stop = column.page < 0 ? 0 : min(min(column.first + a.block, unit_start + a.unit), len - column.page * P);
         if (stop <= start) continue;
         enter_page(column.page);
         place.tail = ((long long)at(a.tail_rows, (long long)n * a.tail_heads + (a.tail_heads == 1 ? 0 : h)) * a.f.num_kv_heads + own_head) * segment * a.f.k_dim;

@@ -65,9 +65,10 @@ __global__ void __launch_bounds__(kBlock, 2) attend_tensor_kernel(const Attend a
     }
 #pragma unroll 1
     for (int u = part.begin + warp; u < part.end; u += kWarps) {
-      const int offset = u % of_column * a.unit;
-      const Column column(a, list, u / of_column);
-      const int start = column.first + offset, stop = column.page < 0 ? 0 : min(column.first + min(a.block, offset + a.unit), limit - column.page * P);
+      // Dividing unsigned numbers takes ten instructions less.
+      const Column column(a, list, (int)((unsigned)u / (unsigned)of_column));
+      const int start = column.first + (int)((unsigned)u % (unsigned)of_column) * a.unit;
+      const int stop = column.page < 0 ? 0 : min(min(column.first + a.block, start + a.unit), limit - column.page * P);
       float page_top[T::sets], page_sum[T::sets];
 #pragma unroll
       for (int set = 0; set < T::sets; ++set) page_top[set] = minus_infinity(), page_sum[set] = 0;
