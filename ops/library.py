@@ -221,8 +221,9 @@ def _by_flashinfer(fmt: PageFormat, args: tuple) -> Callable[[], tuple[Tensor, T
     from .backends import flashinfer
 
     q, pages, block_table, seqlens, _, page_list = args[:6]
-    scale, window, with_page_lse, _ = args[15:]
-    if flashinfer.refusal(fmt, q.dtype, window=window, with_page_lse=with_page_lse) is not None:
+    scale, window, with_page_lse, _, *block = args[15:]
+    refused = flashinfer.refusal(fmt, q.dtype, window=window, with_page_lse=with_page_lse)
+    if refused is not None or checks.block(fmt, *block) != fmt.page_size:
         return None
     options = {"scale": scale, "page_list": page_list}
     return lambda: (*flashinfer.decode(q, pages, fmt, block_table, seqlens, **options), q.new_empty(0, dtype=torch.float32))

@@ -45,10 +45,11 @@ def latent_shared_words(fmt: PageFormat, q_type: int, bulk: bool) -> int:
     return -(-words // 4) * 4 + (queries if coded and q_type != FLOAT_TYPES[torch.bfloat16] else 0)
 
 
-def _tier(fmt: PageFormat, q: Tensor) -> str:
-    """decode_tier; a view of queries that does not start on a word is not for tensor cores."""
+def _tier(fmt: PageFormat, q: Tensor, block_size: int = 0) -> str:
+    """decode_tier; tensor cores are not for a view of queries that does not start on a word, nor for blocks that begin at odd tokens."""
     tier = decode_tier(fmt, q.dtype)
-    return tier if tier != "tensor cores" or q.data_ptr() % 4 == 0 else "fp32" if kernel_width(fmt) else "torch"
+    fits = q.data_ptr() % 4 == 0 and block_size % 2 == 0
+    return tier if tier != "tensor cores" or fits else "fp32" if kernel_width(fmt) else "torch"
 
 
 def _values_are_checked() -> bool:
@@ -59,24 +60,18 @@ def _values_are_checked() -> bool:
     return asked
 
 
-def _refuse_blocks(op: str, fmt: PageFormat, block_size: int = 0) -> None:
-    checks.require(
-        block_size in (0, fmt.page_size),
-        f"{op}: block_size {block_size} is not served on CUDA, where pages of {fmt.page_size} are listed whole; "
-        "leave routing.block_size null, or keep the cache on the CPU",
-    )
-
-
 def decode(q, pages, block_table, seqlens, q_positions, page_list, tail, tail_rows, *rest):
-    fmt, (scale, window, with_page_lse, num_splits, *block) = PageFormat.from_layout(rest[:7]), rest[7:]
-    _refuse_blocks("decode", fmt, *block)
-    if _tier(fmt, q) == "torch":
+    fmt, (scale, window, with_page_lse, num_splits, *given) = PageFormat.from_layout(rest[:7]), rest[7:]
+    block = checks.block(fmt, *given)
+    if _tier(fmt, q, *given) == "torch":
         return torch.ops.pikv.decode_reference(q, pages, block_table, seqlens, q_positions, page_list, tail, tail_rows, *rest)
-    checks.attend(q, pages, block_table, seqlens, q_positions, page_list, tail, tail_rows, fmt, window, values=_values_are_checked())
-    columns = block_table.shape[2] if page_list is None else page_list.shape[2]
+    checks.attend(
+        q, pages, block_table, seqlens, q_positions, page_list, tail, tail_rows, fmt, window, values=_values_are_checked(), block_size=block
+    )
+    columns = block_table.shape[2] * (fmt.page_size // block) if page_list is None else page_list.shape[2]
     page_lse = q.new_empty((block_table.shape[0], q.shape[1], columns) if with_page_lse else (0,), dtype=torch.float32)
     out, lse = _attend(q.unsqueeze(1), pages, block_table, seqlens, q_positions, page_list, tail, tail_rows, fmt, scale, window, False,
-                       page_lse if with_page_lse else None, num_splits)  # fmt: skip
+                       page_lse if with_page_lse else None, num_splits, block)  # fmt: skip
     return out.squeeze(1), lse.squeeze(1), page_lse
 
 
@@ -85,11 +80,15 @@ def prefill_cached(q, pages, block_table, seqlens, q_positions, tail, tail_rows,
     if _tier(fmt, q) == "torch":
         return torch.ops.pikv.prefill_cached_reference(q, pages, block_table, seqlens, q_positions, tail, tail_rows, *rest)
     checks.prefill_cached(q, pages, block_table, seqlens, q_positions, tail, tail_rows, fmt, values=_values_are_checked())
-    return _attend(q, pages, block_table, seqlens, q_positions, None, tail, tail_rows, fmt, scale, window, causal, None, num_splits)
+    return _attend(
+        q, pages, block_table, seqlens, q_positions, None, tail, tail_rows, fmt, scale, window, causal, None, num_splits, fmt.page_size
+    )
 
 
-def _attend(q, pages, block_table, seqlens, q_positions, page_list, tail, tail_rows, fmt, scale, window, causal, page_lse, num_splits):
-    """q is [R, T, Hq, Dk]."""
+def _attend(
+    q, pages, block_table, seqlens, q_positions, page_list, tail, tail_rows, fmt, scale, window, causal, page_lse, num_splits, block
+):
+    """q is [R, T, Hq, Dk]. block: tokens that are listed as one."""
     R, T, Hq, _ = q.shape
     width, H = kernel_width(fmt), max(block_table.shape[1], fmt.num_kv_heads)
     out, lse = q.new_empty((R, T, Hq, fmt.v_dim), dtype=torch.float32), q.new_empty((R, T, Hq), dtype=torch.float32)
@@ -99,7 +98,8 @@ def _attend(q, pages, block_table, seqlens, q_positions, page_list, tail, tail_r
     a = kp.Attend(f=page_record(fmt), pages=pages.data_ptr(), table=index(block_table), seqlens=index(seqlens), asked=index(q_positions),
                list=index(page_list), tail_rows=index(tail_rows), tail=address(tail), q=q.data_ptr(), page_lse=address(page_lse),
                q_type=FLOAT_TYPES[q.dtype], R=R, T=T, S=block_table.shape[0] // R, H=H, G=Hq // H, max_pages=block_table.shape[2],
-               num_columns=block_table.shape[2], table_heads=block_table.shape[1], seqlen_heads=seqlens.shape[1], list_heads=1,
+               num_columns=block_table.shape[2] * (fmt.page_size // block), block=block, blocks=fmt.page_size // block,
+               table_heads=block_table.shape[1], seqlen_heads=seqlens.shape[1], list_heads=1,
                window=window, causal=causal, scale=scale)  # fmt: skip
     if page_list is not None:
         a.num_columns, a.list_heads = page_list.shape[2], page_list.shape[1]
@@ -107,7 +107,7 @@ def _attend(q, pages, block_table, seqlens, q_positions, page_list, tail, tail_r
         checks.aligned("tail", tail)
         a.tail_type, a.tail_heads = FLOAT_TYPES[tail.dtype], tail_rows.shape[1] if tail_rows.dim() == 2 else 1
     a.out, a.lse = out.data_ptr(), lse.data_ptr()
-    tensor = _tier(fmt, q) == "tensor cores"
+    tensor = _tier(fmt, q, block) == "tensor cores"
     plain = (width == 128 or (width == 576 and not fmt.grouped)) and not (window or causal or page_lse is not None)
     rows = (
         LATENT_ROWS
@@ -167,13 +167,13 @@ def append(pages, tail, k, v, positions, slot_mapping, tail_rows, *rest):
 
 def page_bounds(bounds, pages, slot_mapping, tail, tail_rows, *rest):
     fmt = PageFormat.from_layout(rest[:7])
-    _refuse_blocks("page_bounds", fmt, *rest[7:])
-    checks.page_bounds(bounds, pages, slot_mapping, tail, tail_rows, fmt, values=_values_are_checked())
+    block = checks.block(fmt, *rest[7:])
+    checks.page_bounds(bounds, pages, slot_mapping, tail, tail_rows, fmt, values=_values_are_checked(), block_size=block)
     T = slot_mapping.shape[0]
     if T:
         b = kp.PageBounds(f=page_record(fmt), pages=pages.data_ptr(), bounds=bounds.data_ptr(), tail=address(tail),
                           slots=index(slot_mapping), tail_rows=index(tail_rows), T=T, type=BOUND_TYPES[bounds.dtype],
-                          tail_type=0 if tail is None else FLOAT_TYPES[tail.dtype])  # fmt: skip
+                          tail_type=0 if tail is None else FLOAT_TYPES[tail.dtype], block=block)  # fmt: skip
         box = 2 * fmt.k_dim if bounds.dtype == torch.int8 else 0
         launch("pages", "page_bounds_kernel", (T, fmt.num_kv_heads), 4 * (4 + fmt.page_size + box), b, pages.device)
 

@@ -34,7 +34,7 @@ class Attend(ctypes.Structure):
         ("pages", c_void_p),
         *((name, Index) for name in ("table", "seqlens", "asked", "list", "tail_rows")),
         *((name, c_void_p) for name in ("tail", "q", "out", "lse", "part_out", "part_lse", "page_lse")),
-        *((name, c_int) for name in ("tail_type", "q_type", "R", "T", "S", "H", "G", "max_pages", "num_columns")),
+        *((name, c_int) for name in ("tail_type", "q_type", "R", "T", "S", "H", "G", "max_pages", "num_columns", "block", "blocks")),
         *((name, c_int) for name in ("unit", "workers", "splits", "least", "tail_parts")),
         *((name, c_int) for name in ("table_heads", "seqlen_heads", "list_heads", "tail_heads", "window", "causal")),
         ("scale", c_float),
@@ -63,7 +63,7 @@ class PageBounds(ctypes.Structure):
         ("f", PageRecord),
         *((name, c_void_p) for name in ("pages", "bounds", "tail")),
         *((name, Index) for name in ("slots", "tail_rows")),
-        *((name, c_int) for name in ("T", "type", "tail_type")),
+        *((name, c_int) for name in ("T", "type", "tail_type", "block")),
     ]
 
 

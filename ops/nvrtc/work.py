@@ -22,12 +22,12 @@ def best_workers(passes: int, slots: int) -> int:
 def share_work(a: Attend, rows: int, slots: int, num_splits: int) -> int:
     """Fills unit, workers, splits and least; the number of parts. rows: of a block; slots: blocks that run at once.
     num_splits 0 = chosen."""
-    tables, passes, page = a.R * a.S * a.H, -(-a.T * a.G // rows), a.f.page_size
-    a.unit = page if a.page_lse else min(page, UNIT)
-    rounds = lambda: -(-a.num_columns * -(-page // a.unit) // WARPS)  # noqa: E731
+    tables, passes = a.R * a.S * a.H, -(-a.T * a.G // rows)
+    a.unit = a.block if a.page_lse else min(a.block, UNIT)
+    rounds = lambda: -(-a.num_columns * -(-a.block // a.unit) // WARPS)  # noqa: E731
     workers = best_workers(passes, slots)
     if not a.page_lse and tables * rounds() < 24 * workers:
-        a.unit = min(page, FINE_UNIT)  # finer, so that all have as much
+        a.unit = min(a.block, FINE_UNIT)  # finer, so that all have as much
     a.workers, a.splits = 0, 1
     a.least = max(1, LEAST_TOKENS // (WARPS * a.unit))
     if num_splits > 0:

@@ -99,12 +99,16 @@ def points(long: bool = False) -> Iterator[Point]:
         yield Point("checksum", f"{words}W", partial(check_checksum, words))
 
 
-def cpu_points(long: bool = False) -> Iterator[Point]:
-    """What the CPU serves alone: blocks inside of pages, and how they are chosen."""
+def block_points(long: bool = False) -> Iterator[Point]:
+    """Blocks inside of pages: attention to those of a list, their bounds."""
     for a in _blocks(long):
         yield Point("decode", a.id, partial(check_attention, a))
     for name, dtype in itertools.product(("bf16", "int4"), BOUND_DTYPES):
         yield Point("page_bounds", f"{name}-{str(dtype)[6:]}-of8", partial(check_bounds, name, dtype, block_size=8))
+
+
+def cpu_points() -> Iterator[Point]:
+    """What the CPU serves alone: how blocks and pages are chosen."""
     for queries, heads, columns in ((1, 1, 1), (3, 2, 70), (2, 8, 4096)):
         yield Point("choose_pages", f"Q{queries}-H{heads}-C{columns}", partial(check_choose, queries, heads, columns))
 

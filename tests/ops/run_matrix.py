@@ -23,7 +23,7 @@ from pikv_ds.launch.output import print_table, write_json
 from pikv_ds.ops import library
 from pikv_ds.ops.build import load
 from pikv_ds.ops.build.compile import build, cpu_library
-from tests.ops.matrix import Point, cpu_points, points, tensor_points
+from tests.ops.matrix import Point, block_points, cpu_points, points, tensor_points
 
 IMPLEMENTATIONS = ("torch", "cpu", "emu", "cuda", "nvrtc")
 CPU_LIBRARY = "PIKV_TEST_LIBRARY"  # path of the library to run instead of the usual one
@@ -101,7 +101,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--keep-going", action="store_true", help="count the points that fail instead of stopping at the first")
     parser.add_argument("--json", metavar="FILE", help="write the rows to FILE")
     args = parser.parse_args(argv)
-    own = tuple(cpu_points(args.long)) if args.implementation in ("torch", "cpu") else ()
+    own = (*block_points(args.long), *(cpu_points() if args.implementation in ("torch", "cpu") else ()))
     rows = run(args.implementation, chosen(args.long, args.op, args.points, args.shard, own), args.keep_going)
     failures = [failure for row in rows for failure in row["failures"]]
     print_table("Matrix of the ops", [{name: value for name, value in row.items() if name != "failures"} for row in rows])

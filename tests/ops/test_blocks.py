@@ -1,4 +1,5 @@
-"""Blocks inside of pages through the ops of the CPU, and choose_pages. All kernels: python -m tests.ops.run_matrix cpu."""
+"""Blocks inside of pages through the ops of the CPU, and choose_pages. All kernels: python -m tests.ops.run_matrix cpu, those of CUDA on
+the host: test_emu_matrix.py."""
 
 import pytest
 import torch
@@ -9,10 +10,10 @@ from pikv_ds.ops.build import load
 from pikv_ds.ops.format.bound_codes import decode_box, encode_box
 from tests.long_form import LONG
 from tests.ops.grown import Grown, P
-from tests.ops.matrix import cpu_points
+from tests.ops.matrix import block_points, cpu_points
 
 pytestmark = pytest.mark.skipif(load.ensured("cpu") != "cpu", reason="the CPU ops are not served by the compiled library")
-POINTS = list(cpu_points())
+POINTS = [*block_points(), *cpu_points()]
 BEST = [name for name, runs in load.cpu_kernels().items() if runs][-1]
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pikv_ds.ops.build import load
-from tests.ops.matrix import points, tensor_points
+from tests.ops.matrix import block_points, points, tensor_points
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
 POINTS = list(points())
@@ -42,6 +42,14 @@ def test_tensor_cores(emu, monkeypatch):
     """The same bounds: Q and P are two 16-bit numbers each."""
     monkeypatch.delenv("PIKV_TENSOR_CORES", raising=False)
     failed = _failures(tensor_points(), emu)
+    assert not failed, "\n".join(f"{point}: {error}" for point, error in failed.items())
+
+
+@pytest.mark.parametrize("tier", ["fp32", "tensor cores"])
+def test_blocks(emu, tier, monkeypatch):
+    """Of pages, read and not read in turns, tails among them: by both tiers."""
+    monkeypatch.setenv("PIKV_TENSOR_CORES", "0" if tier == "fp32" else "1")
+    failed = _failures(block_points(), emu)
     assert not failed, "\n".join(f"{point}: {error}" for point, error in failed.items())
 
 

@@ -117,9 +117,9 @@ def test_it_serves_layouts_without_a_kernel_where_it_is_asked_to(monkeypatch):
     monkeypatch.setattr(library, "_without_kernel", set())
     q, pages, fmt, table, seqlens = case()
 
-    def decode(window: int) -> torch.Tensor:
+    def decode(window: int, block_size: int = 0) -> torch.Tensor:
         asked = torch.full((2,), 90, dtype=torch.int32)
-        args = (q, pages, table, seqlens, asked, None, None, None, *fmt.layout, 0.1, window, False, 0)
+        args = (q, pages, table, seqlens, asked, None, None, None, *fmt.layout, 0.1, window, False, 0, block_size)
         return torch.ops.pikv.decode_reference(*args)[0]
 
     expected = ops.decode(q, pages, fmt, table, seqlens, scale=0.1)[0]
@@ -128,6 +128,7 @@ def test_it_serves_layouts_without_a_kernel_where_it_is_asked_to(monkeypatch):
         found = decode(0)
     assert 0 < (found - expected).abs().max() < 2e-2, "16-bit outputs: it was FlashInfer that ran"
     assert torch.equal(decode(5), ops.decode(q, pages, fmt, table, seqlens, scale=0.1, q_positions=torch.full((2,), 90).int(), window=5)[0])
+    assert (decode(0, fmt.page_size // 2) - expected).abs().max() < 1e-5, "it lists whole pages, so the reference ran"
     monkeypatch.setenv("PIKV_FALLBACK", "other")
     with pytest.raises(ValueError, match="'other' is not known"):
         decode(0)

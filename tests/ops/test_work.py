@@ -20,12 +20,12 @@ def test_python_and_cpp_share_alike(tmp_path):
     function = library.pikv_share_work
     function.restype, function.argtypes = ctypes.c_longlong, (ctypes.c_void_p, ctypes.c_int, ctypes.c_longlong, ctypes.c_longlong)
     seen = set()
-    for requests, queries, group, page, columns, splits, page_lse in itertools.product(
-        (1, 7, 64), (1, 300), (1, 12), (5, 64, 128), (0, 3, 4096), (0, 3), (None, 1)
+    for requests, queries, group, block, columns, splits, page_lse in itertools.product(
+        (1, 7, 64), (1, 300), (1, 12), (5, 8, 64, 128), (0, 3, 4096), (0, 3), (None, 1)
     ):
         options = {"R": requests, "T": queries, "S": 2, "H": 3, "G": group, "num_columns": columns, "page_lse": page_lse}
         ours, theirs = Attend(**options), Attend(**options)
-        ours.f.page_size = theirs.f.page_size = page
+        ours.block = theirs.block = block
         parts = share_work(ours, 4, 396, splits)
         assert parts == function(ctypes.addressof(theirs), 4, 396, splits)
         found = tuple(getattr(ours, name) for name in SHARED)

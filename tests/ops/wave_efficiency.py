@@ -38,7 +38,7 @@ def lengths(kind: str, batch: int) -> list[int]:
 
 def case(lens: list[int], page: int, rows: int) -> Attend:
     a = Attend(R=len(lens), T=1, S=1, H=HEADS, G=rows, num_columns=-(-max(lens) // page))
-    a.f.page_size = page
+    a.f.page_size, a.block, a.blocks = page, page, 1
     return a
 
 

@@ -18,11 +18,6 @@
 
 namespace pikv {
 
-inline void refuse_blocks(const char* op, int64_t block_size, int64_t page_size) {
-  PK_CHECK(!block_size || block_size == page_size, op, ": block_size ", block_size, " is not served on CUDA, where pages of ", page_size,
-           " are listed whole; leave routing.block_size null, or keep the cache on the CPU");
-}
-
 // The device of the arguments, its stream and size, for the time of one call.
 class Device {
  public:

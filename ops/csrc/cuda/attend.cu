@@ -31,16 +31,17 @@ int kernel_width(const PageFormat& f) {
 void check_values(const Attend& a, int64_t num_pages, int64_t tail_size, const Tensor& block_table, const Tensor& seqlens, const MaybeTensor& page_list,
                   const MaybeTensor& tail_rows) {
   const HostIndices table("block_table", block_table), lens("seqlens", seqlens), list("page_list", page_list), rows("tail_rows", tail_rows);
-  PK_CHECK(list->top() < a.max_pages, "page_list names column ", list->top(), " of a block table with ", a.max_pages);
+  PK_CHECK(list->top() < a.max_pages * a.blocks, "page_list names column ", list->top() / a.blocks, " of a block table with ", a.max_pages);
   PK_CHECK(!a.tail || rows->top() < tail_size, "tail row ", rows->top(), " is beyond the ", tail_size, " rows of the tail");
   check_table(*table, *lens, a.R * a.S, a.table_heads, a.seqlen_heads, a.max_pages, num_pages, a.f.page_size);
 }
 
 // q is [R, Hq, Dk] or [R, T, Hq, Dk].
 Attend read_arguments(const Tensor& q, const Tensor& pages, const Tensor& block_table, const Tensor& seqlens, const MaybeTensor& q_positions,
-                      const MaybeTensor& page_list, const MaybeTensor& tail, const MaybeTensor& tail_rows, const PageFormat& f) {
+                      const MaybeTensor& page_list, const MaybeTensor& tail, const MaybeTensor& tail_rows, const PageFormat& f, int64_t block_size) {
   Attend a = {};
   a.f = f;
+  a.block = (int)check_block(block_size, f), a.blocks = f.page_size / a.block;
   a.q_type = float_type("q", q);
   a.q = q.const_data_ptr(), a.pages = static_cast<const unsigned char*>(pages.const_data_ptr());
   check_aligned("pages", pages);
@@ -57,7 +58,7 @@ Attend read_arguments(const Tensor& q, const Tensor& pages, const Tensor& block_
   a.S = (int)(N / a.R), a.G = (int)num_q_heads / a.H;
   PK_CHECK(seqlens.dim() == 2 && seqlens.size(0) == N && (seqlens.size(1) == 1 || seqlens.size(1) == a.H), "seqlens must be [", N, ", 1 or ", a.H,
            "], got ", shape(seqlens));
-  a.seqlen_heads = (int)seqlens.size(1), a.num_columns = a.max_pages, a.list_heads = 1;
+  a.seqlen_heads = (int)seqlens.size(1), a.num_columns = a.max_pages * a.blocks, a.list_heads = 1;
   a.table = read_index("block_table", block_table), a.seqlens = read_index("seqlens", seqlens);
   a.asked = read_index("q_positions", q_positions), a.list = read_index("page_list", page_list), a.tail_rows = read_index("tail_rows", tail_rows);
   if (page_list) {
@@ -109,8 +110,9 @@ bool tensor_cores_are_allowed() {
   return !given || std::strcmp(given, "0");
 }
 
-bool on_tensor_cores(const PageFormat& f, const Tensor& q) {
-  return tensor_cores_are_allowed() && has_tensor_kernel(f, float_type("q", q), q.const_data_ptr());
+// Two tokens are read at a time, so a block must begin at an even one.
+bool on_tensor_cores(const PageFormat& f, const Tensor& q, int64_t block_size) {
+  return tensor_cores_are_allowed() && block_size % 2 == 0 && has_tensor_kernel(f, float_type("q", q), q.const_data_ptr());
 }
 
 void merge_into(const Tensor& out, const Tensor& lse, Tensor& merged, Tensor& merged_lse, Stream stream) {
@@ -152,8 +154,7 @@ std::tuple<Tensor, Tensor, Tensor> decode(Tensor q, Tensor pages, Tensor block_t
                                           int64_t num_splits, int64_t block_size) {
   PK_ONE_DEVICE("decode", q, pages, block_table, seqlens, q_positions, page_list, tail, tail_rows);
   const PageFormat f = check_pages(pages, format, num_kv_heads, k_dim, v_dim, page_size, group, latent);
-  refuse_blocks("decode", block_size, page_size);
-  const bool tensor = on_tensor_cores(f, q);
+  const bool tensor = on_tensor_cores(f, q, block_size);
   const int width = tensor ? 0 : kernel_width(f);
   if (!tensor && !width) {
     std::array<StableIValue, 20> stack = {from(q), from(pages), from(block_table), from(seqlens), from(q_positions), from(page_list), from(tail),
@@ -164,7 +165,7 @@ std::tuple<Tensor, Tensor, Tensor> decode(Tensor q, Tensor pages, Tensor block_t
   }
   PK_CHECK(q.dim() == 3, "q must be [R, num_q_heads, head_dim], got ", shape(q));
   const Device device(q);
-  Attend a = read_arguments(q, pages, block_table, seqlens, q_positions, page_list, tail, tail_rows, f);
+  Attend a = read_arguments(q, pages, block_table, seqlens, q_positions, page_list, tail, tail_rows, f, block_size);
   PK_CHECK(!window || q_positions, "a window needs q_positions");
   a.scale = (float)scale, a.window = (int)window;
   Tensor out = torch::stable::new_empty(q, {q.size(0), q.size(1), v_dim}, ScalarType::Float);
@@ -183,7 +184,7 @@ std::tuple<Tensor, Tensor> prefill_cached(Tensor q, Tensor pages, Tensor block_t
                                           int64_t num_splits) {
   PK_ONE_DEVICE("prefill_cached", q, pages, block_table, seqlens, q_positions, tail, tail_rows);
   const PageFormat f = check_pages(pages, format, num_kv_heads, k_dim, v_dim, page_size, group, latent);
-  const bool tensor = on_tensor_cores(f, q);
+  const bool tensor = on_tensor_cores(f, q, 0);
   const int width = tensor ? 0 : kernel_width(f);
   if (!tensor && !width) {
     std::array<StableIValue, 18> stack = {from(q), from(pages), from(block_table), from(seqlens), from(q_positions), from(tail), from(tail_rows),
@@ -194,7 +195,7 @@ std::tuple<Tensor, Tensor> prefill_cached(Tensor q, Tensor pages, Tensor block_t
   }
   PK_CHECK(q.dim() == 4, "q must be [R, T, num_q_heads, head_dim], got ", shape(q));
   const Device device(q);
-  Attend a = read_arguments(q, pages, block_table, seqlens, q_positions, std::nullopt, tail, tail_rows, f);
+  Attend a = read_arguments(q, pages, block_table, seqlens, q_positions, std::nullopt, tail, tail_rows, f, 0);
   PK_CHECK(q_positions.numel() == q.size(0) * q.size(1), "q_positions must be [", q.size(0), ", ", q.size(1), "], got ", shape(q_positions));
   a.scale = (float)scale, a.window = (int)window, a.causal = causal;
   Tensor out = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2), v_dim}, ScalarType::Float);

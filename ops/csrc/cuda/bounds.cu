@@ -11,13 +11,13 @@ namespace {
 void page_bounds(Tensor bounds, Tensor pages, Tensor slot_mapping, MaybeTensor tail, MaybeTensor tail_rows, int64_t format,
                  int64_t num_kv_heads, int64_t k_dim, int64_t v_dim, int64_t page_size, int64_t group, bool latent, int64_t block_size) {
   PK_ONE_DEVICE("page_bounds", bounds, pages, slot_mapping, tail, tail_rows);
-  refuse_blocks("page_bounds", block_size, page_size);
   const PageFormat f = check_pages(pages, format, num_kv_heads, k_dim, v_dim, page_size, group, latent);
-  const int type = check_bounds(bounds, pages, f);
+  const int64_t block = check_block(block_size, f);
+  const int type = check_bounds(bounds, pages, f, page_size / block);
   check_aligned("pages", pages);
   const int64_t T = slot_mapping.numel(), num_slots = pages.size(0) * page_size;
   PageBounds b = {};
-  b.f = f, b.T = (int)T, b.type = type;
+  b.f = f, b.T = (int)T, b.type = type, b.block = (int)block;
   b.slots = read_index("slot_mapping", slot_mapping), b.tail_rows = read_index("tail_rows", tail_rows);
   b.tail_type = check_tail(f, tail, tail_rows);
   const bool grouped = format_grouped(f.format);

@@ -23,11 +23,11 @@ inline int64_t best_workers(int64_t passes, int64_t slots) {
 
 // Fills unit, workers, splits, least; the number of parts. rows: of a block; slots: blocks that run at once. num_splits 0 = chosen here.
 inline int64_t share_work(Attend& a, int rows, int64_t slots, int64_t num_splits) {
-  const int64_t tables = (int64_t)a.R * a.S * a.H, passes = ((int64_t)a.T * a.G + rows - 1) / rows, P = a.f.page_size;
-  a.unit = a.page_lse ? (int)P : (int)std::min<int64_t>(P, kUnit);
-  const auto rounds = [&] { return ((int64_t)a.num_columns * ((P + a.unit - 1) / a.unit) + kBlockWarps - 1) / kBlockWarps; };
+  const int64_t tables = (int64_t)a.R * a.S * a.H, passes = ((int64_t)a.T * a.G + rows - 1) / rows;
+  a.unit = a.page_lse ? a.block : std::min(a.block, kUnit);
+  const auto rounds = [&] { return ((int64_t)a.num_columns * ((a.block + a.unit - 1) / a.unit) + kBlockWarps - 1) / kBlockWarps; };
   const int64_t workers = best_workers(passes, slots);
-  if (!a.page_lse && tables * rounds() < 24 * workers) a.unit = (int)std::min<int64_t>(P, kFineUnit);  // finer, so that all have as much
+  if (!a.page_lse && tables * rounds() < 24 * workers) a.unit = std::min(a.block, kFineUnit);  // finer, so that all have as much
   a.workers = 0, a.splits = 1;
   a.least = (int)std::max<int64_t>(1, kLeastTokens / (kBlockWarps * a.unit));
   if (num_splits > 0) {

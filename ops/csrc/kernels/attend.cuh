@@ -18,7 +18,7 @@ __global__ void __launch_bounds__(kBlock, 3) attend_kernel(const Attend a) {
   const int warp = threadIdx.x / 32, column = threadIdx.x % T::lanes * 8;
   const int M = a.T * a.G, passes = (M + T::rows - 1) / T::rows;
   const int first_row = (int)(blockIdx.x % passes) * T::rows, num_rows = min(T::rows, M - first_row);
-  const int P = a.f.page_size, segment = T::grouped ? a.f.group : P, units_of_page = (P + a.unit - 1) / a.unit;
+  const int P = a.f.page_size, segment = T::grouped ? a.f.group : P, of_column = units_of_column(a);
   const long long all_heads = (long long)a.H * a.G;
   int* sight = reinterpret_cast<int*>(warp_sum + kWarps * T::rows);
   Part part;
@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(kBlock, 3) attend_kernel(const Attend a) {
         for (int i = 0; i < 8; ++i) run.acc[g][c][i] = 0;
     }
     Place place = {};
-    int tail_column = -1;  // which of my columns holds tokens whose keys are in the tail
+    int tail_unit = part.end;  // my first one that holds tokens whose keys are in the tail
     const auto enter_page = [&](int page_column) {
       const unsigned char* record = a.pages + (long long)at(a.table, (long long)table * a.max_pages + page_column) * a.f.record_bytes;
       place.head = record + own_head * a.f.head_bytes;
@@ -63,31 +63,37 @@ __global__ void __launch_bounds__(kBlock, 3) attend_kernel(const Attend a) {
     };
 #pragma unroll 1
     for (int u = part.begin + warp; u < part.end; u += kWarps) {
-      const int c = u / units_of_page, offset = u % units_of_page * a.unit, page_column = a.list.data ? at(a.list, (long long)list * a.num_columns + c) : c;
-      const int stop = page_column < 0 ? 0 : min(min(P, offset + a.unit), limit - page_column * P);
-      if (T::grouped && page_column >= 0 && limit < len && limit / P == page_column && limit % P / a.unit * a.unit == offset) tail_column = c;
-      if (stop > offset) {
-        enter_page(page_column);
+      const Column column(a, (long long)list * a.num_columns, u / of_column);
+      const int start = column.first + u % of_column * a.unit, end = min(column.first + a.block, start + a.unit);
+      const int stop = column.page < 0 ? 0 : min(end, limit - column.page * P);
+      if (T::grouped && tail_unit == part.end && column.page >= 0 && min(end, len - column.page * P) > max(start, limit - column.page * P)) tail_unit = u;
+      if (stop > start) {
+        enter_page(column.page);
         if constexpr (!T::grouped) {
-          add_span<FORMAT, WIDTH, ROWS, PLAIN, false>(a, place, offset, stop, num_rows, sight, q, run, page);
+          add_span<FORMAT, WIDTH, ROWS, PLAIN, false>(a, place, start, stop, num_rows, sight, q, run, page);
         } else {
 #pragma unroll 1
-          for (int first = offset; first < stop; first += segment - first % segment)
+          for (int first = start; first < stop; first += segment - first % segment)
             add_span<FORMAT, WIDTH, ROWS, PLAIN, false>(a, place, first, min(stop, first + segment - first % segment), num_rows, sight, q, run, page);
         }
       }
-      if (!PLAIN && a.page_lse) write_page_lse<T>(a, n, h, first_row, num_rows, c, stop > offset ? page : nullptr);
+      if (!PLAIN && a.page_lse) write_page_lse<T>(a, n, h, first_row, num_rows, u / of_column, stop > start ? page : nullptr);
     }
     if constexpr (T::grouped) {
-      if (tail_column >= 0) {
-        enter_page(limit / P);
+#pragma unroll 1
+      for (int u = tail_unit; u < part.end; u += kWarps) {
+        const Column column(a, (long long)list * a.num_columns, u / of_column);
+        const int unit_start = column.first + u % of_column * a.unit, start = max(unit_start, limit - column.page * P);
+        const int stop = column.page < 0 ? 0 : min(min(column.first + a.block, unit_start + a.unit), len - column.page * P);
+        if (stop <= start) continue;
+        enter_page(column.page);
         place.tail = ((long long)at(a.tail_rows, (long long)n * a.tail_heads + (a.tail_heads == 1 ? 0 : h)) * a.f.num_kv_heads + own_head) * segment * a.f.k_dim;
-        add_span<FORMAT, WIDTH, ROWS, PLAIN, true>(a, place, limit % P, len - limit / P * P, num_rows, sight, q, run, page);
-        if (!PLAIN && a.page_lse) write_page_lse<T>(a, n, h, first_row, num_rows, tail_column, page, true);
+        add_span<FORMAT, WIDTH, ROWS, PLAIN, true>(a, place, start, stop, num_rows, sight, q, run, page);
+        if (!PLAIN && a.page_lse) write_page_lse<T>(a, n, h, first_row, num_rows, u / of_column, page, true);
       }
     }
     if (!PLAIN && a.page_lse && part.begin == 0)  // columns beyond the length
-      for (int c = units_of(a, part.t) / units_of_page + (int)threadIdx.x / T::rows + (units_of(a, part.t) % units_of_page != 0); c < a.num_columns; c += kBlock / T::rows) {
+      for (int c = (units_of(a, part.t) + of_column - 1) / of_column + (int)threadIdx.x / T::rows; c < a.num_columns; c += kBlock / T::rows) {
         const int g = threadIdx.x % T::rows, m = first_row + g;
         if (g < num_rows) a.page_lse[(((long long)n * a.T + m / a.G) * all_heads + (long long)h * a.G + m % a.G) * a.num_columns + c] = minus_infinity();
       }

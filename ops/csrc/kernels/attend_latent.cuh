@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(kBlock, 2) attend_latent_kernel(const Attend a
     look<T>(a, n / a.S, first_row, num_rows, sight);
     store_latent_queries<T>(a, row, present, queries, low_queries);
     walk.enter(part);
-    walk.next<T>(a, part, table, list, limit, first_row, num_rows, &next);
+    walk.next<T>(a, part, table, list, limit, len, first_row, num_rows, &next);
     const auto ask = [&] {
       if constexpr (T::bulk)
         if (next.count) copy_latent_tile<T>(a, next, tile + copied % 2 * 2 * T::tile_words, full + copied % 2);
@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(kBlock, 2) attend_latent_kernel(const Attend a
       if constexpr (T::bulk) barrier_wait(full + copied % 2, copied / 2 % 2), ++copied;
       else store_latent_tile<T>(a, span, tile, scales);
       __syncthreads();
-      walk.next<T>(a, part, table, list, limit, first_row, num_rows, &next);
+      walk.next<T>(a, part, table, list, limit, len, first_row, num_rows, &next);
       ask();
       score_latent_tile<T>(here, queries, low_queries, scales, scores);
       __syncthreads();
@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(kBlock, 2) attend_latent_kernel(const Attend a
       __syncthreads();
     }
     if (a.page_lse && part.begin == 0) {  // columns beyond the length
-      const int units_of_page = (a.f.page_size + a.unit - 1) / a.unit, used = (units_of(a, part.t) + units_of_page - 1) / units_of_page;
+      const int used = (units_of(a, part.t) + units_of_column(a) - 1) / units_of_column(a);
       for (int g = threadIdx.x % T::rows; g < num_rows; g += T::rows)
         for (int column = used + (int)threadIdx.x / T::rows; column < a.num_columns; column += kBlock / T::rows)
           *page_lse_of(a, part.t, first_row + g, column) = minus_infinity();

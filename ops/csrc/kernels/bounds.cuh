@@ -58,31 +58,45 @@ __device__ __forceinline__ float stored_key(const PageFormat& f, const unsigned 
   return __fadd_rn(__fmul_rn((float)code, half_to_float(scale[grid])), half_to_float(reinterpret_cast<const unsigned short*>(head + f.k_zero)[grid]));
 }
 
+// Of tokens [start, stop) of a page the box of column d. raw(t): whether the key of a token is in the tail, from `tail` on.
+template <class Raw>
+__device__ __forceinline__ void box_of(const PageBounds& b, const unsigned char* head, long long tail, int start, int stop, int d, const Raw& raw, float* low,
+                                       float* high) {
+  *low = -minus_infinity(), *high = minus_infinity();
+  for (int t = start; t < stop; ++t) {
+    const float x = raw(t) ? load_float(b.tail, b.tail_type, (tail + t % b.f.group) * b.f.k_dim + d) : stored_key(b.f, head, t, d);
+    *low = x < *low ? x : *low, *high = x > *high ? x : *high;
+  }
+}
+
 // Eight blocks to a multiprocessor leave 64 registers, six 80. Without a number NVRTC 13.5 spills a few to fit more blocks.
-// Grid: x = token, y = head. The first token of a page answers for all tokens of that page; every other block ends at once.
+// Grid: x = token, y = head. A span is what one token changes: a page, a block of one, or a group of keys that share scales. The first token of a
+// span answers for all of its tokens; every other block of threads ends at once.
 __global__ void __launch_bounds__(kBlock, 8) page_bounds_kernel(const PageBounds b) {
   PK_SHARED(shared);
   int* newest = reinterpret_cast<int*>(shared);  // the last token of this call in the same table
-  int* last = newest + 1;                        // the highest slot of the page with a token of this call
+  int* last = newest + 1;                        // the highest slot of the span with a token of this call
   int* top = newest + 2;                         // [2] int8: the largest |minimum| and |maximum|, bits of floats
   int* present = newest + 4;                     // [page_size] 1 = a token of this call is in the slot
   float* box = reinterpret_cast<float*>(present + b.f.page_size);  // [2, D] int8: minima, maxima
   const int token = blockIdx.x, h = blockIdx.y, H = b.f.num_kv_heads, D = b.f.k_dim, P = b.f.page_size, group = b.f.group;
-  const bool grouped = format_grouped(b.f.format);
-  const int slot = at(b.slots, token), page = slot / P;
+  const bool grouped = format_grouped(b.f.format), whole = b.block == P;
+  const int span = whole ? P : grouped ? group : b.block;
+  const int slot = at(b.slots, token);
   if (slot < 0) return;
+  const int own = slot / span, begin = own * span % P, page = slot / P;
   for (int first = token - 1; first >= 0; first -= kBlock) {  // backwards: the token before is most often of the same page
     const int j = first - (int)threadIdx.x, other = j >= 0 ? at(b.slots, j) : -1;
-    if (__syncthreads_or(other >= 0 && other / P == page)) return;
+    if (__syncthreads_or(other >= 0 && other / span == own)) return;
   }
   for (int t = threadIdx.x; t < P; t += kBlock) present[t] = 0;
-  if (threadIdx.x == 0) *newest = -1, *last = 0, top[0] = top[1] = 0;
+  if (threadIdx.x == 0) *newest = -1, *last = 0;
   __syncthreads();
   const int row = grouped ? at(b.tail_rows, token) : 0;
   for (int j = threadIdx.x; j < b.T; j += kBlock) {
     const int other = at(b.slots, j);
     if (other < 0) continue;
-    if (other / P == page) {
+    if (other / span == own) {
       present[other % P] = 1;
       atomicMax(last, other % P);
     }
@@ -94,27 +108,38 @@ __global__ void __launch_bounds__(kBlock, 8) page_bounds_kernel(const PageBounds
   const bool anew = present[0];
   const unsigned char* head = b.pages + page * b.f.record_bytes + h * b.f.head_bytes;
   const long long edges = ((long long)page * H + h) * 2 * D, tail = ((long long)row * H + h) * group;
-  if (b.type == kInt8) {  // made from all keys of the page: widening a coded box would round it again and again
-    for (int d = threadIdx.x; d < D; d += kBlock) {
-      float low = -minus_infinity(), high = minus_infinity();
-      for (int t = 0; t <= *last; ++t) {
-        const bool raw = grouped && (page * P + t) / group == open;
-        const float x = raw ? load_float(b.tail, b.tail_type, (tail + t % group) * D + d) : stored_key(b.f, head, t, d);
-        low = x < low ? x : low, high = x > high ? x : high;
+  if (!whole || b.type == kInt8) {  // made from all keys of the span: widening a coded box would round it again and again
+    const auto raw = [&](int t) { return grouped && (page * P + t) / group == open; };
+    for (int start = begin; start <= *last; start += b.block) {
+      const int stop = min(start + b.block, *last + 1);
+      const long long at_block = ((long long)page * (P / b.block) + start / b.block) * H + h;
+      float low, high;
+      if (b.type != kInt8) {
+        for (int d = threadIdx.x; d < D; d += kBlock) {
+          box_of(b, head, tail, start, stop, d, raw, &low, &high);
+          store_edge(b.bounds, b.type, at_block * 2 * D + d, low, false), store_edge(b.bounds, b.type, at_block * 2 * D + D + d, high, true);
+        }
+        continue;
       }
-      box[d] = finite(low), box[D + d] = finite(high);
-      atomicMax(&top[0], (int)__float_as_uint(fabsf(box[d])));
-      atomicMax(&top[1], (int)__float_as_uint(fabsf(box[D + d])));
-    }
-    __syncthreads();
-    signed char* codes = static_cast<signed char*>(b.bounds) + ((long long)page * H + h) * 2 * (D + kBoundScale);
-    for (int upper = 0; upper < 2; ++upper, codes += D + kBoundScale) {
-      const unsigned scale = bound_scale(__uint_as_float((unsigned)top[upper]));
+      __syncthreads();  // nobody reads the box of the block before any more
+      if (threadIdx.x == 0) top[0] = top[1] = 0;
+      __syncthreads();
       for (int d = threadIdx.x; d < D; d += kBlock) {
-        const float x = box[upper * D + d];
-        codes[d] = (signed char)(upper ? -bound_code(-x, bf16_to_float(scale)) : bound_code(x, bf16_to_float(scale)));
+        box_of(b, head, tail, start, stop, d, raw, &low, &high);
+        box[d] = finite(low), box[D + d] = finite(high);
+        atomicMax(&top[0], (int)__float_as_uint(fabsf(box[d])));
+        atomicMax(&top[1], (int)__float_as_uint(fabsf(box[D + d])));
       }
-      if (threadIdx.x == 0) *reinterpret_cast<unsigned short*>(codes + D) = (unsigned short)scale;
+      __syncthreads();
+      signed char* codes = static_cast<signed char*>(b.bounds) + at_block * 2 * (D + kBoundScale);
+      for (int upper = 0; upper < 2; ++upper, codes += D + kBoundScale) {
+        const unsigned scale = bound_scale(__uint_as_float((unsigned)top[upper]));
+        for (int d = threadIdx.x; d < D; d += kBlock) {
+          const float x = box[upper * D + d];
+          codes[d] = (signed char)(upper ? -bound_code(-x, bf16_to_float(scale)) : bound_code(x, bf16_to_float(scale)));
+        }
+        if (threadIdx.x == 0) *reinterpret_cast<unsigned short*>(codes + D) = (unsigned short)scale;
+      }
     }
     return;
   }

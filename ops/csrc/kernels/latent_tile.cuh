@@ -41,20 +41,21 @@ struct LatentWalk {
   __device__ __forceinline__ void enter(const Part& part) { *this = {nullptr, part.begin, 0, 0, 0, 0}; }
 
   template <class T>
-  __device__ __forceinline__ void next(const Attend& a, const Part& part, long long table, long long list, int limit, int first_row, int num_rows,
-                                       LatentSpan* span) {
-    const int P = a.f.page_size, units_of_page = (P + a.unit - 1) / a.unit;
+  __device__ __forceinline__ void next(const Attend& a, const Part& part, long long table, long long list, int limit, int len, int first_row,
+                                       int num_rows, LatentSpan* span) {
+    const int P = a.f.page_size, of_column = units_of_column(a);
     span->count = 0;
 #pragma unroll 1
     while (t >= stop) {
       if (u >= part.end) return;
-      column = u / units_of_page;
-      const int offset = u % units_of_page * a.unit, beyond = min(part.end, (column + 1) * units_of_page);
-      const int page_column = a.list.data ? at(a.list, list + column) : column;
-      start = t = offset, stop = page_column < 0 ? 0 : min(min(P, (beyond - column * units_of_page) * a.unit), limit - page_column * P);
+      column = u / of_column;
+      const int beyond = min(part.end, (column + 1) * of_column);
+      const Column from(a, list, column);
+      start = t = from.first + u % of_column * a.unit;
+      stop = from.page < 0 ? 0 : min(from.first + min(a.block, (beyond - column * of_column) * a.unit), limit - from.page * P);
       u = beyond;
-      if (t < stop) record = a.pages + (long long)at(a.table, table + page_column) * a.f.record_bytes;
-      else if (a.page_lse && (int)threadIdx.x < num_rows) *page_lse_of(a, part.t, first_row + (int)threadIdx.x, column) = minus_infinity();
+      if (t < stop) record = a.pages + (long long)at(a.table, table + from.page) * a.f.record_bytes;
+      else if (a.page_lse && (int)threadIdx.x < num_rows && !(T::grouped && from.in_tail(a, limit, len))) *page_lse_of(a, part.t, first_row + (int)threadIdx.x, column) = minus_infinity();
     }
     int end = min(stop, t + T::tokens);
     if constexpr (T::grouped) end = min(end, t - t % a.f.group + a.f.group);

@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(kBlock, 6) merge_kernel(const Merge m) {
 // Length of the tail of table t where that is a part of its own, else 0.
 __device__ __forceinline__ int tail_of(const Attend& a, int t) { return a.tail_parts ? length_of(a, t) % a.f.group : 0; }
 
-// The lse of a tail, of row m, to that of the page that it will belong to. By a warp.
+// The lse of a tail, of row m, to that of the page that it will belong to; blocks have theirs from tensor_tail.cuh. By a warp.
 __device__ __forceinline__ void add_tail_lse(const Attend& a, int t, int m) {
   const int page_column = length_of(a, t) / a.f.group * a.f.group / a.f.page_size;
   const long long list = ((long long)(t / a.H) * a.list_heads + (a.list_heads == 1 ? 0 : t % a.H)) * a.num_columns;
@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(kBlock, 6) finish_kernel(const Attend a) {
     merged.store(a.out + to * D, D, d);
   }
   if (threadIdx.x % 32 == 0) a.lse[to] = top + logf(merged.total);
-  if (a.page_lse)
+  if (a.page_lse && a.blocks == 1)
     for (int s = 0; s < a.S; ++s)
       if (tail_of(a, (r * a.S + s) * a.H + h)) add_tail_lse(a, (r * a.S + s) * a.H + h, m);
 }

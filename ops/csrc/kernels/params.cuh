@@ -18,7 +18,7 @@ struct Attend {
   Index table;      // [N, table_heads, max_pages]
   Index seqlens;    // [N, seqlen_heads]
   Index asked;      // [R, T] positions of the queries
-  Index list;       // [N, list_heads, num_columns] columns of the table, -1 = none; null = every column
+  Index list;       // [N, list_heads, num_columns] blocks of the table's pages, column * blocks + block, -1 = none; null = every one
   Index tail_rows;  // [N, tail_heads]
   const void* tail;  // [rows, f.num_kv_heads, group, k_dim] of tail_type
   const void* q;     // [R, T, H * G, k_dim] of q_type
@@ -29,7 +29,8 @@ struct Attend {
   float* page_lse;   // [N, T, H * G, num_columns] or null
   int tail_type, q_type;  // kFp32, kBf16 or kFp16
   int R, T, S, H, G, max_pages, num_columns;
-  int unit;     // tokens of a page that a warp takes at a time, see work.cuh
+  int block, blocks;  // tokens that a list and page_lse name as one, and how many of these a page has: 1, and the page is one, or more
+  int unit;     // tokens of a block that a warp takes at a time, see work.cuh
   int workers;  // which share the rounds of all tables; 0 = `splits` parts of each table
   int splits, least;  // least: rounds of a worker that has any
   int tail_parts;     // the first part of a tail, one of each table that has any; 0 = the tail belongs to the other parts
@@ -66,10 +67,11 @@ struct Migrate {
 struct PageBounds {
   PageFormat f;
   const unsigned char* pages;
-  void* bounds;            // [num_pages, H, 2, k_dim] of type, int8 k_dim + 2: smallest, largest
+  void* bounds;            // [num_pages * blocks, H, 2, k_dim] of type, int8 k_dim + 2: smallest, largest
   const void* tail;        // as in Append
   Index slots, tail_rows;  // [T]
   int T, type, tail_type;
+  int block;  // tokens that have bounds of their own: those of block b of page p at p * (page_size / block) + b
 };
 
 // N block tables = R requests x S shards.

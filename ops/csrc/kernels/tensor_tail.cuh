@@ -2,23 +2,31 @@
 
 namespace pikv {
 
-// The raw keys of the group that is not full, of one table: ROWS rows after ROWS, a quarter of the tokens to a warp. WIDTH: of Tile; SHARED: words of
-// shared memory that are there.
+// The column of a list that names a block of tokens of a table, -1 = none does. By a warp.
+__device__ __forceinline__ int listed_column(const Attend& a, long long list, int number) {
+  int column = a.list.data ? -1 : number;
+  for (int i = threadIdx.x % 32; i < a.num_columns && a.list.data; i += 32)
+    if (at(a.list, list + i) == number) column = i;
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) column = max(column, __shfl_xor_sync(kAll, column, step));
+  return column;
+}
+
+// The raw keys of the group that is not full, of one table: ROWS rows after ROWS, a quarter of the tokens to a warp, or whole blocks of a page in
+// turns, of which it writes page_lse. WIDTH: of Tile; SHARED: words of shared memory that are there.
 template <int FORMAT, int WIDTH, int ROWS, int SHARED>
 __device__ __forceinline__ void attend_tail(const Attend& a, int t, float* shared) {
   using T = Tile<FORMAT, WIDTH, ROWS, false>;
   static_assert(kWarps * ROWS * (T::value_width + 2) + 2 * ROWS + T::page_floats <= SHARED, "the tail needs more shared memory than the rest");
   float *warp_top = shared + kWarps * ROWS * T::value_width, *warp_sum = warp_top + kWarps * ROWS;
-  float* page = warp_sum + kWarps * ROWS + threadIdx.x;  // written, not read: the part has the lse
+  float* page = warp_sum + kWarps * ROWS + threadIdx.x;  // without blocks not read: the part has the lse
   int* sight = reinterpret_cast<int*>(warp_sum + kWarps * ROWS + T::page_floats);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, column = lane % T::lanes * 8;
   const int n = t / a.H, h = t % a.H, own_head = T::latent || a.f.num_kv_heads == 1 ? 0 : h, M = a.T * a.G, P = a.f.page_size;
   const int len = length_of(a, t), limit = len - len % a.f.group, page_column = limit / P;
   if (len == limit) return;
-  bool listed = !a.list.data;
-  for (int i = threadIdx.x; i < a.num_columns && a.list.data; i += kBlock)
-    listed = listed || at(a.list, ((long long)n * a.list_heads + (a.list_heads == 1 ? 0 : h)) * a.num_columns + i) == page_column;
-  const int quarter = (len - limit + kWarps - 1) / kWarps, start = limit + warp * quarter, stop = __syncthreads_or(listed) ? min(len, start + quarter) : start;
+  const long long list = ((long long)n * a.list_heads + (a.list_heads == 1 ? 0 : h)) * a.num_columns;
+  const int step = a.blocks > 1 ? a.block : (len - limit + kWarps - 1) / kWarps;
   const long long table = ((long long)n * a.table_heads + (a.table_heads == 1 ? 0 : h)) * a.max_pages;
   const unsigned char* record = a.pages + (long long)at(a.table, table + page_column) * a.f.record_bytes;
   const long long tail_row = at(a.tail_rows, (long long)n * a.tail_heads + (a.tail_heads == 1 ? 0 : h));
@@ -48,8 +56,14 @@ __device__ __forceinline__ void attend_tail(const Attend& a, int t, float* share
         for (int c = 0; c < T::value_chunks; ++c) run.acc[g][c][i] = 0;
       }
     }
-    if (start < stop)
-      add_span<FORMAT, WIDTH, ROWS, false, true>(a, place, start - page_column * P, stop - page_column * P, num_rows, sight, q, run, page);
+#pragma unroll 1
+    for (int start = limit + warp * step; start < len; start += kWarps * step) {
+      const int listed = listed_column(a, list, start / a.block);
+      if (listed < 0) continue;
+      for (int g = 0; g < ROWS; ++g) page[2 * g * kBlock] = minus_infinity(), page[(2 * g + 1) * kBlock] = 0;
+      add_span<FORMAT, WIDTH, ROWS, false, true>(a, place, start - page_column * P, min(len, start + step) - page_column * P, num_rows, sight, q, run, page);
+      if (a.page_lse && a.blocks > 1) write_page_lse<T>(a, n, h, first_row, num_rows, listed, page);
+    }
     gather_warps<T>(run, num_rows, shared, warp_top, warp_sum);
     __syncthreads();
     write_part<T>(a, {t, 0, 0, a.tail_parts + t}, first_row, num_rows, shared, warp_top, warp_sum);

@@ -1,6 +1,6 @@
 // Who reads which tokens of which table, so that every block has as much to read as any other, whatever the lengths are.
 //
-// A table is read in rounds: a unit of tokens, at most a page, for each warp of a block. The rounds of all tables (n * H + h) stand in one
+// A table is read in rounds: a unit of tokens, at most a page or the part of one that a list names, for each warp of a block. The rounds of all tables (n * H + h) stand in one
 // row, table after table, and worker w takes the next `per` of them. What it finds of one table is a part. Part w + t belongs to worker w and
 // table t alone: along the row w or t grows. Every table has a round at least, and so a part. Lengths are read here, on the device; the grid
 // depends on shapes only.
@@ -12,12 +12,30 @@ __device__ __forceinline__ int length_of(const Attend& a, int t) {
   return at(a.seqlens, a.seqlen_heads == 1 ? t / a.H : (long long)t);
 }
 
+// Units of a column, which is what a list and page_lse name as one.
+__device__ __forceinline__ int units_of_column(const Attend& a) { return (a.block + a.unit - 1) / a.unit; }
+
 __device__ __forceinline__ int units_of(const Attend& a, int t) {
-  const int P = a.f.page_size, of_page = (P + a.unit - 1) / a.unit;
-  if (a.list.data) return a.num_columns * of_page;
-  const int tokens = (int)(length_of(a, t) < (long long)a.num_columns * P ? length_of(a, t) : (long long)a.num_columns * P);
-  return tokens / P * of_page + (tokens % P + a.unit - 1) / a.unit;
+  const int of_column = units_of_column(a);
+  if (a.list.data) return a.num_columns * of_column;
+  const int tokens = (int)(length_of(a, t) < (long long)a.num_columns * a.block ? length_of(a, t) : (long long)a.num_columns * a.block);
+  return tokens / a.block * of_column + (tokens % a.block + a.unit - 1) / a.unit;
 }
+
+// Where the tokens of a column are: from token `first` of the page in column `page` of the table; page -1 = nowhere. list: of the table's row.
+struct Column {
+  int page, first;
+
+  __device__ __forceinline__ Column(const Attend& a, long long list, int column) : page(a.list.data ? at(a.list, list + column) : column), first(0) {
+    if (a.blocks > 1 && page >= 0) first = page % a.blocks * a.block, page /= a.blocks;
+  }
+
+  // Whether its keys are raw, in the tail: a block then is whole, as it divides the group. The tail's own code writes its page_lse.
+  __device__ __forceinline__ bool in_tail(const Attend& a, int limit, int len) const {
+    const int token = page * a.f.page_size + first;
+    return a.blocks > 1 && page >= 0 && token >= limit && token < len;
+  }
+};
 
 __device__ __forceinline__ int rounds_of(const Attend& a, int t) { return max(1, (units_of(a, t) + kWarps - 1) / kWarps); }
 
