@@ -57,7 +57,7 @@ class Side:
                 if asked.positions[query] >= 0:
                     self.chosen.setdefault(key, set()).add(place)
 
-        if method.get("exchange") != "routed" or self.probe.router.budgeted:  # else nobody sees a whole choice
+        if method.get("exchange") != "routed":  # then nobody sees a whole choice
             self.probe.on_choice(look)
 
     def forward(self, columns: int, num_new: list[int]) -> list[torch.Tensor]:
