@@ -1,7 +1,7 @@
 """The second collective of a layer with pikv.routing.exchange "routed" and a router of pages: partials back, and news of pages with them.
 
-A message is a header of 16 bytes (the rows of news), the partials that its rank has asked for, and the news; sections start on multiples of
-16 bytes. G ranks, N rows of a rank that were asked about (queries, or kv heads of queries).
+A message is a header of 16 bytes (int32: rows of news, bytes of a row, 0, 1), the partials that its rank has asked for, and the news.
+Sections start on multiples of 16 bytes. G ranks, N rows of a rank that were asked about (queries, or kv heads of queries).
 """
 
 from __future__ import annotations
@@ -45,10 +45,9 @@ def answer(
     buffer = torch.empty(num_ranks, room, dtype=torch.uint8, device=need.device)
     flat, begin = buffer.view(-1), 0
     for part, told, whole in zip(partials.split(counts), news, sizes, strict=True):
-        head = torch.tensor([len(told), 0, 0, 0], dtype=torch.int32).view(torch.uint8) if dense else None
         at = begin + HEADER
-        if head is not None:
-            flat[begin:at] = head
+        if dense:
+            flat[begin:at] = torch.tensor([len(told), width, 0, 1], dtype=torch.int32).view(torch.uint8)
         flat[at : at + part.nbytes] = part.contiguous().view(-1).view(torch.uint8)
         at += _padded(part.nbytes)
         flat[at : at + told.numel()] = told.view(-1)

@@ -77,13 +77,14 @@ class Telling:
         pool = self.pages.layers[layer].routed
         if not pool.num_pages:
             return
-        told, slot = pool.summaries[TOLD].view(-1), new.slot_mapping.clamp_min(0).to(torch.int64)  # page 0 may be told of twice
-        told[slot // pool.block_size] = 0
+        told, slot = pool.summaries[TOLD].view(-1), new.slot_mapping.clamp_min(0).to(torch.int64)
+        left = (new.slot_mapping < 0).to(told.dtype)  # 0 takes a mark away, 1 does nothing
+        told.scatter_reduce_(0, slot // pool.block_size, left, "amin")
         group = pool.fmt.group if pool.fmt.grouped else 0
         if group > pool.block_size:  # when a group is full, other codes take the place of all its keys
-            full = slot % group == group - 1
-            for block in range(group // pool.block_size):
-                told[torch.where(full, slot - (group - 1) + block * pool.block_size, slot) // pool.block_size] = 0
+            first, left = slot - slot % group, torch.where(slot % group == group - 1, left, 1)
+            for begin in range(0, group, pool.block_size):
+                told.scatter_reduce_(0, (first + begin) // pool.block_size, left, "amin")
 
     def forget(self, rows: list[bool] | None) -> None:
         """Pages of these rows, None: of all, must be told of again. Host phase."""
