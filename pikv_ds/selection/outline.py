@@ -65,6 +65,16 @@ class Outline:
         self.first, self.last = grown(self.first), grown(self.last)
         self.summaries = {name: grown(x) for name, x in self.summaries.items()}
 
+    def move(self, rows: Tensor) -> None:
+        """Row i goes on as row rows[i] was, -1 = nothing is known of it; rows [R'] int64. Sync: none."""
+        num_shards = self.counts.shape[1]
+        gone, source = (rows < 0).repeat_interleave(num_shards), rows.clamp_min(0)
+        table = (source.unsqueeze(1) * num_shards + torch.arange(num_shards, device=rows.device)).flatten()
+        taken = lambda x: x[table] if len(x) else x.new_zeros(len(table), *x.shape[1:])  # noqa: E731
+        self.first, self.last = (taken(x).masked_fill_(gone.unsqueeze(1), 0) for x in (self.first, self.last))
+        self.counts = taken(self.counts.view(-1)).masked_fill_(gone, 0).view(-1, num_shards)
+        self.summaries = {name: taken(x) for name, x in self.summaries.items()}
+
     def forget(self, rows: Tensor) -> None:
         """rows [R] bool: nothing is known of these. Sync: none."""
         self.counts.masked_fill_(rows.unsqueeze(1), 0)
@@ -111,13 +121,21 @@ class Outline:
         blocks = self.pool.blocks
         full = torch.arange(self.columns, device=self.device) < (self.counts // self.pool.page_size * blocks).unsqueeze(-1)
         leaves = full & (self.last[:, :-1].view(full.shape) <= (at - window)[:, None, None])
-        gone = leaves[..., blocks - 1 :: blocks].sum(-1)  # of pages, by their last blocks: the first ones
-        if self.device.type == "cpu" and not bool(gone.any()):
+        self.drop(leaves[..., blocks - 1 :: blocks])  # a page by its last block
+
+    def drop(self, gone: Tensor) -> None:
+        """Full pages gone [R, S, C'] bool leave, and the others close up, as in the tables of their ranks. Sync: none."""
+        if not gone.numel() or (self.device.type == "cpu" and not bool(gone.any())):
             return
-        self.counts -= gone * self.pool.page_size
-        column = torch.arange(self.last.shape[1], device=self.device) + (gone * blocks).view(-1, 1)
-        column = column.clamp_max(self.columns)
-        self.first, self.last = self.first.gather(1, column), self.last.gather(1, column)
+        blocks, width = self.pool.blocks, self.last.shape[1]
+        self.counts.sub_(gone.sum(-1) * self.pool.page_size).clamp_min_(0)  # not all that went may have been known
+        gone = gone.flatten(0, 1).repeat_interleave(blocks, 1)[:, : self.columns]
+        gone = torch.nn.functional.pad(gone, (0, width - gone.shape[1]))
+        column = gone.to(torch.int8).argsort(dim=1, stable=True)
+        self.first, self.last = (
+            self.first.gather(1, column),
+            self.last.gather(1, column).masked_fill_(torch.arange(width, device=self.device) >= width - gone.sum(1, keepdim=True), 0),
+        )
         for name, x in self.summaries.items():
             self.summaries[name] = x.gather(1, column.view(*column.shape, *[1] * (x.dim() - 2)).expand_as(x))
 

@@ -14,15 +14,18 @@ from pikv_ds.config.routing import RoutingConfig
 from pikv_ds.exchange.exchange import Exchange
 from pikv_ds.pages.events import NewEntries
 from pikv_ds.pages.layers import RankPages
+from pikv_ds.pages.rows import RowChange
 from pikv_ds.routers.base import Router
 from pikv_ds.staging import sent
-from pikv_ds.step.step import Step
+from pikv_ds.step.step import Source, Step
 
 from .outline import Outline
 from .page_news import PageNews, Telling, news_width
 
 KNOWN, WHOLE, SILENT = range(3)
 """What is told of a row: what has changed; all of it, as it is another row than its outline was of; nothing, for it changes just now."""
+NEW, LOST = -1, -2
+"""In place of a row's parent: it begins; nothing is known of it."""
 ROOM = 2**18  # bytes of news that a rank tells another one in a layer, while queries go to all ranks
 
 
@@ -33,6 +36,8 @@ class PageRoutes:
         self.router, self.config, self.pages, self.exchange = router, config, pages, exchange
         self.names: tuple[str, ...] = ()
         self.outlines: list[Outline] = []
+        for layer in pages.layers:
+            layer.events.dropped += (self.dropped,)
         self.behind = True
         """This rank owes news, or has changed rows: queries must go to all ranks."""
         self.step: Step | None = None
@@ -61,46 +66,85 @@ class PageRoutes:
         num_rows = self.pages.rows.num_rows
         self.version, self.lens, self.evicted = self.pages.rows.version, [0] * num_rows, self._evicted()
         self.standing, self.outlines, self.behind, self.complete = [KNOWN] * num_rows, [], True, True
+        self.change: RowChange | None = None
+        self.shapes: list[tuple[int, int]] = []
+        """(first row, rows) of every rank in the last forward; empty: there was none."""
+        self.followed = False
+        """What a budget has taken since is gone from the outlines as well."""
 
     def wrote(self, layer: int, new: NewEntries) -> None:
         self.telling.wrote(layer, new)
 
     # ---- once per forward ----------------------------------------------------------------------------------------------------
 
+    def follow(self, change: RowChange) -> None:
+        """Rows are about to change. Before they do; host phase."""
+        self.change = change if self.pages.rows.version == self.version and self.change is None else None
+
+    def dropped(self, layer: int, gone: Tensor) -> None:
+        """A budget takes pages gone [R, S, C] bool, of all shards. Host phase; no sync."""
+        if self.change is None and self.step is None and len(gone) == len(self.lens) and self.outlines:
+            begin = self.shapes[self.exchange.rank][0]
+            self.outlines[layer].drop(gone[begin : begin + len(self.outlines[layer].counts)])
+            self.followed = True
+
     def begin(self, step: Step, nobody_behind: bool) -> None:
         """nobody_behind: all ranks have said so. Host phase."""
-        self.step, own, num_shards = step, step.sources[step.own], self.pages.num_shards
-        changed = self._changed(step)
-        if changed:
+        self.step, own = step, step.sources[step.own]
+        before, shapes = self.shapes, [(source.row0, source.num_rows) for source in step.sources]
+        parent, lost = self._parents(step, before, shapes), self._evicted()
+        evicted = lost if self.followed else self.evicted  # the same rows, or none are followed
+        lens = [0 if p == NEW else self.lens[p] if p >= 0 else -1 for p in parent]
+        took = [(0,) * 0 if p < 0 else evicted[p] for p in parent]
+        changed = [
+            p != NEW and (p < 0 or n != at or then != now)
+            for p, n, at, then, now in zip(parent, lens, step.lens_before_host, took, lost, strict=True)
+        ]
+        self.standing = [KNOWN if p < 0 else self.standing[p] for p in parent]
+        if parent != list(range(len(self.lens))) or shapes != before or not self.outlines:
+            self._move(parent, before, own)
+        if any(changed):
             self.telling.forget(None if all(changed) else changed)
             self.standing = [SILENT if new else old for new, old in zip(changed, self.standing, strict=True)]
-        if not self.outlines or self.outlines[0].counts.shape[0] != own.num_rows:
-            pools = [layer.routed for layer in self.pages.layers]
-            self.outlines = [Outline(pool, self.names, own.num_rows, num_shards) for pool in pools]
-        elif changed:
             rows = sent(changed[own.row0 : own.row0 + own.num_rows], torch.bool, self.pages.device)
             for outline in self.outlines:
                 outline.forget(rows)
         for outline in self.outlines if own.num_rows else ():
             outline.reserve(own.num_columns, max(step.lens_after_host[own.row0 : own.row0 + own.num_rows]))
-        self.by_rank = nobody_behind and not changed and step.decode and not step.tentative
+        self.by_rank = nobody_behind and not any(self.standing) and step.decode and not step.tentative
         self.forwards[self.by_rank] += 1
         self.whole, self.silent = (
             sent([each == state for each in self.standing], torch.bool, self.pages.device) for state in (WHOLE, SILENT)
         )
-        self.complete, self.told = True, 0
+        self.version, self.evicted, self.lens, self.shapes = self.pages.rows.version, lost, step.lens_after_host, shapes
+        self.complete, self.told, self.change, self.followed = True, 0, None, False
 
-    def _changed(self, step: Step) -> list[bool]:
-        """Per row whether it is another one than after the last forward; empty: none is."""
-        evicted, version = self._evicted(), self.pages.rows.version
-        if version != self.version or len(self.lens) != len(step.num_new):
-            changed = [True] * len(step.num_new)
-            self.standing = [KNOWN] * len(changed)
-        else:
-            same = zip(self.lens, step.lens_before_host, self.evicted, evicted, strict=True)
-            changed = [lens != before or lost != loses for lens, before, lost, loses in same]
-        self.version, self.evicted, self.lens = version, evicted, step.lens_after_host
-        return changed if any(changed) else []
+    def _parents(self, step: Step, before: list[tuple[int, int]], shapes: list[tuple[int, int]]) -> list[int]:
+        """Per row the one that it was in the last forward, on the same rank; NEW or LOST. The same on all ranks."""
+        if not before:
+            return [LOST if n else NEW for n in step.lens_before_host]
+        if self.change is None:
+            same = self.pages.rows.version == self.version and shapes == before
+            return list(range(len(step.num_new))) if same else [LOST] * len(step.num_new)
+        parent = self.change.parent[: len(step.num_new)]
+        keeps = zip(parent, self.change.keep[: len(parent)], strict=True)
+        parent = [NEW if p < 0 else p if p < len(self.lens) and n == self.lens[p] else LOST for p, n in keeps]
+        for (old, count), (first, rows) in zip(before, shapes, strict=True):
+            for row in range(first, first + rows):
+                if parent[row] >= 0 and not old <= parent[row] < old + count:
+                    parent[row] = LOST
+        return parent
+
+    def _move(self, parent: list[int], before: list[tuple[int, int]], own: Source) -> None:
+        """Outlines follow the rows of this rank, or begin."""
+        if not self.outlines:
+            pools = [layer.routed for layer in self.pages.layers]
+            self.outlines = [Outline(pool, self.names, own.num_rows, self.pages.num_shards) for pool in pools]
+            return
+        first = before[self.exchange.rank][0]
+        rows = [p - first if p >= 0 else -1 for p in parent[own.row0 : own.row0 + own.num_rows]]
+        for outline in self.outlines:
+            outline.move(sent(rows, torch.int64, self.pages.device))
 
     def _evicted(self) -> list[tuple]:
         """Per row, entries that a budget has taken of it."""

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
-from pikv_ds.cache.stats import answered_bytes, metadata_bytes, partial_bytes, routed_pages_bytes
+from pikv_ds.cache.stats import answered_bytes, metadata_bytes, partial_bytes, routed_pages_bytes, stats
 from pikv_ds.launch.jobs.exchange import Wire
 from pikv_ds.ops.build import load
 from pikv_ds.selection.page_news import TOLD
@@ -28,6 +28,9 @@ LIVES = {
     "ratio": {"budget_pages": None, "budget_ratio": 0.25, "sink_tokens": 0, "recent_tokens": 1},
     "int4 in blocks": {"prompt": 260, "compression": {"method": "int4"}, "page_size": 64, "block_size": 4, "metadata": "int8"},
     "evicting": {"scheduling": {"method": "knorm", "budget_tokens": 40, "recent_tokens": 8, "interval": 6}},
+    "evicting blocks": {
+        "prompt": 90, "page_size": 8, "block_size": 4, "scheduling": {"method": "knorm", "budget_tokens": 72, "recent_tokens": 8, "interval": 6},
+    },
 }
 """What of a Side is not as usual."""
 Play = Callable[..., list[torch.Tensor]]
@@ -72,7 +75,9 @@ def check_life(report: Report, name: str, given: dict, play: Play, group) -> Non
         dist.all_reduce(counts, group=group)
         assert torch.equal(counts[0], counts[1]), counts
         routes = routed.cache.selection.routes
-        row |= {"forwards": routes.forwards, "outline_bytes": routes.nbytes}
+        evicted = stats(routed.cache, len(own), max(routed.lens))["entries_evicted"]
+        row |= {"forwards": routes.forwards, "outline_bytes": routes.nbytes, "evicted": evicted}
+        assert bool(evicted) == ("scheduling" in given)
         assert metadata_bytes(routed.cache) >= metadata_bytes(every.cache) + routes.nbytes > metadata_bytes(every.cache)
 
 
