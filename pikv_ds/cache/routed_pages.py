@@ -55,9 +55,8 @@ class RoutedPages:
             num_ranks = len(step.sources)
             return Asked((own_positions(step) >= 0).unsqueeze(0).expand(num_ranks, -1), [q])
         last, ranks = choose_here(self.selection, step, query)  # [B, H], [G, B, H]
-        units = last.shape[1] if self.cache.exchange.short_messages else 1
-        ranks = ranks.unflatten(2, (units, -1)).any(-1).flatten(1)
-        return Asked(ranks, [q.unflatten(1, (units, -1)).flatten(0, 1), last.view(len(ranks[0]), -1)], units)
+        units = last.shape[1]
+        return Asked(ranks.flatten(1), [q.unflatten(1, (units, -1)).flatten(0, 1), last.flatten()], units)
 
     def answer(self, step: Step, query: Query, sent: Sent, before: Before | None) -> Partial:
         """Read what queries have come here for, and bring it back to them."""
@@ -79,8 +78,7 @@ class RoutedPages:
         cache, arrived = self.cache, sent.arrived
         view = cache.pages.layers[query.layer].routed.view(slice(0, len(step.num_new)), before, step.rows_see_own if before else None)
         count_visible(self.selection, step, query, view)
-        (q, last), short = arrived.queries, cache.exchange.short_messages
-        partials = read_chosen(self.selection, step, query, q, last, arrived.tokens, sent.units, view, short=short)
+        partials = read_chosen(self.selection, step, query, *arrived.queries, arrived.tokens, sent.units, view)
         return partials, arrived.num_queries, sent.need[QUERIES]
 
     def _choose(self, step: Step, query: Query, sent: Sent, before: Before | None) -> tuple[Tensor, list[int] | None, Tensor]:

@@ -34,34 +34,32 @@ def answer(
     Returns: out [N, H, Dv] f32, lse [N, H] f32, and the news of all ranks, uint8 [m, width]. Sync: none, but with `sent` sizes of messages.
     """
     num_ranks, num_rows = need.shape
-    row_bytes, width = partials[0].nbytes if len(partials) else partials.shape[1:].numel() * 4, news[0].shape[1]
-    size = lambda rows, told: answer_bytes(rows, row_bytes, told, width)  # noqa: E731
-    dense = sent is not None
-    counts = sent if dense else [num_rows] * num_ranks
-    asked = need.sum(1).tolist() if dense else counts
-    room = -(-size(num_rows, most) // 16) * 16
-    sizes = [size(rows, len(told)) for rows, told in zip(counts, news, strict=True)] if dense else [room] * num_ranks
-    sizes[exchange.rank] = room
+    row_bytes, width = partials.shape[1:].numel() * 4, news[0].shape[1]
+    every = [num_rows] * num_ranks
+    counts, asked = (every, every) if sent is None else (sent, need.sum(1).tolist())
+    room = answer_bytes(num_rows, row_bytes, most, width)
+    sizes = [answer_bytes(rows, row_bytes, len(told), width) for rows, told in zip(counts, news, strict=True)]
+    sizes = [room if sent is None or rank == exchange.rank else size for rank, size in enumerate(sizes)]
     buffer = torch.empty(num_ranks, room, dtype=torch.uint8, device=need.device)
     flat, begin = buffer.view(-1), 0
     for part, told, whole in zip(partials.split(counts), news, sizes, strict=True):
         at = begin + HEADER
-        if dense:
+        if sent is not None:
             flat[begin:at] = torch.tensor([len(told), width, 0, 1], dtype=torch.int32).view(torch.uint8)
         flat[at : at + part.nbytes] = part.contiguous().view(-1).view(torch.uint8)
         at += _padded(part.nbytes)
         flat[at : at + told.numel()] = told.view(-1)
         begin += whole
     got = exchange.all_to_all_up_to(buffer, sizes, what)
-    told = got[:, :4].contiguous().view(torch.int32).flatten().tolist() if dense else [most] * num_ranks
-    back, heard = [], []
-    for message, rows, count in zip(got, asked, told, strict=True):
+    heard = [most] * num_ranks if sent is None else got[:, :4].contiguous().view(torch.int32).flatten().tolist()
+    parts, news = [], []
+    for message, rows, count in zip(got, asked, heard, strict=True):
         at = HEADER + _padded(rows * row_bytes)
-        back.append(message[HEADER : HEADER + rows * row_bytes])
-        heard.append(message[at : at + count * width])
-    back = torch.cat(back).view(torch.float32).view(sum(asked), *partials.shape[1:])
-    out, lse = ops.route_merge(back, need.contiguous(), order=order, dense=dense)
-    return out, lse, torch.cat(heard).view(sum(told), width)
+        parts.append(message[HEADER : HEADER + rows * row_bytes])
+        news.append(message[at : at + count * width])
+    back = torch.cat(parts).view(torch.float32).view(sum(asked), *partials.shape[1:])
+    out, lse = ops.route_merge(back, need.contiguous(), order=order, dense=sent is not None)
+    return out, lse, torch.cat(news).view(sum(heard), width)
 
 
 def _padded(num_bytes: int) -> int:

@@ -51,11 +51,9 @@ class Outline:
         return self.last.shape[1] - 1
 
     def reserve(self, new: int, longest: int) -> None:
-        """Room for `new` further tokens of a row, of at most `longest`. Sync: none; on the CPU, where it is free, the fullest shard."""
-        fullest = longest
-        if self.device.type == "cpu" and self.counts.numel():
-            fullest = min(longest, int(self.counts.max()) + new)
-        self.widen(-(-fullest // self.size))
+        """Room for `new` further tokens of a row, of at most `longest`. Sync: reads the fullest shard; on the CPU that is free."""
+        if self.counts.numel():
+            self.widen(max(1, -(-min(longest, int(self.counts.max()) + new) // self.size)))
 
     def widen(self, columns: int) -> None:
         if columns <= self.columns:
@@ -101,31 +99,28 @@ class Outline:
         self.counts.view(-1).index_add_(0, table.clamp_max(num_tables - 1), real.to(torch.int64))
 
     def put(self, news: PageNews) -> None:
-        """What the ranks that have them say of pages. Sync: none; on the CPU, where it is free, the highest column."""
-        if not self.counts.numel():
+        """What the ranks that have them say of pages. Sync: the highest column."""
+        if not len(news.places):
             return
         row, shard, column, first, last, entries = news.places.to(torch.int64).unbind(1)
-        real, num_shards = row >= 0, self.counts.shape[1]
-        if self.device.type == "cpu" and len(column):
-            self.widen(int(column.max()) + 1)
-        table = torch.where(real, row * num_shards + shard, 0)
-        at = torch.where(real, table * self.last.shape[1] + column, self.columns)
+        self.widen(int(column.max()) + 1)
+        table = row * self.counts.shape[1] + shard
+        at = table * self.last.shape[1] + column
         self.first.view(-1)[at], self.last.view(-1)[at] = first.to(torch.int32), last.to(torch.int32)
         for name, x in news.summaries.items():
             self.summaries[name].flatten(0, 1)[at] = x
-        counts = torch.where(real, column * self.size + entries, 0)
-        self.counts.view(-1).scatter_reduce_(0, table, counts, "amax")
+        self.counts.view(-1).scatter_reduce_(0, table, column * self.size + entries, "amax")
 
     def expire(self, at: Tensor, window: int) -> None:
-        """As pages/recycle.py does it with the pages themselves: at [R] int64, the first query that may still come. Sync: none."""
+        """As pages/recycle.py does it with the pages themselves: at [R] int64, the first query that may still come. Sync: as `drop`."""
         blocks = self.pool.blocks
         full = torch.arange(self.columns, device=self.device) < (self.counts // self.pool.page_size * blocks).unsqueeze(-1)
         leaves = full & (self.last[:, :-1].view(full.shape) <= (at - window)[:, None, None])
         self.drop(leaves[..., blocks - 1 :: blocks])  # a page by its last block
 
     def drop(self, gone: Tensor) -> None:
-        """Full pages gone [R, S, C'] bool leave, and the others close up, as in the tables of their ranks. Sync: none."""
-        if not gone.numel() or (self.device.type == "cpu" and not bool(gone.any())):
+        """Full pages gone [R, S, C'] bool leave, and the others close up, as in the tables of their ranks. Sync: whether any do."""
+        if not bool(gone.any()):
             return
         blocks, width = self.pool.blocks, self.last.shape[1]
         self.counts.sub_(gone.sum(-1) * self.pool.page_size).clamp_min_(0)  # not all that went may have been known

@@ -30,7 +30,7 @@ class PageNews(NamedTuple):
     """As one rank tells another."""
 
     places: Tensor
-    """[m, PLACES] int32: row of its rank, global shard, column, positions of the first and the last entry, entries; row -1 = none."""
+    """[m, PLACES] int32: row of its rank, global shard, column, positions of the first and the last entry, entries."""
     summaries: dict[str, Tensor]
     """name -> [m, ...]."""
 
@@ -95,33 +95,24 @@ class Telling:
             elif len(told):
                 told[ids[sent(rows, torch.bool, ids.device)].clamp_min(0).flatten().long()] = 0
 
-    def news(self, layer: int, step: Step, whole: Tensor, silent: Tensor, most: int, *, short: bool) -> tuple[list[Tensor], bool]:
-        """What every rank is to be told of now, `most` columns each at most, and whether that is not all. Marks it as told.
+    def news(self, layer: int, step: Step, whole: Tensor, silent: Tensor, most: int) -> tuple[list[Tensor], bool]:
+        """What every rank is to be told of now, packed uint8 [m, width], m <= most, and whether that is not all. Marks it as told.
 
-        Args: whole [R] bool: rows whose pages are told of in any case; silent [R] bool: rows that nothing is told of.
-
-        Returns: packed uint8 [m, width] for every rank; short: of as many as there are; else `most` each, row -1 behind them, and the
-        caller has seen to it that they suffice. Sync: with `short`, how many there are.
+        Args: whole [R] bool: rows whose pages are told of in any case; silent [R] bool: rows that nothing is told of. Sync: reads how many
+        they are; on the CPU that is free.
         """
         pool, marks, found, left = self.pages.layers[layer].routed, [], [], False
         owed, unit, where = self._owed(layer, step, whole, silent)
         per_row = owed.numel() // max(1, len(owed))
         for source in step.sources:
             begin, end = source.row0 * per_row, (source.row0 + source.num_rows) * per_row
-            own = owed.view(-1)[begin:end]
-            at = own.nonzero().squeeze(1) if short else (~own).to(torch.int8).argsort(stable=True)
-            left, at = left or (short and len(at) > most), at[:most]
-            real, at_unit = own[at], unit.view(-1)[at + begin].clamp_min(0).long()
-            said = PageNews(
-                self._places(owed, where, at, at + begin, real), {name: by_column(pool, name)[at_unit] for name in self.names}
-            ).packed()
-            if not short:
-                said = torch.cat([said, torch.full((most - len(said), said.shape[1]), 255, dtype=torch.uint8, device=said.device)])
-            found.append(said)
-            marks.append(torch.where(real, at_unit, -1))
-        told, marked = pool.summaries[TOLD].view(-1), torch.cat(marks)
-        if len(told):
-            told.scatter_reduce_(0, marked.clamp_min(0), (marked >= 0).to(told.dtype), "amax")
+            at = owed.view(-1)[begin:end].nonzero().squeeze(1)
+            left, at = left or len(at) > most, at[:most]
+            at_unit = unit.view(-1)[at + begin].long()
+            summaries = {name: by_column(pool, name)[at_unit] for name in self.names}
+            found.append(PageNews(self._places(where, at, at + begin), summaries).packed())
+            marks.append(at_unit)
+        pool.summaries[TOLD].view(-1)[torch.cat(marks)] = 1
         return found, left
 
     def _owed(self, layer: int, step: Step, whole: Tensor, silent: Tensor) -> tuple[Tensor, Tensor, Extent]:
@@ -140,10 +131,10 @@ class Telling:
             owed &= pool.summaries[TOLD].view(-1)[unit.clamp_min(0).long()] == 0
         return owed, unit, where
 
-    def _places(self, owed: Tensor, where: Extent, at: Tensor, cell: Tensor, real: Tensor) -> Tensor:
+    def _places(self, where: Extent, at: Tensor, cell: Tensor) -> Tensor:
         """[m, PLACES] int32 of columns `at` [m] among those of their rank's rows, `cell` [m] among all."""
-        _, num_local, columns = owed.shape
+        _, num_local, columns = where.entries.shape
         row, shard, column = at // (num_local * columns), at // columns % num_local, at % columns
         known = [x.reshape(-1)[cell] for x in (where.first, where.last, where.entries)]
-        places = [torch.where(real, row, -1), self.pages.map.shards[shard], column, *known]
+        places = [row, self.pages.map.shards[shard], column, *known]
         return torch.stack([x.to(torch.int32) for x in places], 1)

@@ -1,7 +1,7 @@
 """Pages for decode queries that were chosen by the rank of the query: what it needs for that, and what the ranks that it asks read.
 
-G ranks, B rows of this rank, M rows that have come, S shards of all ranks, L local ones, C columns, Hq query heads, H heads of a page list,
-U heads of it that travel apart ("units"; 1: a query travels whole).
+G ranks, B rows of this rank, M heads of queries that have come, S shards of all ranks, L local ones, C columns, Hq query heads, H heads of
+a page list, each of which travels by itself.
 """
 
 from __future__ import annotations
@@ -29,6 +29,10 @@ def choose_here(selection: Selection, step: Step, query: Query) -> tuple[Tensor,
     Returns: last [B, H] int64, [G, B, H] bool; no rank for padding. Sync: none.
     """
     pages, source = selection.pages, step.sources[step.own]
+    if not source.num_rows:
+        heads = pages.layers[query.layer].routed.fmt.num_kv_heads if selection.router.by_head else 1
+        nobody = torch.zeros(pages.map.num_ranks, 0, heads, dtype=torch.bool, device=selection.device)
+        return nobody[0].to(torch.int64), nobody
     outline, window = selection.routes.outlines[query.layer], pages.specs[query.layer].window
     at, rows = own_positions(step), slice(source.row0, source.row0 + source.num_rows)
     lens = outline.counts.view(-1, 1).to(torch.int32)
@@ -45,27 +49,21 @@ def choose_here(selection: Selection, step: Step, query: Query) -> tuple[Tensor,
 
 
 def read_chosen(
-    selection: Selection, step: Step, query: Query, q: Tensor, last: Tensor, tokens: Tensor, units: int, view: PageView, *, short: bool
+    selection: Selection, step: Step, query: Query, q: Tensor, last: Tensor, places: Tensor, units: int, view: PageView
 ) -> Tensor:
-    """Attention of what has come to the pages of this rank that it reads.
+    """Attention of the heads that have come to the pages of this rank that they read.
 
-    Args: q [M, Hq / U, Dk]; last [M, H / U] int64; tokens [M] int32 token * U + unit, of all ranks' tokens, -1 = none; view: the tables
-    of all rows. short: fewer rows have come than there are tokens.
+    Args: q [M, Hq / H, Dk]; last [M] int64; places [M] int32 token * H + head, of all ranks' tokens; units: H; view: of all rows.
 
-    Returns: [M, Hq / U, Dv + 1] f32, out and lse. Sync: with `short` how many queries they are.
+    Returns: [M, Hq / H, Dv + 1] f32, out and lse. Sync: how many queries they are.
     """
     if not len(q):
         return q.new_zeros(0, q.shape[1], query.v_dim + 1, dtype=torch.float32)
-    there, token, unit = tokens >= 0, tokens.clamp_min(0).long() // units, tokens.clamp_min(0).long() % units
-    index = torch.arange(len(q), device=q.device)
-    if short:
-        token, index = torch.unique(token, return_inverse=True)
-    whole_q = q.new_zeros(len(token), units, *q.shape[1:])
-    whole_last = last.new_full((len(token), units, last.shape[1]), NOTHING)
-    whole_q[index, unit] = q.masked_fill(~there.view(-1, 1, 1), 0)
-    whole_last[index, unit] = last.masked_fill(~there.view(-1, 1), NOTHING)
-    rows, at = step.rows[token], step.positions[token]
-    whole_q, whole_last, at_once = whole_q.flatten(1, 2), whole_last.flatten(1), 8 * QUERIES_AT_ONCE
+    unit = places.long() % units
+    token, index = torch.unique(places.long() // units, return_inverse=True)
+    whole_q, whole_last = q.new_zeros(len(token), units, *q.shape[1:]), last.new_full((len(token), units), NOTHING)
+    whole_q[index, unit], whole_last[index, unit] = q, last
+    rows, at, whole_q, at_once = step.rows[token], step.positions[token], whole_q.flatten(1, 2), 8 * QUERIES_AT_ONCE
     parts = [slice(i, i + at_once) for i in range(0, len(token), at_once)]
     reads = [_read(selection, step, query, whole_q[i], whole_last[i], rows[i], at[i], view) for i in parts]
     found = torch.cat([torch.cat([read.out, read.lse.unsqueeze(-1)], -1) for read in reads])

@@ -49,9 +49,10 @@ class PageRoutes:
 
     @classmethod
     def serves(cls, router: Router, config: RoutingConfig, pages: RankPages, exchange: Exchange) -> bool:
-        """The newest entry must be read in any case: its page's summary is not known before it is stored."""
-        least = 2 if pages.storage.expert_ids == "true" else 1
-        return config.exchange == "routed" and exchange.size > 1 and router.by_summary and config.recent_tokens >= least
+        """The newest entry must be read in any case: its page's summary is not known before it is stored. Where messages have fixed sizes
+        (Exchange.short_messages) nothing would be saved."""
+        known = config.recent_tokens >= (2 if pages.storage.expert_ids == "true" else 1)
+        return config.exchange == "routed" and exchange.size > 1 and exchange.short_messages and router.by_summary and known
 
     @property
     def nbytes(self) -> int:
@@ -69,8 +70,8 @@ class PageRoutes:
         self.change: RowChange | None = None
         self.shapes: list[tuple[int, int]] = []
         """(first row, rows) of every rank in the last forward; empty: there was none."""
-        self.followed = False
-        """What a budget has taken since is gone from the outlines as well."""
+        self.followed = self.missed = False
+        """What a budget has taken since is gone from the outlines as well; not all of it."""
 
     def wrote(self, layer: int, new: NewEntries) -> None:
         self.telling.wrote(layer, new)
@@ -87,13 +88,15 @@ class PageRoutes:
             begin = self.shapes[self.exchange.rank][0]
             self.outlines[layer].drop(gone[begin : begin + len(self.outlines[layer].counts)])
             self.followed = True
+        else:
+            self.missed = True
 
     def begin(self, step: Step, nobody_behind: bool) -> None:
         """nobody_behind: all ranks have said so. Host phase."""
         self.step, own = step, step.sources[step.own]
         before, shapes = self.shapes, [(source.row0, source.num_rows) for source in step.sources]
         parent, lost = self._parents(step, before, shapes), self._evicted()
-        evicted = lost if self.followed else self.evicted  # the same rows, or none are followed
+        evicted = lost if self.followed and not self.missed else self.evicted
         lens = [0 if p == NEW else self.lens[p] if p >= 0 else -1 for p in parent]
         took = [(0,) * 0 if p < 0 else evicted[p] for p in parent]
         changed = [
@@ -117,7 +120,7 @@ class PageRoutes:
             sent([each == state for each in self.standing], torch.bool, self.pages.device) for state in (WHOLE, SILENT)
         )
         self.version, self.evicted, self.lens, self.shapes = self.pages.rows.version, lost, step.lens_after_host, shapes
-        self.complete, self.told, self.change, self.followed = True, 0, None, False
+        self.complete, self.told, self.change, self.followed, self.missed = True, 0, None, False, False
 
     def _parents(self, step: Step, before: list[tuple[int, int]], shapes: list[tuple[int, int]]) -> list[int]:
         """Per row the one that it was in the last forward, on the same rank; NEW or LOST. The same on all ranks."""
@@ -173,17 +176,16 @@ class PageRoutes:
     def news(self, step: Step, layer: int) -> tuple[list[Tensor], int]:
         """What this rank tells the others with its answers: for each packed uint8 [m, width], and the most that m can be on any rank.
 
-        Sync: on the CPU, how much there is.
+        Sync: how much there is.
         """
-        pool, short = self.pages.layers[layer].routed, self.exchange.short_messages
-        width, rows = news_width(pool, self.names), max(source.num_rows for source in step.sources)
-        most = rows * (2 + (pool.fmt.group // pool.block_size if pool.fmt.grouped else 0)) if short else rows
+        pool, rows = self.pages.layers[layer].routed, max(source.num_rows for source in step.sources)
+        most = rows * (2 + (pool.fmt.group // pool.block_size if pool.fmt.grouped else 0))  # a group that is full changes its blocks
         if not self.by_rank:
-            most = max(most, ROOM // width)
-        packed, left = self.telling.news(layer, step, self.whole, self.silent, most, short=short)
+            most = max(most, ROOM // news_width(pool, self.names))
+        packed, left = self.telling.news(layer, step, self.whole, self.silent, most)
         self.complete, self.told = self.complete and not left, self.told + 1
         return packed, most
 
     def hear(self, layer: int, packed: Tensor) -> None:
-        """packed uint8 [m, width], what all ranks have told this one. Sync: on the CPU, which columns there are."""
+        """packed uint8 [m, width], what all ranks have told this one. Sync: which columns there are."""
         self.outlines[layer].put(PageNews.of(packed, self.pages.layers[layer].routed, self.names))

@@ -15,7 +15,7 @@ _jobs: dict[int, JobResult] = {}
 
 def job(world: int) -> JobResult:
     if world not in _jobs:
-        names = [*(OF_TWO if world == 2 else OF_FOUR), "bytes", *(["share"] if world == 4 else [])]
+        names = [*OF_TWO, "bytes", "fixed"] if world == 2 else [*OF_FOUR, "bytes", "share"]
         _jobs[world] = run_gloo("routed_pages.py", names, ranks=world, timeout_s=200)
     return _jobs[world]
 
@@ -26,6 +26,10 @@ def test_the_bits_of_a_choice_of_all_ranks(name: str, world: int):
     everywhere, routed = rows[0]["forwards"]
     assert routed > everywhere > 0, rows[0]
     print(name, world, [(row["forwards"], row["outline_bytes"]) for row in rows])
+
+
+def test_messages_of_fixed_sizes():
+    job(2).check("fixed")
 
 
 @pytest.mark.parametrize("world", [2, 4])

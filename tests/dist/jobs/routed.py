@@ -13,7 +13,7 @@ from pikv_ds.launch.jobs.exchange import Wire
 from pikv_ds.ops.build import load
 from pikv_ds.routers import ROUTERS
 from tests.dist.jobs.report import Report
-from tests.dist.jobs.selection import DIM, HEADS, LAYERS, SHARDS, Side, drive
+from tests.dist.jobs.selection import DIM, HEADS, LAYERS, SHARDS, Side, drive, forwards
 from tests.long_form import LONG
 
 BY_SUMMARY = [name for name, router in ROUTERS.items() if router.by_summary]
@@ -45,10 +45,8 @@ def check_same_answers(report: Report, name: str, storage: str, group) -> None:
         dist.all_reduce(counts, group=group)
         assert torch.equal(counts[0], counts[1]), counts  # entries read and visible, over all ranks
         assert counts[0, 0] < counts[0, 1], counts
-        routes = sides["routed"].cache.selection.routes
-        assert (routes is not None) == (name in BY_SUMMARY), name
-        row["forwards"] = None if routes is None else routes.forwards
-        assert routes is None or routes.forwards == [5, 4], routes.forwards  # five decode steps end it; the first brings news
+        row["forwards"] = forwards(sides["routed"])  # five decode steps end it; the first brings news
+        assert row["forwards"] == ([5, 4] if name in BY_SUMMARY else None), row
         row |= {"bytes": {exchange: side.cache.exchange.bytes_sent for exchange, side in sides.items()}}
 
 

@@ -11,12 +11,13 @@ import torch
 import torch.distributed as dist
 
 from pikv_ds.cache.stats import answered_bytes, metadata_bytes, partial_bytes, routed_pages_bytes, stats
+from pikv_ds.exchange.exchange import Exchange
 from pikv_ds.launch.jobs.exchange import Wire
 from pikv_ds.ops.build import load
 from pikv_ds.selection.page_news import TOLD
 from tests.dist.jobs.report import Report
 from tests.dist.jobs.routed import ROOMY, own_rows
-from tests.dist.jobs.selection import DIM, HEADS, KV_HEADS, LAYERS, SHARDS, Side
+from tests.dist.jobs.selection import DIM, HEADS, KV_HEADS, LAYERS, SHARDS, Side, forwards
 
 FULL = LAYERS[:1] * 2
 LIVES = {
@@ -74,15 +75,30 @@ def check_life(report: Report, name: str, given: dict, play: Play, group) -> Non
         counts = torch.tensor([side.probe.read[:2] for side in (every, routed)], dtype=torch.float64)
         dist.all_reduce(counts, group=group)
         assert torch.equal(counts[0], counts[1]), counts
-        routes = routed.cache.selection.routes
-        evicted = stats(routed.cache, len(own), max(routed.lens))["entries_evicted"]
-        row |= {"forwards": routes.forwards, "outline_bytes": routes.nbytes, "evicted": evicted}
+        numbers = stats(routed.cache, len(own), max(routed.lens))
+        evicted, outline_bytes = numbers["entries_evicted"], numbers["outline_bytes"]
+        row |= {"forwards": forwards(routed), "outline_bytes": outline_bytes, "evicted": evicted}
         assert bool(evicted) == ("scheduling" in given)
-        assert metadata_bytes(routed.cache) >= metadata_bytes(every.cache) + routes.nbytes > metadata_bytes(every.cache)
+        assert metadata_bytes(routed.cache) >= metadata_bytes(every.cache) + outline_bytes > metadata_bytes(every.cache)
 
 
 def check_changing(report: Report, group) -> None:
     check_life(report, "changing", {}, changing, group)
+
+
+def check_fixed(report: Report, group) -> None:
+    """Where messages have one size, whatever is in them, all ranks get all queries."""
+    own, short = own_rows(group), Exchange.short_messages
+    with report.check("fixed") as row:
+        every = Side("bounds", "distinct", own, group, exchange="all", storage=ROOMY)
+        Exchange.short_messages = False
+        routed = Side("bounds", "distinct", own, group, exchange="routed", storage=ROOMY)
+        found = play(routed)
+        Exchange.short_messages = short
+        assert forwards(routed) is None
+        for expected, got in zip(play(every), found, strict=True):
+            assert torch.equal(expected, got), (expected - got).abs().max()
+        row |= {"bytes": routed.cache.exchange.bytes_sent}
 
 
 def check_bytes(report: Report, group) -> None:
@@ -121,8 +137,8 @@ def check_bytes(report: Report, group) -> None:
 
 def marks(side: Side, layer: int) -> torch.Tensor:
     """[R, L, C] what pages have been told of, by the tables of this rank."""
-    pool = side.cache.pages.layers[layer].routed
-    return pool.summaries[TOLD][pool.table.ids.clamp_min(0).long(), 0].bool() & (pool.table.ids >= 0)
+    pool = side.probe.near_pool(layer)
+    return pool.column(TOLD)[pool.page_table.clamp_min(0).long(), 0].bool() & (pool.page_table >= 0)
 
 
 def told(side: Side, layer: int, before: torch.Tensor) -> list[int]:
@@ -156,7 +172,7 @@ def check_share(report: Report, group) -> None:
         dist.all_reduce(sent, group=group)
         everywhere = steps * 2 * 4 * (dist.get_world_size() - 1) * (HEADS * DIM * 4 + partial_bytes(1, HEADS, DIM))
         row |= {"share": int(sent[0]) / everywhere, "news": int(sent[1]) / everywhere}
-        assert side.cache.selection.routes.forwards == [2, steps], side.cache.selection.routes.forwards
+        assert forwards(side) == [2, steps], forwards(side)
         assert row["share"] <= 0.35, row
 
 
@@ -169,7 +185,7 @@ def main() -> None:
         if name in LIVES:
             check_life(report, name, LIVES[name], play, group)
         else:
-            {"bytes": check_bytes, "share": check_share, "changing": check_changing}[name](report, group)
+            {"bytes": check_bytes, "share": check_share, "changing": check_changing, "fixed": check_fixed}[name](report, group)
     dist.destroy_process_group()
 
 

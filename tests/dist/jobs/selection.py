@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from pikv_ds.cache.cache import PiKVCache
 from pikv_ds.cache.inspect import CacheProbe
-from pikv_ds.cache.stats import choice_bytes, needed_bytes, partial_bytes
+from pikv_ds.cache.stats import choice_bytes, needed_bytes, partial_bytes, stats
 from pikv_ds.config.pikv import PiKVConfig
 from pikv_ds.ops.build import load
 from pikv_ds.selection.budget import page_budget
@@ -103,6 +103,12 @@ class Side:
         self.lens = [length + n for length, n in zip(self.lens, num_new, strict=True)]
         self.forwards += 1
         return outs
+
+
+def forwards(side: Side) -> list[int] | None:
+    """How many forwards asked all ranks, and how many only those that are read; None: no rank can know."""
+    numbers = stats(side.cache, len(side.rows), max(side.lens))
+    return [numbers["forwards_everywhere"], numbers["forwards_routed"]] if "outline_bytes" in numbers else None
 
 
 def drive(side: Side, own: slice, idle: bool) -> list[torch.Tensor]:
