@@ -18,6 +18,7 @@ CASES = {
     "experts": {"method": "experts", "sink_tokens": 0, "recent_tokens": 1},
     "topk 1 of 4": {"method": "topk", "sink_tokens": 0, "recent_tokens": 0},
     "topk 1 of 4, 4 sinks and 16 recent": {"method": "topk", "sink_tokens": 4, "recent_tokens": 16},
+    "bounds, 1 page": {"method": "bounds", "budget_pages": 1, "sink_tokens": 0, "recent_tokens": 1},
     "bounds 1/16": {"method": "bounds", "budget_ratio": 0.0625, "sink_tokens": 0, "recent_tokens": 1},
 }
 
@@ -38,8 +39,8 @@ def run(args: argparse.Namespace) -> int:
             result = Path(folder) / "rows.json"
             run_ranks("pikv_ds.launch.jobs.exchange", [json.dumps(options), str(result)], ranks)
             rows += [row | {key: options[key] for key in ("rows", "context", "layers", "steps")} for row in json.loads(result.read_text())]
-    shown = ("ranks", "case", "exchange", "read_share", "bytes", "query_bytes", "partial_bytes", "query_and_partial_share", "collectives",
-             "ms", "cpu_ms")  # fmt: skip
+    shown = ("ranks", "case", "exchange", "read_share", "bytes", "query_bytes", "partial_bytes", "news_bytes", "query_and_partial_share",
+             "collectives", "ms", "cpu_ms")  # fmt: skip
     print_table(
         f"Step of {args.layers} layers, {args.rows} requests per rank, 32 query heads, 8 kv heads of 128, bf16, one thread per rank",
         [{key: float(f"{row[key]:.4g}") if isinstance(row[key], float) else row[key] for key in shown} for row in rows],

@@ -20,10 +20,10 @@ GROWING = ("exchange_bytes_sent", "exchange_collectives", "entries_read", "entri
 
 
 class Wire:
-    """What leaves this rank in all-to-alls, as torch is given it: messages of queries and entries, and partials."""
+    """What leaves this rank in all-to-alls, as torch is given it: messages of queries and entries, and partials, with news of pages."""
 
     def __init__(self) -> None:
-        self.queries = self.entries = self.partial_bytes = 0
+        self.clear()
         self.rank, self._inner = dist.get_rank(), dist.all_to_all_single
         dist.all_to_all_single = self  # of this process, which ends after the benchmark
 
@@ -32,14 +32,18 @@ class Wire:
         for rank, size in enumerate(send):
             if rank != self.rank and block.dtype == torch.uint8:
                 counts = block[begin : begin + 16].view(torch.int32)
-                self.queries, self.entries = self.queries + int(counts[0]), self.entries + int(counts[1])
+                if counts[3]:  # of an answer (pikv_ds/exchange/answers.py)
+                    news = int(counts[0] * counts[1])
+                    self.news_bytes, self.partial_bytes = self.news_bytes + news, self.partial_bytes + size - news
+                else:
+                    self.queries, self.entries = self.queries + int(counts[0]), self.entries + int(counts[1])
             elif rank != self.rank:
                 self.partial_bytes += size * block[:1].nbytes
             begin += size
         return self._inner(received, block, receive, send, **more)
 
     def clear(self) -> None:
-        self.queries = self.entries = self.partial_bytes = 0
+        self.queries = self.entries = self.partial_bytes = self.news_bytes = 0
 
 
 class Side:
@@ -107,11 +111,12 @@ def measure(options: dict, case: dict, group, wire: Wire) -> list[dict]:
             grown = {name: after[name] - before[name] for name in GROWING}
             query, others = HEADS * GROUP * DIM * 2, dist.get_world_size() - 1
             queries = others * options["rows"] * options["layers"] * query
-            if way == "routed":  # a query, its token and the shards that it reads
-                queries = wire.queries * (query + 4 + (4 if case["method"] != "bounds" else 0))
+            if way == "routed":  # a query, its token and the shards that it reads; a head of it, its place and the key of its last page
+                queries = wire.queries * (query + 4 + 4 if case["method"] != "bounds" else query // HEADS + 4 + 8)
             seen[way].append(
                 {
                     "ms": 1e3 * wall, "cpu_ms": 1e3 * cpu, "query_bytes": queries, "partial_bytes": wire.partial_bytes,
+                    "news_bytes": wire.news_bytes,
                     "bytes": grown["exchange_bytes_sent"], "collectives": grown["exchange_collectives"],
                     "read": grown["entries_read"], "visible": grown["entries_visible"],
                 }
@@ -125,7 +130,7 @@ def summary(of_ranks: list[list[dict]]) -> dict[str, float]:
     mean = lambda name: sum(own[name] for step in steps for own in step) / len(steps) / len(of_ranks)  # noqa: E731
     slowest = lambda name: sorted(max(own[name] for own in step) for step in steps)  # noqa: E731
     wall = slowest("ms")
-    return {name: mean(name) for name in ("bytes", "query_bytes", "partial_bytes", "collectives")} | {
+    return {name: mean(name) for name in ("bytes", "query_bytes", "partial_bytes", "news_bytes", "collectives")} | {
         "ms": median(wall), "ms_p20": wall[len(wall) // 5], "ms_p80": wall[len(wall) * 4 // 5],
         "cpu_ms": median(sorted(sum(own["cpu_ms"] for own in step) for step in steps)), "read_share": mean("read") / mean("visible"),
     }  # fmt: skip

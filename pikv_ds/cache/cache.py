@@ -203,6 +203,8 @@ class PiKVCache(HostFace):
                 part.settle(None)
         else:
             change = RowChange.of(agreed, lens, parked_lens, self.device)
+            if self.selection is not None and self.selection.routes is not None:
+                self.selection.routes.follow(change)
             with self.pages.parked.joined(change):
                 for part in self.counting:
                     part.settle(change)

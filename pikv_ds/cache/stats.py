@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from pikv_ds import ops
+from pikv_ds.exchange.answers import answer_bytes
 from pikv_ds.exchange.wire import ALIGN, HEADER
 from pikv_ds.ops.build import load
 from pikv_ds.ops.format.kernels import decode_tier
+from pikv_ds.selection.page_news import PLACES
 from pikv_ds.spec import LayerSpec
 
 from .cache import PiKVCache
+from .units import unit_bytes
 
 
 def stats(cache: PiKVCache, dense_rows: int, dense_columns: int) -> dict:
@@ -19,7 +22,8 @@ def stats(cache: PiKVCache, dense_rows: int, dense_columns: int) -> dict:
     Args: dense_rows, dense_columns: the batch and the token columns (padding included) that the ordinary cache would hold on this rank.
     entries_read and entries_visible are None where every query reads everything. ops_passed_over: why a faster implementation of the ops
     does not serve, empty when the preferred one does. attention_kernel: the implementation, on a CPU with its kernel. rebalance_*: only
-    where shards move, see pikv_ds/migration/moves.py; offload_*: only with tiers, see pikv_ds/tiers/offload.py. Sync: reads the device.
+    where shards move, see pikv_ds/migration/moves.py; forwards_routed, forwards_everywhere, outline_bytes: only with a router of pages and
+    routing.exchange "routed"; offload_*: only with tiers, see pikv_ds/tiers/offload.py. Sync: reads the device.
     """
     pages, exchange = cache.pages, cache.exchange
     counters = pages.counters
@@ -56,9 +60,19 @@ def stats(cache: PiKVCache, dense_rows: int, dense_columns: int) -> dict:
         "attention_impl": attention_impl(cache),
         "attention_kernel": load.kernel(cache.device.type),
         "ops_passed_over": load.passed_over(cache.device.type),
+        **_of_routes(cache),
         **_of_moves(cache),
         **({} if cache.offload is None else cache.offload.numbers(cache.pages.all_pools)),
     }
+
+
+def _of_routes(cache: PiKVCache) -> dict[str, int]:
+    """Of queries that could go only to the ranks whose pages they read (routing.exchange "routed"); nothing where none can."""
+    routes = None if cache.selection is None else cache.selection.routes
+    if routes is None:
+        return {}
+    everywhere, routed = routes.forwards
+    return {"forwards_routed": routed, "forwards_everywhere": everywhere, "outline_bytes": routes.nbytes}
 
 
 def _of_moves(cache: PiKVCache) -> dict[str, int | float]:
@@ -137,6 +151,22 @@ def routed_bytes(
     queries = [num_q_heads * q_dim * itemsize, num_shards]
     entries = [width for width in (spec.num_kv_heads * d * itemsize for d in (spec.k_dim, spec.stored_v_dim)) if width]
     return ops.route_bytes([4] * ids, [(num_queries, queries), (num_entries, entries)], num_tokens)
+
+
+def routed_pages_bytes(
+    num_tokens: int, num_units: int, num_entries: int, num_q_heads: int, num_kv_heads: int, spec: LayerSpec, q_dim: int, itemsize: int
+) -> int:
+    """The same with a router of pages that kv heads choose for themselves, in a decode step whose queries go only to the ranks that they
+    read. num_units: pairs of a query and a kv head that read something on the other rank; each brings the key of its last page."""
+    units = [num_q_heads // num_kv_heads * q_dim * itemsize, 8]
+    entries = [width for width in (spec.num_kv_heads * d * itemsize for d in (spec.k_dim, spec.stored_v_dim)) if width]
+    return ops.route_bytes([unit_bytes(num_kv_heads)], [(num_units, units), (num_entries, entries)], num_tokens * num_kv_heads)
+
+
+def answered_bytes(num_units: int, num_news: int, q_heads_per_unit: int, v_dim: int, summary_bytes: int) -> int:
+    """Bytes of one message of the second collective with routing.exchange "routed" and a router of pages: partials of num_units, and
+    num_news pages (or blocks) that the other rank is told of, summary_bytes each and where they lie."""
+    return answer_bytes(num_units, partial_bytes(1, q_heads_per_unit, v_dim), num_news, 4 * PLACES + summary_bytes)
 
 
 def choice_bytes(num_queries: int, num_kv_heads: int, width: int) -> int:

@@ -1,13 +1,14 @@
-"""What watchers of a layer's pages are told. Four events, synchronous; columns and rows move by themselves and need none.
+"""What watchers of a layer's pages are told. Five events, synchronous; columns and rows move by themselves and need none.
 
 | event | when | who listens |
 |---|---|---|
 | `wrote` | entries were stored; in the step, so nothing may be read back to the host | a router |
 | `rebuilt` | pages hold other numbers: they came from another pool, or their keys have another basis | a router, the shares of attention |
 | `moved` | pages have other ids, or a fork got a copy; contents are the same | what names pages from outside |
+| `dropped` | a budget takes pages, of whatever rank | who knows of pages on other ranks |
 | `freed` | nobody names a page any more | what names pages from outside |
 
-A watcher may not change pages. The last three are told in the host phase, between forwards.
+A watcher may not change pages. All but `wrote` are told in the host phase, between forwards.
 """
 
 from __future__ import annotations
@@ -95,5 +96,7 @@ class PageEvents:
     """(layer, forward, keys [N, H, D] as the layer is given them, where they went)."""
     rebuilt: tuple[Callable[[PageChange], None], ...] = ()
     moved: tuple[Callable[[PageMove], None], ...] = ()
+    dropped: tuple[Callable[[int, Tensor], None], ...] = ()
+    """(layer, [R, S, C] bool pages of the shards of all ranks that leave)."""
     freed: tuple[Callable[[int, Tensor], None], ...] = ()
     """(level of the pool, [n] int64 page ids)."""

@@ -96,6 +96,8 @@ class Retention:
             for pool, own in pages.by_pool(self.pages.map.own(gone, 1, self.pages.heads)):
                 self.pages.counters.evict(drop(pool, own))
             self.pages.directory.evict(pages.layer, gone.sum(-1) * self.pages.page_size)
+            for tell in self.pages.layers[pages.layer].events.dropped:
+                tell(pages.layer, gone)
         self.pages.note_eviction(lens)
         return True
 

@@ -126,6 +126,13 @@ class Router(ABC):
 
     by_page: ClassVar[bool] = False
     """True: what `wrote` keeps follows from the entries of each page alone, so that a rank need not be told of those of other ranks."""
+    by_summary: ClassVar[bool] = False
+    """True: a score follows from the query and from what is known of a page besides its entries (its place, its summaries), so whoever has
+    a copy of that can choose: the rank of the query, for pages on any rank (selection/outline.py)."""
+
+    by_head: ClassVar[bool] = False
+    """With `by_summary`: True where kv heads have scores of their own, False where a page has one for all."""
+
     by_block: ClassVar[bool] = False
     """True: it scores blocks of pages as well (`routing.block_size`)."""
     whole_forwards: ClassVar[bool] = False

@@ -25,7 +25,7 @@ class PageBounds(Router):
     Source: Quest, arXiv 2406.10774, section 3.3; spread and mean are ours.
     """
 
-    summarises = by_page = by_block = True
+    summarises = by_page = by_summary = by_head = by_block = True
 
     def __init__(
         self, *, spread: float = 0.4, heads: Literal["mean", "max"] = "mean", metadata: Literal["fp32", "bf16", "fp16", "int8"] = "bf16"

@@ -12,7 +12,7 @@ class RandomPages(Router):
     score = hash of (seed, layer, query position, position of the page's first entry), the same on any number of ranks.
     """
 
-    by_block = True
+    by_summary = by_block = True
 
     def __init__(self, *, seed: int = 0) -> None:
         self.seed = seed

@@ -12,7 +12,7 @@ class SinksRecent(Router):
     Source: StreamingLLM's window, arXiv 2309.17453.
     """
 
-    by_block = True
+    by_summary = by_block = True
 
     def score(self, asked: PageQuery) -> Tensor:
         return asked.last.flatten(0, 1).unsqueeze(1).float()

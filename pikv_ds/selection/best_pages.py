@@ -6,12 +6,12 @@ Q queries, S local shards, C table columns, H kv heads (1 = the same pages for a
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from pikv_ds.exchange.exchange import Exchange
-from pikv_ds.placement.shard_map import ShardMap
 from pikv_ds.staging import sent
 
 from .found import Choice
@@ -20,7 +20,27 @@ PINNED = 0x7F800000  # upper half of the key of a page that must be read: that o
 HIDDEN = ~0x7F800000 << 32 | 0xFFFFFFFF  # highest key of a page that must not be read: that of -inf
 
 
-def page_keys(score: Tensor, hidden: Tensor, pinned: Tensor, shard_map: ShardMap) -> Tensor:
+class Shards(Protocol):
+    """Which shards the columns of keys belong to: those of a rank (ShardMap), or all (AllShards)."""
+
+    @property
+    def local(self) -> tuple[int, ...]:
+        """Global numbers, ascending."""
+
+    @property
+    def num_shards(self) -> int: ...
+
+
+class AllShards(NamedTuple):
+    local: tuple[int, ...]
+    num_shards: int
+
+    @classmethod
+    def of(cls, num_shards: int) -> AllShards:
+        return cls(tuple(range(num_shards)), num_shards)
+
+
+def page_keys(score: Tensor, hidden: Tensor, pinned: Tensor, shard_map: Shards) -> Tensor:
     """Order pages by (pinned, score, lower shard, lower column): total, and the same however the shards lie on ranks.
 
     Args: score [Q, S, 1 or H, C] f32 below +inf; hidden, pinned [Q, S, C] bool of the local shards.
@@ -54,26 +74,47 @@ def best_pages(keys: Tensor, budget: Tensor | None, width: int, num_local: int, 
     local, index = keys.topk(min(width, keys.shape[-1]))
     best, last, top = local, None, None
     if exchange.size > 1:
-        own = torch.nn.functional.pad(local, (0, width - local.shape[-1]), value=HIDDEN)
-        gathered = exchange.all_gather(own.contiguous(), what)
+        gathered = exchange.all_gather(_filled(local, width).contiguous(), what)
         top = gathered[..., 0]  # [G, Q, H], the best key of each rank
         best = gathered.permute(1, 2, 0, 3).flatten(2).topk(width).values
-    chosen = local > HIDDEN
-    if budget is not None:
-        num_pinned = (best >> 32 == PINNED).sum(-1)
-        wanted = torch.maximum(budget.unsqueeze(-1), num_pinned).clamp(1, best.shape[-1])
-        last = best.gather(-1, (wanted - 1).unsqueeze(-1))
-    elif exchange.size > 1:
-        last = best[..., -1:]
-    if last is not None:
-        chosen &= local >= last
+    if budget is not None or exchange.size > 1:
+        last = last_key(best, budget)
     readers = None if top is None else (top > HIDDEN) & (top >= last.squeeze(-1))
+    return Choice(columns_from(local, index, last, num_local, keys.shape[-1] // num_local), readers)
+
+
+def last_of_all(keys: Tensor, budget: Tensor | None, width: int) -> Tensor:
+    """[Q, H, 1] int64: the key of the last page that `best_pages` would choose, from keys of the shards of all ranks. Sync: none."""
+    return last_key(_filled(keys.topk(min(width, keys.shape[-1])).values, width), budget)
+
+
+def best_from(keys: Tensor, last: Tensor, width: int, num_local: int) -> Tensor:
+    """What `best_pages` chooses of the local shards, where it is known of which key on: last [Q, H, 1] int64. Sync: none."""
+    local, index = keys.topk(min(width, keys.shape[-1]))
+    return columns_from(local, index, last, num_local, keys.shape[-1] // num_local)
+
+
+def last_key(best: Tensor, budget: Tensor | None) -> Tensor:
+    """best [Q, H, width], the highest keys of all ranks, descending: the last of them that is chosen, [Q, H, 1]."""
+    if budget is None:
+        return best[..., -1:]
+    num_pinned = (best >> 32 == PINNED).sum(-1)
+    wanted = torch.maximum(budget.unsqueeze(-1), num_pinned).clamp(1, best.shape[-1])
+    return best.gather(-1, (wanted - 1).unsqueeze(-1))
+
+
+def columns_from(local: Tensor, index: Tensor, last: Tensor | None, num_local: int, columns: int) -> Tensor:
+    """The columns of keys from `last` on: local and index [Q, H, K] as topk gives them -> [Q * S, H, K] int32, -1 = none."""
+    chosen = local > HIDDEN if last is None else (local > HIDDEN) & (local >= last)
     if num_local == 1:
-        return Choice(torch.where(chosen, index, -1).to(torch.int32), readers)
-    columns = keys.shape[-1] // num_local
-    shard = torch.arange(num_local, device=index.device).view(1, -1, 1, 1)
-    here = chosen.unsqueeze(1) & (index.div(max(columns, 1), rounding_mode="floor").unsqueeze(1) == shard)
-    return Choice(torch.where(here, index.unsqueeze(1) % max(columns, 1), -1).to(torch.int32).flatten(0, 1), readers)
+        return torch.where(chosen, index, -1).to(torch.int32)
+    shard, columns = torch.arange(num_local, device=index.device).view(1, -1, 1, 1), max(columns, 1)
+    here = chosen.unsqueeze(1) & (index.div(columns, rounding_mode="floor").unsqueeze(1) == shard)
+    return torch.where(here, index.unsqueeze(1) % columns, -1).to(torch.int32).flatten(0, 1)
+
+
+def _filled(keys: Tensor, width: int) -> Tensor:
+    return torch.nn.functional.pad(keys, (0, width - keys.shape[-1]), value=HIDDEN)
 
 
 def listed_pages(keys: Tensor, num_local: int) -> Tensor:

@@ -43,6 +43,19 @@ def extent_of(pool: PagePool, table: Tensor, lens: Tensor, at: Tensor, config: R
         if pool.blocks > 1:
             page, offset = page // pool.blocks, page % pool.blocks * block_size
         first, last = held[page, offset], held[page, (entries - 1).clamp_min(0) + offset]
+    return _seen(entries, visible, first, last, at, config, window)
+
+
+def extent_from(
+    first: Tensor, last: Tensor, lens: Tensor, at: Tensor, block_size: int, config: RoutingConfig, window: int | None
+) -> Extent:
+    """The same from positions [Q, S, C] that are known without the pages; lens [Q, S, 1] int32. Sync: none."""
+    begin = torch.arange(first.shape[-1], device=first.device, dtype=torch.int32) * block_size
+    entries = (lens - begin).clamp_(0, block_size)
+    return _seen(entries, entries > 0, first, last, at, config, window)
+
+
+def _seen(entries: Tensor, visible: Tensor, first: Tensor, last: Tensor, at: Tensor, config: RoutingConfig, window: int | None) -> Extent:
     if window is not None:
         visible = visible & (last > at - window)
         entries = torch.where(visible, entries, 0)

@@ -14,6 +14,8 @@ from pikv_ds.pages.undoing import WAITING
 from pikv_ds.routers.base import Router
 from pikv_ds.step.step import Step
 
+from .page_routes import PageRoutes
+
 
 class RouterNews:
     """Owns the entries that a router is not told of yet; borrows router and pages, and listens to their events.
@@ -22,8 +24,9 @@ class RouterNews:
     until the next one begins (pages/undoing.py).
     """
 
-    def __init__(self, router: Router, pages: RankPages) -> None:
-        self.router, self.pages = router, pages
+    def __init__(self, router: Router, pages: RankPages, routes: PageRoutes | None) -> None:
+        """routes: told of what the router has been told of; None: nobody asks."""
+        self.router, self.pages, self.routes = router, pages, routes
         self._waiting: list[tuple[int, NewEntries]] = []
         self._tentative: list[tuple[int, NewEntries]] = []
         for layer in pages.layers:
@@ -35,10 +38,15 @@ class RouterNews:
         """The pools are new and empty. Host phase."""
         self._waiting.clear()
         self._tentative.clear()
+        summaries: dict[str, None] = {}
         for layer in self.pages.layers:
             pool, others = layer.routed, len(layer.routed.summaries)
+            before = set(pool.summaries)
             self.router.open(layer.index, pool, self.pages.num_shards, self.pages.rows)
             assert len(pool.summaries) == others or self.router.summarises, f"router {self.router.name!r} adds summaries: declare it"
+            summaries |= dict.fromkeys(name for name in pool.summaries if name not in before)
+        if self.routes is not None:
+            self.routes.start(tuple(summaries))
 
     def wrote(self, layer: int, step: Step, k: Tensor, written: Written) -> None:
         """Entries of a layer were stored: those that queries of their own forward must not see wait until these have been answered."""
@@ -112,6 +120,8 @@ class RouterNews:
 
     def _report(self, layer: int, new: NewEntries) -> None:
         self.router.wrote(layer, self.pages.layers[layer].routed, new)
+        if self.routes is not None:
+            self.routes.wrote(layer, new)
 
 
 def last_columns(step: Step, columns: int) -> Tensor:

@@ -36,7 +36,7 @@ def tell_own(selection: Selection, step: Step, layer: int, k: Tensor, valid: Ten
 
 def check_unwatched(selection: Selection) -> None:
     """Raises: UnsupportedError where somebody wants to see whole choices, or what they leave out."""
-    if selection.measures_mass or selection.onlookers:
+    if selection.watched:
         raise UnsupportedError(
             "pikv.routing.exchange = 'routed' reads on the ranks that hold a query's pages alone, so nobody sees a whole choice and what "
             "was left out is not known; measure with exchange 'all', which reads the same pages"

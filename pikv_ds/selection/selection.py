@@ -28,6 +28,7 @@ from .budget import Budget, NearPages, page_budget
 from .extent import entries_beside, extent_of
 from .found import Beside, Choice, Found
 from .news import RouterNews
+from .page_routes import PageRoutes
 from .returns import readers_of_shards
 
 Counted = tuple[Tensor, Tensor, Tensor]
@@ -56,7 +57,10 @@ class Selection:
         self.measures_mass = False
         self._uncounted: list[tuple[Counted, Tensor]] = []  # page lists of the running forward
         self.onlookers: tuple[Callable[[PageQuery, Tensor], None], ...] = ()  # shown every choice before it is read: tests, evaluation
-        self.news = RouterNews(router, pages)
+        self.routes: PageRoutes | None = None  # None: no rank knows which pages of other ranks its queries read
+        if PageRoutes.serves(router, config, pages, exchange):
+            self.routes = PageRoutes(router, config, pages, exchange)
+        self.news = RouterNews(router, pages, self.routes)
         self.undoing: Undoing | None = None  # None: the router keeps nothing that a crop could take back
         if router.learns:
             self.undoing = Undoing(pages.rows, "router", f"pikv.routing.method = {router.name!r}")
@@ -108,6 +112,11 @@ class Selection:
                 memory.settle(kept)
 
     @property
+    def watched(self) -> bool:
+        """Whether somebody wants to see whole choices, or what they leave out."""
+        return self.measures_mass or bool(self.onlookers)
+
+    @property
     def waiting(self) -> list[Tensor]:
         """What waits for it."""
         return self.news.waiting + [x for memory in self.router.memories for x in memory.waiting]
@@ -115,7 +124,7 @@ class Selection:
     @property
     def metadata_nbytes(self) -> int:
         """Bytes of the counters and of what waits; what the router keeps is counted with pages and rows."""
-        return self.entries.nbytes + self.mass.nbytes + held_nbytes(self.waiting)
+        return self.entries.nbytes + self.mass.nbytes + held_nbytes(self.waiting) + (0 if self.routes is None else self.routes.nbytes)
 
     def read(
         self,
@@ -182,13 +191,13 @@ class Selection:
             score = torch.nn.functional.pad(score, (0, near.shape[-1]))
             hidden, pinned = torch.cat([hidden, near == 0], -1), torch.cat([pinned, near > 0], -1)
         if self.blocks > 1 and near is None and num_local == 1 and self.exchange.size == 1:
-            pages, width = self._budget_of(step, asked, num_queries)
+            pages, width = self.budget_of(step, asked)
             return Choice(ops.choose_pages(score.squeeze(1), hidden.squeeze(1), pinned.squeeze(1), pages, width))
         keys, needed = page_keys(score, hidden, pinned, self.pages.map), self.returns_needed(step)
         if named is not None:
             choice = Choice(listed_pages(keys, num_local), readers_of_shards(named, asked, self.config) if needed else None)
         else:
-            pages, width = self._budget_of(step, asked, num_queries)
+            pages, width = self.budget_of(step, asked)
             what = f"choosing the pages of layer {asked.layer} over all ranks"
             choice = best_pages(keys, pages, width, num_local, self.exchange, what)
             if choice.readers is not None and not needed:
@@ -257,15 +266,15 @@ class Selection:
         )  # fmt: skip
         return asked, key
 
-    def _budget_of(self, step: Step, asked: PageQuery, num_queries: int) -> tuple[Tensor | None, int]:
+    def budget_of(self, step: Step, asked: PageQuery) -> tuple[Tensor | None, int]:
         """Of each query, [Q] int64 or None, and the width: selection/budget.py."""
-        pages, width = self._budget(step, asked.layer)
+        (pages, width), num_queries = self.budget(step, asked.layer), asked.positions.numel()
         if pages is not None:
             each = num_queries // (asked.rows.stop - asked.rows.start)
             pages = pages[asked.rows].repeat_interleave(each, output_size=num_queries)
         return pages, width
 
-    def _budget(self, step: Step, layer: int) -> Budget:
+    def budget(self, step: Step, layer: int) -> Budget:
         """Once per forward and window."""
         spec, near = self.pages.specs[layer], self.window if len(self.pages.layers[layer].pools) > 1 else None
 

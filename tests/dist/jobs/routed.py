@@ -11,10 +11,12 @@ import torch.distributed as dist
 from pikv_ds.cache.stats import partial_bytes, routed_bytes
 from pikv_ds.launch.jobs.exchange import Wire
 from pikv_ds.ops.build import load
+from pikv_ds.routers import ROUTERS
 from tests.dist.jobs.report import Report
-from tests.dist.jobs.selection import DIM, HEADS, LAYERS, SHARDS, Side, drive
+from tests.dist.jobs.selection import DIM, HEADS, LAYERS, SHARDS, Side, drive, forwards
 from tests.long_form import LONG
 
+BY_SUMMARY = [name for name, router in ROUTERS.items() if router.by_summary]
 ROOMY = {"capacity_tokens": 4096}  # nothing spills, so that no rank needs the ids of the others first
 STORAGES = {"roomy": ROOMY, "spilling": {}, "late": ROOMY | {"expert_ids": "true"}}
 
@@ -43,6 +45,8 @@ def check_same_answers(report: Report, name: str, storage: str, group) -> None:
         dist.all_reduce(counts, group=group)
         assert torch.equal(counts[0], counts[1]), counts  # entries read and visible, over all ranks
         assert counts[0, 0] < counts[0, 1], counts
+        row["forwards"] = forwards(sides["routed"])  # five decode steps end it; the first brings news
+        assert row["forwards"] == ([5, 4] if name in BY_SUMMARY else None), row
         row |= {"bytes": {exchange: side.cache.exchange.bytes_sent for exchange, side in sides.items()}}
 
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from pikv_ds.cache.cache import PiKVCache
 from pikv_ds.cache.inspect import CacheProbe
-from pikv_ds.cache.stats import choice_bytes, needed_bytes, partial_bytes
+from pikv_ds.cache.stats import choice_bytes, needed_bytes, partial_bytes, stats
 from pikv_ds.config.pikv import PiKVConfig
 from pikv_ds.ops.build import load
 from pikv_ds.selection.budget import page_budget
@@ -36,16 +36,23 @@ class Side:
 
     def __init__(
         self, name: str, requests: str, rows: list[int], group, compression: dict | None = None, *, layers=LAYERS, storage=None,
-        timeout_s: float = 300, **more,
+        timeout_s: float = 300, page_size: int = 4, scheduling: dict | None = None, **more,
     ) -> None:  # fmt: skip
         self.layers = layers
         method = routing(name, Path(FOLDER.name), layers=len(layers), shards=SHARDS, query_width=HEADS * DIM, **more)
-        block = {"page_size": 4, "routing": method, "storage": {"num_shards": SHARDS, "requests": requests} | (storage or {})}
+        block = {
+            "page_size": page_size,
+            "scheduling": scheduling or {},
+            "routing": method,
+            "storage": {"num_shards": SHARDS, "requests": requests} | (storage or {}),
+        }
         block |= {"compression": compression or {}, "timeout_s": timeout_s}
         self.cache = PiKVCache(
             layers, PiKVConfig(**block), num_experts=EXPERTS, dtype=torch.float32, device=torch.device("cpu"), group=group
         )
         self.rows, self.lens, self.forwards, self.chosen = rows, [0] * len(rows), 0, {}
+        self.parent: list[int] = []  # of the next forward; empty: rows go on
+        self.cropped = False
         self.probe = CacheProbe(self.cache)
 
         def look(asked, page_list):
@@ -57,18 +64,28 @@ class Side:
                 if asked.positions[query] >= 0:
                     self.chosen.setdefault(key, set()).add(place)
 
-        if method.get("exchange") != "routed" or self.probe.router.budgeted:  # else nobody sees a whole choice
+        if method.get("exchange") != "routed":  # then nobody sees a whole choice
             self.probe.on_choice(look)
+
+    def fork(self, parent: list[int]) -> None:
+        """In the next forward row i continues what is row parent[i] now."""
+        self.parent, self.lens = parent, [self.lens[i] for i in parent]
+
+    def crop(self, tokens: int) -> None:
+        """The next forward takes back so many of every row."""
+        self.lens, self.cropped = [n - tokens for n in self.lens], True
 
     def forward(self, columns: int, num_new: list[int]) -> list[torch.Tensor]:
         """Outputs over stored entries, per layer [B, T, HEADS, DIM]."""
         fresh, count = self.forwards == 0, len(self.rows)
+        parent, self.parent = self.parent or list(range(count)), []
         index = torch.arange(columns) - columns
         positions = torch.stack([torch.where(index >= -n, length + index + n, -1) for length, n in zip(self.lens, num_new, strict=True)])
         self.cache.begin_step(
             LocalStep(
-                num_rows=count, num_columns=columns, num_new=num_new, parent=[-1] * count if fresh else list(range(count)),
-                keep=list(self.lens), positions=positions.to(torch.int32), digest=self.forwards, identity=not fresh, fresh=fresh,
+                num_rows=count, num_columns=columns, num_new=num_new, parent=[-1] * count if fresh else parent,
+                keep=list(self.lens), positions=positions.to(torch.int32), digest=self.forwards, fresh=fresh,
+                identity=not fresh and parent == list(range(count)) and not self.cropped,
             )
         )  # fmt: skip
         outs = []
@@ -82,9 +99,16 @@ class Side:
             partial = self.cache.attend(layer, q, k, v, scale=0.25, v_dim=DIM, expert_ids=ids.flatten())
             outs.append(partial.out.masked_fill((positions < 0)[..., None, None], 0))
         self.cache.end_step()
+        self.cropped = False
         self.lens = [length + n for length, n in zip(self.lens, num_new, strict=True)]
         self.forwards += 1
         return outs
+
+
+def forwards(side: Side) -> list[int] | None:
+    """How many forwards asked all ranks, and how many only those that are read; None: no rank can know."""
+    numbers = stats(side.cache, len(side.rows), max(side.lens))
+    return [numbers["forwards_everywhere"], numbers["forwards_routed"]] if "outline_bytes" in numbers else None
 
 
 def drive(side: Side, own: slice, idle: bool) -> list[torch.Tensor]:
