@@ -17,6 +17,7 @@ from .assign_slots import assign_slots
 from .checksum import checksum
 from .choose_pages import choose_pages
 from .decode import decode
+from .gather_sections import gather_sections
 from .merge import merge
 from .migrate import migrate
 from .pack import pack, record_layout, unpack
@@ -24,9 +25,13 @@ from .page_bounds import page_bounds
 from .page_score import page_score
 from .prefill_cached import prefill_cached
 from .route import route_bytes, route_merge, route_pack, route_unpack
+from .stage import Staged, Staging, stage
+from .stage_ahead import stage_ahead
 
 __all__ = [
     "PageFormat",
+    "Staged",
+    "Staging",
     "add_sink",
     "append",
     "assign_slots",
@@ -35,6 +40,7 @@ __all__ = [
     "choose_pages",
     "decode",
     "decode_pages",
+    "gather_sections",
     "merge",
     "merge_partials",
     "migrate",
@@ -52,6 +58,8 @@ __all__ = [
     "route_pack",
     "route_unpack",
     "sdpa_lse",
+    "stage",
+    "stage_ahead",
     "unpack",
     "unregister",
     "views",

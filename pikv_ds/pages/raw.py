@@ -19,6 +19,7 @@ class RawReader:
     """The pages.view.PageReader of a pool whose numbers are read as they are: of keys, or of coefficients that queries are folded to."""
 
     rebuilds = False
+    table_per_head = True
 
     def __init__(self, pool: PagePool) -> None:
         self.pool, self.k_dim = pool, pool.fmt.k_dim

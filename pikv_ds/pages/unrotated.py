@@ -42,6 +42,7 @@ class UnrotatedReader:
     """The pages.view.PageReader of a pool of coefficients of un-rotated keys."""
 
     rebuilds = True
+    table_per_head = False
     softcap: float | None = None
     """Scores are bounded by it (pages/capped.py)."""
 

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pikv_ds import ops
 from pikv_ds.errors import CapacityError
 
 from .file_io import FILE_IO
@@ -79,6 +80,13 @@ class FileStore:
         order = torch.argsort(slots)  # neighbours are read at once
         records = self.file.read([self._pages[slot] for slot in slots[order].tolist()])
         out.index_copy_(0, ids[order].to(torch.int64), torch.from_numpy(np.ascontiguousarray(records)))
+
+    def read_sections(self, slots: Tensor, coming: Tensor, out: Tensor, first: int, section_bytes: int) -> None:
+        pages, which = torch.unique(coming[:, 0], return_inverse=True)
+        records = torch.empty(len(pages), self.record_bytes, dtype=torch.uint8)
+        self.read(slots[pages], records, torch.arange(len(pages)))
+        coming = torch.stack([which, coming[:, 1], coming[:, 2]], 1)
+        ops.gather_sections(out, [records], torch.arange(len(pages)), coming, begins=[0], first=first, section_bytes=section_bytes)
 
     def release(self, slots: Tensor) -> None:
         gone = slots.tolist()
