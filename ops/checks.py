@@ -229,6 +229,19 @@ def gather_sections(target, source, records, coming, begins, first: int, section
         require(0 <= section < bytes_ // section_bytes, f"coming names section {section} of {bytes_ // section_bytes}")
 
 
+def pieces(name: str, memory: Tensor | None, at: Tensor, count: int, size: int) -> None:
+    """memory None: offsets in a file."""
+    require(size >= 0, f"size must be 0 or more, got {size}")
+    if memory is not None:
+        require(memory.dtype == torch.uint8 and memory.is_contiguous(),
+                f"memory must be contiguous uint8, got {memory.dtype} {list(memory.shape)}")  # fmt: skip
+    require(at.dtype == torch.int64 and tuple(at.shape) == (count,) and at.is_contiguous(),
+            f"{name} must be contiguous int64 [{count}], got {at.dtype} {list(at.shape)}")  # fmt: skip
+    end = 2**63 - 1 if memory is None else memory.numel()
+    for byte in at[(at < 0) | (at > end - size)].tolist()[:1]:
+        require(False, f"{name} has byte {byte}: {size} bytes from there are not in the {end} of memory")
+
+
 def _near_and_far(block_table: Tensor) -> None:
     require(block_table.dtype == torch.int32 and block_table.dim() == 3 and block_table.shape[1] == 1 and block_table.is_contiguous(),
             f"block_table must be contiguous int32 [N, 1, columns], got {block_table.dtype} {list(block_table.shape)}")  # fmt: skip

@@ -27,6 +27,7 @@ from .reference import append as ref_append
 from .reference import attend as ref_attend
 from .reference import bounds as ref_bounds
 from .reference import choose as ref_choose
+from .reference import crc as ref_crc
 from .reference import pack as ref_pack
 from .reference import pages as ref_pages
 from .reference import route as ref_route
@@ -63,7 +64,10 @@ CPU_SCHEMAS = {
     "stage": f"(Tensor block_table, Tensor page_list, {_STAGING}, int num_near, int clock) -> "
     "(Tensor table, Tensor listed, Tensor left, Tensor coming, Tensor counts)",
     "stage_ahead": f"(Tensor score, Tensor hidden, Tensor block_table, {_STAGING}, int clock, int most) -> (Tensor coming, Tensor count)",
-    "gather_sections": "(Tensor(a!) target, Tensor[] source, Tensor records, Tensor coming, int[] begins, int first, int section_bytes) -> ()",
+    "gather_sections": "(Tensor(a!) target, Tensor[] source, Tensor records, Tensor coming, int[] begins, int first, "
+    "int section_bytes) -> ()",
+    "crc32": "(Tensor memory, Tensor at, Tensor? seeds, int size) -> Tensor",
+    "read_file": "(Tensor(a!) memory, Tensor to, Tensor at, int file, int size) -> Tensor",
 }
 """Compiled for the CPU only; elsewhere the reference runs, which does not wait for a device either."""
 
@@ -173,6 +177,8 @@ _REFERENCE = {
     "stage": ref_stage.stage,
     "stage_ahead": ref_stage.stage_ahead,
     "gather_sections": ref_stage.gather_sections,
+    "crc32": ref_crc.crc32,
+    "read_file": ref_crc.read_file,
     "pack": ref_pack.pack,
     "unpack": ref_pack.unpack,
     "assign_slots": ref_slots.assign_slots,
@@ -196,6 +202,8 @@ _FAKE = {
     "stage": _fake_stage,
     "stage_ahead": lambda score, hidden, table, slot, held, *rest: (held.new_empty(held.numel(), 3), held.new_empty(1)),
     "gather_sections": lambda *args: None,
+    "crc32": lambda memory, at, *rest: at.new_empty(at.shape),
+    "read_file": lambda memory, to, *rest: to.new_empty(to.shape),
     "pack": lambda *args: None,
     "unpack": lambda *args: None,
     "assign_slots": _fake_assign_slots,

@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+from torch import Tensor
+
+from pikv_ds import ops
 
 
 class FileIO(Protocol):
@@ -23,6 +26,10 @@ class FileIO(Protocol):
     def read(self, at: Sequence[int], stride: int) -> Sequence[np.ndarray]:
         """n blocks of `stride` bytes, uint8, from byte offsets `at`; shorter ones where the file ends."""
 
+    def read_parts(self, at: Tensor, size: int, memory: Tensor, to: Tensor) -> Tensor:
+        """`size` bytes from each byte offset `at` [n] int64 into memory, uint8, at byte offsets `to` [n] int64: their CRC-32 [n] int64, -1
+        where the file ends before (that memory then holds anything)."""
+
     def sync(self) -> None:
         """What was written is on the disk."""
 
@@ -30,7 +37,7 @@ class FileIO(Protocol):
 
 
 class ThreadIO:
-    """pread and pwrite of whole runs of neighbouring blocks, in the thread that asks: the store's own, while a step goes on."""
+    """pread and pwrite in the thread that asks; of many parts, in as many threads as torch has."""
 
     def __init__(self) -> None:
         self._file, self.close = -1, lambda: None
@@ -59,6 +66,9 @@ class ThreadIO:
             data = data[: len(data) - len(rest)]
             found += [data[i * stride : (i + 1) * stride] for i in range(end - begin)]
         return found
+
+    def read_parts(self, at: Tensor, size: int, memory: Tensor, to: Tensor) -> Tensor:
+        return ops.read_file(memory, to, at, file=self._file, size=size)
 
     def sync(self) -> None:
         os.fdatasync(self._file)

@@ -10,6 +10,7 @@ import torch
 from pikv_ds.blueprint.blueprint import Blueprint
 from pikv_ds.config.blocks import Blocks
 from pikv_ds.errors import UnsupportedError
+from pikv_ds.ops import PageFormat
 from pikv_ds.pages.far import FarStore, LayerTier
 from pikv_ds.pages.pool import PagePool
 from pikv_ds.pages.tiered import TieredPool
@@ -36,7 +37,7 @@ class Offload:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="pikv-offload")
         self.tiers = {
             i: LayerTier(
-                num_near=self.sizes.num_near, num_staged=self.sizes.num_staged, store=self._store(i, plan.pools[0].fmt.record_bytes),
+                num_near=self.sizes.num_near, num_staged=self.sizes.num_staged, store=self._store(i, plan.pools[0].fmt),
                 thread=self._thread, score=None if policy.keeps_all else policy.score, sink_tokens=scheduling.sink_tokens,
                 recent_tokens=scheduling.recent_tokens, by_scores=block.prefetch == "scores",
             )
@@ -44,11 +45,14 @@ class Offload:
             if plan.spec.window is None
         }  # fmt: skip
 
-    def _store(self, layer: int, record_bytes: int) -> FarStore:
-        host = HostStore(record_bytes, self.sizes.num_host)
+    def _store(self, layer: int, fmt: PageFormat) -> FarStore:
+        host = HostStore(fmt.record_bytes, self.sizes.num_host)
         if self._folder is None:
             return host
-        file = FileStore(self._folder.path / f"layer{layer}.pages", record_bytes, self.sizes.num_file, self.block.nvme_io)
+        file = FileStore(
+            self._folder.path / f"layer{layer}.pages", fmt.record_bytes, self.sizes.num_file, self.block.nvme_io,
+            sections=fmt.num_kv_heads, section_bytes=fmt.head.end,
+        )  # fmt: skip
         return TwoStores(host, file) if self.sizes.num_host else file
 
     def numbers(self, pools: Iterable[PagePool]) -> dict[str, int]:

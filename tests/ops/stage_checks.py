@@ -1,7 +1,9 @@
-"""Staging by an implementation against the reference: lives of many calls, whose tables must stay alike, and the bytes that come."""
+"""What tiers ask of the ops: staging against the reference, over many calls whose tables must stay alike; bytes that come; checksums."""
 
 from __future__ import annotations
 
+import tempfile
+import zlib
 from collections.abc import Callable
 
 import torch
@@ -54,6 +56,33 @@ def check_gather(sections: int, op: Callable, device: str) -> float:
     for page, slot, section in coming.tolist():
         expected[2 + slot, section * part : (section + 1) * part] = whole[records[page], section * part : (section + 1) * part]
     assert torch.equal(found, expected)
+    return 0.0
+
+
+def check_crc(size: int, op: Callable, device: str) -> float:
+    """Against zlib, from any address, with a seed and without."""
+    memory = torch.randint(256, (size + 40,), dtype=torch.uint8, generator=torch.Generator().manual_seed(size))
+    at, seeds = torch.tensor([0, 1, 7, 40]), torch.tensor([0, 1, 2**32 - 1, 12345])
+    expected = [zlib.crc32(memory.numpy()[i : i + size], seed) for i, seed in zip(at.tolist(), seeds.tolist(), strict=True)]
+    assert op("crc32")(memory, at, seeds, size).tolist() == expected
+    assert op("crc32")(memory, at, None, size).tolist() == library.REFERENCE["crc32"](memory, at, None, size).tolist()
+    return 0.0
+
+
+def check_read_file(size: int, op: Callable, device: str) -> float:
+    """Pieces in any order; one that is not all there says so, and memory beside them stays."""
+    content = torch.randint(256, (3 * size + 5,), dtype=torch.uint8, generator=torch.Generator().manual_seed(size)).numpy()
+    to, at = torch.tensor([2 * size + 1, 0]), torch.tensor([3, size])
+    with tempfile.TemporaryFile() as file:
+        file.write(content.tobytes())
+        file.flush()
+        found = torch.full((3 * size + 2,), 9, dtype=torch.uint8)
+        crc = op("read_file")(found, to, at, file.fileno(), size)
+        assert crc.tolist() == [zlib.crc32(content[i : i + size]) for i in at.tolist()]
+        for i, j in zip(to.tolist(), at.tolist(), strict=True):
+            assert found[i : i + size].tolist() == content[j : j + size].tolist()
+        assert found[size : 2 * size + 1].tolist() == [9] * (size + 1) and found[-1] == 9
+        assert op("read_file")(found, to, at + 2 * size + 3, file.fileno(), size).tolist()[0] == (-1 if size else 0)
     return 0.0
 
 

@@ -45,7 +45,7 @@ def test_opcheck():
     assert set(result.values()) == {"SUCCESS"}, result
 
 
-@pytest.mark.parametrize("name", ["stage", "stage_ahead", "gather_sections"])
+@pytest.mark.parametrize("name", ["stage", "stage_ahead", "gather_sections", "crc32"])
 def test_opcheck_of_staging(name):
     load.ensure("cpu")
     ids, longs = torch.tensor([[[0, 5, 6]]], dtype=torch.int32), torch.full((2, 3), -1)
@@ -55,6 +55,7 @@ def test_opcheck_of_staging(name):
         "stage_ahead": (torch.randn(1, 2, 3), torch.zeros(1, 3, dtype=torch.bool), ids, *staging, 5, 1, 2),
         "gather_sections": (torch.zeros(4, 8, dtype=torch.uint8), [torch.ones(3, 8, dtype=torch.uint8)], torch.arange(3),
                             torch.tensor([[1, 0, 1]]), [0], 2, 4),
+        "crc32": (torch.zeros(9, dtype=torch.uint8), torch.tensor([1, 2]), None, 4),
     }  # fmt: skip
     result = torch.library.opcheck(getattr(torch.ops.pikv, name), args[name], raise_exception=False)
     assert set(result.values()) == {"SUCCESS"}, result
