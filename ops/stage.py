@@ -29,8 +29,8 @@ class Staged(NamedTuple):
     """[N, X, C] int32 rows of the pool's memory for the columns in `listed`, 0 elsewhere."""
     listed: Tensor
     """page_list without what staging does not hold at once."""
-    left: Tensor
-    """What it does not hold at once, -1 elsewhere: the list of the next call."""
+    left: Tensor | None
+    """What it does not hold at once, -1 elsewhere: the list of the next call. None: nothing, where somebody has looked at counts."""
     coming: Tensor
     """[X * G, 3] int64 (far page, slot, section) of what must be fetched before it is read, -1 behind."""
     counts: Tensor

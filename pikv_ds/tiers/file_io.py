@@ -1,10 +1,11 @@
-"""How blocks of a page file are read and written. `FILE_IO` has the ways by name; adapters add theirs."""
+"""How blocks of a page file are read and written: the contract, threads, and which way serves a name."""
 
 from __future__ import annotations
 
 import os
 import weakref
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Protocol
 
@@ -12,6 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from pikv_ds import ops
+from pikv_ds.errors import UnsupportedError
 
 
 class FileIO(Protocol):
@@ -84,3 +86,26 @@ def runs(at: Sequence[int], stride: int) -> list[tuple[int, int]]:
 
 
 FILE_IO: dict[str, Callable[[], FileIO]] = {"threads": ThreadIO}
+"""By the names of `offload.nvme_io`; what adapters add is there once they have been imported (`served`)."""
+_ADAPTERS = {"async_io": "pikv_ds.adapters.deepspeed.async_io"}
+
+
+def served(name: str) -> str:
+    """The key of FILE_IO that serves offload.nvme_io = name; "auto" is what this machine has, async_io first.
+
+    Raises: UnsupportedError for one that can't be had here.
+    """
+    if name in FILE_IO:
+        return name
+    wanted = "async_io" if name == "auto" else name
+    try:
+        why = import_module(_ADAPTERS[wanted]).refusal()
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("pikv_ds"):
+            raise
+        why = f"it needs {error.name}, which is not installed"
+    if why is None:
+        return wanted
+    if name == "auto":
+        return "threads"
+    raise UnsupportedError(f"pikv.offload.nvme_io = {name!r}: {why}; install it, or set 'threads' or 'auto'")
