@@ -16,25 +16,34 @@ from .append import append
 from .assign_slots import assign_slots
 from .checksum import checksum
 from .choose_pages import choose_pages
+from .crc32 import crc32
 from .decode import decode
+from .gather_sections import gather_sections
 from .merge import merge
 from .migrate import migrate
 from .pack import pack, record_layout, unpack
 from .page_bounds import page_bounds
 from .page_score import page_score
 from .prefill_cached import prefill_cached
+from .read_file import read_file
 from .route import route_bytes, route_merge, route_pack, route_unpack
+from .stage import Staged, Staging, stage
+from .stage_ahead import stage_ahead
 
 __all__ = [
     "PageFormat",
+    "Staged",
+    "Staging",
     "add_sink",
     "append",
     "assign_slots",
     "bounds_shape",
     "checksum",
     "choose_pages",
+    "crc32",
     "decode",
     "decode_pages",
+    "gather_sections",
     "merge",
     "merge_partials",
     "migrate",
@@ -45,6 +54,7 @@ __all__ = [
     "paged_attention",
     "positions",
     "prefill_cached",
+    "read_file",
     "record_layout",
     "register",
     "route_bytes",
@@ -52,6 +62,8 @@ __all__ = [
     "route_pack",
     "route_unpack",
     "sdpa_lse",
+    "stage",
+    "stage_ahead",
     "unpack",
     "unregister",
     "views",

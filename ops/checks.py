@@ -171,6 +171,87 @@ def migrate(target: Tensor, source: Tensor, target_ids: Tensor, source_ids: Tens
     require(target_ids.shape == source_ids.shape, f"target_ids {list(target_ids.shape)} and source_ids {list(source_ids.shape)} differ")
 
 
+def staging(slot: Tensor, held: Tensor, asked: Tensor, ahead: Tensor) -> None:
+    require(slot.dtype == torch.int32 and slot.dim() == 2 and slot.is_contiguous(),
+            f"slot must be contiguous int32 [sections, far pages], got {slot.dtype} {list(slot.shape)}")  # fmt: skip
+    X, G = slot.shape[0], held.shape[1] if held.dim() == 2 else -1
+    for name, x in (("held", held), ("asked", asked)):
+        require(x.dtype == torch.int64 and tuple(x.shape) == (X, G) and x.is_contiguous(),
+                f"{name} must be contiguous int64 [{X}, slots], got {x.dtype} {list(x.shape)}")  # fmt: skip
+    require(ahead.dtype == torch.bool and tuple(ahead.shape) == (X, G) and ahead.is_contiguous(),
+            f"ahead must be contiguous bool [{X}, {G}], got {list(ahead.shape)}")  # fmt: skip
+
+
+def listed(block_table: Tensor, page_list: Tensor, slot: Tensor, first_far: int) -> None:
+    _near_and_far(block_table)
+    N, X = block_table.shape[0], slot.shape[0]
+    require(page_list.dtype == torch.int32 and page_list.dim() == 3 and page_list.shape[0] == N and page_list.is_contiguous()
+            and (X == 1 or page_list.shape[1] == X),
+            f"page_list must be contiguous int32 [{N}, {X}, num_listed], got {page_list.dtype} {list(page_list.shape)}")  # fmt: skip
+    if not page_list.numel():
+        return
+    top = int(page_list.max())
+    require(top < block_table.shape[2], f"page_list names column {top} of a block table with {block_table.shape[2]}")
+    if not block_table.shape[2]:
+        return
+    ids = block_table[:, 0].gather(1, page_list.flatten(1).clamp_min(0).long())[page_list.flatten(1) >= 0]
+    _far_ids(ids, first_far + slot.shape[1])
+
+
+def scored(score: Tensor, hidden: Tensor, block_table: Tensor, slot: Tensor, first_far: int) -> None:
+    _near_and_far(block_table)
+    N, _, C = block_table.shape
+    require(score.dtype == torch.float32 and tuple(score.shape) == (N, slot.shape[0], C) and score.is_contiguous(),
+            f"score must be contiguous float32 [{N}, {slot.shape[0]}, {C}], got {score.dtype} {list(score.shape)}")  # fmt: skip
+    require(hidden.dtype == torch.bool and tuple(hidden.shape) == (N, C) and hidden.is_contiguous(),
+            f"hidden must be contiguous bool [{N}, {C}], got {hidden.dtype} {list(hidden.shape)}")  # fmt: skip
+    _far_ids(block_table[:, 0][~hidden].clamp_min(0), first_far + slot.shape[1])
+
+
+def gather_sections(target, source, records, coming, begins, first: int, section_bytes: int) -> None:
+    require(target.dtype == torch.uint8 and target.dim() == 2 and target.is_contiguous(),
+            "target must be contiguous uint8 [num_pages, record_bytes]")  # fmt: skip
+    bytes_, end = target.shape[1], 0
+    require(1 <= section_bytes <= bytes_, f"section_bytes must be 1 to {bytes_}, got {section_bytes}")
+    require(len(begins) == len(source), f"begins has {len(begins)} numbers for {len(source)} sources")
+    for i, x in enumerate(source):
+        require(x.dtype == torch.uint8 and x.dim() == 2 and x.shape[1] == bytes_ and x.is_contiguous(),
+                f"source {i} must be contiguous uint8 [num_pages, {bytes_}]")  # fmt: skip
+        require(begins[i] == end, f"source {i} begins at record {begins[i]}, the one before ends at {end}")
+        end += len(x)
+    require(records.dtype == torch.int64 and records.dim() == 1 and records.is_contiguous(), "records must be contiguous int64 [far pages]")
+    require(coming.dtype == torch.int64 and coming.dim() == 2 and coming.shape[1] == 3 and coming.is_contiguous(),
+            f"coming must be contiguous int64 [n, 3], got {coming.dtype} {list(coming.shape)}")  # fmt: skip
+    for far, at, section in coming.tolist():
+        there = 0 <= far < len(records) and 0 <= int(records[far]) < end
+        require(there, f"coming names far page {far} of {len(records)}")
+        require(0 <= at < len(target) - first, f"coming names slot {at}, there are {len(target) - first}")
+        require(0 <= section < bytes_ // section_bytes, f"coming names section {section} of {bytes_ // section_bytes}")
+
+
+def pieces(name: str, memory: Tensor | None, at: Tensor, count: int, size: int) -> None:
+    """memory None: offsets in a file."""
+    require(size >= 0, f"size must be 0 or more, got {size}")
+    if memory is not None:
+        require(memory.dtype == torch.uint8 and memory.is_contiguous(),
+                f"memory must be contiguous uint8, got {memory.dtype} {list(memory.shape)}")  # fmt: skip
+    require(at.dtype == torch.int64 and tuple(at.shape) == (count,) and at.is_contiguous(),
+            f"{name} must be contiguous int64 [{count}], got {at.dtype} {list(at.shape)}")  # fmt: skip
+    end = 2**63 - 1 if memory is None else memory.numel()
+    for byte in at[(at < 0) | (at > end - size)].tolist()[:1]:
+        require(False, f"{name} has byte {byte}: {size} bytes from there are not in the {end} of memory")
+
+
+def _near_and_far(block_table: Tensor) -> None:
+    require(block_table.dtype == torch.int32 and block_table.dim() == 3 and block_table.shape[1] == 1 and block_table.is_contiguous(),
+            f"block_table must be contiguous int32 [N, 1, columns], got {block_table.dtype} {list(block_table.shape)}")  # fmt: skip
+
+
+def _far_ids(ids: Tensor, num_pages: int) -> None:
+    for id_ in ids[(ids < 0) | (ids >= num_pages)].tolist()[:1]:
+        require(False, f"block_table names page {id_}, there are {num_pages}")
+
+
 def aligned(name: str, x: Tensor) -> None:
     require(x.data_ptr() % 16 == 0, f"{name} must start on a 16-byte boundary")
 

@@ -27,10 +27,12 @@ from .reference import append as ref_append
 from .reference import attend as ref_attend
 from .reference import bounds as ref_bounds
 from .reference import choose as ref_choose
+from .reference import crc as ref_crc
 from .reference import pack as ref_pack
 from .reference import pages as ref_pages
 from .reference import route as ref_route
 from .reference import slots as ref_slots
+from .reference import stage as ref_stage
 
 _LAYOUT = "int format, int num_kv_heads, int k_dim, int v_dim, int page_size, int group, bool latent"
 _CACHE = "Tensor q, Tensor pages, Tensor block_table, Tensor seqlens"
@@ -56,7 +58,17 @@ SCHEMAS = {
     "route_merge": "(Tensor partials, Tensor need, int[] order, bool dense) -> (Tensor out, Tensor lse)",
 }
 
-CPU_SCHEMAS = {"choose_pages": "(Tensor score, Tensor hidden, Tensor pinned, Tensor? budget, int width) -> Tensor"}
+_STAGING = "Tensor(a!) slot, Tensor(b!) held, Tensor(c!) asked, Tensor(d!) ahead, int first_far"
+CPU_SCHEMAS = {
+    "choose_pages": "(Tensor score, Tensor hidden, Tensor pinned, Tensor? budget, int width) -> Tensor",
+    "stage": f"(Tensor block_table, Tensor page_list, {_STAGING}, int num_near, int clock) -> "
+    "(Tensor table, Tensor listed, Tensor left, Tensor coming, Tensor counts)",
+    "stage_ahead": f"(Tensor score, Tensor hidden, Tensor block_table, {_STAGING}, int clock, int most) -> (Tensor coming, Tensor count)",
+    "gather_sections": "(Tensor(a!) target, Tensor[] source, Tensor records, Tensor coming, int[] begins, int first, "
+    "int section_bytes) -> ()",
+    "crc32": "(Tensor memory, Tensor at, Tensor? seeds, int size) -> Tensor",
+    "read_file": "(Tensor(a!) memory, Tensor to, Tensor at, int file, int size) -> Tensor",
+}
 """Compiled for the CPU only; elsewhere the reference runs, which does not wait for a device either."""
 
 
@@ -148,6 +160,11 @@ def _fake_assign_slots(counts, block_table, free_stack, free_top, refcount, rows
     return rows.new_empty(rows.shape, dtype=torch.int32), rows.new_empty(rows.shape, dtype=torch.int32)
 
 
+def _fake_stage(block_table, page_list, slot, held, *rest):
+    table = block_table.new_empty(block_table.shape[0], held.shape[0], block_table.shape[2])
+    return table, torch.empty_like(page_list), torch.empty_like(page_list), held.new_empty(held.numel(), 3), held.new_empty(4)
+
+
 _REFERENCE = {
     "decode": _decode,
     "prefill_cached": _prefill_cached,
@@ -157,6 +174,11 @@ _REFERENCE = {
     "page_bounds": _page_bounds,
     "page_score": _page_score,
     "choose_pages": _choose_pages,
+    "stage": ref_stage.stage,
+    "stage_ahead": ref_stage.stage_ahead,
+    "gather_sections": ref_stage.gather_sections,
+    "crc32": ref_crc.crc32,
+    "read_file": ref_crc.read_file,
     "pack": ref_pack.pack,
     "unpack": ref_pack.unpack,
     "assign_slots": ref_slots.assign_slots,
@@ -177,6 +199,11 @@ _FAKE = {
     "choose_pages": lambda score, hidden, pinned, budget, width: score.new_empty(
         (*score.shape[:2], min(width, score.shape[2])), dtype=torch.int32
     ),
+    "stage": _fake_stage,
+    "stage_ahead": lambda score, hidden, table, slot, held, *rest: (held.new_empty(held.numel(), 3), held.new_empty(1)),
+    "gather_sections": lambda *args: None,
+    "crc32": lambda memory, at, *rest: at.new_empty(at.shape),
+    "read_file": lambda memory, to, *rest: to.new_empty(to.shape),
     "pack": lambda *args: None,
     "unpack": lambda *args: None,
     "assign_slots": _fake_assign_slots,

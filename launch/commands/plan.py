@@ -59,7 +59,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "--tiers",
         type=plan_tiers.tiers,
         metavar="NAME=GIB@GB_PER_S,...",
-        help="memory for KV per rank, fastest first, with its bandwidth: also print FlexGen's placement of the balanced bytes",
+        help="memory for KV per rank, fastest first, with its bandwidth: also print FlexGen's placement of the balanced bytes, and the "
+        "block that runs it; 'measure' for a bandwidth that is measured here, a folder for that of files in it "
+        "(device=2@measure,disk=200@/nvme)",
     )
     plan_placement.add_arguments(parser)
     plan_simulate.add_arguments(parser)

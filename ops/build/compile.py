@@ -73,7 +73,7 @@ def cpu_library(extra_flags: Sequence[str] = ()) -> Library:
 
     root = Path(torch.__file__).parent
     exact = ("-ffp-contract=off",)  # the bits of the torch reference: no fused multiply-add
-    plain = [Source(f"cpu/{name}.cpp") for name in ("attend", "slots", "pack", "route", "kernels", "checksum", "choose")]
+    plain = [Source(f"cpu/{name}.cpp") for name in ("attend", "slots", "pack", "route", "kernels", "checksum", "choose", "stage", "crc")]
     plain += [Source(f"cpu/{name}.cpp", exact) for name in ("append", "bounds")]
     sets = _per_instruction_set("baseline")
     if platform.machine() == "x86_64" and "-DPK_PORTABLE" not in extra_flags:

@@ -23,8 +23,10 @@ class OffloadConfig(Block):
     host_gib: float = Field(0, ge=0, description="Host memory of a rank for pages that do not fit, in GiB.")
     nvme_path: str | None = Field(None, min_length=1, description="Folder for pages that do not fit into host_gib either.")
     nvme_gib: float = Field(0, ge=0, description="Bytes of a rank in that folder, in GiB.")
-    nvme_io: Literal["threads", "async_io"] = Field(
-        "threads", description='How files are read and written: by a thread of ours. "async_io" is refused in this version.'
+    nvme_io: Literal["threads", "async_io", "auto"] = Field(
+        "threads",
+        description="How files are read and written: by threads of ours through the system's page cache, past it by DeepSpeed's async_io "
+        '(needs libaio), or by that where it can be had and threads elsewhere ("auto"). The files are the same.',
     )
     staging_mib: float = Field(64, gt=0, description="Memory of the device in which pages from below are read, in MiB over all layers.")
     prefetch: Literal["scores", "none", "experts"] = Field(
@@ -48,6 +50,6 @@ class OffloadConfig(Block):
             raise problem("offload.nvme_gib", self.nvme_gib, "above 0 with an nvme_path, and 0 without one")
         if self.prefetch == "experts":
             raise problem("offload.prefetch", self.prefetch, EXPERTS)
-        if self.nvme_io == "async_io":
-            raise problem("offload.nvme_io", self.nvme_io, '"threads": nothing of ours calls DeepSpeed\'s async_io op yet')
+        if self.nvme_path is None and self.nvme_io != "threads":
+            raise problem("offload.nvme_io", self.nvme_io, '"threads" without an nvme_path: there are no files')
         return self

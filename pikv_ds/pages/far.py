@@ -10,6 +10,8 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from torch import Tensor
 
+from pikv_ds import ops
+
 
 class FarStore(Protocol):
     """Records of one layer apart from its pool: host memory, a file, or both. A slot is where a record lies, an int64 of the store's own.
@@ -27,6 +29,13 @@ class FarStore(Protocol):
         """Records of slots [m] int64 into out [n, record_bytes] uint8 at ids [m] int64.
 
         Raises: PageFileError where what is read is not what was written; out is then not to be used.
+        """
+
+    def read_sections(self, slots: Tensor, coming: Tensor, out: Tensor, first: int, section_bytes: int) -> None:
+        """Parts of records: coming [n, 3] int64 of (page, row, section), slots [Q] int64 of all pages. Section s, bytes s * section_bytes
+        and so many on, of the record in slots[page] goes to the same place of out[first + row].
+
+        Raises: as `read`.
         """
 
     def release(self, slots: Tensor) -> None:
@@ -77,11 +86,17 @@ class Staging(Protocol):
     """Far pages beside the near ones, as a reader needs it (staged.py)."""
 
     num_slots: int
-    slot: np.ndarray
+
+    @property
+    def slot(self) -> np.ndarray: ...
+
+    def divide(self, sections: int) -> None: ...
+
+    def serve(self, block_table: Tensor, page_list: Tensor) -> ops.Staged: ...
 
     def bring(self, far: np.ndarray, *, wait: bool = True) -> None: ...
 
-    def foresee(self, pick: Callable[[int], np.ndarray]) -> None: ...
+    def foresee(self, score: Tensor, hidden: Tensor, block_table: Tensor, most: int) -> None: ...
 
     def wait(self) -> None: ...
 
@@ -101,6 +116,7 @@ class TwoTiers(Protocol):
     tier: LayerTier
     staged: Staging
     allocator: FarIds
+    fmt: ops.PageFormat
     page_size: int
 
     @property

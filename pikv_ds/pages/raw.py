@@ -19,7 +19,7 @@ DENSE_FROM_RAW, DENSE_FROM_COMPRESSED = 5, 33
 class RawReader:
     """The pages.view.PageReader of a pool whose numbers are read as they are: of keys, or of coefficients that queries are folded to."""
 
-    rebuilds, as_stored = False, True
+    rebuilds, as_stored, table_per_head = False, True, True
 
     def __init__(self, pool: PagePool) -> None:
         self.pool, self.k_dim = pool, pool.fmt.k_dim

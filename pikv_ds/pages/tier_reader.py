@@ -18,6 +18,9 @@ from pikv_ds import ops
 from .far import TwoTiers
 from .view import PageReader, PageView, Read
 
+AHEAD = 4
+"""Of so many pages that a query reads one more is fetched ahead."""
+
 
 class Pass(NamedTuple):
     """Some pages of a view, closed up in their order: the open page of a table is near, and last."""
@@ -34,8 +37,9 @@ class TierReader:
 
     def __init__(self, pool: TwoTiers, near: PageReader) -> None:
         self.pool, self.near = pool, near
-        self._next: Callable[[int], np.ndarray] | None = None
+        self._scored: tuple[Tensor, Tensor] | None = None  # what a router has said of the pages that are read next
         self.k_dim, self.rebuilds, self.met, self.bounds_shape = near.k_dim, near.rebuilds, near.met, near.bounds_shape
+        self.table_per_head = near.table_per_head
 
     def bounds(self, out: Tensor, slot_mapping: Tensor, table: Tensor) -> None:
         self.near.bounds(out[: self.pool.allocator.first_far], slot_mapping, table)  # entries are written near
@@ -81,51 +85,33 @@ class TierReader:
         assert not bool(far), "entries of far pages are read by attention alone (blueprint/offload.py refuses who asks for them)"
         return self.near.entries(table, counts, tail_rows)
 
-    def expect(self, score: Tensor, hidden: Tensor, block_table: Tensor) -> None:
-        """What a router says of the pages, before the chosen ones are read: the next best of them that are far are fetched while the step
-        goes on, into slots that this read does not use. score [Q, S, X, C] f32, hidden [Q, S, C]. Sync: none."""
-        staged, first_far = self.pool.staged, self.pool.allocator.first_far
-
-        def pick(most: int) -> np.ndarray:
-            ids, best = block_table.view(hidden.shape), score.amax(2)
-            far = torch.where(hidden, -1, ids - first_far)
-            there = torch.from_numpy(staged.slot)[far.clamp_min(0).long()] >= 0
-            best = torch.where((far >= 0) & ~there, best, -torch.inf).flatten()
-            at = best.topk(min(most, best.numel())).indices
-            return np.unique(far.flatten()[at[best[at] > -torch.inf]].numpy())
-
-        self._next = pick if self.pool.num_far else None
+    def expect(self, score: Tensor, hidden: Tensor) -> None:
+        """What a router says of the pages, before the chosen ones are read: some of the next best of them that are far are fetched while
+        the step goes on, into slots that this read does not use. score [Q, S, X, C] f32, hidden [Q, S, C]. Sync: none."""
+        self._scored = (score.flatten(0, 1), hidden.flatten(0, 1)) if self.pool.num_far else None
 
     # ---- chosen pages --------------------------------------------------------------------------------------------------------
 
     def _listed(self, block_table: Tensor, page_list: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Tables without far ids, and the columns of them to read: one piece where staging holds all that is listed."""
-        staged, first_far = self.pool.staged, self.pool.allocator.first_far
-        ids, columns = block_table.numpy(), page_list.numpy()
-        each = np.take_along_axis(np.broadcast_to(ids, (len(ids), columns.shape[1], ids.shape[2])), np.maximum(columns, 0), 2)
-        is_far = (columns >= 0) & (each >= first_far)
-        far = np.unique(each[is_far] - first_far)
-        if len(far) <= staged.num_slots:
-            staged.bring(far)
-            table = self._named(ids)
-            if self._next is not None:
-                staged.foresee(self._next)
-                self._next = None
-            yield table, page_list
-            return
-        part = np.full(self.pool.allocator.num_far, -1, dtype=np.int32)
-        for i, chunk in enumerate(np.split(far, range(staged.num_slots, len(far), staged.num_slots))):
-            part[:] = -1
-            part[chunk] = i
-            own = part[np.maximum(each - first_far, 0)] == i
-            staged.bring(chunk)
-            keep = np.where(is_far, own, (columns >= 0) & (i == 0))
-            yield self._named(ids), torch.from_numpy(np.where(keep, columns, -1).astype(np.int32))
+        staged, heads = self.pool.staged, page_list.shape[1]
+        sections = heads if self.near.table_per_head and heads == self.pool.fmt.num_kv_heads else 1
+        staged.divide(sections)
+        block_table, left = block_table.contiguous(), page_list.contiguous()
+        while left is not None:
+            one = staged.serve(block_table, left)
+            left = one.left
+            if left is None and self._scored is not None:
+                score, hidden = self._scored
+                score = score if score.shape[1] == sections else score.amax(1, keepdim=True)
+                staged.foresee(score.contiguous(), hidden.contiguous(), block_table, max(1, page_list.shape[2] // AHEAD))
+                self._scored = None
+            yield one.table, one.listed
 
     def _named(self, ids: np.ndarray) -> Tensor:
         """Ids as rows of the pool's memory; 0 for far pages that are not staged, which are not listed."""
         pool, first_far = self.pool, self.pool.allocator.first_far
-        slot = pool.staged.slot[np.maximum(ids - first_far, 0)]
+        slot = pool.staged.slot[0][np.maximum(ids - first_far, 0)]
         there = np.where(slot >= 0, slot + pool.tier.num_near, 0)
         return torch.from_numpy(np.where(ids >= first_far, there, ids).astype(np.int32))
 
@@ -152,7 +138,8 @@ class TierReader:
         far = ids - pool.allocator.first_far
         is_far = (entries > 0) & (far >= 0)
         pages = np.unique(far[is_far])
-        pages = pages[np.argsort(staged.slot[pages] < 0, kind="stable")]  # what is there already comes first
+        staged.divide(1)
+        pages = pages[np.argsort(staged.slot[0][pages] < 0, kind="stable")]  # what is there already comes first
         half = max(1, staged.num_slots // 2)
         chunks = np.split(pages, range(half, len(pages), half)) if len(pages) else []
         if chunks:

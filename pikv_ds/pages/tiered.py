@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,6 +42,7 @@ class TieredPool(PagePool):
         self.far_slot = torch.zeros(0, dtype=torch.int64)  # [Q] where the store has a far page
         self.far_positions = torch.zeros(0, fmt.page_size, dtype=torch.int32)  # [Q, page_size]
         self.staged = Staged(tier, self._fetch)
+        self.bytes_fetched = 0
         tier.store.clear()
 
     @property
@@ -66,7 +66,7 @@ class TieredPool(PagePool):
 
     @property
     def metadata_nbytes(self) -> int:
-        return super().metadata_nbytes + self.far_slot.nbytes + self.far_positions.nbytes + self.staged.slot.nbytes
+        return super().metadata_nbytes + self.far_slot.nbytes + self.far_positions.nbytes + self.staged.nbytes
 
     @property
     def positions(self) -> Tensor:
@@ -150,8 +150,14 @@ class TieredPool(PagePool):
 
     def _let_go(self, far: Tensor) -> None:
         index = far - self.allocator.first_far
-        self.staged.drop(index.numpy())
+        self.staged.drop(index)
         self.tier.store.release(self.far_slot[index])
 
-    def _fetch(self, far: np.ndarray, places: np.ndarray) -> None:
-        self.tier.store.read(self.far_slot[far], self.pages, torch.from_numpy(places) + self.tier.num_near)
+    def section_bytes(self, sections: int) -> int:
+        """Of a record that comes in so many: all of it, or what a head has; positions are not read in staging then."""
+        return self.fmt.record_bytes if sections == 1 else self.fmt.head.end
+
+    def _fetch(self, coming: Tensor, sections: int) -> None:
+        size = self.section_bytes(sections)
+        self.tier.store.read_sections(self.far_slot, coming, self.pages, self.tier.num_near, size)
+        self.bytes_fetched += len(coming) * size

@@ -41,7 +41,7 @@ class Rebuilt(NamedTuple):
 class UnrotatedReader:
     """The pages.view.PageReader of a pool of coefficients of un-rotated keys."""
 
-    rebuilds, as_stored = True, False
+    rebuilds, as_stored, table_per_head = True, False, False
     softcap: float | None = None
     """Scores are bounded by it (pages/capped.py)."""
 

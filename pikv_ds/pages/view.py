@@ -66,6 +66,8 @@ class PageReader(Protocol):
 
     k_dim: int
     """Width of a key as queries meet it."""
+    table_per_head: bool
+    """attend_listed takes a table for each head of pages that hold all heads."""
     rebuilds: bool
     """Keys and values are put together again where they are read; otherwise maps are folded into queries and outputs."""
     as_stored: bool

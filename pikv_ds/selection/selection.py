@@ -203,7 +203,7 @@ class Selection:
             if choice.readers is not None and not needed:
                 choice = Choice(choice.columns)
         if asked.pool.foresees and num_queries == asked.rows.stop - asked.rows.start:
-            asked.pool.reader.expect(score, hidden, asked.block_table)
+            asked.pool.reader.expect(score, hidden)
         if near is None:
             return choice
         return choice._replace(columns=torch.where(choice.columns < columns, choice.columns, -1))

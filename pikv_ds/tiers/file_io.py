@@ -1,14 +1,19 @@
-"""How blocks of a page file are read and written. `FILE_IO` has the ways by name; adapters add theirs."""
+"""How blocks of a page file are read and written: the contract, threads, and which way serves a name."""
 
 from __future__ import annotations
 
 import os
 import weakref
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+from torch import Tensor
+
+from pikv_ds import ops
+from pikv_ds.errors import UnsupportedError
 
 
 class FileIO(Protocol):
@@ -23,6 +28,10 @@ class FileIO(Protocol):
     def read(self, at: Sequence[int], stride: int) -> Sequence[np.ndarray]:
         """n blocks of `stride` bytes, uint8, from byte offsets `at`; shorter ones where the file ends."""
 
+    def read_parts(self, at: Tensor, size: int, memory: Tensor, to: Tensor) -> Tensor:
+        """`size` bytes from each byte offset `at` [n] int64 into memory, uint8, at byte offsets `to` [n] int64: their CRC-32 [n] int64, -1
+        where the file ends before (that memory then holds anything)."""
+
     def sync(self) -> None:
         """What was written is on the disk."""
 
@@ -30,7 +39,7 @@ class FileIO(Protocol):
 
 
 class ThreadIO:
-    """pread and pwrite of whole runs of neighbouring blocks, in the thread that asks: the store's own, while a step goes on."""
+    """pread and pwrite in the thread that asks; of many parts, in as many threads as torch has."""
 
     def __init__(self) -> None:
         self._file, self.close = -1, lambda: None
@@ -60,6 +69,9 @@ class ThreadIO:
             found += [data[i * stride : (i + 1) * stride] for i in range(end - begin)]
         return found
 
+    def read_parts(self, at: Tensor, size: int, memory: Tensor, to: Tensor) -> Tensor:
+        return ops.read_file(memory, to, at, file=self._file, size=size)
+
     def sync(self) -> None:
         os.fdatasync(self._file)
 
@@ -74,3 +86,26 @@ def runs(at: Sequence[int], stride: int) -> list[tuple[int, int]]:
 
 
 FILE_IO: dict[str, Callable[[], FileIO]] = {"threads": ThreadIO}
+"""By the names of `offload.nvme_io`; what adapters add is there once they have been imported (`served`)."""
+_ADAPTERS = {"async_io": "pikv_ds.adapters.deepspeed.async_io"}
+
+
+def served(name: str) -> str:
+    """The key of FILE_IO that serves offload.nvme_io = name; "auto" is what this machine has, async_io first.
+
+    Raises: UnsupportedError for one that can't be had here.
+    """
+    if name in FILE_IO:
+        return name
+    wanted = "async_io" if name == "auto" else name
+    try:
+        why = import_module(_ADAPTERS[wanted]).refusal()
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("pikv_ds"):
+            raise
+        why = f"it needs {error.name}, which is not installed"
+    if why is None:
+        return wanted
+    if name == "auto":
+        return "threads"
+    raise UnsupportedError(f"pikv.offload.nvme_io = {name!r}: {why}; install it, or set 'threads' or 'auto'")

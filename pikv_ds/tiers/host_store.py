@@ -59,6 +59,9 @@ class HostStore:
         for slab, at in self._by_slab(slots):
             ops.migrate(out, slab, ids, at)
 
+    def read_sections(self, slots: Tensor, coming: Tensor, out: Tensor, first: int, section_bytes: int) -> None:
+        ops.gather_sections(out, self._slabs, slots, coming, begins=self._begins[:-1], first=first, section_bytes=section_bytes)
+
     def release(self, slots: Tensor) -> None:
         self._free = torch.cat([self._free, slots])
 

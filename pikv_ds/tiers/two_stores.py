@@ -29,6 +29,12 @@ class TwoStores:
             if bool(own.any()):
                 store.read(slots[own] - first, out, ids[own])
 
+    def read_sections(self, slots: Tensor, coming: Tensor, out: Tensor, first: int, section_bytes: int) -> None:
+        below = slots[coming[:, 0]] >= FILE
+        for store, own, base in ((self.host, ~below, 0), (self.file, below, FILE)):
+            if bool(own.any()):
+                store.read_sections(slots - base, coming[own], out, first, section_bytes)
+
     def release(self, slots: Tensor) -> None:
         below = slots >= FILE
         if not bool(below.all()):

@@ -35,8 +35,7 @@ def tiered_pools(driver: Driver) -> list[TieredPool]:
 def poison(driver: Driver) -> None:
     """What no page of the pool holds now, staging included, reads as NaN from here on: whoever gets it instead of a far page shows it."""
     for pool in tiered_pools(driver):
-        pool.staged.wait()
-        pool.staged.drop(pool.staged.held[pool.staged.held >= 0])
+        pool.staged.forget()
         free = torch.ones(len(pool.pages), dtype=torch.bool)
         free[: pool.tier.num_near] = ~pool.allocator.used[: pool.tier.num_near]
         pool.pages[free] = 0xFF

@@ -32,6 +32,7 @@ from tests.ops.byte_checks import (
 )
 from tests.ops.cases import answer, compare, compare_lse, format_of, make_case, small_page
 from tests.ops.route_checks import check_route, check_route_merge
+from tests.ops.stage_checks import check_crc, check_gather, check_read_file, check_stage
 
 ROPE = ("int8+rope", "int4+rope", "fp8_e4m3+rope", "fp4_e2m1+rope")
 NAMES = (*FORMATS, "int8/int4", "int4/int2", "fp8_e4m3/int4", "int4/fp8_e4m3", "bf16/fp4_e2m1", *ROPE)
@@ -108,9 +109,16 @@ def block_points(long: bool = False) -> Iterator[Point]:
 
 
 def cpu_points() -> Iterator[Point]:
-    """What the CPU serves alone: how blocks and pages are chosen."""
+    """What the CPU serves alone: how blocks and pages are chosen, and pages in tiers."""
     for queries, heads, columns in ((1, 1, 1), (3, 2, 70), (2, 8, 4096)):
         yield Point("choose_pages", f"Q{queries}-H{heads}-C{columns}", partial(check_choose, queries, heads, columns))
+    for sections, slots, tables in ((1, 5, 1), (1, 40, 3), (4, 3, 2), (2, 16, 5)):
+        yield Point("stage", f"X{sections}-G{slots}-N{tables}", partial(check_stage, sections, slots, tables))
+    for size in (0, 1, 15, 64, 65, 127, 4096, 70001):
+        yield Point("crc32", f"{size}B", partial(check_crc, size))
+        yield Point("read_file", f"{size}B", partial(check_read_file, size))
+    for sections in (1, 2, 3):
+        yield Point("gather_sections", f"X{sections}", partial(check_gather, sections))
 
 
 def _blocks(long: bool) -> Iterator[Attention]:

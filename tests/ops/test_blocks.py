@@ -1,5 +1,5 @@
-"""Blocks inside of pages through the ops of the CPU, and choose_pages. All kernels: python -m tests.ops.run_matrix cpu, those of CUDA on
-the host: test_emu_matrix.py."""
+"""Blocks inside of pages and staging through the ops of the CPU, and choose_pages. All kernels: python -m tests.ops.run_matrix cpu, those
+of CUDA on the host: test_emu_matrix.py."""
 
 import pytest
 import torch
@@ -44,6 +44,43 @@ def test_opcheck():
     args = (torch.randn(2, 3, 40), none, none.clone(), torch.tensor([3, 9]), 12)
     result = torch.library.opcheck(torch.ops.pikv.choose_pages, args, raise_exception=False)
     assert set(result.values()) == {"SUCCESS"}, result
+
+
+@pytest.mark.parametrize("name", ["stage", "stage_ahead", "gather_sections", "crc32"])
+def test_opcheck_of_staging(name):
+    load.ensure("cpu")
+    ids, longs = torch.tensor([[[0, 5, 6]]], dtype=torch.int32), torch.full((2, 3), -1)
+    staging = (torch.full((2, 4), -1, dtype=torch.int32), longs, torch.zeros_like(longs), longs > 0)
+    args = {
+        "stage": (ids, torch.tensor([[[0, 1], [2, -1]]], dtype=torch.int32), *staging, 5, 2, 1),
+        "stage_ahead": (torch.randn(1, 2, 3), torch.zeros(1, 3, dtype=torch.bool), ids, *staging, 5, 1, 2),
+        "gather_sections": (torch.zeros(4, 8, dtype=torch.uint8), [torch.ones(3, 8, dtype=torch.uint8)], torch.arange(3),
+                            torch.tensor([[1, 0, 1]]), [0], 2, 4),
+        "crc32": (torch.zeros(9, dtype=torch.uint8), torch.tensor([1, 2]), None, 4),
+    }  # fmt: skip
+    result = torch.library.opcheck(getattr(torch.ops.pikv, name), args[name], raise_exception=False)
+    assert set(result.values()) == {"SUCCESS"}, result
+
+
+@pytest.mark.parametrize("which", ["reference", "cpu"])
+def test_staging_refuses_what_it_would_read_or_write_beside(which):
+    op = (lambda n: library.REFERENCE[n]) if which == "reference" else (lambda n: getattr(torch.ops.pikv, n))
+    ids, longs = torch.tensor([[[0, 5, 60]]], dtype=torch.int32), torch.full((2, 3), -1)
+    staging = (torch.full((2, 4), -1, dtype=torch.int32), longs, torch.zeros_like(longs), longs > 0)
+    listed = lambda *columns: torch.tensor([[columns, columns]], dtype=torch.int32)  # noqa: E731
+    with pytest.raises(RuntimeError, match="block_table names page 60, there are 9"):
+        op("stage")(ids, listed(2), *staging, 5, 2, 1)
+    with pytest.raises(RuntimeError, match="page_list names column 3 of a block table with 3"):
+        op("stage")(ids, listed(3), *staging, 5, 2, 1)
+    with pytest.raises(RuntimeError, match=r"page_list must be contiguous int32 \[1, 2, num_listed\]"):
+        op("stage")(ids, listed(0)[:, :1].contiguous(), *staging, 5, 2, 1)
+    with pytest.raises(RuntimeError, match="block_table names page 60, there are 9"):
+        op("stage_ahead")(torch.randn(1, 2, 3), torch.zeros(1, 3, dtype=torch.bool), ids, *staging, 5, 1, 2)
+    records = [torch.zeros(3, 8, dtype=torch.uint8)]
+    for coming, match in (([4, 0, 0], "far page 4 of 4"), ([0, 2, 0], "slot 2, there are 2"), ([0, 0, 2], "section 2 of 2")):
+        with pytest.raises(RuntimeError, match=match):
+            op("gather_sections")(torch.zeros(4, 8, dtype=torch.uint8), records, torch.zeros(4).long(), torch.tensor([coming]), [0], 2, 4)
+    assert all(torch.equal(x, y) for x, y in zip(staging, (staging[0] * 0 - 1, longs * 0 - 1, longs * 0, longs > 0), strict=True))
 
 
 @pytest.mark.parametrize("which", ["reference", "cpu"])

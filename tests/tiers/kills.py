@@ -1,8 +1,9 @@
 """Processes that are killed while they write page files, and what the next one finds: `python -m tests.tiers.kills --kills 500`.
 
 Every child is forked, and killed with SIGKILL a random time after a random number of words. It opens the page file that the last one left,
-checks every page that the manifest lists against what its slot and write must hold, and goes on writing and committing. In turns with that
-a child decodes with its pages in files of the same folder; each token that it says is compared with those of a run in memory.
+checks every page that the manifest lists against what its slot and write must hold ("served"), and goes on writing and committing. What was
+written and is in no manifest that was heard of would have to be computed again ("recomputed"). In turns with that a child decodes with its
+pages in files of the same folder; each token that it says is compared with those of a run in memory.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def payload(slot: int, serial: int) -> np.ndarray:
 
 
 def write_pages(path: Path, say) -> None:
-    """Says "p CHECKED" once what the last process left has been checked, and "c" after each commit; does not end."""
+    """Says "p CHECKED" once what the last process left is checked, "w PAGES" before each write, "c" after each commit; does not end."""
     try:
         file = PageFile.open(path, RECORD, ThreadIO())
     except (FileNotFoundError, PageFileError) as error:
@@ -51,6 +52,7 @@ def write_pages(path: Path, say) -> None:
     while True:
         free = [slot for slot in range(SLOTS) if slot not in file.busy]
         slots = pick.sample(free, min(len(free), 8))
+        say(f"w {len(slots)}")
         first = file._serial
         file.write(slots, np.stack([payload(slot, first + 1 + i) for i, slot in enumerate(slots)]))
         file.release(pick.sample(sorted(file.pages), len(file.pages) // 3))
@@ -96,14 +98,16 @@ def kill(kills: int, folder: Path, longest_s: float) -> dict[str, int]:
     offload = tiers(LAYERS, 12, 4, host=0, nvme_path=str(folder / "nvme"), nvme_gib=page * 60)
     wanted: list[str] = []
     decode({}, wanted.append)
-    pick, counts = random.Random(0), {"kills": 0, "commits": 0, "pages_checked": 0, "tokens": 0, "wrong_tokens": 0, "errors": 0}
+    pick, counts = random.Random(0), {"kills": 0, "commits": 0, "served": 0, "recomputed": 0, "tokens": 0, "wrong_tokens": 0, "errors": 0}
     while counts["kills"] < kills:
         writes = bool(counts["kills"] % 2)
         work = (lambda say: write_pages(folder / "saved", say)) if writes else (lambda say: decode(offload, say))
-        said, status = run_child(work, pick.randint(0, 9), pick.uniform(0, longest_s))
+        said, status = run_child(work, pick.randint(0, 18 if writes else 9), pick.uniform(0, longest_s))
         counts["kills"] += os.WIFSIGNALED(status)
         counts["commits"] += said.count("c")
-        counts["pages_checked"] += sum(int(words[2:]) for words in said if words.startswith("p "))
+        counts["served"] += sum(int(words[2:]) for words in said if words.startswith("p "))
+        after = said[max((i + 1 for i, words in enumerate(said) if words == "c"), default=0) :]
+        counts["recomputed"] += sum(int(words[2:]) for words in after if words.startswith("w "))
         tokens = [words for words in said if words.startswith("t ")]
         counts["tokens"] += len(tokens)
         counts["wrong_tokens"] += sum(one != other for one, other in zip(tokens, wanted, strict=False))

@@ -118,9 +118,9 @@ def test_without_the_block_nothing_is_tiered():
 # ---- page selection ----------------------------------------------------------------------------------------------------------
 
 
-def chosen_far(driver: Driver) -> list[list[set[int]]]:
-    """Filled while the cache runs: per read and layer, far pages that were chosen and not staged when they were asked for."""
-    found: dict[int, list[set[int]]] = {}
+def chosen_far(driver: Driver) -> dict[int, list[set[tuple[int, int]]]]:
+    """Filled while the cache runs: per layer and read, (section, far page) that were chosen and not staged when they were asked for."""
+    found: dict[int, list[set[tuple[int, int]]]] = {}
 
     def look(asked, columns):
         pool = asked.pool
@@ -128,8 +128,10 @@ def chosen_far(driver: Driver) -> list[list[set[int]]]:
             return
         pool.staged.wait()
         ids = asked.block_table.expand(-1, columns.shape[1], -1).gather(2, columns.clamp_min(0).long())
-        far = torch.unique(ids[(columns >= 0) & (ids >= pool.allocator.first_far)]) - pool.allocator.first_far
-        found.setdefault(asked.layer, []).append({int(page) for page in far if pool.staged.slot[page] < 0})
+        pool.staged.divide(columns.shape[1])
+        far = torch.where(columns >= 0, ids - pool.allocator.first_far, -1)
+        wanted = {(x, page) for x in range(far.shape[1]) for page in far[:, x].flatten().tolist() if page >= 0}
+        found.setdefault(asked.layer, []).append({(x, page) for x, page in wanted if pool.staged.slot[x, page] < 0})
 
     driver.probe.on_choice(look)
     return found
@@ -149,8 +151,10 @@ def test_a_choice_reads_what_it_reads_in_one_pool(method, prefetch):
         for mask in [ragged([12, 9])] * 8 + [ragged([1, 1])] * 12:
             found.append(driver.forward(mask))
             if offload and prefetch == "none" and method != "page_oracle":  # which reads all to choose
-                fetched = [pool.staged.fetched for pool in tiered_pools(driver)]
-                assert fetched == [sum(map(len, missing.get(i, []))) for i in range(2)], "staged is not what was chosen and not there"
+                for i, pool in enumerate(tiered_pools(driver)):
+                    chosen = sum(map(len, missing.get(i, [])))
+                    assert pool.staged.fetched == chosen, "staged is not what was chosen and not there"
+                    assert pool.bytes_fetched == chosen * pool.section_bytes(pool.staged.sections)
         return driver, found
 
     (_, plain), (driver, tiered) = run({}), run(tiers(layers, 20, 24, prefetch=prefetch))
@@ -182,4 +186,5 @@ def test_what_scored_next_best_is_fetched_ahead():
         driver.decode()
     staged = tiered_pools(driver)[0].staged
     assert staged.ahead and staged.used_ahead, (staged.ahead, staged.used_ahead)
-    assert len(set(staged.held[staged.held >= 0])) == int((staged.held >= 0).sum())
+    for held in staged.held:
+        assert len(set(held[held >= 0])) == int((held >= 0).sum())

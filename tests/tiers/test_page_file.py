@@ -182,6 +182,27 @@ def test_a_page_that_was_changed_on_disk_ends_the_forward(offload):
         driver.decode()
 
 
+@pytest.mark.parametrize("name", ["truncated", "flipped", "swapped"])
+def test_a_section_that_is_not_what_was_written_is_named(name, offload):
+    """Heads read what they chose of a page alone; what does not check is read as a whole page, which says what it is."""
+    routing = {"method": "bounds", "budget_pages": 64, "sink_tokens": 4, "recent_tokens": 8}
+    driver = grown(Driver(LAYERS, offload=offload, routing=routing), [90])
+    pool = tiered_pools(driver)[0]
+    poison(driver)
+    driver.decode()
+    assert pool.staged.sections == LAYERS[0].num_kv_heads > 1
+    poison(driver)
+    store = pool.tier.store
+    if name == "flipped":
+        patch(store.path, HEAD + 3 * store.file.stride + pool.fmt.head.end + 9, b"\x55\xaa\x11")
+    elif name == "truncated":
+        _truncated(store.path, store.file)
+    else:
+        _swapped(store.path, store.file)
+    with pytest.raises(PageFileError, match=rf"page \d+ is {name}"):
+        driver.decode()
+
+
 def test_a_full_file_tier_is_named(offload):
     driver = Driver(LAYERS, offload=offload | {"nvme_gib": offload["nvme_gib"] / 20})
     with pytest.raises(CapacityError, match="pikv.offload.nvme_gib"):

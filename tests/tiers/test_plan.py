@@ -1,12 +1,15 @@
 """Placement over memory tiers beside a search over a grid of shares."""
 
 import itertools
+import json
 import random
 
 import pytest
+import torch
 
 from pikv_ds.launch.cli import main
 from pikv_ds.tiers.plan import Tier, plan_tiers
+from tests.harness.driver import Driver, layer
 
 GRID = 24
 
@@ -60,5 +63,21 @@ def test_command(capsys):
     assert "FlexGen's placement" in text and '"flexgen", "budget_ratio": 0.' in text
     assert main(["plan", "--context", "1024", "--ranks", "1", "--tiers", "device=0.0001@1000"]) != 0
     assert "do not hold" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        main(["plan", "--context", "8", "--ranks", "1", "--tiers", "device=1"])
+    for wrong in ("device=1", "device=1@-2", "disk=1@measure", "host=x@measure", "host=1@/tmp"):
+        with pytest.raises(SystemExit):
+            main(["plan", "--context", "8", "--ranks", "1", "--tiers", wrong])
+
+
+def test_the_run_is_the_plan_with_bandwidths_measured_here(tmp_path, capsys):
+    """The block that is printed builds tiers of the planned pages, and what does not fit near goes where the plan says."""
+    given = f"device=0.0007@measure,host=0.0004@measure,disk=1@{tmp_path}"
+    assert main(["plan", "--context", "1024", "--ranks", "1", "--tiers", given, "--json", str(tmp_path / "rows")]) == 0
+    block = json.loads("{" + next(line for line in capsys.readouterr().out.splitlines() if line.startswith('"offload"')) + "}")["offload"]
+    rows = {row["tier"]: row for row in json.loads((tmp_path / "rows").read_text())["rows"] if "tier" in row}
+    assert all(row["measured"] and row["gb_per_s"] > 0.01 for row in rows.values()) and block["nvme_path"] == str(tmp_path)
+    layers = [layer(i, num_kv_heads=2, dim=32) for i in range(4)]
+    driver = Driver(layers, page_size=16, dtype=torch.bfloat16, offload=block | {"staging_mib": 0.2}, checks=[])
+    sizes, page = driver.cache.offload.sizes, 4 * 16 * (2 * 64 * 2 + 4)
+    for name, pages in (("device", sizes.num_near), ("host", sizes.num_host), ("disk", sizes.num_file)):
+        assert 0 <= pages * page - rows[name]["tier_bytes"] < 2 * page + 2**30 / 1000, name
+    assert min(sizes.num_near, sizes.num_file) > 2
