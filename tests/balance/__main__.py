@@ -35,7 +35,7 @@ from .traces import drawn, recorded
 
 LAYERS, EXPERTS, COPIES, RANKS = 61, 256, 64, (8, 16, 32, 64)
 ROUNDING = 1e-9  # of sums of floats
-RUNS = 5
+RUNS = 3
 
 
 def main() -> int:

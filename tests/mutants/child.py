@@ -56,7 +56,7 @@ def warm(files: Iterable[str]) -> None:
 
     files = list(files)
     for file in files:
-        importlib.import_module(file.removesuffix(".py").replace("/", "."))
+        importlib.import_module(file.partition("::")[0].removesuffix(".py").replace("/", "."))
     from pikv_ds.ops.build import load
 
     load.ensured("cpu")

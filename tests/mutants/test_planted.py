@@ -16,4 +16,4 @@ def test_every_mutant_can_be_planted():
         source = sources.setdefault(each.place.file, (ROOT / each.place.file).read_text(encoding="utf-8"))
         assert each.text != source, each.name
         ast.parse(each.text)
-        assert all((ROOT / file).is_file() for stage in each.place.stages for file in stage), each.name
+        assert all((ROOT / file.partition("::")[0]).is_file() for stage in each.place.stages for file in stage), each.name
