@@ -53,7 +53,11 @@ _functions: dict[str, list[FunctionType]] = {}
 def warm(files: Iterable[str]) -> None:
     """Import tests, and with them the product and what pytest loads; load the compiled ops. What is there now is walked over once, here."""
     import pytest
+    from hypothesis import Phase, settings
 
+    # A mutant is killed by the first example that fails: the smallest one is nobody's concern. Loaded before the tests take it over.
+    settings.register_profile("mutants", phases=(Phase.explicit, Phase.generate), derandomize=True, database=None, deadline=None)
+    settings.load_profile("mutants")
     files = list(files)
     for file in files:
         importlib.import_module(file.partition("::")[0].removesuffix(".py").replace("/", "."))
@@ -62,6 +66,7 @@ def warm(files: Iterable[str]) -> None:
     load.ensured("cpu")
     with redirect_stdout(StringIO()):
         pytest.main([*PYTEST, "--collect-only", *files[:1]])
+    settings.load_profile("mutants")  # conftest.py has loaded its own
     for one in gc.get_objects():
         if isinstance(one, FunctionType):
             _functions.setdefault(one.__code__.co_filename, []).append(one)
