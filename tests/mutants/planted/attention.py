@@ -16,7 +16,7 @@ PAGES = Place(
     model=False,
 )
 CHUNK = Place(file="pikv_ds/cache/chunk.py", tests=("tests/cache/test_chunk.py",), model=False)
-WRITER = Place(file="pikv_ds/cache/writer.py", tests=("tests/cache/test_single_rank.py",))
+WRITER = Place(file="pikv_ds/cache/writer.py", tests=("tests/cache/test_single_rank.py", "tests/migration/test_moves.py"))
 
 MUTANTS = [
     planted(MERGE, "dropped lse term", "the largest lse is not added back", "return merged, top + total.log()", "return merged, total.log()"),
