@@ -11,7 +11,8 @@ TABLE = Place(
     tests=("tests/pages/test_table.py", "tests/pages/test_pool.py", "tests/pages/test_recycle.py", "tests/pages/test_counters.py"),
 )
 RECYCLE = Place(
-    file="pikv_ds/pages/recycle.py", tests=("tests/pages/test_recycle.py", "tests/pages/test_events.py", "tests/cache/test_single_rank.py")
+    file="pikv_ds/pages/recycle.py",
+    tests=("tests/pages/test_recycle.py", "tests/pages/test_tails.py", "tests/pages/test_events.py", "tests/cache/test_single_rank.py"),
 )
 CROPS = Place(file="pikv_ds/pages/crops.py", tests=("tests/cache/test_single_rank.py", "tests/retention/test_evict.py"))
 ROWS = Place(file="pikv_ds/pages/rows.py", tests=("tests/pages/test_rows.py",))
