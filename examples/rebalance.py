@@ -40,7 +40,7 @@ model, tokenizer = load()
 engine, *_ = pikv_ds.initialize(model=model, config=config)
 engine.eval()
 rank = torch.distributed.get_rank()
-prompts = ["The bell of the old town rang once, and once more. ", "Seven grey ships came back from the north. "]
+prompts = ["of of of ", "1 9 8 4 , 1 9 8 5 , "]  # both are routed to few experts, most of them on the last ranks
 ids = tokenizer(24 * prompts[rank % 2], return_tensors="pt")["input_ids"].to(engine.device)
 
 

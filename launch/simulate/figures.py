@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-PANELS = (("kv_bytes_fullest", "KV bytes, fullest rank"), ("wire_bytes", "bytes sent per rank and step"), ("step_ms", "least time, ms"))
+PANELS = (
+    ("kv_bytes_fullest", "KV of the fullest rank, GiB", 1 << 30),
+    ("wire_bytes", "sent per rank and step, MiB", 1 << 20),
+    ("step_ms", "least time of a step, ms", 1),
+)  # fmt: skip
 
 
 def draw(path: str, rows: list[dict[str, Any]]) -> None:
@@ -12,12 +16,18 @@ def draw(path: str, rows: list[dict[str, Any]]) -> None:
 
     figure = Figure(figsize=(12, 4))
     strategies = list(dict.fromkeys(row["strategy"] for row in rows))
-    for axis, (key, title) in zip(figure.subplots(1, len(PANELS)), PANELS, strict=True):
+    for axis, (key, title, unit) in zip(figure.subplots(1, len(PANELS)), PANELS, strict=True):
         for strategy in strategies:
             own = [row for row in rows if row["strategy"] == strategy]
-            axis.plot([row["ranks"] for row in own], [row[key] for row in own], marker="o", markersize=3, label=strategy)
+            axis.plot([row["ranks"] for row in own], [row[key] / unit for row in own], marker="o", markersize=3, label=strategy)
         axis.set_xscale("log", base=2)
-        axis.set_yscale("symlog" if key == "wire_bytes" else "log", **({"linthresh": 1e3} if key == "wire_bytes" else {}))
+        if key == "wire_bytes":  # some strategies send nothing
+            axis.set_yscale("symlog", linthresh=0.1)
+            axis.set_ylim(bottom=0)
+        else:
+            axis.set_yscale("log")
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_formatter("{x:g}")
         axis.set(title=title, xlabel="ranks")
         axis.grid(alpha=0.3)
     figure.axes[0].legend()

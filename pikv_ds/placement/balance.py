@@ -10,11 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .packing import by_pack, copies, exchange, pack, part
+from .packing import copies, deal, part
 from .slots import count_moves, heaviest, held, rank_loads
+from .swaps import even_out
 
 SLACK = 0.02  # of the heaviest rank, that a plan may give away to move less
-TRIES, ITEMS, NOISE = 8, 6144, 0.05  # the worst layers are packed again, 8 times or more, so many items in all, by weights that far off
+TRIES, ITEMS, NOISE = 10, 3200, 0.05  # the worst layers are packed again, 10 times or more, so many items in all, by weights that far off
 DONE = 1e-5  # layers that near to what is possible are not
 
 
@@ -56,18 +57,39 @@ def balance(
 
 def _within(loads: Tensor, num_ranks: int, num_slots: int, present: Tensor | None, slack: float) -> Tensor:
     """`balance` without nodes; loads f64."""
-    num_experts = loads.shape[1]
     count = copies(loads, num_slots, num_ranks)
-    best = _arranged(loads, count, num_ranks, num_slots)
-    if num_slots > num_experts:
-        best = _tried_again(loads, count, best)
     if present is None:
-        return best.sort(2).values
-    best = _relabelled(best, present, num_experts)
+        return _free(loads, count, num_ranks, num_slots).sort(2).values
+    enough = _possible(loads, count, num_ranks) * (1 + slack)
+    slots = present.clone()
+    heavy = (heaviest(loads, slots) > enough).nonzero().squeeze(1)  # a plan that is light enough stays
+    if heavy.numel():
+        slots[heavy] = _arranged(loads[heavy], count[heavy], num_ranks, num_slots, present=present[heavy], enough=enough[heavy])
+    hard = heavy[heaviest(loads[heavy], slots[heavy]) > enough[heavy]]  # what is possible may not be: there the best plan says what is
+    if hard.numel():
+        slots[hard] = _near_or_best(loads[hard], count[hard], num_ranks, num_slots, present[hard], slack)
+    return slots.sort(2).values
+
+
+def _free(loads: Tensor, count: Tensor, num_ranks: int, num_slots: int) -> Tensor:
+    """The lightest plan, wherever experts are now."""
+    slots = _arranged(loads, count, num_ranks, num_slots)
+    return slots if num_slots == loads.shape[1] else _tried_again(loads, count, slots)
+
+
+def _near_or_best(loads: Tensor, count: Tensor, num_ranks: int, num_slots: int, present: Tensor, slack: float) -> Tensor:
+    """The lightest plan by the ranks of now, or one of fewer moves within the slack of it."""
+    num_experts = loads.shape[1]
+    best = _relabelled(_free(loads, count, num_ranks, num_slots), present, num_experts)
     enough = heaviest(loads, best) * (1 + slack)
     near = _arranged(loads, count, num_ranks, num_slots, present=present, enough=enough)
     worth = (heaviest(loads, near) <= enough) & (count_moves(present, near, num_experts) <= count_moves(present, best, num_experts))
-    return torch.where(worth[:, None, None], near, best).sort(2).values
+    return torch.where(worth[:, None, None], near, best)
+
+
+def _possible(loads: Tensor, count: Tensor, num_ranks: int) -> Tensor:
+    """[L]: no plan of so many copies has a lighter heaviest rank."""
+    return torch.maximum(loads.sum(1) / num_ranks, (loads / count).amax(1))
 
 
 def _arranged(
@@ -93,8 +115,7 @@ def _arranged(
     if noise:
         drawn = torch.rand(num_layers, num_kinds, generator=torch.Generator().manual_seed(0), dtype=torch.float64)  # alike for copies
         order_by = weights * (1 + noise * drawn.gather(1, kinds))
-    items = by_pack(pack(kinds, order_by, num_kinds, num_ranks, given), num_ranks)
-    items = exchange(part(items, kinds, weights), kinds, weights, enough)
+    items = even_out(part(deal(order_by, num_ranks, given), kinds, weights), kinds, weights, enough)
     slots = kinds.gather(1, items.flatten(1)).view_as(items)
     return torch.where(slots < num_experts, slots, slots.amin(2, keepdim=True))
 
@@ -104,15 +125,16 @@ def _tried_again(loads: Tensor, count: Tensor, slots: Tensor) -> Tensor:
     with other copies."""
     num_layers, num_ranks, places = slots.shape
     num_slots = num_ranks * places
-    tries = max(TRIES, min(8 * TRIES, ITEMS // (num_layers * num_slots) // 4 * 4))
+    tries = max(TRIES, min(8 * TRIES, ITEMS // (num_layers * num_slots)))
     reached = heaviest(loads, slots)
-    possible = torch.maximum(loads.sum(1) / num_ranks, (loads / count).amax(1))
-    far = reached / possible.clamp_min(torch.finfo(torch.float64).tiny)
+    far = reached / _possible(loads, count, num_ranks).clamp_min(torch.finfo(torch.float64).tiny)
     stuck = far.argsort(descending=True, stable=True)[: max(1, ITEMS // (tries * num_slots))]
     stuck = stuck[far[stuck] > 1 + DONE]
     if not stuck.numel():
         return slots
-    counts = torch.stack([count[stuck], *_other_counts(loads[stuck], count[stuck], slots[stuck])]).repeat(tries // 4, 1, 1).flatten(0, 1)
+    ways = [count[stuck], *_other_counts(loads[stuck], count[stuck], slots[stuck])]
+    tries = tries // len(ways) * len(ways)
+    counts = torch.stack(ways).repeat(tries // len(ways), 1, 1).flatten(0, 1)
     tried = _arranged(loads[stuck].repeat(tries, 1), counts, num_ranks, num_slots, noise=NOISE)
     again, which = heaviest(loads[stuck].repeat(tries, 1), tried).view(tries, -1).min(0)
     best = tried.view(tries, -1, *tried.shape[1:])[which, torch.arange(len(stuck))]
@@ -121,14 +143,16 @@ def _tried_again(loads: Tensor, count: Tensor, slots: Tensor) -> Tensor:
 
 
 def _other_counts(loads: Tensor, count: Tensor, slots: Tensor) -> list[Tensor]:
-    """Three other ways to make copies, [L, E] each: one more of what is heavy in the heaviest rank, for one that is missed least; and
-    without the one or the other of the two copies that are missed least."""
+    """Four other ways to make copies, [L, E] each: one more of the heaviest or second heaviest in the heaviest rank, for one that is missed
+    least; and without the one or the other of the two copies that are missed least."""
     missed = torch.where(count > 1, loads / (count - 1).clamp_min(1), torch.inf)  # the weight of a copy, if there were one less
     top = slots[torch.arange(len(slots)), rank_loads(loads, slots).argmax(1)]  # [L, n]
-    heavy = top.gather(1, (loads / count).gather(1, top).argmax(1, keepdim=True))
-    least, spared = missed.scatter(1, heavy, torch.inf).min(1, keepdim=True)
-    can = ((count.gather(1, heavy) < slots.shape[1]) & least.isfinite()).to(torch.int64)
-    ways = [count.scatter_add(1, heavy, can).scatter_add(1, spared, -can)]
+    heavy = top.gather(1, (loads / count).gather(1, top).topk(min(2, top.shape[1]), 1).indices)
+    ways = []
+    for more in heavy.split(1, 1):
+        least, spared = missed.scatter(1, more, torch.inf).min(1, keepdim=True)
+        can = ((count.gather(1, more) < slots.shape[1]) & least.isfinite()).to(torch.int64)
+        ways.append(count.scatter_add(1, more, can).scatter_add(1, spared, -can))
     for _ in range(2):
         least, spared = missed.min(1, keepdim=True)
         ways.append(count.scatter_add(1, spared, -least.isfinite().to(torch.int64)))
@@ -138,26 +162,31 @@ def _other_counts(loads: Tensor, count: Tensor, slots: Tensor) -> list[Tensor]:
 
 def _kept(kinds: Tensor, count: Tensor, present: Tensor, num_experts: int) -> Tensor:
     """[L, M] int64: the ranks where items are now, -1 for those that are new; of an expert with fewer copies than now the last ones go."""
-    now = held(present, num_experts)
-    num_ranks = now.shape[2]
-    ranks = torch.where(now, torch.arange(num_ranks), num_ranks).sort(2).values  # [L, E, G] ascending
+    ordered = present.sort(2).values
+    again = torch.nn.functional.pad(ordered[:, :, 1:] == ordered[:, :, :-1], (1, 0))  # in a slot of no use
+    experts, slots = ordered.masked_fill(again, num_experts).flatten(1).sort(dim=1, stable=True)  # by expert, then rank
+    now = torch.zeros(len(count), num_experts + 1, dtype=torch.int64).scatter_add_(1, experts, torch.ones_like(experts))
     copy = torch.arange(kinds.shape[1]) - (count.cumsum(1) - count).gather(1, kinds)  # the which-th copy an item is
-    at = ranks.flatten(1).gather(1, kinds * num_ranks + copy)
-    return torch.where(at == num_ranks, -1, at)
+    at = (now.cumsum(1) - now).gather(1, kinds) + copy
+    rank = slots.gather(1, at.clamp_max(slots.shape[1] - 1)) // present.shape[2]
+    return torch.where(copy < now.gather(1, kinds), rank, -1)
 
 
 def _relabelled(slots: Tensor, present: Tensor, num_experts: int) -> Tensor:
-    """The same packs, given to the ranks that hold most of them: the best match of all first."""
+    """The same packs, given to the ranks that hold most of them: pairs that are each other's best match first, until all have one."""
     now, then = (held(each, num_experts).to(torch.float32) for each in (present, slots))
     common = now.transpose(1, 2) @ then  # [L, now, pack]
     num_layers, num_ranks = common.shape[:2]
-    layer, pack_of = torch.arange(num_layers), torch.zeros(num_layers, num_ranks, dtype=torch.int64)
-    for _ in range(num_ranks):
-        best = common.flatten(1).argmax(1)
-        rank, chosen = best // num_ranks, best % num_ranks
-        pack_of[layer, rank] = chosen
-        common[layer, rank], common[layer, :, chosen] = -1.0, -1.0
-    return slots[layer[:, None], pack_of]
+    rank = torch.arange(num_ranks)
+    common -= (rank - rank.unsqueeze(1)) % num_ranks / (2 * num_ranks)  # of equals the next pack, so that ranks do not ask for the same one
+    pack_of = torch.full((num_layers, num_ranks), -1)
+    while bool((pack_of < 0).any()):
+        pack = common.argmax(2)
+        match = (common.argmax(1).gather(1, pack) == rank) & (pack_of < 0)
+        pack_of = torch.where(match, pack, pack_of)
+        taken = torch.zeros(num_layers, num_ranks).scatter_add_(1, pack, match.to(torch.float32)) > 0
+        common.masked_fill_(match.unsqueeze(2) | taken.unsqueeze(1), -1.0)
+    return slots[torch.arange(num_layers)[:, None], pack_of]
 
 
 def _nodes(loads: Tensor, num_nodes: int, num_groups: int, present: Tensor | None, slack: float) -> Tensor:

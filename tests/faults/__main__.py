@@ -51,7 +51,10 @@ def main() -> int:
     wrong = [row for row in found if "wrong" in row]
     counts = Counter((row["ranks"], row["kind"], row["outcome"]) for row in found if "wrong" not in row)
     rows = [{"ranks": ranks, "kind": kind, "outcome": what, "faults": count} for (ranks, kind, what), count in sorted(counts.items())]
-    print_table(f"{len(found)} faults in {time.monotonic() - began:.0f} s, seeds from {args.seed}, {len(wrong)} wrong", rows)
+    title = f"{len(found)} faults in {time.monotonic() - began:.0f} s, seeds from {args.seed}, {len(wrong)} wrong"
+    print_table(title, rows) if rows else print(title)
+    for row in wrong:
+        print(f"wrong: {row['kind']}, seed {row['seed']}: {row['wrong']}")
     write_json(args.json, "tests.faults", [*rows, *wrong])
     return int(bool(wrong))
 
@@ -60,7 +63,7 @@ def outcome(seed: int) -> dict[str, Any]:
     try:
         return one(seed)
     except AssertionError as error:
-        return {"seed": seed, "kind": list(KINDS)[seed % len(KINDS)], "wrong": str(error)[:2000]}
+        return {"seed": seed, "kind": list(KINDS)[seed % len(KINDS)], "wrong": str(error)[-2000:]}
 
 
 def interrupted(seed: int, count: int) -> list[dict[str, Any]]:
@@ -70,12 +73,12 @@ def interrupted(seed: int, count: int) -> list[dict[str, Any]]:
     except JobTimeout as error:
         return [{"ranks": "processes", "seed": seed, "kind": "interrupted", "wrong": str(error)[:2000]}]
     rows = [row for row in job.rows if row["rank"] == 0]
-    bad = {row["check"] for row in job.rows if not row["ok"]}
+    bad = {row["check"]: f"rank {row['rank']}: {row['error']}" for row in job.rows if not row["ok"]}
     if len(rows) != count:
         return [{"ranks": "processes", "seed": seed, "kind": "interrupted", "wrong": job.describe()[:2000]}]
     return [
-        {"ranks": "processes", "seed": row["check"], "kind": row["kind"], "outcome": row["outcome"]}
-        | ({"wrong": row.get("error", "on another rank")[:2000]} if row["check"] in bad else {})
+        {"ranks": "processes", "seed": row["check"], "kind": row["kind"], "outcome": row.get("outcome", "none")}
+        | ({"wrong": bad[row["check"]][-2000:]} if row["check"] in bad else {})
         for row in rows
     ]  # fmt: skip
 

@@ -35,7 +35,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.mutants", description="Bugs planted one at a time: does a test fail?")
-    parser.add_argument("--only", default="", metavar="WORD", help="mutants whose name holds it")
+    parser.add_argument("--only", nargs="+", default=[""], metavar="WORD", help="mutants whose name holds one of them")
     parser.add_argument("--part", default="1/1", metavar="I/N", help="every N-th mutant, from the I-th on: for several processes")
     parser.add_argument("--json", metavar="FILE", help="rows; a file that is there is continued")
     parser.add_argument("--rows", nargs="*", default=[], metavar="FILE", help="take over the rows of these files as well")
@@ -46,7 +46,7 @@ def main() -> int:
     args = parser.parse_args()
     os.chdir(ROOT)
     part, parts = map(int, args.part.split("/"))
-    chosen = [each for each in mutants() if args.only in each.name][part - 1 :: parts]
+    chosen = [each for each in mutants() if any(word in each.name for word in args.only)][part - 1 :: parts]
     if args.list:
         print("\n".join(f"{each.name}: {each.what}" for each in chosen))
         print(f"{len(chosen)} mutants")

@@ -1,7 +1,7 @@
 """One mutant in a process of its own, forked from one that has imported the product and the tests. Nothing on disk changes.
 
 The bug is planted by giving every function of the file the code that the changed text compiles to, wherever it is referred to. So a mutant
-costs what its tests cost, and no import.
+costs what its tests cost up to the first that fails: no import, no start of pytest, and no walk over what the process held before.
 """
 
 from __future__ import annotations
@@ -14,12 +14,16 @@ import signal
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from types import CodeType, FunctionType
 
 from .mutant import ROOT, Mutant
 
 CPU_S, WALL_S = 60, 600
+PYTEST = ("-x", "-q", "-p", "no:cacheprovider", "-p", "no:randomly", "--no-header", "--tb=line")
+WITHOUT = "not emu"  # what runs under emulation is compiled from other sources than those that are changed
 KILLED, SURVIVED = "killed", "survived"
 
 
@@ -42,13 +46,31 @@ def run(mutant: Mutant | None, tests: Sequence[str], log: Path) -> tuple[str, fl
     return KILLED, cpu
 
 
+_functions: dict[str, list[FunctionType]] = {}
+"""Of this process when it was warm, by file."""
+
+
 def warm(files: Iterable[str]) -> None:
-    """Import tests, and with them the product; load the compiled ops."""
+    """Import tests, and with them the product and what pytest loads; load the compiled ops. What is there now is walked over once, here."""
+    import pytest
+    from hypothesis import Phase, settings
+
+    # A mutant is killed by the first example that fails: the smallest one is nobody's concern. Loaded before the tests take it over.
+    settings.register_profile("mutants", phases=(Phase.explicit, Phase.generate), derandomize=True, database=None, deadline=None)
+    settings.load_profile("mutants")
+    files = list(files)
     for file in files:
-        importlib.import_module(file.removesuffix(".py").replace("/", "."))
+        importlib.import_module(file.partition("::")[0].removesuffix(".py").replace("/", "."))
     from pikv_ds.ops.build import load
 
     load.ensured("cpu")
+    with redirect_stdout(StringIO()):
+        pytest.main([*PYTEST, "--collect-only", *files[:1]])
+    settings.load_profile("mutants")  # conftest.py has loaded its own
+    for one in gc.get_objects():
+        if isinstance(one, FunctionType):
+            _functions.setdefault(one.__code__.co_filename, []).append(one)
+    gc.freeze()
 
 
 def _wait(process: int, deadline: float) -> tuple[int, resource.struct_rusage]:
@@ -77,7 +99,7 @@ def _child(mutant: Mutant | None, tests: Sequence[str], log: Path) -> None:
         if mutant is not None:
             _plant(ROOT / mutant.place.file, mutant.text)
         sys.argv = ["pytest"]
-        code = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:randomly", "--no-header", "--tb=line", *tests]))
+        code = int(pytest.main([*PYTEST, "-k", WITHOUT, *tests]))
     finally:
         sys.stdout.flush()
         os._exit(code)
@@ -87,8 +109,9 @@ def _plant(path: Path, text: str) -> None:
     """Every function of `path` that this process has runs the code of `text` from now on. Raises: ValueError when none is another."""
     made = {code.co_qualname: code for code in _codes(compile(text, str(path), "exec", dont_inherit=True))}
     changed = 0
-    for one in gc.get_objects():
-        if isinstance(one, FunctionType) and Path(one.__code__.co_filename) == path and one.__code__.co_qualname in made:
+    later = [one for one in gc.get_objects() if isinstance(one, FunctionType) and one.__code__.co_filename == str(path)]
+    for one in (*_functions.get(str(path), ()), *later):
+        if one.__code__.co_qualname in made:
             new = made[one.__code__.co_qualname]
             changed += (new.co_code, new.co_consts, new.co_names) != (one.__code__.co_code, one.__code__.co_consts, one.__code__.co_names)
             one.__code__ = new

@@ -86,3 +86,22 @@ def test_causal_and_mask_exclude_each_other():
     q, k, v = inputs(1, 2, 2, 3, 3, (4, 4))
     with pytest.raises(ValueError, match="causal and mask exclude each other"):
         sdpa_lse(q, k, v, scale=1.0, mask=torch.ones(1, 1, 3, 3, dtype=torch.bool), causal=True)
+
+
+@pytest.mark.parametrize("dims", DIMS[:2], ids=["flash", "plain"])
+@pytest.mark.parametrize("window", [1, 3, 6, 7, 8])
+def test_a_window_ends_where_it_says(window, dims):
+    q, k, v = inputs(2, 4, 2, 7, 7, dims)
+    visible = torch.ones(7, 7, dtype=torch.bool).tril().triu(1 - window).expand(2, 7, 7)
+    assert_close(sdpa_lse(q, k, v, scale=0.3, causal=True, window=window), loops(q, k, v, 0.3, visible))
+
+
+@pytest.mark.parametrize("dims", DIMS[:2], ids=["alike", "unlike"])
+@pytest.mark.parametrize("window", [None, 3])
+def test_bounded_scores(window, dims):
+    q, k, v = inputs(1, 4, 4, 7, 7, dims)
+    visible = torch.ones(7, 7, dtype=torch.bool).tril().triu(1 - (window or 7))
+    scores = 2.0 * torch.tanh(0.9 * torch.einsum("bhtd,bhld->bhtl", q.double(), k.double()) / 2.0)
+    scores = scores.masked_fill(~visible, -torch.inf)
+    want = scores.softmax(-1) @ v.double(), scores.logsumexp(-1)
+    assert_close(sdpa_lse(q, k, v, scale=0.9, causal=True, window=window, softcap=2.0), want)

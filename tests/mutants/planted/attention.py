@@ -9,9 +9,14 @@ MERGE = Place(file="ops/reference/merge_partials.py", tests=("tests/ops/test_mer
 SDPA = Place(file="ops/reference/sdpa_lse.py", tests=("tests/ops/test_sdpa_lse.py",))
 ASSIGN = Place(file="ops/reference/slots.py", tests=("tests/ops/test_slots.py",), model=False)
 CODES = Place(file="ops/reference/codes.py", tests=("tests/ops/test_codes.py", "tests/ops/test_append.py"), model=False)
-PAGES = Place(file="ops/reference/pages.py", tests=("tests/ops/test_paged_attention.py", "tests/ops/test_kernels.py"), model=False)
+APPEND = "tests/ops/test_append.py"
+PAGES = Place(
+    file="ops/reference/pages.py",
+    tests=(f"{APPEND}::test_migrate_moves_whole_records", f"{APPEND}::test_checksum_of_the_reference_and_compiled_agree"),
+    model=False,
+)
 CHUNK = Place(file="pikv_ds/cache/chunk.py", tests=("tests/cache/test_chunk.py",), model=False)
-WRITER = Place(file="pikv_ds/cache/writer.py", tests=("tests/cache/test_single_rank.py",))
+WRITER = Place(file="pikv_ds/cache/writer.py", tests=("tests/cache/test_single_rank.py", "tests/migration/test_moves.py"))
 
 MUTANTS = [
     planted(MERGE, "dropped lse term", "the largest lse is not added back", "return merged, top + total.log()", "return merged, total.log()"),

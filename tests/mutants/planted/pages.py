@@ -5,11 +5,15 @@
 from tests.mutants.mutant import Place, planted
 from tests.mutants.operators import edits
 
-ALLOCATOR = Place(file="pikv_ds/pages/allocator.py", tests=("tests/pages/test_pool.py", "tests/pages/test_recycle.py"))
+ALLOCATOR = Place(file="pikv_ds/pages/allocator.py", tests=("tests/pages/test_allocator.py", "tests/pages/test_pool.py"))
 TABLE = Place(
-    file="pikv_ds/pages/table.py", tests=("tests/pages/test_pool.py", "tests/pages/test_recycle.py", "tests/pages/test_counters.py")
+    file="pikv_ds/pages/table.py",
+    tests=("tests/pages/test_table.py", "tests/pages/test_pool.py", "tests/pages/test_recycle.py", "tests/pages/test_counters.py"),
 )
-RECYCLE = Place(file="pikv_ds/pages/recycle.py", tests=("tests/pages/test_recycle.py", "tests/cache/test_single_rank.py"))
+RECYCLE = Place(
+    file="pikv_ds/pages/recycle.py",
+    tests=("tests/pages/test_recycle.py", "tests/pages/test_tails.py", "tests/pages/test_events.py", "tests/cache/test_single_rank.py"),
+)
 CROPS = Place(file="pikv_ds/pages/crops.py", tests=("tests/cache/test_single_rank.py", "tests/retention/test_evict.py"))
 ROWS = Place(file="pikv_ds/pages/rows.py", tests=("tests/pages/test_rows.py",))
 PARKED = Place(file="pikv_ds/pages/parked.py", tests=("tests/pages/test_parked.py",))

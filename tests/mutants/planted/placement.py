@@ -12,6 +12,8 @@ PLACEMENT = Place(file="pikv_ds/placement/placement.py", tests=("tests/placement
 XOR = Place(file="pikv_ds/placement/rules/xor.py", tests=("tests/placement/test_placement.py",))
 EXPERTS = Place(file="pikv_ds/placement/rules/experts.py", tests=("tests/placement/test_placement.py",))
 BY_TABLE = Place(file="pikv_ds/placement/rules/table.py", tests=("tests/placement/test_placement.py",))
+PACKING = Place(file="pikv_ds/placement/packing.py", tests=("tests/placement/test_packing.py",), model=False)
+SWAPS = Place(file="pikv_ds/placement/swaps.py", tests=("tests/placement/test_packing.py",), model=False)
 SLOTS = Place(file="pikv_ds/placement/slots.py", tests=("tests/placement/test_balance.py",), model=False)
 
 MUTANTS = [
@@ -25,7 +27,7 @@ MUTANTS = [
     planted(MAP, "index of another shard", "", "index[list(self.local)] = torch.arange(self.num_local)", "index[list(self.local)] = torch.arange(self.num_local).flip(0)"),
     planted(MAP, "shard 0 is nobody's", "", "return self.index[shard] >= 0", "return self.index[shard] > 0"),
     planted(MAP, "rank order", "partials are added in another order", "sorted(range(num_ranks), key=first.__getitem__)", "sorted(range(num_ranks), key=first.__getitem__, reverse=True)"),
-    planted(MAP, "order not inverted", "gathered shards are permuted twice", "return self.by_rank.argsort()", "return self.by_rank"),
+    planted(MAP, "order not inverted", "gathered shards are permuted twice", "_select(x, self._order, dim, heads)", "_select(x, self.by_rank, dim, heads)"),
     planted(MAP, "blocks reversed", "experts of another rank", "tuple((shard * num_ranks // num_shards,) for shard in range(num_shards))", "tuple(((num_shards - 1 - shard) * num_ranks // num_shards,) for shard in range(num_shards))"),
     planted(MAP, "uneven maps", "a rank may hold none", "if len({len(shards) for shards in self.of_ranks}) != 1:", "if False:"),
     planted(MAP, "own of another rank", "narrow begins at shard 0", "x.narrow(dim, self.local[0] * heads,", "x.narrow(dim, 0 * heads,"),
@@ -47,6 +49,14 @@ MUTANTS = [
     planted(EXPERTS, "experts dealt in turns", "mod for floor", "torch.arange(facts.num_experts) * facts.num_shards // facts.num_experts", "torch.arange(facts.num_experts) % facts.num_shards"),
     planted(BY_TABLE, "first replica only", "", "positions % self.replicas[layer][expert_ids]", "positions * 0"),
     planted(BY_TABLE, "layer 0 for all", "", "layer = layer_idx if self.table.shape[0] > 1 else 0", "layer = 0"),
+    planted(PACKING, "heaviest to the heaviest", "a round is dealt the wrong way round", "torch.where(left > 0, load, torch.inf).argsort(dim=1, stable=True)", "torch.where(left > 0, load, -torch.inf).argsort(dim=1, descending=True, stable=True)"),
+    planted(PACKING, "load not told", "all rounds are dealt in one order", "        load.scatter_add_(1, packs, heavy.gather(1, at) * valid)\n", ""),
+    planted(PACKING, "full packs take", "", "item, valid = order.gather(1, at), seat < takes", "item, valid = order.gather(1, at), seat <= takes"),
+    planted(PACKING, "parted into another copy", "", "(kind != own[:, None, None]).all(2, keepdim=True) & ~known", "~known"),
+    planted(SWAPS, "copies dealt together", "a copy that stays weighs nothing more", "* (FAR * load.amax((1, 2)))", "* (0 * load.amax((1, 2)))"),
+    planted(SWAPS, "all that one is over", "not half of it", "(load[:, :, 1] - load[:, :, 0]) / 2", "(load[:, :, 1] - load[:, :, 0])"),
+    planted(SWAPS, "copies swapped together", "", "other.masked_fill_(packs.holds(top[:, None, None], theirs), torch.inf)", "other.masked_fill_(packs.holds(top[:, None, None], theirs), -torch.inf)"),
+    planted(SWAPS, "goes on when light enough", "", "self.enough = (least if enough is None else enough) + self.close", "self.enough = least + self.close"),
     *edits(SPILL, ("spill", "water_fill")),
     *edits(DIRECTORY, ("Directory.leave", "Directory.per_row", "Directory.fork", "Directory.split")),
     *edits(SLOTS, ("rank_loads", "moved", "holders")),
