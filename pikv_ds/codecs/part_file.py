@@ -85,11 +85,11 @@ class PartFile:
         """Raises: ConfigError when the part was trained for other layers than `layers`; key: of the block that names the file."""
         for spec in layers:
             if spec.latent:
-                raise ConfigError(f"{key} = {self.source!r}: layer {spec.layer_idx} stores a latent (MLA); no part is trained on these")
+                raise ConfigError(f"{key} = {self.source!r}: layer {spec.layer_idx} stores a latent (MLA); no part is trained for it")
             if spec.layer_idx >= len(self.layers):
                 raise ConfigError(
-                    f"{key} = {self.source!r} was trained for {len(self.layers)} layers, this model has a layer {spec.layer_idx}; train the "
-                    f"part for this model: {TRAIN.format(part=self.part)}"
+                    f"{key} = {self.source!r} was trained for {len(self.layers)} layers, this model has a layer {spec.layer_idx}; train "
+                    f"the part for this model: {TRAIN.format(part=self.part)}"
                 )
             own = self.layers[spec.layer_idx]
             if (own.k_dim, own.v_dim) != (spec.k_dim, spec.v_dim) or own.num_kv_heads < spec.first_head + spec.num_kv_heads:
