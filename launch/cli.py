@@ -12,7 +12,7 @@ import pkgutil
 import sys
 
 import pikv_ds
-from pikv_ds.errors import CapacityError, ConfigError, DivergedError, PeerError, SessionError, UnsupportedError
+from pikv_ds.errors import CapacityError, ConfigError, DivergedError, PeerError, SessionError, TrainingError, UnsupportedError
 from pikv_ds.launch import commands
 from pikv_ds.launch.device import let_memory_grow
 from pikv_ds.launch.output import note_command_line
@@ -25,6 +25,7 @@ TOLD = (
     PeerError,
     DivergedError,
     SessionError,
+    TrainingError,
     FileNotFoundError,
     argparse.ArgumentTypeError,
 )

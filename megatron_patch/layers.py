@@ -187,17 +187,17 @@ def key_norms(attention: nn.Module) -> Tensor:
 
 
 def check_calibration(core: PiKVCache, layers: list[Layer]) -> None:
-    """Raises: ConfigError when the codec's calibration was made with other weights; each rank looks at the heads that it computes."""
+    """Raises: ConfigError when what was fitted to a model was fitted to other weights; each rank looks at the heads that it computes."""
     for spec, rotation in zip(core.layers, core.rotations, strict=True):
         if rotation is not None:
             raise ConfigError(
                 f"pikv.compression.rope = 'pre' (layer {spec.layer_idx}): under Megatron-Core this version does not undo rotations, whose "
                 f"positions count padding there; legal is 'post'"
             )
-    if core.codec.calibrated:
+    if core.blueprint.knows_model:
         for spec, layer in zip(core.layers, layers, strict=True):
             own = replace(spec, first_head=first_head(layer.attention), num_kv_heads=layer.attention.num_query_groups_per_partition)
-            core.codec.check_model(own, key_norms(layer.attention))
+            core.blueprint.check_model(own, key_norms(layer.attention))
 
 
 def softmax_offset(attention: nn.Module) -> Tensor | None:

@@ -44,6 +44,11 @@ class CorruptedError(RuntimeError):
     """Page tables and their allocator contradict each other (looked for with `storage.audit` only). Raised where it was found."""
 
 
+class TrainingError(RuntimeError):
+    """A fit that can't go on: a loss that is not finite, no data, a checkpoint of another fit. Nothing was exported."""
+
+
 PIKV_ERRORS = (
     ConfigError, UnsupportedError, CapacityError, PeerError, DivergedError, MigrationError, PageFileError, SessionError, CorruptedError,
+    TrainingError,
 )  # fmt: skip

@@ -147,6 +147,19 @@ def method_rows(results: Results) -> list[dict[str, Any]]:
     return rows
 
 
+def part_rows() -> list[dict[str, Any]]:
+    """One row per part that `pikv train` trains."""
+    from pikv_ds.training.parts import PARTS
+
+    rows = []
+    for name, part in PARTS.items():
+        parameters = [p for p in inspect.signature(part.__init__).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        options = ", ".join(f"{p.name}={p.default}" for p in parameters)
+        what = inspect.getdoc(part).splitlines()[0]
+        rows.append({"part": name, "serves": part.serves, "from": PARTS.origin(name), "options": options, "what": what})
+    return rows
+
+
 def _codec_columns(method: type[Codec]) -> dict[str, Any]:
     """For bf16 keys and values of 8 heads x 128, a page without its raw tail. Calibrated codecs: at half the width, or the least that they
     need for random numbers; their errors depend on the model, `pikv calibrate` says them."""

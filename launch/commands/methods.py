@@ -1,4 +1,4 @@
-"""`pikv methods`: every registered codec, router and retention policy, with what the committed sweep measured of it."""
+"""`pikv methods`: every codec, router and retention policy, with what the committed sweep measured of it; and what can be trained."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def run(args: argparse.Namespace) -> int:
     from pikv_ds.launch.evaluation.sweep_figures import write_figures, write_real_figure
 
     from ._methods_doc import written
-    from ._methods_table import Results, method_rows
+    from ._methods_table import Results, method_rows, part_rows
 
     results = Results(RESULTS, SWEEPS)
     if args.doc:
@@ -40,10 +40,12 @@ def run(args: argparse.Namespace) -> int:
         shown = [{name: _cell(name, value) for name, value in row.items() if name != "key"} for row in rows if row["key"] == key]
         names = [name for name in shown[0] if any(line[name] is not None for line in shown)]
         print_table(key, [{name: line[name] for name in names} for line in shown])
+    parts = part_rows()
+    print_table("pikv train PART", [{name: value for name, value in row.items() if value is not None} for row in parts])
     if not results.rows:
         where = "docs/results/methods.json is not there: make it with `pikv sweep --json docs/results/methods.json`"
         print("no results of a sweep: " + (where if RESULTS.is_dir() else "they are part of the repository, not of the wheel"))
-    write_json(args.json, "methods", rows)
+    write_json(args.json, "methods", rows, parts=parts)
     return 0
 
 

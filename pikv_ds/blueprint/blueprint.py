@@ -7,7 +7,9 @@ from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
+from torch import Tensor
 
+from pikv_ds.codecs.part_file import PartFile
 from pikv_ds.codecs.table import CodecTable
 from pikv_ds.config.blocks import Blocks
 from pikv_ds.pages.far import TierSizes
@@ -55,6 +57,23 @@ class Blueprint:
             behind=methods.pools, raw_window=methods.near is not None and bool(facts.full_attention),
             budgets=facts.budgets, placement=facts.placement, pages=facts.pages, tier=facts.tier,
         )  # fmt: skip
+
+    @property
+    def knows_model(self) -> bool:
+        """Whether something was fitted to the weights of one model, so that hosts must ask `check_model`."""
+        return self.codec.calibrated or bool(self._trained)
+
+    def check_model(self, spec: LayerSpec, norms: Tensor) -> None:
+        """norms [H, D]: of the rows of a layer's key projection. Raises: ConfigError when something was fitted to other weights."""
+        if self.codec.calibrated:
+            self.codec.check_model(spec, norms)
+        for key, trained in self._trained.items():
+            trained.check_model(spec, norms, key)
+
+    @property
+    def _trained(self) -> dict[str, PartFile]:
+        given = {"pikv.routing.path": self.router.trained, "pikv.scheduling.path": self.policy.trained}
+        return {key: trained for key, trained in given.items() if trained is not None}
 
     def to(self, device: torch.device) -> Self:
         """With its maps and tables on a device."""

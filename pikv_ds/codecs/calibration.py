@@ -164,11 +164,16 @@ class Calibration:
         if f"{spec.layer_idx}.fingerprint" not in self.tensors:
             raise ConfigError(f"calibration {source!r} names no model; make it with pikv calibrate")
         own, known = norms.detach().double().cpu(), self.heads("fingerprint", spec).double()
-        if own.shape != known.shape or not torch.allclose(own, known, rtol=FINGERPRINT_TOLERANCE, atol=1e-6):
+        if not same_weights(own, known):
             raise ConfigError(
                 f"calibration {source!r} was made with other weights ({self.about.get('model', 'a model without a name')}): the key "
                 f"projection of layer {spec.layer_idx} differs; calibrate this model with pikv calibrate"
             )
+
+
+def same_weights(own: Tensor, known: Tensor) -> bool:
+    """Whether two fingerprints, f64 on the CPU, are of the same weights."""
+    return own.shape == known.shape and torch.allclose(own, known, rtol=FINGERPRINT_TOLERANCE, atol=1e-6)
 
 
 def load(path: str) -> Calibration:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from pikv_ds.codecs.part_file import PartFile
 from pikv_ds.moved import moved
 from pikv_ds.pages.listing import Pages
 from pikv_ds.spec import LayerSpec
@@ -81,6 +82,8 @@ class RetentionPolicy(ABC):
     """The value of scheduling.head_budget that the policy needs; None = any."""
     sums_layers: ClassVar[bool] = False
     """Scores are summed over the layers, which then keep the same entries: needs pages that hold the same entries in every layer."""
+    trained: PartFile | None = None
+    """The file of trained weights that it was given: hosts check that they are of their model."""
     target_hit_rate: float | None = None
     """Adaptive threshold: pages that score below theta go as well, theta += threshold_rate * (target_hit_rate - hit rate) per eviction."""
     threshold_rate: float = 0.0

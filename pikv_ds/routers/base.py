@@ -14,6 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from pikv_ds.codecs.part_file import PartFile
 from pikv_ds.moved import moved
 from pikv_ds.pages.events import NewEntries, PageChange
 from pikv_ds.pages.pool import PagePool
@@ -137,8 +138,15 @@ class Router(ABC):
     """True: it scores blocks of pages as well (`routing.block_size`)."""
     whole_forwards: ClassVar[bool] = False
     """True: it is told of all entries of a forward at once, also when only the last of them may be taken back."""
+    trained: PartFile | None = None
+    """The file of trained weights that it was given: hosts check that they are of their model."""
     memories: tuple[Memory, ...] = ()
     """What it keeps of the queries that it was asked with."""
+
+    @property
+    def from_files(self) -> list[object]:
+        """What it has from files, the same whatever is stored: it is not counted in the bytes of a cache."""
+        return []
 
     @property
     def learns(self) -> bool:

@@ -11,7 +11,8 @@ from tests.packaging.imports import FILES, ROOT, imports_of, module_of
 
 ORDER = [
     "ground", "ops", "codecs", "config", "exchange", "placement", "step", "pages", "routers", "policies", "pools", "selection", "retention",
-    "blueprint", "tiers", "migration", "sessions", "cache", "prefix", "bundled", "adapters", "megatron_patch", "launch", "examples",
+    "blueprint", "training", "tiers", "migration", "sessions", "cache", "prefix", "bundled", "adapters", "megatron_patch", "launch",
+    "examples",
 ]  # fmt: skip
 CORE = ORDER[ORDER.index("ops") + 1 : ORDER.index("bundled")]
 FACES = {"pikv_ds", "pikv_ds.plan"}  # public names of other rooms, given to users; nothing of ours imports them

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers import PreTrainedModel
 
 from pikv_ds.codecs.base import Heads
 from pikv_ds.codecs.calibration import Calibration, Moments
@@ -19,6 +17,7 @@ from pikv_ds.spec import LayerSpec
 from .anatomy import find_attentions
 from .fingerprint import key_norms
 from .model_spec import read_model_spec
+from .record import heads_shown
 from .rotation import inv_freq_of
 
 SHIFT, LENGTH = 101, 32  # tokens
@@ -137,23 +136,6 @@ def check_rotation(model: PreTrainedModel, specs: list[LayerSpec], rotations: li
                 f"layer {spec.layer_idx} of {type(model).__name__} does not rotate its keys by halves with rope_theta alone: rotated back, "
                 f"keys of the same tokens {SHIFT} positions on differ by {error:.2g} of their norm"
             )
-
-
-@contextlib.contextmanager
-def heads_shown(model: PreTrainedModel, see: dict[nn.Module, Callable[[Tensor, Tensor, Tensor], None]]) -> Iterator[None]:
-    """Inside, every attention module in `see` also hands its q [N, Hq, D], k and v [N, H, D] (after RoPE, rows joined) to its function."""
-
-    def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args, **kwargs):
-        see[module](*(x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)))
-        return sdpa_attention_forward(module, query, key, value, *args, **kwargs)
-
-    before = model.config._attn_implementation
-    AttentionInterface.register("pikv_calibrate", attend)
-    model.set_attn_implementation("pikv_calibrate")
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
 
 
 def output_metric(attention: nn.Module, num_kv_heads: int) -> Tensor:

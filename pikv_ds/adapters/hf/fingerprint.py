@@ -24,10 +24,11 @@ class Host(Protocol):
 
 
 def check_calibration(core: PiKVCache, attentions: list[nn.Module]) -> None:
-    """Raises: ConfigError when the codec's calibration was made with other weights than these attention modules have."""
-    if core.codec.calibrated:
+    """Raises: ConfigError when what was fitted to a model, the codec's calibration or the parts of router and policy, was fitted to other
+    weights than these attention modules have."""
+    if core.blueprint.knows_model:
         for spec, attention in zip(core.layers, attentions, strict=True):
-            core.codec.check_model(spec, key_norms(attention, spec.num_kv_heads))
+            core.blueprint.check_model(spec, key_norms(attention, spec.num_kv_heads))
 
 
 def key_norms(attention: nn.Module, num_kv_heads: int) -> Tensor:
@@ -37,7 +38,7 @@ def key_norms(attention: nn.Module, num_kv_heads: int) -> Tensor:
     if weight is None or not weight.is_floating_point() or weight.numel() == 0 or weight.is_meta:
         why = "has no k_proj" if projection is None else "has a k_proj whose weight is partitioned (ZeRO-3), packed or offloaded"
         raise UnsupportedError(
-            f"{type(attention).__name__} {why}, by which a calibration knows its model; use a codec without a calibration"
+            f"{type(attention).__name__} {why}, by which a calibration or a trained part knows its model; use methods without one"
         )
     return weight.detach().double().view(num_kv_heads, -1, weight.shape[1]).norm(dim=-1)
 

@@ -1,0 +1,1 @@
+"""What `pikv train` does around the loop: data, engines, curves."""

@@ -1,0 +1,1 @@
+"""Learned parts: the loop, its checkpoints, the file, the parts themselves."""
