@@ -3,6 +3,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from pikv_ds.errors import TrainingError
 from pikv_ds.policies.entry_scorer import EntryScorer, page_scores
 from pikv_ds.training.part import LearnedPart
 from pikv_ds.training.parts import PARTS
@@ -53,6 +54,8 @@ class EvictionScorerPart(LearnedPart):
     def scored(self, module: nn.Module, window: Window) -> list[tuple[Tensor, Tensor]]:
         """Of each layer: log shares as the module says them and shares as they are, [H, C] each."""
         read = int((~window.question).sum())
+        if read == len(window.ids):
+            raise TrainingError(f"{self.name!r} learns from what is read again, and no token of this window is: mark it as a question")
         first = int(window.ids.sum()) % self.page_size  # where pages begin differs between windows, as texts do
         count = (read - first) // self.page_size
         found = []
