@@ -152,7 +152,9 @@ def main() -> None:
                     rows.append(row | {"evict_ms": round(min(x.evict_ms for x in found), 2)})
                     print(row, flush=True)
     print_table(f"asked after eviction, pages of {args.page_size}, {args.prompts} prompts a seed", rows)
-    given = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in vars(args).items() if value and name not in ("json", "scores"))
+    given = " ".join(
+        f"--{name.replace('_', '-')} {value}" for name, value in vars(args).items() if value and name not in ("json", "scores")
+    )
     write_json(args.json, f"python examples/recall_after_eviction.py {given}", rows)
 
 

@@ -32,8 +32,8 @@ def network(weights: dict[str, torch.Tensor]):
         for p in page.positions:
             k, v = kept.driver.history[i][row][p]
             for h in range(2):
-                x = direction(k[h]) + direction(v[h])
-                hidden = [max(0.0, sum(float(a) * b for a, b in zip(w1[h, n], x, strict=True)) + float(b1[h, n])) for n in range(w1.shape[1])]
+                x = torch.tensor(direction(k[h]) + direction(v[h]), dtype=torch.float64)
+                hidden = [max(0.0, float(w1[h, n] @ x + b1[h, n])) for n in range(w1.shape[1])]
                 total += math.exp(sum(float(w) * y for w, y in zip(w2[h], hidden, strict=True)) + float(b2[h]))
         return total / 2
 
@@ -67,10 +67,8 @@ def test_of_heads(head_budget, tmp_path):
 
 def test_the_policy_says_what_the_module_says(tmp_path):
     """Parity: the module over keys and values as they were given, the policy over pages of a cache that holds them."""
-    driver = Driver(
-        [layer(0), layer(1)], page_size=4,
-        scheduling={"method": "learned_scores", "budget_tokens": 200, **SMALL, **needed("learned_scores", tmp_path, layers=2, heads=2, width=16)},
-    )  # fmt: skip
+    own = needed("learned_scores", tmp_path, layers=2, heads=2, width=16)
+    driver = Driver([layer(0), layer(1)], page_size=4, scheduling={"method": "learned_scores", "budget_tokens": 200, **SMALL, **own})
     driver.prefill([32])
     module = EntryScorer(driver.probe.policy.trained.layers, 6)
     module.load_state_dict(dict(driver.probe.policy.trained.weights))
