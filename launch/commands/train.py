@@ -71,7 +71,9 @@ def run(args: argparse.Namespace) -> int:
     data, held_out = Recorder(model, *train), Recorder(model, *held)
     torch.manual_seed(args.seed)
     facts = ModelFacts.of(data.layers, data[0])
-    engine = engine_of(args.engine, PartLoss(part, part.build(facts)), Optimizing(steps=args.steps, lr=args.lr), own_device())
+    module = part.build(facts)
+    part.begin(module, data)
+    engine = engine_of(args.engine, PartLoss(part, module), Optimizing(steps=args.steps, lr=args.lr), own_device())
     plan = FitPlan(
         steps=args.steps, seed=args.seed, every=args.every, patience=args.patience, folder=out.with_suffix(".fit"), resume=args.resume
     )
