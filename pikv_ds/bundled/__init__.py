@@ -22,6 +22,18 @@ def model_path() -> Path:
     return _HERE / "model"
 
 
+def part_path(name: str) -> Path:
+    """File of a part that was trained for the bundled model, for the key `path` of its method.
+
+    Raises: FileNotFoundError, which names those that are there.
+    """
+    path = _HERE / "parts" / f"{name}.safetensors"
+    if not path.is_file():
+        there = ", ".join(sorted(found.stem for found in path.parent.glob("*.safetensors")))
+        raise FileNotFoundError(f"no part {name!r} comes with the bundled model; there are: {there}")
+    return path
+
+
 def haystack() -> str:
     """About 40 kB of English prose that the model was not trained on."""
     return (_HERE / "haystack.txt").read_text(encoding="utf-8")

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from pikv_ds.codecs.part_file import PartFile
+from pikv_ds.errors import ConfigError
 from pikv_ds.policies import POLICIES
 from pikv_ds.policies.base import Pages, RetentionPolicy
 from pikv_ds.policies.entry_scorer import EntryScorer, page_scores
@@ -22,7 +23,8 @@ class LearnedScores(RetentionPolicy):
     score(page) = sum over its entries of exp(w2_h relu(w1_h [k_h / rms, log rms, v_h / rms, log rms] + b1_h) + b2_h), per layer and kv
     head, k after RoPE; the mean over the heads that share the page. `path`: what `pikv train eviction_scorer` wrote for this model. The
     score is a share of attention, so heads can be compared: head_budget "adaptive" gives the budget to those that copy. Reads keys and
-    values back at each eviction, costs no KV bytes. `prefill` "keep" or "auto" for prompts.
+    values back at each eviction, with as many f32 per entry and head as the network has hidden units; costs no KV bytes. `prefill` "keep"
+    or "auto" for prompts.
 
     Source: KVzap (Jegou and Jeblick, arXiv 2601.07891), which regresses KVzip's scores (arXiv 2505.23416) on hidden states; here on what
     is stored, with the target of whole pages.
@@ -37,6 +39,12 @@ class LearnedScores(RetentionPolicy):
         self.heads = {i: (0, layer.num_kv_heads) for i, layer in enumerate(self.trained.layers)}  # first and number, of this rank
 
     def check(self, scheduling: SchedulingConfig, layers: list[LayerSpec]) -> None:
+        for spec in layers:
+            if spec.latent:
+                raise ConfigError(
+                    f"pikv.scheduling.method = {self.name!r}: layer {spec.layer_idx} stores a latent (MLA), whose keys no part was trained "
+                    f"on; use 'keydiff', or 'kvzip' with a rehearsal"
+                )
         self.trained.check_layers(layers, "pikv.scheduling.path")
         self.heads = {spec.layer_idx: (spec.first_head, spec.num_kv_heads) for spec in layers}
 

@@ -16,7 +16,6 @@ def test_windows_are_read_twice():
     assert twice.question.tolist() == [[False] * 5 + [True] * 4] * 2
 
 
-@torch.no_grad()
 def test_it_is_trained_and_evicts(tmp_path):
     out = tmp_path / "scorer.safetensors"
     small = ["--context", "96", "--samples", "6", "--steps", "30", "--every", "15", "--lr", "0.01", "--set", "hidden=8"]
@@ -26,7 +25,7 @@ def test_it_is_trained_and_evicts(tmp_path):
     model, _ = bundled.load()
     block = {"method": "learned_scores", "path": str(out), "budget_ratio": 0.5, "head_budget": "adaptive", "recent_tokens": 8}
     ids = torch.randint(5, 2000, (2, 96), generator=torch.Generator().manual_seed(0))
-    with attach(model, {"page_size": 8, "scheduling": block}) as cache:
+    with torch.no_grad(), attach(model, {"page_size": 8, "scheduling": block}) as cache:
         model(ids, cache=cache)
         probe = CacheProbe(cache.core)
         kept = [[len(head) for head in row] for row in probe.kept(0)]

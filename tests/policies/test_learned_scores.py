@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from pikv_ds import attach, bundled
+from pikv_ds.bundled.recall import Prose, recall_prompt
 from pikv_ds.codecs.part_file import PartFile
 from pikv_ds.errors import ConfigError
 from pikv_ds.policies.entry_scorer import EntryScorer, page_scores
@@ -104,6 +105,17 @@ def test_other_layers_are_refused(made, said, tmp_path):
         Driver([layer(0), layer(1)], scheduling=scheduling)
 
 
+def test_latents_are_refused(tmp_path):
+    scheduling = {
+        "method": "learned_scores",
+        "budget_tokens": 50,
+        **SMALL,
+        **needed("learned_scores", tmp_path, layers=1, heads=1, width=16),
+    }
+    with pytest.raises(ConfigError, match="layer 0 stores a latent"):
+        Driver([replace(layer(0), num_kv_heads=1, latent=True)], scheduling=scheduling)
+
+
 def test_other_files_are_refused(tmp_path):
     """That of quest_mlp is no part; a part of another kind; one whose numbers are broken."""
     old, other, broken = (tmp_path / name for name in ("old", "other", "broken"))
@@ -123,6 +135,31 @@ def test_a_part_of_another_model_is_refused_where_it_is_attached(tmp_path):
     replace(own, fingerprint=[torch.ones(2, 32) for _ in range(4)], about={"model": "another"}).save(path)
     with pytest.raises(ConfigError, match=r"trained on other weights \(another\): the key projection of layer 0 differs"):
         attach(model, {"page_size": 8, "scheduling": {"method": "learned_scores", "budget_ratio": 0.5, "path": path}})
+
+
+@torch.no_grad()
+def test_the_part_that_is_shipped_keeps_facts_nobody_has_asked_for_yet():
+    """Four pass keys in 512 tokens, a quarter of the entries kept before the question comes: all are found, and no key by recency."""
+    model, tokenizer = bundled.load()
+    prose = Prose(tokenizer, bundled.evaluation_text())
+    prompts = [recall_prompt(prose, 507, kind="passkey", depth=(i + 0.5) / 5, seed=7000 + i) for i in range(4)]
+    ids, question = torch.tensor([prompt.ids for prompt in prompts]), prompts[0].question_tokens
+    found = {}
+    for method, own in (("learned_scores", {"path": str(bundled.part_path("eviction_scorer"))}), ("streaming_llm", {})):
+        scheduling = {"method": method, "budget_ratio": 0.25, "prefill": "keep", "recent_tokens": 16, "head_budget": "adaptive", **own}
+        with attach(model, {"page_size": 8, "scheduling": scheduling}) as cache:
+            model(ids[:, :-question], cache=cache, logits_to_keep=1)
+            said = []
+            for token in ids[:, -question:].split(1, 1):
+                answer = model(token, cache=cache).logits[:, -1:].argmax(-1)
+            while len(said) < prose.answer_tokens():
+                said.append(answer)
+                answer = model(answer, cache=cache).logits[:, -1:].argmax(-1)
+        texts = [tokenizer.decode(row).strip() for row in torch.cat(said, 1)]
+        found[method] = sum(text.startswith(prompt.answer) for text, prompt in zip(texts, prompts, strict=True))
+    assert found == {"learned_scores": 4, "streaming_llm": 0}
+    with pytest.raises(FileNotFoundError, match="there are: eviction_scorer"):
+        bundled.part_path("scorer")
 
 
 def test_the_gradient(tmp_path):

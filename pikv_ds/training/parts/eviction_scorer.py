@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pikv_ds.errors import TrainingError
+from pikv_ds.errors import ConfigError, TrainingError
 from pikv_ds.policies.entry_scorer import EntryScorer, page_scores
 from pikv_ds.training.part import LearnedPart
 from pikv_ds.training.parts import PARTS
@@ -19,7 +19,7 @@ class EvictionScorerPart(LearnedPart):
 
     loss = mean over layers, kv heads and pages of (log sum of the entries' exp(score) - log of the page's largest share)^2. The objective
     is the part of these shares that the best `ratio` of the pages by score holds, over what the best by share hold; heads of a layer
-    compete.
+    compete. Layers with a sliding window are not evicted from and not trained.
     """
 
     serves = "scheduling.method = learned_scores"
@@ -31,12 +31,14 @@ class EvictionScorerPart(LearnedPart):
         if page_size < 1 or hidden < 1 or not 0 < ratio < 1:
             raise ValueError(f"legal are page_size and hidden >= 1 and a ratio between 0 and 1, got {page_size}, {hidden}, {ratio}")
         self.page_size, self.hidden, self.ratio = page_size, hidden, ratio
-        self._targets: dict[bytes, list[Tensor]] = {}  # by tokens: they cost more than a step
+        self._targets: dict[bytes, dict[int, Tensor]] = {}  # by tokens: they cost more than a step
 
     def options(self) -> dict[str, object]:
         return {"page_size": self.page_size, "hidden": self.hidden, "ratio": self.ratio}
 
     def build(self, facts: ModelFacts) -> nn.Module:
+        if all(spec.window is not None for spec in facts.layers):
+            raise ConfigError(f"part {self.name!r} on a model whose layers all have a sliding window: nothing is evicted from these")
         return EntryScorer(facts.trained_layers, self.hidden)
 
     def loss(self, module: nn.Module, window: Window, generator: torch.Generator) -> dict[str, Tensor]:
@@ -52,21 +54,23 @@ class EvictionScorerPart(LearnedPart):
         return {"objective": torch.stack(held).mean(), "correlation": torch.stack(alike).mean()}
 
     def scored(self, module: nn.Module, window: Window) -> list[tuple[Tensor, Tensor]]:
-        """Of each layer: log shares as the module says them and shares as they are, [H, C] each."""
+        """Of each layer with full attention: log shares as the module says them and shares as they are, [H, C] each."""
         read = int((~window.question).sum())
         if read == len(window.ids):
             raise TrainingError(f"{self.name!r} learns from what is read again, and no token of this window is: mark it as a question")
         first = int(window.ids.sum()) % self.page_size  # where pages begin differs between windows, as texts do
         count = (read - first) // self.page_size
         found = []
-        for i, (layer, peak) in enumerate(zip(window.layers, self._peaks(window, first, count), strict=True)):
+        for i, peak in self._peaks(window, first, count).items():
+            layer = window.layers[i]
             k, v = (x[first : first + count * self.page_size].transpose(0, 1).float() for x in (layer.k, layer.v))
             found.append((page_scores(module(i, k, v).unflatten(-1, (count, self.page_size))), peak))
         return found
 
-    def _peaks(self, window: Window, first: int, count: int) -> list[Tensor]:
+    def _peaks(self, window: Window, first: int, count: int) -> dict[int, Tensor]:
         key = window.ids.cpu().numpy().tobytes()
         if key not in self._targets:
             asking = window.question.nonzero().squeeze(-1)
-            self._targets[key] = [page_peaks(layer, asking, first, count, self.page_size) for layer in window.layers]
+            full = [(i, layer) for i, layer in enumerate(window.layers) if layer.window is None]
+            self._targets[key] = {i: page_peaks(layer, asking, first, count, self.page_size) for i, layer in full}
         return self._targets[key]
