@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     from pikv_ds.launch.evaluation.job import progress_bar
     from pikv_ds.launch.output import versions, write_json
     from pikv_ds.launch.training.curves import draw, tensorboard
-    from pikv_ds.launch.training.data import windows_of
+    from pikv_ds.launch.training.data import repeated, windows_of
     from pikv_ds.training.engine import Optimizing
     from pikv_ds.training.export import export
     from pikv_ds.training.fit import FitPlan, fit
@@ -65,6 +65,8 @@ def run(args: argparse.Namespace) -> int:
     write_row = tensorboard(Path(args.tensorboard) if args.tensorboard else None)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     train, held = windows_of(tokenizer, text, args.context, args.samples, args.facts, args.seed)
+    if part.repeats:
+        train, held = repeated(train), repeated(held)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, args.dtype), local_files_only=True).eval().to(own_device())
     data, held_out = Recorder(model, *train), Recorder(model, *held)
     torch.manual_seed(args.seed)

@@ -44,6 +44,14 @@ def windows_of(tokenizer: Any, text: str, context: int, samples: int | None, fac
     return tuple(_tokens(rows(at), prompts(tokenizer, prose, context, count, own)) for at, prose, count, own in sides)
 
 
+def repeated(tokens: Tokens) -> Tokens:
+    """[N, 2 T - 1]: every window and again what follows its first token, which alone is the question: a rehearsal as the model reads it."""
+    import torch
+
+    ids = torch.cat([tokens.ids, tokens.ids[:, 1:]], 1)
+    return Tokens(ids, (torch.arange(ids.shape[1]) >= tokens.ids.shape[1]).expand_as(ids).contiguous())
+
+
 def prompts(tokenizer: Any, text: str, context: int, count: int, seed: int) -> list[tuple[list[int], int]]:
     """`count` prompts of `context` tokens with their answers: ids, and how many of them, at the end, ask and answer."""
     from pikv_ds.bundled.recall import KINDS, Prose, recall_prompt

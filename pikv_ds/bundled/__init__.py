@@ -22,14 +22,16 @@ def model_path() -> Path:
     return _HERE / "model"
 
 
-def trained_path(part: str = "kv_gate") -> Path:
-    """File of a part that was trained for the bundled model. Raises: FileNotFoundError for one that does not come with the package."""
-    file = _HERE / f"{part}.safetensors"
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"no trained {part!r} comes with the package, only {', '.join(p.stem for p in _HERE.glob('*.safetensors'))}"
-        )
-    return file
+def part_path(name: str) -> Path:
+    """File of a part that was trained for the bundled model, for the key `path` of its method.
+
+    Raises: FileNotFoundError, which names those that are there.
+    """
+    path = _HERE / "parts" / f"{name}.safetensors"
+    if not path.is_file():
+        there = ", ".join(sorted(found.stem for found in path.parent.glob("*.safetensors")))
+        raise FileNotFoundError(f"no part {name!r} comes with the bundled model; there are: {there}")
+    return path
 
 
 def haystack() -> str:

@@ -24,6 +24,8 @@ class LearnedPart(ABC):
     """The key and method that read the file: "routing.method = learned"."""
     wants_questions: ClassVar[bool] = False
     """True: data without a window that has a question is refused."""
+    repeats: ClassVar[bool] = False
+    """True: every window is read twice, and the second reading, without its first token, is the question."""
 
     @abstractmethod
     def options(self) -> dict[str, object]:

@@ -22,7 +22,7 @@ def test_it_holds_more_of_the_attention_of_answers_than_its_first_weights():
     prompt = recall_prompt(prose, 512, kind="code", depth=0.4, seed=11)
     ids = torch.tensor([prompt.ids])
     window, at = Recorder(model, ids)[0], torch.arange(512 - prompt.question_tokens, 512)
-    file = PartFile.load(bundled.trained_path(), "kv_gate")
+    file = PartFile.load(bundled.part_path("kv_gate"), "kv_gate")
     part, held = PARTS.build("kv_gate", **file.options), {}
     from pikv_ds.routers.kv_gate import KVGate
 
@@ -40,7 +40,7 @@ def test_it_holds_more_of_the_attention_of_answers_than_its_first_weights():
 
 def test_the_model_runs_with_it_and_another_is_refused():
     model, tokenizer = bundled.load()
-    block = {**BLOCK, "routing": {**BLOCK["routing"], "path": str(bundled.trained_path())}}
+    block = {**BLOCK, "routing": {**BLOCK["routing"], "path": str(bundled.part_path("kv_gate"))}}
     ids = torch.tensor([tokenizer(bundled.haystack(), add_special_tokens=False, verbose=False)["input_ids"][:300]])
     with torch.no_grad(), pikv_ds.attach(model, block) as cache:
         for part in ids.split(32, 1):
@@ -54,4 +54,4 @@ def test_the_model_runs_with_it_and_another_is_refused():
 
 def test_no_other_part_comes_with_the_package():
     with pytest.raises(FileNotFoundError, match="no trained 'eviction' comes with the package, only kv_gate"):
-        bundled.trained_path("eviction")
+        bundled.part_path("eviction")

@@ -28,6 +28,7 @@ NEEDED = [
     "pikv_ds/bundled/model/config.json",
     "pikv_ds/bundled/model/model.safetensors",
     "pikv_ds/bundled/model/tokenizer.json",
+    "pikv_ds/bundled/parts/eviction_scorer.safetensors",
 ]
 
 

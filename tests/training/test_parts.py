@@ -11,7 +11,7 @@ from pikv_ds.training.parts import PARTS
 from tests.training.windows import engine_of, facts, window
 
 pytestmark = pytest.mark.parametrize("name", PARTS.names())
-SMALL = {"kv_gate": {"page_size": 4, "queries": 16}}
+SMALL = {"kv_gate": {"page_size": 4, "queries": 16}, "eviction_scorer": {"page_size": 4, "hidden": 6}}
 """Options with which a part can learn from windows of 48 tokens."""
 
 
@@ -37,7 +37,7 @@ def test_the_loss_moves_every_weight_and_repeats(name):
     engine = engine_of(part, 5)
     first = engine.weights()
     for _ in range(2):
-        found = [engine.loss(window(1), torch.Generator().manual_seed(4)) for _ in range(2)]
+        found = [engine.loss(window(1, asks=True), torch.Generator().manual_seed(4)) for _ in range(2)]
         assert all(torch.equal(x, found[1][key]) for key, x in found[0].items()) and "loss" in found[0]
         assert all(x.dim() == 0 and bool(torch.isfinite(x)) for x in found[0].values())
         engine.backward(found[0]["loss"], 1)
@@ -47,7 +47,7 @@ def test_the_loss_moves_every_weight_and_repeats(name):
 
 
 def test_the_held_out_objective_has_no_gradient(name):
-    found = engine_of(part_of(name), 5).loss(window(2), None)
+    found = engine_of(part_of(name), 5).loss(window(2, asks=True), None)
     assert "objective" in found and all(x.dim() == 0 and not x.requires_grad for x in found.values())
 
 

@@ -12,7 +12,8 @@ from pikv_ds.training.recorded import LayerWindow, ModelFacts, Window
 SPECS = [LayerSpec(layer_idx=i, num_kv_heads=2, k_dim=8, v_dim=8) for i in range(2)]
 
 
-def window(seed: int, tokens: int = 48, dtype: torch.dtype = torch.float32) -> Window:
+def window(seed: int, tokens: int = 48, dtype: torch.dtype = torch.float32, *, asks: bool = False) -> Window:
+    """asks: its second half is a question."""
     draw = torch.Generator().manual_seed(seed)
     layers = []
     for spec in SPECS:
@@ -21,7 +22,7 @@ def window(seed: int, tokens: int = 48, dtype: torch.dtype = torch.float32) -> W
         )
         layers.append(LayerWindow(q=2 * q, k=2 * k, v=v, hidden=hidden, scale=spec.k_dim**-0.5))
     ids = torch.randint(0, 100, (tokens,), generator=draw)
-    return Window(ids=ids, question=torch.zeros(tokens, dtype=torch.bool), layers=tuple(layers))
+    return Window(ids=ids, question=asks & (torch.arange(tokens) >= tokens // 2), layers=tuple(layers))
 
 
 def windows(count: int, first: int = 0) -> list[Window]:
