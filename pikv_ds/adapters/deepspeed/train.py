@@ -36,7 +36,7 @@ class DeepSpeedTraining:
 
     def __init__(self, model: PartLoss, optimizing: Optimizing, config: Mapping[str, Any]) -> None:
         """config: `part` of train_config.read. torch.distributed is initialised. Collective."""
-        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.rank, self.world, self.writes = dist.get_rank(), dist.get_world_size(), dist.get_rank() == 0
         self.module, self.bf16 = model.module, bool((config.get("bf16") or {}).get("enabled"))
         self.stage, self._turn = stage_of(config), 0
         if self.bf16:
