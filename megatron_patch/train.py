@@ -109,7 +109,7 @@ class MegatronTraining:
             self.model.module.load_state_dict(state["part"])
             self.optimizer.load_state_dict(state["optimizer"])
         self.steps = int(state["steps"])
-        # torch's Adam counts the steps of each parameter. Megatron-Core 0.16 gives all of them one tensor, which then counts for all at once.
+        # torch's Adam counts the steps of each parameter. Megatron-Core 0.16 gives them one tensor, which counts for all at once.
         for one in self.optimizer.chained_optimizers:
             for kept in one.optimizer.state.values():
                 if "step" in kept:

@@ -55,6 +55,11 @@ def read(source: str | Mapping[str, Any] | None, optimizing: Optimizing, world: 
     return FitConfig(part, base)
 
 
+def rate_of(source: str | Mapping[str, Any] | None) -> float | None:
+    """optimizer.params.lr of ds.json, None where it says none."""
+    return None if source is None else _rate(deepspeed.load_ds_config(source))
+
+
 def stage_of(config: Mapping[str, Any]) -> int:
     """ZeRO's."""
     return nested(config, "zero_optimization", "stage") or 0
@@ -81,6 +86,10 @@ def _check(given: Mapping[str, Any], world: int, optimizing: Optimizing, lr_give
         raise ConfigError('--config has fp16.enabled: its loss scale skips steps, and the loop counts them; use "bf16"')
     if (nested(given, "tensor_parallel", "autotp_size") or 1) > 1:
         raise ConfigError("--config has tensor_parallel.autotp_size > 1: a part is small and whole on every rank; leave it out")
-    rate = (nested(given, "optimizer", "params") or {}).get("lr")
+    rate = _rate(given)
     if rate is not None and lr_given and rate != optimizing.lr:
         raise ConfigError(f"--lr {optimizing.lr} beside optimizer.params.lr = {rate} in --config: keep one of them")
+
+
+def _rate(given: Mapping[str, Any]) -> float | None:
+    return (nested(given, "optimizer", "params") or {}).get("lr")
