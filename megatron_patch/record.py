@@ -61,7 +61,7 @@ class MegatronRecorder(KeptWindows):
 def _window(attention: nn.Module, spec: LayerSpec, seen: dict[str, Tensor]) -> LayerWindow:
     heads = {name: _gathered(seen[name], 1) for name in "qkv"}
     scale = attention.config.softmax_scale or spec.k_dim**-0.5
-    return LayerWindow(**heads, hidden=seen["hidden"], scale=float(scale), softcap=spec.softcap)
+    return LayerWindow(**heads, hidden=seen["hidden"], scale=float(scale), softcap=spec.softcap, window=spec.window)
 
 
 def _hooks(attention: nn.Module, seen: dict[str, Tensor]) -> list:

@@ -2,24 +2,25 @@
 
 from pathlib import Path
 
-import torch
-from safetensors.torch import save_file
-
 from pikv_ds.routers import ROUTERS
+from pikv_ds.spec import LayerSpec
+from tests.harness.driver import layer
+from tests.trained_gates import random_gate
 
+Q_HEADS = 4
 PINS = {"sink_tokens": 2, "recent_tokens": 5}
 
 
-def routing(name: str, folder: Path, *, layers: int, shards: int, query_width: int, **more) -> dict:
-    """A learned gate is written to `folder`: random, the same in every process."""
+def routing(name: str, folder: Path, *, layers: int, shards: int, query_width: int, specs: list[LayerSpec] | None = None, **more) -> dict:
+    """A learned gate is written to `folder`: random, the same in every process. specs: its layers, None = full ones of 2 heads."""
     router = ROUTERS.get(name)
     block = {"method": name} | ({} if router.reads_all else PINS)
     if router.budgeted and not router.reads_all:
         block["budget_pages"] = 4
     if name == "learned":
-        path = folder / f"gate_{layers}_{shards}_{query_width}.safetensors"
-        gate = torch.randn(layers, shards, query_width, generator=torch.Generator().manual_seed(7))
-        save_file({"gate": gate}, path)
+        specs = specs or [layer(i, dim=query_width // Q_HEADS) for i in range(layers)]
+        path = folder / f"gate_{layers}_{query_width}_{sum(spec.k_dim for spec in specs)}.safetensors"
+        random_gate(path, specs, Q_HEADS)
         block["path"] = str(path)
     return block | more
 

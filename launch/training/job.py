@@ -43,6 +43,7 @@ def train(args: argparse.Namespace, stdout: TextIO | None) -> None:
     torch.manual_seed(args.seed)
     facts = ModelFacts.of(data.layers, data[0])
     module = part.build(facts)
+    part.begin(module, data)
     engine = host.engine(PartLoss(part, module), Optimizing(steps=args.steps, lr=host.lr))
     plan = FitPlan(
         steps=args.steps, seed=args.seed, every=args.every, patience=args.patience, folder=out.with_suffix(".fit"), resume=args.resume

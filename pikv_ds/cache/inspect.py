@@ -231,7 +231,7 @@ class CacheProbe:
         if cache.retention is not None:
             found.append(cache.retention.policy)
         if cache.selection is not None:
-            found.append(getattr(cache.selection.router, "gate", None))
+            found += cache.selection.router.from_files
         if cache.bases is not None:
             found.append(cache.bases.rotations)
         return [cache.codec, cache.blueprint.pages, cache.writer.placement, cache.map, *found]

@@ -84,8 +84,6 @@ class PartFile:
     def check_layers(self, layers: Sequence[LayerSpec], key: str) -> None:
         """Raises: ConfigError when the part was trained for other layers than `layers`; key: of the block that names the file."""
         for spec in layers:
-            if spec.latent:
-                raise ConfigError(f"{key} = {self.source!r}: layer {spec.layer_idx} stores a latent (MLA); no part is trained for it")
             if spec.layer_idx >= len(self.layers):
                 raise ConfigError(
                     f"{key} = {self.source!r} was trained for {len(self.layers)} layers, this model has a layer {spec.layer_idx}; train "

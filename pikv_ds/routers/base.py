@@ -137,6 +137,11 @@ class Router(ABC):
     """What it keeps of the queries that it was asked with."""
 
     @property
+    def from_files(self) -> list[object]:
+        """What it has from files, the same whatever is stored: it is not counted in the bytes of a cache."""
+        return []
+
+    @property
     def learns(self) -> bool:
         """Whether it keeps anything of entries or queries."""
         return bool(self.memories) or type(self).wrote is not Router.wrote

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from .recorded import ModelFacts, Window
+from .recorded import ModelFacts, Window, Windows
 
 
 class LearnedPart(ABC):
@@ -32,6 +32,9 @@ class LearnedPart(ABC):
     @abstractmethod
     def build(self, facts: ModelFacts) -> nn.Module:
         """The module with its first weights, by torch's generator, f32 on the CPU. Raises: ConfigError for a model it can't serve."""
+
+    def begin(self, module: nn.Module, data: Windows) -> None:  # noqa: B027
+        """First weights that follow from data, in place, before an engine has the module. The same on all ranks."""
 
     @abstractmethod
     def loss(self, module: nn.Module, window: Window, generator: torch.Generator) -> dict[str, Tensor]:

@@ -31,6 +31,8 @@ class LayerWindow:
     """Of the softmax: logits are scale q k."""
     softcap: float | None = None
     """Bounds the logits, c tanh(logit / c); None = nothing does."""
+    window: int | None = None
+    """Tokens that a query sees, its own included; None = all before it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 import pikv_ds
 from pikv_ds.adapters.hf.anatomy import find_attentions
@@ -13,6 +12,7 @@ from pikv_ds.errors import ConfigError
 from tests.calibrations import random_calibration
 from tests.dist.jobs.exact import assert_same, generate, generate_sharded
 from tests.tiny_models import prompt, tiny_model
+from tests.trained_gates import random_gate
 
 FAMILIES = ("qwen3_moe", "mixtral", "gpt_oss")  # full attention, window, sinks and window; head_dim 16
 FULL = {
@@ -167,11 +167,11 @@ def test_what_is_refused_at_construction(models, tmp_path):
 
 
 def test_methods_that_need_the_models_own_queries_are_refused(models, tmp_path):
-    save_file({"gate": torch.zeros(2, 2, 64)}, tmp_path / "gate.safetensors")
+    random_gate(tmp_path / "gate.safetensors", read_model_spec(models["qwen3_moe"][0].config))
     for compression in ({"method": "lora", "rank": 16, "calibration": models["qwen3_moe"][2]}, {"rotate": "hadamard"}):
         for block in (
             {"scheduling": {"method": "expected_attention", "budget_tokens": 80}},
-            {"routing": {"method": "learned", "path": str(tmp_path / "gate.safetensors")}, "storage": {"num_shards": 2}},
+            {"routing": {"method": "learned", "path": str(tmp_path / "gate.safetensors"), "budget_ratio": 0.5}},
         ):
             with pytest.raises(ConfigError, match="it needs the model's own queries|fitted to the model's own queries"):
                 pikv_ds.attach(models["qwen3_moe"][0], {**block, "compression": compression})

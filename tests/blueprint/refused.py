@@ -30,6 +30,7 @@ def refused(folder: Path) -> dict[str, list[dict]]:
     mlp = needed("quest_mlp", folder, layers=2, heads=2, width=32)
     other = needed("quest_mlp", folder, layers=1, heads=3, width=32)
     gate = routing("learned", folder, layers=2, shards=1, query_width=64)
+    other_gate = routing("learned", folder, layers=1, shards=1, query_width=64)
     rotated = {"method": "int8", "rotate": "hadamard"}
     return {
         "two-pool-codec-alone": [
@@ -142,7 +143,7 @@ def refused(folder: Path) -> dict[str, list[dict]]:
         "softcap-without-maps": [{"compression": rotated, "layers": CAPPED}, {"compression": SVD, "layers": CAPPED}],
         "softcap-without-shares": [{"scheduling": LRU, "layers": CAPPED}],
         "budget-holds-pinned-pages-of-shards": [{"scheduling": {"method": "lru", "budget_tokens": 68}}],
-        "router-fits-model": [{"routing": gate, "storage": {"num_shards": 4}}],
+        "router-fits-model": [{"routing": other_gate}],
     }  # fmt: skip
 
 

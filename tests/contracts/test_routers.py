@@ -59,7 +59,7 @@ def test_is_described(name):
 def test_options_are_keywords_that_a_block_may_hold(name, tmp_path):
     parameters = list(inspect.signature(ROUTERS.get(name).__init__).parameters.values())[1:]
     assert all(p.kind in (p.KEYWORD_ONLY, p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)
-    block = routing(name, tmp_path, layers=2, shards=1, query_width=8)
+    block = routing(name, tmp_path, layers=2, shards=1, query_width=32)
     defaults = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is not p.empty}
     PiKVConfig(page_size=4, routing=block | defaults)
 
@@ -109,7 +109,7 @@ def test_bytes_are_reported(name, tmp_path):
     if router is None:
         assert own["metadata_bytes"] == dense["metadata_bytes"]
         return
-    assert not held_bytes(router, without=[driver.probe.rows, getattr(router, "gate", None)]), "it keeps what it has not declared"
+    assert not held_bytes(router, without=[driver.probe.rows, *router.from_files]), "it keeps what it has not declared"
     assert own["metadata_bytes"] == dense["metadata_bytes"] + driver.probe.rows.nbytes + COUNTERS
     check_bytes(driver.cache)
 

@@ -104,7 +104,7 @@ def _compression(case: Case, folder: Path) -> dict:
 
 def _routing(case: Case, folder: Path) -> dict:
     name, router = case["router"], ROUTERS.get(case["router"])
-    block = routing(name, folder, layers=2, shards=case["shards"], query_width=Q_HEADS * DIM)
+    block = routing(name, folder, layers=2, shards=case["shards"], query_width=Q_HEADS * DIM, specs=LAYERS[case["layers"]])
     if router.budgeted and not router.reads_all:
         del block["budget_pages"]
         block |= {"budget_ratio": 0.6} if case["read"] == "ratio" else {"budget_pages": -(-192 // case["page_size"])}

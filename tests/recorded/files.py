@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 from pikv_ds.spec import LayerSpec
 from tests.calibrations import random_calibration
 from tests.recorded import probe
+from tests.trained_gates import random_gate
 
 THETA = 100.0  # of the rotation that layers without a model are said to have
 
@@ -31,8 +32,8 @@ def _calibration(path: Path, layers: list[LayerSpec], model) -> None:
 
 
 def _router_gate(path: Path, layers: list[LayerSpec], model) -> None:
-    """[layers, shards, width of all query heads]: of four shards, four heads."""
-    save_file({"gate": torch.randn(len(layers), 4, 4 * layers[0].k_dim, generator=torch.Generator().manual_seed(7))}, path)
+    """Of four query heads."""
+    random_gate(path, layers)
 
 
 def _storage_gate(path: Path, layers: list[LayerSpec], model) -> None:

@@ -131,7 +131,7 @@ def test_shuffle_refuses_what_has_no_shards_to_swap():
         ({"base": "bounds"}, "for routers of pages the control is 'shuffle'"),
         ({"base": "shuffle_shards"}, "base = one of"),
         ({"base": "topk", "base_options": {"alpha": 1.0}}, "base_options = options of the router 'topk'"),
-        ({"base": "learned"}, "path"),
+        ({"base": "learned"}, "for routers of pages the control is 'shuffle'"),
         ({"base": "topk", "base_options": {"top_k": 0}}, "top_k of at least 1"),
     ]:
         with pytest.raises(ConfigError, match=said):

@@ -91,12 +91,6 @@ def test_two_stage(tmp_path):
         assert shards_of(scores) == {max((2 * group, 2 * group + 1), key=own.__getitem__)}
 
 
-def test_learned(tmp_path):
-    router, seen = run("learned", tmp_path)
-    for asked, scores, _ in seen:
-        assert shards_of(scores) == {int((router.gate[0].double() @ asked.q[0].double().flatten()).argmax())}
-
-
 def test_hash_reads_neighbours_and_every_shard_in_turn(tmp_path):
     chosen = [shards_of(scores) for _, scores, _ in run("hash", tmp_path, steps=40, top_k=2)[1]]
     assert {tuple(sorted(pair)) for pair in chosen} == {(0, 1), (1, 2), (2, 3), (0, 3)}

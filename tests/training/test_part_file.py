@@ -47,7 +47,7 @@ def test_ranks_that_split_heads_check_their_own(tmp_path):
         ([spec(0), spec(1), spec(2)], "trained for 2 layers, this model has a layer 2"),
         ([spec(k_dim=16)], "2 KV heads of width 8 and 8 in layer 0, this model has 2 of 16 and 8"),
         ([spec(num_kv_heads=4)], "this model has 4 of 8 and 8"),
-        ([spec(latent=True)], "layer 0 stores a latent"),
+        ([spec(num_kv_heads=1, k_dim=12, latent=True)], "1 of 12 and 8"),
     ],
 )
 def test_other_layers_are_refused(given, said):

@@ -59,4 +59,6 @@ class Mean(LearnedPart):
 
 def engine_of(part: LearnedPart, steps: int, lr: float = 0.05) -> LocalEngine:
     torch.manual_seed(3)
-    return LocalEngine(PartLoss(part, part.build(facts())), Optimizing(steps=steps, lr=lr, warmup=1))
+    module = part.build(facts())
+    part.begin(module, windows(2))
+    return LocalEngine(PartLoss(part, module), Optimizing(steps=steps, lr=lr, warmup=1))

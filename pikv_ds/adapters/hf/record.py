@@ -77,7 +77,7 @@ def recorded(model: PreTrainedModel, attentions: list[nn.Module], layers: list, 
     for module, spec in zip(attentions, layers, strict=True):
         q, k, v = heads[module]
         scale = getattr(module, "scaling", None) or spec.k_dim**-0.5
-        found.append(LayerWindow(q=q, k=k, v=v, hidden=hidden[module], scale=float(scale), softcap=spec.softcap))
+        found.append(LayerWindow(q=q, k=k, v=v, hidden=hidden[module], scale=float(scale), softcap=spec.softcap, window=spec.window))
     return Window(ids=ids, question=question, layers=tuple(found))
 
 

@@ -1,61 +1,95 @@
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
-from pikv_ds.routers.kv_gate import KVGate, summarise
+from pikv_ds.errors import ConfigError
+from pikv_ds.routers.kv_gate import KVGate
+from pikv_ds.training.attended import Attended, attended, chosen, positions
 from pikv_ds.training.part import LearnedPart
 from pikv_ds.training.parts import PARTS
-from pikv_ds.training.recorded import LayerWindow, ModelFacts, Window
+from pikv_ds.training.recorded import ModelFacts, Window, Windows
+
+BEGINS_WITH = 8  # windows of first weights
 
 
 @PARTS.register("kv_gate")
 class KVGatePart(LearnedPart):
-    """Scores of pages from the query and a summary of each page's keys, distilled from the model's own attention.
+    """Scores of pages from the query and codes of their keys, distilled from the frozen model's own attention.
 
-    loss = KL of the attention mass of pages, as the frozen model gives it, to the scores; mean over layers, kv heads and drawn queries.
+    loss = sum over queries of KL(m / sum m, softmax of the scores) sum m / mean of sum m, mean over layers and kv heads; m [C] = attention
+    of the query to every full page behind the sinks. A query with nothing to find weighs nothing.
+    balance: weight of shards sum_s p_s^2 - 1, p_s the mean share of shard s in the scores, where page c lies in shard c mod shards.
     """
 
     serves = "routing.method = learned"
 
-    def __init__(self, *, page_size: int = 16, queries: int = 128, ratio: float = 0.125) -> None:
-        """queries: drawn from each window. ratio: share of the pages that the held-out objective reads."""
-        self.page_size, self.queries, self.ratio = page_size, queries, ratio
+    def __init__(
+        self, *, page_size: int = 16, bits: Literal[2, 4] = 2, rank: int | None = None, totals: int = 4, queries: int = 64,
+        sinks: int = 4, recent: int = 16, ratio: float = 0.125, balance: float = 0.0, shards: int = 4,
+    ) -> None:  # fmt: skip
+        """rank: numbers of a code, None = the key's width. queries: of each window. ratio: share that the held-out objective reads."""
+        if bits not in (2, 4) or min(totals, queries, page_size, shards) < 1 or not 0 < ratio <= 1:
+            raise ValueError(
+                f"bits of 2 or 4, totals, queries, page_size and shards of 1 or more, ratio up to 1; got bits {bits}, totals {totals}, "
+                f"queries {queries}, page_size {page_size}, shards {shards}, ratio {ratio}"
+            )
+        self.page_size, self.bits, self.rank, self.totals, self.queries = page_size, bits, rank, totals, queries
+        self.sinks, self.recent, self.ratio, self.balance, self.shards = sinks, recent, ratio, balance, shards
 
     def options(self) -> dict[str, object]:
-        return {"page_size": self.page_size, "queries": self.queries, "ratio": self.ratio}
+        return dict(vars(self))
 
     def build(self, facts: ModelFacts) -> nn.Module:
-        return KVGate(facts.trained_layers)
+        for i, layer in enumerate(facts.trained_layers):
+            rank, whole = self.rank or layer.k_dim, 8 // self.bits
+            if rank % whole or not whole <= rank <= layer.k_dim:
+                raise ConfigError(f"rank {rank} of layer {i}: legal is a multiple of {whole} up to its key width {layer.k_dim}")
+        return KVGate(facts.trained_layers, bits=self.bits, rank=self.rank, totals=self.totals)
+
+    def begin(self, module: nn.Module, data: Windows) -> None:
+        windows = [data[i] for i in range(min(BEGINS_WITH, len(data)))]
+        for i, gate in enumerate(module.layers):
+            keys = torch.cat([window.layers[i].k for window in windows]).float().cpu()
+            q = torch.cat([window.layers[i].q for window in windows]).float().cpu()
+            gate.begin(keys, q.unflatten(1, (keys.shape[1], -1)))
 
     def loss(self, module: nn.Module, window: Window, generator: torch.Generator) -> dict[str, Tensor]:
-        first = 4 * self.page_size
-        at = first + torch.randperm(len(window.ids) - first, generator=generator)[: self.queries]
-        losses = []
+        first = min(4 * self.page_size, len(window.ids) // 2)
+        at, losses, uneven = positions(len(window.ids), window.question, self.queries, first, generator), [], []
         for i, layer in enumerate(window.layers):
-            score, mass = self.scored(module, i, layer, at)
-            target = mass / mass.sum(-1, keepdim=True)
-            losses.append(torch.nn.functional.kl_div(score.log_softmax(-1), target, reduction="batchmean") / mass.shape[1])
-        return {"loss": torch.stack(losses).mean()}
+            seen = attended(layer, at, self.page_size, self.sinks, 0)  # forwards of several tokens choose among recent pages, too
+            share = self._score(module, i, seen).log_softmax(-1).masked_fill(~seen.open, 0)
+            wanted = seen.mass * seen.open
+            found = wanted.sum(-1, keepdim=True)
+            target = wanted / found.clamp_min(1e-9)
+            kl = (wanted * (target.clamp_min(1e-9).log() - share)).sum(-1)
+            losses.append(kl.mean() / found.mean().clamp_min(1e-9))
+            uneven.append(self._uneven(share.exp() * seen.open))
+        kl, uneven = torch.stack(losses).mean(), torch.stack(uneven).mean()
+        return {"loss": kl + self.balance * uneven, "kl": kl, "uneven": uneven}
 
+    @torch.no_grad()
     def held_out(self, module: nn.Module, window: Window) -> dict[str, Tensor]:
-        at = torch.arange(len(window.ids) // 2, len(window.ids), 8)
-        shares = []
+        """The attention that the chosen pages hold, pinned ones included, and what the best choice holds: where the window asks, or else
+        over its second half."""
+        length, asks = len(window.ids), torch.nonzero(window.question).flatten().cpu()
+        at = asks if len(asks) else torch.arange(length // 2, length, 8)
+        held, best = [], []
         for i, layer in enumerate(window.layers):
-            score, mass = self.scored(module, i, layer, at)
-            best = score.topk(max(1, int(self.ratio * mass.shape[-1])), -1).indices
-            shares.append((mass.gather(-1, best).sum(-1)).mean())
-        return {"objective": torch.stack(shares).mean()}
+            seen = attended(layer, at, self.page_size, self.sinks, self.recent)
+            for kept, score in ((held, self._score(module, i, seen)), (best, seen.mass)):
+                kept.append((seen.mass * chosen(score, seen, at, self.ratio, self.page_size)).sum(-1).mean())
+        return {"objective": torch.stack(held).mean(), "oracle": torch.stack(best).mean()}
 
-    def scored(self, module: nn.Module, index: int, layer: LayerWindow, at: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores and attention mass of the full pages before the queries `at` [Q]: [Q, H, C] each, -inf and 0 behind them."""
-        keys, q = layer.k.transpose(0, 1).float(), layer.q[at].unflatten(1, (layer.k.shape[1], -1)).float()  # [H, T, D], [Q, H, G, D]
-        count = keys.shape[1] // self.page_size
-        pages = keys[:, : count * self.page_size].unflatten(1, (count, self.page_size))
-        summary = summarise(pages).expand(len(at), -1, -1, -1)
-        visible = (torch.arange(1, count + 1) * self.page_size <= at.unsqueeze(1)).to(keys.device)[:, None, None]
-        share = module(index, q, summary, layer.scale).masked_fill(~visible, -1e30).softmax(-1)
-        logits = layer.scale * torch.einsum("qhgd,htd->qhgt", q, keys)
-        logits = logits.masked_fill((torch.arange(keys.shape[1]) > at.unsqueeze(1)).to(keys.device)[:, None, None], -torch.inf)
-        mass = logits.softmax(-1)[..., : count * self.page_size].unflatten(-1, (count, -1)).sum(-1) * visible
-        return share.sum(2).clamp_min(1e-20).log(), mass.mean(2)
+    def _score(self, module: nn.Module, index: int, seen: Attended) -> Tensor:
+        """[Q, H, C], far below the others for pages that are not open."""
+        return module(index, seen.q, seen.keys, self.page_size).masked_fill(~seen.open, -1e30)
+
+    def _uneven(self, share: Tensor) -> Tensor:
+        """share [Q, H, C] -> 0 where all shards get the same of it on average, shards - 1 where one gets all."""
+        mean = share.mean((0, 1))
+        by_shard = torch.nn.functional.pad(mean, (0, -len(mean) % self.shards)).unflatten(0, (-1, self.shards)).sum(0)
+        return self.shards * (by_shard / by_shard.sum().clamp_min(1e-9)).square().sum() - 1
