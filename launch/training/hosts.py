@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from pikv_ds.errors import ConfigError
+
 from .data import Tokens
 from .engines import DEFAULT_LR
 
@@ -67,6 +69,10 @@ def _deepspeed(args: argparse.Namespace, folder: Path) -> Host:
     rate = train_config.rate_of(args.config)
     lr = _rate(args) if args.lr is not None or rate is None else rate
     config = train_config.read(args.config, Optimizing(steps=args.steps, lr=lr), dist.get_world_size(), lr_given=args.lr is not None)
+    if config.base is not None and args.dtype != "float32":
+        raise ConfigError(
+            f"--dtype {args.dtype} beside expert_parallel in --config: under AutoEP the frozen model runs in float32; leave it out"
+        )
     model = _load(args, folder)
     fingerprint = Recorder(model, _nothing()).fingerprint()  # before its weights are in pieces
     together, said = {}, ""

@@ -30,7 +30,7 @@ REFUSED = {
 
 
 class FitConfig(NamedTuple):
-    """part: of the engine of the part. base: of the frozen model under AutoEP; None: it is whole on every rank."""
+    """part: of the engine of the part. base: of the frozen model under AutoEP, in f32; None: it is whole on every rank."""
 
     part: dict[str, Any]
     base: dict[str, Any] | None
@@ -49,7 +49,6 @@ def read(source: str | Mapping[str, Any] | None, optimizing: Optimizing, world: 
     base = None
     if experts is not None and nested({"x": experts}, "x", "enabled"):
         base = {"train_micro_batch_size_per_gpu": 1, "expert_parallel": experts}
-        base |= {key: given[key] for key in ("bf16", "zero_allow_untested_optimizer") if key in given}
         if stage_of(given) == 3:
             base["zero_optimization"] = {"stage": 3}
     return FitConfig(part, base)
