@@ -119,5 +119,7 @@ for i in range(args.rounds):
     if rank == 0:
         print(f"round {i}: reward {reward:.3f}, right {right:.3f}, KV {kv_bytes:,} bytes a rank, rollout {cpu:.2f} s of CPU", flush=True)
 if rank == 0 and args.json:
-    Path(args.json).write_text(json.dumps({"arguments": vars(args), "ranks": dist.get_world_size(), "rounds": rounds}, indent=1) + "\n")
+    said = {**vars(args), "config": Path(args.config).name}
+    del said["json"], said["local_rank"]
+    Path(args.json).write_text(json.dumps({"arguments": said, "ranks": dist.get_world_size(), "rounds": rounds}, indent=1) + "\n")
 dist.destroy_process_group()
