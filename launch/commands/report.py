@@ -16,7 +16,7 @@ ABSENT = "no such device"
 # import name -> (distribution names, what pikv_ds or a host would use it for)
 _OPTIONAL = {
     "cupy": (("cupy-cuda13x", "cupy-cuda12x", "cupy"), "pikv_ds: CUDA ops compiled at run time through NVRTC, on a machine without nvcc"),
-    "apex": (("apex",), "Megatron-Core: fused norms and optimizers; pikv_ds does not need it"),
+    "apex": (("apex",), "Megatron-Core: fused norms and optimizers; pikv train: FusedAdam on CUDA where DeepSpeed's is not built"),
     "transformer_engine": (("transformer-engine", "transformer_engine"), "Megatron-Core: fused layers on CUDA; pikv_ds uses local specs"),
     "flash_attn": (("flash-attn",), "pikv bench: a baseline on CUDA, raw pages only"),
     "flashinfer": (("flashinfer-python", "flashinfer"), "pikv bench: a baseline on CUDA, bf16 and fp8 pages"),
@@ -68,11 +68,15 @@ def environment_rows() -> list[dict[str, Any]]:
 
 
 def optional_rows() -> list[dict[str, Any]]:
-    rows = []
+    """Imports none of them. "apex" is two projects."""
+    from pikv_ds.training.apex import OTHER, is_nvidias
+
+    rows, whose = [], {True: ", NVIDIA's", False: f", {OTHER}", None: ""}
     for module, (distributions, purpose) in _OPTIONAL.items():
         known = [version for name in distributions if (version := package_version(name)) is not None]
         present = importlib.util.find_spec(module) is not None
         state = (known[0] if known else "version unknown") if present else "not found"
+        state += whose[is_nvidias()] if module == "apex" else ""
         rows.append({"package": module, "found": state, "would be used for": purpose})
     return rows
 

@@ -25,7 +25,7 @@ def save(folder: Path, engine: Engine, state: dict[str, Any], best: dict[str, Te
     own = folder / f"step_{state['step']}"
     own.mkdir(parents=True, exist_ok=True)
     engine.save(own)
-    if engine.rank:
+    if not engine.writes:
         return
     if best:
         save_file(best, own / BEST)

@@ -33,6 +33,9 @@ class Engine(Protocol):
     name: str
     rank: int
     world: int
+    """rank and world: of the data-parallel ranks, each of which has a window of its own."""
+    writes: bool
+    """On one rank of the job: it writes what is the same on all."""
 
     def loss(self, window: Window, generator: torch.Generator | None) -> dict[str, Tensor]:
         """Of this rank's window, PartLoss.forward. generator None: the held-out objective, without gradients."""

@@ -17,7 +17,7 @@ STATE = "local.pt"
 class LocalEngine:
     """One process, one device, f32."""
 
-    name, rank, world = "local", 0, 1
+    name, rank, world, writes = "local", 0, 1, True
 
     def __init__(self, model: PartLoss, optimizing: Optimizing, device: torch.device | str = "cpu") -> None:
         self.model, self.optimizing = model.to(device), optimizing

@@ -53,5 +53,5 @@ def test_the_model_runs_with_it_and_another_is_refused():
 
 
 def test_no_other_part_comes_with_the_package():
-    with pytest.raises(FileNotFoundError, match="no trained 'eviction' comes with the package, only kv_gate"):
+    with pytest.raises(FileNotFoundError, match="no part 'eviction' comes with the bundled model; there are: eviction_scorer, kv_gate"):
         bundled.part_path("eviction")

@@ -13,6 +13,7 @@ from datetime import timedelta
 from typing import Any
 
 import deepspeed
+import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
@@ -137,12 +138,21 @@ def _add_cache(engine: Any, config: PiKVConfig, members: Sequence[int] | None, n
     hook = check_inputs_of_peers(engine.module)
     if hook is not None:
         engine.pikv.owner.hooks.append(hook)
+    _note_steps(engine)
     group_name = f"{name}_{len(members)}"
     # Both answers come from the configuration, so all ranks agree on making the writer's collective.
     monitor = getattr(engine, "monitor", None)
     if config.monitor.enabled and monitor is not None and monitor.enabled:
         writer = MonitorWriter(monitor, engine.pikv, group, group_name, config.monitor.interval, config.timeout_s)
         engine.pikv.end_of_step_callbacks.append(writer)
+
+
+def _note_steps(engine: Any) -> None:
+    """What is kept of finished requests is void after a step. ZeRO writes weights past torch's version counters, and not all train in
+    train mode."""
+    optimizer, host = getattr(engine, "basic_optimizer", None), engine.pikv.owner.host
+    if isinstance(optimizer, torch.optim.Optimizer):
+        engine.pikv.owner.hooks.append(optimizer.register_step_post_hook(lambda *_: host.stepped()))
 
 
 def _world_size() -> int:

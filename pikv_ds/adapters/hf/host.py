@@ -54,7 +54,7 @@ class Host:
         self.lock = threading.RLock()
         self.hooks: list[Hooks] = []
         self.trained = 0
-        """Forwards in train mode: weights may be others since."""
+        """Forwards in train mode, and steps of an optimizer that says so: weights may be others since."""
         self.probe_s = 0.0
         """Seconds that its probe took (probe.py)."""
 
@@ -63,6 +63,10 @@ class Host:
         """That of a model which has caches attached."""
         found = _HOSTS.get(model)
         return None if found is None else found()
+
+    def stepped(self) -> None:
+        """An optimizer has written to weights."""
+        self.trained += 1
 
     def attention_at(self, at: int) -> nn.Module:
         """The attention module of a layer of the cache."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 
 import torch
@@ -12,6 +11,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from pikv_ds.errors import UnsupportedError
+from pikv_ds.training.kept import KeptWindows
 from pikv_ds.training.recorded import LayerWindow, Window
 
 from .anatomy import find_attentions
@@ -19,15 +19,23 @@ from .fingerprint import key_norms
 from .model_spec import read_model_spec
 
 
-class Recorder:
-    """Windows of a frozen model: `Windows` of pikv_ds/training/recorded.py. Runs the model when a window is not kept any more."""
+class Recorder(KeptWindows):
+    """Windows of a frozen model. Runs the model when a window is not kept any more."""
 
-    def __init__(self, model: PreTrainedModel, ids: Tensor, question: Tensor | None = None, *, keep_bytes: int = 1 << 30) -> None:
-        """ids [N, T] int64; question [N, T] bool, None: nothing asks. keep_bytes: of windows that are kept, the latest.
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        ids: Tensor,
+        question: Tensor | None = None,
+        *,
+        keep_bytes: int = 1 << 30,
+        any_rank: Callable[[bool], bool] | None = None,
+    ) -> None:
+        """ids [N, T] int64; question [N, T] bool, None: nothing asks. keep_bytes, any_rank: as KeptWindows.
 
         Raises: UnsupportedError for a model whose layers store latents (MLA), or have sinks beside the softmax.
         """
-        self.model, self.ids, self.keep_bytes = model, ids, keep_bytes
+        self.model, self.ids = model, ids
         self.question = torch.zeros_like(ids, dtype=torch.bool) if question is None else question
         self.attentions = find_attentions(model)
         self.layers = read_model_spec(model.config, self.attentions)
@@ -38,20 +46,10 @@ class Recorder:
                 )
             if getattr(self.attentions[spec.layer_idx], "sinks", None) is not None:
                 raise UnsupportedError(f"layer {spec.layer_idx} of {type(model).__name__} has sinks in its softmax, which are not recorded")
-        self._kept: OrderedDict[int, Window] = OrderedDict()
+        super().__init__(self._run, len(ids), keep_bytes=keep_bytes, any_rank=any_rank)
 
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, index: int) -> Window:
-        if index in self._kept:
-            self._kept.move_to_end(index)
-            return self._kept[index]
-        window = self._kept[index] = recorded(self.model, self.attentions, self.layers, self.ids[index], self.question[index])
-        size = sum(x.nbytes for layer in window.layers for x in (layer.q, layer.k, layer.v, layer.hidden))
-        while len(self._kept) > 1 and len(self._kept) * size > self.keep_bytes:
-            self._kept.popitem(last=False)
-        return window
+    def _run(self, index: int) -> Window:
+        return recorded(self.model, self.attentions, self.layers, self.ids[index], self.question[index])
 
     def fingerprint(self) -> list[Tensor]:
         """[H, D] of every layer, for the file."""
