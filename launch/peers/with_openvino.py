@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
-import openvino
-from openvino import Model, PartialShape, Shape, Tensor, Type, opset13
-from openvino.op import _PagedAttentionExtension as PagedAttention
 
 from .data import DIM, GROUP, HEADS, Data
 from .worker import Case, serve
+
+if TYPE_CHECKING:
+    import openvino
 
 BLOCK = 32  # the only one on a CPU
 AT_ONCE = 64  # blocks that are filled by one call, each as a sequence of its own
@@ -19,6 +20,8 @@ CACHES = ("key_cache.0", "value_cache.0")
 
 
 def cases(given: Data, threads: int) -> Iterator[Case]:
+    import openvino
+
     plugins, model = openvino.Core(), _model()
     for name, (kept, arithmetic) in KINDS.items():
         options = {
@@ -28,7 +31,10 @@ def cases(given: Data, threads: int) -> Iterator[Case]:
         yield _case(name, plugins.compile_model(model, "CPU", options), given)
 
 
-def _model() -> Model:
+def _model() -> openvino.Model:
+    from openvino import Model, PartialShape, Type, opset13
+    from openvino.op import _PagedAttentionExtension as PagedAttention
+
     def asked(name: str, shape: list[int], kind: Type):
         node = opset13.parameter(PartialShape(shape), kind)
         node.get_output_tensor(0).set_names({name})
@@ -65,6 +71,9 @@ def _model() -> Model:
 
 
 def _case(name: str, compiled: openvino.CompiledModel, given: Data) -> Case:
+    import openvino
+    from openvino import Shape, Tensor
+
     batch, context = given.k.shape[:2]
     blocks = batch * context // BLOCK
     kinds = {port.get_any_name(): (port.get_element_type(), port.get_partial_shape()) for port in compiled.inputs}
