@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pikv_ds.codecs import CODECS
 from pikv_ds.errors import CapacityError
 from pikv_ds.pages.estimate import pikv_bytes
-from pikv_ds.pages.sizing import default_capacity, pages_to_open, shard_capacity
+from pikv_ds.pages.sizing import default_capacity, held_pages, pages_to_open, shard_capacity
 from tests.harness.driver import Driver, layer
 
 LAYERS = [layer(0), layer(1, window=8), layer(2, window=1)]
@@ -99,3 +99,31 @@ def test_a_row_can_start_a_page_in_every_shard_but_not_more_than_it_has_tokens()
     assert pages_to_open(counts, torch.tensor([3, 0]), None, 8) == 3
     assert pages_to_open(counts, torch.tensor([20, 0]), None, 8) == 4 + 2
     assert pages_to_open(counts, torch.tensor([20, 20]), torch.tensor([0, 0, 1, -5]), 8) == 1
+
+
+def test_what_a_budget_has_taken_out_needs_no_room():
+    assert shard_capacity([layer(0)], None, [50, 30], 2, 4, None, evicted=20) == default_capacity(60, 2, 4)
+    assert shard_capacity([layer(0)], None, [50, 30], 2, 4, 30, evicted=20) == 30
+    with pytest.raises(CapacityError, match="must hold 61 entries"):
+        shard_capacity([layer(0)], None, [50, 30], 2, 4, 30, evicted=19)
+
+
+def test_rows_without_tokens_open_nothing():
+    assert pages_to_open(torch.zeros(2, 2, dtype=torch.int64), torch.tensor([20, 0]), torch.tensor([5, 5]), 4) == 4
+
+
+@pytest.mark.parametrize(
+    ("window", "tokens", "rows", "shards", "heads", "capacity", "expected"),
+    [
+        (None, 10, 1, 1, 1, 100, (3, 3)),  # 10 entries and at most 3 empty slots
+        (None, 10, 2, 2, 1, 100, (8, 3)),  # two tables of each row: 6 empty slots
+        (None, 10, 2, 2, 1, 6, (6, 3)),  # a shard takes 6, and 3 slots of each row are empty
+        (None, 10, 2, 2, 3, 6, (18, 3)),
+        (6, 20, 1, 1, 1, 100, (3, 3)),  # 6 entries, the first page and the last partly empty
+        (6, 4, 1, 1, 1, 100, (2, 2)),
+        (6, 20, 1, 1, 1, 3, (2, 3)),
+    ],
+)
+def test_most_pages_by_hand(window, tokens, rows, shards, heads, capacity, expected):
+    spec = layer(0, window=window)
+    assert held_pages(spec, tokens, rows=rows, shards=shards, heads=heads, page_size=4, capacity=capacity) == expected
