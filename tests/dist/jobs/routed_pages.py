@@ -30,7 +30,10 @@ LIVES = {
     "int4 in blocks": {"prompt": 260, "compression": {"method": "int4"}, "page_size": 64, "block_size": 4, "metadata": "int8"},
     "evicting": {"scheduling": {"method": "knorm", "budget_tokens": 40, "recent_tokens": 8, "interval": 6}},
     "evicting blocks": {
-        "prompt": 90, "page_size": 8, "block_size": 4, "scheduling": {"method": "knorm", "budget_tokens": 72, "recent_tokens": 8, "interval": 6},
+        "prompt": 90,
+        "page_size": 8,
+        "block_size": 4,
+        "scheduling": {"method": "knorm", "budget_tokens": 72, "recent_tokens": 8, "interval": 6},
     },
 }
 """What of a Side is not as usual."""
