@@ -67,7 +67,7 @@ setup(
     package_dir=GRAFTS,
     package_data={
         "pikv_ds": ["py.typed"],
-        "pikv_ds.bundled": ["PROVENANCE.md", "haystack.txt", "wikitext2_test.txt", "wikitext2_valid.txt", "model/*"],
+        "pikv_ds.bundled": ["PROVENANCE.md", "haystack.txt", "wikitext2_test.txt", "wikitext2_valid.txt", "kv_gate.safetensors", "model/*"],
         "pikv_ds.launch": ["sweeps/*.json"],
         "pikv_ds.launch.serving.http": ["page.html"],
         "pikv_ds.ops": [f"csrc/**/*.{ext}" for ext in ("cu", "cuh", "cpp", "h")],

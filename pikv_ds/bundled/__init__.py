@@ -22,6 +22,16 @@ def model_path() -> Path:
     return _HERE / "model"
 
 
+def trained_path(part: str = "kv_gate") -> Path:
+    """File of a part that was trained for the bundled model. Raises: FileNotFoundError for one that does not come with the package."""
+    file = _HERE / f"{part}.safetensors"
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"no trained {part!r} comes with the package, only {', '.join(p.stem for p in _HERE.glob('*.safetensors'))}"
+        )
+    return file
+
+
 def haystack() -> str:
     """About 40 kB of English prose that the model was not trained on."""
     return (_HERE / "haystack.txt").read_text(encoding="utf-8")

@@ -174,7 +174,7 @@ _add("core", "hierarchical", ONE_TWO, _block(storage=SAME, routing=_pages("hiera
      deleted="bounds chooses better, and two_stage is the paper's R_H",
      refused="pikv.routing.method = 'hierarchical' was removed")  # fmt: skip
 _add("core", "learned", TWO, _block(storage=SAME, routing=_routed("learned", top_k=2, path="FILE:router_gate")), _drive(BOTH, LONG),
-     by_score=READ, deleted="a trained gate of pages took the place of the linear gate of shards", refused="pikv.routing.top_k = 2")  # fmt: skip
+     by_score=READ, deleted="a trained gate of pages took the place of the linear one", refused="pikv.routing.top_k = 2")  # fmt: skip
 _add("core", "shuffle", ONE_TWO, _block(storage=SAME, routing=_pages("shuffle")), _drive(BOTH, FORKS), by_score=READ)
 _add("core", "cache_aware", TWO, _block(storage=OWN, routing=_routed("cache_aware", top_k=2)), _drive(BOTH, LONG), by_score=READ)
 _add("hf", "experts router, host penalty", TWO,
