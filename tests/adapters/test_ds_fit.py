@@ -26,3 +26,8 @@ def test_killed_and_resumed_is_the_same_curve(job, check):
 
 def test_bf16(job):
     job.check("bf16")
+
+
+@pytest.mark.parametrize("check", ["base 0", "base 3"])
+def test_windows_under_autoep_are_those_of_the_whole_model(job, check):
+    job.check(check)

@@ -16,6 +16,6 @@ def job(tmp_path_factory):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("check", ["curve", "resumed"])
-def test_it_is_the_fit_of_one_process(job, layout, check):
+@pytest.mark.parametrize("check", ["curve", "resumed", "windows"])
+def test_it_is_the_fit_of_one_process_and_the_windows_of_transformers(job, layout, check):
     job.check(f"{layout} {check}")

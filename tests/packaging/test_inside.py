@@ -10,7 +10,7 @@ OF_A_CACHE = {"pages", "selection", "retention", "window", "bases", "writer", "r
 OWN_CLASS = {  # tests of one class by itself, and what makes its objects or damages them
     "tests/harness/pools.py", "tests/pages/test_pool.py", "tests/pages/test_recycle.py", "tests/placement/test_directory.py",
     "tests/tiers/test_bases.py", "tests/pages/test_events.py", "tests/harness/offloading.py", "tests/tiers/test_offload.py",
-    "tests/faults/simulated.py", "tests/pages/test_allocator.py",
+    "tests/faults/simulated.py", "tests/pages/test_allocator.py", "tests/cache/test_plain.py",
 }  # fmt: skip
 LEFT = {  # file -> how often
     "tests/kvpress/test_parity.py": 1,

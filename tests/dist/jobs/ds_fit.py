@@ -8,12 +8,15 @@ import torch
 import torch.distributed as dist
 
 from pikv_ds.adapters.deepspeed.train import DeepSpeedTraining
+from pikv_ds.adapters.deepspeed.train_base import any_rank, spread_over_ranks
 from pikv_ds.adapters.deepspeed.train_config import read
+from pikv_ds.adapters.hf.record import Recorder
 from pikv_ds.training.fit import fit
 from pikv_ds.training.local import LocalEngine
 from pikv_ds.training.order import generator_at, window_at
 from tests.dist.jobs.report import Report
 from tests.long_form import LONG
+from tests.tiny_models import prompt, tiny_model
 from tests.training.fits import DATA, HELD, OPTIMIZING, PARTS, SEED, STEPS, Killed, alone, apart, kill, model, plan
 
 report, folder = Report(), Path(sys.argv[1])
@@ -71,6 +74,20 @@ with report.check("accumulated") as row:
         losses.append(sum(each) / 4)
     row["apart"] = apart(two.curve, losses)
     assert row["apart"] < 1e-5, row
+
+for stage in (0, 3):
+    with report.check(f"base {stage}") as row:  # windows of a model under AutoEP, each rank its own, beside those of the whole model
+        ids = torch.stack([prompt(24, seed=i)[0] for i in range(3)])
+        whole = Recorder(tiny_model("qwen3_moe"), ids)
+        block = {"expert_parallel": {"enabled": True, "autoep_size": 2}, "zero_optimization": {"stage": stage}}
+        base = spread_over_ranks(tiny_model("qwen3_moe"), read(block, OPTIMIZING, dist.get_world_size()).base)
+        spread = Recorder(base, ids, any_rank=any_rank)
+        row["apart"] = 0.0
+        for index in (0, 1 + dist.get_rank(), 0, 2 * dist.get_rank()):  # the last: one rank has kept its own, the other has not
+            for own, expected in zip(spread[index].layers, whole[index].layers, strict=True):
+                far = (getattr(own, name) - getattr(expected, name) for name in ("q", "k", "v", "hidden"))
+                row["apart"] = max(row["apart"], *(x.abs().max().item() for x in far))
+        assert row["apart"] < 1e-5, row
 
 dist.barrier()
 dist.destroy_process_group()

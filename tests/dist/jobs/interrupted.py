@@ -72,7 +72,7 @@ def broken_off(model, ids, kind: str, calls: int) -> str:
 
 
 def told_ranks(told: str) -> list[str]:
-    """The error that every rank was told, "" for none. On the default group, which no cache uses: it says nothing to a rank in a forward."""
+    """The error that every rank was told, "" for none. On the default group, which no cache uses: a rank in a forward hears nothing."""
     ranks = [""] * dist.get_world_size()
     dist.all_gather_object(ranks, told)
     return ranks
