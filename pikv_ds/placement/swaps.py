@@ -76,7 +76,8 @@ class _Packs:
         return pack.unsqueeze(-1) * self.items.shape[2] + torch.arange(self.items.shape[2])
 
     def holds(self, pack: Tensor, place: Tensor) -> Tensor:
-        """Whether a pack holds what lies at a place; shapes that broadcast."""
+        """Whether a pack holds what lies at a place, where there are copies; shapes that broadcast."""
+        assert self.held is not None
         return self.held.take(pack * self.held.shape[2] + self.kind.take(place))
 
     def swap(self, mine: Tensor, theirs: Tensor) -> None:
