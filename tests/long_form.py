@@ -39,6 +39,7 @@ What it adds is said beside each use of LONG: products of things that the short 
   lm-eval's local-completions. Short: two ranks under load. tests/serving/test_page.py: a browser.
 - tests/migration/test_faults.py: 100 random faults, short: 12; tests/dist/test_moving.py: 15 configurations whose shards move, on 2 and 4
   ranks, short: four; a rank killed at every message, short: at two.
+- tests/tiers/test_async_io.py: page files through DeepSpeed's op, where libaio is; short: what is refused without it.
 - tests/adapters/test_packed.py: every family and source of expert ids, short: a window, a latent, sinks.
 """
 
