@@ -1,5 +1,6 @@
 """Options that retention policies need beyond a budget: weights and statistics in files, random and the same in every process."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -15,23 +16,25 @@ def mlp_weights(*, layers: int, heads: int, width: int, hidden: int = 6) -> dict
     return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 
-def scorer_file(path: Path, *, layers: int, heads: int, width: int, hidden: int = 6) -> None:
-    """A part eviction_scorer of no model, its weights random and large enough to tell entries apart."""
+def scorer_file(path: Path, *, layers: int, heads: int, width: int, hidden: int = 6, fingerprint: Sequence[torch.Tensor] = ()) -> None:
+    """A part eviction_scorer, of no model without a fingerprint; its weights are random and large enough to tell entries apart."""
     known = (TrainedLayer(heads, width // 2, width // 2, heads),) * layers
     generator, scorer = torch.Generator().manual_seed(12), EntryScorer(known, hidden)
     weights = {name: torch.randn(x.shape, generator=generator) for name, x in scorer.state_dict().items()}
-    PartFile(part="eviction_scorer", layers=known, options={"hidden": hidden}, weights=weights, fingerprint=[], about={}).save(path)
+    PartFile(
+        part="eviction_scorer", layers=known, options={"hidden": hidden}, weights=weights, fingerprint=list(fingerprint), about={}
+    ).save(path)
 
 
-def needed(name: str, folder: Path, *, layers: int, heads: int, width: int) -> dict:
-    """width: k_dim + v_dim."""
+def needed(name: str, folder: Path, *, layers: int, heads: int, width: int, fingerprint: Sequence[torch.Tensor] = ()) -> dict:
+    """width: k_dim + v_dim. fingerprint: of the model that a trained part is for."""
     if name == "quest_mlp":
         path = folder / f"mlp_{layers}_{heads}_{width}.safetensors"
         save_file(mlp_weights(layers=layers, heads=heads, width=width), path)
         return {"path": str(path)}
     if name == "learned_scores":
         path = folder / f"scorer_{layers}_{heads}_{width}.safetensors"
-        scorer_file(path, layers=layers, heads=heads, width=width)
+        scorer_file(path, layers=layers, heads=heads, width=width, fingerprint=fingerprint)
         return {"path": str(path)}
     if name == "duo_heads":
         path = folder / f"heads_{layers}_{heads}.safetensors"

@@ -141,5 +141,13 @@ def tiny_model(family: str, attention: str = "eager", **changes) -> PreTrainedMo
     return model
 
 
+def fingerprint(model: PreTrainedModel) -> list[torch.Tensor]:
+    """By which a trained part knows it, of every layer."""
+    from pikv_ds.adapters.hf.anatomy import find_attentions
+    from pikv_ds.adapters.hf.fingerprint import key_norms
+
+    return [key_norms(attention, model.config.num_key_value_heads) for attention in find_attentions(model)]
+
+
 def prompt(length: int, seed: int, batch: int = 1) -> torch.Tensor:
     return torch.randint(3, COMMON["vocab_size"], (batch, length), generator=torch.Generator().manual_seed(seed))

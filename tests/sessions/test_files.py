@@ -3,6 +3,7 @@
 import json
 import os
 import stat
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -20,16 +21,21 @@ from tests.long_form import short_or_long
 from tests.retention_blocks import needed
 from tests.routing_blocks import placement, routing
 from tests.sessions.test_turns import EXACT, LAST_BITS, OTHERS, generate
-from tests.tiny_models import prompt, tiny_model
+from tests.tiny_models import fingerprint, prompt, tiny_model
+
+
+@cache
+def known() -> list[torch.Tensor]:
+    return fingerprint(tiny_model("qwen3_moe"))
 
 
 def policy_block(name: str, folder: Path) -> dict:
     own = {} if name == "none" else {"budget_tokens": 24, "sink_tokens": 2, "recent_tokens": 6}
-    return {"page_size": 4, "scheduling": {"method": name, **own, **needed(name, folder, layers=2, heads=2, width=32)}}
+    return {"page_size": 4, "scheduling": {"method": name, **own, **needed(name, folder, layers=2, heads=2, width=32, fingerprint=known())}}
 
 
 def router_block(name: str, folder: Path) -> dict:
-    block = routing(name, folder, layers=2, shards=2, query_width=64)
+    block = routing(name, folder, layers=2, shards=2, query_width=64, fingerprint=known())
     return {"page_size": 4, "routing": block, "storage": {"num_shards": 2, **placement(name)}}
 
 

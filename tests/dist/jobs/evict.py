@@ -16,7 +16,7 @@ from tests.dist.jobs.report import Report
 from tests.held import check_bytes
 from tests.long_form import short_or_long
 from tests.retention_blocks import needed
-from tests.tiny_models import prompt, tiny_model
+from tests.tiny_models import fingerprint, prompt, tiny_model
 
 STORAGE = {"num_shards": 4, "requests": "replicated"}
 ROUTING = {
@@ -41,7 +41,9 @@ def distinct_cases(world: int) -> list[tuple[str, str]]:
 def geometry(model) -> dict:
     config = model.config
     width = 2 * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-    return {"layers": config.num_hidden_layers, "heads": config.num_key_value_heads, "width": width}
+    return {
+        "layers": config.num_hidden_layers, "heads": config.num_key_value_heads, "width": width, "fingerprint": fingerprint(model)
+    }  # fmt: skip
 
 
 def kept(cache: HFCache) -> list[list[list[list[int]]]]:
