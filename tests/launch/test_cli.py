@@ -14,12 +14,12 @@ from pikv_ds.policies import POLICIES
 from pikv_ds.routers import ROUTERS
 
 
-def run_json(tmp_path, *argv):
-    """Run a command with --json and give back what it wrote."""
+def run_json(tmp_path, *argv, more=()):
+    """Run a command with --json and give back what it wrote. more: what it writes besides rows."""
     path = tmp_path / "out.json"
     assert main([*argv, "--json", str(path)]) == 0
     document = json.loads(path.read_text())
-    assert list(document) == ["command", "versions", "machine", "rows"]
+    assert list(document) == ["command", "versions", "machine", "rows", *more]
     assert document["command"] == shlex.join(argv)
     assert set(document["machine"]) == {"cpu", "cores", "memory_gib", "gpu"}
     assert document["versions"]["pikv-ds"] and document["versions"]["torch"]
@@ -36,7 +36,7 @@ def test_every_subcommand_takes_json_and_runs():
 
 
 def test_methods_lists_the_registries(tmp_path, capsys):
-    rows = run_json(tmp_path, "methods")
+    rows = run_json(tmp_path, "methods", more=["parts"])
     listed = {(row["key"], row["name"]) for row in rows}
     for key, registry in (("compression", CODECS), ("routing", ROUTERS), ("scheduling", POLICIES)):
         assert {(f"{key}.method", name) for name in registry.names()} <= listed

@@ -255,14 +255,16 @@ def test_planted_bugs_in_append_are_noticed(bug, through, tmp_path):
     assert noticed
 
 
-_FIRST = "if (__syncthreads_or(other >= 0 && other / P == page)) return;"
+_FIRST = "if (__syncthreads_or(other >= 0 && other / span == own)) return;"
 _PRESENT = "atomicMax(newest, j);\n  }\n"
 PLANTED_BOUNDS = {
     "missing barrier after the search": (_PRESENT + "  __syncthreads();\n", _PRESENT),
     "barrier of some threads": (_FIRST, f"if (j >= 0) {_FIRST}"),
     "a shuffle of half a warp": ("lane_sum<1, 16>(sum[g])", "lane_sum<1, 8>(sum[g])"),
     "a lane that leaves before the shuffle": ("float top = -kLargest;", "if (lane == 31) return;\n  float top = -kLargest;"),
-    "missing barrier before a box is encoded": ("    __syncthreads();\n    signed char* codes", "    signed char* codes"),
+    "missing barrier before a box is encoded": ("      __syncthreads();\n      signed char* codes", "      signed char* codes"),
+    "every block's box at the first": ("(P / b.block) + start / b.block)", "(P / b.block) + begin / b.block)"),
+    "a box of the whole group": ("stop = min(start + b.block, *last + 1)", "stop = *last + 1"),
     "columns of the next table": ("c >= s.max_pages) return", "c > s.max_pages) return"),
 }
 
@@ -276,6 +278,7 @@ def test_planted_bugs_in_bounds_and_scores_are_noticed(bug, through, tmp_path):
         try:
             for dtype in (torch.float32, torch.int8):
                 check_bounds("int8", dtype, _nvrtc_op, "cpu")
+                check_bounds("int8", dtype, _nvrtc_op, "cpu", block_size=8)
             check_score(3, 1, torch.float32, None, _nvrtc_op, "cpu")
         except (Fault, AssertionError):
             noticed = True
