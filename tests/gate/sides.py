@@ -16,7 +16,7 @@ from pikv_ds.launch.ranks import end_group, free_port
 from tests.gate.decodes import DECODES
 
 WORKER = Path(__file__).with_name("worker.py")
-START_S, BLOCK_S = 600, 120  # the first start of a tree may compile its ops
+START_S, BLOCK_S, END_S = 600, 120, 10  # the first start of a tree may compile its ops
 _RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -74,6 +74,9 @@ class Side:
             line = process.stdout.readline() if answered else ""
             if not line:
                 what = "ended" if answered else f"did not answer within {timeout_s:g} s"
+                if answered:  # its pipe is closed before it says why
+                    with suppress(subprocess.TimeoutExpired):
+                        process.wait(END_S)
                 tail = "\n".join(self._logs[rank].read_text(errors="replace").splitlines()[-30:])
                 raise WorkerFailed(f"rank {rank} of side {self.name!r} {what}; the end of its log:\n{tail}")
             lines.append(json.loads(line))
