@@ -50,6 +50,8 @@ def main() -> int:
         f"2 ranks, {args.runs} runs of {args.rounds} rounds, blocks of {args.steps} steps, {args.bytes_per_step} bytes per step", rows
     )
     print_table("Moves", [bytes_row])
+    for row in blocks:
+        row |= {name: [round(ms, 3) for ms in row[name]] for name in ("wall_ms", "cpu_ms", "stall_ms") if name in row}
     write_json(args.json, "tests.stall", [*rows, bytes_row, *blocks])
     return int(any(row["bytes_planned"] != row["bytes_arrived"] for row in moves))
 
