@@ -41,13 +41,14 @@ def run(args: argparse.Namespace) -> int:
 
     from pikv_ds.adapters.hf.calibrate import calibrate
     from pikv_ds.adapters.hf.model_spec import load_model_config, read_model_spec
-    from pikv_ds.bundled import calibration_text, model_path
+    from pikv_ds.bundled import model_path
     from pikv_ds.launch.device import own_device
     from pikv_ds.launch.evaluation.job import progress_bar
     from pikv_ds.launch.output import print_table, write_json
+    from pikv_ds.launch.training.given import out_of, text_of
 
     codec = _codec(args.codec)
-    text, out = calibration_text() if args.text is None else _text(args.text), _out(args.out)
+    text, out = text_of(args.text), out_of(args.out)
     folder = Path(args.model).expanduser().resolve() if args.model else model_path()
     layers = read_model_spec(load_model_config(folder))
     rank = _rank(args.rank, layers)
@@ -114,19 +115,6 @@ def _codec(name: str) -> type[LinearCodec]:
     if name not in calibrated:
         raise ConfigError(f"--codec {name!r}: legal are {', '.join(calibrated)}; the other codecs need no calibration")
     return CODECS.get(name)
-
-
-def _text(file: str) -> str:
-    if not Path(file).is_file():
-        raise FileNotFoundError(f"no text file {file!r}; --text is a UTF-8 text")
-    return Path(file).read_text(encoding="utf-8")
-
-
-def _out(file: str) -> Path:
-    out = Path(file).expanduser()
-    if not out.parent.is_dir():
-        raise FileNotFoundError(f"no folder {str(out.parent)!r} to write --out {file} to")
-    return out
 
 
 def _rank(rank: int | None, layers: list[LayerSpec]) -> int:

@@ -127,24 +127,31 @@ def start_distributed() -> None:
     dist.init_process_group("nccl" if device == "cuda" else "gloo", **alone)
 
 
-def main() -> None:
-    stdout = own_stdout()
+@contextlib.contextmanager
+def as_rank(error_file: Path) -> Iterator[bool]:
+    """The work of one rank of a launcher's: whether it is the first, which leaves in error_file what users are to be told."""
     import torch.distributed as dist
 
     from pikv_ds.launch.cli import TOLD
 
-    spec_file, rows, error_file = map(Path, sys.argv[1:4])
     start_distributed()
     first = dist.get_rank() == 0
-    spec, units = from_json(spec_file.read_text(encoding="utf-8"))
     try:
-        evaluate(spec, units, Partial(rows) if first else None, stdout if first else None)
+        yield first
     except TOLD as error:
         if first:
             error_file.write_text(str(error), encoding="utf-8")
         raise
     dist.barrier()
     dist.destroy_process_group()
+
+
+def main() -> None:
+    stdout = own_stdout()
+    spec_file, rows, error_file = map(Path, sys.argv[1:4])
+    with as_rank(error_file) as first:
+        spec, units = from_json(spec_file.read_text(encoding="utf-8"))
+        evaluate(spec, units, Partial(rows) if first else None, stdout if first else None)
 
 
 if __name__ == "__main__":

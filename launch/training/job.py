@@ -93,25 +93,14 @@ def _best(found: Fitted) -> dict[str, float]:
 
 def main() -> None:
     stdout = own_stdout()
-    import torch.distributed as dist
-
-    from pikv_ds.launch.cli import TOLD
-    from pikv_ds.launch.evaluation.job import start_distributed
+    from pikv_ds.launch.evaluation.job import as_rank
     from pikv_ds.launch.output import note_command_line
 
     spec, error_file = map(Path, sys.argv[1:3])
     args = argparse.Namespace(**json.loads(spec.read_text(encoding="utf-8")))
     note_command_line(args.words)
-    start_distributed()
-    first = dist.get_rank() == 0
-    try:
+    with as_rank(error_file) as first:
         train(args, stdout if first else None)
-    except TOLD as error:
-        if first:
-            error_file.write_text(str(error), encoding="utf-8")
-        raise
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
